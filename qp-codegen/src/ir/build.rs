@@ -1,0 +1,523 @@
+//! Building kernels: a lowering written with [`Builder`] reads like the kernel it makes.
+//!
+//! [`V`] is a value with its builder, so that operators and literals work:
+//!
+//! ```
+//! use qp_codegen::ir::{Builder, Elem, Special};
+//!
+//! let b = Builder::new("double", [1, 1], 32);
+//! let x = b.buffer("x", Elem::F32, true);
+//! let i = b.special(Special::Thread);
+//! let v = b.load(x, i, Elem::F32);
+//! b.if_(i.lt(20), || b.store(x, i, v * 2.0, Elem::F32));
+//! let kernel = b.finish();
+//! assert_eq!(kernel.params.len(), 1);
+//! ```
+//!
+//! The builder panics on ill-typed use: that is a mistake in a lowering, never in a user's spec.
+
+use std::cell::RefCell;
+use std::ops;
+
+use super::*;
+
+/// Makes one [`Kernel`].
+pub struct Builder {
+    kernel: RefCell<Kernel>,
+    /// Open statement lists, innermost last.
+    blocks: RefCell<Vec<Block>>,
+}
+
+/// A value of a [`Builder`].
+#[derive(Clone, Copy)]
+pub struct V<'b> {
+    b: &'b Builder,
+    /// Its index.
+    pub val: Val,
+}
+
+/// Something that can be an operand beside a value: a value or a literal of its type.
+pub trait Operand<'b> {
+    /// The value, made a constant of `like`'s type if a literal.
+    fn operand(self, like: V<'b>) -> V<'b>;
+}
+
+impl<'b> Operand<'b> for V<'b> {
+    fn operand(self, _: V<'b>) -> V<'b> {
+        self
+    }
+}
+
+impl<'b> Operand<'b> for i32 {
+    fn operand(self, like: V<'b>) -> V<'b> {
+        let c = match like.ty().scalar {
+            Scalar::I32 => Const::I32(self),
+            Scalar::U32 => Const::U32(u32::try_from(self).expect("a non-negative literal")),
+            Scalar::I64 => Const::I64(self.into()),
+            Scalar::F32 | Scalar::Bool => panic!("an integer literal beside {:?}", like.ty()),
+        };
+        like.b.constant(c)
+    }
+}
+
+impl<'b> Operand<'b> for u32 {
+    fn operand(self, like: V<'b>) -> V<'b> {
+        let c = match like.ty().scalar {
+            Scalar::I32 => Const::I32(i32::try_from(self).expect("literal fits i32")),
+            Scalar::U32 => Const::U32(self),
+            Scalar::I64 => Const::I64(self.into()),
+            Scalar::F32 | Scalar::Bool => panic!("an integer literal beside {:?}", like.ty()),
+        };
+        like.b.constant(c)
+    }
+}
+
+impl<'b> Operand<'b> for f32 {
+    fn operand(self, like: V<'b>) -> V<'b> {
+        assert_eq!(like.ty().scalar, Scalar::F32, "a float literal beside an integer");
+        like.b.constant(Const::F32(self))
+    }
+}
+
+impl Builder {
+    /// Starts a kernel of `grid` blocks of `threads` threads.
+    pub fn new(name: &str, grid: [u32; 2], threads: u32) -> Self {
+        let kernel = Kernel {
+            name: name.into(),
+            doc: String::new(),
+            params: Vec::new(),
+            shared: Vec::new(),
+            grid,
+            threads,
+            min_blocks: 1,
+            dependent_launch: false,
+            values: Vec::new(),
+            vars: Vec::new(),
+            body: Vec::new(),
+        };
+        Builder { kernel: RefCell::new(kernel), blocks: RefCell::new(vec![Vec::new()]) }
+    }
+
+    /// Sets the text at the kernel's head.
+    pub fn doc(&self, text: impl Into<String>) {
+        self.kernel.borrow_mut().doc = text.into();
+    }
+
+    /// Asks that `n` blocks fit on one SM.
+    pub fn min_blocks(&self, n: u32) {
+        self.kernel.borrow_mut().min_blocks = n;
+    }
+
+    /// Launches with programmatic stream serialization; see [`Stmt::GridWait`].
+    pub fn dependent_launch(&self) {
+        self.kernel.borrow_mut().dependent_launch = true;
+    }
+
+    /// Adds a buffer parameter.
+    pub fn buffer(&self, name: &str, elem: Elem, writable: bool) -> Mem {
+        let params = &mut self.kernel.borrow_mut().params;
+        params.push(Param { name: name.into(), kind: ParamKind::Buffer { elem, writable } });
+        Mem::Global(params.len() as u32 - 1)
+    }
+
+    /// Adds a scalar parameter.
+    pub fn scalar(&self, name: &str, ty: Scalar) -> V<'_> {
+        let i = {
+            let params = &mut self.kernel.borrow_mut().params;
+            params.push(Param { name: name.into(), kind: ParamKind::Scalar(ty) });
+            params.len() as u32 - 1
+        };
+        self.emit(Op::Param(i), Type { scalar: ty, lanes: 1 })
+    }
+
+    /// Adds a shared array.
+    pub fn shared(&self, name: &str, elem: Elem, len: u32) -> Mem {
+        let shared = &mut self.kernel.borrow_mut().shared;
+        shared.push(Shared { name: name.into(), elem, len });
+        Mem::Shared(shared.len() as u32 - 1)
+    }
+
+    /// The finished kernel.
+    pub fn finish(self) -> Kernel {
+        let mut kernel = self.kernel.into_inner();
+        let mut blocks = self.blocks.into_inner();
+        assert_eq!(blocks.len(), 1, "a block was left open");
+        kernel.body = blocks.pop().expect("one block");
+        kernel
+    }
+
+    fn define(&self, op: Op, ty: Type) -> V<'_> {
+        let values = &mut self.kernel.borrow_mut().values;
+        values.push(Value { op, ty });
+        V { b: self, val: Val(values.len() as u32 - 1) }
+    }
+
+    fn emit(&self, op: Op, ty: Type) -> V<'_> {
+        let v = self.define(op, ty);
+        self.push(Stmt::Let(v.val));
+        v
+    }
+
+    fn push(&self, s: Stmt) {
+        self.blocks.borrow_mut().last_mut().expect("an open block").push(s);
+    }
+
+    fn block(&self, f: impl FnOnce()) -> Block {
+        self.blocks.borrow_mut().push(Vec::new());
+        f();
+        self.blocks.borrow_mut().pop().expect("the block just opened")
+    }
+
+    /// A constant.
+    pub fn constant(&self, c: Const) -> V<'_> {
+        let ty = match c {
+            Const::Bool(_) => Type::BOOL,
+            Const::I32(_) => Type::I32,
+            Const::U32(_) => Type::U32,
+            Const::I64(_) => Type::I64,
+            Const::F32(_) => Type::F32,
+        };
+        self.emit(Op::Const(c), ty)
+    }
+
+    /// An `I32` constant.
+    pub fn i32(&self, x: i32) -> V<'_> {
+        self.constant(Const::I32(x))
+    }
+
+    /// A `U32` constant.
+    pub fn u32(&self, x: u32) -> V<'_> {
+        self.constant(Const::U32(x))
+    }
+
+    /// An `F32` constant.
+    pub fn f32(&self, x: f32) -> V<'_> {
+        self.constant(Const::F32(x))
+    }
+
+    /// A built-in value.
+    pub fn special(&self, s: Special) -> V<'_> {
+        self.emit(Op::Special(s), Type::I32)
+    }
+
+    /// Declares a variable and sets it.
+    pub fn var(&self, init: V<'_>) -> Var {
+        let var = {
+            let vars = &mut self.kernel.borrow_mut().vars;
+            vars.push(init.ty());
+            Var(vars.len() as u32 - 1)
+        };
+        self.set(var, init);
+        var
+    }
+
+    /// The variable's present value.
+    pub fn get(&self, var: Var) -> V<'_> {
+        let ty = self.kernel.borrow().vars[var.0 as usize];
+        self.emit(Op::Get(var), ty)
+    }
+
+    /// Writes a variable.
+    pub fn set(&self, var: Var, v: V<'_>) {
+        assert_eq!(self.kernel.borrow().vars[var.0 as usize], v.ty(), "type of the variable");
+        self.push(Stmt::Set(var, v.val));
+    }
+
+    /// Reads one element.
+    pub fn load<'b>(&'b self, mem: Mem, index: V<'b>, elem: Elem) -> V<'b> {
+        self.load_as(mem, index, elem, 1, Cache::Default)
+    }
+
+    /// Reads `lanes` elements with a cache hint.
+    pub fn load_as<'b>(&'b self, mem: Mem, index: V<'b>, elem: Elem, lanes: u32, cache: Cache) -> V<'b> {
+        assert_eq!(index.ty(), Type::I32, "an index");
+        self.emit(Op::Load { mem, index: index.val, elem, lanes, cache }, Type { scalar: elem.scalar(), lanes })
+    }
+
+    /// Writes one element or vector.
+    pub fn store(&self, mem: Mem, index: V<'_>, value: V<'_>, elem: Elem) {
+        assert_eq!(index.ty(), Type::I32, "an index");
+        assert_eq!(value.ty().scalar, elem.scalar(), "type of the stored value");
+        self.push(Stmt::Store { mem, index: index.val, value: value.val, elem });
+    }
+
+    /// Adds atomically, giving the old value.
+    pub fn atomic_add<'b>(&'b self, mem: Mem, index: V<'b>, value: V<'b>) -> V<'b> {
+        self.emit(Op::AtomicAdd { mem, index: index.val, value: value.val }, value.ty())
+    }
+
+    /// Runs `then` where `cond` holds.
+    pub fn if_(&self, cond: V<'_>, then: impl FnOnce()) {
+        self.if_else(cond, then, || ());
+    }
+
+    /// Runs `then` where `cond` holds and `els` elsewhere.
+    pub fn if_else(&self, cond: V<'_>, then: impl FnOnce(), els: impl FnOnce()) {
+        assert_eq!(cond.ty(), Type::BOOL, "a condition");
+        let (then, els) = (self.block(then), self.block(els));
+        self.push(Stmt::If { cond: cond.val, then, els });
+    }
+
+    /// `for index in (start..end).step_by(step)`.
+    pub fn for_<'b>(&'b self, start: impl Operand<'b>, end: impl Operand<'b>, step: impl Operand<'b>, body: impl FnOnce(V<'b>)) {
+        self.loop_(start, end, step, false, body);
+    }
+
+    /// The same, unrolled by the CUDA compiler.
+    pub fn unrolled<'b>(&'b self, start: impl Operand<'b>, end: impl Operand<'b>, step: impl Operand<'b>, body: impl FnOnce(V<'b>)) {
+        self.loop_(start, end, step, true, body);
+    }
+
+    fn loop_<'b>(&'b self, start: impl Operand<'b>, end: impl Operand<'b>, step: impl Operand<'b>, unroll: bool, body: impl FnOnce(V<'b>)) {
+        let index = self.define(Op::LoopIndex, Type::I32);
+        let (start, end, step) = (start.operand(index).val, end.operand(index).val, step.operand(index).val);
+        let body = self.block(|| body(index));
+        self.push(Stmt::For { index: index.val, start, end, step, unroll, body });
+    }
+
+    /// All threads of the block meet.
+    pub fn barrier(&self) {
+        self.push(Stmt::Barrier);
+    }
+
+    /// The lanes of each warp meet.
+    pub fn warp_sync(&self) {
+        self.push(Stmt::WarpSync);
+    }
+
+    /// Orders global writes for other blocks.
+    pub fn fence(&self) {
+        self.push(Stmt::Fence);
+    }
+
+    /// Starts an asynchronous copy; indices in units of `bytes`.
+    pub fn async_copy(&self, dst: Mem, dst_index: V<'_>, src: Mem, src_index: V<'_>, bytes: u32) {
+        let (Mem::Shared(dst), Mem::Global(src)) = (dst, src) else { panic!("global to shared") };
+        self.push(Stmt::AsyncCopy { dst, dst_index: dst_index.val, src, src_index: src_index.val, bytes });
+    }
+
+    /// Closes a group of asynchronous copies.
+    pub fn async_commit(&self) {
+        self.push(Stmt::AsyncCommit);
+    }
+
+    /// Waits for all but the last `pending` groups.
+    pub fn async_wait(&self, pending: u32) {
+        self.push(Stmt::AsyncWait { pending });
+    }
+
+    /// Waits for the kernels before this one.
+    pub fn grid_wait(&self) {
+        self.push(Stmt::GridWait);
+    }
+
+    /// Lets the next kernel start.
+    pub fn grid_launch(&self) {
+        self.push(Stmt::GridLaunch);
+    }
+
+    /// A remark in the text.
+    pub fn comment(&self, text: impl Into<String>) {
+        self.push(Stmt::Comment(text.into()));
+    }
+
+    /// A vector of 2 or 4 scalars.
+    pub fn vector<'b>(&'b self, parts: &[V<'b>]) -> V<'b> {
+        let ty = Type { scalar: parts[0].ty().scalar, lanes: parts.len() as u32 };
+        self.emit(Op::Vector(parts.iter().map(|p| p.val).collect()), ty)
+    }
+
+    /// `acc + A·B`; see [`Op::MmaI8`].
+    pub fn mma_i8<'b>(&'b self, signed_a: bool, a: [V<'b>; 4], b: [V<'b>; 2], acc: V<'b>) -> V<'b> {
+        self.emit(Op::MmaI8 { signed_a, a: a.map(|v| v.val), b: b.map(|v| v.val), acc: acc.val }, Type::I32X4)
+    }
+}
+
+impl<'b> V<'b> {
+    /// Its type.
+    pub fn ty(self) -> Type {
+        self.b.kernel.borrow().values[self.val.0 as usize].ty
+    }
+
+    /// Its constant, if it is a literal.
+    pub fn as_const(self) -> Option<Const> {
+        match self.b.kernel.borrow().values[self.val.0 as usize].op {
+            Op::Const(c) => Some(c),
+            _ => None,
+        }
+    }
+
+    fn unary(self, op: UnaryOp) -> V<'b> {
+        self.b.emit(Op::Unary(op, self.val), self.ty())
+    }
+
+    fn binary(self, op: BinaryOp, rhs: impl Operand<'b>) -> V<'b> {
+        let rhs = rhs.operand(self);
+        assert_eq!(self.ty(), rhs.ty(), "operands of {op:?}");
+        self.b.emit(Op::Binary(op, self.val, rhs.val), self.ty())
+    }
+
+    fn compare(self, op: CompareOp, rhs: impl Operand<'b>) -> V<'b> {
+        let rhs = rhs.operand(self);
+        assert_eq!(self.ty(), rhs.ty(), "operands of {op:?}");
+        self.b.emit(Op::Compare(op, self.val, rhs.val), Type::BOOL)
+    }
+
+    /// `self == rhs`.
+    pub fn eq(self, rhs: impl Operand<'b>) -> V<'b> {
+        self.compare(CompareOp::Eq, rhs)
+    }
+
+    /// `self != rhs`.
+    pub fn ne(self, rhs: impl Operand<'b>) -> V<'b> {
+        self.compare(CompareOp::Ne, rhs)
+    }
+
+    /// `self < rhs`.
+    pub fn lt(self, rhs: impl Operand<'b>) -> V<'b> {
+        self.compare(CompareOp::Lt, rhs)
+    }
+
+    /// `self <= rhs`.
+    pub fn le(self, rhs: impl Operand<'b>) -> V<'b> {
+        self.compare(CompareOp::Le, rhs)
+    }
+
+    /// `self > rhs`.
+    pub fn gt(self, rhs: impl Operand<'b>) -> V<'b> {
+        self.compare(CompareOp::Gt, rhs)
+    }
+
+    /// `self >= rhs`.
+    pub fn ge(self, rhs: impl Operand<'b>) -> V<'b> {
+        self.compare(CompareOp::Ge, rhs)
+    }
+
+    /// The smaller.
+    pub fn min(self, rhs: impl Operand<'b>) -> V<'b> {
+        self.binary(BinaryOp::Min, rhs)
+    }
+
+    /// The larger.
+    pub fn max(self, rhs: impl Operand<'b>) -> V<'b> {
+        self.binary(BinaryOp::Max, rhs)
+    }
+
+    /// Absolute value.
+    pub fn abs(self) -> V<'b> {
+        self.unary(UnaryOp::Abs)
+    }
+
+    /// Square root.
+    pub fn sqrt(self) -> V<'b> {
+        self.unary(UnaryOp::Sqrt)
+    }
+
+    /// `self·m + a`, rounded once.
+    pub fn fma(self, m: impl Operand<'b>, a: impl Operand<'b>) -> V<'b> {
+        let (m, a) = (m.operand(self), a.operand(self));
+        self.b.emit(Op::Fma(self.val, m.val, a.val), self.ty())
+    }
+
+    /// `self ? a : b` (self is `Bool`).
+    pub fn select(self, a: V<'b>, b: impl Operand<'b>) -> V<'b> {
+        let b = b.operand(a);
+        assert_eq!(a.ty(), b.ty(), "branches of a select");
+        self.b.emit(Op::Select(self.val, a.val, b.val), a.ty())
+    }
+
+    /// Numeric conversion.
+    pub fn to(self, scalar: Scalar) -> V<'b> {
+        if self.ty().scalar == scalar {
+            return self;
+        }
+        self.b.emit(Op::Convert(scalar, self.val), Type { scalar, lanes: 1 })
+    }
+
+    /// The same 32 bits as another type.
+    pub fn bits(self, scalar: Scalar) -> V<'b> {
+        if self.ty().scalar == scalar {
+            return self;
+        }
+        self.b.emit(Op::Bitcast(scalar, self.val), Type { scalar, lanes: 1 })
+    }
+
+    /// The low word of `(hi:self) >> shift`.
+    pub fn funnel_shr(self, hi: V<'b>, shift: impl Operand<'b>) -> V<'b> {
+        let shift = shift.operand(self);
+        self.b.emit(Op::FunnelShr { lo: self.val, hi: hi.val, shift: shift.val }, Type::U32)
+    }
+
+    /// Picks four bytes of `(b:self)`; see [`Op::Permute`].
+    pub fn permute(self, b: V<'b>, selector: u32) -> V<'b> {
+        self.b.emit(Op::Permute { a: self.val, b: b.val, selector }, Type::U32)
+    }
+
+    /// Four byte products summed onto `acc`.
+    pub fn dot4(self, b: V<'b>, acc: V<'b>) -> V<'b> {
+        self.b.emit(Op::Dot4 { a: self.val, b: b.val, acc: acc.val }, Type::I32)
+    }
+
+    /// Component `i`.
+    pub fn lane(self, i: u32) -> V<'b> {
+        if self.ty().lanes == 1 {
+            assert_eq!(i, 0, "component of a scalar");
+            return self;
+        }
+        self.b.emit(Op::Extract(self.val, i), Type { scalar: self.ty().scalar, lanes: 1 })
+    }
+
+    /// All components.
+    pub fn lanes(self) -> Vec<V<'b>> {
+        (0..self.ty().lanes).map(|i| self.lane(i)).collect()
+    }
+
+    /// The value of lane `lane mod 32`.
+    pub fn shuffle(self, lane: V<'b>) -> V<'b> {
+        self.b.emit(Op::Shuffle { mode: ShuffleMode::Index, value: self.val, arg: lane.val }, self.ty())
+    }
+
+    /// The value of lane `own xor mask`.
+    pub fn shuffle_xor(self, mask: i32) -> V<'b> {
+        let arg = self.b.i32(mask);
+        self.b.emit(Op::Shuffle { mode: ShuffleMode::Xor, value: self.val, arg: arg.val }, self.ty())
+    }
+}
+
+macro_rules! operators {
+    ($($trait:ident $method:ident $op:ident;)*) => { $(
+        impl<'b, R: Operand<'b>> ops::$trait<R> for V<'b> {
+            type Output = V<'b>;
+            fn $method(self, rhs: R) -> V<'b> {
+                self.binary(BinaryOp::$op, rhs)
+            }
+        }
+    )* };
+}
+
+operators! {
+    Add add Add;
+    Sub sub Sub;
+    Mul mul Mul;
+    Div div Div;
+    Rem rem Rem;
+    BitAnd bitand And;
+    BitOr bitor Or;
+    BitXor bitxor Xor;
+    Shl shl Shl;
+    Shr shr Shr;
+}
+
+impl<'b> ops::Neg for V<'b> {
+    type Output = V<'b>;
+    fn neg(self) -> V<'b> {
+        self.unary(UnaryOp::Neg)
+    }
+}
+
+impl<'b> ops::Not for V<'b> {
+    type Output = V<'b>;
+    fn not(self) -> V<'b> {
+        self.unary(UnaryOp::Not)
+    }
+}

@@ -1,0 +1,515 @@
+//! The kernel IR: what every lowering produces and the validator, the interpreter and the CUDA printer read.
+//!
+//! # The model
+//!
+//! A [`Kernel`] is the program of one thread, run by `grid.x × grid.y` blocks of `threads` threads (a multiple of 32).
+//! Shapes, batch and target are constants of the kernel; at launch it takes only [`Param`]s: buffers and scalars.
+//!
+//! **Values** ([`Val`]) are immutable and defined once, by the statement [`Stmt::Let`] that evaluates their [`Op`]. A
+//! value is visible from its definition to the end of the block of statements that holds it, nested blocks included.
+//! A value is a scalar ([`Scalar`]) or a short vector of 2 or 4 equal scalars; its [`Type`] is computed once, when it
+//! is made. **Variables** ([`Var`]) are mutable registers: read by [`Op::Get`], written by [`Stmt::Set`]. There are no
+//! arrays of registers: a lowering unrolls at generation time and keeps handles in a `Vec`.
+//!
+//! **Memory** ([`Mem`]) is a buffer parameter (global) or a shared array. An access names the element type it reads
+//! or writes as ([`Elem`]) and an index in units of that element; vectors must be aligned to their size. Loading an
+//! `I8`, `U8`, `I16`, `U16`, `F16` or `BF16` element widens it to `I32`, `U32` or `F32`; storing narrows (integers
+//! truncate, floats round to nearest even). There are no pointers, so every access can be checked against its buffer.
+//!
+//! **Arithmetic** is exact or IEEE-754 single precision, round to nearest even, without contraction or
+//! approximation: the interpreter and every GPU give the same bits. Index arithmetic is `I32` and must not overflow
+//! (the interpreter traps); `U32` wraps. `U32` and `I32` shifts by 32 or more are traps.
+//!
+//! **Lanes.** A value is *block-uniform*, *warp-uniform* or *divergent* (see `validate`). [`Stmt::Barrier`] stands only
+//! under block-uniform control flow, [`Op::Shuffle`] and the tensor-core products only under warp-uniform. Threads of
+//! a block may see each other's shared writes only across a barrier (or, within a warp, [`Stmt::WarpSync`]); the
+//! interpreter reports a race otherwise. Blocks run in any order and meet only in atomics.
+//!
+//! The validator accepts ⇒ the printer does not fail, and the interpreter fails only on bad data
+//! (an index out of bounds, an overflow, a race), with the place.
+
+mod build;
+pub use build::{Builder, V};
+
+/// Index of a value in [`Kernel::values`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Val(pub u32);
+
+/// Index of a variable in [`Kernel::vars`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Var(pub u32);
+
+/// Scalar register types.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scalar {
+    /// A predicate.
+    Bool,
+    /// Signed 32-bit; overflow is an error.
+    I32,
+    /// Unsigned 32-bit; wraps.
+    U32,
+    /// Signed 64-bit; overflow is an error.
+    I64,
+    /// IEEE single precision.
+    F32,
+}
+
+/// Type of a value or variable: a scalar (`lanes` 1) or a vector of 2 or 4.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Type {
+    /// Component type.
+    pub scalar: Scalar,
+    /// 1, 2 or 4.
+    pub lanes: u32,
+}
+
+/// Element types of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Elem {
+    /// Signed 8-bit, loads as `I32`.
+    I8,
+    /// Unsigned 8-bit, loads as `U32`.
+    U8,
+    /// Signed 16-bit, loads as `I32`.
+    I16,
+    /// Unsigned 16-bit, loads as `U32`.
+    U16,
+    /// Signed 32-bit.
+    I32,
+    /// Unsigned 32-bit.
+    U32,
+    /// IEEE half precision, loads as `F32`.
+    F16,
+    /// bfloat16, loads as `F32`.
+    BF16,
+    /// IEEE single precision.
+    F32,
+}
+
+impl Elem {
+    /// Size in bytes.
+    pub fn bytes(self) -> u32 {
+        match self {
+            Elem::I8 | Elem::U8 => 1,
+            Elem::I16 | Elem::U16 | Elem::F16 | Elem::BF16 => 2,
+            Elem::I32 | Elem::U32 | Elem::F32 => 4,
+        }
+    }
+
+    /// The register type it loads as.
+    pub fn scalar(self) -> Scalar {
+        match self {
+            Elem::I8 | Elem::I16 | Elem::I32 => Scalar::I32,
+            Elem::U8 | Elem::U16 | Elem::U32 => Scalar::U32,
+            Elem::F16 | Elem::BF16 | Elem::F32 => Scalar::F32,
+        }
+    }
+}
+
+/// What a kernel takes at launch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Param {
+    /// Name, unique in the kernel.
+    pub name: String,
+    /// Buffer or scalar.
+    pub kind: ParamKind,
+}
+
+/// Kind of a parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ParamKind {
+    /// A buffer in global memory, aligned to 16 bytes.
+    Buffer {
+        /// Its natural element type (accesses may use another).
+        elem: Elem,
+        /// True if the kernel writes it.
+        writable: bool,
+    },
+    /// A scalar passed by value: `I32`, `U32` or `F32`.
+    Scalar(Scalar),
+}
+
+/// A shared-memory array of constant length.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shared {
+    /// Name, unique in the kernel.
+    pub name: String,
+    /// Natural element type (accesses may use another).
+    pub elem: Elem,
+    /// Elements.
+    pub len: u32,
+}
+
+impl Shared {
+    /// Bytes, rounded up to 16.
+    pub fn bytes(&self) -> u32 {
+        (self.len * self.elem.bytes()).next_multiple_of(16)
+    }
+}
+
+/// A memory that can be accessed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mem {
+    /// Buffer parameter `i` of [`Kernel::params`].
+    Global(u32),
+    /// Array `i` of [`Kernel::shared`].
+    Shared(u32),
+}
+
+/// How a global load treats the caches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Cache {
+    /// Coherent with other writers.
+    Default,
+    /// Read only for the whole launch.
+    ReadOnly,
+    /// Read once by the whole grid: do not keep in L1.
+    Stream,
+}
+
+/// Built-in values of a thread. All are `I32`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Special {
+    /// Thread in its block.
+    Thread,
+    /// Thread in its warp (0..32).
+    Lane,
+    /// Warp in its block; warp-uniform.
+    Warp,
+    /// Block in the grid, first axis; block-uniform.
+    BlockX,
+    /// Block in the grid, second axis; block-uniform.
+    BlockY,
+}
+
+/// Operations on one value, component by component.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum UnaryOp {
+    /// Arithmetic negation (not `Bool`, not `U32`).
+    Neg,
+    /// Bitwise complement (`I32`, `U32`), logical not (`Bool`).
+    Not,
+    /// Absolute value (`F32`, `I32`).
+    Abs,
+    /// Square root (`F32`), correctly rounded.
+    Sqrt,
+}
+
+/// Operations on two values of equal type, component by component.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BinaryOp {
+    /// Sum.
+    Add,
+    /// Difference.
+    Sub,
+    /// Product.
+    Mul,
+    /// Quotient: `F32` correctly rounded; integers truncate, a zero divisor traps.
+    Div,
+    /// Remainder (integers, non-negative operands).
+    Rem,
+    /// Bitwise (integers) or logical (`Bool`) and.
+    And,
+    /// Bitwise or logical or.
+    Or,
+    /// Bitwise or logical exclusive or.
+    Xor,
+    /// Shift left (integers).
+    Shl,
+    /// Shift right: logical for `U32`, arithmetic for `I32` and `I64`.
+    Shr,
+    /// Smaller (for `F32`: the other operand if one is NaN).
+    Min,
+    /// Larger (for `F32`: the other operand if one is NaN).
+    Max,
+}
+
+/// Comparisons; the result is `Bool`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CompareOp {
+    /// Equal.
+    Eq,
+    /// Not equal.
+    Ne,
+    /// Less.
+    Lt,
+    /// Less or equal.
+    Le,
+    /// Greater.
+    Gt,
+    /// Greater or equal.
+    Ge,
+}
+
+/// Which lane a shuffle reads from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ShuffleMode {
+    /// Lane `arg mod 32`.
+    Index,
+    /// Own lane xor `arg`.
+    Xor,
+}
+
+/// Literal constants.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Const {
+    /// Predicate.
+    Bool(bool),
+    /// Signed.
+    I32(i32),
+    /// Unsigned.
+    U32(u32),
+    /// Signed 64-bit.
+    I64(i64),
+    /// Float.
+    F32(f32),
+}
+
+/// What a value is.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Op {
+    /// A literal.
+    Const(Const),
+    /// Scalar parameter `i`.
+    Param(u32),
+    /// A built-in.
+    Special(Special),
+    /// The index of an enclosing [`Stmt::For`]; never in a `Let`.
+    LoopIndex,
+    /// The present value of a variable.
+    Get(Var),
+    /// Component-wise.
+    Unary(UnaryOp, Val),
+    /// Component-wise.
+    Binary(BinaryOp, Val, Val),
+    /// Of scalars.
+    Compare(CompareOp, Val, Val),
+    /// `a·b + c` with one rounding (`F32`).
+    Fma(Val, Val, Val),
+    /// `cond ? a : b`; both are evaluated.
+    Select(Val, Val, Val),
+    /// Numeric conversion of a scalar. `F32` → integer rounds to nearest even and saturates, NaN gives 0; integer →
+    /// `F32` rounds to nearest even; integers extend by their own sign or truncate.
+    Convert(Scalar, Val),
+    /// Reinterprets 32 bits (`I32`, `U32`, `F32`).
+    Bitcast(Scalar, Val),
+    /// The low 32 bits of `(hi:lo) >> (shift mod 32)`, all `U32`.
+    FunnelShr {
+        /// Low word.
+        lo: Val,
+        /// High word.
+        hi: Val,
+        /// Bits.
+        shift: Val,
+    },
+    /// PTX `prmt`: each of the four nibbles of `selector` picks a byte of `(b:a)` (0..8); bit 3 of the nibble
+    /// replicates that byte's sign instead. All `U32`.
+    Permute {
+        /// Bytes 0..4.
+        a: Val,
+        /// Bytes 4..8.
+        b: Val,
+        /// Constant selector.
+        selector: u32,
+    },
+    /// Four products of signed 8-bit components, summed onto `acc`: PTX `dp4a.s32.s32`. `a`, `b`: `U32`, `acc`: `I32`.
+    Dot4 {
+        /// Four packed bytes.
+        a: Val,
+        /// Four packed bytes.
+        b: Val,
+        /// `I32`.
+        acc: Val,
+    },
+    /// Makes a vector of 2 or 4 scalars.
+    Vector(Vec<Val>),
+    /// Component `i` of a vector.
+    Extract(Val, u32),
+    /// Reads memory. The value has `elem.scalar()` and `lanes` components.
+    Load {
+        /// From where.
+        mem: Mem,
+        /// In units of `elem` (`I32`).
+        index: Val,
+        /// Element type.
+        elem: Elem,
+        /// 1, 2 or 4; at most 16 bytes in all.
+        lanes: u32,
+        /// Caching; `Default` for shared memory.
+        cache: Cache,
+    },
+    /// Adds to memory atomically and gives the old value. `I32`, `U32`.
+    AtomicAdd {
+        /// Where.
+        mem: Mem,
+        /// In units of 4 bytes (`I32`).
+        index: Val,
+        /// What to add.
+        value: Val,
+    },
+    /// Another lane's value (32-bit scalars); all 32 lanes take part.
+    Shuffle {
+        /// Which lane.
+        mode: ShuffleMode,
+        /// Own value.
+        value: Val,
+        /// Lane or mask (`I32`).
+        arg: Val,
+    },
+    /// `mma.m16n8k32.s32`: acc + A·B with A 16 × 32 (bytes, signed or not), B 32 × 8 signed bytes.
+    /// `a`: four `U32`, `b`: two `U32`, `acc` and result: `I32 × 4`, in PTX's fragment layout.
+    MmaI8 {
+        /// True if A's bytes are signed.
+        signed_a: bool,
+        /// A fragment.
+        a: [Val; 4],
+        /// B fragment.
+        b: [Val; 2],
+        /// Accumulator.
+        acc: Val,
+    },
+}
+
+/// A list of statements.
+pub type Block = Vec<Stmt>;
+
+/// Statements.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Stmt {
+    /// Evaluates the value's operation here.
+    Let(Val),
+    /// Writes a variable.
+    Set(Var, Val),
+    /// Writes memory; the vector width is the value's.
+    Store {
+        /// To where.
+        mem: Mem,
+        /// In units of `elem` (`I32`).
+        index: Val,
+        /// What.
+        value: Val,
+        /// Element type.
+        elem: Elem,
+    },
+    /// Both branches may be empty.
+    If {
+        /// `Bool`.
+        cond: Val,
+        /// If true.
+        then: Block,
+        /// If false.
+        els: Block,
+    },
+    /// `for index in (start..end).step_by(step)`, all `I32`, step > 0.
+    For {
+        /// A value whose op is [`Op::LoopIndex`].
+        index: Val,
+        /// First.
+        start: Val,
+        /// Past the last.
+        end: Val,
+        /// Increment.
+        step: Val,
+        /// Ask the CUDA compiler to unroll fully.
+        unroll: bool,
+        /// Statements.
+        body: Block,
+    },
+    /// All threads of the block meet; shared and global writes before are visible after.
+    Barrier,
+    /// The lanes of each warp meet; shared writes before are visible to the warp after.
+    WarpSync,
+    /// Orders this thread's global writes before its later ones, for all blocks.
+    Fence,
+    /// Starts an asynchronous copy of `bytes` (4, 8 or 16) from global to shared memory. Indices in units of
+    /// `bytes`.
+    AsyncCopy {
+        /// Shared array.
+        dst: u32,
+        /// `I32`.
+        dst_index: Val,
+        /// Buffer parameter.
+        src: u32,
+        /// `I32`.
+        src_index: Val,
+        /// 4, 8 or 16.
+        bytes: u32,
+    },
+    /// Closes a group of this thread's asynchronous copies.
+    AsyncCommit,
+    /// Waits until at most `pending` of this thread's groups are unfinished.
+    AsyncWait {
+        /// Groups that may still be in flight.
+        pending: u32,
+    },
+    /// Waits until the kernels this one depends on have finished (programmatic dependent launch). Without the
+    /// feature, or below `sm_90`, nothing.
+    GridWait,
+    /// Lets dependent kernels start.
+    GridLaunch,
+    /// A remark carried into the text.
+    Comment(String),
+}
+
+/// A value's operation and type.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Value {
+    /// What it is.
+    pub op: Op,
+    /// Computed when made.
+    pub ty: Type,
+}
+
+/// A kernel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Kernel {
+    /// C identifier.
+    pub name: String,
+    /// One paragraph for the head of the text: what, for which shape and target.
+    pub doc: String,
+    /// Launch parameters in order.
+    pub params: Vec<Param>,
+    /// Shared arrays, laid out in order.
+    pub shared: Vec<Shared>,
+    /// Blocks of the grid: x, y.
+    pub grid: [u32; 2],
+    /// Threads of a block, a multiple of 32, at most 1024.
+    pub threads: u32,
+    /// Blocks that must fit on one SM at once (a bound on registers).
+    pub min_blocks: u32,
+    /// True if launched with programmatic stream serialization.
+    pub dependent_launch: bool,
+    /// All values.
+    pub values: Vec<Value>,
+    /// Types of the variables.
+    pub vars: Vec<Type>,
+    /// The program.
+    pub body: Block,
+}
+
+impl Kernel {
+    /// The value's definition.
+    pub fn value(&self, v: Val) -> &Value {
+        &self.values[v.0 as usize]
+    }
+
+    /// Bytes of shared memory.
+    pub fn shared_bytes(&self) -> u32 {
+        self.shared.iter().map(Shared::bytes).sum()
+    }
+}
+
+impl Type {
+    /// A predicate.
+    pub const BOOL: Type = Type { scalar: Scalar::Bool, lanes: 1 };
+    /// Signed 32-bit.
+    pub const I32: Type = Type { scalar: Scalar::I32, lanes: 1 };
+    /// Unsigned 32-bit.
+    pub const U32: Type = Type { scalar: Scalar::U32, lanes: 1 };
+    /// Signed 64-bit.
+    pub const I64: Type = Type { scalar: Scalar::I64, lanes: 1 };
+    /// Single precision.
+    pub const F32: Type = Type { scalar: Scalar::F32, lanes: 1 };
+    /// Four signed 32-bit: a tensor-core accumulator.
+    pub const I32X4: Type = Type { scalar: Scalar::I32, lanes: 4 };
+}

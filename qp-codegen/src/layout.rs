@@ -1,0 +1,163 @@
+//! Where each bit of a packed matrix lies.
+//!
+//! # From matrix to bits
+//!
+//! The rotated matrix is padded to whole **tiles** of `8·R × C` weights, where `R × C` is the code's block. A tile
+//! holds eight blocks; block `g` (0..8) belongs to lanes `4g..4g+4` of a warp, and its bit stream is cut into four
+//! equal, whole-word parts, one a lane. So one shuffle fetches the word that a window needs from the next lane.
+//!
+//! Within a block, weight `p` (0..T) of the stream belongs to lane `t = p / (T/4)` of the four, register
+//! `q = (p mod T/4) / 4`, byte `c = p mod 4`. Register `q` is operand `a = q mod 4` of tensor-core product
+//! `m = q / 4`, which covers rows `16·rt..` and columns `32·kt..` of the tile with `kt = m mod C/32`,
+//! `rt = m / (C/32)`. By the fragment layout of `mma.m16n8k32`:
+//!
+//! ```text
+//! row in tile    = 16·rt + 8·(a mod 2) + g
+//! column in tile = 32·kt + 16·(a div 2) + 4·t + c
+//! ```
+//!
+//! A lane's words of a tile (`NW`) are stored in chunks of 4, then 2, then 1 words; a chunk holds lane 0's words,
+//! then lane 1's, … so that each chunk is one coalesced vector load. Tiles are stored row-tile major:
+//! all column tiles of row tile 0, then of row tile 1, …
+
+use crate::spec::{Code, Quantizer, Shape};
+
+/// Lanes that share a block.
+pub const LANES_PER_BLOCK: u32 = 4;
+/// Blocks side by side in a tile.
+pub const BLOCKS_PER_TILE: u32 = 8;
+/// Activations are padded with zeros to a multiple of this many columns, whatever the code.
+pub const COLUMN_PAD: u32 = 256;
+
+/// Rows and columns of a tile: eight blocks, one below the other (interleaved).
+pub fn tile(block: Shape) -> Shape {
+    Shape { rows: block.rows * BLOCKS_PER_TILE, cols: block.cols }
+}
+
+/// Words of one lane in one tile.
+pub fn lane_words(code: &Code) -> u32 {
+    code.block_bits() / 32 / LANES_PER_BLOCK
+}
+
+/// Where weight `p` of block `g`'s stream lies in the tile: (row, column).
+pub fn position(block: Shape, g: u32, p: u32) -> (u32, u32) {
+    let lane = block.len() / LANES_PER_BLOCK;
+    let (t, i) = (p / lane, p % lane);
+    let (q, c) = (i / 4, i % 4);
+    let (m, a) = (q / 4, q % 4);
+    let (rt, kt) = (m / (block.cols / 32), m % (block.cols / 32));
+    (16 * rt + 8 * (a % 2) + g, 32 * kt + 16 * (a / 2) + 4 * t + c)
+}
+
+/// The chunks of a lane's words: (first word, width) with width 4, 2 or 1.
+pub fn chunks(lane_words: u32) -> Vec<(u32, u32)> {
+    let mut out = Vec::new();
+    let mut at = 0;
+    for width in [4, 2, 1] {
+        while lane_words - at >= width {
+            out.push((at, width));
+            at += width;
+        }
+    }
+    out
+}
+
+/// Word offset, within a tile, of word `w` of lane `lane` when lanes have `lane_words` words.
+pub fn word_in_tile(lane_words: u32, lane: u32, w: u32) -> u32 {
+    let (first, width) = chunks(lane_words).into_iter().rev().find(|c| c.0 <= w).expect("w < lane_words");
+    first * 32 + lane * width + (w - first)
+}
+
+/// The packed form of one matrix.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Packed {
+    /// Rows × columns of the matrix itself.
+    pub shape: Shape,
+    /// Rows × columns of a tile.
+    pub tile: Shape,
+    /// Words of a lane in a tile of code `i` of the mix.
+    pub lane_words: Vec<u32>,
+}
+
+impl Packed {
+    /// The layout of a `shape` matrix under `q`. Rows and columns are padded to whole tiles.
+    pub fn new(q: &Quantizer, shape: Shape) -> Self {
+        Packed { shape, tile: tile(q.block()), lane_words: q.codes.iter().map(lane_words).collect() }
+    }
+
+    /// Tiles from top to bottom.
+    pub fn row_tiles(&self) -> u32 {
+        self.shape.rows.div_ceil(self.tile.rows)
+    }
+
+    /// Tiles from left to right.
+    pub fn col_tiles(&self) -> u32 {
+        self.shape.cols.div_ceil(self.tile.cols)
+    }
+
+    /// Columns after padding.
+    pub fn padded_cols(&self) -> u32 {
+        self.col_tiles() * self.tile.cols
+    }
+
+    /// Rows after padding.
+    pub fn padded_rows(&self) -> u32 {
+        self.row_tiles() * self.tile.rows
+    }
+
+    /// Which code of the mix column tile `ct` uses.
+    pub fn code_of(&self, ct: u32) -> usize {
+        ct as usize % self.lane_words.len()
+    }
+
+    /// First word of column tile `ct` within its row tile.
+    pub fn col_offset(&self, ct: u32) -> usize {
+        let n = self.lane_words.len() as u32;
+        let period: u32 = self.lane_words.iter().sum();
+        (ct / n * period + self.lane_words[..(ct % n) as usize].iter().sum::<u32>()) as usize * 32
+    }
+
+    /// Words of a row tile.
+    pub fn row_stride(&self) -> usize {
+        self.col_offset(self.col_tiles())
+    }
+
+    /// Words of the packed matrix.
+    pub fn words(&self) -> usize {
+        self.row_stride() * self.row_tiles() as usize
+    }
+
+    /// Copies the stream of block `g` of tile (`rt`, `ct`) out of `packed` into `stream`.
+    pub fn read_block(&self, packed: &[u32], rt: u32, ct: u32, g: u32, stream: &mut Vec<u32>) {
+        stream.clear();
+        let nw = self.lane_words[self.code_of(ct)];
+        let base = rt as usize * self.row_stride() + self.col_offset(ct);
+        for t in 0..LANES_PER_BLOCK {
+            stream.extend((0..nw).map(|w| packed[base + word_in_tile(nw, 4 * g + t, w) as usize]));
+        }
+    }
+
+    /// Copies `stream` into the place of block `g` of tile (`ct` within its row tile). `row_tile` is the words of
+    /// that row tile alone, so row tiles can be written in parallel.
+    pub fn write_block(&self, row_tile: &mut [u32], ct: u32, g: u32, stream: &[u32]) {
+        let nw = self.lane_words[self.code_of(ct)];
+        let base = self.col_offset(ct);
+        for (i, &word) in stream.iter().enumerate() {
+            let (t, w) = (i as u32 / nw, i as u32 % nw);
+            row_tile[base + word_in_tile(nw, 4 * g + t, w) as usize] = word;
+        }
+    }
+}
+
+/// The random signs of a rotation: entry `i` is true if column `i` is negated.
+///
+/// Bit `i mod 64` of SplitMix64's output number `i / 64` from `seed`.
+pub fn signs(seed: u64, columns: u32) -> Vec<bool> {
+    let word = |j: u64| {
+        let mut z = seed.wrapping_add((j + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    };
+    (0..u64::from(columns)).map(|i| word(i / 64) >> (i % 64) & 1 == 1).collect()
+}

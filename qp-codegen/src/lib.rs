@@ -1,0 +1,14 @@
+//! A language for quantizers and the compiler that turns each into a specialised CUDA kernel.
+//!
+//! The way through, one stage a module:
+//!
+//! 1. [`syntax`]: `.qspec` text → tokens → tree, with diagnostics; the formatter.
+//! 2. [`spec`]: tree → [`spec::Quantizer`], every constant evaluated; canonical text and hash.
+//! 3. [`layout`]: where each bit of a packed matrix lies.
+//! 4. [`kernels`]: quantizer + operation + shape + target → kernel IR. One file an operation.
+//! 5. [`ir`]: the IR, its validator, text form and CPU interpreter.
+//! 6. [`cuda`]: targets and the printer to CUDA source.
+
+pub mod ir;
+pub mod layout;
+pub mod spec;

@@ -1,0 +1,187 @@
+//! The decode expression of a code: from the window's bits to V small integers.
+//!
+//! A [`Decode`] is a list of nodes in evaluation order; a node refers only to earlier nodes. Each node has a
+//! [`Type`]: a **word** (`u32`, wrapping arithmetic), a **bit**, or a **vector** of V entries (packed, entry 0 in
+//! the lowest bits). Shifts by 32 or more give 0. The last node, [`Decode::result`], is a vector.
+//!
+//! The CPU decoder ([`Decode::eval`]), the lowering to kernel IR (`kernels::decode`) and the formatter are its
+//! readers; each matches every node without a wildcard.
+
+use super::{Table, Value};
+
+/// Index of a node in its [`Decode`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Node(pub u32);
+
+/// Type of a node's value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Type {
+    /// Unsigned 32-bit, wrapping.
+    Word,
+    /// One bit of a word.
+    Bit,
+    /// V packed entries.
+    Vector,
+}
+
+/// Binary operations on words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum WordOp {
+    /// Wrapping sum.
+    Add,
+    /// Wrapping difference.
+    Sub,
+    /// Wrapping product.
+    Mul,
+    /// Bitwise and.
+    And,
+    /// Bitwise or.
+    Or,
+    /// Bitwise exclusive or.
+    Xor,
+    /// Shift left; 0 if by 32 or more.
+    Shl,
+    /// Logical shift right; 0 if by 32 or more.
+    Shr,
+}
+
+/// Element-wise operations on vectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum VectorOp {
+    /// Bitwise exclusive or; with [`Op::Signs`] a conditional one's complement (`-x - 1`).
+    Xor,
+    /// Wrapping sum of each entry.
+    Add,
+}
+
+/// What a node computes.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Op {
+    /// The window: L bits, zero-extended. Word.
+    Window,
+    /// A constant. Word.
+    Const(u32),
+    /// Bitwise complement of a word. Word.
+    Not(Node),
+    /// `a op b`. Word.
+    Binary(WordOp, Node, Node),
+    /// Byte `index` (0..4) of a word, zero-extended. Word.
+    Byte(Node, u32),
+    /// Sum of the four bytes of a word (unsigned). Word.
+    ByteSum(Node),
+    /// Bit `index` (0..32) of a word. Bit.
+    Bit(Node, u32),
+    /// Entry `index` of a table; the index is taken modulo the table's entries. Vector.
+    Lookup {
+        /// Index into the code's tables.
+        table: u32,
+        /// Word.
+        index: Node,
+    },
+    /// V bits → a vector with all bits of an entry set where its bit is set. Vector.
+    Signs(Vec<Node>),
+    /// V words → a vector of their low 8 or 16 bits. Vector.
+    Pack(Vec<Node>),
+    /// Element-wise. Vector.
+    Vector(VectorOp, Node, Node),
+}
+
+impl Op {
+    /// The type of the node.
+    pub fn ty(&self) -> Type {
+        match self {
+            Op::Window | Op::Const(_) | Op::Not(_) | Op::Binary(..) | Op::Byte(..) | Op::ByteSum(_) => Type::Word,
+            Op::Bit(..) => Type::Bit,
+            Op::Lookup { .. } | Op::Signs(_) | Op::Pack(_) | Op::Vector(..) => Type::Vector,
+        }
+    }
+}
+
+/// A decode expression.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Decode {
+    /// Nodes, each after those it uses. The last is the result.
+    pub nodes: Vec<Op>,
+}
+
+impl Decode {
+    /// Appends a node, reusing an equal earlier one.
+    pub fn push(&mut self, op: Op) -> Node {
+        if let Some(i) = self.nodes.iter().position(|o| *o == op) {
+            return Node(i as u32);
+        }
+        self.nodes.push(op);
+        Node(self.nodes.len() as u32 - 1)
+    }
+
+    /// The operation of `n`.
+    pub fn op(&self, n: Node) -> &Op {
+        &self.nodes[n.0 as usize]
+    }
+
+    /// The result: a vector.
+    pub fn result(&self) -> Node {
+        Node(self.nodes.len() as u32 - 1)
+    }
+
+    /// Evaluates the expression for one window, writing V entries to `out`.
+    ///
+    /// The reference of every other decoder. `tables` must be filled.
+    pub fn eval(&self, window: u32, value: Value, vector: u32, tables: &[Table], out: &mut [i16]) {
+        let bits = value.bytes() * 8;
+        let lane = if bits == 8 { 0xffu64 } else { 0xffff };
+        let sext = |x: u64| if bits == 8 { i16::from(x as u8 as i8) } else { x as u16 as i16 };
+        let v = vector as usize;
+        // Vectors are at most four 16-bit entries: 64 bits.
+        let mut vals: Vec<u64> = Vec::with_capacity(self.nodes.len());
+        for op in &self.nodes {
+            let word = |n: &Node| vals[n.0 as usize] as u32;
+            let x = match op {
+                Op::Window => u64::from(window),
+                Op::Const(c) => u64::from(*c),
+                Op::Not(a) => u64::from(!word(a)),
+                Op::Binary(op, a, b) => u64::from(op.apply(word(a), word(b))),
+                Op::Byte(a, i) => u64::from(word(a) >> (8 * i) & 0xff),
+                Op::ByteSum(a) => word(a).to_le_bytes().iter().map(|&b| u64::from(b)).sum(),
+                Op::Bit(a, i) => u64::from(word(a) >> i & 1),
+                Op::Lookup { table, index } => {
+                    let t = &tables[*table as usize];
+                    let e = (word(index) % t.entries) as usize;
+                    pack(t.values[e * v..(e + 1) * v].iter().map(|&x| x as u16 as u64 & lane), bits)
+                }
+                Op::Signs(b) => pack(b.iter().map(|n| if vals[n.0 as usize] != 0 { lane } else { 0 }), bits),
+                Op::Pack(w) => pack(w.iter().map(|n| vals[n.0 as usize] & lane), bits),
+                Op::Vector(VectorOp::Xor, a, b) => vals[a.0 as usize] ^ vals[b.0 as usize],
+                Op::Vector(VectorOp::Add, a, b) => {
+                    let (a, b) = (vals[a.0 as usize], vals[b.0 as usize]);
+                    pack((0..v as u32).map(|i| ((a >> (i * bits)) + (b >> (i * bits))) & lane), bits)
+                }
+            };
+            vals.push(x);
+        }
+        let r = vals[vals.len() - 1];
+        for (i, o) in out.iter_mut().enumerate().take(v) {
+            *o = sext(r >> (i as u32 * bits) & lane);
+        }
+    }
+}
+
+impl WordOp {
+    /// The operation on two words.
+    pub fn apply(self, a: u32, b: u32) -> u32 {
+        match self {
+            WordOp::Add => a.wrapping_add(b),
+            WordOp::Sub => a.wrapping_sub(b),
+            WordOp::Mul => a.wrapping_mul(b),
+            WordOp::And => a & b,
+            WordOp::Or => a | b,
+            WordOp::Xor => a ^ b,
+            WordOp::Shl => a.checked_shl(b).unwrap_or(0),
+            WordOp::Shr => a.checked_shr(b).unwrap_or(0),
+        }
+    }
+}
+
+fn pack(lanes: impl Iterator<Item = u64>, bits: u32) -> u64 {
+    lanes.enumerate().fold(0, |acc, (i, x)| acc | x << (i as u32 * bits))
+}

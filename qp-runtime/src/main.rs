@@ -1,0 +1,2 @@
+//! The `qp` command.
+fn main() {}

@@ -1,1 +1,3 @@
-//! r
+//! Quantize a language model with `.qspec` quantizers and run it on CPU or GPU.
+
+pub mod cli;

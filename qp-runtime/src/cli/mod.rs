@@ -1,0 +1,32 @@
+//! The `qp` command line: one file a command.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Quantize a language model and run it.
+#[derive(Parser)]
+#[command(name = "qp", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {}
+
+/// An error of a command, as the user sees it.
+pub type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// Runs the command line; exit code 0, or 1 after a printed error (2 is clap's, for bad usage).
+pub fn main() -> ExitCode {
+    let result: Result<(), Error> = match Cli::parse().command {};
+    #[expect(unreachable_code, reason = "until the first command stands")]
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -11,4 +11,5 @@
 
 pub mod ir;
 pub mod layout;
+pub mod reference;
 pub mod spec;

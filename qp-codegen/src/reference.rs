@@ -1,0 +1,265 @@
+//! What a quantized linear layer computes, operation by operation: the arithmetic that the CPU engine, the
+//! interpreted kernels and the GPU share bit for bit.
+//!
+//! For a token's input `x` (`columns` values) and a layer with quantizer `q`:
+//!
+//! 1. [`rotate`]: signs and Hadamard transform, in `f32`, in a fixed order of operations.
+//! 2. [`quantize_activations`]: to 15-bit integers with one scale.
+//! 3. An exact integer product with the decoded entries, padding being zero.
+//! 4. [`scale_output`]: one conversion and two products in `f32`.
+
+use crate::layout;
+use crate::spec::{Code, Rotation};
+
+/// Largest magnitude of a quantized activation: `127·128`, so that it splits into two signed bytes.
+pub const ACTIVATION_MAX: f32 = 16256.0;
+
+/// An orthonormal Hadamard transform of any even length.
+///
+/// `columns = blocks · m · 2^log2` where an `m × m` Hadamard matrix (Paley's constructions over a prime field) takes up
+/// the odd part. If no such `m` exists, `blocks > 1` separate power-of-two transforms run side by side.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hadamard {
+    /// Length of the transform.
+    pub columns: u32,
+    /// Independent transforms side by side; 1 unless the odd part has no known matrix.
+    pub blocks: u32,
+    /// log2 of the butterfly part.
+    pub log2: u32,
+    /// The `m × m` matrix, row-major, true for −1. Just `[false]` for powers of two.
+    pub base: Vec<bool>,
+    /// Order of `base`.
+    pub m: u32,
+}
+
+impl Hadamard {
+    /// The transform of `columns` > 0 values.
+    pub fn new(columns: u32) -> Self {
+        let odd = columns >> columns.trailing_zeros();
+        let two = columns.trailing_zeros();
+        if odd == 1 {
+            return Hadamard { columns, blocks: 1, log2: two, base: vec![false], m: 1 };
+        }
+        // Orders are multiples of 4; beyond 512 the dense part would cost more than it mixes.
+        for e in 2..=two {
+            let m = odd << e;
+            if m > 512 {
+                break;
+            }
+            if let Some(base) = paley(m) {
+                return Hadamard { columns, blocks: 1, log2: two - e, base, m };
+            }
+        }
+        Hadamard { columns, blocks: odd, log2: two, base: vec![false], m: 1 }
+    }
+
+    /// `1 / √(columns / blocks)`, which makes the transform orthonormal.
+    pub fn norm(&self) -> f32 {
+        (1.0 / f64::from(self.columns / self.blocks).sqrt()) as f32
+    }
+
+    /// `x ← H·x / √n`: butterflies of stride 1, 2, 4, …, then the dense part in order of its columns, then the norm.
+    pub fn apply(&self, x: &mut [f32]) {
+        assert_eq!(x.len(), self.columns as usize, "length of the transform");
+        let two = 1usize << self.log2;
+        for group in x.chunks_exact_mut(two) {
+            let mut stride = 1;
+            while stride < two {
+                for pair in group.chunks_exact_mut(2 * stride) {
+                    let (lo, hi) = pair.split_at_mut(stride);
+                    for (u, v) in lo.iter_mut().zip(hi) {
+                        (*u, *v) = (*u + *v, *u - *v);
+                    }
+                }
+                stride *= 2;
+            }
+        }
+        let m = self.m as usize;
+        if m > 1 {
+            let mut out = vec![0f32; two];
+            let input = x.to_vec();
+            for (row, dst) in self.base.chunks_exact(m).zip(x.chunks_exact_mut(two)) {
+                for (j, (&neg, src)) in row.iter().zip(input.chunks_exact(two)).enumerate() {
+                    for (o, &s) in out.iter_mut().zip(src) {
+                        let s = if neg { -s } else { s };
+                        *o = if j == 0 { s } else { *o + s };
+                    }
+                }
+                dst.copy_from_slice(&out);
+            }
+        }
+        let norm = self.norm();
+        x.iter_mut().for_each(|v| *v *= norm);
+    }
+}
+
+/// An `m × m` Hadamard matrix by Paley's first or second construction over a prime field, true for −1.
+fn paley(m: u32) -> Option<Vec<bool>> {
+    let prime = |q: u32| q > 2 && (2..).take_while(|d| d * d <= q).all(|d| !q.is_multiple_of(d));
+    // Quadratic character: 0, 1 or −1.
+    let chi = |q: u32, a: u32| {
+        if a == 0 {
+            0
+        } else if (1..q).any(|b| b * b % q == a) {
+            1
+        } else {
+            -1
+        }
+    };
+    let size = m as usize;
+    let mut h = vec![0i32; size * size];
+    if prime(m - 1) && (m - 1) % 4 == 3 {
+        let q = m - 1;
+        let row: Vec<i32> = (0..q).map(|a| chi(q, a)).collect();
+        for i in 0..m {
+            for j in 0..m {
+                let s = match (i, j) {
+                    (0, 0) => 0,
+                    (0, _) => 1,
+                    (_, 0) => -1,
+                    _ => row[((i + q - j) % q) as usize],
+                };
+                h[(i * m + j) as usize] = s + i32::from(i == j);
+            }
+        }
+    } else if m % 4 == 0 && prime(m / 2 - 1) && (m / 2 - 1) % 4 == 1 {
+        let q = m / 2 - 1;
+        let row: Vec<i32> = (0..q).map(|a| chi(q, a)).collect();
+        for i in 0..q + 1 {
+            for j in 0..q + 1 {
+                let s = match (i, j) {
+                    (0, 0) => 0,
+                    (0, _) | (_, 0) => 1,
+                    _ => row[((i + q - j) % q) as usize],
+                };
+                let d = i32::from(i == j);
+                let cell = [[s + d, s - d], [s - d, -s - d]];
+                for (a, r) in cell.iter().enumerate() {
+                    for (b, &v) in r.iter().enumerate() {
+                        h[(2 * i as usize + a) * size + 2 * j as usize + b] = v;
+                    }
+                }
+            }
+        }
+    } else {
+        return None;
+    }
+    Some(h.into_iter().map(|v| v < 0).collect())
+}
+
+/// Applies `rotation` to one row of weights or one token's activations, in place.
+pub fn rotate(rotation: Rotation, x: &mut [f32]) {
+    match rotation {
+        Rotation::None => (),
+        Rotation::Hadamard { seed } => {
+            let n = u32::try_from(x.len()).expect("columns fit u32");
+            for (v, neg) in x.iter_mut().zip(layout::signs(seed, n)) {
+                if neg {
+                    *v = -*v;
+                }
+            }
+            Hadamard::new(n).apply(x);
+        }
+    }
+}
+
+/// One token's activations as integers: `x ≈ q · scale`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Activations {
+    /// `columns` integers of magnitude at most 16256.
+    pub q: Vec<i16>,
+    /// Largest magnitude of `x`, over 16256.
+    pub scale: f32,
+    /// Sum of `q`.
+    pub sum: i64,
+}
+
+/// Rounds one token's (rotated) activations to 15-bit integers.
+pub fn quantize_activations(x: &[f32]) -> Activations {
+    let amax = x.iter().fold(0f32, |m, v| m.max(v.abs()));
+    let inverse = if amax > 0.0 { ACTIVATION_MAX / amax } else { 0.0 };
+    let q: Vec<i16> = x.iter().map(|v| (v * inverse).round_ties_even() as i16).collect();
+    let sum = q.iter().map(|&v| i64::from(v)).sum();
+    Activations { q, scale: amax / ACTIVATION_MAX, sum }
+}
+
+/// Splits an activation into signed bytes: `q = 128·high + low`, `low` in −64..64.
+pub fn split_activation(q: i16) -> (i8, i8) {
+    let high = (q + 64) >> 7;
+    (high as i8, (q - (high << 7)) as i8)
+}
+
+/// The factor of a token that [`scale_output`] takes: activation scale × grid unit (halved for half offsets).
+pub fn output_factor(code: &Code, activation_scale: f32) -> f32 {
+    activation_scale * if code.half_offset { code.unit * 0.5 } else { code.unit }
+}
+
+/// An output: `acc = Σ entry·q` and the activations' sum, scaled by the row's scale and [`output_factor`].
+pub fn scale_output(code: &Code, acc: i64, sum: i64, row_scale: f32, factor: f32) -> f32 {
+    let acc = if code.half_offset { 2 * acc + sum } else { acc };
+    acc as f32 * row_scale * factor
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hadamard_is_orthonormal_and_mixes() {
+        for (n, m, blocks) in [(2, 1, 1), (256, 1, 1), (768, 12, 1), (576, 36, 1), (1536, 12, 1), (3584, 28, 1), (18944, 148, 1), (160, 20, 1), (344, 1, 43), (6, 1, 3)] {
+            let h = Hadamard::new(n);
+            assert_eq!((h.m, h.blocks), (m, blocks), "order of {n}");
+            let dense = |j: u32| {
+                let mut x = vec![0f32; n as usize];
+                x[j as usize] = 1.0;
+                h.apply(&mut x);
+                x
+            };
+            let a = dense(0);
+            for j in [0, 1, n / 3, n - 1] {
+                let b = dense(j);
+                let dot: f64 = a.iter().zip(&b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
+                let expect = if j == 0 { 1.0 } else { 0.0 };
+                assert!((dot - expect).abs() < 1e-5, "{n} column {j}: {dot}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_pair_of_rows_of_a_paley_matrix_is_orthogonal() {
+        for m in [4, 12, 20, 28, 36, 44, 60, 76, 108, 140, 148] {
+            let h = paley(m).unwrap_or_else(|| panic!("order {m}"));
+            let row = |i: usize| &h[i * m as usize..(i + 1) * m as usize];
+            for i in 0..m as usize {
+                for j in 0..i {
+                    let equal = row(i).iter().zip(row(j)).filter(|(a, b)| a == b).count();
+                    assert_eq!(equal * 2, m as usize, "order {m}, rows {i} {j}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rotation_keeps_products() {
+        let mut a: Vec<f32> = (0..768).map(|i| (i as f32 * 0.37).sin()).collect();
+        let mut b: Vec<f32> = (0..768).map(|i| (i as f32 * 0.11).cos()).collect();
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
+        let before = dot(&a, &b);
+        let r = Rotation::Hadamard { seed: 7 };
+        rotate(r, &mut a);
+        rotate(r, &mut b);
+        assert!((dot(&a, &b) - before).abs() < 1e-3, "{} {before}", dot(&a, &b));
+    }
+
+    #[test]
+    fn activations_split_into_bytes() {
+        for q in -16256..=16256i16 {
+            let (h, l) = split_activation(q);
+            assert_eq!(i32::from(q), i32::from(h) * 128 + i32::from(l));
+            assert!((-64..64).contains(&l));
+        }
+        let a = quantize_activations(&[0.0, -2.0, 1.0]);
+        assert_eq!((a.q, a.sum), (vec![0, -16256, 8128], -8128));
+        assert_eq!(quantize_activations(&[0.0; 4]).scale, 0.0);
+    }
+}

@@ -11,5 +11,7 @@
 
 pub mod ir;
 pub mod layout;
+pub mod palette;
 pub mod reference;
 pub mod spec;
+pub mod syntax;

@@ -21,7 +21,16 @@
 //! All arithmetic up to the final scaling is on integers, so every decoder (this crate's, the interpreter's,
 //! the GPU's) yields the same bytes.
 
+mod canonical;
 pub mod expr;
+mod fusion;
+mod load;
+pub mod table_file;
+
+pub use fusion::{Epilogue, Fusion, Launch, Matrix, Prologue};
+pub use load::{Library, load_file, load_str, resolve};
+
+use std::path::PathBuf;
 
 use expr::Decode;
 
@@ -94,8 +103,38 @@ pub enum Rotation {
     },
 }
 
+/// How a table is trained: Lloyd's iteration on the trellis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Training {
+    /// Seed of the Gaussian samples.
+    pub seed: u64,
+    /// Rounds of encoding and averaging.
+    pub rounds: u32,
+    /// Samples (weights) encoded a round.
+    pub samples: u64,
+}
+
+/// Where a table's values come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum TableSource {
+    /// Written in the spec.
+    #[default]
+    Inline,
+    /// Read from a file, made by other means.
+    File(PathBuf),
+    /// Read from a file that `qp train-codebook` writes.
+    Trained {
+        /// The file, in the folder of the spec unless that named an absolute path.
+        file: PathBuf,
+        /// How to train.
+        training: Training,
+    },
+}
+
 /// A codebook table: `entries × vector` integers.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+///
+/// Two tables are equal if their names and values are: where the values came from does not matter.
+#[derive(Clone, Debug)]
 pub struct Table {
     /// Name used in the decode expression.
     pub name: String,
@@ -103,7 +142,17 @@ pub struct Table {
     pub entries: u32,
     /// `entries × vector` values, entry-major. Empty while untrained (only `qp train-codebook` sees that).
     pub values: Vec<i16>,
+    /// Where the values come from.
+    pub source: TableSource,
 }
+
+impl PartialEq for Table {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.name, self.entries, &self.values) == (&other.name, other.entries, &other.values)
+    }
+}
+
+impl Eq for Table {}
 
 /// One trellis code: how a block of weights becomes bits and back.
 #[derive(Clone, Debug, PartialEq)]
@@ -225,5 +274,21 @@ impl Quantizer {
     /// Whether entries sit on half-integers; common to all codes.
     pub fn half_offset(&self) -> bool {
         self.codes[0].half_offset
+    }
+
+    /// True if every table has its values.
+    pub fn is_trained(&self) -> bool {
+        self.codes.iter().flat_map(|c| &c.tables).all(|t| !t.values.is_empty())
+    }
+
+    /// The quantizer as a self-contained `.qspec` text with everything evaluated and tables inlined. Parses back to
+    /// an equal quantizer.
+    pub fn canonical(&self) -> String {
+        canonical::text(self)
+    }
+
+    /// SHA-256, in hexadecimal, of the canonical text without the name.
+    pub fn hash(&self) -> String {
+        canonical::hash(self)
     }
 }

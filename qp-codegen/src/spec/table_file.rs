@@ -1,0 +1,119 @@
+//! Table files: text, comment lines that begin with `#`, then one entry a line of V integers.
+//!
+//! ```text
+//! # tcq_2 t
+//! # trained seed = 1, rounds = 8, samples = 1048576
+//! # mean squared error 0.0701
+//! -12 30
+//! 5 -7
+//! ```
+
+use std::fmt::Write;
+
+use super::{Table, TableSource, Value};
+
+/// What is wrong with a table file.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// A line has not V integers.
+    #[error("line {line}: expected {vector} integers, found `{text}`")]
+    Line {
+        /// Line, from 1.
+        line: usize,
+        /// V.
+        vector: u32,
+        /// The line.
+        text: String,
+    },
+    /// A value outside the entry type.
+    #[error("line {line}: {value} is outside {min}..={max}")]
+    Range {
+        /// Line, from 1.
+        line: usize,
+        /// The value.
+        value: i32,
+        /// Smallest.
+        min: i32,
+        /// Largest.
+        max: i32,
+    },
+    /// A wrong number of entries.
+    #[error("expected {expected} entries, found {found}")]
+    Entries {
+        /// By the spec.
+        expected: u32,
+        /// In the file.
+        found: usize,
+    },
+}
+
+/// Reads `entries × vector` values of type `value`, entry-major.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn read(text: &str, entries: u32, vector: u32, value: Value) -> Result<Vec<i16>, Error> {
+    let (min, max) = value.range();
+    let mut out = Vec::new();
+    let mut found = 0;
+    for (i, line) in text.lines().enumerate() {
+        let content = line.split('#').next().unwrap_or("").trim();
+        if content.is_empty() {
+            continue;
+        }
+        found += 1;
+        let bad = || Error::Line { line: i + 1, vector, text: content.chars().take(40).collect() };
+        let before = out.len();
+        for word in content.split_whitespace() {
+            let v: i32 = word.parse().map_err(|_| bad())?;
+            if v < min || v > max {
+                return Err(Error::Range { line: i + 1, value: v, min, max });
+            }
+            out.push(v as i16);
+        }
+        if out.len() - before != vector as usize {
+            return Err(bad());
+        }
+    }
+    if found != entries as usize {
+        return Err(Error::Entries { expected: entries, found });
+    }
+    Ok(out)
+}
+
+/// The text of a table file for `table` of the quantizer `quantizer`; `notes` become further comment lines.
+pub fn write(quantizer: &str, table: &Table, vector: u32, notes: &[String]) -> String {
+    let mut out = format!("# {quantizer} {}\n", table.name);
+    if let TableSource::Trained { training: t, .. } = &table.source {
+        let _ = writeln!(out, "# trained seed = {}, rounds = {}, samples = {}", t.seed, t.rounds, t.samples);
+    }
+    for note in notes {
+        let _ = writeln!(out, "# {}", note.replace('\n', " "));
+    }
+    for entry in table.values.chunks_exact(vector as usize) {
+        let words: Vec<String> = entry.iter().map(i16::to_string).collect();
+        let _ = writeln!(out, "{}", words.join(" "));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read() {
+        let table =
+            Table { name: "t".into(), entries: 2, values: vec![-128, 127, 0, 5], source: TableSource::Inline };
+        let text = write("q", &table, 2, &["mean squared error 0.1".into()]);
+        assert_eq!(text, "# q t\n# mean squared error 0.1\n-128 127\n0 5\n");
+        assert_eq!(read(&text, 2, 2, Value::I8), Ok(table.values));
+    }
+
+    #[test]
+    fn bad_files_are_refused_with_the_line() {
+        assert_eq!(read("1 2\n3\n", 2, 2, Value::I8).unwrap_err().to_string(), "line 2: expected 2 integers, found `3`");
+        assert_eq!(read("# x\n200\n", 1, 1, Value::I8).unwrap_err().to_string(), "line 2: 200 is outside -128..=127");
+        assert_eq!(read("1\n", 2, 1, Value::I16).unwrap_err().to_string(), "expected 2 entries, found 1");
+        assert_eq!(read("x\n", 1, 1, Value::I16).unwrap_err().to_string(), "line 1: expected 1 integers, found `x`");
+    }
+}

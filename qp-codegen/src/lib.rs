@@ -9,6 +9,7 @@
 //! 5. [`ir`]: the IR, its validator, text form and CPU interpreter.
 //! 6. [`cuda`]: targets and the printer to CUDA source.
 
+pub mod cuda;
 pub mod ir;
 pub mod layout;
 pub mod palette;

@@ -148,7 +148,7 @@ impl Builder {
 
     fn define(&self, op: Op, ty: Type) -> V<'_> {
         let values = &mut self.kernel.borrow_mut().values;
-        values.push(Value { op, ty });
+        values.push(Value { op, ty, name: None });
         V { b: self, val: Val(values.len() as u32 - 1) }
     }
 
@@ -204,22 +204,29 @@ impl Builder {
     pub fn var(&self, init: V<'_>) -> Var {
         let var = {
             let vars = &mut self.kernel.borrow_mut().vars;
-            vars.push(init.ty());
+            vars.push(Variable { ty: init.ty(), name: None });
             Var(vars.len() as u32 - 1)
         };
         self.set(var, init);
         var
     }
 
+    /// Declares a variable that the text calls `name`, and sets it.
+    pub fn named_var(&self, name: &str, init: V<'_>) -> Var {
+        let var = self.var(init);
+        self.kernel.borrow_mut().vars[var.0 as usize].name = Some(name.into());
+        var
+    }
+
     /// The variable's present value.
     pub fn get(&self, var: Var) -> V<'_> {
-        let ty = self.kernel.borrow().vars[var.0 as usize];
+        let ty = self.kernel.borrow().var(var).ty;
         self.emit(Op::Get(var), ty)
     }
 
     /// Writes a variable.
     pub fn set(&self, var: Var, v: V<'_>) {
-        assert_eq!(self.kernel.borrow().vars[var.0 as usize], v.ty(), "type of the variable");
+        assert_eq!(self.kernel.borrow().var(var).ty, v.ty(), "type of the variable");
         self.push(Stmt::Set(var, v.val));
     }
 
@@ -337,6 +344,12 @@ impl<'b> V<'b> {
     /// Its type.
     pub fn ty(self) -> Type {
         self.b.kernel.borrow().values[self.val.0 as usize].ty
+    }
+
+    /// The same value; the text calls it `name`, with a number where that is taken.
+    pub fn named(self, name: &str) -> V<'b> {
+        self.b.kernel.borrow_mut().values[self.val.0 as usize].name = Some(name.into());
+        self
     }
 
     /// Its constant, if it is a literal.

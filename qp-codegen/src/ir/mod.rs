@@ -29,7 +29,11 @@
 //! (an index out of bounds, an overflow, a race), with the place.
 
 mod build;
+pub mod interpret;
+mod text;
+
 pub use build::{Builder, V};
+pub use text::statement;
 
 /// Index of a value in [`Kernel::values`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -458,6 +462,17 @@ pub struct Value {
     pub op: Op,
     /// Computed when made.
     pub ty: Type,
+    /// What the text may call it; no meaning.
+    pub name: Option<String>,
+}
+
+/// A variable's type.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Variable {
+    /// Never changes.
+    pub ty: Type,
+    /// What the text may call it; no meaning.
+    pub name: Option<String>,
 }
 
 /// A kernel.
@@ -481,8 +496,8 @@ pub struct Kernel {
     pub dependent_launch: bool,
     /// All values.
     pub values: Vec<Value>,
-    /// Types of the variables.
-    pub vars: Vec<Type>,
+    /// All variables.
+    pub vars: Vec<Variable>,
     /// The program.
     pub body: Block,
 }
@@ -491,6 +506,30 @@ impl Kernel {
     /// The value's definition.
     pub fn value(&self, v: Val) -> &Value {
         &self.values[v.0 as usize]
+    }
+
+    /// The variable's declaration.
+    pub fn var(&self, v: Var) -> &Variable {
+        &self.vars[v.0 as usize]
+    }
+
+    /// Byte offset of shared array `i` in the block's shared memory.
+    pub fn shared_offset(&self, i: u32) -> u32 {
+        self.shared[..i as usize].iter().map(Shared::bytes).sum()
+    }
+
+    /// Name and natural element type of a memory.
+    ///
+    /// # Panics
+    /// If `mem` names a scalar parameter: the validator refuses that.
+    pub fn mem(&self, mem: Mem) -> (&str, Elem) {
+        match mem {
+            Mem::Shared(i) => (&self.shared[i as usize].name, self.shared[i as usize].elem),
+            Mem::Global(i) => match &self.params[i as usize] {
+                Param { name, kind: ParamKind::Buffer { elem, .. } } => (name, *elem),
+                Param { name, kind: ParamKind::Scalar(_) } => panic!("`{name}` is no buffer"),
+            },
+        }
     }
 
     /// Bytes of shared memory.

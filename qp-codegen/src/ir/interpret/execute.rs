@@ -1,0 +1,791 @@
+//! Runs programs: each operation in one loop over the threads of a block.
+//!
+//! Arithmetic is computed for inactive threads too, within the range that holds the active ones; only what they would
+//! trap on is masked. Memory, variables and everything between lanes touch active threads alone.
+
+use std::mem::take;
+
+use super::memory::{Buffer, Place, SharedMemory};
+use super::program::{Code, Instr, Program, Reg};
+use super::{Arg, Fault, Options, Report, float};
+use crate::ir::*;
+
+/// Which threads are active.
+#[derive(Clone)]
+struct Mask {
+    /// All ones or zero for each thread.
+    on: Vec<u32>,
+    /// The range that holds the active threads.
+    lo: usize,
+    hi: usize,
+    count: u32,
+}
+
+impl Mask {
+    fn of(on: Vec<u32>) -> Option<Mask> {
+        let lo = on.iter().position(|m| *m != 0)?;
+        let hi = on.iter().rposition(|m| *m != 0)? + 1;
+        let count = on[lo..hi].iter().map(|m| m & 1).sum();
+        Some(Mask { on, lo, hi, count })
+    }
+
+    fn active(&self) -> impl Iterator<Item = usize> + '_ {
+        (self.lo..self.hi).filter(|t| self.on[*t] != 0)
+    }
+
+    /// The active warps.
+    ///
+    /// # Errors
+    /// The first warp that is active in part.
+    fn warps(&self) -> Result<impl Iterator<Item = usize> + '_, Stop> {
+        for warp in self.lo / 32..self.hi.div_ceil(32) {
+            let lanes = &self.on[warp * 32..warp * 32 + 32];
+            let active: u32 = lanes.iter().map(|m| m & 1).sum();
+            if active != 0 && active != 32 {
+                let first = lanes.iter().position(|m| *m != 0).unwrap_or(0);
+                return Err(Stop::at(warp * 32 + first, Fault::Divergent { active, all: 32 }));
+            }
+        }
+        Ok((self.lo / 32..self.hi.div_ceil(32)).filter(|w| self.on[w * 32] != 0))
+    }
+}
+
+/// A trap without the kernel's names.
+pub(super) struct Stop {
+    pub thread: u32,
+    pub fault: Box<Fault>,
+    /// Number of the statement.
+    pub at: u32,
+}
+
+impl Stop {
+    fn at(thread: usize, fault: Fault) -> Stop {
+        Stop { thread: thread as u32, fault: Box::new(fault), at: 0 }
+    }
+}
+
+pub(super) struct Machine<'p, 'a> {
+    kernel: &'p Kernel,
+    program: &'p Program,
+    threads: usize,
+    words: Vec<Vec<u32>>,
+    longs: Vec<Vec<i64>>,
+    shared: SharedMemory,
+    buffers: Vec<Buffer<'a>>,
+    pub report: Report,
+}
+
+impl<'p, 'a> Machine<'p, 'a> {
+    pub(super) fn new(kernel: &'p Kernel, program: &'p Program, args: &'a mut [Arg<'_>], options: &Options) -> Self {
+        let threads = kernel.threads as usize;
+        let mut words = vec![vec![0; threads]; program.words as usize];
+        let mut longs = vec![vec![0; threads]; program.longs as usize];
+        for (r, x) in &program.word_constants {
+            words[*r as usize].fill(*x);
+        }
+        for (r, x) in &program.long_constants {
+            longs[*r as usize].fill(*x);
+        }
+        for (r, i) in &program.scalars {
+            words[*r as usize].fill(match &args[*i as usize] {
+                Arg::I32(x) => *x as u32,
+                Arg::U32(x) => *x,
+                Arg::F32(x) => x.to_bits(),
+                Arg::Buffer(_) | Arg::ReadOnly(_) => unreachable!("the validator checked that the parameter is a scalar"),
+            });
+        }
+        Machine {
+            kernel,
+            program,
+            threads,
+            words,
+            longs,
+            shared: SharedMemory::new(kernel, options.races),
+            buffers: args.iter_mut().map(Buffer::of).collect(),
+            report: Report::default(),
+        }
+    }
+
+    /// Runs one block.
+    pub(super) fn block(&mut self, [x, y]: [u32; 2]) -> Result<(), Stop> {
+        for (r, s) in &self.program.specials {
+            for (t, w) in self.words[*r as usize].iter_mut().enumerate() {
+                let t = t as u32;
+                *w = match s {
+                    Special::Thread => t,
+                    Special::Lane => t % 32,
+                    Special::Warp => t / 32,
+                    Special::BlockX => x,
+                    Special::BlockY => y,
+                };
+            }
+        }
+        self.shared.begin_block();
+        let all = Mask::of(vec![u32::MAX; self.threads]).expect("a block has threads");
+        self.run(&self.program.body, &all)
+    }
+
+    fn run(&mut self, code: &[Instr], m: &Mask) -> Result<(), Stop> {
+        for i in code {
+            self.report.counts[i.kind as usize] += u64::from(m.count);
+            match &i.code {
+                // These carry the place of a nested statement already.
+                Code::If { cond, then, els } => self.branch(*cond, then, els, m)?,
+                Code::For { index, start, end, step, body } => {
+                    self.repeat([*index, *start, *end, *step], body, m, i.at)?;
+                }
+                code => self.operation(code, m).map_err(|stop| Stop { at: i.at, ..stop })?,
+            }
+        }
+        Ok(())
+    }
+
+    fn branch(&mut self, cond: Reg, then: &[Instr], els: &[Instr], m: &Mask) -> Result<(), Stop> {
+        let cond = &self.words[cond as usize];
+        let taken = m.active().filter(|t| cond[*t] != 0).count();
+        if taken == m.count as usize {
+            return self.run(then, m);
+        }
+        if taken == 0 {
+            return self.run(els, m);
+        }
+        let (mut yes, mut no) = (vec![0; self.threads], vec![0; self.threads]);
+        for t in m.active() {
+            *(if cond[t] != 0 { &mut yes[t] } else { &mut no[t] }) = u32::MAX;
+        }
+        for (on, code) in [(yes, then), (no, els)] {
+            if let (Some(m), false) = (Mask::of(on), code.is_empty()) {
+                self.run(code, &m)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn repeat(&mut self, regs: [Reg; 4], body: &[Instr], m: &Mask, at: u32) -> Result<(), Stop> {
+        let [index, start, end, step] = regs.map(|r| r as usize);
+        for t in m.active() {
+            let by = self.words[step][t] as i32;
+            if by <= 0 {
+                return Err(Stop { at, ..Stop::at(t, Fault::Step(by)) });
+            }
+            self.words[index][t] = self.words[start][t];
+        }
+        let mut narrowed: Option<Mask> = None;
+        loop {
+            let m = narrowed.as_ref().unwrap_or(m);
+            let goes = |t: &usize| (self.words[index][*t] as i32) < self.words[end][*t] as i32;
+            let going = m.active().filter(goes).count();
+            if going == 0 {
+                return Ok(());
+            }
+            if going != m.count as usize {
+                let mut on = vec![0; self.threads];
+                m.active().filter(goes).for_each(|t| on[t] = u32::MAX);
+                narrowed = Mask::of(on);
+                continue;
+            }
+            self.run(body, m)?;
+            for t in m.active() {
+                let (i, by) = (self.words[index][t] as i32, self.words[step][t] as i32);
+                let Some(next) = i.checked_add(by) else {
+                    return Err(Stop { at, ..Stop::at(t, Fault::Overflow(i.into(), by.into())) });
+                };
+                self.words[index][t] = next as u32;
+            }
+        }
+    }
+
+    fn operation(&mut self, code: &Code, m: &Mask) -> Result<(), Stop> {
+        match code {
+            Code::Unary { op, ty, d, a } => self.unary(*op, *ty, *d, *a, m)?,
+            Code::Binary { op, ty, d, a, b } => self.binary(*op, *ty, [*d, *a, *b], m)?,
+            Code::Compare { op, ty, d, a, b } => self.compare(*op, *ty, [*d, *a, *b], m),
+            Code::Fma { d, a, b, c } => self.word3(m, [*d, *a, *b, *c], float::fma),
+            Code::Select { ty, d, cond, a, b } => match ty {
+                Scalar::Bool | Scalar::I32 | Scalar::U32 | Scalar::F32 => {
+                    self.word3(m, [*d, *cond, *a, *b], |c, a, b| if c != 0 { a } else { b });
+                }
+                Scalar::I64 => {
+                    for t in m.active() {
+                        let from = if self.words[*cond as usize][t] != 0 { a } else { b };
+                        self.longs[*d as usize][t] = self.longs[*from as usize][t];
+                    }
+                }
+            },
+            Code::Convert { from, to, d, a } => self.convert(*from, *to, *d, *a, m),
+            Code::FunnelShr { d, lo, hi, shift } => self.word3(m, [*d, *lo, *hi, *shift], |lo, hi, s| {
+                ((u64::from(hi) << 32 | u64::from(lo)) >> (s % 32)) as u32
+            }),
+            Code::Permute { d, a, b, selector } => self.word2(m, [*d, *a, *b], |a, b| permute(a, b, *selector)),
+            Code::Dot4 { d, a, b, acc } => self.checked3(m, [*d, *a, *b, *acc], dot4)?,
+            Code::Load { mem, elem, index, d } => {
+                let e = *elem;
+                let half = |p: &[u8]| u16::from_le_bytes([p[0], p[1]]);
+                match e {
+                    Elem::I8 => self.load(m, *mem, e, *index, d, |p| p[0] as i8 as u32)?,
+                    Elem::U8 => self.load(m, *mem, e, *index, d, |p| p[0].into())?,
+                    Elem::I16 => self.load(m, *mem, e, *index, d, |p| half(p) as i16 as u32)?,
+                    Elem::U16 => self.load(m, *mem, e, *index, d, |p| half(p).into())?,
+                    Elem::F16 => self.load(m, *mem, e, *index, d, |p| float::from_f16(half(p)))?,
+                    Elem::BF16 => self.load(m, *mem, e, *index, d, |p| float::from_bf16(half(p)))?,
+                    Elem::I32 | Elem::U32 | Elem::F32 => {
+                        self.load(m, *mem, e, *index, d, |p| u32::from_le_bytes([p[0], p[1], p[2], p[3]]))?;
+                    }
+                }
+            }
+            Code::Store { mem, elem, index, value } => {
+                let e = *elem;
+                match e {
+                    Elem::I8 | Elem::U8 => self.store(m, *mem, e, *index, value, |p, x| p[0] = x as u8)?,
+                    Elem::I16 | Elem::U16 => {
+                        self.store(m, *mem, e, *index, value, |p, x| p.copy_from_slice(&(x as u16).to_le_bytes()))?;
+                    }
+                    Elem::F16 => self.store(m, *mem, e, *index, value, |p, x| {
+                        p.copy_from_slice(&float::to_f16(x).to_le_bytes());
+                    })?,
+                    Elem::BF16 => self.store(m, *mem, e, *index, value, |p, x| {
+                        p.copy_from_slice(&float::to_bf16(x).to_le_bytes());
+                    })?,
+                    Elem::I32 | Elem::U32 | Elem::F32 => {
+                        self.store(m, *mem, e, *index, value, |p, x| p.copy_from_slice(&x.to_le_bytes()))?;
+                    }
+                }
+            }
+            Code::AtomicAdd { mem, ty, d, index, value } => self.atomic_add(m, *mem, *ty, [*d, *index, *value])?,
+            Code::Shuffle { mode, d, value, arg } => {
+                for warp in m.warps()? {
+                    for t in warp * 32..warp * 32 + 32 {
+                        let arg = self.words[*arg as usize][t];
+                        let lane = match mode {
+                            ShuffleMode::Index => arg % 32,
+                            ShuffleMode::Xor => (t as u32 ^ arg) % 32,
+                        };
+                        self.words[*d as usize][t] = self.words[*value as usize][warp * 32 + lane as usize];
+                    }
+                }
+            }
+            Code::Mma { signed_a, a, b, acc, d } => {
+                for warp in m.warps()? {
+                    self.mma(warp * 32, *signed_a, a, b, acc, d)?;
+                }
+            }
+            Code::Copy { ty, d, a } => match ty {
+                Scalar::Bool | Scalar::I32 | Scalar::U32 | Scalar::F32 => {
+                    let mut out = take(&mut self.words[*d as usize]);
+                    let r = m.lo..m.hi;
+                    let from = out[r.clone()].iter_mut().zip(&self.words[*a as usize][r.clone()]).zip(&m.on[r]);
+                    for ((o, x), on) in from {
+                        *o = (*o & !on) | (x & on);
+                    }
+                    self.words[*d as usize] = out;
+                }
+                Scalar::I64 => {
+                    for t in m.active() {
+                        self.longs[*d as usize][t] = self.longs[*a as usize][t];
+                    }
+                }
+            },
+            Code::If { .. } | Code::For { .. } => unreachable!("run apart"),
+            Code::Barrier => {
+                if m.count as usize != self.threads {
+                    let missing = Fault::Divergent { active: m.count, all: self.threads as u32 };
+                    return Err(Stop::at(m.lo, missing));
+                }
+                self.shared.barrier();
+            }
+            Code::WarpSync => {
+                for warp in m.warps()? {
+                    self.shared.warp_sync(warp);
+                }
+            }
+            Code::AsyncCopy { dst, dst_index, src, src_index, bytes } => {
+                self.async_copy(m, (*dst, *dst_index), (*src, *src_index), *bytes)?;
+            }
+            Code::AsyncCommit => m.active().for_each(|t| self.shared.commit(t)),
+            Code::AsyncWait { pending } => m.active().for_each(|t| self.shared.wait(*pending, t)),
+        }
+        Ok(())
+    }
+
+    fn word1(&mut self, m: &Mask, [d, a]: [Reg; 2], f: impl Fn(u32) -> u32) {
+        let mut out = take(&mut self.words[d as usize]);
+        let r = m.lo..m.hi;
+        for (o, a) in out[r.clone()].iter_mut().zip(&self.words[a as usize][r]) {
+            *o = f(*a);
+        }
+        self.words[d as usize] = out;
+    }
+
+    fn word2(&mut self, m: &Mask, [d, a, b]: [Reg; 3], f: impl Fn(u32, u32) -> u32) {
+        let mut out = take(&mut self.words[d as usize]);
+        let r = m.lo..m.hi;
+        let (a, b) = (&self.words[a as usize][r.clone()], &self.words[b as usize][r.clone()]);
+        for (o, (a, b)) in out[r].iter_mut().zip(a.iter().zip(b)) {
+            *o = f(*a, *b);
+        }
+        self.words[d as usize] = out;
+    }
+
+    fn word3(&mut self, m: &Mask, [d, a, b, c]: [Reg; 4], f: impl Fn(u32, u32, u32) -> u32) {
+        let mut out = take(&mut self.words[d as usize]);
+        let r = m.lo..m.hi;
+        let [a, b, c] = [a, b, c].map(|x| &self.words[x as usize][r.clone()]);
+        for (o, ((a, b), c)) in out[r].iter_mut().zip(a.iter().zip(b).zip(c)) {
+            *o = f(*a, *b, *c);
+        }
+        self.words[d as usize] = out;
+    }
+
+    /// Like `word2` for an operation that can fail: `f` gives the result and whether it is wrong.
+    fn checked2(
+        &mut self,
+        m: &Mask,
+        [d, a, b]: [Reg; 3],
+        f: impl Fn(u32, u32) -> (u32, bool),
+        fault: impl Fn(u32, u32) -> Fault,
+    ) -> Result<(), Stop> {
+        let mut out = take(&mut self.words[d as usize]);
+        let r = m.lo..m.hi;
+        let (xs, ys) = (&self.words[a as usize][r.clone()], &self.words[b as usize][r.clone()]);
+        let mut bad = 0;
+        for ((o, (x, y)), on) in out[r.clone()].iter_mut().zip(xs.iter().zip(ys)).zip(&m.on[r]) {
+            let (v, wrong) = f(*x, *y);
+            *o = v;
+            bad |= u32::from(wrong) & on;
+        }
+        self.words[d as usize] = out;
+        if bad == 0 {
+            return Ok(());
+        }
+        let (x, y) = (&self.words[a as usize], &self.words[b as usize]);
+        let t = m.active().find(|t| f(x[*t], y[*t]).1).expect("one was wrong");
+        Err(Stop::at(t, fault(x[t], y[t])))
+    }
+
+    fn checked3(&mut self, m: &Mask, [d, a, b, c]: [Reg; 4], f: impl Fn(u32, u32, u32) -> i64) -> Result<(), Stop> {
+        for t in m.active() {
+            let [a, b, c] = [a, b, c].map(|r| self.words[r as usize][t]);
+            let x = f(a, b, c);
+            let Ok(fits) = i32::try_from(x) else {
+                return Err(Stop::at(t, Fault::Overflow((c as i32).into(), x - i64::from(c as i32))));
+            };
+            self.words[d as usize][t] = fits as u32;
+        }
+        Ok(())
+    }
+
+    fn long2(&mut self, m: &Mask, [d, a, b]: [Reg; 3], f: impl Fn(i64, i64) -> Result<i64, Fault>) -> Result<(), Stop> {
+        for t in m.active() {
+            let (a, b) = (self.longs[a as usize][t], self.longs[b as usize][t]);
+            self.longs[d as usize][t] = f(a, b).map_err(|fault| Stop::at(t, fault))?;
+        }
+        Ok(())
+    }
+
+    fn unary(&mut self, op: UnaryOp, ty: Scalar, d: Reg, a: Reg, m: &Mask) -> Result<(), Stop> {
+        let overflow = |a: u32, _| Fault::Overflow((a as i32).into(), 0);
+        match (op, ty) {
+            (UnaryOp::Neg, Scalar::F32) => self.word1(m, [d, a], |a| a ^ 1 << 31),
+            (UnaryOp::Abs, Scalar::F32) => self.word1(m, [d, a], |a| a & !(1 << 31)),
+            (UnaryOp::Sqrt, _) => self.word1(m, [d, a], float::sqrt),
+            (UnaryOp::Neg, Scalar::I64) => {
+                self.long2(m, [d, a, a], |a, _| a.checked_neg().ok_or(Fault::Overflow(a, 0)))?;
+            }
+            (UnaryOp::Abs, Scalar::I64) => {
+                self.long2(m, [d, a, a], |a, _| a.checked_abs().ok_or(Fault::Overflow(a, 0)))?;
+            }
+            (UnaryOp::Not, Scalar::I64) => self.long2(m, [d, a, a], |a, _| Ok(!a))?,
+            (UnaryOp::Not, Scalar::Bool) => self.word1(m, [d, a], |a| a ^ 1),
+            (UnaryOp::Not, _) => self.word1(m, [d, a], |a| !a),
+            (UnaryOp::Neg, _) => {
+                let f = |a: u32, _| ((a as i32).wrapping_neg() as u32, a == 1 << 31);
+                self.checked2(m, [d, a, a], f, overflow)?;
+            }
+            (UnaryOp::Abs, _) => {
+                let f = |a: u32, _| ((a as i32).wrapping_abs() as u32, a == 1 << 31);
+                self.checked2(m, [d, a, a], f, overflow)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn binary(&mut self, op: BinaryOp, ty: Scalar, r: [Reg; 3], m: &Mask) -> Result<(), Stop> {
+        match ty {
+            Scalar::F32 => self.binary_f32(op, r, m),
+            Scalar::U32 | Scalar::Bool => return self.binary_u32(op, r, m),
+            Scalar::I32 => return self.binary_i32(op, r, m),
+            Scalar::I64 => return self.binary_i64(op, r, m),
+        }
+        Ok(())
+    }
+
+    fn binary_f32(&mut self, op: BinaryOp, r: [Reg; 3], m: &Mask) {
+        match op {
+            BinaryOp::Add => self.word2(m, r, float::binary(|a, b| a + b)),
+            BinaryOp::Sub => self.word2(m, r, float::binary(|a, b| a - b)),
+            BinaryOp::Mul => self.word2(m, r, float::binary(|a, b| a * b)),
+            BinaryOp::Div => self.word2(m, r, float::binary(|a, b| a / b)),
+            BinaryOp::Min => self.word2(m, r, float::binary(float::min)),
+            BinaryOp::Max => self.word2(m, r, float::binary(float::max)),
+            BinaryOp::Rem | BinaryOp::And | BinaryOp::Or | BinaryOp::Xor | BinaryOp::Shl | BinaryOp::Shr => {
+                unreachable!("the validator refuses it on floats")
+            }
+        }
+    }
+
+    fn binary_u32(&mut self, op: BinaryOp, r: [Reg; 3], m: &Mask) -> Result<(), Stop> {
+        let division = |a: u32, b: u32| Fault::Division(a.into(), b.into());
+        let shift = |_, b: u32| Fault::Shift(b.into());
+        match op {
+            BinaryOp::Add => self.word2(m, r, u32::wrapping_add),
+            BinaryOp::Sub => self.word2(m, r, u32::wrapping_sub),
+            BinaryOp::Mul => self.word2(m, r, u32::wrapping_mul),
+            BinaryOp::Div => self.checked2(m, r, |a, b| (a / b.max(1), b == 0), division)?,
+            BinaryOp::Rem => self.checked2(m, r, |a, b| (a % b.max(1), b == 0), division)?,
+            BinaryOp::And => self.word2(m, r, |a, b| a & b),
+            BinaryOp::Or => self.word2(m, r, |a, b| a | b),
+            BinaryOp::Xor => self.word2(m, r, |a, b| a ^ b),
+            BinaryOp::Shl => self.checked2(m, r, |a, b| (a << (b & 31), b > 31), shift)?,
+            BinaryOp::Shr => self.checked2(m, r, |a, b| (a >> (b & 31), b > 31), shift)?,
+            BinaryOp::Min => self.word2(m, r, u32::min),
+            BinaryOp::Max => self.word2(m, r, u32::max),
+        }
+        Ok(())
+    }
+
+    fn binary_i32(&mut self, op: BinaryOp, r: [Reg; 3], m: &Mask) -> Result<(), Stop> {
+        let overflow = |a: u32, b: u32| Fault::Overflow((a as i32).into(), (b as i32).into());
+        let division = |a: u32, b: u32| Fault::Division((a as i32).into(), (b as i32).into());
+        let signed = |f: fn(i32, i32) -> (i32, bool)| {
+            move |a: u32, b: u32| {
+                let (x, wrong) = f(a as i32, b as i32);
+                (x as u32, wrong)
+            }
+        };
+        match op {
+            BinaryOp::Add => self.checked2(m, r, |a, b| over((a as i32).overflowing_add(b as i32)), overflow)?,
+            BinaryOp::Sub => self.checked2(m, r, |a, b| over((a as i32).overflowing_sub(b as i32)), overflow)?,
+            BinaryOp::Mul => self.checked2(
+                m,
+                r,
+                |a, b| {
+                    let x = i64::from(a as i32) * i64::from(b as i32);
+                    (x as u32, x != i64::from(x as i32))
+                },
+                overflow,
+            )?,
+            BinaryOp::Div => {
+                let f = |a: i32, b: i32| if b == 0 { (0, true) } else { a.overflowing_div(b) };
+                self.checked2(m, r, signed(f), division)?;
+            }
+            BinaryOp::Rem => {
+                let f = |a: i32, b: i32| if b <= 0 || a < 0 { (0, true) } else { (a % b, false) };
+                self.checked2(m, r, signed(f), division)?;
+            }
+            BinaryOp::And => self.word2(m, r, |a, b| a & b),
+            BinaryOp::Or => self.word2(m, r, |a, b| a | b),
+            BinaryOp::Xor => self.word2(m, r, |a, b| a ^ b),
+            BinaryOp::Shl | BinaryOp::Shr => {
+                let fault = |a: u32, b: u32| if b > 31 { Fault::Shift((b as i32).into()) } else { overflow(a, b) };
+                if op == BinaryOp::Shr {
+                    return self.checked2(m, r, |a, b| (((a as i32) >> (b & 31)) as u32, b > 31), fault);
+                }
+                let f = |a: u32, b: u32| {
+                    let x = (a as i32) << (b & 31);
+                    (x as u32, b > 31 || x >> (b & 31) != a as i32)
+                };
+                self.checked2(m, r, f, fault)?;
+            }
+            BinaryOp::Min => self.word2(m, r, |a, b| (a as i32).min(b as i32) as u32),
+            BinaryOp::Max => self.word2(m, r, |a, b| (a as i32).max(b as i32) as u32),
+        }
+        Ok(())
+    }
+
+    fn binary_i64(&mut self, op: BinaryOp, r: [Reg; 3], m: &Mask) -> Result<(), Stop> {
+        let fits = |x: Option<i64>, a, b| x.ok_or(Fault::Overflow(a, b));
+        let shift = |b: i64| u32::try_from(b).ok().filter(|b| *b < 64).ok_or(Fault::Shift(b));
+        self.long2(m, r, |a, b| match op {
+            BinaryOp::Add => fits(a.checked_add(b), a, b),
+            BinaryOp::Sub => fits(a.checked_sub(b), a, b),
+            BinaryOp::Mul => fits(a.checked_mul(b), a, b),
+            BinaryOp::Div => a.checked_div(b).ok_or(Fault::Division(a, b)),
+            BinaryOp::Rem if a < 0 || b <= 0 => Err(Fault::Division(a, b)),
+            BinaryOp::Rem => Ok(a % b),
+            BinaryOp::And => Ok(a & b),
+            BinaryOp::Or => Ok(a | b),
+            BinaryOp::Xor => Ok(a ^ b),
+            BinaryOp::Shl => shift(b).and_then(|s| fits(Some(a << s).filter(|x| x >> s == a), a, b)),
+            BinaryOp::Shr => shift(b).map(|s| a >> s),
+            BinaryOp::Min => Ok(a.min(b)),
+            BinaryOp::Max => Ok(a.max(b)),
+        })
+    }
+
+    fn compare(&mut self, op: CompareOp, ty: Scalar, [d, a, b]: [Reg; 3], m: &Mask) {
+        fn holds<T: PartialOrd>(op: CompareOp, a: T, b: T) -> u32 {
+            u32::from(match op {
+                CompareOp::Eq => a == b,
+                CompareOp::Ne => a != b,
+                CompareOp::Lt => a < b,
+                CompareOp::Le => a <= b,
+                CompareOp::Gt => a > b,
+                CompareOp::Ge => a >= b,
+            })
+        }
+        match ty {
+            Scalar::Bool | Scalar::U32 => self.word2(m, [d, a, b], |a, b| holds(op, a, b)),
+            Scalar::I32 => self.word2(m, [d, a, b], |a, b| holds(op, a as i32, b as i32)),
+            Scalar::F32 => self.word2(m, [d, a, b], |a, b| holds(op, f32::from_bits(a), f32::from_bits(b))),
+            Scalar::I64 => {
+                for t in m.active() {
+                    let (a, b) = (self.longs[a as usize][t], self.longs[b as usize][t]);
+                    self.words[d as usize][t] = holds(op, a, b);
+                }
+            }
+        }
+    }
+
+    fn convert(&mut self, from: Scalar, to: Scalar, d: Reg, a: Reg, m: &Mask) {
+        // Casts of `f32` saturate and give 0 for NaN, in Rust as on a GPU.
+        let rounded = |a: u32| f32::from_bits(a).round_ties_even();
+        match (from, to) {
+            (Scalar::F32, Scalar::I32) => self.word1(m, [d, a], |a| rounded(a) as i32 as u32),
+            (Scalar::F32, Scalar::U32) => self.word1(m, [d, a], |a| rounded(a) as u32),
+            (Scalar::I32, Scalar::F32) => self.word1(m, [d, a], |a| (a as i32 as f32).to_bits()),
+            (Scalar::U32 | Scalar::Bool, Scalar::F32) => self.word1(m, [d, a], |a| (a as f32).to_bits()),
+            (Scalar::F32, Scalar::I64) => {
+                m.active().for_each(|t| self.longs[d as usize][t] = rounded(self.words[a as usize][t]) as i64);
+            }
+            (Scalar::I32, Scalar::I64) => {
+                m.active().for_each(|t| self.longs[d as usize][t] = (self.words[a as usize][t] as i32).into());
+            }
+            (Scalar::U32 | Scalar::Bool, Scalar::I64) => {
+                m.active().for_each(|t| self.longs[d as usize][t] = self.words[a as usize][t].into());
+            }
+            (Scalar::I64, Scalar::F32) => {
+                m.active().for_each(|t| self.words[d as usize][t] = (self.longs[a as usize][t] as f32).to_bits());
+            }
+            (Scalar::I64, Scalar::I32 | Scalar::U32) => {
+                m.active().for_each(|t| self.words[d as usize][t] = self.longs[a as usize][t] as u32);
+            }
+            (_, Scalar::Bool)
+            | (Scalar::F32, Scalar::F32)
+            | (Scalar::I64, Scalar::I64)
+            | (Scalar::I32 | Scalar::U32 | Scalar::Bool, Scalar::I32 | Scalar::U32) => {
+                unreachable!("compiled to a renaming, or refused by the validator")
+            }
+        }
+    }
+
+    fn place(&self, mem: Mem, elem: Elem, lanes: usize) -> Place {
+        let size = match mem {
+            Mem::Global(i) => self.buffers[i as usize].bytes().len(),
+            Mem::Shared(i) => self.shared.size(i),
+        };
+        Place { elem, lanes: lanes as u32, size }
+    }
+
+    fn name(&self, mem: Mem) -> &str {
+        self.kernel.mem(mem).0
+    }
+
+    fn load(
+        &mut self,
+        m: &Mask,
+        mem: Mem,
+        elem: Elem,
+        index: Reg,
+        d: &[Reg],
+        read: impl Fn(&[u8]) -> u32,
+    ) -> Result<(), Stop> {
+        let place = self.place(mem, elem, d.len());
+        let width = elem.bytes() as usize;
+        let bytes = width * d.len();
+        let mut out: Vec<Vec<u32>> = d.iter().map(|r| take(&mut self.words[*r as usize])).collect();
+        for t in m.active() {
+            let i = self.words[index as usize][t];
+            let Some(offset) = place.offset(i) else {
+                return Err(Stop::at(t, place.fault(self.name(mem), i)));
+            };
+            let from = match mem {
+                Mem::Global(b) => self.buffers[b as usize].bytes(),
+                Mem::Shared(s) => {
+                    let noted = self.shared.note_read(s, offset, bytes, t);
+                    noted.map_err(|bad| Stop::at(t, bad.fault(self.name(mem))))?;
+                    self.shared.array(s)
+                }
+            };
+            for (o, p) in out.iter_mut().zip(from[offset..offset + bytes].chunks_exact(width)) {
+                o[t] = read(p);
+            }
+        }
+        for (r, o) in d.iter().zip(out) {
+            self.words[*r as usize] = o;
+        }
+        let total = bytes as u64 * u64::from(m.count);
+        match mem {
+            Mem::Global(_) => self.report.global_loaded += total,
+            Mem::Shared(_) => self.report.shared_loaded += total,
+        }
+        Ok(())
+    }
+
+    fn store(
+        &mut self,
+        m: &Mask,
+        mem: Mem,
+        elem: Elem,
+        index: Reg,
+        value: &[Reg],
+        write: impl Fn(&mut [u8], u32),
+    ) -> Result<(), Stop> {
+        let place = self.place(mem, elem, value.len());
+        let width = elem.bytes() as usize;
+        let bytes = width * value.len();
+        for t in m.active() {
+            let i = self.words[index as usize][t];
+            let Some(offset) = place.offset(i) else {
+                return Err(Stop::at(t, place.fault(self.name(mem), i)));
+            };
+            let to = match mem {
+                Mem::Global(b) => self.buffers[b as usize].bytes_mut(),
+                Mem::Shared(s) => {
+                    let noted = self.shared.note_write(s, offset, bytes, t);
+                    noted.map_err(|bad| Stop::at(t, bad.fault(self.name(mem))))?;
+                    self.shared.array_mut(s)
+                }
+            };
+            for (v, p) in value.iter().zip(to[offset..offset + bytes].chunks_exact_mut(width)) {
+                write(p, self.words[*v as usize][t]);
+            }
+        }
+        let total = bytes as u64 * u64::from(m.count);
+        match mem {
+            Mem::Global(_) => self.report.global_stored += total,
+            Mem::Shared(_) => self.report.shared_stored += total,
+        }
+        Ok(())
+    }
+
+    fn atomic_add(&mut self, m: &Mask, mem: Mem, ty: Scalar, [d, index, value]: [Reg; 3]) -> Result<(), Stop> {
+        let place = self.place(mem, Elem::U32, 1);
+        for t in m.active() {
+            let i = self.words[index as usize][t];
+            let Some(offset) = place.offset(i) else {
+                return Err(Stop::at(t, place.fault(self.name(mem), i)));
+            };
+            let to = match mem {
+                Mem::Global(b) => self.buffers[b as usize].bytes_mut(),
+                Mem::Shared(s) => {
+                    let noted = self.shared.note_atomic(s, offset, t);
+                    noted.map_err(|bad| Stop::at(t, bad.fault(self.name(mem))))?;
+                    self.shared.array_mut(s)
+                }
+            };
+            let cell = &mut to[offset..offset + 4];
+            let old = u32::from_le_bytes([cell[0], cell[1], cell[2], cell[3]]);
+            let x = self.words[value as usize][t];
+            if ty == Scalar::I32 && (old as i32).checked_add(x as i32).is_none() {
+                return Err(Stop::at(t, Fault::Overflow((old as i32).into(), (x as i32).into())));
+            }
+            cell.copy_from_slice(&old.wrapping_add(x).to_le_bytes());
+            self.words[d as usize][t] = old;
+        }
+        let total = 4 * u64::from(m.count);
+        match mem {
+            Mem::Global(_) => {
+                self.report.global_loaded += total;
+                self.report.global_stored += total;
+            }
+            Mem::Shared(_) => {
+                self.report.shared_loaded += total;
+                self.report.shared_stored += total;
+            }
+        }
+        Ok(())
+    }
+
+    fn async_copy(&mut self, m: &Mask, dst: (u32, Reg), src: (u32, Reg), bytes: u32) -> Result<(), Stop> {
+        let (to, from) = (Mem::Shared(dst.0), Mem::Global(src.0));
+        let words = (bytes / 4) as usize;
+        let (to_place, from_place) = (self.place(to, Elem::U32, words), self.place(from, Elem::U32, words));
+        for t in m.active() {
+            let offset = |mem: Mem, place: Place, index: Reg| {
+                // Indices count copies, places count words.
+                let i = self.words[index as usize][t] as i32;
+                let i = i.saturating_mul(words as i32) as u32;
+                place.offset(i).ok_or_else(|| Stop::at(t, place.fault(self.name(mem), i)))
+            };
+            let (to_offset, from_offset) = (offset(to, to_place, dst.1)?, offset(from, from_place, src.1)?);
+            let data = &self.buffers[src.0 as usize].bytes()[from_offset..from_offset + bytes as usize];
+            let started = self.shared.start_copy(dst.0, to_offset, data, t);
+            started.map_err(|bad| Stop::at(t, bad.fault(self.name(to))))?;
+        }
+        self.report.global_loaded += u64::from(bytes) * u64::from(m.count);
+        self.report.shared_stored += u64::from(bytes) * u64::from(m.count);
+        Ok(())
+    }
+
+    /// One warp's `mma.m16n8k32`, whose first thread is `first`.
+    fn mma(
+        &mut self,
+        first: usize,
+        signed_a: bool,
+        a: &[Reg; 4],
+        b: &[Reg; 2],
+        acc: &[Reg; 4],
+        d: &[Reg; 4],
+    ) -> Result<(), Stop> {
+        let (mut rows, mut columns) = ([[0i32; 32]; 16], [[0i32; 32]; 8]);
+        for lane in 0..32 {
+            let (group, four) = (lane / 4, lane % 4 * 4);
+            for (i, r) in a.iter().enumerate() {
+                let bytes = self.words[*r as usize][first + lane].to_le_bytes();
+                // Registers 0 and 2 hold row `group`, 1 and 3 row `group + 8`; 2 and 3 the upper columns.
+                let row = &mut rows[group + 8 * (i % 2)][four + 16 * (i / 2)..][..4];
+                for (x, byte) in row.iter_mut().zip(bytes) {
+                    *x = if signed_a { (byte as i8).into() } else { byte.into() };
+                }
+            }
+            for (i, r) in b.iter().enumerate() {
+                let bytes = self.words[*r as usize][first + lane].to_le_bytes();
+                for (x, byte) in columns[group][four + 16 * i..][..4].iter_mut().zip(bytes) {
+                    *x = (byte as i8).into();
+                }
+            }
+        }
+        for lane in 0..32 {
+            let (group, two) = (lane / 4, lane % 4 * 2);
+            for i in 0..4 {
+                let (row, column) = (&rows[group + 8 * (i / 2)], &columns[two + i % 2]);
+                let dot: i32 = row.iter().zip(column).map(|(x, y)| x * y).sum();
+                let old = self.words[acc[i] as usize][first + lane] as i32;
+                let Some(x) = old.checked_add(dot) else {
+                    return Err(Stop::at(first + lane, Fault::Overflow(old.into(), dot.into())));
+                };
+                self.words[d[i] as usize][first + lane] = x as u32;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn over((x, wrong): (i32, bool)) -> (u32, bool) {
+    (x as u32, wrong)
+}
+
+fn permute(a: u32, b: u32, selector: u32) -> u32 {
+    let bytes = (u64::from(b) << 32 | u64::from(a)).to_le_bytes();
+    let pick = |i: u32| {
+        let nibble = selector >> (4 * i) & 15;
+        let byte = bytes[(nibble & 7) as usize];
+        if nibble & 8 != 0 { (byte as i8 >> 7) as u8 } else { byte }
+    };
+    u32::from_le_bytes([pick(0), pick(1), pick(2), pick(3)])
+}
+
+fn dot4(a: u32, b: u32, acc: u32) -> i64 {
+    let products = a.to_le_bytes().into_iter().zip(b.to_le_bytes()).map(|(a, b)| i64::from(a as i8) * i64::from(b as i8));
+    i64::from(acc as i32) + products.sum::<i64>()
+}

@@ -11,6 +11,7 @@
 
 pub mod cuda;
 pub mod ir;
+pub mod kernels;
 pub mod layout;
 pub mod palette;
 pub mod reference;

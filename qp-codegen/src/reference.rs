@@ -189,6 +189,43 @@ pub fn split_activation(q: i16) -> (i8, i8) {
     (high as i8, (q - (high << 7)) as i8)
 }
 
+/// A weight: its entry (+ ½), times the row's scale and the grid's unit, in this order of operations.
+pub fn weight(code: &Code, entry: i16, row_scale: f32) -> f32 {
+    let entry = i32::from(entry);
+    if code.half_offset {
+        (2 * entry + 1) as f32 * (row_scale * (code.unit * 0.5))
+    } else {
+        entry as f32 * (row_scale * code.unit)
+    }
+}
+
+/// Mean of the squares of `x`, summed in a fixed order: 256 strided partial sums, then a tree.
+pub fn mean_square(x: &[f32]) -> f32 {
+    let mut partial = [0f32; MEAN_LANES];
+    for chunk in x.chunks(MEAN_LANES) {
+        for (p, v) in partial.iter_mut().zip(chunk) {
+            *p += v * v;
+        }
+    }
+    let mut half = MEAN_LANES / 2;
+    while half > 0 {
+        for j in 0..half {
+            partial[j] += partial[j + half];
+        }
+        half /= 2;
+    }
+    partial[0] / x.len() as f32
+}
+
+/// Partial sums of [`mean_square`].
+pub const MEAN_LANES: usize = 256;
+
+/// Root-mean-square norm: `x / √(mean(x²) + eps) · weight`, in this order of operations.
+pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    let inverse = 1.0 / (mean_square(x) + eps).sqrt();
+    x.iter().zip(weight).map(|(v, w)| v * inverse * w).collect()
+}
+
 /// The factor of a token that [`scale_output`] takes: activation scale × grid unit (halved for half offsets).
 pub fn output_factor(code: &Code, activation_scale: f32) -> f32 {
     activation_scale * if code.half_offset { code.unit * 0.5 } else { code.unit }

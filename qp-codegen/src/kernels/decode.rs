@@ -1,0 +1,347 @@
+//! Decoding: from a lane's words of a tile to packed registers, for any code.
+//!
+//! A **register** holds four weights of one lane, the operand of a tensor-core product: 4 / V steps. Words, bits and
+//! look-ups of the decode expression are computed per step; vectors of the 4 / V steps are computed together, packed:
+//!
+//! * an exclusive or of vectors is one instruction for all four weights;
+//! * [`Op::Signs`] becomes one sign-replicating byte permute when its bits lie at the tops of bytes of at most two
+//!   words (otherwise up to two more permutes, and a shift for each other bit position);
+//! * look-ups of several steps are merged by permutes.
+//!
+//! Tables lie in shared memory, each entry repeated `copies` times across the banks, so that lanes that look up
+//! different entries rarely meet in a bank.
+
+use std::collections::HashMap;
+
+use crate::ir::{Builder, Cache, Elem, Mem, Scalar, Special, V};
+use crate::layout;
+use crate::spec::expr::{Node, Op, VectorOp, WordOp};
+use crate::spec::{Code, Quantizer, Table, Value, mask};
+
+/// Shared memory that the copies of all tables of a kernel may take together.
+const TABLE_BYTES: u32 = 32 << 10;
+
+/// Words of one table entry in shared memory: V entries, padded to 4 bytes.
+fn entry_words(code: &Code) -> u32 {
+    (code.vector * code.value.bytes()).div_ceil(4)
+}
+
+/// All tables of a quantizer as the kernels take them: code by code, table by table, entry by entry, each entry
+/// packed into one word (two if V = 4 and entries are 16-bit), component 0 lowest.
+pub fn pack_tables(q: &Quantizer) -> Vec<u32> {
+    let mut out = Vec::new();
+    for code in &q.codes {
+        let bits = code.value.bytes() * 8;
+        for table in &code.tables {
+            for entry in table.values.chunks_exact(code.vector as usize) {
+                let packed = entry.iter().enumerate().fold(0u64, |acc, (i, &x)| {
+                    acc | u64::from(u32::from(x as u16) & mask(bits)) << (i as u32 * bits)
+                });
+                out.push(packed as u32);
+                if entry_words(code) == 2 {
+                    out.push((packed >> 32) as u32);
+                }
+            }
+        }
+    }
+    out
+}
+
+/// A table in shared memory: entry `e` for lane `l` at `(e·copies + l mod copies)·words`.
+struct SharedTable {
+    mem: Mem,
+    /// First word in the `tables` buffer.
+    first: u32,
+    entries: u32,
+    copies: u32,
+    words: u32,
+}
+
+/// Decoders of all codes of a quantizer within one kernel.
+pub struct Decoder<'b, 'q> {
+    b: &'b Builder,
+    q: &'q Quantizer,
+    tables: Vec<Vec<SharedTable>>,
+    buffer: Option<Mem>,
+    lane: V<'b>,
+}
+
+/// Four weights of a lane as bytes: one register, or low and high bytes apart for 16-bit entries.
+#[derive(Clone, Copy)]
+pub struct Register<'b> {
+    /// The bytes, or the unsigned low bytes of 16-bit entries.
+    pub low: V<'b>,
+    /// The signed high bytes of 16-bit entries.
+    pub high: Option<V<'b>>,
+}
+
+impl<'b, 'q> Decoder<'b, 'q> {
+    /// Declares the tables; adds the parameter `tables` if there are any.
+    pub fn new(b: &'b Builder, q: &'q Quantizer) -> Self {
+        let count = |c: &Code| c.tables.iter().map(|t| t.entries * entry_words(c)).sum::<u32>();
+        let total: u32 = q.codes.iter().map(count).sum();
+        let buffer = (total > 0).then(|| b.buffer("tables", Elem::U32, false));
+        let mut first = 0;
+        let mut tables = Vec::new();
+        for (i, code) in q.codes.iter().enumerate() {
+            let words = entry_words(code);
+            let declare = |t: &Table| {
+                let share = (TABLE_BYTES / 4 * (t.entries * words)).checked_div(total).unwrap_or(0);
+                let copies = copies(code, t, share);
+                let mem = b.shared(&format!("table_{i}_{}", t.name), Elem::U32, t.entries * copies * words);
+                let table = SharedTable { mem, first, entries: t.entries, copies, words };
+                first += t.entries * words;
+                table
+            };
+            tables.push(code.tables.iter().map(declare).collect());
+        }
+        Decoder { b, q, tables, buffer, lane: b.special(Special::Lane) }
+    }
+
+    /// Copies the tables into shared memory, all threads of the block together. A barrier must follow.
+    pub fn fill(&self, threads: u32) {
+        let b = self.b;
+        let Some(buffer) = self.buffer else { return };
+        let thread = b.special(Special::Thread);
+        for t in self.tables.iter().flatten() {
+            // One store of four words holds four copies of a one-word entry.
+            let wide = t.words == 1 && t.copies >= 4;
+            let per_entry = if wide { t.copies / 4 } else { t.copies };
+            b.for_(thread, t.entries * per_entry, threads, |i| {
+                let entry = i / per_entry;
+                let load = |w: u32| b.load_as(buffer, entry * t.words + (t.first + w), Elem::U32, 1, Cache::ReadOnly);
+                if wide {
+                    let v = load(0);
+                    b.store(t.mem, i * 4, b.vector(&[v; 4]), Elem::U32);
+                } else {
+                    for w in 0..t.words {
+                        b.store(t.mem, i * t.words + w, load(w), Elem::U32);
+                    }
+                }
+            });
+        }
+    }
+
+    /// Decodes a tile of code `code` from the lane's `words`: its T / 16 registers, in order.
+    pub fn tile(&self, code: usize, words: &[V<'b>]) -> Vec<Register<'b>> {
+        let c = &self.q.codes[code];
+        // The windows at the end of a lane's part reach into the first word of the block's next lane.
+        let next = (!c.is_memoryless()).then(|| words[0].shuffle((self.lane & !3) | ((self.lane + 1) & 3)));
+        let mut steps = Steps { d: self, c, tables: &self.tables[code], words, next, memo: HashMap::new() };
+        (0..c.block.len() / 16).map(|r| steps.register(r)).collect()
+    }
+}
+
+/// How often to repeat a table: within `budget` words, and such that an index `x >> k` needs no shift to become an
+/// address if that is possible.
+fn copies(code: &Code, table: &Table, budget: u32) -> u32 {
+    let words = entry_words(code);
+    let most = (budget / (table.entries * words)).clamp(1, 32 / words);
+    let most = 1 << most.ilog2();
+    let shifts = code.decode.nodes.iter().filter_map(|op| match op {
+        Op::Lookup { table: t, index } if code.tables[*t as usize].name == table.name => match code.decode.op(*index) {
+            Op::Binary(WordOp::Shr, _, k) => match code.decode.op(*k) {
+                Op::Const(k) => Some(*k),
+                _ => None,
+            },
+            _ => None,
+        },
+        _ => None,
+    });
+    // Address bits begin at log2(4·words·copies); twice the budget is worth a shift saved on every look-up.
+    shifts.map(|k| (1u32 << k.min(16)) / (4 * words)).find(|&c| c >= 4 && c <= 2 * most && c <= 32 / words).unwrap_or(most)
+}
+
+/// The steps of one lane's part of a block.
+struct Steps<'a, 'b, 'q> {
+    d: &'a Decoder<'b, 'q>,
+    c: &'q Code,
+    tables: &'a [SharedTable],
+    words: &'a [V<'b>],
+    next: Option<V<'b>>,
+    /// Words and bits already computed, by node and step.
+    memo: HashMap<(Node, u32), V<'b>>,
+}
+
+impl<'b> Steps<'_, 'b, '_> {
+    fn register(&mut self, r: u32) -> Register<'b> {
+        let per = 4 / self.c.vector;
+        let steps: Vec<u32> = (r * per..(r + 1) * per).collect();
+        let packed = self.vector(self.c.decode.result(), &steps);
+        match self.c.value {
+            Value::I8 => Register { low: packed[0], high: None },
+            Value::I16 => Register {
+                low: packed[0].permute(packed[1], 0x6420),
+                high: Some(packed[0].permute(packed[1], 0x7531)),
+            },
+        }
+    }
+
+    /// The window of step `s` of the lane, zero-extended.
+    fn window(&self, s: u32) -> V<'b> {
+        let bits = self.c.window;
+        let (at, shift) = ((self.c.step_offset(s) / 32) as usize, self.c.step_offset(s) % 32);
+        let lo = self.words[at];
+        if shift + bits > 32 {
+            let hi = self.words.get(at + 1).copied().or(self.next).expect("a next word");
+            return lo.funnel_shr(hi, shift) & mask(bits);
+        }
+        if shift > 0 && shift % 8 == 0 && bits % 8 == 0 {
+            // Whole bytes: one permute picks them, and zeros (byte 4: the low byte of a zero word) above.
+            let nibble = |i| if i < bits / 8 { shift / 8 + i } else { 4 };
+            return lo.permute(self.d.b.u32(0), (0..4).map(|i| nibble(i) << (4 * i)).sum());
+        }
+        let shifted = if shift == 0 { lo } else { lo >> shift };
+        if shift + bits == 32 { shifted } else { shifted & mask(bits) }
+    }
+
+    /// A word or a bit (as 0 or 1) of step `s`.
+    fn word(&mut self, n: Node, s: u32) -> V<'b> {
+        if let Some(&v) = self.memo.get(&(n, s)) {
+            return v;
+        }
+        let b = self.d.b;
+        let v = match self.c.decode.op(n) {
+            Op::Window => self.window(s),
+            Op::Const(c) => b.u32(*c),
+            Op::Not(a) => !self.word(*a, s),
+            Op::Binary(op, x, y) => self.binary(*op, *x, *y, s),
+            Op::Byte(a, i) => (self.word(*a, s) >> (8 * i)) & 0xff_u32,
+            Op::ByteSum(a) => {
+                // The product takes signed bytes: flip the top bits (each byte less 128), add 4·128.
+                let flipped = self.word(*a, s) ^ 0x8080_8080_u32;
+                flipped.dot4(b.u32(0x0101_0101), b.i32(512)).bits(Scalar::U32)
+            }
+            Op::Bit(a, i) => (self.word(*a, s) >> *i) & 1_u32,
+            Op::Lookup { .. } | Op::Signs(_) | Op::Pack(_) | Op::Vector(..) => unreachable!("a vector among words"),
+        };
+        self.memo.insert((n, s), v);
+        v
+    }
+
+    fn binary(&mut self, op: WordOp, x: Node, y: Node, s: u32) -> V<'b> {
+        let (a, c) = (self.word(x, s), self.word(y, s));
+        // A shift by 32 or more gives 0, which the hardware's (and the IR's) shifts do not promise.
+        let constant = match self.c.decode.op(y) {
+            Op::Const(k) => Some(*k),
+            _ => None,
+        };
+        let shift = |f: &dyn Fn(V<'b>) -> V<'b>| match constant {
+            Some(k) if k >= 32 => self.d.b.u32(0),
+            Some(_) => f(c),
+            None => c.lt(32_u32).select(f(c & 31_u32), 0_u32),
+        };
+        match op {
+            WordOp::Add => a + c,
+            WordOp::Sub => a - c,
+            WordOp::Mul => a * c,
+            WordOp::And => a & c,
+            WordOp::Or => a | c,
+            WordOp::Xor => a ^ c,
+            WordOp::Shl => shift(&|k| a << k),
+            WordOp::Shr => shift(&|k| a >> k),
+        }
+    }
+
+    /// The packed vectors of `steps`, which fill one register (8-bit entries) or two (16-bit).
+    fn vector(&mut self, n: Node, steps: &[u32]) -> Vec<V<'b>> {
+        match self.c.decode.op(n) {
+            Op::Lookup { table, index } => self.lookup(*table, *index, steps),
+            Op::Signs(bits) => {
+                let bits: Vec<_> = steps.iter().flat_map(|&s| bits.iter().map(move |&n| (n, s))).collect();
+                self.replicate(&bits)
+            }
+            Op::Pack(words) => {
+                let parts: Vec<_> = steps.iter().flat_map(|&s| words.iter().map(move |&n| (n, s))).collect();
+                let parts: Vec<_> = parts.into_iter().map(|(n, s)| self.word(n, s)).collect();
+                self.merge(parts, 1)
+            }
+            Op::Vector(VectorOp::Xor, x, y) => {
+                let (x, y) = (self.vector(*x, steps), self.vector(*y, steps));
+                x.into_iter().zip(y).map(|(x, y)| x ^ y).collect()
+            }
+            Op::Vector(VectorOp::Add, x, y) => {
+                let top = match self.c.value {
+                    Value::I8 => 0x8080_8080_u32,
+                    Value::I16 => 0x8000_8000,
+                };
+                let (x, y) = (self.vector(*x, steps), self.vector(*y, steps));
+                // No carry may leave an entry: add without the top bits, then put them in.
+                x.into_iter().zip(y).map(|(x, y)| ((x & !top) + (y & !top)) ^ ((x ^ y) & top)).collect()
+            }
+            Op::Window | Op::Const(_) | Op::Not(_) | Op::Binary(..) | Op::Byte(..) | Op::ByteSum(_) | Op::Bit(..) => {
+                unreachable!("a word among vectors")
+            }
+        }
+    }
+
+    fn lookup(&mut self, table: u32, index: Node, steps: &[u32]) -> Vec<V<'b>> {
+        let d = self.d;
+        let t = &self.tables[table as usize];
+        let bank = (d.lane & (t.copies as i32 - 1)).bits(Scalar::U32);
+        let mut parts = Vec::new();
+        for &s in steps {
+            let entry = self.word(index, s) & (t.entries - 1);
+            let at = if t.copies > 1 { (entry * t.copies) | bank } else { entry };
+            let at = if t.words > 1 { at * t.words } else { at };
+            parts.extend(d.b.load_as(t.mem, at.bits(Scalar::I32), Elem::U32, t.words, Cache::Default).lanes());
+        }
+        if t.words == 2 { parts } else { self.merge(parts, self.c.vector) }
+    }
+
+    /// Merges words that each hold `entries` entries in their low bits into full registers.
+    fn merge(&self, mut parts: Vec<V<'b>>, entries: u32) -> Vec<V<'b>> {
+        let mut bytes = entries * self.c.value.bytes();
+        while bytes < 4 {
+            let selector = if bytes == 1 { 0x0040 } else { 0x5410 };
+            parts = parts.chunks_exact(2).map(|p| p[0].permute(p[1], selector)).collect();
+            bytes *= 2;
+        }
+        parts
+    }
+
+    /// All-ones entries where the bits are set, in order.
+    fn replicate(&mut self, bits: &[(Node, u32)]) -> Vec<V<'b>> {
+        // Each bit's word, shifted so that the bit is at the top of a byte, and that byte.
+        let mut slots: Vec<(V<'b>, u32)> = Vec::new();
+        let mut shifted: HashMap<(Node, u32, u32), V<'b>> = HashMap::new();
+        for &(n, s) in bits {
+            let Op::Bit(w, i) = *self.c.decode.op(n) else { unreachable!("signs take bits") };
+            let (byte, up) = (i / 8, 7 - i % 8);
+            let word = self.word(w, s);
+            let word = if up == 0 { word } else { *shifted.entry((w, s, up)).or_insert_with(|| word << up) };
+            slots.extend((0..self.c.value.bytes()).map(|_| (word, byte)));
+        }
+        slots.chunks_exact(4).map(gather).collect()
+    }
+}
+
+/// One register whose byte `i` is filled with the top bit of byte `four[i].1` of word `four[i].0`.
+fn gather<'b>(four: &[(V<'b>, u32)]) -> V<'b> {
+    let pick = |slots: &[(V<'b>, u32)], a: V<'b>, b: V<'b>| {
+        let nibble = |&(v, byte): &(V<'b>, u32)| 8 + byte + if v.val == a.val { 0 } else { 4 };
+        a.permute(b, slots.iter().enumerate().map(|(i, s)| nibble(s) << (4 * i)).sum())
+    };
+    let a = four[0].0;
+    let b = four.iter().map(|s| s.0).find(|v| v.val != a.val).unwrap_or(a);
+    if four.iter().all(|s| s.0.val == a.val || s.0.val == b.val) {
+        return pick(four, a, b);
+    }
+    let low = pick(&four[..2], four[0].0, four[1].0);
+    let high = pick(&four[2..], four[2].0, four[3].0);
+    low.permute(high, 0x5410)
+}
+
+/// Loads a lane's words of one tile: chunk by chunk, each a coalesced vector. `at` is the tile's first word.
+pub fn load_words<'b>(b: &'b Builder, weights: Mem, at: V<'b>, lane: V<'b>, lane_words: u32) -> Vec<V<'b>> {
+    let load = |&(first, width): &(u32, u32)| {
+        let index = at + lane * width + first * 32;
+        b.load_as(weights, index, Elem::U32, width, Cache::Stream)
+    };
+    layout::chunks(lane_words).iter().map(load).collect()
+}
+
+/// The single words of loaded chunks.
+pub fn flatten<'b>(chunks: &[V<'b>]) -> Vec<V<'b>> {
+    chunks.iter().flat_map(|c| c.lanes()).collect()
+}

@@ -1,0 +1,356 @@
+//! Every lowering, run by the interpreter against the reference, for codes of every kind.
+
+use super::decode::pack_tables;
+use super::dequantize::{self, Dequantize};
+use super::gemv::{self, Gemv, Launch};
+use super::prepare::{self, Prepare};
+use crate::ir::interpret::{Arg, Options, run};
+use crate::ir::{Elem, Kernel};
+use crate::layout::{BLOCKS_PER_TILE, COLUMN_PAD, Packed, position};
+use crate::reference::{self, Activations};
+use crate::spec::expr::{Decode, Node, Op, VectorOp, WordOp};
+use crate::spec::{Code, Quantizer, Rotation, ScaleKind, Shape, Table, Value};
+
+/// A deterministic stream of random words.
+struct Random(u64);
+
+impl Random {
+    fn word(&mut self) -> u32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 32) as u32
+    }
+
+    fn unit(&mut self) -> f32 {
+        self.word() as f32 / u32::MAX as f32 * 2.0 - 1.0
+    }
+}
+
+fn table(name: &str, entries: u32, vector: u32, value: Value, seed: u64) -> Table {
+    let mut r = Random(seed);
+    let draw = |_| match value {
+        Value::I8 => r.word() as i8 as i16,
+        Value::I16 => r.word() as i16,
+    };
+    Table { name: name.into(), entries, values: (0..entries * vector).map(draw).collect() }
+}
+
+fn constant(d: &mut Decode, c: u32) -> Node {
+    d.push(Op::Const(c))
+}
+
+fn binary(d: &mut Decode, op: WordOp, a: Node, c: u32) -> Node {
+    let c = constant(d, c);
+    d.push(Op::Binary(op, a, c))
+}
+
+/// `t[h >> shift] ^ signs(h[..])` with `h = window · odd`.
+fn hashed(shift: u32, signs: &[u32]) -> Decode {
+    let mut d = Decode::default();
+    let w = d.push(Op::Window);
+    let h = binary(&mut d, WordOp::Mul, w, 0x9E37_79B1);
+    let index = binary(&mut d, WordOp::Shr, h, shift);
+    let entry = d.push(Op::Lookup { table: 0, index });
+    let bits: Vec<Node> = signs.iter().map(|&i| d.push(Op::Bit(h, i))).collect();
+    let signs = d.push(Op::Signs(bits));
+    d.push(Op::Vector(VectorOp::Xor, entry, signs));
+    d
+}
+
+/// `t[window]`.
+fn direct() -> Decode {
+    let mut d = Decode::default();
+    let index = d.push(Op::Window);
+    d.push(Op::Lookup { table: 0, index });
+    d
+}
+
+fn code(window: u32, steps: &[u32], vector: u32, value: Value, entries: u32, decode: Decode) -> Code {
+    let tables = if entries > 0 { vec![table("t", entries, vector, value, u64::from(window))] } else { vec![] };
+    let block = Shape { rows: 2, cols: 128 };
+    let half_offset = value == Value::I8;
+    Code { window, steps: steps.to_vec(), vector, block, value, half_offset, unit: 0.031, tables, decode }
+}
+
+/// One of each kind: V, entry type, step patterns, blocks, mixes, no table, sums of look-ups.
+fn quantizers() -> Vec<Quantizer> {
+    let mut out = Vec::new();
+    let mut add = |name: &str, codes: Vec<Code>| {
+        let rotation = Rotation::Hadamard { seed: 3 };
+        out.push(Quantizer { name: name.into(), codes, scale: ScaleKind::Row, rotation });
+    };
+    for kv in 3..=10 {
+        add(&format!("v2_k{kv}"), vec![code(16, &[kv], 2, Value::I8, 512, hashed(23, &[22, 21]))]);
+    }
+    add("v4_k8", vec![code(16, &[8], 4, Value::I8, 1024, hashed(6, &[23, 31, 7, 15]))]);
+    add("v4_k6_top", vec![code(20, &[6], 4, Value::I8, 1024, hashed(22, &[21, 20, 19, 18]))]);
+    add("v1_k3", vec![code(12, &[3], 1, Value::I8, 256, hashed(24, &[23]))]);
+    add("v1_k4_i16", vec![code(16, &[4], 1, Value::I16, 256, hashed(24, &[5]))]);
+    add("v2_k5_i16", vec![code(16, &[5], 2, Value::I16, 512, hashed(23, &[31, 9]))]);
+    add("v4_k8_i16", vec![code(16, &[8], 4, Value::I16, 256, hashed(24, &[1, 2, 3, 31]))]);
+    for bits in 2..=8 {
+        add(&format!("nuq{bits}"), vec![code(bits, &[bits], 1, Value::I16, 1 << bits, direct())]);
+    }
+    add("vq2_k11", vec![code(11, &[11], 2, Value::I16, 2048, direct())]);
+    let mut pattern = code(18, &[4, 5], 2, Value::I8, 512, hashed(23, &[22, 21]));
+    pattern.block = Shape { rows: 4, cols: 128 };
+    add("pattern", vec![pattern]);
+    let mut square = code(16, &[6], 2, Value::I8, 512, hashed(23, &[22, 21]));
+    square.block = Shape { rows: 8, cols: 32 };
+    add("square", vec![square]);
+    let k = |kv| code(16, &[kv], 2, Value::I8, 512, hashed(23, &[22, 21]));
+    add("mix2", vec![k(4), k(5)]);
+    add("mix3", vec![k(3), k(4), k(6)]);
+
+    // Computed: no table, bytes of a product summed, and all word operations.
+    let mut d = Decode::default();
+    let w = d.push(Op::Window);
+    let h = binary(&mut d, WordOp::Mul, w, 0x83DC_D12D);
+    let n = d.push(Op::Not(h));
+    let shifted = binary(&mut d, WordOp::Shl, n, 3);
+    let by = binary(&mut d, WordOp::And, h, 63);
+    let variable = d.push(Op::Binary(WordOp::Shr, n, by));
+    let mixed = d.push(Op::Binary(WordOp::Xor, shifted, variable));
+    let sum = d.push(Op::ByteSum(mixed));
+    let byte = d.push(Op::Byte(h, 2));
+    let sum = d.push(Op::Binary(WordOp::Add, sum, byte));
+    let value = binary(&mut d, WordOp::Sub, sum, 638);
+    let value = binary(&mut d, WordOp::Or, value, 1);
+    d.push(Op::Pack(vec![value]));
+    add("computed", vec![code(16, &[4], 1, Value::I16, 0, d)]);
+
+    for value in [Value::I8, Value::I16] {
+        let mut d = Decode::default();
+        let w = d.push(Op::Window);
+        let a = d.push(Op::Lookup { table: 0, index: w });
+        let high = binary(&mut d, WordOp::Shr, w, 6);
+        let c = d.push(Op::Lookup { table: 0, index: high });
+        d.push(Op::Vector(VectorOp::Add, a, c));
+        add(&format!("sum_{value:?}"), vec![code(12, &[4], 2, value, 64, d)]);
+    }
+    out
+}
+
+struct Matrix {
+    layout: Packed,
+    words: Vec<u32>,
+    /// bfloat16 bits, one a padded row.
+    scales: Vec<u16>,
+}
+
+impl Matrix {
+    /// Random bits decode to something under every code.
+    fn random(q: &Quantizer, shape: Shape) -> Matrix {
+        let layout = Packed::new(q, shape);
+        let mut r = Random(7);
+        let words = (0..layout.words()).map(|_| r.word()).collect();
+        let scales = (0..layout.padded_rows()).map(|_| ((r.unit().abs() + 0.5).to_bits() >> 16) as u16).collect();
+        Matrix { layout, words, scales }
+    }
+
+    fn scale(&self, row: usize) -> f32 {
+        f32::from_bits(u32::from(self.scales[row]) << 16)
+    }
+
+    /// Entries of the matrix without padding, by the definition of the layout.
+    fn entries(&self, q: &Quantizer) -> Vec<i16> {
+        let l = &self.layout;
+        let mut out = vec![0; l.shape.len() as usize];
+        let mut stream = Vec::new();
+        for rt in 0..l.row_tiles() {
+            for ct in 0..l.col_tiles() {
+                let code = &q.codes[l.code_of(ct)];
+                let v = code.vector;
+                let mut e = vec![0; v as usize];
+                for g in 0..BLOCKS_PER_TILE {
+                    l.read_block(&self.words, rt, ct, g, &mut stream);
+                    for p in 0..code.block.len() {
+                        if p % v == 0 {
+                            code.entry(code.window_at(&stream, p / v), &mut e);
+                        }
+                        let (r, c) = position(code.block, g, p);
+                        let (r, c) = (rt * l.tile.rows + r, ct * l.tile.cols + c);
+                        if r < l.shape.rows && c < l.shape.cols {
+                            out[(r * l.shape.cols + c) as usize] = e[(p % v) as usize];
+                        }
+                    }
+                }
+            }
+        }
+        out
+    }
+}
+
+fn bytes<T: Copy, const N: usize>(v: &[T], f: impl Fn(T) -> [u8; N]) -> Vec<u8> {
+    v.iter().flat_map(|&x| f(x)).collect()
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|c| f32::from_le_bytes(c.try_into().expect("four bytes"))).collect()
+}
+
+fn launch(kernel: &Kernel, mut args: Vec<Arg>) {
+    if let Err(trap) = run(kernel, &mut args, &Options::default()) {
+        panic!("{trap}");
+    }
+}
+
+#[test]
+fn dequantize_equals_the_reference() {
+    for q in quantizers() {
+        for shape in [Shape { rows: 32, cols: 512 }, Shape { rows: 23, cols: 130 }] {
+            let m = Matrix::random(&q, shape);
+            let kernel = dequantize::lower(&Dequantize { quantizer: &q, shape, output: Elem::F32 }, 2);
+            let tables = bytes(&pack_tables(&q), u32::to_le_bytes);
+            let words = bytes(&m.words, u32::to_le_bytes);
+            let scales = bytes(&m.scales, u16::to_le_bytes);
+            let mut y = vec![0xff; shape.len() as usize * 4];
+            let mut args = vec![Arg::ReadOnly(&words), Arg::ReadOnly(&scales), Arg::Buffer(&mut y)];
+            if !tables.is_empty() {
+                args.insert(0, Arg::ReadOnly(&tables));
+            }
+            launch(&kernel, args);
+            let expect: Vec<f32> = m.entries(&q).iter().enumerate()
+                .map(|(i, &e)| {
+                    let (row, col) = (i as u32 / shape.cols, i as u32 % shape.cols);
+                    let code = &q.codes[m.layout.code_of(col / m.layout.tile.cols)];
+                    reference::weight(code, e, m.scale(row as usize))
+                })
+                .collect();
+            assert_eq!(floats(&y), expect, "{} {shape:?}", q.name);
+        }
+    }
+}
+
+fn activations(columns: u32, tokens: u32) -> Vec<Activations> {
+    let mut r = Random(11);
+    (0..tokens)
+        .map(|_| reference::quantize_activations(&(0..columns).map(|_| r.unit()).collect::<Vec<_>>()))
+        .collect()
+}
+
+/// `x`, `x_scale`, `x_sum` as the kernels take them.
+fn planes(a: &[Activations], columns: u32) -> [Vec<u8>; 3] {
+    let stride = columns.next_multiple_of(COLUMN_PAD) as usize;
+    let mut x = vec![0u8; 2 * stride * a.len()];
+    for (token, a) in a.iter().enumerate() {
+        for (i, &q) in a.q.iter().enumerate() {
+            let (high, low) = reference::split_activation(q);
+            x[2 * token * stride + i] = high as u8;
+            x[(2 * token + 1) * stride + i] = low as u8;
+        }
+    }
+    let scale = a.iter().flat_map(|a| a.scale.to_le_bytes()).collect();
+    let sum = a.iter().flat_map(|a| (a.sum as i32).to_le_bytes()).collect();
+    [x, scale, sum]
+}
+
+fn check_gemv(q: &Quantizer, shape: Shape, batch: u32, launches: &[Launch]) {
+    let m = Matrix::random(q, shape);
+    let entries = m.entries(q);
+    let a = activations(shape.cols, batch);
+    let rows = m.layout.padded_rows() as usize;
+    let mut expect = vec![0.5f32; rows * batch as usize];
+    for (token, a) in a.iter().enumerate() {
+        let factor = reference::output_factor(&q.codes[0], a.scale);
+        for row in 0..shape.rows as usize {
+            let w = &entries[row * shape.cols as usize..][..shape.cols as usize];
+            let acc = w.iter().zip(&a.q).map(|(&w, &q)| i64::from(w) * i64::from(q)).sum();
+            expect[token * rows + row] += reference::scale_output(&q.codes[0], acc, a.sum, m.scale(row), factor);
+        }
+    }
+    let op = Gemv { quantizer: q, shape, batch, accumulate: true };
+    for l in launches {
+        let kernel = gemv::lower(&op, l);
+        let tables = bytes(&pack_tables(q), u32::to_le_bytes);
+        let words = bytes(&m.words, u32::to_le_bytes);
+        let scales = bytes(&m.scales, u16::to_le_bytes);
+        let [x, x_scale, x_sum] = planes(&a, shape.cols);
+        let mut y = bytes(&vec![0.5f32; rows * batch as usize], f32::to_le_bytes);
+        let mut partial = vec![0u8; rows * 2 * batch as usize * q.value().bytes() as usize * 4];
+        let mut arrived = vec![0u8; l.blocks as usize * 4];
+        let mut args: Vec<Arg> = [&words, &scales, &x, &x_scale, &x_sum].map(|b| Arg::ReadOnly(b)).into();
+        if !tables.is_empty() {
+            args.insert(0, Arg::ReadOnly(&tables));
+        }
+        args.push(Arg::Buffer(&mut y));
+        if l.split > 1 {
+            args.push(Arg::Buffer(&mut partial));
+            args.push(Arg::Buffer(&mut arrived));
+        }
+        launch(&kernel, args);
+        let y = floats(&y);
+        for token in 0..batch as usize {
+            let real = token * rows..token * rows + shape.rows as usize;
+            assert_eq!(y[real.clone()], expect[real], "{} {shape:?} batch {batch} token {token} {l:?}", q.name);
+        }
+        assert!(partial.iter().chain(&arrived).all(|&b| b == 0), "the meeting place is left clean");
+    }
+}
+
+#[test]
+fn gemv_is_exact_for_every_code() {
+    for q in quantizers() {
+        let shape = Shape { rows: 48, cols: 1024 };
+        let op = Gemv { quantizer: &q, shape, batch: 1, accumulate: true };
+        check_gemv(&q, shape, 1, &[Launch::choose(&op, 132)]);
+    }
+}
+
+#[test]
+fn gemv_is_exact_for_every_shape_batch_and_launch() {
+    let q = &quantizers();
+    let named = |name: &str| q.iter().find(|q| q.name == name).expect("a quantizer");
+    let launch = |warps, split, blocks, ahead| Launch { warps, split, blocks, ahead, min_blocks: 1 };
+    for name in ["v4_k8", "v2_k5_i16", "square", "mix2"] {
+        for (rows, cols) in [(16, 128), (70, 300), (33, 2560)] {
+            let shape = Shape { rows, cols };
+            for batch in [1, 3, 4, 5, 8] {
+                let tiles = Packed::new(named(name), shape).row_tiles();
+                let launches = [launch(1, 1, 1, 1), launch(4, 1, tiles, 2), launch(3, 2, 1, 2), launch(2, 3, tiles, 3)];
+                check_gemv(named(name), shape, batch, &launches);
+            }
+        }
+    }
+}
+
+#[test]
+fn prepare_equals_the_reference() {
+    let rotations = [Rotation::None, Rotation::Hadamard { seed: 5 }];
+    for (columns, rotation, norm) in [
+        (256, rotations[1], None),
+        (256, rotations[0], Some(1e-5)),
+        (768, rotations[1], Some(1e-5)),
+        (576, rotations[1], Some(1e-5)),
+        (4096, rotations[1], Some(1e-6)),
+        (4864, rotations[1], None),
+        (200, rotations[1], None),
+        (6, rotations[1], Some(0.1)),
+    ] {
+        let (batch, stride) = (2u32, columns + 12);
+        let mut r = Random(u64::from(columns));
+        let input: Vec<f32> = (0..batch * stride).map(|_| r.unit()).collect();
+        let weight: Vec<f32> = (0..columns).map(|_| r.unit()).collect();
+        let expect: Vec<Activations> = (0..batch)
+            .map(|t| {
+                let x = &input[(t * stride) as usize..][..columns as usize];
+                let mut x = norm.map_or(x.to_vec(), |eps| reference::rms_norm(x, &weight, eps));
+                reference::rotate(rotation, &mut x);
+                reference::quantize_activations(&x)
+            })
+            .collect();
+        let expect = planes(&expect, columns);
+
+        let kernel = prepare::lower(&Prepare { columns, stride, batch, rotation, norm });
+        let (input, weight) = (bytes(&input, f32::to_le_bytes), bytes(&weight, f32::to_le_bytes));
+        let flips = prepare::flips(rotation, columns).map(|f| bytes(&f, u32::to_le_bytes));
+        let base = prepare::base(rotation, columns).map(|f| bytes(&f, u32::to_le_bytes));
+        let mut out = expect.each_ref().map(|e| vec![0xee; e.len()]);
+        let mut args = vec![Arg::ReadOnly(&input)];
+        args.extend(norm.map(|_| Arg::ReadOnly(&weight)));
+        args.extend(flips.as_deref().map(Arg::ReadOnly));
+        args.extend(base.as_deref().map(Arg::ReadOnly));
+        args.extend(out.iter_mut().map(|o| Arg::Buffer(o)));
+        launch(&kernel, args);
+        assert_eq!(out, expect, "{columns} {rotation:?} {norm:?}");
+    }
+}

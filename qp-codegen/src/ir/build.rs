@@ -202,9 +202,10 @@ impl Builder {
 
     /// Declares a variable and sets it.
     pub fn var(&self, init: V<'_>) -> Var {
+        let ty = init.ty();
         let var = {
             let vars = &mut self.kernel.borrow_mut().vars;
-            vars.push(Variable { ty: init.ty(), name: None });
+            vars.push(Variable { ty, name: None });
             Var(vars.len() as u32 - 1)
         };
         self.set(var, init);

@@ -69,7 +69,7 @@ fn emit<'b>(b: &'b Builder, op: &Dequantize, layout: &Packed, grid: u32) {
                         let unit = if code.half_offset { code.unit * 0.5 } else { code.unit };
                         let step = scale * unit;
                         let value = |k: u32| {
-                            let byte = |v: V<'b>| (v.bits(Scalar::I32) << (24 - 8 * k)) >> 24_u32;
+                            let byte = |v: V<'b>| (v << (24 - 8 * k)).bits(Scalar::I32) >> 24_u32;
                             let entry = match register.high {
                                 None => byte(register.low),
                                 Some(high) => byte(high) * 256 + (byte(register.low) & 0xff),

@@ -297,18 +297,18 @@ impl<'b, 'a> Emit<'b, 'a> {
         let period = layout.lane_words.iter().sum::<u32>() * 32;
         let (row, col) = self.place(step);
         let row_words = u32::try_from(layout.row_stride()).expect("a row tile is below 2^32 words");
-        let col = if codes == 1 { col * period } else { col / codes * period };
-        let base = (self.first_row + row) * row_words + col;
+        let base = (self.first_row + row) * row_words + if codes == 1 { col * period } else { col / codes * period };
         for (d, chunks) in buffer.iter().enumerate() {
             let d = d as u32;
             let lane_words = layout.lane_words[(d % codes) as usize];
             let ahead = d / codes * period + layout.lane_words[..(d % codes) as usize].iter().sum::<u32>() * 32;
-            let at = base + ahead;
+            let load = || {
+                for (var, words) in chunks.iter().zip(load_words(b, self.weights, base + ahead, self.lane, lane_words)) {
+                    b.set(*var, words);
+                }
+            };
             // Beyond the last column any words do: their activations are zero.
-            let at = if self.covers_exactly() { at } else { at.min(layout.words() as u32 - lane_words * 32) };
-            for (var, words) in chunks.iter().zip(load_words(b, self.weights, at, self.lane, lane_words)) {
-                b.set(*var, words);
-            }
+            if self.covers_exactly() { load() } else { b.if_((col + d).lt(layout.col_tiles()), load) }
         }
     }
 

@@ -31,7 +31,8 @@ fn table(name: &str, entries: u32, vector: u32, value: Value, seed: u64) -> Tabl
         Value::I8 => r.word() as i8 as i16,
         Value::I16 => r.word() as i16,
     };
-    Table { name: name.into(), entries, values: (0..entries * vector).map(draw).collect() }
+    let values = (0..entries * vector).map(draw).collect();
+    Table { name: name.into(), entries, values, source: Default::default() }
 }
 
 fn constant(d: &mut Decode, c: u32) -> Node {

@@ -1,4 +1,8 @@
 //! Quantize a language model with `.qspec` quantizers and run it on CPU or GPU.
 
 pub mod cli;
+pub mod device;
 pub mod jit;
+
+// So that the paths which derives write work in this crate too.
+extern crate self as qp_runtime;

@@ -4,7 +4,6 @@
 //! neither is on the loader's path by default.
 
 use std::collections::BTreeSet;
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -23,10 +22,14 @@ pub(super) enum Candidate {
 /// Names that the loader may know, newest first. The bare one comes last: it is a link of a toolkit, often stale.
 const NAMES: [&str; 5] = ["libnvrtc.so.14", "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11.2", "libnvrtc.so"];
 
+/// What the user names.
+pub(super) fn given() -> Option<PathBuf> {
+    std::env::var_os(VARIABLE).filter(|v| !v.is_empty()).map(PathBuf::from)
+}
+
 /// Candidates in order of preference. `deep` adds the answer of `python3` itself, which costs starting a process.
 pub(super) fn candidates(deep: bool) -> Vec<Candidate> {
-    if let Some(given) = std::env::var_os(VARIABLE).filter(|v| !v.is_empty()) {
-        let given = PathBuf::from(given);
+    if let Some(given) = given() {
         return if given.is_dir() {
             newest_in(&given).into_iter().map(Candidate::File).collect()
         } else {
@@ -92,7 +95,7 @@ fn newest_library(folder: &Path, stem: &str) -> Option<PathBuf> {
 fn site_packages() -> Vec<PathBuf> {
     let mut prefixes: Vec<PathBuf> =
         ["VIRTUAL_ENV", "CONDA_PREFIX"].iter().filter_map(std::env::var_os).map(PathBuf::from).collect();
-    for bin in std::env::split_paths(&std::env::var_os("PATH").unwrap_or_else(OsString::new)) {
+    for bin in std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()) {
         if bin.join("python3").exists() {
             prefixes.extend(bin.parent().map(Path::to_owned));
         }

@@ -1,6 +1,6 @@
 //! NVRTC, opened at run time.
 //!
-//! A table of its dozen functions, opened by ourselves: `docs/decisions/0003-cuda-bindings.md` says why.
+//! A table of its dozen functions, opened by ourselves: `docs/decisions/cuda-bindings.md` says why.
 
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::path::{Path, PathBuf};
@@ -67,11 +67,11 @@ impl Nvrtc {
                     },
                 }
             }
-            if std::env::var_os(find::VARIABLE).is_some_and(|v| !v.is_empty()) {
+            if find::given().is_some() {
                 break;
             }
         }
-        Err(broken.unwrap_or(JitError::Missing { given: std::env::var_os(find::VARIABLE).map(PathBuf::from) }))
+        Err(broken.unwrap_or(JitError::Missing { given: find::given() }))
     }
 
     fn open_one(candidate: &Candidate) -> Result<Nvrtc, JitError> {
@@ -79,7 +79,11 @@ impl Nvrtc {
             Candidate::Name(n) => PathBuf::from(n),
             Candidate::File(f) => f.clone(),
         };
-        let fail = |e: libloading::Error| JitError::Library { path: path.clone(), reason: e.to_string() };
+        let fail = |e: libloading::Error| {
+            // The loader's own words are in the source.
+            let reason = std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string);
+            JitError::Library { path: path.clone(), reason }
+        };
         if let Candidate::File(file) = candidate {
             preload_builtins(file);
         }

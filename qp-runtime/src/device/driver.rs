@@ -1,0 +1,447 @@
+//! The CUDA driver: the few calls we make, each with an error that says what it was about.
+//!
+//! cudarc opens `libcuda` and looks functions up at their first use, and panics where one is missing. So [`probe`]
+//! asks for the library and for its version before anything else; all functions used here exist since CUDA 11.8.
+
+use std::ffi::{CString, c_void};
+use std::sync::{Arc, OnceLock};
+
+use cudarc::driver::{result, sys};
+use result::DriverError;
+use sys::CUdevice_attribute_enum as Attribute;
+use sys::CUfunction_attribute_enum as FunctionAttribute;
+
+use qp_codegen::cuda::Target;
+
+use super::error::DeviceError;
+
+/// CUDA 11.8 brought `cuLaunchKernelEx`.
+const OLDEST: i32 = 11_080;
+/// Before CUDA 12.3, capturing a stream with programmatic dependent launches fails.
+const DEPENDENT_CAPTURE: i32 = 12_030;
+
+/// One GPU of this machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gpu {
+    /// Number, from 0.
+    pub index: usize,
+    /// Marketing name.
+    pub name: String,
+    /// Compute capability, major and minor.
+    pub capability: (u32, u32),
+    /// What kernels for it are compiled for; `None` if it is too old (or too new) for every target.
+    pub target: Option<Target>,
+    /// Streaming multiprocessors.
+    pub sms: u32,
+    /// Bytes of memory.
+    pub memory: u64,
+    /// Bytes of shared memory that one block may use.
+    pub shared_per_block: u32,
+}
+
+fn fail(call: impl Into<String>) -> impl FnOnce(DriverError) -> DeviceError {
+    let call = call.into();
+    move |e| DeviceError::Driver { call, reason: words(e) }
+}
+
+fn words(e: DriverError) -> String {
+    let text = |r: Result<&std::ffi::CStr, DriverError>| r.map(|s| s.to_string_lossy().into_owned()).ok();
+    match (text(e.error_name()), text(e.error_string())) {
+        (Some(name), Some(string)) => format!("{name} ({string})"),
+        (Some(name), None) => name,
+        (None, _) => format!("error {}", e.0 as i32),
+    }
+}
+
+/// Opens and starts the driver, giving the CUDA version that it supports (`12040` for 12.4).
+///
+/// # Errors
+/// No driver, one that is too old, or one without a GPU.
+pub(super) fn probe() -> Result<i32, DeviceError> {
+    /// A version, or the words of the driver for why there is none.
+    enum Found {
+        Nothing,
+        Started(i32),
+        Failed(String),
+    }
+    static FOUND: OnceLock<Found> = OnceLock::new();
+    let found = FOUND.get_or_init(|| {
+        // SAFETY: opens the library; its initialisers are sound. `cuDriverGetVersion` needs no initialisation.
+        unsafe {
+            if !sys::is_culib_present() {
+                return Found::Nothing;
+            }
+            let mut version = 0;
+            if let Err(e) = sys::cuDriverGetVersion(&mut version).result() {
+                return Found::Failed(words(e));
+            }
+            if version < OLDEST {
+                return Found::Started(version);
+            }
+            match result::init() {
+                Ok(()) => Found::Started(version),
+                Err(e) => Found::Failed(words(e)),
+            }
+        }
+    });
+    match found {
+        Found::Nothing => Err(DeviceError::NoDriver),
+        Found::Started(v) if *v < OLDEST => Err(DeviceError::OldDriver { found: version_pair(*v) }),
+        Found::Started(v) => Ok(*v),
+        Found::Failed(reason) => Err(DeviceError::NoGpu { reason: reason.clone() }),
+    }
+}
+
+/// `12040` → (12, 4).
+pub(super) fn version_pair(version: i32) -> (u32, u32) {
+    (version as u32 / 1000, version as u32 % 1000 / 10)
+}
+
+/// The GPUs of this machine.
+///
+/// # Errors
+/// As [`probe`].
+pub(super) fn gpus() -> Result<Vec<Gpu>, DeviceError> {
+    probe()?;
+    let count = result::device::get_count().map_err(fail("cuDeviceGetCount"))?;
+    (0..count).map(|i| gpu(i as usize)).collect()
+}
+
+fn gpu(index: usize) -> Result<Gpu, DeviceError> {
+    let about = |call: &str| fail(format!("{call} (GPU {index})"));
+    let device = result::device::get(index as i32).map_err(about("cuDeviceGet"))?;
+    let name = result::device::get_name(device).map_err(about("cuDeviceGetName"))?;
+    // SAFETY: the device was given by the driver.
+    let get = |a| unsafe { result::device::get_attribute(device, a) }.map_err(about("cuDeviceGetAttribute")).map(|v| v as u32);
+    let capability =
+        (get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?, get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?);
+    Ok(Gpu {
+        index,
+        name,
+        capability,
+        target: Target::of_capability(capability.0, capability.1),
+        sms: get(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        // SAFETY: as above.
+        memory: unsafe { result::device::total_mem(device) }.map_err(about("cuDeviceTotalMem"))? as u64,
+        shared_per_block: get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+    })
+}
+
+/// The primary context of a GPU and the one stream that all our work goes through, in order.
+pub(super) struct Context {
+    pub gpu: Gpu,
+    pub target: Target,
+    pub driver: i32,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+}
+
+// SAFETY: the driver's objects may be used from any thread; each use binds the context first.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+impl Context {
+    pub fn open(index: usize) -> Result<Arc<Context>, DeviceError> {
+        let driver = probe()?;
+        let count = result::device::get_count().map_err(fail("cuDeviceGetCount"))? as usize;
+        if count == 0 {
+            return Err(DeviceError::NoGpu { reason: "it lists none".into() });
+        }
+        if index >= count {
+            return Err(DeviceError::NoSuchGpu { index, count });
+        }
+        let gpu = gpu(index)?;
+        let target =
+            gpu.target.ok_or_else(|| DeviceError::UnsupportedGpu { name: gpu.name.clone(), capability: gpu.capability })?;
+        let device = result::device::get(index as i32).map_err(fail("cuDeviceGet"))?;
+        // SAFETY: the device was given by the driver; what is retained here is released in `drop`.
+        unsafe {
+            let context = result::primary_ctx::retain(device).map_err(fail(format!("opening {}", gpu.name)))?;
+            let opened = result::ctx::set_current(context)
+                .and_then(|()| result::stream::create(result::stream::StreamKind::NonBlocking));
+            match opened {
+                Ok(stream) => Ok(Arc::new(Context { gpu, target, driver, device, context, stream })),
+                Err(e) => {
+                    let _ = result::primary_ctx::release(device);
+                    Err(fail("cuStreamCreate")(e))
+                }
+            }
+        }
+    }
+
+    fn bind(&self) -> Result<(), DeviceError> {
+        // SAFETY: the context lives as long as `self`.
+        unsafe { result::ctx::set_current(self.context) }.map_err(fail("cuCtxSetCurrent"))
+    }
+
+    /// Waits for all work of the stream.
+    pub fn synchronize(&self) -> Result<(), DeviceError> {
+        self.bind()?;
+        // SAFETY: the stream lives as long as `self`.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(fail("waiting for the GPU"))
+    }
+
+    /// Free and total bytes of memory.
+    pub fn free_memory(&self) -> Result<(usize, usize), DeviceError> {
+        self.bind()?;
+        result::mem_get_info().map_err(fail("cuMemGetInfo"))
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        if self.bind().is_ok() {
+            // SAFETY: nothing else holds the stream: memory, modules and graphs keep the context alive.
+            unsafe {
+                let _ = result::stream::destroy(self.stream);
+                let _ = result::primary_ctx::release(self.device);
+            }
+        }
+    }
+}
+
+/// Memory of a GPU.
+pub(super) struct Memory {
+    context: Arc<Context>,
+    pointer: sys::CUdeviceptr,
+    bytes: usize,
+}
+
+impl Memory {
+    /// `bytes` zeros.
+    pub fn zeroed(context: &Arc<Context>, bytes: usize) -> Result<Memory, DeviceError> {
+        context.bind()?;
+        let about = || fail(format!("allocating {bytes} bytes on {}", context.gpu.name));
+        // SAFETY: the pointer is freed in `drop`; the fill is within it.
+        unsafe {
+            let pointer = result::malloc_sync(bytes.max(16)).map_err(about())?;
+            let memory = Memory { context: context.clone(), pointer, bytes };
+            result::memset_d8_async(pointer, 0, bytes.max(16), context.stream).map_err(about())?;
+            Ok(memory)
+        }
+    }
+
+    /// Copies `data` to `offset` (bytes). The data may be reused at once.
+    pub fn write(&self, offset: usize, data: &[u8]) -> Result<(), DeviceError> {
+        assert!(offset + data.len() <= self.bytes, "a write within the buffer");
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.context.bind()?;
+        // SAFETY: within the allocation; pageable memory is staged before the call returns.
+        unsafe { result::memcpy_htod_async(self.pointer + offset as u64, data, self.context.stream) }
+            .map_err(fail("copying to the GPU"))
+    }
+
+    /// Copies from `offset` (bytes) after all work before it.
+    pub fn read(&self, offset: usize, data: &mut [u8]) -> Result<(), DeviceError> {
+        assert!(offset + data.len() <= self.bytes, "a read within the buffer");
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.context.bind()?;
+        // SAFETY: within the allocation; the stream is waited for before `data` is used.
+        unsafe { result::memcpy_dtoh_async(data, self.pointer + offset as u64, self.context.stream) }
+            .map_err(fail("copying from the GPU"))?;
+        self.context.synchronize()
+    }
+
+    pub fn pointer(&self) -> u64 {
+        self.pointer
+    }
+
+    pub fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if self.context.bind().is_ok() {
+            // SAFETY: allocated by `zeroed`; the driver waits for work that uses it.
+            let _ = unsafe { result::free_sync(self.pointer) };
+        }
+    }
+}
+
+/// Grid, block and attributes of a launch.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    pub grid: [u32; 2],
+    pub threads: u32,
+    pub shared: u32,
+    pub dependent: bool,
+}
+
+/// A loaded kernel.
+pub(super) struct Function {
+    context: Arc<Context>,
+    module: sys::CUmodule,
+    function: sys::CUfunction,
+    shape: Shape,
+    name: String,
+}
+
+// SAFETY: handles of the driver, usable from any thread once the context is bound.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+impl Function {
+    pub fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    pub fn load(context: &Arc<Context>, cubin: &[u8], name: &str, mut shape: Shape) -> Result<Function, DeviceError> {
+        let allowed = context.gpu.shared_per_block;
+        if shape.shared > allowed {
+            return Err(DeviceError::SharedMemory { kernel: name.into(), needs: shape.shared, allowed });
+        }
+        shape.dependent &= context.target.has_dependent_launch() && context.driver >= DEPENDENT_CAPTURE;
+        context.bind()?;
+        let about = || fail(format!("loading kernel `{name}`"));
+        let symbol = CString::new(name).map_err(|_| DeviceError::Kernel { kernel: name.into(), reason: "a NUL in its name".into() })?;
+        // SAFETY: the image is a whole cubin (checksummed or fresh from the compiler); the module is unloaded in `drop`.
+        unsafe {
+            let module = result::module::load_data(cubin.as_ptr().cast()).map_err(about())?;
+            let function = match result::module::get_function(module, symbol) {
+                Ok(f) => f,
+                Err(e) => {
+                    let _ = result::module::unload(module);
+                    return Err(about()(e));
+                }
+            };
+            let this = Function { context: context.clone(), module, function, shape, name: name.into() };
+            if shape.shared > 48 << 10 {
+                let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                result::function::set_function_attribute(function, attribute, shape.shared as i32).map_err(about())?;
+            }
+            Ok(this)
+        }
+    }
+
+    /// Blocks that fit on one SM at once.
+    pub fn resident_blocks(&self) -> Result<u32, DeviceError> {
+        self.context.bind()?;
+        // SAFETY: the function is loaded.
+        unsafe {
+            result::occupancy::max_active_block_per_multiprocessor(self.function, self.shape.threads as i32, self.shape.shared as usize)
+        }
+        .map(|n| n as u32)
+        .map_err(fail(format!("occupancy of kernel `{}`", self.name)))
+    }
+
+    /// Puts a launch into the stream. Each word is one parameter: an address, or a scalar in its low 4 bytes.
+    ///
+    /// # Safety
+    /// The words must be what the kernel's parameters are, and the memory alive until the stream has run it.
+    pub unsafe fn launch(&self, words: &mut [u64]) -> Result<(), DeviceError> {
+        self.context.bind()?;
+        let mut pointers: Vec<*mut c_void> = words.iter_mut().map(|w| std::ptr::from_mut(w).cast()).collect();
+        // SAFETY: an attribute is plain data; zero is valid.
+        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        attribute.id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attribute.value.programmaticStreamSerializationAllowed = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: self.shape.grid[0],
+            gridDimY: self.shape.grid[1],
+            gridDimZ: 1,
+            blockDimX: self.shape.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.shape.shared,
+            hStream: self.context.stream,
+            attrs: &mut attribute,
+            numAttrs: self.shape.dependent.into(),
+        };
+        // SAFETY: the caller vouches for the parameters; config and attribute outlive the call.
+        unsafe { sys::cuLaunchKernelEx(&config, self.function, pointers.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
+            .map_err(fail(format!("launching kernel `{}`", self.name)))
+    }
+}
+
+impl Drop for Function {
+    fn drop(&mut self) {
+        if self.context.synchronize().is_ok() {
+            // SAFETY: loaded by `load`, and no launch is in flight.
+            let _ = unsafe { result::module::unload(self.module) };
+        }
+    }
+}
+
+/// A graph of launches, ready to be replayed.
+pub(super) struct GraphExec {
+    context: Arc<Context>,
+    graph: sys::CUgraph,
+    exec: sys::CUgraphExec,
+}
+
+// SAFETY: used through `&mut` or under the executor's order only; handles are not bound to a thread.
+unsafe impl Send for GraphExec {}
+
+impl GraphExec {
+    /// Captures what `launches` puts into the stream.
+    pub fn capture(context: &Arc<Context>, launches: impl FnOnce() -> Result<(), DeviceError>) -> Result<GraphExec, DeviceError> {
+        context.bind()?;
+        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is ours; graph and exec are destroyed in `drop`.
+        unsafe {
+            result::stream::begin_capture(context.stream, mode).map_err(fail("cuStreamBeginCapture"))?;
+            let launched = launches();
+            let captured = result::stream::end_capture(context.stream).map_err(fail("cuStreamEndCapture"));
+            launched?;
+            let mut this = GraphExec { context: context.clone(), graph: captured?, exec: std::ptr::null_mut() };
+            this.exec = result::graph::instantiate(this.graph, sys::CUgraphInstantiate_flags(0))
+                .map_err(fail("cuGraphInstantiateWithFlags"))?;
+            result::graph::upload(this.exec, context.stream).map_err(fail("cuGraphUpload"))?;
+            Ok(this)
+        }
+    }
+
+    /// Puts the whole graph into the stream.
+    pub fn launch(&self) -> Result<(), DeviceError> {
+        self.context.bind()?;
+        // SAFETY: instantiated in `capture`.
+        unsafe { result::graph::launch(self.exec, self.context.stream) }.map_err(fail("cuGraphLaunch"))
+    }
+}
+
+impl Drop for GraphExec {
+    fn drop(&mut self) {
+        if self.context.synchronize().is_ok() {
+            // SAFETY: made in `capture`, and not in flight.
+            unsafe {
+                if !self.exec.is_null() {
+                    let _ = result::graph::exec_destroy(self.exec);
+                }
+                let _ = result::graph::destroy(self.graph);
+            }
+        }
+    }
+}
+
+/// Seconds that the GPU spends on what `work` puts into the stream.
+pub(super) fn time(context: &Arc<Context>, work: impl FnOnce() -> Result<(), DeviceError>) -> Result<f64, DeviceError> {
+    struct Event(sys::CUevent);
+    impl Drop for Event {
+        fn drop(&mut self) {
+            // SAFETY: created below, destroyed once.
+            let _ = unsafe { result::event::destroy(self.0) };
+        }
+    }
+    context.bind()?;
+    let event = || result::event::create(sys::CUevent_flags_enum::CU_EVENT_DEFAULT).map(Event).map_err(fail("cuEventCreate"));
+    let (start, end) = (event()?, event()?);
+    // SAFETY: events and stream are alive.
+    unsafe {
+        result::event::record(start.0, context.stream).map_err(fail("cuEventRecord"))?;
+        work()?;
+        result::event::record(end.0, context.stream).map_err(fail("cuEventRecord"))?;
+        result::event::synchronize(end.0).map_err(fail("waiting for the GPU"))?;
+        let ms = result::event::elapsed(start.0, end.0).map_err(fail("cuEventElapsedTime"))?;
+        Ok(f64::from(ms) / 1e3)
+    }
+}

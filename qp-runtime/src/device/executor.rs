@@ -1,0 +1,430 @@
+//! One interface to the GPU and to the interpreter.
+
+use std::marker::PhantomData;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Instant;
+
+use qp_codegen::cuda::Target;
+use qp_codegen::ir::{Kernel, ParamKind, interpret};
+use rayon::prelude::*;
+
+use super::args::{Arg, Element, LaunchArgs, ParamDecl, check};
+use super::driver::{self, Context, Function, GraphExec, Memory, Shape};
+use super::error::DeviceError;
+use super::Gpu;
+use crate::jit;
+
+/// Runs kernels, in the order they are launched. Cheap to clone: clones are the same executor.
+#[derive(Clone)]
+pub struct Executor(Backend);
+
+#[derive(Clone)]
+enum Backend {
+    Interpreter(Arc<interpret::Options>),
+    Cuda(Arc<Context>),
+}
+
+impl Executor {
+    /// The CPU, lane by lane: slow, and watchful.
+    pub fn interpreter() -> Executor {
+        Executor::interpreter_with(interpret::Options::default())
+    }
+
+    /// The interpreter with chosen options.
+    pub fn interpreter_with(options: interpret::Options) -> Executor {
+        Executor(Backend::Interpreter(Arc::new(options)))
+    }
+
+    /// GPU `index` (from 0).
+    ///
+    /// # Errors
+    /// No driver, no such GPU, or one that no target fits. NVRTC is looked for too, so that a missing one is told now.
+    pub fn cuda(index: usize) -> Result<Executor, DeviceError> {
+        let context = Context::open(index)?;
+        jit::Nvrtc::get()?;
+        Ok(Executor(Backend::Cuda(context)))
+    }
+
+    /// What kernels for it should be lowered for. The interpreter runs those of any target.
+    pub fn target(&self) -> Target {
+        match &self.0 {
+            Backend::Interpreter(_) => Target::Sm80,
+            Backend::Cuda(context) => context.target,
+        }
+    }
+
+    /// The GPU; `None` for the interpreter.
+    pub fn gpu(&self) -> Option<&Gpu> {
+        match &self.0 {
+            Backend::Interpreter(_) => None,
+            Backend::Cuda(context) => Some(&context.gpu),
+        }
+    }
+
+    /// Free and total bytes of the GPU's memory; `None` for the interpreter.
+    ///
+    /// # Errors
+    /// A failing driver.
+    pub fn free_memory(&self) -> Result<Option<(usize, usize)>, DeviceError> {
+        match &self.0 {
+            Backend::Interpreter(_) => Ok(None),
+            Backend::Cuda(context) => context.free_memory().map(Some),
+        }
+    }
+
+    /// A buffer of `len` zeros.
+    ///
+    /// # Errors
+    /// A full GPU.
+    pub fn zeroed<T: Element>(&self, len: usize) -> Result<Buffer<T>, DeviceError> {
+        let bytes = len * size_of::<T>();
+        let raw = match &self.0 {
+            Backend::Interpreter(_) => RawBuffer::Host(Arc::new(RwLock::new(vec![0; bytes]))),
+            Backend::Cuda(context) => RawBuffer::Cuda(Arc::new(Memory::zeroed(context, bytes)?)),
+        };
+        Ok(Buffer { raw, len, element: PhantomData })
+    }
+
+    /// A buffer that holds a copy of `data`.
+    ///
+    /// # Errors
+    /// A full GPU.
+    pub fn upload<T: Element>(&self, data: &[T]) -> Result<Buffer<T>, DeviceError> {
+        let mut buffer = self.zeroed(data.len())?;
+        buffer.write(0, data)?;
+        Ok(buffer)
+    }
+
+    /// Makes `kernel` ready to be launched with an `A`.
+    ///
+    /// # Errors
+    /// Parameters that differ from `A`'s, an invalid kernel, one that does not compile or does not fit the GPU.
+    pub fn load<A: LaunchArgs>(&self, kernel: Kernel) -> Result<Loaded, DeviceError> {
+        check(&kernel.name, &kernel.params, A::PARAMS)?;
+        self.load_unchecked(kernel)
+    }
+
+    /// [`Executor::load`] of many kernels, compiled in parallel: the struct of each is checked at its first launch.
+    ///
+    /// # Errors
+    /// As [`Executor::load`], for the first that fails.
+    pub fn load_all(&self, kernels: Vec<Kernel>) -> Result<Vec<Loaded>, DeviceError> {
+        kernels.into_par_iter().map(|k| self.load_unchecked(k)).collect()
+    }
+
+    fn load_unchecked(&self, kernel: Kernel) -> Result<Loaded, DeviceError> {
+        let (code, usage) = match &self.0 {
+            Backend::Interpreter(options) => (Code::Interpreter(options.clone()), None),
+            Backend::Cuda(context) => {
+                let source = print(&kernel, context.target)?;
+                let cubin = jit::compile(&source, &kernel.name, context.target.nvrtc_arch(), &jit::Options::default())?;
+                let shape = Shape {
+                    grid: kernel.grid,
+                    threads: kernel.threads,
+                    shared: kernel.shared_bytes(),
+                    dependent: kernel.dependent_launch,
+                };
+                (Code::Cuda(Function::load(context, &cubin.bytes, &kernel.name, shape)?), cubin.usage)
+            }
+        };
+        Ok(Loaded(Arc::new(Inner { kernel, code, usage })))
+    }
+
+    /// Runs a kernel; the GPU may still be at work when this returns.
+    ///
+    /// # Errors
+    /// Arguments that do not fit the kernel, a trap of the interpreter, a failing driver.
+    pub fn launch<A: LaunchArgs>(&self, kernel: &Loaded, args: A) -> Result<(), DeviceError> {
+        check(kernel.name(), &kernel.0.kernel.params, A::PARAMS)?;
+        kernel.0.run(&args.args())
+    }
+
+    /// Starts a [`Graph`].
+    pub fn record(&self) -> Recorder {
+        Recorder { executor: self.clone(), launches: Vec::new() }
+    }
+
+    /// Waits until all that was launched is done.
+    ///
+    /// # Errors
+    /// What went wrong in a kernel on the GPU.
+    pub fn synchronize(&self) -> Result<(), DeviceError> {
+        match &self.0 {
+            Backend::Interpreter(_) => Ok(()),
+            Backend::Cuda(context) => context.synchronize(),
+        }
+    }
+
+    /// Seconds that the device spends on what `work` launches.
+    ///
+    /// # Errors
+    /// Those of `work`, or a failing driver.
+    pub fn time(&self, work: impl FnOnce() -> Result<(), DeviceError>) -> Result<f64, DeviceError> {
+        match &self.0 {
+            Backend::Interpreter(_) => {
+                let start = Instant::now();
+                work()?;
+                Ok(start.elapsed().as_secs_f64())
+            }
+            Backend::Cuda(context) => driver::time(context, work),
+        }
+    }
+}
+
+fn print(kernel: &Kernel, _: Target) -> Result<String, DeviceError> {
+    Err(DeviceError::Kernel { kernel: kernel.name.clone(), reason: "the printer is not there yet".into() })
+}
+
+/// `len` elements in the memory of an executor.
+pub struct Buffer<T> {
+    raw: RawBuffer,
+    len: usize,
+    element: PhantomData<T>,
+}
+
+/// A buffer's memory, shared by the [`Buffer`] and the [`Graph`]s that use it.
+#[derive(Clone)]
+pub enum RawBuffer {
+    /// Of the interpreter.
+    Host(Arc<RwLock<Vec<u8>>>),
+    /// Of a GPU.
+    #[expect(private_interfaces, reason = "seen only by the executor")]
+    Cuda(Arc<Memory>),
+}
+
+impl<T: Element> Buffer<T> {
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True if it has no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Bytes.
+    pub fn bytes(&self) -> usize {
+        self.len * size_of::<T>()
+    }
+
+    pub(super) fn raw(&self) -> &RawBuffer {
+        &self.raw
+    }
+
+    fn range(&self, what: &str, at: usize, count: usize) -> Result<usize, DeviceError> {
+        if at.checked_add(count).is_none_or(|end| end > self.len) {
+            return Err(DeviceError::Buffer(format!("{what} {count} elements at {at} of a buffer of {}", self.len)));
+        }
+        Ok(at * size_of::<T>())
+    }
+
+    /// Copies `data` to elements `at..`, after all launches before it.
+    ///
+    /// # Errors
+    /// Data that does not fit, a failing driver.
+    pub fn write(&mut self, at: usize, data: &[T]) -> Result<(), DeviceError> {
+        let at = self.range("writing", at, data.len())?;
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        match &self.raw {
+            RawBuffer::Host(host) => write_lock(host)[at..at + bytes.len()].copy_from_slice(bytes),
+            RawBuffer::Cuda(memory) => memory.write(at, bytes)?,
+        }
+        Ok(())
+    }
+
+    /// Copies elements `at..` to `out`, after all launches before it.
+    ///
+    /// # Errors
+    /// A range beyond the end, what went wrong in a kernel on the GPU.
+    pub fn read(&self, at: usize, out: &mut [T]) -> Result<(), DeviceError> {
+        let at = self.range("reading", at, out.len())?;
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(out);
+        match &self.raw {
+            RawBuffer::Host(host) => bytes.copy_from_slice(&read_lock(host)[at..at + bytes.len()]),
+            RawBuffer::Cuda(memory) => memory.read(at, bytes)?,
+        }
+        Ok(())
+    }
+
+    /// All elements.
+    ///
+    /// # Errors
+    /// What went wrong in a kernel on the GPU.
+    pub fn to_vec(&self) -> Result<Vec<T>, DeviceError> {
+        let mut out = vec![T::zeroed(); self.len];
+        self.read(0, &mut out)?;
+        Ok(out)
+    }
+}
+
+fn read_lock(host: &RwLock<Vec<u8>>) -> RwLockReadGuard<'_, Vec<u8>> {
+    host.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write_lock(host: &RwLock<Vec<u8>>) -> RwLockWriteGuard<'_, Vec<u8>> {
+    host.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A kernel ready to be launched. Cheap to clone.
+#[derive(Clone)]
+pub struct Loaded(Arc<Inner>);
+
+struct Inner {
+    kernel: Kernel,
+    code: Code,
+    usage: Option<jit::Usage>,
+}
+
+enum Code {
+    Interpreter(Arc<interpret::Options>),
+    Cuda(Function),
+}
+
+impl Loaded {
+    /// The kernel's name.
+    pub fn name(&self) -> &str {
+        &self.0.kernel.name
+    }
+
+    /// The kernel.
+    pub fn kernel(&self) -> &Kernel {
+        &self.0.kernel
+    }
+
+    /// Registers and spills, as the compiler said; `None` on the interpreter.
+    pub fn usage(&self) -> Option<jit::Usage> {
+        self.0.usage
+    }
+
+    /// Blocks that fit on one SM at once; `None` on the interpreter.
+    ///
+    /// # Errors
+    /// A failing driver.
+    pub fn resident_blocks(&self) -> Result<Option<u32>, DeviceError> {
+        match &self.0.code {
+            Code::Interpreter(_) => Ok(None),
+            Code::Cuda(function) => function.resident_blocks().map(Some),
+        }
+    }
+}
+
+/// What an argument became for the interpreter: its lock, held while the kernel runs.
+enum Held<'a> {
+    Read(RwLockReadGuard<'a, Vec<u8>>),
+    Write(RwLockWriteGuard<'a, Vec<u8>>),
+    Scalar(&'a Arg),
+}
+
+impl Inner {
+    fn wrong_executor(&self) -> DeviceError {
+        DeviceError::Buffer(format!("kernel `{}` was passed a buffer of another device", self.kernel.name))
+    }
+
+    fn run(&self, args: &[Arg]) -> Result<(), DeviceError> {
+        match &self.code {
+            Code::Interpreter(options) => self.interpret(options, args),
+            Code::Cuda(function) => self.launch(function, args),
+        }
+    }
+
+    fn interpret(&self, options: &interpret::Options, args: &[Arg]) -> Result<(), DeviceError> {
+        let mut held = Vec::with_capacity(args.len());
+        for (arg, param) in args.iter().zip(&self.kernel.params) {
+            held.push(match (arg, param.kind) {
+                (Arg::Buffer(RawBuffer::Host(host)), ParamKind::Buffer { writable: true, .. }) => Held::Write(write_lock(host)),
+                (Arg::Buffer(RawBuffer::Host(host)), _) => Held::Read(read_lock(host)),
+                (Arg::Buffer(RawBuffer::Cuda(_)), _) => return Err(self.wrong_executor()),
+                (Arg::I32(_) | Arg::U32(_) | Arg::F32(_), _) => Held::Scalar(arg),
+            });
+        }
+        let mut passed: Vec<interpret::Arg<'_>> = held
+            .iter_mut()
+            .map(|h| match h {
+                Held::Read(guard) => interpret::Arg::ReadOnly(guard),
+                Held::Write(guard) => interpret::Arg::Buffer(guard),
+                Held::Scalar(Arg::I32(x)) => interpret::Arg::I32(*x),
+                Held::Scalar(Arg::U32(x)) => interpret::Arg::U32(*x),
+                Held::Scalar(Arg::F32(x)) => interpret::Arg::F32(*x),
+                Held::Scalar(Arg::Buffer(_)) => unreachable!("buffers are held by their locks"),
+            })
+            .collect();
+        interpret::run(&self.kernel, &mut passed, options)
+            .map_err(|trap| DeviceError::Kernel { kernel: self.kernel.name.clone(), reason: trap.to_string() })?;
+        Ok(())
+    }
+
+    fn launch(&self, function: &Function, args: &[Arg]) -> Result<(), DeviceError> {
+        let mut words = Vec::with_capacity(args.len());
+        for arg in args {
+            words.push(match arg {
+                Arg::Buffer(RawBuffer::Cuda(memory)) if Arc::ptr_eq(memory.context(), function.context()) => memory.pointer(),
+                Arg::Buffer(_) => return Err(self.wrong_executor()),
+                Arg::I32(x) => u64::from(x.cast_unsigned()),
+                Arg::U32(x) => u64::from(*x),
+                Arg::F32(x) => u64::from(x.to_bits()),
+            });
+        }
+        // SAFETY: the caller has compared the arguments' kinds with the parameters. Freeing memory waits for the
+        // stream, so it outlives the launch.
+        unsafe { function.launch(&mut words) }
+    }
+}
+
+/// Collects launches for a [`Graph`].
+pub struct Recorder {
+    executor: Executor,
+    launches: Vec<(Loaded, Vec<Arg>)>,
+}
+
+impl Recorder {
+    /// Adds a launch. Nothing runs yet; scalars keep the value given here.
+    ///
+    /// # Errors
+    /// Arguments that do not fit the kernel.
+    pub fn launch<A: LaunchArgs>(&mut self, kernel: &Loaded, args: A) -> Result<(), DeviceError> {
+        let params: &[ParamDecl] = A::PARAMS;
+        check(kernel.name(), &kernel.0.kernel.params, params)?;
+        self.launches.push((kernel.clone(), args.args()));
+        Ok(())
+    }
+
+    /// The finished graph, which keeps its kernels and buffers alive.
+    ///
+    /// # Errors
+    /// A failing driver.
+    pub fn finish(self) -> Result<Graph, DeviceError> {
+        let exec = match &self.executor.0 {
+            Backend::Interpreter(_) => None,
+            Backend::Cuda(context) => {
+                Some(GraphExec::capture(context, || self.launches.iter().try_for_each(|(k, args)| k.0.run(args)))?)
+            }
+        };
+        Ok(Graph { exec, launches: self.launches })
+    }
+}
+
+/// A sequence of launches that is replayed as one.
+pub struct Graph {
+    /// Before the launches: it must go first.
+    exec: Option<GraphExec>,
+    launches: Vec<(Loaded, Vec<Arg>)>,
+}
+
+impl Graph {
+    /// Runs all launches, in order; the GPU may still be at work when this returns.
+    ///
+    /// # Errors
+    /// A trap of the interpreter, a failing driver.
+    pub fn launch(&self) -> Result<(), DeviceError> {
+        match &self.exec {
+            Some(exec) => exec.launch(),
+            None => self.launches.iter().try_for_each(|(k, args)| k.0.run(args)),
+        }
+    }
+
+    /// The kernels, in order.
+    pub fn kernels(&self) -> impl Iterator<Item = &Loaded> {
+        self.launches.iter().map(|l| &l.0)
+    }
+}

@@ -1,0 +1,119 @@
+//! The executor on the interpreter; `qp check-gpu` runs the same interface on a GPU.
+
+use qp_codegen::ir::{Builder, Elem, Kernel, Scalar, Special};
+
+use super::*;
+
+#[derive(LaunchArgs)]
+struct Scale<'a> {
+    input: &'a Buffer<i32>,
+    output: &'a mut Buffer<i32>,
+    factor: i32,
+}
+
+/// `output[i] = input[i] · factor + output[i]` for 64 elements.
+fn scale() -> Kernel {
+    let b = Builder::new("scale", [2, 1], 32);
+    let (input, output) = (b.buffer("input", Elem::I32, false), b.buffer("output", Elem::I32, true));
+    let factor = b.scalar("factor", Scalar::I32);
+    let i = b.special(Special::BlockX) * 32 + b.special(Special::Thread);
+    let sum = b.load(input, i, Elem::I32) * factor + b.load(output, i, Elem::I32);
+    b.store(output, i, sum, Elem::I32);
+    b.finish()
+}
+
+#[test]
+fn launches_run_in_order() {
+    let exec = Executor::interpreter();
+    let kernel = exec.load::<Scale<'_>>(scale()).unwrap();
+    let input = exec.upload(&(0..64).collect::<Vec<i32>>()).unwrap();
+    let mut output = exec.zeroed::<i32>(64).unwrap();
+    for factor in [1, 10] {
+        exec.launch(&kernel, Scale { input: &input, output: &mut output, factor }).unwrap();
+    }
+    exec.synchronize().unwrap();
+    assert_eq!(output.to_vec().unwrap(), (0..64).map(|i| 11 * i).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_graph_replays_with_the_buffers_present_content() {
+    let exec = Executor::interpreter();
+    let kernel = exec.load::<Scale<'_>>(scale()).unwrap();
+    let mut input = exec.upload(&[1i32; 64]).unwrap();
+    let mut output = exec.zeroed::<i32>(64).unwrap();
+    let mut recorder = exec.record();
+    recorder.launch(&kernel, Scale { input: &input, output: &mut output, factor: 2 }).unwrap();
+    recorder.launch(&kernel, Scale { input: &input, output: &mut output, factor: 3 }).unwrap();
+    let graph = recorder.finish().unwrap();
+    assert_eq!(output.to_vec().unwrap(), [0; 64], "recording runs nothing");
+    graph.launch().unwrap();
+    input.write(0, &[100]).unwrap();
+    graph.launch().unwrap();
+    let out = output.to_vec().unwrap();
+    assert_eq!(out[..2], [505, 10]);
+    drop((input, output));
+    graph.launch().unwrap();
+    assert_eq!(graph.kernels().count(), 2);
+}
+
+#[test]
+fn a_struct_that_differs_is_refused_with_the_first_difference() {
+    #[derive(LaunchArgs)]
+    struct Renamed<'a> {
+        input: &'a Buffer<i32>,
+        result: &'a mut Buffer<i32>,
+        factor: i32,
+    }
+    #[derive(LaunchArgs)]
+    struct ReadOnly<'a> {
+        input: &'a Buffer<i32>,
+        output: &'a Buffer<i32>,
+        factor: i32,
+    }
+    #[derive(LaunchArgs)]
+    struct Short<'a> {
+        input: &'a Buffer<i32>,
+        output: &'a mut Buffer<i32>,
+    }
+    #[derive(LaunchArgs)]
+    struct OtherType<'a> {
+        input: &'a Buffer<i32>,
+        output: &'a mut Buffer<i32>,
+        factor: f32,
+    }
+    let exec = Executor::interpreter();
+    let message = |e: Result<Loaded, DeviceError>| e.err().expect("a difference").to_string();
+    let m = message(exec.load::<Renamed<'_>>(scale()));
+    assert!(m.contains("parameter 1 is `output` (written buffer of I32)") && m.contains("`result`"), "{m}");
+    let m = message(exec.load::<ReadOnly<'_>>(scale()));
+    assert!(m.contains("has `output` (read buffer of I32)"), "{m}");
+    let m = message(exec.load::<Short<'_>>(scale()));
+    assert!(m.contains("parameter 2 is `factor` (scalar I32), but the launch struct has absent"), "{m}");
+    let m = message(exec.load::<OtherType<'_>>(scale()));
+    assert!(m.contains("scalar F32"), "{m}");
+    // A kernel loaded without its struct is checked at the launch.
+    let kernel = exec.load_all(vec![scale()]).unwrap().remove(0);
+    let (input, output) = (exec.zeroed(64).unwrap(), exec.zeroed(64).unwrap());
+    let e = exec.launch(&kernel, ReadOnly { input: &input, output: &output, factor: 1 });
+    assert!(matches!(e, Err(DeviceError::Mismatch(_))));
+}
+
+#[test]
+fn short_buffers_trap_and_ranges_are_checked() {
+    let exec = Executor::interpreter();
+    let kernel = exec.load::<Scale<'_>>(scale()).unwrap();
+    let input = exec.zeroed::<i32>(63).unwrap();
+    let mut output = exec.zeroed::<i32>(64).unwrap();
+    let e = exec.launch(&kernel, Scale { input: &input, output: &mut output, factor: 1 }).unwrap_err();
+    assert!(matches!(&e, DeviceError::Kernel { kernel, .. } if kernel == "scale"), "{e}");
+    assert!(output.write(60, &[0; 5]).is_err());
+    assert!(output.read(usize::MAX, &mut [0; 2]).is_err());
+    assert!(output.write(64, &[]).is_ok());
+}
+
+#[test]
+fn without_a_gpu_the_message_says_what_to_do() {
+    let Err(e) = Executor::cuda(1_000_000) else { panic!("a million GPUs") };
+    let cures = ["install", "update", "GPU"];
+    assert!(cures.iter().any(|c| e.to_string().contains(c)), "{e}");
+}

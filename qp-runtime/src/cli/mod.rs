@@ -1,5 +1,7 @@
 //! The `qp` command line: one file a command.
 
+mod doctor;
+
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -13,15 +15,18 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    Doctor(doctor::Doctor),
+}
 
 /// An error of a command, as the user sees it.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
 
 /// Runs the command line; exit code 0, or 1 after a printed error (2 is clap's, for bad usage).
 pub fn main() -> ExitCode {
-    let result: Result<(), Error> = match Cli::parse().command {};
-    #[expect(unreachable_code, reason = "until the first command stands")]
+    let result = match Cli::parse().command {
+        Command::Doctor(c) => c.run(),
+    };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

@@ -67,18 +67,25 @@ impl Doctor {
 
 fn findings(cache: &Cache) -> Vec<Finding> {
     let mut out = Vec::new();
-    let missing = |what: &str, reason: String| Finding { what: what.into(), found: "missing".into(), cure: Some(reason) };
+    let missing =
+        |what: &str, reason: String| Finding { what: what.into(), found: "missing".into(), cure: Some(reason) };
     let gpu = match device::gpus() {
         Ok((version, gpus)) => {
             out.push(Finding::new("driver", format!("supports CUDA {}.{}", version.0, version.1)));
             for g in &gpus {
                 let (target, cure) = match g.target {
                     Some(t) => (t.name(), None),
-                    None => ("unsupported", Some("kernels are generated for compute capability 8.0 to 12.x".to_owned())),
+                    None => {
+                        ("unsupported", Some("kernels are generated for compute capability 8.0 to 12.x".to_owned()))
+                    }
                 };
                 let found = format!(
                     "{} ({target}, compute capability {}.{}, {} SMs, {:.1} GiB)",
-                    g.name, g.capability.0, g.capability.1, g.sms, g.memory as f64 / f64::from(1 << 30)
+                    g.name,
+                    g.capability.0,
+                    g.capability.1,
+                    g.sms,
+                    g.memory as f64 / f64::from(1 << 30)
                 );
                 out.push(Finding { what: format!("GPU {}", g.index), found, cure });
             }

@@ -115,7 +115,11 @@ pub trait LaunchArgs {
 
 /// The first difference between a kernel's parameters and a struct.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("kernel `{kernel}` does not take what is passed: parameter {position} is {}, but the launch struct has {}", Shown(kernel_has), Shown(struct_has))]
+#[error(
+    "kernel `{kernel}` does not take what is passed: parameter {position} is {}, but the launch struct has {}",
+    Shown(kernel_has),
+    Shown(struct_has)
+)]
 pub struct Mismatch {
     /// The kernel's name.
     pub kernel: String,

@@ -112,9 +112,13 @@ fn gpu(index: usize) -> Result<Gpu, DeviceError> {
     let device = result::device::get(index as i32).map_err(about("cuDeviceGet"))?;
     let name = result::device::get_name(device).map_err(about("cuDeviceGetName"))?;
     // SAFETY: the device was given by the driver.
-    let get = |a| unsafe { result::device::get_attribute(device, a) }.map_err(about("cuDeviceGetAttribute")).map(|v| v as u32);
-    let capability =
-        (get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?, get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?);
+    let get = |a| {
+        unsafe { result::device::get_attribute(device, a) }.map_err(about("cuDeviceGetAttribute")).map(|v| v as u32)
+    };
+    let capability = (
+        get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    );
     Ok(Gpu {
         index,
         name,
@@ -153,8 +157,9 @@ impl Context {
             return Err(DeviceError::NoSuchGpu { index, count });
         }
         let gpu = gpu(index)?;
-        let target =
-            gpu.target.ok_or_else(|| DeviceError::UnsupportedGpu { name: gpu.name.clone(), capability: gpu.capability })?;
+        let target = gpu
+            .target
+            .ok_or_else(|| DeviceError::UnsupportedGpu { name: gpu.name.clone(), capability: gpu.capability })?;
         let device = result::device::get(index as i32).map_err(fail("cuDeviceGet"))?;
         // SAFETY: the device was given by the driver; what is retained here is released in `drop`.
         unsafe {
@@ -302,7 +307,8 @@ impl Function {
         shape.dependent &= context.target.has_dependent_launch() && context.driver >= DEPENDENT_CAPTURE;
         context.bind()?;
         let about = || fail(format!("loading kernel `{name}`"));
-        let symbol = CString::new(name).map_err(|_| DeviceError::Kernel { kernel: name.into(), reason: "a NUL in its name".into() })?;
+        let symbol = CString::new(name)
+            .map_err(|_| DeviceError::Kernel { kernel: name.into(), reason: "a NUL in its name".into() })?;
         // SAFETY: the image is a whole cubin (checksummed or fresh from the compiler); the module is unloaded in `drop`.
         unsafe {
             let module = result::module::load_data(cubin.as_ptr().cast()).map_err(about())?;
@@ -327,7 +333,11 @@ impl Function {
         self.context.bind()?;
         // SAFETY: the function is loaded.
         unsafe {
-            result::occupancy::max_active_block_per_multiprocessor(self.function, self.shape.threads as i32, self.shape.shared as usize)
+            result::occupancy::max_active_block_per_multiprocessor(
+                self.function,
+                self.shape.threads as i32,
+                self.shape.shared as usize,
+            )
         }
         .map(|n| n as u32)
         .map_err(fail(format!("occupancy of kernel `{}`", self.name)))
@@ -384,7 +394,10 @@ unsafe impl Send for GraphExec {}
 
 impl GraphExec {
     /// Captures what `launches` puts into the stream.
-    pub fn capture(context: &Arc<Context>, launches: impl FnOnce() -> Result<(), DeviceError>) -> Result<GraphExec, DeviceError> {
+    pub fn capture(
+        context: &Arc<Context>,
+        launches: impl FnOnce() -> Result<(), DeviceError>,
+    ) -> Result<GraphExec, DeviceError> {
         context.bind()?;
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is ours; graph and exec are destroyed in `drop`.
@@ -433,7 +446,8 @@ pub(super) fn time(context: &Arc<Context>, work: impl FnOnce() -> Result<(), Dev
         }
     }
     context.bind()?;
-    let event = || result::event::create(sys::CUevent_flags_enum::CU_EVENT_DEFAULT).map(Event).map_err(fail("cuEventCreate"));
+    let event =
+        || result::event::create(sys::CUevent_flags_enum::CU_EVENT_DEFAULT).map(Event).map_err(fail("cuEventCreate"));
     let (start, end) = (event()?, event()?);
     // SAFETY: events and stream are alive.
     unsafe {

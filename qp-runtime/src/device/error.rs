@@ -78,7 +78,8 @@ pub enum DeviceError {
 fn hint(reason: &str) -> &'static str {
     if reason.contains("OUT_OF_MEMORY") {
         ". The GPU's memory is full: close other programs, or choose a quantizer of fewer bits"
-    } else if reason.contains("INVALID_IMAGE") || reason.contains("NO_BINARY_FOR_GPU") || reason.contains("UNSUPPORTED") {
+    } else if reason.contains("INVALID_IMAGE") || reason.contains("NO_BINARY_FOR_GPU") || reason.contains("UNSUPPORTED")
+    {
         ". The driver may be older than NVRTC: update the driver, or install NVRTC of the driver's CUDA version"
     } else {
         ""

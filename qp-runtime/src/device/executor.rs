@@ -8,10 +8,10 @@ use qp_codegen::cuda::Target;
 use qp_codegen::ir::{Kernel, ParamKind, interpret};
 use rayon::prelude::*;
 
+use super::Gpu;
 use super::args::{Arg, Element, LaunchArgs, ParamDecl, check};
 use super::driver::{self, Context, Function, GraphExec, Memory, Shape};
 use super::error::DeviceError;
-use super::Gpu;
 use crate::jit;
 
 /// Runs kernels, in the order they are launched. Cheap to clone: clones are the same executor.
@@ -332,7 +332,9 @@ impl Inner {
         let mut held = Vec::with_capacity(args.len());
         for (arg, param) in args.iter().zip(&self.kernel.params) {
             held.push(match (arg, param.kind) {
-                (Arg::Buffer(RawBuffer::Host(host)), ParamKind::Buffer { writable: true, .. }) => Held::Write(write_lock(host)),
+                (Arg::Buffer(RawBuffer::Host(host)), ParamKind::Buffer { writable: true, .. }) => {
+                    Held::Write(write_lock(host))
+                }
                 (Arg::Buffer(RawBuffer::Host(host)), _) => Held::Read(read_lock(host)),
                 (Arg::Buffer(RawBuffer::Cuda(_)), _) => return Err(self.wrong_executor()),
                 (Arg::I32(_) | Arg::U32(_) | Arg::F32(_), _) => Held::Scalar(arg),
@@ -358,7 +360,9 @@ impl Inner {
         let mut words = Vec::with_capacity(args.len());
         for arg in args {
             words.push(match arg {
-                Arg::Buffer(RawBuffer::Cuda(memory)) if Arc::ptr_eq(memory.context(), function.context()) => memory.pointer(),
+                Arg::Buffer(RawBuffer::Cuda(memory)) if Arc::ptr_eq(memory.context(), function.context()) => {
+                    memory.pointer()
+                }
                 Arg::Buffer(_) => return Err(self.wrong_executor()),
                 Arg::I32(x) => u64::from(x.cast_unsigned()),
                 Arg::U32(x) => u64::from(*x),

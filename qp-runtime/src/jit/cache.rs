@@ -180,7 +180,12 @@ impl Cache {
                 .err()
                 .map(|e| e.to_string()),
         };
-        Status { folder: self.folder.clone(), entries: entries.len(), bytes: entries.iter().map(|e| e.1).sum(), problem }
+        Status {
+            folder: self.folder.clone(),
+            entries: entries.len(),
+            bytes: entries.iter().map(|e| e.1).sum(),
+            problem,
+        }
     }
 }
 

@@ -137,7 +137,14 @@ mod tests {
     #[test]
     fn the_newest_and_no_other() {
         let dir = tempfile::tempdir().unwrap();
-        for name in ["libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so.9.2", "libnvrtc.alt.so.14", "libnvrtc-builtins.so.15.0", "libnvrtc.so.bak"] {
+        for name in [
+            "libnvrtc.so.12",
+            "libnvrtc.so.13",
+            "libnvrtc.so.9.2",
+            "libnvrtc.alt.so.14",
+            "libnvrtc-builtins.so.15.0",
+            "libnvrtc.so.bak",
+        ] {
             std::fs::write(dir.path().join(name), "").unwrap();
         }
         assert_eq!(newest_in(dir.path()).unwrap(), dir.path().join("libnvrtc.so.13"));

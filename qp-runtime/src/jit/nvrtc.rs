@@ -9,8 +9,8 @@ use std::sync::OnceLock;
 
 use libloading::Library;
 
-use super::find::{self, Candidate};
 use super::JitError;
+use super::find::{self, Candidate};
 
 type Program = *mut std::ffi::c_void;
 type Size = unsafe extern "C" fn(Program, *mut usize) -> c_int;
@@ -21,7 +21,14 @@ pub struct Nvrtc {
     path: PathBuf,
     version: (u32, u32),
     archs: Vec<u32>,
-    create: unsafe extern "C" fn(*mut Program, *const c_char, *const c_char, c_int, *const *const c_char, *const *const c_char) -> c_int,
+    create: unsafe extern "C" fn(
+        *mut Program,
+        *const c_char,
+        *const c_char,
+        c_int,
+        *const *const c_char,
+        *const *const c_char,
+    ) -> c_int,
     destroy: unsafe extern "C" fn(*mut Program) -> c_int,
     compile: unsafe extern "C" fn(Program, c_int, *const *const c_char) -> c_int,
     log_size: Size,
@@ -155,7 +162,10 @@ impl Nvrtc {
         // SAFETY: all pointers outlive the calls; buffers have the sizes that NVRTC asks for.
         unsafe {
             let mut raw = ptr::null_mut();
-            self.check("nvrtcCreateProgram", (self.create)(&mut raw, source.as_ptr(), name.as_ptr(), 0, ptr::null(), ptr::null()))?;
+            self.check(
+                "nvrtcCreateProgram",
+                (self.create)(&mut raw, source.as_ptr(), name.as_ptr(), 0, ptr::null(), ptr::null()),
+            )?;
             let program = Guard { nvrtc: self, raw };
             let status = (self.compile)(raw, pointers.len() as c_int, pointers.as_ptr());
             let log = program.text("nvrtcGetProgramLog", self.log_size, self.log).unwrap_or_default();
@@ -187,7 +197,11 @@ impl Nvrtc {
     }
 
     fn check(&self, call: &'static str, status: c_int) -> Result<(), JitError> {
-        if status == 0 { Ok(()) } else { Err(JitError::Nvrtc { call, reason: self.reason(status), log: String::new() }) }
+        if status == 0 {
+            Ok(())
+        } else {
+            Err(JitError::Nvrtc { call, reason: self.reason(status), log: String::new() })
+        }
     }
 }
 

@@ -34,9 +34,10 @@ pub fn pack_tables(q: &Quantizer) -> Vec<u32> {
         let bits = code.value.bytes() * 8;
         for table in &code.tables {
             for entry in table.values.chunks_exact(code.vector as usize) {
-                let packed = entry.iter().enumerate().fold(0u64, |acc, (i, &x)| {
-                    acc | u64::from(u32::from(x as u16) & mask(bits)) << (i as u32 * bits)
-                });
+                let packed = entry
+                    .iter()
+                    .enumerate()
+                    .fold(0u64, |acc, (i, &x)| acc | u64::from(u32::from(x as u16) & mask(bits)) << (i as u32 * bits));
                 out.push(packed as u32);
                 if entry_words(code) == 2 {
                     out.push((packed >> 32) as u32);
@@ -62,7 +63,7 @@ pub struct Decoder<'b, 'q> {
     b: &'b Builder,
     q: &'q Quantizer,
     tables: Vec<Vec<SharedTable>>,
-    buffer: Option<Mem>,
+    buffer: Mem,
     lane: V<'b>,
 }
 
@@ -76,11 +77,12 @@ pub struct Register<'b> {
 }
 
 impl<'b, 'q> Decoder<'b, 'q> {
-    /// Declares the tables; adds the parameter `tables` if there are any.
+    /// Declares the tables and the parameter `tables` (which is there even for a code without tables, so that all
+    /// kernels of an operation take the same parameters).
     pub fn new(b: &'b Builder, q: &'q Quantizer) -> Self {
         let count = |c: &Code| c.tables.iter().map(|t| t.entries * entry_words(c)).sum::<u32>();
         let total: u32 = q.codes.iter().map(count).sum();
-        let buffer = (total > 0).then(|| b.buffer("tables", Elem::U32, false));
+        let buffer = b.buffer("tables", Elem::U32, false);
         let mut first = 0;
         let mut tables = Vec::new();
         for (i, code) in q.codes.iter().enumerate() {
@@ -101,7 +103,6 @@ impl<'b, 'q> Decoder<'b, 'q> {
     /// Copies the tables into shared memory, all threads of the block together. A barrier must follow.
     pub fn fill(&self, threads: u32) {
         let b = self.b;
-        let Some(buffer) = self.buffer else { return };
         let thread = b.special(Special::Thread);
         for t in self.tables.iter().flatten() {
             // One store of four words holds four copies of a one-word entry.
@@ -109,7 +110,8 @@ impl<'b, 'q> Decoder<'b, 'q> {
             let per_entry = if wide { t.copies / 4 } else { t.copies };
             b.for_(thread, t.entries * per_entry, threads, |i| {
                 let entry = i / per_entry;
-                let load = |w: u32| b.load_as(buffer, entry * t.words + (t.first + w), Elem::U32, 1, Cache::ReadOnly);
+                let load =
+                    |w: u32| b.load_as(self.buffer, entry * t.words + (t.first + w), Elem::U32, 1, Cache::ReadOnly);
                 if wide {
                     let v = load(0);
                     b.store(t.mem, i * 4, b.vector(&[v; 4]), Elem::U32);
@@ -149,7 +151,10 @@ fn copies(code: &Code, table: &Table, budget: u32) -> u32 {
         _ => None,
     });
     // Address bits begin at log2(4·words·copies); twice the budget is worth a shift saved on every look-up.
-    shifts.map(|k| (1u32 << k.min(16)) / (4 * words)).find(|&c| c >= 4 && c <= 2 * most && c <= 32 / words).unwrap_or(most)
+    shifts
+        .map(|k| (1u32 << k.min(16)) / (4 * words))
+        .find(|&c| c >= 4 && c <= 2 * most && c <= 32 / words)
+        .unwrap_or(most)
 }
 
 /// The steps of one lane's part of a block.
@@ -170,10 +175,9 @@ impl<'b> Steps<'_, 'b, '_> {
         let packed = self.vector(self.c.decode.result(), &steps);
         match self.c.value {
             Value::I8 => Register { low: packed[0], high: None },
-            Value::I16 => Register {
-                low: packed[0].permute(packed[1], 0x6420),
-                high: Some(packed[0].permute(packed[1], 0x7531)),
-            },
+            Value::I16 => {
+                Register { low: packed[0].permute(packed[1], 0x6420), high: Some(packed[0].permute(packed[1], 0x7531)) }
+            }
         }
     }
 

@@ -19,8 +19,7 @@ pub struct Dequantize<'q> {
 
 const WARPS: u32 = 8;
 
-/// Makes the kernel, for a GPU of `sms` multiprocessors. Its parameters, in order: `tables` (absent for codes without
-/// tables), `weights`, `scales` (bfloat16, one a padded row) as in [`super::gemv`], and `y`, rows × columns.
+/// Makes the kernel, for a GPU of `sms` multiprocessors. Its parameters, in order: `tables`, `weights`, `scales` (bfloat16, one a padded row) as in [`super::gemv`], and `y`, rows × columns.
 ///
 /// An element is [`crate::reference::weight`] of its entry, rounded to the output type.
 pub fn lower(op: &Dequantize, sms: u32) -> Kernel {

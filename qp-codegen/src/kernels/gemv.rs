@@ -130,15 +130,15 @@ impl Plan {
 
 /// Makes the kernel. Its parameters, in order:
 ///
-/// * `tables`: see [`super::decode::pack_tables`] (absent for codes without tables);
+/// * `tables`: see [`super::decode::pack_tables`];
 /// * `weights`: packed words ([`Packed`]);
 /// * `scales`: bfloat16, one a padded row;
 /// * `x`: signed bytes, plane `2·token` the high and `2·token + 1` the low parts, each of the columns padded to a
 ///   multiple of [`COLUMN_PAD`] with zeros;
 /// * `x_scale` (`f32`) and `x_sum` (`i32`), one a token;
 /// * `y`: `f32`, `batch × padded rows`;
-/// * with `split > 1`: `partial` (`i32`, padded rows × planes × products) and `arrived` (`i32`, one a block), zero
-///   before and after.
+/// * `partial` (`i32`, padded rows × planes × products) and `arrived` (`i32`, one a block), zero before and after; not
+///   touched unless `split > 1`. See [`meeting_place`].
 pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
     assert!((1..=MAX_BATCH).contains(&op.batch), "batch");
     let q = op.quantizer;
@@ -160,6 +160,15 @@ pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
     b.finish()
 }
 
+/// Elements of `partial` and `arrived` that a launch needs, at least 1 each.
+pub fn meeting_place(op: &Gemv, launch: &Launch) -> (usize, usize) {
+    if launch.split == 1 {
+        return (1, 1);
+    }
+    let plan = Plan::new(op, launch);
+    ((plan.layout.padded_rows() * plan.slots()) as usize, launch.blocks as usize)
+}
+
 /// A lowering in progress.
 struct Emit<'b, 'a> {
     b: &'b Builder,
@@ -173,8 +182,8 @@ struct Emit<'b, 'a> {
     x_scale: Mem,
     x_sum: Mem,
     y: Mem,
-    /// `partial` and `arrived`, if columns are split between blocks.
-    meet: Option<(Mem, Mem)>,
+    partial: Mem,
+    arrived: Mem,
     sums: Mem,
     /// Activations of the block's columns, if they do not stay in registers.
     staged: Option<Mem>,
@@ -207,8 +216,8 @@ impl<'b, 'a> Emit<'b, 'a> {
         let x_scale = b.buffer("x_scale", Elem::F32, false);
         let x_sum = b.buffer("x_sum", Elem::I32, false);
         let y = b.buffer("y", Elem::F32, true);
-        let meet = (launch.split > 1)
-            .then(|| (b.buffer("partial", Elem::I32, true), b.buffer("arrived", Elem::I32, true)));
+        let partial = b.buffer("partial", Elem::I32, true);
+        let arrived = b.buffer("arrived", Elem::I32, true);
         let most_rows = plan.layout.row_tiles().div_ceil(launch.blocks) * plan.layout.tile.rows;
         let sums = b.shared("sums", Elem::I32, most_rows * plan.slots());
         let staged = (!plan.resident).then(|| b.shared("staged", Elem::U32, plan.planes * plan.plane_words(launch)));
@@ -224,8 +233,29 @@ impl<'b, 'a> Emit<'b, 'a> {
         let warp_col = block_col + b.special(Special::Warp) * plan.per_warp;
         let steps = rows * (plan.per_warp / plan.depth);
         Emit {
-            b, op, launch, plan, decoder, weights, scales, x, x_scale, x_sum, y, meet, sums, staged, thread, lane,
-            block, first_row, rows, block_col, warp_col, steps,
+            b,
+            op,
+            launch,
+            plan,
+            decoder,
+            weights,
+            scales,
+            x,
+            x_scale,
+            x_sum,
+            y,
+            partial,
+            arrived,
+            sums,
+            staged,
+            thread,
+            lane,
+            block,
+            first_row,
+            rows,
+            block_col,
+            warp_col,
+            steps,
         }
     }
 
@@ -263,9 +293,10 @@ impl<'b, 'a> Emit<'b, 'a> {
             }
         });
         b.barrier();
-        match self.meet {
-            None => self.write(|i, slot| b.load(self.sums, i * plan.slots() + slot, Elem::I32)),
-            Some((partial, arrived)) => self.meet(partial, arrived),
+        if self.launch.split == 1 {
+            self.write(|i, slot| b.load(self.sums, i * plan.slots() + slot, Elem::I32));
+        } else {
+            self.meet();
         }
     }
 
@@ -303,7 +334,8 @@ impl<'b, 'a> Emit<'b, 'a> {
             let lane_words = layout.lane_words[(d % codes) as usize];
             let ahead = d / codes * period + layout.lane_words[..(d % codes) as usize].iter().sum::<u32>() * 32;
             let load = || {
-                for (var, words) in chunks.iter().zip(load_words(b, self.weights, base + ahead, self.lane, lane_words)) {
+                for (var, words) in chunks.iter().zip(load_words(b, self.weights, base + ahead, self.lane, lane_words))
+                {
                     b.set(*var, words);
                 }
             };
@@ -333,7 +365,11 @@ impl<'b, 'a> Emit<'b, 'a> {
                         let at = col / 4 + plane * (stride / 4);
                         b.set(value, b.load_as(self.x, at, Elem::U32, 4, Cache::ReadOnly));
                     };
-                    if covered <= stride { load() } else { b.if_(col.lt(stride), load) }
+                    if covered <= stride {
+                        load()
+                    } else {
+                        b.if_(col.lt(stride), load)
+                    }
                     b.store(staged, i * 4 + plane * plan.plane_words(self.launch), b.get(value), Elem::U32);
                 });
             }
@@ -469,8 +505,9 @@ impl<'b, 'a> Emit<'b, 'a> {
     }
 
     /// The blocks that share row tiles add up in global memory; the last to arrive writes, and leaves zeros.
-    fn meet(&self, partial: Mem, arrived: Mem) {
+    fn meet(&self) {
         let (b, plan, threads) = (self.b, self.plan, self.launch.warps * 32);
+        let (partial, arrived) = (self.partial, self.arrived);
         let first = self.first_row * (plan.layout.tile.rows * plan.slots());
         let len = self.rows * (plan.layout.tile.rows * plan.slots());
         b.for_(self.thread, len, threads, |i| {

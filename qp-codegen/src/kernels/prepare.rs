@@ -31,9 +31,9 @@ const MAX_UNROLLED_BASE: u32 = 60;
 /// Makes the kernel. Its parameters, in order:
 ///
 /// * `input`: `f32`, `batch × stride`;
-/// * `norm`: `f32`, `columns` weights (with a norm only);
-/// * `flips`: 32-bit words, bit `i` set if column `i` is negated (with a rotation only; see [`flips`]);
-/// * `base`: the dense part's signs (only if larger than the program may unroll; see [`base`]);
+/// * `norm`: `f32`, `columns` weights (read with a norm only);
+/// * `flips`: 32-bit words, bit `i` set if column `i` is negated; see [`flips`];
+/// * `base`: the dense part's signs, if larger than the program may unroll; see [`base`];
 /// * `x`, `x_scale`, `x_sum`: see [`super::gemv::lower`].
 pub fn lower(op: &Prepare) -> Kernel {
     let threads = (op.columns >> RADIX_BITS).next_power_of_two().clamp(MEAN_LANES as u32, 1024);
@@ -50,19 +50,19 @@ pub fn lower(op: &Prepare) -> Kernel {
     b.finish()
 }
 
-/// The signs of a rotation as the kernel takes them.
-pub fn flips(rotation: Rotation, columns: u32) -> Option<Vec<u32>> {
+/// The signs of a rotation as the kernel takes them; one word that is not read without a rotation.
+pub fn flips(rotation: Rotation, columns: u32) -> Vec<u32> {
     match rotation {
-        Rotation::None => None,
-        Rotation::Hadamard { seed } => Some(pack_bits(&layout::signs(seed, columns))),
+        Rotation::None => vec![0],
+        Rotation::Hadamard { seed } => pack_bits(&layout::signs(seed, columns)),
     }
 }
 
-/// The dense part's signs as the kernel takes them, each row padded to whole words; `None` if the program holds them.
-pub fn base(rotation: Rotation, columns: u32) -> Option<Vec<u32>> {
+/// The dense part's signs as the kernel takes them, each row padded to whole words; one word that is not read if the
+/// program holds them.
+pub fn base(columns: u32) -> Vec<u32> {
     let h = Hadamard::new(columns);
-    let wanted = rotation != Rotation::None && h.m > MAX_UNROLLED_BASE;
-    wanted.then(|| h.base.chunks_exact(h.m as usize).flat_map(pack_bits).collect())
+    if h.m <= MAX_UNROLLED_BASE { vec![0] } else { h.base.chunks_exact(h.m as usize).flat_map(pack_bits).collect() }
 }
 
 fn pack_bits(bits: &[bool]) -> Vec<u32> {
@@ -74,9 +74,9 @@ fn emit(b: &Builder, op: &Prepare, threads: u32) {
     let rotated = op.rotation != Rotation::None;
     let h = Hadamard::new(n);
     let input = b.buffer("input", Elem::F32, false);
-    let norm = op.norm.map(|eps| (eps, b.buffer("norm", Elem::F32, false)));
-    let flips = rotated.then(|| b.buffer("flips", Elem::U32, false));
-    let base = base(op.rotation, n).map(|_| b.buffer("base", Elem::U32, false));
+    let weights = b.buffer("norm", Elem::F32, false);
+    let flips = b.buffer("flips", Elem::U32, false);
+    let base = b.buffer("base", Elem::U32, false);
     let x = b.buffer("x", Elem::I8, true);
     let x_scale = b.buffer("x_scale", Elem::F32, true);
     let x_sum = b.buffer("x_sum", Elem::I32, true);
@@ -87,20 +87,19 @@ fn emit(b: &Builder, op: &Prepare, threads: u32) {
     b.grid_wait();
     b.grid_launch();
 
-    let scale = norm.map(|(eps, weights)| (inverse_norm(b, op, input, eps), weights));
+    let inverse = op.norm.map(|eps| inverse_norm(b, op, input, eps));
     b.for_(thread, n, threads, |i| {
         let v = b.load(input, token * op.stride + i, Elem::F32);
-        let v = match &scale {
+        let v = match inverse {
             None => v,
-            Some((inverse, weights)) => v * *inverse * b.load_as(*weights, i, Elem::F32, 1, Cache::ReadOnly),
+            Some(inverse) => v * inverse * b.load_as(weights, i, Elem::F32, 1, Cache::ReadOnly),
         };
-        let v = match flips {
-            None => v,
-            Some(f) => {
-                let word = b.load_as(f, i >> 5, Elem::U32, 1, Cache::ReadOnly);
-                let sign = (word >> (i & 31).bits(Scalar::U32)) << 31;
-                (v.bits(Scalar::U32) ^ sign).bits(Scalar::F32)
-            }
+        let v = if rotated {
+            let word = b.load_as(flips, i >> 5, Elem::U32, 1, Cache::ReadOnly);
+            let sign = (word >> (i & 31).bits(Scalar::U32)) << 31;
+            (v.bits(Scalar::U32) ^ sign).bits(Scalar::F32)
+        } else {
+            v
         };
         values.set(i, v);
     });
@@ -144,7 +143,11 @@ fn emit(b: &Builder, op: &Prepare, threads: u32) {
             let i = quad * 4 + k;
             let q = b.var(zero);
             let set = || b.set(q, (values.get(i) * inverse).to(Scalar::I32));
-            if n == stride { set() } else { b.if_(i.lt(n), set) }
+            if n == stride {
+                set()
+            } else {
+                b.if_(i.lt(n), set)
+            }
             b.get(q)
         };
         let q = [part(0), part(1), part(2), part(3)];
@@ -245,14 +248,14 @@ fn butterflies(values: &Values, h: &Hadamard, threads: u32) {
 }
 
 /// The dense `m × m` part across the power-of-two parts.
-fn dense(values: &Values, h: &Hadamard, base: Option<Mem>, threads: u32) {
+fn dense(values: &Values, h: &Hadamard, base: Mem, threads: u32) {
     let b = values.b;
     let (m, two) = (h.m, 1u32 << h.log2);
     if m == 1 {
         return;
     }
     let thread = b.special(Special::Thread);
-    let Some(base) = base else {
+    if m <= MAX_UNROLLED_BASE {
         b.for_(thread, two, threads, |i| {
             let v: Vec<V> = (0..m).map(|j| values.get(i + j * two)).collect();
             for (r, row) in h.base.chunks_exact(m as usize).enumerate() {
@@ -263,7 +266,7 @@ fn dense(values: &Values, h: &Hadamard, base: Option<Mem>, threads: u32) {
         });
         b.barrier();
         return;
-    };
+    }
     let out = Values { b, mem: b.shared("mixed", Elem::F32, h.columns + h.columns / 32) };
     b.for_(thread, h.columns, threads, |i| {
         let (row, col) = (i >> h.log2, i & (two as i32 - 1));

@@ -205,12 +205,14 @@ fn dequantize_equals_the_reference() {
             let words = bytes(&m.words, u32::to_le_bytes);
             let scales = bytes(&m.scales, u16::to_le_bytes);
             let mut y = vec![0xff; shape.len() as usize * 4];
-            let mut args = vec![Arg::ReadOnly(&words), Arg::ReadOnly(&scales), Arg::Buffer(&mut y)];
-            if !tables.is_empty() {
-                args.insert(0, Arg::ReadOnly(&tables));
-            }
-            launch(&kernel, args);
-            let expect: Vec<f32> = m.entries(&q).iter().enumerate()
+            launch(
+                &kernel,
+                vec![Arg::ReadOnly(&tables), Arg::ReadOnly(&words), Arg::ReadOnly(&scales), Arg::Buffer(&mut y)],
+            );
+            let expect: Vec<f32> = m
+                .entries(&q)
+                .iter()
+                .enumerate()
                 .map(|(i, &e)| {
                     let (row, col) = (i as u32 / shape.cols, i as u32 % shape.cols);
                     let code = &q.codes[m.layout.code_of(col / m.layout.tile.cols)];
@@ -224,9 +226,7 @@ fn dequantize_equals_the_reference() {
 
 fn activations(columns: u32, tokens: u32) -> Vec<Activations> {
     let mut r = Random(11);
-    (0..tokens)
-        .map(|_| reference::quantize_activations(&(0..columns).map(|_| r.unit()).collect::<Vec<_>>()))
-        .collect()
+    (0..tokens).map(|_| reference::quantize_activations(&(0..columns).map(|_| r.unit()).collect::<Vec<_>>())).collect()
 }
 
 /// `x`, `x_scale`, `x_sum` as the kernels take them.
@@ -267,17 +267,10 @@ fn check_gemv(q: &Quantizer, shape: Shape, batch: u32, launches: &[Launch]) {
         let scales = bytes(&m.scales, u16::to_le_bytes);
         let [x, x_scale, x_sum] = planes(&a, shape.cols);
         let mut y = bytes(&vec![0.5f32; rows * batch as usize], f32::to_le_bytes);
-        let mut partial = vec![0u8; rows * 2 * batch as usize * q.value().bytes() as usize * 4];
-        let mut arrived = vec![0u8; l.blocks as usize * 4];
-        let mut args: Vec<Arg> = [&words, &scales, &x, &x_scale, &x_sum].map(|b| Arg::ReadOnly(b)).into();
-        if !tables.is_empty() {
-            args.insert(0, Arg::ReadOnly(&tables));
-        }
-        args.push(Arg::Buffer(&mut y));
-        if l.split > 1 {
-            args.push(Arg::Buffer(&mut partial));
-            args.push(Arg::Buffer(&mut arrived));
-        }
+        let meeting_place = gemv::meeting_place(&op, l);
+        let (mut partial, mut arrived) = (vec![0u8; meeting_place.0 * 4], vec![0u8; meeting_place.1 * 4]);
+        let mut args: Vec<Arg> = [&tables, &words, &scales, &x, &x_scale, &x_sum].map(|b| Arg::ReadOnly(b)).into();
+        args.extend([&mut y, &mut partial, &mut arrived].map(|b| Arg::Buffer(b)));
         launch(&kernel, args);
         let y = floats(&y);
         for token in 0..batch as usize {
@@ -343,13 +336,10 @@ fn prepare_equals_the_reference() {
 
         let kernel = prepare::lower(&Prepare { columns, stride, batch, rotation, norm });
         let (input, weight) = (bytes(&input, f32::to_le_bytes), bytes(&weight, f32::to_le_bytes));
-        let flips = prepare::flips(rotation, columns).map(|f| bytes(&f, u32::to_le_bytes));
-        let base = prepare::base(rotation, columns).map(|f| bytes(&f, u32::to_le_bytes));
+        let flips = bytes(&prepare::flips(rotation, columns), u32::to_le_bytes);
+        let base = bytes(&prepare::base(columns), u32::to_le_bytes);
         let mut out = expect.each_ref().map(|e| vec![0xee; e.len()]);
-        let mut args = vec![Arg::ReadOnly(&input)];
-        args.extend(norm.map(|_| Arg::ReadOnly(&weight)));
-        args.extend(flips.as_deref().map(Arg::ReadOnly));
-        args.extend(base.as_deref().map(Arg::ReadOnly));
+        let mut args: Vec<Arg> = [&input, &weight, &flips, &base].map(|b| Arg::ReadOnly(b)).into();
         args.extend(out.iter_mut().map(|o| Arg::Buffer(o)));
         launch(&kernel, args);
         assert_eq!(out, expect, "{columns} {rotation:?} {norm:?}");

@@ -1,0 +1,246 @@
+//! Device functions that printed kernels call, where one expression of CUDA C++ will not do. Only those used are
+//! printed, each once.
+
+use super::print::{memory_type, vector_type};
+use crate::ir::*;
+
+/// A helper; the order is that of the text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Helper {
+    FromF16,
+    FromBf16,
+    ToF16,
+    ToBf16,
+    RoundToI64,
+    Permute,
+    /// Indices into the tables of elements and cache modes below.
+    Load { cache: u8, elem: u8, lanes: u8 },
+    Store { elem: u8, lanes: u8 },
+    CopyAsync { bytes: u8 },
+    Mma { signed_a: bool },
+}
+
+const ELEMS: [Elem; 9] = [
+    Elem::I8,
+    Elem::U8,
+    Elem::I16,
+    Elem::U16,
+    Elem::I32,
+    Elem::U32,
+    Elem::F16,
+    Elem::BF16,
+    Elem::F32,
+];
+const CACHES: [Cache; 3] = [Cache::Default, Cache::ReadOnly, Cache::Stream];
+
+impl Helper {
+    /// Loads that are no plain access.
+    pub(super) fn load(cache: Cache, elem: Elem, lanes: u32) -> Option<Helper> {
+        let plain = cache == Cache::Default && (lanes == 1 || elem.bytes() == 4);
+        (!plain).then(|| Helper::Load {
+            cache: CACHES.iter().position(|c| *c == cache).expect("all modes are listed") as u8,
+            elem: elem_index(elem),
+            lanes: lanes as u8,
+        })
+    }
+
+    /// Stores that are no plain access.
+    pub(super) fn store(elem: Elem, lanes: u32) -> Option<Helper> {
+        let plain = lanes == 1 || elem.bytes() == 4;
+        (!plain).then(|| Helper::Store { elem: elem_index(elem), lanes: lanes as u8 })
+    }
+
+    /// What it is called.
+    pub(super) fn name(self) -> String {
+        let vector = |elem: u8, lanes: u8| match lanes {
+            1 => ELEMS[elem as usize].to_string(),
+            n => format!("{}x{n}", ELEMS[elem as usize]),
+        };
+        match self {
+            Helper::FromF16 => "qp_from_f16".into(),
+            Helper::FromBf16 => "qp_from_bf16".into(),
+            Helper::ToF16 => "qp_to_f16".into(),
+            Helper::ToBf16 => "qp_to_bf16".into(),
+            Helper::RoundToI64 => "qp_round_to_i64".into(),
+            Helper::Permute => "qp_permute".into(),
+            Helper::Load { cache, elem, lanes } => {
+                let mode = match CACHES[cache as usize] {
+                    Cache::Default => "",
+                    Cache::ReadOnly => "read_only_",
+                    Cache::Stream => "stream_",
+                };
+                format!("qp_load_{mode}{}", vector(elem, lanes))
+            }
+            Helper::Store { elem, lanes } => format!("qp_store_{}", vector(elem, lanes)),
+            Helper::CopyAsync { bytes } => format!("qp_copy_async_{bytes}"),
+            Helper::Mma { signed_a: true } => "qp_mma_s8".into(),
+            Helper::Mma { signed_a: false } => "qp_mma_u8".into(),
+        }
+    }
+
+    /// Helpers that this one calls.
+    pub(super) fn needs(self) -> Option<Helper> {
+        match self {
+            Helper::Load { elem, .. } => match ELEMS[elem as usize] {
+                Elem::F16 => Some(Helper::FromF16),
+                Elem::BF16 => Some(Helper::FromBf16),
+                Elem::I8 | Elem::U8 | Elem::I16 | Elem::U16 | Elem::I32 | Elem::U32 | Elem::F32 => None,
+            },
+            Helper::Store { elem, .. } => match ELEMS[elem as usize] {
+                Elem::F16 => Some(Helper::ToF16),
+                Elem::BF16 => Some(Helper::ToBf16),
+                Elem::I8 | Elem::U8 | Elem::I16 | Elem::U16 | Elem::I32 | Elem::U32 | Elem::F32 => None,
+            },
+            Helper::FromF16
+            | Helper::FromBf16
+            | Helper::ToF16
+            | Helper::ToBf16
+            | Helper::RoundToI64
+            | Helper::Permute
+            | Helper::CopyAsync { .. }
+            | Helper::Mma { .. } => None,
+        }
+    }
+
+    /// Its definition.
+    pub(super) fn text(self) -> String {
+        let (result, parameters, body) = match self {
+            Helper::FromF16 => (
+                "float".into(),
+                "unsigned short x".into(),
+                "float y;\nasm(\"cvt.f32.f16 %0, %1;\" : \"=f\"(y) : \"h\"(x));\nreturn y;".into(),
+            ),
+            Helper::FromBf16 => {
+                ("float".into(), "unsigned short x".into(), "return __uint_as_float((unsigned)x << 16);".into())
+            }
+            Helper::ToF16 => (
+                "unsigned short".into(),
+                "float x".into(),
+                "unsigned short y;\nasm(\"cvt.rn.f16.f32 %0, %1;\" : \"=h\"(y) : \"f\"(x));\nreturn y;".into(),
+            ),
+            Helper::ToBf16 => (
+                "unsigned short".into(),
+                "float x".into(),
+                "unsigned short y;\nasm(\"cvt.rn.bf16.f32 %0, %1;\" : \"=h\"(y) : \"f\"(x));\nreturn y;".into(),
+            ),
+            Helper::RoundToI64 => {
+                ("long long".into(), "float x".into(), "return x == x ? __float2ll_rn(x) : 0ll;".into())
+            }
+            Helper::Permute => (
+                "unsigned".into(),
+                "unsigned a, unsigned b, unsigned selector".into(),
+                "unsigned y;\nasm(\"prmt.b32 %0, %1, %2, %3;\" : \"=r\"(y) : \"r\"(a), \"r\"(b), \"r\"(selector));\nreturn y;"
+                    .into(),
+            ),
+            Helper::Load { cache, elem, lanes } => load(CACHES[cache as usize], ELEMS[elem as usize], lanes.into()),
+            Helper::Store { elem, lanes } => store(ELEMS[elem as usize], lanes.into()),
+            Helper::CopyAsync { bytes } => {
+                // Only whole 16 bytes can pass by the L1 cache.
+                let level = if bytes == 16 { "cg" } else { "ca" };
+                let body = format!(
+                    "asm volatile(\"cp.async.{level}.shared.global [%0], [%1], {bytes};\"\n             \
+                     :: \"r\"((unsigned)__cvta_generic_to_shared(to)), \"l\"(from) : \"memory\");"
+                );
+                ("void".into(), "void* to, const void* from".into(), body)
+            }
+            Helper::Mma { signed_a } => {
+                let a = if signed_a { "s8" } else { "u8" };
+                let body = format!(
+                    "asm volatile(\"mma.sync.aligned.m16n8k32.row.col.s32.{a}.s8.s32 \"\n             \
+                     \"{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};\"\n             \
+                     : \"+r\"(acc.x), \"+r\"(acc.y), \"+r\"(acc.z), \"+r\"(acc.w)\n             \
+                     : \"r\"(a0), \"r\"(a1), \"r\"(a2), \"r\"(a3), \"r\"(b0), \"r\"(b1));\nreturn acc;"
+                );
+                let parameters = "unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, int4 acc";
+                ("int4".into(), parameters.into(), body)
+            }
+        };
+        let (result, parameters, body): (String, String, String) = (result, parameters, body);
+        let body = body.replace('\n', "\n    ");
+        format!("static __device__ __forceinline__ {result} {}({parameters}) {{\n    {body}\n}}\n", self.name())
+    }
+}
+
+fn elem_index(elem: Elem) -> u8 {
+    ELEMS.iter().position(|e| *e == elem).expect("all elements are listed") as u8
+}
+
+/// Widens one loaded element.
+fn widened(elem: Elem, x: &str) -> String {
+    match elem {
+        Elem::F16 => format!("qp_from_f16({x})"),
+        Elem::BF16 => format!("qp_from_bf16({x})"),
+        Elem::I8 | Elem::U8 | Elem::I16 | Elem::U16 | Elem::I32 | Elem::U32 | Elem::F32 => x.into(),
+    }
+}
+
+/// Result, parameters and body of a load.
+fn load(cache: Cache, elem: Elem, lanes: u32) -> (String, String, String) {
+    let result = vector_type(elem.scalar(), lanes);
+    let components: Vec<String> = (0..lanes).map(|i| format!("x{i}")).collect();
+    let made = |parts: Vec<String>| match lanes {
+        1 => format!("return {};", parts[0]),
+        _ => format!("return make_{result}({});", parts.join(", ")),
+    };
+    let level = match cache {
+        Cache::Default => {
+            let ty = memory_vector(elem, lanes);
+            let parts = "xyzw".chars().take(lanes as usize).map(|c| widened(elem, &format!("x.{c}"))).collect();
+            let body = format!("const {ty} x = *(const {ty}*)from;\n{}", made(parts));
+            return (result.into(), "const void* from".into(), body);
+        }
+        Cache::ReadOnly => "",
+        Cache::Stream => ".L1::no_allocate.L2::256B",
+    };
+    let (ty, ptx, constraint) = match elem {
+        Elem::I8 => ("int", "s8", "r"),
+        Elem::U8 => ("unsigned", "u8", "r"),
+        Elem::I16 => ("int", "s16", "r"),
+        Elem::U16 => ("unsigned", "u16", "r"),
+        Elem::I32 => ("int", "s32", "r"),
+        Elem::U32 => ("unsigned", "u32", "r"),
+        Elem::F16 | Elem::BF16 => ("unsigned short", "u16", "h"),
+        Elem::F32 => ("float", "f32", "f"),
+    };
+    let vector = if lanes == 1 { String::new() } else { format!(".v{lanes}") };
+    let places: Vec<String> = (0..lanes).map(|i| format!("%{i}")).collect();
+    let places = if lanes == 1 { places[0].clone() } else { format!("{{{}}}", places.join(", ")) };
+    let outputs: Vec<String> = components.iter().map(|x| format!("\"={constraint}\"({x})")).collect();
+    let body = format!(
+        "{ty} {};\nasm volatile(\"ld.global.nc{level}{vector}.{ptx} {places}, [%{lanes}];\"\n             \
+         : {} : \"l\"(from));\n{}",
+        components.join(", "),
+        outputs.join(", "),
+        made(components.iter().map(|x| widened(elem, x)).collect())
+    );
+    (result.into(), "const void* from".into(), body)
+}
+
+/// Result, parameters and body of a store of several narrow elements.
+fn store(elem: Elem, lanes: u32) -> (String, String, String) {
+    let ty = memory_vector(elem, lanes);
+    let narrowed = |c: char| match elem {
+        Elem::F16 => format!("qp_to_f16(x.{c})"),
+        Elem::BF16 => format!("qp_to_bf16(x.{c})"),
+        Elem::I8 | Elem::U8 | Elem::I16 | Elem::U16 | Elem::I32 | Elem::U32 | Elem::F32 => {
+            format!("({})x.{c}", memory_type(elem))
+        }
+    };
+    let parts: Vec<String> = "xyzw".chars().take(lanes as usize).map(narrowed).collect();
+    let value = vector_type(elem.scalar(), lanes);
+    ("void".into(), format!("void* to, {value} x"), format!("*({ty}*)to = make_{ty}({});", parts.join(", ")))
+}
+
+/// CUDA's vector of narrow elements.
+fn memory_vector(elem: Elem, lanes: u32) -> String {
+    let base = match elem {
+        Elem::I8 => "char",
+        Elem::U8 => "uchar",
+        Elem::I16 => "short",
+        Elem::U16 | Elem::F16 | Elem::BF16 => "ushort",
+        Elem::I32 => "int",
+        Elem::U32 => "uint",
+        Elem::F32 => "float",
+    };
+    format!("{base}{lanes}")
+}

@@ -61,11 +61,7 @@ pub(super) fn plan(kernel: &Kernel) -> Plan {
     let n = kernel.values.len();
     let mut f = Folder {
         kernel,
-        plan: Plan {
-            form: vec![Form::Dead; n],
-            uses: vec![0; n],
-            declared_at_set: declarations(kernel),
-        },
+        plan: Plan { form: vec![Form::Dead; n], uses: vec![0; n], declared_at_set: declarations(kernel) },
         user: vec![None; n],
         must_name: vec![false; n],
         root: vec![None; n],
@@ -226,8 +222,13 @@ pub(super) fn operands(op: &Op, f: &mut impl FnMut(Val)) {
     match op {
         Op::Const(_) | Op::Param(_) | Op::Special(_) | Op::LoopIndex | Op::Get(_) => {}
         Op::Unary(_, a) | Op::Convert(_, a) | Op::Bitcast(_, a) | Op::Extract(a, _) => f(*a),
-        Op::Binary(_, a, b) | Op::Compare(_, a, b) | Op::Permute { a, b, selector: _ } => [*a, *b].into_iter().for_each(f),
-        Op::Fma(a, b, c) | Op::Select(a, b, c) | Op::FunnelShr { lo: a, hi: b, shift: c } | Op::Dot4 { a, b, acc: c } => {
+        Op::Binary(_, a, b) | Op::Compare(_, a, b) | Op::Permute { a, b, selector: _ } => {
+            [*a, *b].into_iter().for_each(f)
+        }
+        Op::Fma(a, b, c)
+        | Op::Select(a, b, c)
+        | Op::FunnelShr { lo: a, hi: b, shift: c }
+        | Op::Dot4 { a, b, acc: c } => {
             [*a, *b, *c].into_iter().for_each(f);
         }
         Op::Vector(parts) => parts.iter().copied().for_each(f),

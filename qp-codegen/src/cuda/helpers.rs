@@ -14,23 +14,25 @@ pub(super) enum Helper {
     RoundToI64,
     Permute,
     /// Indices into the tables of elements and cache modes below.
-    Load { cache: u8, elem: u8, lanes: u8 },
-    Store { elem: u8, lanes: u8 },
-    CopyAsync { bytes: u8 },
-    Mma { signed_a: bool },
+    Load {
+        cache: u8,
+        elem: u8,
+        lanes: u8,
+    },
+    Store {
+        elem: u8,
+        lanes: u8,
+    },
+    CopyAsync {
+        bytes: u8,
+    },
+    Mma {
+        signed_a: bool,
+    },
 }
 
-const ELEMS: [Elem; 9] = [
-    Elem::I8,
-    Elem::U8,
-    Elem::I16,
-    Elem::U16,
-    Elem::I32,
-    Elem::U32,
-    Elem::F16,
-    Elem::BF16,
-    Elem::F32,
-];
+const ELEMS: [Elem; 9] =
+    [Elem::I8, Elem::U8, Elem::I16, Elem::U16, Elem::I32, Elem::U32, Elem::F16, Elem::BF16, Elem::F32];
 const CACHES: [Cache; 3] = [Cache::Default, Cache::ReadOnly, Cache::Stream];
 
 impl Helper {

@@ -322,7 +322,8 @@ impl<'k, 'h> Printer<'k, 'h> {
                 let from = scaled(self.expr(*src_index));
                 let dst = &self.shared[*dst as usize];
                 let src = &self.params[*src as usize];
-                let line = format!("{h}((unsigned char*){dst} + {to}, (const unsigned char*){src} + (long long){from});");
+                let line =
+                    format!("{h}((unsigned char*){dst} + {to}, (const unsigned char*){src} + (long long){from});");
                 self.line(&line);
             }
             Stmt::AsyncCommit => self.line("asm volatile(\"cp.async.commit_group;\" ::: \"memory\");"),
@@ -440,8 +441,7 @@ impl<'k, 'h> Printer<'k, 'h> {
             Op::FunnelShr { lo, hi, shift } => self.args("__funnelshift_r", &[*lo, *hi, *shift]),
             Op::Permute { a, b, selector } => {
                 // `__byte_perm` has no sign replication.
-                let name =
-                    if selector & 0x8888 == 0 { "__byte_perm".into() } else { self.helper(Helper::Permute) };
+                let name = if selector & 0x8888 == 0 { "__byte_perm".into() } else { self.helper(Helper::Permute) };
                 let (a, b) = (self.expr(*a).text, self.expr(*b).text);
                 Expr::atom(format!("{name}({a}, {b}, {selector:#06x}u)"))
             }
@@ -659,7 +659,8 @@ fn float(x: f32) -> String {
         return format!("__uint_as_float({:#010x}u)", x.to_bits());
     }
     let decimal = format!("{x:?}f");
-    let exact = x == 0.0 || (x.abs() < 1e6 && x.abs() > 1e-3 && decimal.len() <= 8 && f64::from(x).to_string().len() <= 8);
+    let exact =
+        x == 0.0 || (x.abs() < 1e6 && x.abs() > 1e-3 && decimal.len() <= 8 && f64::from(x).to_string().len() <= 8);
     if exact {
         return decimal;
     }

@@ -60,7 +60,8 @@ pub struct UnknownTarget(pub String);
 
 impl Target {
     /// Every target, oldest first.
-    pub const ALL: [Target; 6] = [Target::Sm80, Target::Sm86, Target::Sm89, Target::Sm90a, Target::Sm100, Target::Sm120];
+    pub const ALL: [Target; 6] =
+        [Target::Sm80, Target::Sm86, Target::Sm89, Target::Sm90a, Target::Sm100, Target::Sm120];
 
     /// Its name, as written on the command line.
     pub fn name(self) -> &'static str {
@@ -138,14 +139,24 @@ impl Target {
         match self {
             Target::Sm80 => large,
             Target::Sm86 => small,
-            Target::Sm89 => {
-                Device { name: "RTX 4090", sms: 128, blocks_per_sm: 24, l2_bytes: 72 * MIB, bandwidth: 1.008e12, ..small }
-            }
+            Target::Sm89 => Device {
+                name: "RTX 4090",
+                sms: 128,
+                blocks_per_sm: 24,
+                l2_bytes: 72 * MIB,
+                bandwidth: 1.008e12,
+                ..small
+            },
             Target::Sm90a => hopper,
             Target::Sm100 => Device { name: "B200", sms: 148, l2_bytes: 126 * MIB, bandwidth: 8.0e12, ..hopper },
-            Target::Sm120 => {
-                Device { name: "RTX 5090", sms: 170, blocks_per_sm: 24, l2_bytes: 96 * MIB, bandwidth: 1.792e12, ..small }
-            }
+            Target::Sm120 => Device {
+                name: "RTX 5090",
+                sms: 170,
+                blocks_per_sm: 24,
+                l2_bytes: 96 * MIB,
+                bandwidth: 1.792e12,
+                ..small
+            },
         }
     }
 

@@ -267,16 +267,35 @@ impl Builder {
     }
 
     /// `for index in (start..end).step_by(step)`.
-    pub fn for_<'b>(&'b self, start: impl Operand<'b>, end: impl Operand<'b>, step: impl Operand<'b>, body: impl FnOnce(V<'b>)) {
+    pub fn for_<'b>(
+        &'b self,
+        start: impl Operand<'b>,
+        end: impl Operand<'b>,
+        step: impl Operand<'b>,
+        body: impl FnOnce(V<'b>),
+    ) {
         self.loop_(start, end, step, false, body);
     }
 
     /// The same, unrolled by the CUDA compiler.
-    pub fn unrolled<'b>(&'b self, start: impl Operand<'b>, end: impl Operand<'b>, step: impl Operand<'b>, body: impl FnOnce(V<'b>)) {
+    pub fn unrolled<'b>(
+        &'b self,
+        start: impl Operand<'b>,
+        end: impl Operand<'b>,
+        step: impl Operand<'b>,
+        body: impl FnOnce(V<'b>),
+    ) {
         self.loop_(start, end, step, true, body);
     }
 
-    fn loop_<'b>(&'b self, start: impl Operand<'b>, end: impl Operand<'b>, step: impl Operand<'b>, unroll: bool, body: impl FnOnce(V<'b>)) {
+    fn loop_<'b>(
+        &'b self,
+        start: impl Operand<'b>,
+        end: impl Operand<'b>,
+        step: impl Operand<'b>,
+        unroll: bool,
+        body: impl FnOnce(V<'b>),
+    ) {
         let index = self.define(Op::LoopIndex, Type::I32);
         let (start, end, step) = (start.operand(index).val, end.operand(index).val, step.operand(index).val);
         let body = self.block(|| body(index));

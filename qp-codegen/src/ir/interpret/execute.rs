@@ -91,7 +91,9 @@ impl<'p, 'a> Machine<'p, 'a> {
                 Arg::I32(x) => *x as u32,
                 Arg::U32(x) => *x,
                 Arg::F32(x) => x.to_bits(),
-                Arg::Buffer(_) | Arg::ReadOnly(_) => unreachable!("the validator checked that the parameter is a scalar"),
+                Arg::Buffer(_) | Arg::ReadOnly(_) => {
+                    unreachable!("the validator checked that the parameter is a scalar")
+                }
             });
         }
         Machine {
@@ -786,6 +788,7 @@ fn permute(a: u32, b: u32, selector: u32) -> u32 {
 }
 
 fn dot4(a: u32, b: u32, acc: u32) -> i64 {
-    let products = a.to_le_bytes().into_iter().zip(b.to_le_bytes()).map(|(a, b)| i64::from(a as i8) * i64::from(b as i8));
+    let products =
+        a.to_le_bytes().into_iter().zip(b.to_le_bytes()).map(|(a, b)| i64::from(a as i8) * i64::from(b as i8));
     i64::from(acc as i32) + products.sum::<i64>()
 }

@@ -361,8 +361,8 @@ impl Now {
             return Ok(());
         }
         if cell.read_epoch == self.epoch {
-            let other = cell.read_warp != warp
-                || (cell.read_warp_epoch == self.warp_epoch && cell.reader != self.thread);
+            let other =
+                cell.read_warp != warp || (cell.read_warp_epoch == self.warp_epoch && cell.reader != self.thread);
             if other {
                 return Err(BadKind::ReadBy(cell.reader, how));
             }

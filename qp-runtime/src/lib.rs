@@ -2,7 +2,10 @@
 
 pub mod cli;
 pub mod device;
+pub mod engine;
+pub mod eval;
 pub mod jit;
+pub mod model;
 
 // So that the paths which derives write work in this crate too.
 extern crate self as qp_runtime;

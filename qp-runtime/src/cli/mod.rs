@@ -1,6 +1,9 @@
 //! The `qp` command line: one file a command.
 
+mod device;
 mod doctor;
+mod eval;
+mod generate;
 
 use std::process::ExitCode;
 
@@ -17,6 +20,8 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Doctor(doctor::Doctor),
+    Eval(eval::Eval),
+    Generate(generate::Generate),
 }
 
 /// An error of a command, as the user sees it.
@@ -26,6 +31,8 @@ pub type Error = Box<dyn std::error::Error + Send + Sync>;
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Doctor(c) => c.run(),
+        Command::Eval(c) => c.run(),
+        Command::Generate(c) => c.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,0 +1,236 @@
+//! The engine that runs everywhere: `f32` arithmetic on all cores.
+//!
+//! Results do not depend on the number of threads: work is cut by shapes alone, and each output is summed by one
+//! thread in a fixed order.
+
+use std::sync::Arc;
+
+use gemm::Parallelism;
+use rayon::prelude::*;
+
+use super::{Engine, Error, Logits, check_tokens, math};
+use crate::model::{Config, Layer, Linear, Role, RopeTables, Tensor, Weight, Weights, rope_tables};
+
+/// Rows of a matrix that one task multiplies.
+const ROWS: usize = 64;
+/// Up to so many tokens, rows are multiplied one dot product at a time; beyond, by `gemm`.
+const FEW_TOKENS: usize = 4;
+
+/// A model on the CPU, with the keys and values of one sequence.
+pub struct CpuEngine {
+    config: Config,
+    weights: Arc<Weights>,
+    rope: RopeTables,
+    context: usize,
+    position: usize,
+    cache: Vec<Cache>,
+}
+
+/// Keys and values of one layer: `kv_heads × context × head_dim`.
+struct Cache {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+impl CpuEngine {
+    /// An engine for sequences of up to `context` tokens.
+    ///
+    /// # Errors
+    /// If the model has fewer positions.
+    pub fn new(config: &Config, weights: Arc<Weights>, context: usize) -> Result<Self, Error> {
+        if context > config.max_positions {
+            return Err(Error::Positions { wanted: context, max: config.max_positions });
+        }
+        let size = config.kv_heads * context * config.head_dim;
+        let cache = (0..config.layers).map(|_| Cache { keys: vec![0.0; size], values: vec![0.0; size] }).collect();
+        Ok(CpuEngine {
+            rope: rope_tables(config, context),
+            config: config.clone(),
+            weights,
+            context,
+            position: 0,
+            cache,
+        })
+    }
+
+    fn run(&mut self, tokens: &[u32], logits: Logits, out: &mut Vec<f32>) {
+        let CpuEngine { config, weights, rope, context, position, cache } = self;
+        let hidden = config.hidden;
+        let mut x = vec![0f32; tokens.len() * hidden];
+        for (row, &t) in x.chunks_exact_mut(hidden).zip(tokens) {
+            weights.embed.read(t as usize * hidden, row);
+        }
+        let mut normed = vec![0f32; x.len()];
+        for (layer, cache) in weights.layers.iter().zip(cache) {
+            norm_rows(&x, &layer.input_norm, config.norm_eps, &mut normed);
+            let attended = attention(config, layer, rope, cache, *context, *position, &normed);
+            let [o] = linear([&layer[Role::O]], &attended);
+            add(&mut x, &o);
+            norm_rows(&x, &layer.post_norm, config.norm_eps, &mut normed);
+            let [mut gate, up] = linear([&layer[Role::Gate], &layer[Role::Up]], &normed);
+            gate.iter_mut().zip(&up).for_each(|(g, u)| *g = math::silu(*g) * u);
+            let [down] = linear([&layer[Role::Down]], &gate);
+            add(&mut x, &down);
+        }
+        *position += tokens.len();
+        let rows = logits.rows(tokens.len());
+        out.clear();
+        if rows > 0 {
+            let x = &x[x.len() - rows * hidden..];
+            let normed = &mut normed[..x.len()];
+            norm_rows(x, &weights.norm, config.norm_eps, normed);
+            [*out] = linear([&weights.head], normed);
+        }
+    }
+}
+
+impl Engine for CpuEngine {
+    fn vocab(&self) -> usize {
+        self.config.vocab
+    }
+
+    fn context(&self) -> usize {
+        self.context
+    }
+
+    fn position(&self) -> usize {
+        self.position
+    }
+
+    fn truncate(&mut self, position: usize) {
+        self.position = self.position.min(position);
+    }
+
+    fn forward(&mut self, tokens: &[u32], logits: Logits, out: &mut Vec<f32>) -> Result<(), Error> {
+        check_tokens(tokens, self.position, self.context, self.config.vocab)?;
+        // Inside the pool, so that the many small parallel loops need not enter it one by one.
+        rayon::scope(|_| self.run(tokens, logits, out));
+        Ok(())
+    }
+}
+
+fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
+        math::rms_norm(x, weight, eps, out);
+    }
+}
+
+fn add(x: &mut [f32], y: &[f32]) {
+    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+}
+
+/// Attention of the tokens in `x` (tokens × hidden), whose keys and values are appended to the cache at `position`.
+/// Returns tokens × (heads · head_dim).
+fn attention(
+    config: &Config,
+    layer: &Layer,
+    rope: &RopeTables,
+    cache: &mut Cache,
+    context: usize,
+    position: usize,
+    x: &[f32],
+) -> Vec<f32> {
+    let d = config.head_dim;
+    let [mut q, mut k, v] = linear([&layer[Role::Q], &layer[Role::K], &layer[Role::V]], x);
+    for (heads, x) in [(config.heads, &mut q), (config.kv_heads, &mut k)] {
+        for (t, token) in x.chunks_exact_mut(heads * d).enumerate() {
+            let (cos, sin) = rope.at(position + t);
+            token.chunks_exact_mut(d).for_each(|head| math::rope(head, cos, sin));
+        }
+    }
+    for (new, cached) in [(&k, &mut cache.keys), (&v, &mut cache.values)] {
+        for (i, head) in new.chunks_exact(d).enumerate() {
+            let (t, h) = (i / config.kv_heads, i % config.kv_heads);
+            let at = (h * context + position + t) * d;
+            cached[at..at + d].copy_from_slice(head);
+        }
+    }
+    let mut out = vec![0f32; q.len()];
+    let group = config.heads / config.kv_heads;
+    let pairs = out.par_chunks_exact_mut(d).zip(q.par_chunks_exact(d)).enumerate();
+    pairs.for_each_init(Vec::new, |scores, (i, (out, q))| {
+        let (t, h) = (i / config.heads, i % config.heads);
+        let first = h / group * context * d;
+        let seen = first..first + (position + t + 1) * d;
+        math::attend(q, &cache.keys[seen.clone()], &cache.values[seen], scores, out);
+    });
+    out
+}
+
+/// Several linear layers of one input `x` (tokens × columns): tokens × rows each.
+fn linear<const N: usize>(layers: [&Linear; N], x: &[f32]) -> [Vec<f32>; N] {
+    layers.map(|layer| {
+        let mut y = match &layer.weight {
+            Weight::Dense(w) => dense(w, layer.rows, layer.cols, x),
+        };
+        if let Some(bias) = &layer.bias {
+            y.chunks_exact_mut(layer.rows).for_each(|row| add(row, bias));
+        }
+        y
+    })
+}
+
+/// `x·Wᵀ`: tokens × rows.
+fn dense(w: &Tensor, rows: usize, cols: usize, x: &[f32]) -> Vec<f32> {
+    let tokens = x.len() / cols;
+    let starts: Vec<usize> = (0..rows).step_by(ROWS).collect();
+    // One tile a task, tokens × its rows.
+    let tiles: Vec<Vec<f32>> = starts
+        .par_iter()
+        .map_init(Vec::new, |weights, &start| {
+            let n = ROWS.min(rows - start);
+            weights.resize(n * cols, 0f32);
+            w.read(start * cols, weights);
+            let mut tile = vec![0f32; tokens * n];
+            if tokens <= FEW_TOKENS {
+                for (x, out) in x.chunks_exact(cols).zip(tile.chunks_exact_mut(n)) {
+                    for (o, w) in out.iter_mut().zip(weights.chunks_exact(cols)) {
+                        *o = math::dot(w, x);
+                    }
+                }
+            } else {
+                product(weights, x, cols, &mut tile);
+            }
+            tile
+        })
+        .collect();
+    let mut y = vec![0f32; tokens * rows];
+    for (&start, tile) in starts.iter().zip(&tiles) {
+        let n = tile.len() / tokens;
+        for (y, part) in y.chunks_exact_mut(rows).zip(tile.chunks_exact(n)) {
+            y[start..start + n].copy_from_slice(part);
+        }
+    }
+    y
+}
+
+/// `out = x·wᵀ` with `w` n × cols, `x` tokens × cols, `out` tokens × n, on one thread.
+fn product(w: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
+    let (n, tokens) = (w.len() / cols, x.len() / cols);
+    assert_eq!((w.len(), x.len(), out.len()), (n * cols, tokens * cols, tokens * n), "whole matrices");
+    // SAFETY: the strides below address exactly the elements of the three slices, whose lengths were just checked;
+    // `out` is borrowed mutably and so overlaps neither input.
+    unsafe {
+        gemm::gemm(
+            n,
+            tokens,
+            cols,
+            out.as_mut_ptr(),
+            n as isize,
+            1,
+            false,
+            w.as_ptr(),
+            1,
+            cols as isize,
+            x.as_ptr(),
+            cols as isize,
+            1,
+            0f32,
+            1f32,
+            false,
+            false,
+            false,
+            Parallelism::None,
+        );
+    }
+}

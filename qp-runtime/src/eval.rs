@@ -1,0 +1,139 @@
+//! Perplexity of a text.
+
+use rayon::prelude::*;
+
+use crate::engine::{Engine, Error, Logits, PREFILL, check_tokens};
+
+/// How well a model predicts a text.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Perplexity {
+    /// Tokens of the text.
+    pub tokens: usize,
+    /// Tokens of a window.
+    pub window: usize,
+    /// Tokens scored: all but the first of each whole window.
+    pub scored: usize,
+    /// Mean negative log-likelihood of a scored token, in nats.
+    pub loss: f64,
+}
+
+impl Perplexity {
+    /// `exp(loss)`.
+    pub fn perplexity(&self) -> f64 {
+        self.loss.exp()
+    }
+}
+
+/// Scores `tokens`, cut into windows of `window` tokens, the rest dropped: tokens 2.. of each window from that
+/// window's earlier tokens alone. `progress` sees the tokens done, out of windows × `window`.
+///
+/// # Errors
+/// If there is no whole window, a window exceeds the context, a token is unknown, or the engine fails.
+pub fn perplexity(
+    engine: &mut dyn Engine,
+    tokens: &[u32],
+    window: usize,
+    mut progress: impl FnMut(usize),
+) -> Result<Perplexity, Error> {
+    if window < 2 {
+        return Err(Error::Window(window));
+    }
+    if tokens.len() < window {
+        return Err(Error::ShortText { tokens: tokens.len(), window });
+    }
+    check_tokens(tokens, 0, tokens.len(), engine.vocab())?;
+    let mut total = 0.0;
+    let mut logits = Vec::new();
+    let windows = tokens.chunks_exact(window);
+    let count = windows.len();
+    for (i, window_tokens) in windows.enumerate() {
+        engine.truncate(0);
+        let (inputs, targets) = (&window_tokens[..window - 1], &window_tokens[1..]);
+        for (inputs, targets) in inputs.chunks(PREFILL).zip(targets.chunks(PREFILL)) {
+            engine.forward(inputs, Logits::All, &mut logits)?;
+            let rows = logits.par_chunks_exact(engine.vocab()).zip(targets);
+            let losses: Vec<f64> = rows.map(|(row, &target)| nll(row, target)).collect();
+            total += losses.iter().sum::<f64>();
+        }
+        progress((i + 1) * window);
+    }
+    let scored = count * (window - 1);
+    let loss = total / scored as f64;
+    if loss.is_nan() {
+        return Err(Error::NotANumber);
+    }
+    Ok(Perplexity { tokens: tokens.len(), window, scored, loss })
+}
+
+/// Negative log-likelihood of `target` under `softmax(logits)`, in nats. Not a number if a logit is not.
+pub fn nll(logits: &[f32], target: u32) -> f64 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&v| f64::from(v - max).exp()).sum();
+    sum.ln() - f64::from(logits[target as usize] - max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Logits depend on the position in the window alone: token `p` has the logit ln 3 at position `p`, others 0.
+    struct Positions(usize);
+
+    impl Engine for Positions {
+        fn vocab(&self) -> usize {
+            5
+        }
+        fn context(&self) -> usize {
+            1000
+        }
+        fn position(&self) -> usize {
+            self.0
+        }
+        fn truncate(&mut self, position: usize) {
+            self.0 = self.0.min(position);
+        }
+        fn forward(&mut self, tokens: &[u32], _: Logits, out: &mut Vec<f32>) -> Result<(), Error> {
+            out.clear();
+            for _ in tokens {
+                out.extend((0..5).map(|t| if t == self.0 { 3f32.ln() } else { 0.0 }));
+                self.0 += 1;
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn windows_are_scored_apart_and_the_rest_dropped() {
+        let mut seen = Vec::new();
+        // Position 0 predicts the second token: 0 has probability 3/7, others 1/7.
+        let p = perplexity(&mut Positions(9), &[4, 0, 1, 4, 0, 4, 4], 3, |n| seen.push(n)).unwrap();
+        assert_eq!((p.tokens, p.scored, seen), (7, 4, vec![3, 6]));
+        let expect = (3.0 * (7f64 / 3.0).ln() + 7f64.ln()) / 4.0;
+        assert!((p.loss - expect).abs() < 1e-6, "{} {expect}", p.loss);
+    }
+
+    #[test]
+    fn long_windows_come_in_batches() {
+        let tokens = vec![0; 600];
+        let p = perplexity(&mut Positions(0), &tokens, 600, |_| ()).unwrap();
+        assert_eq!(p.scored, 599);
+        let expect = ((7f64 / 3.0).ln() + 4.0 * 7f64.ln() + 594.0 * 5f64.ln()) / 599.0;
+        assert!((p.loss - expect).abs() < 1e-6, "{} {expect}", p.loss);
+    }
+
+    #[test]
+    fn bad_windows() {
+        assert!(matches!(perplexity(&mut Positions(0), &[1; 5], 1, |_| ()), Err(Error::Window(1))));
+        let short = perplexity(&mut Positions(0), &[1; 5], 6, |_| ());
+        assert!(matches!(short, Err(Error::ShortText { tokens: 5, window: 6 })));
+        let unknown = perplexity(&mut Positions(0), &[1, 5], 2, |_| ());
+        assert!(matches!(unknown, Err(Error::Token { token: 5, vocab: 5 })));
+    }
+
+    #[test]
+    fn likelihoods() {
+        assert!((nll(&[0.0, 0.0], 1) - 2f64.ln()).abs() < 1e-12);
+        assert_eq!(nll(&[1e30, 0.0], 0), 0.0);
+        assert!(nll(&[f32::NAN, 0.0], 0).is_nan());
+    }
+}

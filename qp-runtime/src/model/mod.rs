@@ -1,0 +1,60 @@
+//! A model directory in Hugging Face's layout: `config.json`, safetensors, tokenizer.
+//!
+//! * [`config`]: what the architecture is, and the names and shapes of its tensors.
+//! * [`tensors`]: safetensors files, mapped into memory.
+//! * [`weights`]: the tensors put in their places, each linear layer dense or packed.
+//! * [`rope`]: tables of rotary position embedding, shared by every engine.
+//! * [`tokenizer`]: text to tokens, and tokens to text as they come.
+
+pub mod config;
+pub mod error;
+pub mod rope;
+pub mod tensors;
+pub mod tokenizer;
+pub mod weights;
+
+use std::path::{Path, PathBuf};
+
+pub use config::{Config, Role};
+pub use error::Error;
+pub use rope::{RopeTables, rope_tables};
+pub use tensors::{Dtype, Tensor, TensorDir};
+pub use tokenizer::{TextStream, Tokenizer};
+pub use weights::{Layer, Linear, Source, Weight, Weights};
+
+/// An opened model directory.
+#[derive(Debug)]
+pub struct Model {
+    /// The directory.
+    pub dir: PathBuf,
+    /// `config.json` and `generation_config.json`.
+    pub config: Config,
+    /// `tokenizer.json`.
+    pub tokenizer: Tokenizer,
+    /// All tensors.
+    pub weights: Weights,
+}
+
+impl Model {
+    /// Opens the directory `dir`. Tensors are mapped, not read.
+    ///
+    /// # Errors
+    /// If a file is missing, malformed or truncated, the architecture is not supported, or a tensor is missing or
+    /// has another shape than the configuration says.
+    pub fn open(dir: &Path) -> Result<Self, Error> {
+        check_dir(dir)?;
+        let config = Config::read(dir)?;
+        let weights = Weights::load(&config, &TensorDir::open(dir)?)?;
+        let tokenizer = Tokenizer::read(dir)?;
+        Ok(Model { dir: dir.to_owned(), config, tokenizer, weights })
+    }
+}
+
+/// Refuses what is not a directory, before the message is about some file in it.
+fn check_dir(dir: &Path) -> Result<(), Error> {
+    let meta = std::fs::metadata(dir).map_err(|e| Error::io(dir, e))?;
+    if !meta.is_dir() {
+        return Err(Error::NotADirectory { path: dir.to_owned() });
+    }
+    Ok(())
+}

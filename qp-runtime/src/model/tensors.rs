@@ -1,0 +1,341 @@
+//! Safetensors files, mapped into memory.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+use serde::Deserialize;
+
+use super::Error;
+
+/// Element type of a dense tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    /// 32-bit float.
+    F32,
+    /// 16-bit IEEE float.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Dtype::F32 => 4,
+            Dtype::F16 | Dtype::Bf16 => 2,
+        }
+    }
+}
+
+/// Part of a mapped file, or bytes in memory. Cloning shares them.
+#[derive(Clone)]
+pub struct Bytes {
+    owner: Owner,
+    range: Range<usize>,
+}
+
+#[derive(Clone)]
+enum Owner {
+    Map(Arc<Mmap>),
+    Memory(Arc<[u8]>),
+}
+
+impl Bytes {
+    /// The bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        let all: &[u8] = match &self.owner {
+            Owner::Map(m) => m,
+            Owner::Memory(b) => b,
+        };
+        &all[self.range.clone()]
+    }
+}
+
+impl From<Vec<u8>> for Bytes {
+    fn from(v: Vec<u8>) -> Self {
+        Bytes { range: 0..v.len(), owner: Owner::Memory(v.into()) }
+    }
+}
+
+impl fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.range.len())
+    }
+}
+
+/// A dense tensor of floats, little endian, row-major. Cloning shares the data.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Shape, outermost first.
+    pub shape: Vec<usize>,
+    /// `shape.product() × dtype.bytes()` bytes.
+    bytes: Bytes,
+}
+
+impl Tensor {
+    /// A tensor of `f32` values in memory; `None` unless there are `shape.product()` values.
+    pub fn from_f32(shape: &[usize], values: &[f32]) -> Option<Self> {
+        (shape.iter().product::<usize>() == values.len()).then(|| {
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            Tensor { dtype: Dtype::F32, shape: shape.to_vec(), bytes: bytes.into() }
+        })
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// True if there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The elements' bytes.
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes.as_slice()
+    }
+
+    /// Copies elements `start..start + out.len()` as `f32`.
+    ///
+    /// # Panics
+    /// If the tensor ends before.
+    pub fn read(&self, start: usize, out: &mut [f32]) {
+        let size = self.dtype.bytes();
+        let bytes = &self.bytes()[start * size..(start + out.len()) * size];
+        match self.dtype {
+            Dtype::F32 => {
+                for (o, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    *o = f32::from_le_bytes(*b);
+                }
+            }
+            Dtype::F16 => match bytemuck::try_cast_slice::<u8, f16>(bytes) {
+                Ok(halves) if cfg!(target_endian = "little") => halves.convert_to_f32_slice(out),
+                _ => {
+                    for (o, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                        *o = f16::from_le_bytes(*b).to_f32();
+                    }
+                }
+            },
+            Dtype::Bf16 => {
+                for (o, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    *o = bf16::from_le_bytes(*b).to_f32();
+                }
+            }
+        }
+    }
+
+    /// All elements as `f32`.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.len()];
+        self.read(0, &mut out);
+        out
+    }
+}
+
+/// Where a tensor lies.
+#[derive(Debug)]
+struct Entry {
+    dtype: safetensors::Dtype,
+    shape: Vec<usize>,
+    bytes: Bytes,
+}
+
+/// All tensors of a directory's safetensors files, mapped.
+///
+/// A file must not be changed while it is mapped.
+#[derive(Debug)]
+pub struct TensorDir {
+    dir: PathBuf,
+    entries: BTreeMap<String, Entry>,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl TensorDir {
+    /// Maps `dir/model.safetensors`, or the files that `dir/model.safetensors.index.json` names.
+    ///
+    /// # Errors
+    /// If a file is missing, malformed or truncated.
+    pub fn open(dir: &Path) -> Result<Self, Error> {
+        let index = dir.join("model.safetensors.index.json");
+        if index.is_file() {
+            let text = std::fs::read_to_string(&index).map_err(|e| Error::io(&index, e))?;
+            let map: Index = serde_json::from_str(&text).map_err(|e| Error::file(&index, e.to_string()))?;
+            let files: BTreeSet<&String> = map.weight_map.values().collect();
+            if let Some(bad) = files.iter().find(|f| f.contains(['/', '\\']) || f.as_str() == "..") {
+                return Err(Error::file(&index, format!("names the file '{bad}', which lies outside the directory")));
+            }
+            let paths: Vec<PathBuf> = files.iter().map(|f| dir.join(f)).collect();
+            let all = Self::from_files(dir, &paths)?;
+            if let Some((name, file)) = map.weight_map.iter().find(|(name, _)| !all.entries.contains_key(*name)) {
+                return Err(Error::file(
+                    &dir.join(file),
+                    format!("tensor '{name}' is not in it, but the index says so"),
+                ));
+            }
+            return Ok(all);
+        }
+        let single = dir.join("model.safetensors");
+        if !single.is_file() {
+            let other = dir.join("pytorch_model.bin").is_file() || dir.join("pytorch_model.bin.index.json").is_file();
+            let hint = if other { ": convert pytorch_model.bin to safetensors first" } else { "" };
+            return Err(Error::NoWeights { path: dir.to_owned(), hint });
+        }
+        Self::from_files(dir, &[single])
+    }
+
+    /// Maps the given files; `dir` is for messages.
+    ///
+    /// # Errors
+    /// If a file is missing, malformed or truncated, or two hold the same tensor.
+    pub fn from_files(dir: &Path, paths: &[PathBuf]) -> Result<Self, Error> {
+        let mut entries = BTreeMap::new();
+        for path in paths {
+            let file = std::fs::File::open(path).map_err(|e| Error::io(path, e))?;
+            // SAFETY: the map is read-only; the documentation asks that the file stay unchanged.
+            let map = Arc::new(unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?);
+            let (header, meta) = SafeTensors::read_metadata(&map).map_err(|e| {
+                Error::file(path, format!("not a whole safetensors file: {e}; copy or download it again"))
+            })?;
+            let data = header + 8;
+            for (name, info) in meta.tensors() {
+                let range = data + info.data_offsets.0..data + info.data_offsets.1;
+                let bytes = Bytes { owner: Owner::Map(map.clone()), range };
+                let entry = Entry { dtype: info.dtype, shape: info.shape.clone(), bytes };
+                if entries.insert(name.clone(), entry).is_some() {
+                    return Err(Error::file(path, format!("tensor '{name}' is in another file of the model too")));
+                }
+            }
+        }
+        Ok(TensorDir { dir: dir.to_owned(), entries })
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// True if there is a tensor of that name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.entries.contains_key(name)
+    }
+
+    /// A tensor of whatever type: element type, shape and bytes.
+    ///
+    /// # Errors
+    /// If there is none of that name.
+    pub fn raw(&self, name: &str) -> Result<(safetensors::Dtype, &[usize], Bytes), Error> {
+        let missing = || Error::MissingTensor { name: name.to_owned(), path: self.dir.clone() };
+        let e = self.entries.get(name).ok_or_else(missing)?;
+        Ok((e.dtype, &e.shape, e.bytes.clone()))
+    }
+
+    /// A tensor of floats.
+    ///
+    /// # Errors
+    /// If there is none of that name, or it has another element type.
+    pub fn tensor(&self, name: &str) -> Result<Tensor, Error> {
+        let (dtype, shape, bytes) = self.raw(name)?;
+        let dtype = match dtype {
+            safetensors::Dtype::F32 => Dtype::F32,
+            safetensors::Dtype::F16 => Dtype::F16,
+            safetensors::Dtype::BF16 => Dtype::Bf16,
+            other => return Err(Error::Dtype { name: name.to_owned(), found: format!("{other:?}") }),
+        };
+        Ok(Tensor { dtype, shape: shape.to_vec(), bytes })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safetensors::tensor::{TensorView, serialize_to_file};
+
+    fn write(path: &Path, tensors: &[(&str, safetensors::Dtype, &[usize], &[u8])]) {
+        let views = tensors.iter().map(|(n, d, s, b)| (*n, TensorView::new(*d, s.to_vec(), b).unwrap()));
+        serialize_to_file(views, None, path).unwrap();
+    }
+
+    fn message<T>(r: Result<T, Error>) -> String {
+        r.err().expect("an error").to_string()
+    }
+
+    #[test]
+    fn element_types_and_odd_alignment() {
+        let dir = tempfile::tempdir().unwrap();
+        let values = [1.0f32, -0.5, 3.25, 1e-3];
+        let f16s: Vec<u8> = values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect();
+        let bf16s: Vec<u8> = values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
+        let f32s: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        write(
+            &dir.path().join("model.safetensors"),
+            &[
+                ("i", safetensors::Dtype::I64, &[1], &[0; 8]),
+                ("f", safetensors::Dtype::F32, &[4], &f32s),
+                ("h", safetensors::Dtype::F16, &[2, 2], &f16s),
+                ("b", safetensors::Dtype::BF16, &[2, 2], &bf16s),
+            ],
+        );
+        let t = TensorDir::open(dir.path()).unwrap();
+        assert_eq!(t.tensor("f").unwrap().to_f32(), values);
+        assert_eq!(t.tensor("h").unwrap().to_f32()[..3], values[..3]);
+        assert_eq!(t.tensor("b").unwrap().to_f32()[..3], values[..3]);
+        let mut row = [0.0; 2];
+        t.tensor("h").unwrap().read(1, &mut row);
+        assert_eq!(row, values[1..3]);
+        assert_eq!(message(t.tensor("i")), "tensor 'i' holds I64: expected F32, F16 or BF16");
+        assert!(message(t.tensor("x")).starts_with("tensor 'x' is missing from "));
+        // The same halves at an odd address.
+        let mut shifted = vec![0u8];
+        shifted.extend(&f16s);
+        let bytes = Bytes { range: 1..9, owner: Owner::Memory(shifted.into()) };
+        let odd = Tensor { dtype: Dtype::F16, shape: vec![4], bytes };
+        assert_eq!(odd.to_f32(), t.tensor("h").unwrap().to_f32());
+    }
+
+    #[test]
+    fn shards() {
+        let dir = tempfile::tempdir().unwrap();
+        let one = 1f32.to_le_bytes();
+        write(&dir.path().join("a.safetensors"), &[("x", safetensors::Dtype::F32, &[1], &one)]);
+        write(&dir.path().join("b.safetensors"), &[("y", safetensors::Dtype::F32, &[1], &one)]);
+        let index = |text: &str| std::fs::write(dir.path().join("model.safetensors.index.json"), text).unwrap();
+        index(r#"{"metadata":{},"weight_map":{"x":"a.safetensors","y":"b.safetensors"}}"#);
+        assert_eq!(TensorDir::open(dir.path()).unwrap().names().collect::<Vec<_>>(), ["x", "y"]);
+        index(r#"{"weight_map":{"x":"a.safetensors","z":"b.safetensors"}}"#);
+        assert!(message(TensorDir::open(dir.path())).contains("b.safetensors: tensor 'z' is not in it"));
+        index(r#"{"weight_map":{"x":"../a.safetensors"}}"#);
+        assert!(message(TensorDir::open(dir.path())).contains("outside the directory"));
+        index(r#"{"weight_map":{"x":"c.safetensors"}}"#);
+        assert!(message(TensorDir::open(dir.path())).contains("c.safetensors: No such file"));
+    }
+
+    #[test]
+    fn truncated_and_missing_files() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(message(TensorDir::open(dir.path())).contains("holds neither"));
+        std::fs::write(dir.path().join("pytorch_model.bin"), "").unwrap();
+        assert!(message(TensorDir::open(dir.path())).ends_with("convert pytorch_model.bin to safetensors first"));
+        let path = dir.path().join("model.safetensors");
+        write(&path, &[("x", safetensors::Dtype::F32, &[16], &[0; 64])]);
+        let whole = std::fs::read(&path).unwrap();
+        for keep in [0, 4, 8, 20, whole.len() - 1] {
+            std::fs::write(&path, &whole[..keep]).unwrap();
+            assert!(message(TensorDir::open(dir.path())).contains("not a whole safetensors file"), "{keep} bytes");
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! A model's tensors, each in its place.
+
+use std::ops::Index;
+
+use super::config::{Config, Role};
+use super::{Error, Tensor, TensorDir};
+
+/// Where tensors come from: a plain model directory or a quantized checkpoint.
+pub trait Source {
+    /// The dense tensor `name`.
+    ///
+    /// # Errors
+    /// If it is missing or not of floats.
+    fn tensor(&self, name: &str) -> Result<Tensor, Error>;
+
+    /// The weight of the linear layer `name` (without `.weight`), of `rows × cols`.
+    ///
+    /// # Errors
+    /// If it is missing, damaged or of another shape.
+    fn linear(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, Error>;
+}
+
+impl Source for TensorDir {
+    fn tensor(&self, name: &str) -> Result<Tensor, Error> {
+        TensorDir::tensor(self, name)
+    }
+
+    fn linear(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, Error> {
+        shaped(self, &format!("{name}.weight"), &[rows, cols]).map(Weight::Dense)
+    }
+}
+
+/// The matrix of a linear layer.
+#[derive(Clone, Debug)]
+pub enum Weight {
+    /// Floats, rows × columns.
+    Dense(Tensor),
+}
+
+/// A linear layer: `y = W·x + bias`.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    /// Full name, without `.weight`.
+    pub name: String,
+    /// Out features.
+    pub rows: usize,
+    /// In features.
+    pub cols: usize,
+    /// W.
+    pub weight: Weight,
+    /// `rows` values, if there is a bias.
+    pub bias: Option<Vec<f32>>,
+}
+
+/// A decoder layer; its linear layers by [`Role`].
+#[derive(Clone, Debug)]
+pub struct Layer {
+    /// Weight of the RMS norm before attention, `hidden` values.
+    pub input_norm: Vec<f32>,
+    /// Weight of the RMS norm before the feed-forward layer, `hidden` values.
+    pub post_norm: Vec<f32>,
+    linears: [Linear; 7],
+}
+
+impl Index<Role> for Layer {
+    type Output = Linear;
+
+    fn index(&self, role: Role) -> &Linear {
+        &self.linears[role as usize]
+    }
+}
+
+/// All tensors of a model.
+#[derive(Clone, Debug)]
+pub struct Weights {
+    /// Token embeddings, vocab × hidden.
+    pub embed: Tensor,
+    /// Decoder layers.
+    pub layers: Vec<Layer>,
+    /// Weight of the last RMS norm, `hidden` values.
+    pub norm: Vec<f32>,
+    /// Output layer, vocab × hidden; shares its data with `embed` if they are tied.
+    pub head: Linear,
+}
+
+impl Weights {
+    /// Collects what `config` asks for from `source`.
+    ///
+    /// # Errors
+    /// If a tensor is missing or of another shape than `config` says.
+    pub fn load(config: &Config, source: &dyn Source) -> Result<Self, Error> {
+        let vector = |name: &str, len: usize| shaped(source, name, &[len]).map(|t| t.to_f32());
+        let linear = |name: String, role: Role| {
+            let (rows, cols) = config.shape(role);
+            let weight = source.linear(&name, rows, cols)?;
+            let bias = config.has_bias(role).then(|| vector(&format!("{name}.bias"), rows)).transpose()?;
+            Ok::<_, Error>(Linear { name, rows, cols, weight, bias })
+        };
+        let layers = (0..config.layers).map(|i| {
+            let [q, k, v, o, gate, up, down] = Role::ALL.map(|role| linear(config.linear_name(i, role), role));
+            Ok(Layer {
+                input_norm: vector(&format!("model.layers.{i}.input_layernorm.weight"), config.hidden)?,
+                post_norm: vector(&format!("model.layers.{i}.post_attention_layernorm.weight"), config.hidden)?,
+                linears: [q?, k?, v?, o?, gate?, up?, down?],
+            })
+        });
+        let layers = layers.collect::<Result<Vec<_>, Error>>()?;
+        let embed = shaped(source, "model.embed_tokens.weight", &[config.vocab, config.hidden])?;
+        let weight = if config.tied {
+            Weight::Dense(embed.clone())
+        } else {
+            source.linear("lm_head", config.vocab, config.hidden)?
+        };
+        let head = Linear { name: "lm_head".to_owned(), rows: config.vocab, cols: config.hidden, weight, bias: None };
+        Ok(Weights { embed, layers, norm: vector("model.norm.weight", config.hidden)?, head })
+    }
+}
+
+/// The dense tensor `name`, which must have `shape`.
+fn shaped(source: &dyn Source, name: &str, shape: &[usize]) -> Result<Tensor, Error> {
+    let t = source.tensor(name)?;
+    if t.shape != shape {
+        return Err(Error::Shape { name: name.to_owned(), found: t.shape, expected: shape.to_vec() });
+    }
+    Ok(t)
+}

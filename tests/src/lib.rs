@@ -1,1 +1,3 @@
-//! Tests that cross crates; see the files beside this folder.
+//! Tests that cross crates; see the files beside this folder. Here: what several of them need.
+
+pub mod models;

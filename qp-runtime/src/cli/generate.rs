@@ -66,7 +66,7 @@ impl Generate {
         }
         let end = std::mem::take(&mut model.config.eos);
         let tokenizer = model.tokenizer.clone();
-        let mut engine = open_engine(model, self.device, prompt.len() + self.count as usize)?;
+        let mut engine = open_engine(model, self.device, prompt.len() + self.count as usize - 1)?;
         let sampling =
             Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p, seed: self.seed };
 

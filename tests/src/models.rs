@@ -1,0 +1,111 @@
+//! Small random model directories.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
+use serde_json::{Value, json};
+
+/// A model to be written: its `config.json` and tensors, which a test may change before [`RandomModel::write`].
+#[derive(Clone, Debug)]
+pub struct RandomModel {
+    /// `config.json`.
+    pub config: Value,
+    /// Name → shape and `f32` values.
+    pub tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+}
+
+/// Tokens of [`RandomModel`]: the bytes, so that its tokenizer is trivial.
+pub const VOCAB: usize = 256;
+
+impl RandomModel {
+    /// Two layers, hidden 64, feed-forward 96, 4 heads of 8 (so heads · width ≠ hidden), 2 key/value heads, untied;
+    /// with biases of q, k and v if the architecture is `Qwen2ForCausalLM`.
+    pub fn new(architecture: &str) -> Self {
+        let config = json!({
+            "architectures": [architecture], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCAB,
+            "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 1000.0, "hidden_act": "silu",
+            "tie_word_embeddings": false,
+        });
+        let mut model = RandomModel { config, tensors: BTreeMap::new() };
+        let mut random = Random(1);
+        for name in ["model.embed_tokens.weight", "lm_head.weight"] {
+            model.random(&mut random, name, &[VOCAB, 64]);
+        }
+        model.random(&mut random, "model.norm.weight", &[64]);
+        for i in 0..2 {
+            let bias = architecture == "Qwen2ForCausalLM";
+            for (name, rows, cols, bias) in [
+                ("self_attn.q_proj", 32, 64, bias),
+                ("self_attn.k_proj", 16, 64, bias),
+                ("self_attn.v_proj", 16, 64, bias),
+                ("self_attn.o_proj", 64, 32, false),
+                ("mlp.gate_proj", 96, 64, false),
+                ("mlp.up_proj", 96, 64, false),
+                ("mlp.down_proj", 64, 96, false),
+            ] {
+                model.random(&mut random, &format!("model.layers.{i}.{name}.weight"), &[rows, cols]);
+                if bias {
+                    model.random(&mut random, &format!("model.layers.{i}.{name}.bias"), &[rows]);
+                }
+            }
+            for name in ["input_layernorm", "post_attention_layernorm"] {
+                model.random(&mut random, &format!("model.layers.{i}.{name}.weight"), &[64]);
+            }
+        }
+        model
+    }
+
+    fn random(&mut self, random: &mut Random, name: &str, shape: &[usize]) {
+        let values = (0..shape.iter().product()).map(|_| random.next() * 0.4).collect();
+        self.tensors.insert(name.to_owned(), (shape.to_vec(), values));
+    }
+
+    /// Writes config, tensors and a tokenizer of single bytes to `dir`.
+    pub fn write(&self, dir: &Path) {
+        std::fs::write(dir.join("config.json"), self.config.to_string()).unwrap();
+        std::fs::write(dir.join("tokenizer.json"), byte_tokenizer().to_string()).unwrap();
+        let bytes: Vec<Vec<u8>> =
+            self.tensors.values().map(|(_, v)| v.iter().flat_map(|v| v.to_le_bytes()).collect()).collect();
+        let views = self.tensors.iter().zip(&bytes).map(|((name, (shape, _)), bytes)| {
+            (name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap())
+        });
+        serialize_to_file(views, None, &dir.join("model.safetensors")).unwrap();
+    }
+}
+
+/// A `tokenizer.json` whose token `b` is the byte `b`.
+fn byte_tokenizer() -> Value {
+    // Byte-level tokenizers write each byte as a printable character: itself where that is one, else from U+0100 up.
+    let printable = |b: u32| (33..=126).contains(&b) || (161..=172).contains(&b) || (174..=255).contains(&b);
+    let mut next = 256;
+    let vocab: serde_json::Map<String, Value> = (0..256u32)
+        .map(|b| {
+            let code = if printable(b) {
+                b
+            } else {
+                next += 1;
+                next - 1
+            };
+            (char::from_u32(code).unwrap().to_string(), json!(b))
+        })
+        .collect();
+    let level = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": level, "post_processor": null, "decoder": level,
+        "model": { "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": [] },
+    })
+}
+
+/// Uniform in −1..1.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(0x1405_7B7E_F767_814F);
+        ((self.0 >> 40) as f32) / (1 << 23) as f32 - 1.0
+    }
+}

@@ -1,0 +1,158 @@
+//! Architectures and bad directories, on a small random model.
+
+use std::sync::Arc;
+
+use qp_runtime::engine::{CpuEngine, Engine, Logits};
+use qp_runtime::model::{Model, rope_tables};
+use qp_tests::models::RandomModel;
+use serde_json::json;
+
+/// Logits of the last token, written as plainly as possible, in `f64`.
+fn plain(m: &RandomModel, rope: &qp_runtime::model::RopeTables, tokens: &[u32]) -> Vec<f64> {
+    let vector = |name: &str| -> Vec<f64> { m.tensors[name].1.iter().map(|&v| v.into()).collect() };
+    let apply = |name: &str, x: &[f64]| -> Vec<f64> {
+        let w = vector(&format!("{name}.weight"));
+        let bias = m.tensors.get(&format!("{name}.bias"));
+        let y = w.chunks_exact(x.len()).map(|row| row.iter().zip(x).map(|(a, b)| a * b).sum::<f64>());
+        y.enumerate().map(|(i, y)| y + bias.map_or(0.0, |b| b.1[i].into())).collect()
+    };
+    let norm = |name: &str, x: &[f64]| -> Vec<f64> {
+        let mean = x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64;
+        vector(name).iter().zip(x).map(|(w, v)| w * v / (mean + 1e-5).sqrt()).collect()
+    };
+    let turn = |x: &mut [f64], position: usize| {
+        let (cos, sin) = rope.at(position);
+        for head in x.chunks_exact_mut(8) {
+            for i in 0..4 {
+                let (a, b, c, s) = (head[i], head[i + 4], f64::from(cos[i]), f64::from(sin[i]));
+                (head[i], head[i + 4]) = (a * c - b * s, a * s + b * c);
+            }
+        }
+    };
+    let embed = vector("model.embed_tokens.weight");
+    let mut xs: Vec<Vec<f64>> = tokens.iter().map(|&t| embed[t as usize * 64..][..64].to_vec()).collect();
+    for layer in 0..2 {
+        let name = |n: &str| format!("model.layers.{layer}.{n}");
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for (position, x) in xs.iter_mut().enumerate() {
+            let h = norm(&name("input_layernorm.weight"), x);
+            let mut q = apply(&name("self_attn.q_proj"), &h);
+            let mut k = apply(&name("self_attn.k_proj"), &h);
+            turn(&mut q, position);
+            turn(&mut k, position);
+            keys.push(k);
+            values.push(apply(&name("self_attn.v_proj"), &h));
+            let mut out = Vec::new();
+            for head in 0..4 {
+                let at = head / 2 * 8;
+                let dot = |k: &Vec<f64>| (0..8).map(|i| q[head * 8 + i] * k[at + i]).sum::<f64>() / 8f64.sqrt();
+                let weights: Vec<f64> = keys.iter().map(|k| dot(k).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                out.extend(
+                    (0..8).map(|i| weights.iter().zip(&values).map(|(w, v)| w * v[at + i]).sum::<f64>() / total),
+                );
+            }
+            let o = apply(&name("self_attn.o_proj"), &out);
+            x.iter_mut().zip(o).for_each(|(x, o)| *x += o);
+            let h = norm(&name("post_attention_layernorm.weight"), x);
+            let (gate, up) = (apply(&name("mlp.gate_proj"), &h), apply(&name("mlp.up_proj"), &h));
+            let act: Vec<f64> = gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+            let down = apply(&name("mlp.down_proj"), &act);
+            x.iter_mut().zip(down).for_each(|(x, d)| *x += d);
+        }
+    }
+    let head = if m.config["tie_word_embeddings"] == json!(true) { "model.embed_tokens" } else { "lm_head" };
+    apply(head, &norm("model.norm.weight", xs.last().unwrap()))
+}
+
+fn open(m: &RandomModel) -> Result<Model, String> {
+    let dir = tempfile::tempdir().unwrap();
+    m.write(dir.path());
+    Model::open(dir.path()).map_err(|e| e.to_string().replace(&dir.path().display().to_string(), "DIR"))
+}
+
+fn check(m: &RandomModel) {
+    let model = open(m).unwrap();
+    let tokens: Vec<u32> = (0..23u32).map(|i| i * 91 % 256).collect();
+    let expect = plain(m, &rope_tables(&model.config, 23), &tokens);
+    let mut engine = CpuEngine::new(&model.config, Arc::new(model.weights), 23).unwrap();
+    let mut logits = Vec::new();
+    // Many tokens, a few, one: each way of multiplying.
+    for part in [&tokens[..19], &tokens[19..22], &tokens[22..]] {
+        engine.forward(part, Logits::Last, &mut logits).unwrap();
+    }
+    assert_eq!(logits.len(), expect.len());
+    for (i, (a, b)) in logits.iter().zip(&expect).enumerate() {
+        assert!((f64::from(*a) - b).abs() < 1e-4, "logit {i}: {a}, expected {b}");
+    }
+}
+
+#[test]
+fn llama() {
+    check(&RandomModel::new("LlamaForCausalLM"));
+}
+
+#[test]
+fn llama_3_with_stretched_frequencies_and_tied_embeddings() {
+    let mut m = RandomModel::new("LlamaForCausalLM");
+    m.config["rope_scaling"] = json!({ "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64 });
+    m.config["tie_word_embeddings"] = json!(true);
+    m.tensors.remove("lm_head.weight");
+    check(&m);
+}
+
+#[test]
+fn qwen_2_with_biases() {
+    check(&RandomModel::new("Qwen2ForCausalLM"));
+}
+
+#[test]
+fn bytes_of_a_character_come_out_together() {
+    let model = open(&RandomModel::new("LlamaForCausalLM")).unwrap();
+    let prompt = model.tokenizer.encode("naïve ").unwrap();
+    assert_eq!(prompt, "naïve ".bytes().map(u32::from).collect::<Vec<_>>());
+    let mut stream = model.tokenizer.stream(&prompt);
+    let parts: Vec<String> = "aé€!".bytes().map(|b| stream.push(b.into()).unwrap()).collect();
+    assert_eq!(parts, ["a", "", "é", "", "", "€", "!"]);
+    assert_eq!(stream.push(0xE2).unwrap(), "");
+    assert_eq!(stream.finish().unwrap(), "\u{FFFD}");
+}
+
+#[test]
+fn bad_directories() {
+    let base = RandomModel::new("Qwen2ForCausalLM");
+    let message = |change: &dyn Fn(&mut RandomModel)| {
+        let mut m = base.clone();
+        change(&mut m);
+        open(&m).unwrap_err()
+    };
+    let q = "model.layers.1.self_attn.q_proj.weight";
+    assert_eq!(
+        message(&|m| drop(m.tensors.remove(q))),
+        "tensor 'model.layers.1.self_attn.q_proj.weight' is missing from DIR"
+    );
+    assert_eq!(
+        message(&|m| drop(m.tensors.remove("model.layers.0.self_attn.k_proj.bias"))),
+        "tensor 'model.layers.0.self_attn.k_proj.bias' is missing from DIR"
+    );
+    assert_eq!(
+        message(&|m| m.tensors.get_mut(q).unwrap().0 = vec![64, 32]),
+        "tensor 'model.layers.1.self_attn.q_proj.weight' has shape [64, 32], but config.json makes it [32, 64]"
+    );
+    assert_eq!(
+        message(&|m| m.config["architectures"] = json!(["OPTForCausalLM"])),
+        "DIR/config.json: architecture OPTForCausalLM is not supported \
+         (supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)"
+    );
+    let dir = tempfile::tempdir().unwrap();
+    let error = |path: &std::path::Path| Model::open(path).unwrap_err().to_string();
+    assert!(error(&dir.path().join("none")).contains("none: No such file"));
+    assert!(error(dir.path()).contains("config.json: No such file"));
+    base.write(dir.path());
+    assert!(error(&dir.path().join("config.json")).contains("is not a directory"));
+    std::fs::write(dir.path().join("tokenizer.json"), "{").unwrap();
+    assert!(error(dir.path()).contains("tokenizer.json: "));
+    std::fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
+    assert!(error(dir.path()).contains("tokenizer.json: not found"));
+}

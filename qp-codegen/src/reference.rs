@@ -147,20 +147,34 @@ fn paley(m: u32) -> Option<Vec<bool>> {
     Some(h.into_iter().map(|v| v < 0).collect())
 }
 
-/// Applies `rotation` to one row of weights or one token's activations, in place.
-pub fn rotate(rotation: Rotation, x: &mut [f32]) {
-    match rotation {
-        Rotation::None => (),
-        Rotation::Hadamard { seed } => {
-            let n = u32::try_from(x.len()).expect("columns fit u32");
-            for (v, neg) in x.iter_mut().zip(layout::signs(seed, n)) {
-                if neg {
-                    *v = -*v;
-                }
-            }
-            Hadamard::new(n).apply(x);
+/// A [`Rotation`] made ready for rows of one length.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rotator(Option<(Vec<bool>, Hadamard)>);
+
+impl Rotator {
+    /// Prepares `rotation` for rows of `columns` > 0 values.
+    pub fn new(rotation: Rotation, columns: u32) -> Self {
+        match rotation {
+            Rotation::None => Rotator(None),
+            Rotation::Hadamard { seed } => Rotator(Some((layout::signs(seed, columns), Hadamard::new(columns)))),
         }
     }
+
+    /// Rotates one row of weights or one token's activations, in place.
+    pub fn apply(&self, x: &mut [f32]) {
+        let Some((signs, hadamard)) = &self.0 else { return };
+        for (v, neg) in x.iter_mut().zip(signs) {
+            if *neg {
+                *v = -*v;
+            }
+        }
+        hadamard.apply(x);
+    }
+}
+
+/// Applies `rotation` to one row of weights or one token's activations, in place. For many rows, see [`Rotator`].
+pub fn rotate(rotation: Rotation, x: &mut [f32]) {
+    Rotator::new(rotation, u32::try_from(x.len()).expect("columns fit u32")).apply(x);
 }
 
 /// One token's activations as integers: `x ≈ q · scale`.
@@ -224,6 +238,26 @@ pub const MEAN_LANES: usize = 256;
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let inverse = 1.0 / (mean_square(x) + eps).sqrt();
     x.iter().zip(weight).map(|(v, w)| v * inverse * w).collect()
+}
+
+/// `eˣ` within 2 units in the last place, for `x` in −87..=88; beyond, the value at that end. Made of additions and
+/// products in this order (none of them fused), so that it is the same everywhere, as a library's is not.
+pub fn exp(x: f32) -> f32 {
+    let x = x.clamp(-87.0, 88.0);
+    let n = (x * std::f32::consts::LOG2_E).round_ties_even();
+    // ln 2 in two parts; n · the first is exact.
+    let r = x - n * 0.693_359_4;
+    let r = r - n * -2.121_944_4e-4;
+    let series = EXP_SERIES.iter().rev().fold(0.0, |p, c| p * r + c);
+    series * f32::from_bits(((n as i32 + 127) as u32) << 23)
+}
+
+/// Coefficients of [`exp`] for |r| ≤ ½ ln 2, of r⁰ first: those of Taylor's series.
+pub const EXP_SERIES: [f32; 8] = [1.0, 1.0, 0.5, 1.0 / 6.0, 1.0 / 24.0, 1.0 / 120.0, 1.0 / 720.0, 1.0 / 5040.0];
+
+/// `x / (1 + e⁻ˣ)`.
+pub fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
 }
 
 /// The factor of a token that [`scale_output`] takes: activation scale × grid unit (halved for half offsets).
@@ -297,6 +331,19 @@ mod tests {
         rotate(r, &mut a);
         rotate(r, &mut b);
         assert!((dot(&a, &b) - before).abs() < 1e-3, "{} {before}", dot(&a, &b));
+    }
+
+    #[test]
+    fn exponentials() {
+        for i in -8700..=8800 {
+            let x = i as f32 / 100.0;
+            let expect = f64::from(x).exp();
+            let error = (f64::from(exp(x)) / expect - 1.0).abs();
+            assert!(error < 2.0 * f64::from(f32::EPSILON), "{x}: {error:e}");
+        }
+        assert_eq!((exp(0.0), exp(-1000.0), exp(1000.0)), (1.0, exp(-87.0), exp(88.0)));
+        assert_eq!((silu(0.0), silu(100.0)), (0.0, 100.0));
+        assert!(silu(-1000.0).abs() < 1e-30);
     }
 
     #[test]

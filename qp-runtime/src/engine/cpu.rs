@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use gemm::Parallelism;
+use qp_codegen::reference;
 use rayon::prelude::*;
 
 use super::{Engine, Error, Logits, check_tokens, math};
@@ -68,7 +69,7 @@ impl CpuEngine {
             add(&mut x, &o);
             norm_rows(&x, &layer.post_norm, config.norm_eps, &mut normed);
             let [mut gate, up] = linear([&layer[Role::Gate], &layer[Role::Up]], &normed);
-            gate.iter_mut().zip(&up).for_each(|(g, u)| *g = math::silu(*g) * u);
+            gate.iter_mut().zip(&up).for_each(|(g, u)| *g = reference::silu(*g) * u);
             let [down] = linear([&layer[Role::Down]], &gate);
             add(&mut x, &down);
         }
@@ -111,7 +112,7 @@ impl Engine for CpuEngine {
 
 fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
-        math::rms_norm(x, weight, eps, out);
+        out.copy_from_slice(&reference::rms_norm(x, weight, eps));
     }
 }
 

@@ -1,5 +1,7 @@
-//! The arithmetic of the CPU engine outside linear layers: `f32`, in an order that depends on shapes alone, so that
-//! results do not depend on the number of threads.
+//! The arithmetic of the CPU engine that is not in [`qp_codegen::reference`]: `f32`, in an order that depends on shapes
+//! alone, so that results do not depend on the number of threads.
+
+use qp_codegen::reference::exp;
 
 /// Partial sums that run side by side in [`dot`].
 const LANES: usize = 16;
@@ -28,26 +30,12 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     sums[0]
 }
 
-/// `out = x / √(mean(x²) + eps) · weight`.
-pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let mean = dot(x, x) / x.len() as f32;
-    let factor = 1.0 / (mean + eps).sqrt();
-    for ((o, x), w) in out.iter_mut().zip(x).zip(weight) {
-        *o = x * factor * w;
-    }
-}
-
 /// Rotary embedding of one head, in place: element `i` turns with element `i + half`.
 pub fn rope(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     let (a, b) = head.split_at_mut(cos.len());
     for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
         (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
     }
-}
-
-/// `x / (1 + exp(−x))`.
-pub fn silu(x: f32) -> f32 {
-    x / (1.0 + (-x).exp())
 }
 
 /// One query against `keys.len() / d` positions (`d` = width of a head): `out = softmax(q·kᵀ / √d)·v`.
@@ -61,7 +49,7 @@ pub fn attend(q: &[f32], keys: &[f32], values: &[f32], scores: &mut Vec<f32>, ou
     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut total = 0f32;
     for s in scores.iter_mut() {
-        *s = (*s - max).exp();
+        *s = exp(*s - max);
         total += *s;
     }
     out.fill(0.0);
@@ -86,13 +74,6 @@ mod tests {
             let expect: usize = (0..n).map(|i| i * (i % 3)).sum();
             assert_eq!(dot(&a, &b), expect as f32, "length {n}");
         }
-    }
-
-    #[test]
-    fn norm_scales_to_unit_mean_square() {
-        let mut out = [0.0; 4];
-        rms_norm(&[3.0, -3.0, 3.0, -3.0], &[1.0, 1.0, 2.0, 0.0], 0.0, &mut out);
-        assert_eq!(out, [1.0, -1.0, 2.0, 0.0]);
     }
 
     #[test]

@@ -87,7 +87,7 @@ fn emit(b: &Builder, op: &Prepare, threads: u32) {
     b.grid_wait();
     b.grid_launch();
 
-    let inverse = op.norm.map(|eps| inverse_norm(b, op, input, eps));
+    let inverse = op.norm.map(|eps| inverse_norm(b, n, input, token * op.stride, eps));
     b.for_(thread, n, threads, |i| {
         let v = b.load(input, token * op.stride + i, Elem::F32);
         let v = match inverse {
@@ -194,16 +194,15 @@ impl<'b> Values<'b> {
     }
 }
 
-/// `1 / √(mean(x²) + eps)` of the block's token, in the order of [`crate::reference::mean_square`].
-fn inverse_norm<'b>(b: &'b Builder, op: &Prepare, input: Mem, eps: f32) -> V<'b> {
+/// `1 / √(mean(x²) + eps)` of the `columns` values from `first`, in the order of [`crate::reference::mean_square`].
+pub(super) fn inverse_norm<'b>(b: &'b Builder, columns: u32, input: Mem, first: V<'b>, eps: f32) -> V<'b> {
     let lanes = MEAN_LANES as u32;
     let partial = b.shared("partial", Elem::F32, lanes);
     let thread = b.special(Special::Thread);
-    let token = b.special(Special::BlockX);
     b.if_(thread.lt(lanes), || {
         let sum = b.var(b.f32(0.0));
-        b.for_(thread, op.columns, lanes, |i| {
-            let v = b.load(input, token * op.stride + i, Elem::F32);
+        b.for_(thread, columns, lanes, |i| {
+            let v = b.load(input, first + i, Elem::F32);
             b.set(sum, b.get(sum) + v * v);
         });
         b.store(partial, thread, b.get(sum), Elem::F32);
@@ -218,7 +217,7 @@ fn inverse_norm<'b>(b: &'b Builder, op: &Prepare, input: Mem, eps: f32) -> V<'b>
         half /= 2;
     }
     b.barrier();
-    let mean = b.load(partial, b.i32(0), Elem::F32) / op.columns as f32;
+    let mean = b.load(partial, b.i32(0), Elem::F32) / columns as f32;
     b.f32(1.0) / (mean + eps).sqrt()
 }
 

@@ -1,0 +1,43 @@
+//! The gated unit between a Llama's matrices: `silu(gate) · up`.
+
+use super::math::silu;
+use super::span::Span;
+use crate::ir::{Builder, Elem, Kernel, Special};
+
+/// What to compute.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Glu {
+    /// Values of a token.
+    pub columns: u32,
+    /// Tokens.
+    pub batch: u32,
+    /// Where a token's gates lie.
+    pub gate: Span,
+    /// Where the values lie that they gate.
+    pub up: Span,
+}
+
+const THREADS: u32 = 256;
+
+/// Makes the kernel. Its parameters, in order:
+///
+/// * `gate`, `up`: `f32`;
+/// * `y`: `f32`, `batch × columns`.
+pub fn lower(op: &Glu) -> Kernel {
+    let name = format!("glu_{}_b{}", op.columns, op.batch);
+    let b = Builder::new(&name, [op.columns.div_ceil(THREADS), op.batch], THREADS);
+    b.doc(format!("silu(gate) · up, {} columns of {} token(s).", op.columns, op.batch));
+    b.dependent_launch();
+    let (gate, up) = (b.buffer("gate", Elem::F32, false), b.buffer("up", Elem::F32, false));
+    let y = b.buffer("y", Elem::F32, true);
+    b.grid_wait();
+    b.grid_launch();
+    let i = b.special(Special::BlockX) * THREADS + b.special(Special::Thread);
+    let t = b.special(Special::BlockY);
+    b.if_(i.lt(op.columns), || {
+        let g = silu(&b, b.load(gate, op.gate.at(t) + i, Elem::F32));
+        let v = g * b.load(up, op.up.at(t) + i, Elem::F32);
+        b.store(y, t * op.columns + i, v, Elem::F32);
+    });
+    b.finish()
+}

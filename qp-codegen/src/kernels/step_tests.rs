@@ -1,0 +1,286 @@
+//! The kernels between a model's matrices, run by the interpreter against plain Rust.
+
+use super::add::{self, Add};
+use super::append::{self, Append};
+use super::argmax::{self, Argmax};
+use super::attention::{self, Attention};
+use super::dense::{self, Dense};
+use super::embed::{self, Embed};
+use super::glu::{self, Glu};
+use super::math::silu_reference;
+use super::norm::{self, Norm};
+use super::span::Span;
+use crate::ir::interpret::{Arg, Options, run};
+use crate::ir::{Elem, Kernel};
+use crate::reference;
+
+/// `n` values in −1..1.
+fn random(seed: u64, n: usize) -> Vec<f32> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..n).map(|_| next()).collect()
+}
+
+fn bytes(v: &[f32]) -> Vec<u8> {
+    v.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+fn ints(v: &[i32]) -> Vec<u8> {
+    v.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+fn floats(v: &[u8]) -> Vec<f32> {
+    v.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+}
+
+/// bfloat16 values that are exact in it.
+fn halves(v: &[f32]) -> (Vec<u8>, Vec<f32>) {
+    let bits: Vec<u16> = v.iter().map(|v| (v.to_bits() >> 16) as u16).collect();
+    let exact = bits.iter().map(|b| f32::from_bits(u32::from(*b) << 16)).collect();
+    (bits.iter().flat_map(|b| b.to_le_bytes()).collect(), exact)
+}
+
+fn launch(kernel: &Kernel, args: &mut [Arg<'_>]) {
+    run(kernel, args, &Options::default()).unwrap_or_else(|trap| panic!("{trap}"));
+}
+
+#[test]
+fn embed_copies_rows() {
+    let (columns, batch) = (300, 3);
+    let (table, exact) = halves(&random(1, 10 * columns));
+    let op = Embed { columns: columns as u32, elem: Elem::BF16, batch, y: Span::rows(304) };
+    let mut y = vec![0u8; 4 * 304 * 3];
+    launch(&embed::lower(&op), &mut [Arg::ReadOnly(&ints(&[9, 0, 4])), Arg::ReadOnly(&table), Arg::Buffer(&mut y)]);
+    for (row, token) in floats(&y).chunks(304).zip([9, 0, 4]) {
+        assert_eq!(row[..columns], exact[token * columns..(token + 1) * columns]);
+        assert_eq!(row[columns..], [0.0; 4]);
+    }
+}
+
+#[test]
+fn norm_equals_the_reference() {
+    for columns in [64, 256, 700] {
+        let op = Norm { columns: columns as u32, batch: 2, x: Span { first: 3, stride: 710 }, eps: 1e-5 };
+        let (x, w) = (random(2, 3 + 2 * 710), random(3, columns));
+        let mut y = vec![0u8; 8 * columns];
+        launch(&norm::lower(&op), &mut [Arg::ReadOnly(&bytes(&x)), Arg::ReadOnly(&bytes(&w)), Arg::Buffer(&mut y)]);
+        for (t, row) in floats(&y).chunks(columns).enumerate() {
+            assert_eq!(row, reference::rms_norm(&x[3 + t * 710..][..columns], &w, 1e-5));
+        }
+    }
+}
+
+#[test]
+fn glu_equals_the_reference() {
+    let op = Glu { columns: 270, batch: 2, gate: Span { first: 0, stride: 600 }, up: Span { first: 288, stride: 600 } };
+    let x: Vec<f32> = random(4, 1200).iter().map(|v| v * 20.0).collect();
+    let mut y = vec![0u8; 4 * 540];
+    let input = bytes(&x);
+    launch(&glu::lower(&op), &mut [Arg::ReadOnly(&input), Arg::ReadOnly(&input), Arg::Buffer(&mut y)]);
+    for (t, row) in floats(&y).chunks(270).enumerate() {
+        for (i, y) in row.iter().enumerate() {
+            assert_eq!(*y, silu_reference(x[t * 600 + i]) * x[t * 600 + 288 + i]);
+        }
+    }
+}
+
+#[test]
+fn add_takes_rows_or_one_for_all() {
+    for stride in [0, 500] {
+        let op = Add { columns: 300, batch: 3, x: Span { first: 1, stride }, y: Span::rows(320) };
+        let (x, old) = (random(5, 1501), random(6, 960));
+        let mut y = bytes(&old);
+        launch(&add::lower(&op), &mut [Arg::ReadOnly(&bytes(&x)), Arg::Buffer(&mut y)]);
+        let y = floats(&y);
+        for t in 0..3 {
+            for i in 0..320 {
+                let new = if i < 300 { old[t * 320 + i] + x[1 + t * stride as usize + i] } else { old[t * 320 + i] };
+                assert_eq!(y[t * 320 + i], new);
+            }
+        }
+    }
+}
+
+#[test]
+fn dense_is_near_the_exact_product() {
+    // Rows that do not fill a block, columns that do not fill a warp or a vector.
+    for (rows, cols, batch, accumulate) in [(20, 256, 1, false), (9, 130, 3, true), (3, 37, 8, false)] {
+        let x = random(7, cols * batch);
+        let (w, exact) = halves(&random(8, rows * cols));
+        let old = random(9, rows * batch);
+        let op = Dense {
+            rows: rows as u32,
+            cols: cols as u32,
+            elem: Elem::BF16,
+            batch: batch as u32,
+            x: Span::rows(cols as u32),
+            y: Span::rows(rows as u32),
+            accumulate,
+        };
+        let mut y = bytes(&old);
+        launch(&dense::lower(&op), &mut [Arg::ReadOnly(&w), Arg::ReadOnly(&bytes(&x)), Arg::Buffer(&mut y)]);
+        for (i, y) in floats(&y).into_iter().enumerate() {
+            let (t, r) = (i / rows, i % rows);
+            let row = exact[r * cols..].iter().zip(&x[t * cols..(t + 1) * cols]);
+            let sum: f64 = row.map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+            let sum = sum + if accumulate { f64::from(old[i]) } else { 0.0 };
+            assert!((f64::from(y) - sum).abs() < 2e-5, "{rows} × {cols}, token {t}, row {r}: {y} and {sum}");
+        }
+    }
+}
+
+#[test]
+fn argmax_finds_the_first_of_the_largest() {
+    let columns = 2500;
+    let mut logits = random(10, 3 * columns);
+    for at in [2300, 700, 1724] {
+        logits[at] = 5.0;
+    }
+    logits[columns] = 7.0;
+    logits[2 * columns..].fill(f32::NAN);
+    logits[2 * columns + 99] = -1e9;
+    let mut best = ints(&[-1; 3]);
+    let op = Argmax { columns: columns as u32, batch: 3 };
+    launch(&argmax::lower(&op), &mut [Arg::ReadOnly(&bytes(&logits)), Arg::Buffer(&mut best)]);
+    assert_eq!(best, ints(&[700, 0, 99]));
+}
+
+/// Angles of `positions`, and a query or key turned by them.
+struct Turns {
+    half: usize,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl Turns {
+    fn new(half: usize, positions: usize) -> Turns {
+        let angles: Vec<f32> =
+            (0..positions * half).map(|i| (i / half) as f32 * 0.7f32.powi((i % half) as i32)).collect();
+        Turns { half, cos: angles.iter().map(|a| a.cos()).collect(), sin: angles.iter().map(|a| a.sin()).collect() }
+    }
+
+    fn turn(&self, head: &[f32], position: usize) -> Vec<f32> {
+        let half = self.half;
+        let (c, s) = (&self.cos[position * half..], &self.sin[position * half..]);
+        let low = (0..half).map(|i| head[i] * c[i] - head[i + half] * s[i]);
+        let high = (0..half).map(|i| head[i + half] * c[i] + head[i] * s[i]);
+        low.chain(high).collect()
+    }
+}
+
+/// Appends tokens to a cache, attends, and compares each step with plain Rust.
+fn attend(head_dim: usize, heads: usize, kv_heads: usize, context: usize, position: usize, batch: usize) {
+    let d = head_dim;
+    let turns = Turns::new(d / 2, context);
+    let stride = (heads + 2 * kv_heads) * d + 5;
+    let qkv = random(d as u64, stride * batch);
+    let span = |first: usize| Span { first: first as u32, stride: stride as u32 };
+    let mut keys = random(11, kv_heads * context * d);
+    let mut values = random(12, kv_heads * context * d);
+    // Beyond the present position a cache may hold what was abandoned.
+    for cache in [&mut keys, &mut values] {
+        for head in cache.chunks_mut(context * d) {
+            head[position * d..].fill(f32::NAN);
+        }
+    }
+
+    let (k_at, v_at) = (heads * d, (heads + kv_heads) * d);
+    let op = Append {
+        heads: kv_heads as u32,
+        head_dim: d as u32,
+        batch: batch as u32,
+        context: context as u32,
+        k: span(k_at),
+        v: span(v_at),
+        cache: Elem::F32,
+    };
+    let (input, cos, sin, at) = (bytes(&qkv), bytes(&turns.cos), bytes(&turns.sin), ints(&[position as i32]));
+    let (mut key_bytes, mut value_bytes) = (bytes(&keys), bytes(&values));
+    let args = &mut [
+        Arg::ReadOnly(&input),
+        Arg::ReadOnly(&input),
+        Arg::ReadOnly(&cos),
+        Arg::ReadOnly(&sin),
+        Arg::ReadOnly(&at),
+        Arg::Buffer(&mut key_bytes),
+        Arg::Buffer(&mut value_bytes),
+    ];
+    launch(&append::lower(&op), args);
+    for t in 0..batch {
+        for h in 0..kv_heads {
+            let to = (h * context + position + t) * d;
+            keys[to..to + d].copy_from_slice(&turns.turn(&qkv[t * stride + k_at + h * d..][..d], position + t));
+            values[to..to + d].copy_from_slice(&qkv[t * stride + v_at + h * d..][..d]);
+        }
+    }
+    assert_eq!(key_bytes, bytes(&keys));
+    assert_eq!(value_bytes, bytes(&values));
+
+    let op = Attention {
+        heads: heads as u32,
+        kv_heads: kv_heads as u32,
+        head_dim: d as u32,
+        batch: batch as u32,
+        context: context as u32,
+        q: span(0),
+        cache: Elem::F32,
+    };
+    let mut y = vec![0u8; 4 * batch * heads * d];
+    let args = &mut [
+        Arg::ReadOnly(&input),
+        Arg::ReadOnly(&cos),
+        Arg::ReadOnly(&sin),
+        Arg::ReadOnly(&at),
+        Arg::ReadOnly(&key_bytes),
+        Arg::ReadOnly(&value_bytes),
+        Arg::Buffer(&mut y),
+    ];
+    launch(&attention::lower(&op), args);
+    let mut out = vec![0f32; d];
+    for (i, y) in floats(&y).chunks(d).enumerate() {
+        let (t, h) = (i / heads, i % heads);
+        let q = turns.turn(&qkv[t * stride + h * d..][..d], position + t);
+        let first = h / (heads / kv_heads) * context * d;
+        let seen = first..first + (position + t + 1) * d;
+        let (k, v) = (&keys[seen.clone()], &values[seen]);
+        attention::reference(&q, k, v, &mut out);
+        assert_eq!(y, out, "head {h} of token {t}: the twin");
+        let exact = softmax(&q, k, v);
+        assert!(out.iter().zip(exact).all(|(a, b)| (f64::from(*a) - b).abs() < 1e-5), "head {h} of token {t}");
+    }
+}
+
+fn softmax(q: &[f32], keys: &[f32], values: &[f32]) -> Vec<f64> {
+    let d = q.len();
+    let dot = |k: &[f32]| q.iter().zip(k).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() / (d as f64).sqrt();
+    let weights: Vec<f64> = keys.chunks(d).map(|k| dot(k).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    let column = |i| weights.iter().zip(values.chunks(d)).map(|(w, v)| w * f64::from(v[i])).sum::<f64>() / total;
+    (0..d).map(column).collect()
+}
+
+#[test]
+fn attention_of_the_first_token() {
+    attend(64, 4, 2, 8, 0, 1);
+}
+
+#[test]
+fn attention_of_every_width_of_head() {
+    for d in [16, 32, 48, 64, 80, 96, 128, 256] {
+        attend(d, 2, 1, 50, 40, 2);
+    }
+    attend(18, 3, 3, 20, 5, 1);
+}
+
+#[test]
+fn attention_over_more_positions_than_one_round_of_warps() {
+    attend(32, 2, 2, 700, 610, 3);
+}
+
+#[test]
+fn attention_of_eight_tokens_up_to_the_last_position() {
+    attend(64, 4, 2, 40, 32, 8);
+}

@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Instant;
 
-use qp_codegen::cuda::Target;
+use qp_codegen::cuda::{self, Target};
 use qp_codegen::ir::{Kernel, ParamKind, interpret};
 use rayon::prelude::*;
 
@@ -116,7 +116,7 @@ impl Executor {
         let (code, usage) = match &self.0 {
             Backend::Interpreter(options) => (Code::Interpreter(options.clone()), None),
             Backend::Cuda(context) => {
-                let source = print(&kernel, context.target)?;
+                let source = cuda::print(&kernel, context.target);
                 let cubin = jit::compile(&source, &kernel.name, context.target.nvrtc_arch(), &jit::Options::default())?;
                 let shape = Shape {
                     grid: kernel.grid,
@@ -169,10 +169,6 @@ impl Executor {
             Backend::Cuda(context) => driver::time(context, work),
         }
     }
-}
-
-fn print(kernel: &Kernel, _: Target) -> Result<String, DeviceError> {
-    Err(DeviceError::Kernel { kernel: kernel.name.clone(), reason: "the printer is not there yet".into() })
 }
 
 /// `len` elements in the memory of an executor.

@@ -1,8 +1,13 @@
 //! The executor on the interpreter; `qp check-gpu` runs the same interface on a GPU.
 
+use qp_codegen::cuda::{self, Target};
 use qp_codegen::ir::{Builder, Elem, Kernel, Scalar, Special};
+use qp_codegen::kernels::{Span, add, append, argmax, attention, dense, embed, glu, norm};
+
+use rayon::prelude::*;
 
 use super::*;
+use crate::jit::{self, Cache};
 
 #[derive(LaunchArgs)]
 struct Scale<'a> {
@@ -116,4 +121,49 @@ fn without_a_gpu_the_message_says_what_to_do() {
     let Err(e) = Executor::cuda(1_000_000) else { panic!("a million GPUs") };
     let cures = ["install", "update", "GPU"];
     assert!(cures.iter().any(|c| e.to_string().contains(c)), "{e}");
+}
+
+/// The kernels between the matrices of a model of Llama-3.1-8B's shape.
+fn step_kernels(batch: u32) -> Vec<Kernel> {
+    let (heads, kv_heads, head_dim, context, hidden, inner) = (32, 8, 128, 8192, 4096, 14336);
+    let qkv = |first| Span { first, stride: (heads + 2 * kv_heads) * head_dim };
+    let (k, v) = (qkv(heads * head_dim), qkv((heads + kv_heads) * head_dim));
+    let gated = |first| Span { first, stride: 2 * inner };
+    let rows = Span::rows(hidden);
+    let cache = Elem::F16;
+    vec![
+        embed::lower(&embed::Embed { columns: hidden, elem: Elem::BF16, batch, y: rows }),
+        norm::lower(&norm::Norm { columns: hidden, batch, x: rows, eps: 1e-5 }),
+        append::lower(&append::Append { heads: kv_heads, head_dim, batch, context, k, v, cache }),
+        attention::lower(&attention::Attention { heads, kv_heads, head_dim, batch, context, q: qkv(0), cache }),
+        glu::lower(&glu::Glu { columns: inner, batch, gate: gated(0), up: gated(inner) }),
+        add::lower(&add::Add { columns: hidden, batch, x: Span::rows(0), y: rows }),
+        dense::lower(&dense::Dense {
+            rows: 128_256,
+            cols: hidden,
+            elem: Elem::BF16,
+            batch,
+            x: rows,
+            y: Span::rows(128_256),
+            accumulate: false,
+        }),
+        argmax::lower(&argmax::Argmax { columns: 128_256, batch }),
+    ]
+}
+
+#[test]
+fn step_kernels_compile_without_spills_for_every_target() {
+    let Ok(nvrtc) = jit::Nvrtc::get() else { return };
+    let targets: Vec<Target> = Target::ALL.into_iter().filter(|t| nvrtc.supports(t.nvrtc_arch())).collect();
+    targets.into_par_iter().flat_map_iter(|t| [(t, 1), (t, 8)]).for_each(|(target, batch)| {
+        for kernel in step_kernels(batch) {
+            let source = cuda::print(&kernel, target);
+            let options = jit::Options::default();
+            let cubin = jit::compile_in(&Cache::none(), &source, &kernel.name, target.nvrtc_arch(), &options);
+            let cubin = cubin.unwrap_or_else(|e| panic!("{e}"));
+            let usage = cubin.usage.expect("the compiler says");
+            assert_eq!((usage.spill_stores, usage.spill_loads, usage.stack), (0, 0, 0), "{} for {target}", kernel.name);
+            assert!(!cubin.log.contains("warning"), "{}", cubin.log);
+        }
+    });
 }

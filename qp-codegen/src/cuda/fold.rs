@@ -159,7 +159,7 @@ impl Folder<'_> {
         self.plan.form[i] = if inline { Form::Inline } else { Form::Named };
         let by_component = ty.lanes > 1 && matches!(op, Op::Unary(..) | Op::Binary(..) | Op::Fma(..));
         let saturates = matches!(op, Op::Convert(Scalar::I64, _));
-        operands(op, &mut |a| {
+        op.operands(&mut |a| {
             self.used(a, User { value: Some(v), ..here });
             if by_component || saturates {
                 self.must_name[a.0 as usize] = true;
@@ -214,28 +214,6 @@ fn writes(s: &Stmt, var: Var) -> bool {
         | Stmt::GridWait
         | Stmt::GridLaunch
         | Stmt::Comment(_) => false,
-    }
-}
-
-/// Visits the values an operation is made of.
-pub(super) fn operands(op: &Op, f: &mut impl FnMut(Val)) {
-    match op {
-        Op::Const(_) | Op::Param(_) | Op::Special(_) | Op::LoopIndex | Op::Get(_) => {}
-        Op::Unary(_, a) | Op::Convert(_, a) | Op::Bitcast(_, a) | Op::Extract(a, _) => f(*a),
-        Op::Binary(_, a, b) | Op::Compare(_, a, b) | Op::Permute { a, b, selector: _ } => {
-            [*a, *b].into_iter().for_each(f)
-        }
-        Op::Fma(a, b, c)
-        | Op::Select(a, b, c)
-        | Op::FunnelShr { lo: a, hi: b, shift: c }
-        | Op::Dot4 { a, b, acc: c } => {
-            [*a, *b, *c].into_iter().for_each(f);
-        }
-        Op::Vector(parts) => parts.iter().copied().for_each(f),
-        Op::Load { index, .. } => f(*index),
-        Op::AtomicAdd { mem: _, index, value } => [*index, *value].into_iter().for_each(f),
-        Op::Shuffle { mode: _, value, arg } => [*value, *arg].into_iter().for_each(f),
-        Op::MmaI8 { signed_a: _, a, b, acc } => a.iter().chain(b).chain([acc]).copied().for_each(f),
     }
 }
 

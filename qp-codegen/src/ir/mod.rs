@@ -31,9 +31,12 @@
 mod build;
 pub mod interpret;
 mod text;
+mod uniform;
+mod validate;
 
 pub use build::{Builder, V};
 pub use text::statement;
+pub use validate::{Invalid, Problem, Problems, validate};
 
 /// Index of a value in [`Kernel::values`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -372,6 +375,30 @@ pub enum Op {
         /// Accumulator.
         acc: Val,
     },
+}
+
+impl Op {
+    /// Visits the values it is made of.
+    pub fn operands(&self, f: &mut impl FnMut(Val)) {
+        match self {
+            Op::Const(_) | Op::Param(_) | Op::Special(_) | Op::LoopIndex | Op::Get(_) => {}
+            Op::Unary(_, a) | Op::Convert(_, a) | Op::Bitcast(_, a) | Op::Extract(a, _) => f(*a),
+            Op::Binary(_, a, b) | Op::Compare(_, a, b) | Op::Permute { a, b, selector: _ } => {
+                [*a, *b].into_iter().for_each(f)
+            }
+            Op::Fma(a, b, c)
+            | Op::Select(a, b, c)
+            | Op::FunnelShr { lo: a, hi: b, shift: c }
+            | Op::Dot4 { a, b, acc: c } => {
+                [*a, *b, *c].into_iter().for_each(f);
+            }
+            Op::Vector(parts) => parts.iter().copied().for_each(f),
+            Op::Load { index, .. } => f(*index),
+            Op::AtomicAdd { mem: _, index, value } => [*index, *value].into_iter().for_each(f),
+            Op::Shuffle { mode: _, value, arg } => [*value, *arg].into_iter().for_each(f),
+            Op::MmaI8 { signed_a: _, a, b, acc } => a.iter().chain(b).chain([acc]).copied().for_each(f),
+        }
+    }
 }
 
 /// A list of statements.

@@ -34,6 +34,8 @@ mod float;
 mod memory;
 mod program;
 
+use std::borrow::Cow;
+
 use super::*;
 use execute::Machine;
 
@@ -176,6 +178,9 @@ pub struct Trap {
 /// Why a launch stopped.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Fault {
+    /// A kernel that the validator refuses.
+    #[error(transparent)]
+    Invalid(Problems),
     /// Wrong number or kinds of arguments.
     #[error("{0}")]
     Arguments(String),
@@ -257,25 +262,74 @@ pub enum Fault {
 ///
 /// # Errors
 /// The first [`Trap`]; buffers then hold what was written until there.
-///
-/// # Panics
-/// If the kernel is one that the validator refuses.
 pub fn run(kernel: &Kernel, args: &mut [Arg<'_>], options: &Options) -> Result<Report, Trap> {
-    let trap = |block, thread, statement, fault| Trap { kernel: kernel.name.clone(), block, thread, statement, fault };
-    check_arguments(kernel, args).map_err(|text| trap([0, 0], 0, "launch".into(), Fault::Arguments(text)))?;
-    let program = program::compile(kernel);
-    let mut machine = Machine::new(kernel, &program, args, options);
-    let [nx, ny] = kernel.grid;
-    let blocks = u64::from(nx) * u64::from(ny);
-    for i in 0..blocks {
-        let i = if options.reverse { blocks - 1 - i } else { i };
-        let block = [(i % u64::from(nx)) as u32, (i / u64::from(nx)) as u32];
-        machine.block(block).map_err(|stop| {
-            let s = nth_statement(&kernel.body, &mut { stop.at }).map(|s| statement(kernel, s));
-            trap(block, stop.thread, s.unwrap_or_default(), *stop.fault)
-        })?;
+    match Prepared::new(kernel) {
+        Ok(prepared) => prepared.run(args, options),
+        Err(problems) => Err(trap(kernel, [0, 0], 0, "launch".into(), Fault::Invalid(problems))),
     }
-    Ok(machine.report)
+}
+
+/// A kernel that is validated and compiled for the interpreter, to be run many times.
+#[derive(Debug)]
+pub struct Prepared<'k> {
+    kernel: Cow<'k, Kernel>,
+    program: program::Program,
+}
+
+impl<'k> Prepared<'k> {
+    /// Prepares a kernel, borrowed or owned.
+    ///
+    /// # Errors
+    /// What the validator finds.
+    pub fn new(kernel: impl Into<Cow<'k, Kernel>>) -> Result<Self, Problems> {
+        let kernel = kernel.into();
+        validate(&kernel)?;
+        let program = program::compile(&kernel);
+        Ok(Prepared { kernel, program })
+    }
+
+    /// The kernel.
+    pub fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
+    /// Runs the whole grid.
+    ///
+    /// # Errors
+    /// The first [`Trap`]; buffers then hold what was written until there.
+    pub fn run(&self, args: &mut [Arg<'_>], options: &Options) -> Result<Report, Trap> {
+        let kernel = self.kernel();
+        check_arguments(kernel, args)
+            .map_err(|text| trap(kernel, [0, 0], 0, "launch".into(), Fault::Arguments(text)))?;
+        let mut machine = Machine::new(kernel, &self.program, args, options);
+        let [nx, ny] = kernel.grid;
+        let blocks = u64::from(nx) * u64::from(ny);
+        for i in 0..blocks {
+            let i = if options.reverse { blocks - 1 - i } else { i };
+            let block = [(i % u64::from(nx)) as u32, (i / u64::from(nx)) as u32];
+            machine.block(block).map_err(|stop| {
+                let s = nth_statement(&kernel.body, &mut { stop.at }).map(|s| statement(kernel, s));
+                trap(kernel, block, stop.thread, s.unwrap_or_default(), *stop.fault)
+            })?;
+        }
+        Ok(machine.report)
+    }
+}
+
+impl<'k> From<&'k Kernel> for Cow<'k, Kernel> {
+    fn from(kernel: &'k Kernel) -> Self {
+        Cow::Borrowed(kernel)
+    }
+}
+
+impl From<Kernel> for Cow<'_, Kernel> {
+    fn from(kernel: Kernel) -> Self {
+        Cow::Owned(kernel)
+    }
+}
+
+fn trap(kernel: &Kernel, block: [u32; 2], thread: u32, statement: String, fault: Fault) -> Trap {
+    Trap { kernel: kernel.name.clone(), block, thread, statement, fault }
 }
 
 /// Statement `n` in the order of the text.

@@ -1,6 +1,7 @@
 //! Quantize a language model with `.qspec` quantizers and run it on CPU or GPU.
 
 pub mod cli;
+pub mod codec;
 pub mod device;
 pub mod engine;
 pub mod eval;

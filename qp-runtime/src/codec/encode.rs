@@ -1,0 +1,191 @@
+//! Rotated weights → packed words.
+
+use std::sync::Mutex;
+
+use half::bf16;
+use qp_codegen::layout::{self, BLOCKS_PER_TILE, Packed};
+use qp_codegen::spec::{Code, Quantizer, ScaleKind, Shape};
+use rayon::prelude::*;
+
+use super::viterbi::{LANES, Scratch, Trellis};
+use super::{PackedMatrix, scale_count};
+
+/// Why a matrix cannot be encoded.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum EncodeError {
+    /// A weight is infinite or not a number.
+    #[error(
+        "the weight in row {row}, column {column} is {value}: only finite weights can be quantized; check the model's files"
+    )]
+    NotFinite {
+        /// From 0.
+        row: usize,
+        /// From 0, after rotation.
+        column: usize,
+        /// The weight.
+        value: f32,
+    },
+}
+
+/// A quantizer made ready to encode. Make it once, use it for every matrix.
+#[derive(Debug)]
+pub struct Encoder {
+    quantizer: Quantizer,
+    trellises: Vec<Trellis>,
+    /// For each weight of block 0's stream, its (row, column) in the tile.
+    positions: Vec<(u32, u32)>,
+    scratch: Mutex<Vec<Scratch>>,
+}
+
+/// A block's place: row tile, column tile, block in the tile.
+type Place = (u32, u32, u32);
+
+impl Encoder {
+    /// Prepares `q`, whose tables must be filled.
+    pub fn new(q: &Quantizer) -> Self {
+        assert!(q.is_trained(), "{} has untrained tables", q.name);
+        let block = q.block();
+        Encoder {
+            quantizer: q.clone(),
+            trellises: q.codes.iter().map(Trellis::new).collect(),
+            positions: (0..block.len()).map(|p| layout::position(block, 0, p)).collect(),
+            scratch: Mutex::default(),
+        }
+    }
+
+    /// The quantizer.
+    pub fn quantizer(&self) -> &Quantizer {
+        &self.quantizer
+    }
+
+    /// Encodes a `shape` matrix of rotated weights, row-major. `progress` is told of weights (padding excluded) as they
+    /// are done, from any thread.
+    ///
+    /// # Errors
+    /// A weight that is not finite.
+    pub fn encode(
+        &self,
+        shape: Shape,
+        rotated: &[f32],
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<PackedMatrix, EncodeError> {
+        assert_eq!(rotated.len(), shape.rows as usize * shape.cols as usize, "weights of the matrix");
+        let scales = self.scales(shape, rotated)?;
+        let mut out = PackedMatrix { layout: Packed::new(&self.quantizer, shape), words: vec![], scales };
+        out.words.resize(out.layout.words(), 0);
+
+        let mut groups: Vec<(usize, Vec<Place>)> = vec![];
+        for code in 0..self.trellises.len() {
+            let l = &out.layout;
+            let tiles = (0..l.row_tiles()).flat_map(|rt| (0..l.col_tiles()).map(move |ct| (rt, ct)));
+            let blocks = tiles
+                .filter(|&(_, ct)| l.code_of(ct) == code)
+                .flat_map(|(rt, ct)| (0..BLOCKS_PER_TILE).map(move |g| (rt, ct, g)))
+                .filter(|&place| self.inside(l, place).next().is_some());
+            let blocks: Vec<Place> = blocks.collect();
+            groups.extend(blocks.chunks(LANES).map(|c| (code, c.to_vec())));
+        }
+        let streams: Vec<Vec<u32>> = groups
+            .par_iter()
+            .map(|(code, places)| {
+                let mut scratch = self.scratch.lock().map(|mut s| s.pop()).ok().flatten().unwrap_or_default();
+                let streams = self.group(&out, *code, places, rotated, &mut scratch);
+                if let Ok(mut pool) = self.scratch.lock() {
+                    pool.push(scratch);
+                }
+                progress(places.iter().map(|&p| self.inside(&out.layout, p).count() as u64).sum());
+                streams
+            })
+            .collect();
+        let stride = out.layout.row_stride();
+        for ((code, places), streams) in groups.iter().zip(&streams) {
+            let length = self.quantizer.codes[*code].block_bits() as usize / 32;
+            for (&(rt, ct, g), stream) in places.iter().zip(streams.chunks_exact(length)) {
+                let row_tile = &mut out.words[rt as usize * stride..][..stride];
+                out.layout.write_block(row_tile, ct, g, stream);
+            }
+        }
+        Ok(out)
+    }
+
+    /// The weights of a block that are not padding: index in the block, row, column.
+    fn inside<'a>(&'a self, l: &'a Packed, (rt, ct, g): Place) -> impl Iterator<Item = (usize, usize, usize)> + 'a {
+        let (top, left) = (rt * l.tile.rows + g, ct * l.tile.cols);
+        let positions = self.positions.iter().enumerate().map(move |(p, &(r, c))| (p, top + r, left + c));
+        let inside = positions.filter(|&(_, r, c)| r < l.shape.rows && c < l.shape.cols);
+        inside.map(|(p, r, c)| (p, r as usize, c as usize))
+    }
+
+    /// The streams of up to [`LANES`] blocks of one code, one after the other.
+    fn group(
+        &self,
+        m: &PackedMatrix,
+        code: usize,
+        places: &[Place],
+        rotated: &[f32],
+        scratch: &mut Scratch,
+    ) -> Vec<u32> {
+        let trellis = &self.trellises[code];
+        let (len, columns) = (trellis.block_len(), m.layout.shape.cols as usize);
+        let mut weights = vec![0f32; len * places.len()];
+        for (&place, weights) in places.iter().zip(weights.chunks_exact_mut(len)) {
+            for (p, r, c) in self.inside(&m.layout, place) {
+                let scale = m.scale(r);
+                weights[p] = if scale > 0.0 { rotated[r * columns + c] / scale } else { 0.0 };
+            }
+        }
+        let mut windows = vec![0u32; trellis.steps() * places.len()];
+        trellis.encode(&weights, &mut windows, scratch);
+        windows.chunks_exact(trellis.steps()).flat_map(|w| stream(&self.quantizer.codes[code], w)).collect()
+    }
+
+    /// Root mean square of each row, or of the matrix; 0 if it has no other weights.
+    fn scales(&self, shape: Shape, rotated: &[f32]) -> Result<Vec<bf16>, EncodeError> {
+        let columns = shape.cols as usize;
+        if let Some(i) = rotated.iter().position(|w| !w.is_finite()) {
+            return Err(EncodeError::NotFinite { row: i / columns, column: i % columns, value: rotated[i] });
+        }
+        let n = scale_count(&self.quantizer, shape);
+        let rows = match self.quantizer.scale {
+            ScaleKind::Row => 1,
+            ScaleKind::Matrix => shape.rows as usize,
+        };
+        let mut out = Vec::with_capacity(n);
+        for part in rotated.chunks_exact(rows * columns) {
+            let square: f64 = part.iter().map(|&w| f64::from(w) * f64::from(w)).sum();
+            let scale = bf16::from_f64((square / part.len() as f64).sqrt());
+            // Rounding up must not give infinity. Below the normal range nothing of the weights would be left.
+            out.push(if scale.to_f32() < f32::MIN_POSITIVE { bf16::ZERO } else { scale.min(bf16::MAX) });
+        }
+        Ok(out)
+    }
+}
+
+/// The stream of 32-bit words whose windows are `windows`, one a step: bit 0 of word 0 first, padded with zeros to
+/// whole words.
+pub fn stream(code: &Code, windows: &[u32]) -> Vec<u32> {
+    let bits = code.step_offset(windows.len() as u32) as usize;
+    // One word more, for the last step's high half.
+    let mut words = vec![0u32; bits.div_ceil(32) + 1];
+    for (s, &window) in windows.iter().enumerate() {
+        let at = code.step_offset(s as u32);
+        let new = u64::from(window & qp_codegen::spec::mask(code.step_bits(s as u32))) << (at % 32);
+        words[at as usize / 32] |= new as u32;
+        words[at as usize / 32 + 1] |= (new >> 32) as u32;
+    }
+    words.pop();
+    words
+}
+
+/// [`Encoder::encode`] of one matrix.
+///
+/// # Errors
+/// A weight that is not finite.
+pub fn encode_matrix(
+    q: &Quantizer,
+    shape: Shape,
+    rotated: &[f32],
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<PackedMatrix, EncodeError> {
+    Encoder::new(q).encode(shape, rotated, progress)
+}

@@ -1,0 +1,60 @@
+//! The codec on the CPU: weights to bits and back.
+//!
+//! * [`Decoder`]: packed words → entries, weights, or the exact integer product of a linear layer.
+//! * [`Encoder`]: rotated weights → packed words, by the Viterbi algorithm over the trellis of each [`Code`].
+//!
+//! Everything here is a function of its arguments alone: the number of threads and the machine's vector instructions
+//! change no bit of a result.
+//!
+//! [`Code`]: qp_codegen::spec::Code
+
+mod decode;
+mod encode;
+mod gaussian;
+mod simd;
+pub mod viterbi;
+
+use half::bf16;
+use qp_codegen::layout::Packed;
+use qp_codegen::spec::{Quantizer, Shape};
+
+pub use decode::{Decoder, decode_matrix, linear};
+pub use encode::{EncodeError, Encoder, encode_matrix};
+pub use gaussian::Gaussian;
+
+/// A quantized matrix: words in the order of its layout, and scales.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PackedMatrix {
+    /// Shape, tiles, and where each bit lies.
+    pub layout: Packed,
+    /// [`Packed::words`] words.
+    pub words: Vec<u32>,
+    /// One scale a row (`layout.shape.rows`), or a single one for the whole matrix.
+    pub scales: Vec<bf16>,
+}
+
+impl PackedMatrix {
+    /// Joins the parts of a `shape` matrix that was packed by `q`; `None` if their lengths do not fit.
+    pub fn from_parts(q: &Quantizer, shape: Shape, words: Vec<u32>, scales: Vec<bf16>) -> Option<Self> {
+        let layout = Packed::new(q, shape);
+        let fits = words.len() == layout.words() && scales.len() == scale_count(q, shape);
+        fits.then_some(PackedMatrix { layout, words, scales })
+    }
+
+    /// The scale of `row`.
+    pub fn scale(&self, row: usize) -> f32 {
+        // A single scale serves all rows.
+        self.scales[if self.scales.len() == 1 { 0 } else { row }].to_f32()
+    }
+}
+
+/// Number of scales of a `shape` matrix.
+pub fn scale_count(q: &Quantizer, shape: Shape) -> usize {
+    match q.scale {
+        qp_codegen::spec::ScaleKind::Row => shape.rows as usize,
+        qp_codegen::spec::ScaleKind::Matrix => 1,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,361 @@
+//! Encode, decode and multiply, against definitions and brute force.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use qp_codegen::layout::{BLOCKS_PER_TILE, position};
+use qp_codegen::reference::{self, quantize_activations};
+use qp_codegen::spec::expr::{Decode, Node, Op, VectorOp, WordOp};
+use qp_codegen::spec::{Code, Quantizer, Rotation, ScaleKind, Shape, Table, Value};
+
+use super::encode::stream;
+use super::viterbi::{Scratch, Trellis};
+use super::*;
+
+/// `t[h >> shift] ^ signs(h[..])` with `h = window · odd`.
+pub(super) fn hashed(shift: u32, signs: &[u32]) -> Decode {
+    let mut d = Decode::default();
+    let w = d.push(Op::Window);
+    let odd = d.push(Op::Const(0x9E37_79B1));
+    let h = d.push(Op::Binary(WordOp::Mul, w, odd));
+    let shift = d.push(Op::Const(shift));
+    let index = d.push(Op::Binary(WordOp::Shr, h, shift));
+    let entry = d.push(Op::Lookup { table: 0, index });
+    let bits: Vec<Node> = signs.iter().map(|&i| d.push(Op::Bit(h, i))).collect();
+    let signs = d.push(Op::Signs(bits));
+    d.push(Op::Vector(VectorOp::Xor, entry, signs));
+    d
+}
+
+/// `t[window]`.
+pub(super) fn direct() -> Decode {
+    let mut d = Decode::default();
+    let index = d.push(Op::Window);
+    d.push(Op::Lookup { table: 0, index });
+    d
+}
+
+/// A code with a table of Gaussian values.
+pub(super) fn code(window: u32, steps: &[u32], vector: u32, value: Value, entries: u32, decode: Decode) -> Code {
+    let unit = match value {
+        Value::I8 => 1.0 / 32.0,
+        Value::I16 => 1.0 / 4096.0,
+    };
+    let (min, max) = value.range();
+    let mut random = Gaussian::new(u64::from(window));
+    let values = random.samples((entries * vector) as usize);
+    let values = values.iter().map(|x| ((x / unit) as i32).clamp(min, max) as i16).collect();
+    let block = Shape { rows: 2, cols: 128 };
+    let tables = vec![Table { name: "t".into(), entries, values, source: Default::default() }];
+    Code { window, steps: steps.to_vec(), vector, block, value, half_offset: value == Value::I8, unit, tables, decode }
+}
+
+/// A hashed code with one sign a component and a table of 2^(L − 3) entries.
+pub(super) fn trellis(window: u32, steps: &[u32], vector: u32) -> Code {
+    let signs: Vec<u32> = (0..vector).map(|i| 20 - i).collect();
+    code(window, steps, vector, Value::I8, 1 << (window - 3), hashed(32 - (window - 3), &signs))
+}
+
+pub(super) fn quantizer(codes: Vec<Code>) -> Quantizer {
+    Quantizer { name: "test".into(), codes, scale: ScaleKind::Row, rotation: Rotation::None }
+}
+
+/// One of each kind.
+fn quantizers() -> Vec<Quantizer> {
+    let mut square = trellis(10, &[6], 2);
+    square.block = Shape { rows: 8, cols: 32 };
+    let mut pattern = trellis(10, &[4, 5], 2);
+    pattern.block = Shape { rows: 4, cols: 128 };
+    let mut whole = quantizer(vec![trellis(8, &[4], 2)]);
+    whole.scale = ScaleKind::Matrix;
+    vec![
+        quantizer(vec![trellis(8, &[4], 2)]),
+        quantizer(vec![trellis(9, &[3], 1)]),
+        quantizer(vec![trellis(12, &[8], 4)]),
+        quantizer(vec![pattern]),
+        quantizer(vec![trellis(10, &[7], 2)]),
+        quantizer(vec![trellis(10, &[3], 2), trellis(10, &[4], 2), trellis(9, &[6], 2)]),
+        quantizer(vec![code(3, &[3], 1, Value::I16, 8, direct())]),
+        quantizer(vec![code(7, &[7], 2, Value::I16, 128, direct())]),
+        quantizer(vec![code(10, &[4], 2, Value::I16, 128, hashed(25, &[19, 18]))]),
+        quantizer(vec![square]),
+        whole,
+    ]
+}
+
+/// Entries of a matrix, by the definitions of layout and code alone.
+fn entries(q: &Quantizer, m: &PackedMatrix) -> Vec<i16> {
+    let l = &m.layout;
+    let mut out = vec![0; l.shape.len() as usize];
+    let mut words = vec![];
+    for rt in 0..l.row_tiles() {
+        for ct in 0..l.col_tiles() {
+            let code = &q.codes[l.code_of(ct)];
+            let mut entry = vec![0; code.vector as usize];
+            for g in 0..BLOCKS_PER_TILE {
+                l.read_block(&m.words, rt, ct, g, &mut words);
+                for p in 0..code.block.len() {
+                    code.entry(code.window_at(&words, p / code.vector), &mut entry);
+                    let (r, c) = position(code.block, g, p);
+                    let (r, c) = (rt * l.tile.rows + r, ct * l.tile.cols + c);
+                    if r < l.shape.rows && c < l.shape.cols {
+                        out[(r * l.shape.cols + c) as usize] = entry[(p % code.vector) as usize];
+                    }
+                }
+            }
+        }
+    }
+    out
+}
+
+fn encode(q: &Quantizer, shape: Shape, weights: &[f32]) -> PackedMatrix {
+    encode_matrix(q, shape, weights, &|_| ()).expect("finite weights")
+}
+
+fn error(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>() / a.len() as f64
+}
+
+#[test]
+fn matrices_of_every_kind_decode_to_what_the_definitions_say() {
+    for q in quantizers() {
+        for shape in [Shape { rows: 32, cols: 512 }, Shape { rows: 23, cols: 130 }, Shape { rows: 1, cols: 1 }] {
+            let weights = Gaussian::new(5).samples(shape.len() as usize + 1);
+            let weights: Vec<f32> = weights[..shape.len() as usize].iter().map(|w| w * 0.02).collect();
+            let m = encode(&q, shape, &weights);
+            let expect: Vec<f32> = entries(&q, &m)
+                .iter()
+                .enumerate()
+                .map(|(i, &e)| reference::weight(&q.codes[0], e, m.scale(i / shape.cols as usize)))
+                .collect();
+            let decoded = decode_matrix(&q, &m);
+            assert_eq!(decoded, expect, "{:?} {shape:?}", q.codes[0].steps);
+            // Codes with random tables are poor, but far better than nothing.
+            let power = error(&weights, &vec![0.0; weights.len()]);
+            let penalty = if q.codes[0].is_memoryless() { 16.0 } else { 4.0 };
+            let bound = if shape.len() > 100 { penalty * 2f64.powf(-2.0 * q.rate()) } else { 1.0 };
+            let relative = error(&weights, &decoded) / power;
+            assert!(relative < bound.min(1.0), "{:?} {shape:?}: {relative} of {bound}", q.codes[0].steps);
+        }
+    }
+}
+
+#[test]
+fn linear_is_the_product_with_the_decoded_matrix() {
+    for q in quantizers() {
+        let shape = Shape { rows: 21, cols: 1300 };
+        let weights = Gaussian::new(6).samples(shape.len() as usize);
+        let m = encode(&q, shape, &weights);
+        let decoded = decode_matrix(&q, &m);
+        let tokens: Vec<_> = (0..3).map(|t| quantize_activations(&Gaussian::new(t).samples(1300))).collect();
+        let y = linear(&q, &m, &tokens);
+        for (t, a) in tokens.iter().enumerate() {
+            let e = entries(&q, &m);
+            let factor = reference::output_factor(&q.codes[0], a.scale);
+            for r in 0..21 {
+                let row = r * 1300..(r + 1) * 1300;
+                let float: f64 =
+                    decoded[row.clone()].iter().zip(&a.q).map(|(&w, &q)| f64::from(w) * f64::from(q)).sum();
+                let float = float * f64::from(a.scale);
+                let acc = e[row].iter().zip(&a.q).map(|(&e, &q)| i64::from(e) * i64::from(q)).sum();
+                let exact = reference::scale_output(&q.codes[0], acc, a.sum, m.scale(r), factor);
+                assert_eq!(y[t * 21 + r], exact);
+                assert!((f64::from(exact) - float).abs() < 1e-5 * (1.0 + float.abs()), "{exact} {float}");
+            }
+        }
+        assert_eq!(linear(&q, &m, &tokens[1..2]), y[21..42]);
+        assert!(linear(&q, &m, &[]).is_empty());
+    }
+}
+
+#[test]
+fn the_largest_products_do_not_overflow() {
+    for value in [Value::I8, Value::I16] {
+        let mut c = code(2, &[2], 1, value, 4, direct());
+        c.tables[0].values = vec![value.range().0 as i16; 4];
+        let q = quantizer(vec![c]);
+        let shape = Shape { rows: 1, cols: 4096 };
+        let layout = qp_codegen::layout::Packed::new(&q, shape);
+        let m = PackedMatrix { words: vec![0; layout.words()], layout, scales: vec![bf16::ONE] };
+        for sign in [1.0, -1.0] {
+            let a = quantize_activations(&vec![sign; 4096]);
+            let decoded: f64 = decode_matrix(&q, &m).iter().map(|&w| f64::from(w)).sum();
+            let y = f64::from(linear(&q, &m, &[a])[0]);
+            assert!((y / (decoded * f64::from(sign)) - 1.0).abs() < 1e-6, "{y} {decoded}");
+        }
+    }
+}
+
+#[test]
+fn zero_rows_have_scale_zero_and_weights_that_are_not_finite_are_refused() {
+    let q = quantizer(vec![trellis(8, &[4], 2)]);
+    let shape = Shape { rows: 3, cols: 128 };
+    let mut weights = Gaussian::new(1).samples(3 * 128);
+    weights[128..256].fill(0.0);
+    let m = encode(&q, shape, &weights);
+    assert_eq!(m.scales[1], bf16::ZERO);
+    let decoded = decode_matrix(&q, &m);
+    assert!(decoded[128..256].iter().all(|&w| w == 0.0));
+    assert!(error(&weights, &decoded) < 0.2);
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        weights[300] = bad;
+        let e = encode_matrix(&q, shape, &weights, &|_| ()).expect_err("refused");
+        assert!(e.to_string().starts_with("the weight in row 2, column 44 is"), "{e}");
+    }
+}
+
+#[test]
+fn extreme_weights_stay_finite() {
+    let q = quantizer(vec![trellis(8, &[4], 2)]);
+    let shape = Shape { rows: 1, cols: 256 };
+    for factor in [1e-45, 1e-38, 1e-30, 1e37, f32::MAX / 8.0] {
+        let weights: Vec<f32> = Gaussian::new(1).samples(256).iter().map(|w| w * factor).collect();
+        let decoded = decode_matrix(&q, &encode(&q, shape, &weights));
+        assert!(error(&weights, &decoded).sqrt() <= 1.01 * error(&weights, &[0.0; 256]).sqrt(), "{factor}");
+    }
+}
+
+#[test]
+fn scales_are_the_root_mean_square() {
+    let mut q = quantizer(vec![trellis(8, &[4], 2)]);
+    let shape = Shape { rows: 2, cols: 4 };
+    let weights = [3.0, -3.0, 3.0, 3.0, 4.0, 0.0, 0.0, 0.0];
+    assert_eq!(encode(&q, shape, &weights).scales, [3.0, 2.0].map(bf16::from_f32));
+    q.scale = ScaleKind::Matrix;
+    assert_eq!(encode(&q, shape, &weights).scales, [bf16::from_f32((52f32 / 8.0).sqrt())]);
+}
+
+#[test]
+fn progress_counts_every_weight_once() {
+    let q = quantizer(vec![trellis(8, &[4], 2), trellis(8, &[3], 2)]);
+    let shape = Shape { rows: 40, cols: 300 };
+    let done = AtomicU64::new(0);
+    let weights = Gaussian::new(1).samples(12000);
+    encode_matrix(&q, shape, &weights, &|n| _ = done.fetch_add(n, Ordering::Relaxed)).expect("finite");
+    assert_eq!(done.into_inner(), 12000);
+}
+
+#[test]
+fn threads_change_nothing() {
+    let q = quantizer(vec![trellis(10, &[3], 2), trellis(10, &[4], 2)]);
+    let shape = Shape { rows: 37, cols: 700 };
+    let weights = Gaussian::new(2).samples(shape.len() as usize);
+    let tokens = [quantize_activations(&Gaussian::new(3).samples(700))];
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+        pool.install(|| {
+            let m = encode(&q, shape, &weights);
+            let y = linear(&q, &m, &tokens);
+            (m, y)
+        })
+    };
+    assert_eq!(run(1), run(5));
+}
+
+/// Windows of a cyclic stream given as the integer `bits`.
+fn windows_of(code: &Code, bits: u64, steps: u32) -> Vec<u32> {
+    let n = code.step_offset(steps);
+    let bit = |i: u32| (bits >> (i % n) & 1) as u32;
+    (0..steps).map(|s| (0..code.window).map(|i| bit(code.step_offset(s) + i) << i).sum()).collect()
+}
+
+fn squared_error(code: &Code, block: &[f32], windows: &[u32]) -> f64 {
+    let v = code.vector as usize;
+    let mut entry = vec![0; v];
+    let mut sum = 0.0;
+    for (&w, x) in windows.iter().zip(block.chunks_exact(v)) {
+        code.entry(w, &mut entry);
+        sum += x.iter().zip(&entry).map(|(x, &e)| f64::from(x - reference::weight(code, e, 1.0)).powi(2)).sum::<f64>();
+    }
+    sum
+}
+
+#[test]
+fn a_search_finds_the_best_path_through_its_seam() {
+    // (code, steps): streams of at most 14 bits, all of which are tried.
+    let codes = [
+        (trellis(4, &[2], 1), 6),
+        (trellis(5, &[2], 2), 7),
+        (trellis(4, &[3], 1), 4),
+        (trellis(6, &[3, 2], 2), 5),
+        (trellis(6, &[2, 6], 1), 3),
+        (trellis(5, &[1], 1), 12),
+    ];
+    for (code, steps) in codes {
+        let trellis = Trellis::with_length(&code, (steps * code.vector) as usize);
+        let mut scratch = Scratch::default();
+        for seed in 0..6 {
+            let mut block = Gaussian::new(seed).samples(trellis.block_len());
+            block.truncate(trellis.block_len());
+            let bits = code.step_offset(steps);
+            let mut best = vec![f64::INFINITY; trellis.states(0)];
+            for b in 0..1u64 << bits {
+                let windows = windows_of(&code, b, steps);
+                let seam = windows[0] as usize & (trellis.states(0) - 1);
+                best[seam] = best[seam].min(squared_error(&code, &block, &windows));
+            }
+            for (seam, &best) in best.iter().enumerate() {
+                let (path, cost) = trellis.encode_from(&block, seam as u32, &mut scratch);
+                let found = squared_error(&code, &block, &path);
+                assert!((found - best).abs() < 1e-4 * (1.0 + best), "{:?} seam {seam}: {found} {best}", code.steps);
+                assert!((f64::from(cost) - found).abs() < 1e-4 * (1.0 + found), "cost {cost} is not {found}");
+            }
+            let mut windows = vec![0; trellis.steps()];
+            trellis.encode(&block, &mut windows, &mut scratch);
+            let words = stream(&code, &windows);
+            let bits = u64::from(words[0]);
+            assert_eq!(windows, windows_of(&code, bits, steps), "the path is cyclic");
+        }
+    }
+}
+
+#[test]
+fn two_searches_come_close_to_the_best_of_all_seams() {
+    for (code, limit) in [(trellis(8, &[2], 1), 1.004), (trellis(10, &[4], 2), 1.004), (trellis(9, &[3, 4], 2), 1.004)]
+    {
+        let trellis = Trellis::new(&code);
+        let mut scratch = Scratch::default();
+        let (mut found, mut optimum) = (0.0, 0.0);
+        for seed in 0..8 {
+            let block = Gaussian::new(seed).samples(256);
+            let mut windows = vec![0; trellis.steps()];
+            trellis.encode(&block, &mut windows, &mut scratch);
+            found += squared_error(&code, &block, &windows);
+            let costs = (0..trellis.states(0) as u32).map(|seam| trellis.encode_from(&block, seam, &mut scratch).1);
+            optimum += f64::from(costs.fold(f32::INFINITY, f32::min));
+        }
+        assert!(found < optimum * limit, "{:?}: {} of the optimum", code.steps, found / optimum);
+    }
+}
+
+#[test]
+fn blocks_are_cyclic_and_do_not_depend_on_their_neighbours() {
+    for code in [trellis(12, &[4], 2), trellis(10, &[3, 5], 1), trellis(16, &[9], 2)] {
+        let trellis = Trellis::new(&code);
+        let (len, n) = (trellis.block_len(), trellis.steps());
+        let weights = Gaussian::new(9).samples(5 * len);
+        let mut scratch = Scratch::default();
+        let mut windows = vec![0; 5 * n];
+        trellis.encode(&weights, &mut windows, &mut scratch);
+        for (block, windows) in weights.chunks_exact(len).zip(windows.chunks_exact(n)) {
+            let words = stream(&code, windows);
+            let read: Vec<u32> = (0..n as u32).map(|s| code.window_at(&words, s)).collect();
+            assert_eq!(read, windows);
+            let mut alone = vec![0; n];
+            trellis.encode(block, &mut alone, &mut scratch);
+            assert_eq!(alone, windows);
+        }
+    }
+}
+
+#[test]
+fn memoryless_codes_take_the_nearest_entry() {
+    let code = code(5, &[5], 2, Value::I16, 32, direct());
+    let trellis = Trellis::new(&code);
+    let weights = Gaussian::new(4).samples(256);
+    let mut windows = vec![0; 128];
+    trellis.encode(&weights, &mut windows, &mut Scratch::default());
+    for (x, &w) in weights.chunks_exact(2).zip(&windows) {
+        let best = (0..32).map(|c| squared_error(&code, x, &[c])).fold(f64::INFINITY, f64::min);
+        assert!(squared_error(&code, x, &[w]) < best + 1e-5);
+    }
+}

@@ -1,9 +1,14 @@
 //! From files to checked quantizers.
 
-use std::path::Path;
+use std::io;
+use std::path::{Component, Path, PathBuf};
 
-use super::{Fusion, Quantizer};
-use crate::syntax::Diagnostics;
+use super::check::{self, Files, Parsed, Sink};
+use super::{Fusion, Quantizer, TableSource};
+use crate::palette;
+use crate::syntax::ast::Item;
+use crate::syntax::diag::{Diagnostic, Diagnostics, Sources, Span, nearest};
+use crate::syntax::parse;
 
 /// What a `.qspec` file defines.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -28,22 +33,142 @@ impl Library {
     }
 }
 
+struct Disk;
+
+impl Files for Disk {
+    fn read(&self, path: &Path) -> io::Result<String> {
+        std::fs::read_to_string(path)
+    }
+}
+
 /// Reads and checks a `.qspec` file, the files it uses and the table files it names. A trained table whose file does
 /// not exist yet leaves its quantizer untrained.
 ///
 /// # Errors
 /// All that is wrong with the file or the files it uses.
 pub fn load_file(path: impl AsRef<Path>) -> Result<Library, Diagnostics> {
-    Err(Diagnostics::plain(format!("{}: not yet", path.as_ref().display())))
+    load_from(&Disk, path.as_ref())
 }
 
 /// Checks a text. `name` stands in diagnostics; `use` and table files are looked for in the current folder.
 ///
 /// # Errors
 /// As [`load_file`].
+///
+/// ```
+/// let text = "quantizer nf {
+///     scale row  rotate none  window 2  vector 1  step 2  block 2 x 128  values i8 + 1/2  unit 1/2
+///     table t[4] = [-3, -1, 0, 2]
+///     decode w { t[w] }
+/// }";
+/// let library = qp_codegen::spec::load_str("example", text).unwrap();
+/// assert_eq!(library.quantizers[0].rate(), 2.0);
+/// ```
 pub fn load_str(name: &str, text: &str) -> Result<Library, Diagnostics> {
-    let _ = text;
-    Err(Diagnostics::plain(format!("{name}: not yet")))
+    let mut loader = Loader::new(&Disk);
+    loader.parse(name, Path::new(""), text);
+    loader.finish()
+}
+
+/// As [`load_file`], from other places than a disk.
+pub(crate) fn load_from(files: &dyn Files, path: &Path) -> Result<Library, Diagnostics> {
+    let mut loader = Loader::new(files);
+    match files.read(path) {
+        Ok(text) => {
+            loader.parse(&path.display().to_string(), path, &text);
+        }
+        Err(e) => loader.sink.push(Diagnostic::plain(format!("cannot read {}: {e}", path.display()))),
+    }
+    loader.finish()
+}
+
+struct Loader<'a> {
+    files: &'a dyn Files,
+    sources: Sources,
+    sink: Sink,
+    parsed: Vec<Parsed>,
+    /// Files being read, with the `use` that leads to the next.
+    open: Vec<usize>,
+}
+
+impl<'a> Loader<'a> {
+    fn new(files: &'a dyn Files) -> Self {
+        Loader { files, sources: Sources::default(), sink: Sink::default(), parsed: Vec::new(), open: Vec::new() }
+    }
+
+    /// Parses a text and the files it uses; its index.
+    fn parse(&mut self, name: &str, path: &Path, text: &str) -> usize {
+        let file = self.sources.add(name, text);
+        let mut errors = Vec::new();
+        let (tree, _) = parse(file, text, &mut errors);
+        errors.into_iter().for_each(|e| self.sink.push(e));
+        let uses: Vec<(String, Span)> = tree
+            .items
+            .iter()
+            .filter_map(|i| match i {
+                Item::Use(u) => Some((u.path.name.clone(), u.path.span)),
+                Item::Family(_) | Item::Quantizer(_) | Item::Fusion(_) => None,
+            })
+            .collect();
+        let index = self.parsed.len();
+        self.parsed.push(Parsed { path: path.to_path_buf(), tree, uses: Vec::new() });
+        self.open.push(index);
+        let folder = path.parent().unwrap_or(Path::new(""));
+        for (used, span) in uses {
+            match self.used(&plain(&folder.join(used)), span) {
+                Some(i) => self.parsed[index].uses.push(i),
+                None => self.parsed[index].tree.incomplete = true,
+            }
+        }
+        self.open.pop();
+        index
+    }
+
+    fn used(&mut self, path: &Path, span: Span) -> Option<usize> {
+        if let Some(i) = self.parsed.iter().position(|p| plain(&p.path) == path) {
+            if self.open.contains(&i) {
+                let d = Diagnostic::error(span, "a file cannot use itself", "this leads back to where it is used");
+                return self.sink.fail(d.hint("move what both need to a file of its own"));
+            }
+            return Some(i);
+        }
+        match self.files.read(path) {
+            Ok(text) => Some(self.parse(&path.display().to_string(), path, &text)),
+            Err(e) => {
+                let d = Diagnostic::error(span, format!("cannot read {}: {e}", path.display()), "");
+                self.sink.fail(d.hint("the path is relative to the folder of this file"))
+            }
+        }
+    }
+
+    fn finish(mut self) -> Result<Library, Diagnostics> {
+        let (quantizers, fusions) = match self.parsed.is_empty() {
+            true => Default::default(),
+            false => check::library(&self.parsed, 0, self.files, &mut self.sink),
+        };
+        let mut found = Diagnostics { sources: self.sources, list: self.sink.list };
+        // In the order of the text, errors first: what was found at parsing came before all else.
+        found.list.sort_by_key(|d| (d.severity, d.labels.first().map(|l| l.0)));
+        if found.has_errors() {
+            return Err(found);
+        }
+        Ok(Library { quantizers, fusions, warnings: found })
+    }
+}
+
+/// `path` without `.` and, where possible, `..`.
+fn plain(path: &Path) -> PathBuf {
+    let mut out = PathBuf::new();
+    for c in path.components() {
+        match c {
+            Component::CurDir => (),
+            Component::ParentDir if matches!(out.components().next_back(), Some(Component::Normal(_))) => {
+                out.pop();
+            }
+            Component::ParentDir | Component::Normal(_) | Component::RootDir | Component::Prefix(_) => out.push(c),
+        }
+    }
+    out
 }
 
 /// The trained quantizer that a command line names: `tcq_2.5` (of the palette), `path/file.qspec` (which defines one,
@@ -53,5 +178,93 @@ pub fn load_str(name: &str, text: &str) -> Result<Library, Diagnostics> {
 /// # Errors
 /// If nothing or more than one thing is meant, if its file has errors, or if it is untrained.
 pub fn resolve(arg: &str) -> Result<Quantizer, Diagnostics> {
-    Err(Diagnostics::plain(format!("{arg}: not yet")))
+    let q = resolve_untrained(arg)?;
+    match untrained(&q) {
+        None => Ok(q),
+        Some(d) => Err(Diagnostics { list: vec![d], ..Diagnostics::default() }),
+    }
+}
+
+/// As [`resolve`], but the quantizer may be untrained.
+///
+/// # Errors
+/// As [`resolve`].
+pub fn resolve_untrained(arg: &str) -> Result<Quantizer, Diagnostics> {
+    if let Some((file, member)) = arg.rsplit_once(':').filter(|(file, _)| file.ends_with(".qspec")) {
+        let library = load_file(file)?;
+        let q = library.get(member).cloned();
+        return q.ok_or_else(|| no_quantizer(member, &format!(" in {file}"), &library.quantizers));
+    }
+    let Some(stem) = arg.strip_suffix(".qspec") else {
+        return palette::get(arg).ok_or_else(|| {
+            let mut all = no_quantizer(arg, " in the palette", &palette::library().quantizers);
+            if Path::new(arg).exists() {
+                all.list[0].hint = Some("a file of quantizers is called `….qspec`".into());
+            }
+            all
+        });
+    };
+    let path = Path::new(arg);
+    let member = stem.rsplit(['/', '\\']).next().unwrap_or(stem);
+    if path.exists() {
+        let library = load_file(path)?;
+        return match (library.get(member), &library.quantizers[..]) {
+            (Some(q), _) => Ok(q.clone()),
+            (None, [q]) => Ok(q.clone()),
+            (None, []) => Err(Diagnostics::plain(format!("{arg} defines no quantizer"))),
+            (None, many) => {
+                let names: Vec<&str> = many.iter().map(|q| q.name.as_str()).collect();
+                let d = Diagnostic::plain(format!("{arg} defines {} quantizers", many.len()));
+                let d = d.hint(format!("name one, as in `{arg}:{}`; there is {}", names[0], names.join(", ")));
+                Err(Diagnostics { list: vec![d], ..Diagnostics::default() })
+            }
+        };
+    }
+    for file in beside(path) {
+        // A file with errors hides what it defines; that is told only if nothing else fits.
+        if let Ok(library) = load_file(&file)
+            && let Some(q) = library.get(member)
+        {
+            return Ok(q.clone());
+        }
+    }
+    palette::get(member).ok_or_else(|| {
+        let mut all = no_quantizer(member, " in the palette", &palette::library().quantizers);
+        all.list[0].message = format!("there is no file {arg}, and no quantizer `{member}` beside it or in the palette");
+        all
+    })
+}
+
+/// The error that `q` has no table yet, if so.
+pub fn untrained(q: &Quantizer) -> Option<Diagnostic> {
+    let table = q.codes.iter().flat_map(|c| &c.tables).find(|t| t.values.is_empty())?;
+    let file = match &table.source {
+        TableSource::Trained { file, .. } | TableSource::File(file) => format!(": there is no {}", file.display()),
+        TableSource::Inline => String::new(),
+    };
+    let d = Diagnostic::plain(format!("the table `{}` of `{}` is not trained yet{file}", table.name, q.name));
+    Some(d.hint(format!("run: qp train-codebook {}", q.name)))
+}
+
+fn no_quantizer(name: &str, place: &str, known: &[Quantizer]) -> Diagnostics {
+    let d = Diagnostic::plain(format!("there is no quantizer `{name}`{place}"));
+    let names: Vec<&str> = known.iter().map(|q| q.name.as_str()).collect();
+    let d = match nearest(name, names.iter().copied()) {
+        Some(near) => d.hint(format!("did you mean `{near}`?")),
+        None if names.is_empty() => d,
+        None => d.hint(format!("there is {}", names.join(", "))),
+    };
+    Diagnostics { list: vec![d], ..Diagnostics::default() }
+}
+
+/// The `.qspec` files in the folder of `path`, sorted.
+fn beside(path: &Path) -> Vec<PathBuf> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+    let mut files: Vec<PathBuf> = entries
+        .filter_map(|e| Some(e.ok()?.path()))
+        .filter(|p| p.extension().is_some_and(|x| x == "qspec"))
+        .collect();
+    files.sort();
+    files
 }

@@ -22,13 +22,16 @@
 //! the GPU's) yields the same bytes.
 
 mod canonical;
+mod check;
 pub mod expr;
 mod fusion;
 mod load;
 pub mod table_file;
 
 pub use fusion::{Epilogue, Fusion, Launch, Matrix, Prologue};
-pub use load::{Library, load_file, load_str, resolve};
+pub(crate) use check::Files;
+pub(crate) use load::load_from;
+pub use load::{Library, load_file, load_str, resolve, resolve_untrained, untrained};
 
 use std::path::PathBuf;
 

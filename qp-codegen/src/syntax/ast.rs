@@ -17,6 +17,8 @@ pub struct Ident {
 pub struct File {
     /// In order.
     pub items: Vec<Item>,
+    /// True if an item could not be read and is left out: names may be unknown for that reason.
+    pub incomplete: bool,
 }
 
 /// What may stand at the top of a file.
@@ -92,6 +94,8 @@ pub struct Body {
     pub properties: Vec<Property>,
     /// With the braces.
     pub span: Span,
+    /// True if a property could not be read and is left out: names and properties may be missing for that reason.
+    pub incomplete: bool,
 }
 
 /// A property.
@@ -313,6 +317,8 @@ pub struct Fusion {
     pub launches: Vec<Launch>,
     /// The whole item.
     pub span: Span,
+    /// True if a launch could not be read and is left out.
+    pub incomplete: bool,
 }
 
 /// `launch q + k { prologue …  epilogue … }`

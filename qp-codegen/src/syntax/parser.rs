@@ -203,6 +203,7 @@ impl<'a> Parser<'a> {
             match item {
                 Ok(item) => file.items.push(item),
                 Err(Failed) => {
+                    file.incomplete = true;
                     if self.at == at {
                         self.next();
                     }
@@ -286,18 +287,21 @@ impl<'a> Parser<'a> {
                 .hint("a quantizer holds `code` bodies, and these hold none"));
         }
         let mut properties = Vec::new();
+        let mut incomplete = false;
         loop {
             if self.eat(TokenKind::RBrace) {
                 break;
             }
             if self.peek().kind == TokenKind::End || self.starts(&ITEMS) {
                 self.unclosed(open);
+                incomplete = true;
                 break;
             }
             let at = self.at;
             match self.property() {
                 Ok(p) => properties.push(p),
                 Err(Failed) => {
+                    incomplete = true;
                     if self.at == at {
                         self.next();
                     }
@@ -306,7 +310,7 @@ impl<'a> Parser<'a> {
             }
         }
         self.bodies = self.bodies.saturating_sub(1);
-        Ok(Body { properties, span: open.to(self.last()) })
+        Ok(Body { properties, span: open.to(self.last()), incomplete })
     }
 
     fn property(&mut self) -> Parse<Property> {
@@ -446,18 +450,21 @@ impl<'a> Parser<'a> {
         let name = self.name("the fusion pattern's name")?;
         let open = self.expect(TokenKind::LBrace, "{")?;
         let mut launches = Vec::new();
+        let mut incomplete = false;
         loop {
             if self.eat(TokenKind::RBrace) {
                 break;
             }
             if self.peek().kind == TokenKind::End || self.starts(&ITEMS) {
                 self.unclosed(open);
+                incomplete = true;
                 break;
             }
             let at = self.at;
             match self.launch() {
                 Ok(l) => launches.push(l),
                 Err(Failed) => {
+                    incomplete = true;
                     if self.at == at {
                         self.next();
                     }
@@ -465,7 +472,7 @@ impl<'a> Parser<'a> {
                 }
             }
         }
-        Ok(Fusion { doc, name, launches, span: start.to(self.last()) })
+        Ok(Fusion { doc, name, launches, span: start.to(self.last()), incomplete })
     }
 
     fn launch(&mut self) -> Parse<Launch> {

@@ -1,0 +1,585 @@
+//! Properties in braces → [`Code`]: ranges, and what must fit what.
+
+use std::io::ErrorKind;
+use std::path::Path;
+
+use super::consts::{self, Const, Scope, in_range, integer, number};
+use super::{Files, Sink, decode};
+use crate::layout::LANES_PER_BLOCK;
+use crate::spec::{Code, Rotation, ScaleKind, Shape, Table, TableSource, Training, Value, table_file};
+use crate::syntax::ast::{self, Arg, Body, Expr, ExprKind, Ident, Property, PropertyKind};
+use crate::syntax::diag::{Diagnostic, Span, nearest};
+
+/// Longest window: an encoder keeps a cost for each of 2^L states.
+const MAX_WINDOW: i128 = 24;
+/// Most entries of a table.
+const MAX_ENTRIES: i128 = 1 << 20;
+/// Most weights of a block.
+const MAX_BLOCK: i128 = 1 << 16;
+
+/// What a body is checked with.
+pub struct Context<'a> {
+    /// Name of the quantizer.
+    pub name: &'a Ident,
+    /// Name of the family or quantizer that has the body.
+    pub owner: &'a Ident,
+    /// Folder of the file that has the body.
+    pub folder: &'a Path,
+    /// Where table files are read.
+    pub files: &'a dyn Files,
+}
+
+/// A code and what the codes of one mix must share.
+pub struct CheckedCode {
+    /// The code.
+    pub code: Code,
+    /// Where it is defined.
+    pub span: Span,
+}
+
+/// A checked body.
+pub struct CheckedBody {
+    /// One, or those of a mix.
+    pub codes: Vec<CheckedCode>,
+    /// What a scale covers.
+    pub scale: ScaleKind,
+    /// Rotation.
+    pub rotation: Rotation,
+}
+
+/// Checks a body whose parameters are `scope`.
+pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Option<CheckedBody> {
+    define(b, &mut scope, sink);
+    duplicates(b, sink);
+    let inner: Vec<(&Body, Span)> = b
+        .properties
+        .iter()
+        .filter_map(|p| match &p.kind {
+            PropertyKind::Code(c) => Some((c, p.keyword.span)),
+            _ => None,
+        })
+        .collect();
+    let mut codes = Vec::new();
+    if inner.is_empty() {
+        codes.push(code(&[b], &scope, cx, sink).map(|code| CheckedCode { code, span: cx.owner.span }));
+    }
+    for (c, span) in inner {
+        let mut scope_inside = scope.clone();
+        define(c, &mut scope_inside, sink);
+        duplicates(c, sink);
+        for p in &c.properties {
+            if matches!(p.kind, PropertyKind::Scale(_) | PropertyKind::Rotate(..) | PropertyKind::Code(_)) {
+                let d = Diagnostic::error(p.keyword.span, format!("`{}` cannot stand in a `code` body", p.keyword.name), "");
+                sink.push(d.hint("it is common to all codes of a quantizer: put it outside"));
+            }
+        }
+        codes.push(code(&[c, b], &scope_inside, cx, sink).map(|code| CheckedCode { code, span }));
+        scope_inside.warn_unused(scope.len(), sink);
+        scope.used_as(&scope_inside);
+    }
+    let find = |f: fn(&PropertyKind) -> bool| b.properties.iter().find(|p| f(&p.kind));
+    let mut missing = Vec::new();
+    let scale = match find(|k| matches!(k, PropertyKind::Scale(_))).map(|p| &p.kind) {
+        Some(PropertyKind::Scale(name)) => {
+            choice(name, "scale", &[("row", ScaleKind::Row), ("matrix", ScaleKind::Matrix)], sink)
+        }
+        _ => {
+            missing.push("scale");
+            None
+        }
+    };
+    let rotation = match find(|k| matches!(k, PropertyKind::Rotate(..))).map(|p| &p.kind) {
+        Some(PropertyKind::Rotate(name, args)) => rotation(name, args, &scope, sink),
+        _ => {
+            missing.push("rotate");
+            None
+        }
+    };
+    if !b.incomplete {
+        report_missing(&missing, cx, sink);
+    }
+    // A code with errors may have stopped before it used everything.
+    if !b.incomplete && codes.iter().all(Option::is_some) {
+        scope.warn_unused(0, sink);
+    }
+    let codes: Vec<CheckedCode> = codes.into_iter().collect::<Option<_>>()?;
+    Some(CheckedBody { codes, scale: scale?, rotation: rotation? })
+}
+
+/// Defines the `let`s of a body.
+fn define(b: &Body, scope: &mut Scope, sink: &mut Sink) {
+    scope.lenient |= b.incomplete;
+    for p in &b.properties {
+        if let PropertyKind::Let(name, e) = &p.kind {
+            let value = consts::eval(e, scope, sink);
+            scope.define(&name.name, name.span, value, "constant", sink);
+        }
+    }
+}
+
+/// Reports properties given twice and tables of one name.
+fn duplicates(b: &Body, sink: &mut Sink) {
+    let key = |p: &Property| match &p.kind {
+        PropertyKind::Let(..) | PropertyKind::Code(_) => None,
+        PropertyKind::Table(t) => Some(("table", t.name.name.clone(), t.name.span)),
+        PropertyKind::Window(_)
+        | PropertyKind::Vector(_)
+        | PropertyKind::Step(_)
+        | PropertyKind::Block(..)
+        | PropertyKind::Values(..)
+        | PropertyKind::Unit(_)
+        | PropertyKind::Decode(_)
+        | PropertyKind::Scale(_)
+        | PropertyKind::Rotate(..) => Some(("", p.keyword.name.clone(), p.keyword.span)),
+    };
+    let keys: Vec<_> = b.properties.iter().filter_map(key).collect();
+    for (i, (what, name, span)) in keys.iter().enumerate() {
+        if let Some((_, _, first)) = keys[..i].iter().find(|k| (k.0, &k.1) == (*what, name)) {
+            let verb = if what.is_empty() { "given" } else { "defined" };
+            sink.push(Diagnostic::error(*span, format!("`{name}` is {verb} twice"), "again here").label(*first, "first here"));
+        }
+    }
+}
+
+fn report_missing(missing: &[&str], cx: &Context<'_>, sink: &mut Sink) {
+    let example = |name: &str| match name {
+        "window" => "window 16",
+        "vector" => "vector 2",
+        "step" => "step 4",
+        "block" => "block 2 x 128",
+        "values" => "values i8 + 1/2",
+        "unit" => "unit 1/32",
+        "decode" => "decode w { … }",
+        "scale" => "scale row",
+        _ => "rotate hadamard(seed = 0)",
+    };
+    if !missing.is_empty() {
+        let names: Vec<String> = missing.iter().map(|m| format!("`{m}`")).collect();
+        let lines: Vec<&str> = missing.iter().map(|m| example(m)).collect();
+        let d = Diagnostic::error(cx.owner.span, format!("`{}` says no {}", cx.owner.name, names.join(", ")), "");
+        sink.push(d.hint(format!("add, for example: {}", lines.join("; "))));
+    }
+}
+
+fn choice<T: Copy>(name: &Ident, what: &str, choices: &[(&str, T)], sink: &mut Sink) -> Option<T> {
+    if let Some((_, v)) = choices.iter().find(|(n, _)| *n == name.name) {
+        return Some(*v);
+    }
+    let names: Vec<&str> = choices.iter().map(|c| c.0).collect();
+    let d = Diagnostic::error(name.span, format!("there is no {what} `{}`", name.name), "");
+    sink.fail(match nearest(&name.name, names.iter().copied()) {
+        Some(near) => d.hint(format!("did you mean `{near}`?")),
+        None => d.hint(format!("it is one of {}", names.join(", "))),
+    })
+}
+
+/// The named arguments `wanted`, in that order, all required.
+fn args<const N: usize>(
+    given: &[Arg],
+    span: Span,
+    wanted: [(&str, i128); N],
+    scope: &Scope,
+    sink: &mut Sink,
+) -> Option<[i128; N]> {
+    let mut out = [None; N];
+    for a in given {
+        let Some(i) = wanted.iter().position(|w| w.0 == a.name.name) else {
+            sink.push(consts::unknown(&a.name.name, a.name.span, "argument", wanted.iter().map(|w| w.0)));
+            continue;
+        };
+        if out[i].is_some() {
+            sink.push(Diagnostic::error(a.name.span, format!("`{}` is given twice", a.name.name), ""));
+        }
+        out[i] = Some(integer(&a.value, wanted[i].0, 0..=wanted[i].1, scope, sink));
+    }
+    for (i, (name, _)) in wanted.iter().enumerate() {
+        if out[i].is_none() {
+            let d = Diagnostic::error(span, format!("`{name}` is missing"), "");
+            sink.push(d.hint(format!("write `{name} = …`")));
+        }
+    }
+    let mut values = [0; N];
+    for (v, o) in values.iter_mut().zip(out) {
+        *v = o??;
+    }
+    Some(values)
+}
+
+fn rotation(name: &Ident, given: &[Arg], scope: &Scope, sink: &mut Sink) -> Option<Rotation> {
+    let none = choice(name, "rotation", &[("none", true), ("hadamard", false)], sink)?;
+    if none {
+        if let Some(a) = given.first() {
+            return sink.fail(Diagnostic::error(a.name.span, "`none` takes no arguments", ""));
+        }
+        return Some(Rotation::None);
+    }
+    let [seed] = args(given, name.span, [("seed", i64::MAX.into())], scope, sink)?;
+    Some(Rotation::Hadamard { seed: seed as u64 })
+}
+
+/// Properties of one code, each from the innermost body that has it.
+#[derive(Default)]
+struct Properties<'a> {
+    window: Option<&'a Expr>,
+    vector: Option<&'a Expr>,
+    step: Option<&'a Expr>,
+    block: Option<(&'a Expr, &'a Expr)>,
+    values: Option<(&'a Ident, Option<&'a Expr>)>,
+    unit: Option<&'a Expr>,
+    tables: Vec<&'a ast::Table>,
+    decode: Option<&'a ast::Decode>,
+}
+
+impl<'a> Properties<'a> {
+    fn new(bodies: &[&'a Body]) -> Self {
+        let mut out = Properties::default();
+        for p in bodies.iter().flat_map(|b| &b.properties) {
+            match &p.kind {
+                PropertyKind::Window(e) => out.window = out.window.or(Some(e)),
+                PropertyKind::Vector(e) => out.vector = out.vector.or(Some(e)),
+                PropertyKind::Step(e) => out.step = out.step.or(Some(e)),
+                PropertyKind::Block(r, c) => out.block = out.block.or(Some((r, c))),
+                PropertyKind::Values(t, o) => out.values = out.values.or(Some((t, o.as_ref()))),
+                PropertyKind::Unit(e) => out.unit = out.unit.or(Some(e)),
+                PropertyKind::Table(t) => {
+                    if !out.tables.iter().any(|o| o.name.name == t.name.name) {
+                        out.tables.push(t);
+                    }
+                }
+                PropertyKind::Decode(d) => out.decode = out.decode.or(Some(d)),
+                PropertyKind::Let(..) | PropertyKind::Scale(_) | PropertyKind::Rotate(..) | PropertyKind::Code(_) => (),
+            }
+        }
+        out
+    }
+
+    fn missing(&self) -> Vec<&'static str> {
+        let given = [
+            ("window", self.window.is_some()),
+            ("vector", self.vector.is_some()),
+            ("step", self.step.is_some()),
+            ("block", self.block.is_some()),
+            ("values", self.values.is_some()),
+            ("unit", self.unit.is_some()),
+            ("decode", self.decode.is_some()),
+        ];
+        given.into_iter().filter(|g| !g.1).map(|g| g.0).collect()
+    }
+}
+
+fn code(bodies: &[&Body], scope: &Scope, cx: &Context<'_>, sink: &mut Sink) -> Option<Code> {
+    let p = Properties::new(bodies);
+    if bodies.iter().all(|b| !b.incomplete) {
+        report_missing(&p.missing(), cx, sink);
+    }
+    let window = p.window.and_then(|e| integer(e, "the window", 1..=MAX_WINDOW, scope, sink)).map(|w| w as u32);
+    let vector = p.vector.and_then(|e| vector(e, scope, sink));
+    let steps = p.step.and_then(|e| steps(e, window, scope, sink));
+    let block = p.block.and_then(|(r, c)| block(r, c, scope, sink));
+    let values = p.values.and_then(|(t, o)| values(t, o, scope, sink));
+    let unit = p.unit.and_then(|e| unit(e, scope, sink));
+    let fits = match (&steps, vector, block, p.step, p.block) {
+        (Some(steps), Some(v), Some(block), Some(step_at), Some((r, c))) => {
+            fits(steps, v, block, step_at.span, r.span.to(c.span), sink)
+        }
+        _ => true,
+    };
+    let checked: Vec<_> =
+        p.tables.iter().map(|t| table(t, vector, values.map(|v| v.0), scope, cx, sink).map(|c| (c, t.name.span))).collect();
+    // Tables with errors are still known by name, so that their uses are not errors too.
+    let known: Vec<(Table, Span)> = checked
+        .iter()
+        .zip(&p.tables)
+        .map(|(c, t)| {
+            let unknown = Table { name: t.name.name.clone(), entries: 1, values: Vec::new(), source: TableSource::Inline };
+            c.clone().unwrap_or((unknown, t.name.span))
+        })
+        .collect();
+    let decoded = p.decode.and_then(|d| decode::Checker::new(window, vector, &known, scope, sink).check(d));
+    let mut tables = Vec::new();
+    let mut new = vec![0; known.len()];
+    let tables_ok = checked.iter().all(Option::is_some);
+    let mut decoded = decoded?;
+    for (i, ((t, span), used)) in known.into_iter().zip(&decoded.looked_up).enumerate() {
+        if *used {
+            new[i] = tables.len() as u32;
+            tables.push(t);
+        } else {
+            let d = Diagnostic::warning(span, format!("the table `{}` is never used", t.name), "");
+            sink.push(d.hint("take it out, or look it up in the decode block"));
+        }
+    }
+    decode::renumber(&mut decoded.decode, &new);
+    let (value, half_offset) = values?;
+    let code = Code {
+        window: window?,
+        steps: steps?,
+        vector: vector?,
+        block: block?,
+        value,
+        half_offset,
+        unit: unit?,
+        tables,
+        decode: decoded.decode,
+    };
+    (fits && tables_ok).then_some(code)
+}
+
+fn vector(e: &Expr, scope: &Scope, sink: &mut Sink) -> Option<u32> {
+    let v = number(e, scope, sink)?;
+    match v.integer() {
+        Some(v @ (1 | 2 | 4)) => Some(v as u32),
+        Some(_) | None => {
+            let d = Diagnostic::error(e.span, format!("the vector length must be 1, 2 or 4, not {v}"), format!("this is {v}"));
+            sink.fail(d.hint("a step gives so many weights, and a register holds four entries of 8 bits"))
+        }
+    }
+}
+
+fn steps(e: &Expr, window: Option<u32>, scope: &Scope, sink: &mut Sink) -> Option<Vec<u32>> {
+    let list = match consts::eval(e, scope, sink)? {
+        n @ Const::Number(_) => vec![n],
+        Const::List(l) if !l.is_empty() => l,
+        Const::List(_) | Const::Condition(_) => {
+            let d = Diagnostic::error(e.span, "a step is a number of bits, or a list of them", "");
+            return sink.fail(d.hint("write `step 4`, or `step [4, 5]` for steps that alternate"));
+        }
+    };
+    let mut out = Vec::new();
+    for (i, k) in list.iter().enumerate() {
+        // In a list written here the member is the place; a parameter has only one.
+        let span = match &e.kind {
+            ExprKind::List(l) => l.get(i).map_or(e.span, |m| m.span),
+            _ => e.span,
+        };
+        let Const::Number(k) = k else {
+            return sink.fail(Diagnostic::error(span, format!("a step is a number of bits, not {}", k.describe()), ""));
+        };
+        let k = in_range(*k, span, "the bits of a step", 1..=MAX_WINDOW, sink)? as u32;
+        if let Some(l) = window.filter(|l| k > *l) {
+            let d = Diagnostic::error(span, format!("a step of {k} bits is longer than the window of {l} bits"), format!("this is {k}"));
+            return sink.fail(d.hint(format!("bits between two windows would have no meaning: make the window at least {k}")));
+        }
+        out.push(k);
+    }
+    // [4, 4] is 4.
+    let n = (1..=out.len()).find(|n| out.len() % n == 0 && out.iter().enumerate().all(|(i, k)| *k == out[i % n]));
+    out.truncate(n.unwrap_or(1));
+    Some(out)
+}
+
+fn block(r: &Expr, c: &Expr, scope: &Scope, sink: &mut Sink) -> Option<Shape> {
+    let rows = integer(r, "the rows of a block", 1..=MAX_BLOCK, scope, sink);
+    let cols = integer(c, "the columns of a block", 1..=MAX_BLOCK, scope, sink);
+    let rows = rows.and_then(|n| {
+        if n % 2 == 0 {
+            return Some(n);
+        }
+        let d = Diagnostic::error(r.span, format!("the rows of a block must be even, not {n}"), format!("this is {n}"));
+        sink.fail(d.hint("a tensor-core operand holds two rows of each block"))
+    });
+    let cols = cols.and_then(|n| {
+        if n % 32 == 0 {
+            return Some(n);
+        }
+        let near = (n / 32 * 32).max(32);
+        let d = Diagnostic::error(c.span, format!("the columns of a block must be a multiple of 32, not {n}"), format!("this is {n}"));
+        sink.fail(d.hint(format!("a tensor-core product takes 32 columns: use {near} or {}", near + 32)))
+    });
+    let (rows, cols) = (rows?, cols?);
+    if rows * cols > MAX_BLOCK {
+        let d = Diagnostic::error(r.span.to(c.span), format!("a block of {} weights is too large", rows * cols), "");
+        return sink.fail(d.hint(format!("a block has at most {MAX_BLOCK} weights")));
+    }
+    Some(Shape { rows: rows as u32, cols: cols as u32 })
+}
+
+/// A block's stream is cut into four lanes of whole words and whole periods of the step pattern.
+fn fits(steps: &[u32], v: u32, block: Shape, step_at: Span, block_at: Span, sink: &mut Sink) -> bool {
+    let ok = |steps: &[u32], t: u32| {
+        let lane = t / v / LANES_PER_BLOCK;
+        let n = steps.len() as u32;
+        lane % n == 0 && lane / n * steps.iter().sum::<u32>() % 32 == 0
+    };
+    let t = block.len();
+    if ok(steps, t) {
+        return true;
+    }
+    let lane = t / v / LANES_PER_BLOCK;
+    let mut cures = Vec::new();
+    let larger = (2..=32)
+        .map(|m| Shape { rows: block.rows * m, cols: block.cols })
+        .find(|s| i128::from(s.len()) <= MAX_BLOCK && ok(steps, s.len()));
+    if let Some(s) = larger {
+        cures.push(format!("`block {} x {}`", s.rows, s.cols));
+    }
+    if let [k] = steps {
+        let below = (1..*k).rev().find(|k| ok(&[*k], t));
+        let above = (k + 1..=MAX_WINDOW as u32).find(|k| ok(&[*k], t));
+        cures.extend([below, above].into_iter().flatten().map(|k| format!("`step {k}`")));
+    }
+    let cure = if cures.is_empty() { "use another step or block".to_string() } else { format!("{} would fit", cures.join(" or ")) };
+    let shape = format!("this has {t} weights, {lane} steps a lane");
+    let d = if !lane.is_multiple_of(steps.len() as u32) {
+        Diagnostic::error(step_at, format!("a pattern of {} steps does not divide the {lane} steps of a lane", steps.len()), "")
+            .label(block_at, shape)
+            .hint(format!("each of the four lanes that share a block begins the pattern anew: {cure}"))
+    } else {
+        let bits = lane / steps.len() as u32 * steps.iter().sum::<u32>();
+        Diagnostic::error(step_at, format!("a lane would hold {bits} bits, which are no whole words of 32"), "")
+            .label(block_at, shape)
+            .hint(format!("four lanes share a block's {} bits: {cure}", bits * LANES_PER_BLOCK))
+    };
+    sink.push(d);
+    false
+}
+
+fn values(ty: &Ident, offset: Option<&Expr>, scope: &Scope, sink: &mut Sink) -> Option<(Value, bool)> {
+    let value = choice(ty, "entry type", &[("i8", Value::I8), ("i16", Value::I16)], sink);
+    let half = match offset {
+        None => Some(false),
+        Some(e) => number(e, scope, sink).and_then(|n| match n.parts() {
+            (0, 1) => Some(false),
+            (1, 2) => Some(true),
+            _ => sink.fail(Diagnostic::error(e.span, format!("the offset of the entries must be 0 or 1/2, not {n}"), "")),
+        }),
+    };
+    Some((value?, half?))
+}
+
+fn unit(e: &Expr, scope: &Scope, sink: &mut Sink) -> Option<f32> {
+    let n = number(e, scope, sink)?;
+    let f = n.to_f32();
+    // Far beyond any use, and far from the limits of single precision.
+    if n.parts().0 > 0 && (1e-9..=1e9).contains(&f) {
+        return Some(f);
+    }
+    let d = Diagnostic::error(e.span, format!("the unit must be positive and of ordinary size, not {n}"), format!("this is {n}"));
+    sink.fail(d.hint("it is the spacing of the entries for weights of variance 1, such as 1/32"))
+}
+
+fn table(
+    t: &ast::Table,
+    vector: Option<u32>,
+    value: Option<Value>,
+    scope: &Scope,
+    cx: &Context<'_>,
+    sink: &mut Sink,
+) -> Option<Table> {
+    let entries = integer(&t.entries, "the number of entries", 1..=MAX_ENTRIES, scope, sink).and_then(|n| {
+        if n & (n - 1) == 0 {
+            return Some(n as u32);
+        }
+        let up = (n as u32).next_power_of_two();
+        let d = Diagnostic::error(t.entries.span, format!("the number of entries must be a power of two, not {n}"), format!("this is {n}"));
+        sink.fail(d.hint(format!("use {} or {up}", up / 2)))
+    });
+    let (values, source) = match &t.source {
+        ast::TableSource::Inline(e) => (inline(t, e, entries, vector, value, scope, sink)?, TableSource::Inline),
+        ast::TableSource::File(path) => {
+            let file = table_path(path, cx, sink)?;
+            let values = read(&file, path, entries?, vector?, value?, true, cx, sink)?;
+            (values, TableSource::File(file))
+        }
+        ast::TableSource::Trained { args: given, args_span, path } => {
+            let file = table_path(path, cx, sink);
+            let wanted =
+                [("seed", i64::MAX.into()), ("rounds", 10_000), ("samples", 1i128 << 40)];
+            let training = args(given, *args_span, wanted, scope, sink);
+            let (file, [seed, rounds, samples]) = (file?, training?);
+            let training = Training { seed: seed as u64, rounds: rounds as u32, samples: samples as u64 };
+            let values = read(&file, path, entries?, vector?, value?, false, cx, sink)?;
+            (values, TableSource::Trained { file, training })
+        }
+    };
+    Some(Table { name: t.name.name.clone(), entries: entries?, values, source })
+}
+
+fn table_path(path: &Ident, cx: &Context<'_>, sink: &mut Sink) -> Option<std::path::PathBuf> {
+    let text = path.name.replace("{name}", &cx.name.name);
+    if text.is_empty() || text.contains(['{', '}']) {
+        let d = Diagnostic::error(path.span, "this is not the path of a file", "");
+        return sink.fail(d.hint("of names in braces only `{name}` is known: the quantizer's name"));
+    }
+    Some(cx.folder.join(text))
+}
+
+#[expect(clippy::too_many_arguments, reason = "each is a different thing that the file must agree with")]
+fn read(
+    file: &Path,
+    path: &Ident,
+    entries: u32,
+    vector: u32,
+    value: Value,
+    must_exist: bool,
+    cx: &Context<'_>,
+    sink: &mut Sink,
+) -> Option<Vec<i16>> {
+    let shown = file.display();
+    let text = match cx.files.read(file) {
+        Ok(text) => text,
+        Err(e) if e.kind() == ErrorKind::NotFound && !must_exist => return Some(Vec::new()),
+        Err(e) => return sink.fail(Diagnostic::error(path.span, format!("cannot read the table file {shown}: {e}"), "")),
+    };
+    match table_file::read(&text, entries, vector, value) {
+        Ok(values) => Some(values),
+        Err(e) => {
+            let d = Diagnostic::error(path.span, format!("the table file {shown} does not fit: {e}"), "");
+            let cure = if must_exist { "correct the file" } else { "remove the file and train it again" };
+            sink.fail(d.hint(format!("{cure}: it has one entry a line, of `vector` integers of the entry type")))
+        }
+    }
+}
+
+/// Entries written in the spec: a flat list of entries × V integers, or of entries that are lists of V.
+fn inline(
+    t: &ast::Table,
+    e: &Expr,
+    entries: Option<u32>,
+    vector: Option<u32>,
+    value: Option<Value>,
+    scope: &Scope,
+    sink: &mut Sink,
+) -> Option<Vec<i16>> {
+    let ExprKind::List(list) = &e.kind else {
+        let d = Diagnostic::error(e.span, "the values of a table are a list", "");
+        return sink.fail(d.hint("write them in brackets: `[-40, -12, 12, 40]`"));
+    };
+    let (min, max) = value?.range();
+    let v = vector? as usize;
+    let name = &t.name.name;
+    let mut flat: Vec<&Expr> = Vec::new();
+    let nested = matches!(list.first(), Some(Expr { kind: ExprKind::List(_), .. }));
+    for entry in list {
+        match &entry.kind {
+            ExprKind::List(parts) if nested => {
+                if parts.len() != v {
+                    let d = Diagnostic::error(entry.span, format!("an entry of `{name}` has {v} integers, not {}", parts.len()), "");
+                    return sink.fail(d.hint("their number is the code's `vector`"));
+                }
+                flat.extend(parts);
+            }
+            _ if !nested => flat.push(entry),
+            _ => {
+                return sink.fail(Diagnostic::error(entry.span, "expected an entry in brackets, like the first", ""));
+            }
+        }
+    }
+    let mut out = Vec::with_capacity(flat.len());
+    let mut ok = true;
+    for e in &flat {
+        match integer(e, "an entry", min.into()..=max.into(), scope, sink) {
+            Some(i) => out.push(i as i16),
+            None => ok = false,
+        }
+    }
+    let entries = entries?;
+    let wanted = entries as usize * v;
+    if flat.len() != wanted {
+        let shape = if v == 1 { String::new() } else { format!(" ({entries} entries of {v})") };
+        let d = Diagnostic::error(t.name.span, format!("`{name}` needs {wanted} integers{shape}, not {}", flat.len()), "")
+            .label(e.span, format!("{} here", flat.len()));
+        return sink.fail(d);
+    }
+    ok.then_some(out)
+}

@@ -1,0 +1,481 @@
+//! The decode block: names, types and constants of its expressions become nodes of an [`expr::Decode`].
+
+use super::consts::{self, Const, Scope};
+use super::Sink;
+use crate::spec::expr::{Decode, Node, Op, Type, VectorOp, WordOp};
+use crate::spec::Table;
+use crate::syntax::ast::{self, BinaryOp, Expr, ExprKind, Ident, UnaryOp};
+use crate::syntax::diag::{Diagnostic, Span};
+
+/// Functions of a decode block beside those of constants.
+const FUNCTIONS: [&str; 3] = ["byte", "sum_bytes", "signs"];
+
+/// The value of an expression.
+#[derive(Clone, Debug)]
+enum Value {
+    Const(Const),
+    Node(Node),
+}
+
+struct Let {
+    name: Ident,
+    /// Nothing if its expression was wrong.
+    value: Option<Value>,
+    used: bool,
+}
+
+/// Checks a decode block.
+pub struct Checker<'a> {
+    /// L, if known.
+    pub window: Option<u32>,
+    /// V, if known.
+    pub vector: Option<u32>,
+    /// The code's tables, with their places.
+    pub tables: &'a [(Table, Span)],
+    /// Constants.
+    pub scope: &'a Scope,
+    /// Errors.
+    pub sink: &'a mut Sink,
+    state: State,
+}
+
+#[derive(Default)]
+struct State {
+    decode: Decode,
+    window_name: Option<Ident>,
+    window_used: bool,
+    lets: Vec<Let>,
+    looked_up: Vec<bool>,
+}
+
+/// The checked expression and which tables it looks up.
+pub struct Checked {
+    /// In its normal form: only what the result needs, in order of first need.
+    pub decode: Decode,
+    /// For each table whether the block looks it up.
+    pub looked_up: Vec<bool>,
+}
+
+impl<'a> Checker<'a> {
+    /// A checker for a code with these properties.
+    pub fn new(
+        window: Option<u32>,
+        vector: Option<u32>,
+        tables: &'a [(Table, Span)],
+        scope: &'a Scope,
+        sink: &'a mut Sink,
+    ) -> Self {
+        let state = State { looked_up: vec![false; tables.len()], ..State::default() };
+        Checker { window, vector, tables, scope, sink, state }
+    }
+
+    /// Checks the block.
+    pub fn check(mut self, d: &ast::Decode) -> Option<Checked> {
+        self.clash(&d.window);
+        self.state.window_name = Some(d.window.clone());
+        let mut ok = true;
+        for (name, e) in &d.lets {
+            let value = self.expr(e);
+            ok &= value.is_some();
+            if !self.clash(name) {
+                ok = false;
+                continue;
+            }
+            self.state.lets.push(Let { name: name.clone(), value, used: false });
+        }
+        let result = self.vector_of(&d.result);
+        for l in self.state.lets.iter().filter(|l| !l.used) {
+            let w = Diagnostic::warning(l.name.span, format!("`{}` is never used", l.name.name), "");
+            self.sink.push(w.hint("take it out"));
+        }
+        if ok && result.is_some() && !self.state.window_used {
+            self.sink.push(
+                Diagnostic::warning(d.window.span, "the window is never used", "")
+                    .hint("without it every weight decodes to the same entry"),
+            );
+        }
+        let result = result.filter(|_| ok)?;
+        Some(Checked { decode: normal(&self.state.decode, result), looked_up: self.state.looked_up })
+    }
+
+    /// Reports a name that is taken.
+    fn clash(&mut self, name: &Ident) -> bool {
+        let taken = self.state.lets.iter().find(|l| l.name.name == name.name).map(|l| l.name.span);
+        let taken = taken.or(self.state.window_name.as_ref().filter(|w| w.name == name.name).map(|w| w.span));
+        let taken = taken.or(self.tables.iter().find(|t| t.0.name == name.name).map(|t| t.1));
+        let Some(first) = taken.or(self.scope.span(&name.name)) else { return true };
+        let d = Diagnostic::error(name.span, format!("`{}` is defined twice", name.name), "again here");
+        self.sink.push(d.label(first, "first here").hint("choose another name: a name means one thing"));
+        false
+    }
+
+    fn push(&mut self, op: Op) -> Option<Value> {
+        Some(Value::Node(self.state.decode.push(op)))
+    }
+
+    fn type_of(&self, v: &Value) -> &'static str {
+        match v {
+            Value::Const(c) => c.describe(),
+            Value::Node(n) => match self.state.decode.op(*n).ty() {
+                Type::Word => "a word",
+                Type::Bit => "a bit",
+                Type::Vector => "a vector",
+            },
+        }
+    }
+
+    fn node_of(&mut self, e: &Expr, ty: Type) -> Option<Node> {
+        let v = self.expr(e)?;
+        self.coerce(v, e.span, ty)
+    }
+
+    fn coerce(&mut self, v: Value, span: Span, ty: Type) -> Option<Node> {
+        match (&v, ty) {
+            (Value::Node(n), _) if self.state.decode.op(*n).ty() == ty => return Some(*n),
+            (Value::Const(Const::Number(n)), Type::Word) => {
+                let word = n.integer().filter(|i| (i128::from(i32::MIN)..=i128::from(u32::MAX)).contains(i));
+                let Some(word) = word else {
+                    let d = Diagnostic::error(span, format!("{n} is no 32-bit word"), "");
+                    return self.sink.fail(d);
+                };
+                return Some(self.state.decode.push(Op::Const(word as u32)));
+            }
+            _ => (),
+        }
+        let (wanted, hint) = match ty {
+            Type::Word => ("a word", "a bit `h[i]` as a word is `(h >> i) & 1`; a vector has no bits of its own"),
+            Type::Bit => ("a bit", "bit i of a word h is `h[i]`"),
+            Type::Vector => ("a vector", "a vector is a table entry `t[i]`, `signs(…)`, or words in brackets"),
+        };
+        let found = self.type_of(&v);
+        let d = Diagnostic::error(span, format!("expected {wanted}, found {found}"), format!("this is {found}"));
+        self.sink.fail(d.hint(hint))
+    }
+
+    fn word(&mut self, e: &Expr) -> Option<Node> {
+        self.node_of(e, Type::Word)
+    }
+
+    fn vector_of(&mut self, e: &Expr) -> Option<Node> {
+        self.node_of(e, Type::Vector)
+    }
+
+    fn expr(&mut self, e: &Expr) -> Option<Value> {
+        match &e.kind {
+            ExprKind::Number(n) => Some(Value::Const(Const::Number(*n))),
+            ExprKind::Name(name) => self.name(name, e.span),
+            ExprKind::Unary(op, a) => match self.expr(a)? {
+                Value::Const(Const::Number(n)) => consts::fold_unary(*op, n, e.span, self.sink).map(Value::Const),
+                v => {
+                    let a = self.coerce(v, a.span, Type::Word)?;
+                    match op {
+                        UnaryOp::Not => self.push(Op::Not(a)),
+                        UnaryOp::Neg => {
+                            let zero = self.state.decode.push(Op::Const(0));
+                            self.push(Op::Binary(WordOp::Sub, zero, a))
+                        }
+                    }
+                }
+            },
+            ExprKind::Binary(op, a, b) => self.binary(*op, a, b, e.span),
+            ExprKind::Index(base, index) => self.index(base, index),
+            ExprKind::Call(f, args) => self.call(f, args, e.span),
+            ExprKind::List(list) => {
+                self.count(list.len(), "a list", "word", e.span);
+                let words: Vec<_> = list.iter().map(|e| self.word(e)).collect();
+                let words = words.into_iter().collect::<Option<_>>()?;
+                self.right_count(list.len())?;
+                self.push(Op::Pack(words))
+            }
+            ExprKind::If(c, a, b) => {
+                self.use_names(a);
+                self.use_names(b);
+                let chosen = consts::choose(c, a, b, self.scope, self.sink)?;
+                self.expr(chosen)
+            }
+        }
+    }
+
+    /// Names of a branch that may not be taken count as used.
+    fn use_names(&mut self, e: &Expr) {
+        match &e.kind {
+            ExprKind::Number(_) => (),
+            ExprKind::Name(n) => {
+                self.state.lets.iter_mut().filter(|l| l.name.name == *n).for_each(|l| l.used = true);
+            }
+            ExprKind::Unary(_, a) => self.use_names(a),
+            ExprKind::Binary(_, a, b) | ExprKind::Index(a, b) => {
+                self.use_names(a);
+                self.use_names(b);
+            }
+            ExprKind::Call(_, l) | ExprKind::List(l) => l.iter().for_each(|e| self.use_names(e)),
+            ExprKind::If(a, b, c) => [a, b, c].into_iter().for_each(|e| self.use_names(e)),
+        }
+    }
+
+    fn name(&mut self, name: &str, span: Span) -> Option<Value> {
+        if self.state.window_name.as_ref().is_some_and(|w| w.name == name) {
+            self.state.window_used = true;
+            return self.push(Op::Window);
+        }
+        if let Some(l) = self.state.lets.iter_mut().find(|l| l.name.name == name) {
+            l.used = true;
+            return l.value.clone();
+        }
+        if let Some(value) = self.scope.get(name) {
+            return value.cloned().map(Value::Const);
+        }
+        if self.tables.iter().any(|t| t.0.name == name) {
+            let d = Diagnostic::error(span, format!("the table `{name}` needs an index"), "");
+            return self.sink.fail(d.hint(format!("an entry is `{name}[index]`, without a space")));
+        }
+        if self.scope.lenient {
+            return None;
+        }
+        let known = self.state.lets.iter().map(|l| l.name.name.as_str());
+        let known = known.chain(self.state.window_name.iter().map(|w| w.name.as_str()));
+        let known: Vec<&str> = known.chain(self.tables.iter().map(|t| t.0.name.as_str())).chain(self.scope.names()).collect();
+        let d = consts::unknown(name, span, "name", known.into_iter());
+        self.sink.fail(d)
+    }
+
+    fn binary(&mut self, op: BinaryOp, a: &Expr, b: &Expr, span: Span) -> Option<Value> {
+        let (va, vb) = (self.expr(a), self.expr(b));
+        let (va, vb) = (va?, vb?);
+        if let (Value::Const(x), Value::Const(y)) = (&va, &vb) {
+            let (Const::Number(x), Const::Number(y)) = (x, y) else {
+                return self.sink.fail(Diagnostic::error(span, format!("`{}` takes numbers", op.text()), ""));
+            };
+            return consts::fold(op, *x, *y, span, self.sink).map(Value::Const);
+        }
+        let is_vector = |v: &Value| matches!(v, Value::Node(n) if self.state.decode.op(*n).ty() == Type::Vector);
+        if is_vector(&va) || is_vector(&vb) {
+            let op = match op {
+                BinaryOp::Xor => VectorOp::Xor,
+                BinaryOp::Add => VectorOp::Add,
+                _ => {
+                    let d = Diagnostic::error(span, format!("vectors have no operator `{}`", op.text()), "");
+                    return self.sink.fail(d.hint("vectors are joined with `^` and `+`"));
+                }
+            };
+            let (na, nb) = (self.coerce(va, a.span, Type::Vector), self.coerce(vb, b.span, Type::Vector));
+            return self.push(Op::Vector(op, na?, nb?));
+        }
+        let word_op = match op {
+            BinaryOp::Add => WordOp::Add,
+            BinaryOp::Sub => WordOp::Sub,
+            BinaryOp::Mul => WordOp::Mul,
+            BinaryOp::And => WordOp::And,
+            BinaryOp::Or => WordOp::Or,
+            BinaryOp::Xor => WordOp::Xor,
+            BinaryOp::Shl => WordOp::Shl,
+            BinaryOp::Shr => WordOp::Shr,
+            BinaryOp::Pow
+            | BinaryOp::Div
+            | BinaryOp::Rem
+            | BinaryOp::Eq
+            | BinaryOp::Ne
+            | BinaryOp::Lt
+            | BinaryOp::Le
+            | BinaryOp::Gt
+            | BinaryOp::Ge => {
+                let d = Diagnostic::error(span, format!("words have no operator `{}`", op.text()), "");
+                return self.sink.fail(d.hint("words have + - * & | ^ ~ << >>; the others are for constants"));
+            }
+        };
+        let (na, nb) = (self.coerce(va, a.span, Type::Word), self.coerce(vb, b.span, Type::Word));
+        self.push(Op::Binary(word_op, na?, nb?))
+    }
+
+    fn index(&mut self, base: &Expr, index: &Expr) -> Option<Value> {
+        if let ExprKind::Name(name) = &base.kind
+            && let Some(table) = self.tables.iter().position(|t| t.0.name == *name)
+        {
+            self.state.looked_up[table] = true;
+            let node = self.word(index)?;
+            let entries = self.tables[table].0.entries;
+            let reach = self.width(node);
+            if reach < 32 && 1u32.checked_shl(reach).is_some_and(|r| r < entries) {
+                let d = Diagnostic::warning(
+                    index.span,
+                    format!("entries {}.. of the table `{name}` are never used", 1u32 << reach),
+                    format!("this has {reach} bits"),
+                );
+                let bits = entries.trailing_zeros();
+                self.sink.push(d.hint(format!("an index of {bits} bits reaches all {entries} entries")));
+            }
+            return self.push(Op::Lookup { table: table as u32, index: node });
+        }
+        let v = self.expr(base)?;
+        let word = self.coerce(v, base.span, Type::Word);
+        let i = match self.expr(index)? {
+            Value::Const(Const::Number(n)) => consts::in_range(n, index.span, "the index of a bit", 0..=31, self.sink)?,
+            Value::Const(_) | Value::Node(_) => {
+                let d = Diagnostic::error(index.span, "the index of a bit must be constant", "");
+                return self.sink.fail(d.hint("only a table takes a computed index"));
+            }
+        };
+        let (word, i) = (word?, i as u32);
+        if let (Op::Window, Some(l)) = (self.state.decode.op(word), self.window)
+            && i >= l
+        {
+            let d = Diagnostic::error(index.span, format!("bit {i} of the window is always 0"), "");
+            return self.sink.fail(d.hint(format!("the window has bits 0 to {}", l - 1)));
+        }
+        self.push(Op::Bit(word, i))
+    }
+
+    fn call(&mut self, f: &Ident, args: &[Expr], span: Span) -> Option<Value> {
+        match f.name.as_str() {
+            "byte" => {
+                let [a, i] = args else { return self.arity(f, "a word and a byte's index", span) };
+                let a = self.word(a);
+                let i = match self.expr(i)? {
+                    Value::Const(Const::Number(n)) => consts::in_range(n, i.span, "the index of a byte", 0..=3, self.sink)?,
+                    Value::Const(_) | Value::Node(_) => {
+                        let d = Diagnostic::error(i.span, "the index of a byte must be constant", "");
+                        return self.sink.fail(d.hint("byte 0 is the lowest"));
+                    }
+                };
+                let a = a?;
+                self.push(Op::Byte(a, i as u32))
+            }
+            "sum_bytes" => {
+                let [a] = args else { return self.arity(f, "one word", span) };
+                let a = self.word(a)?;
+                self.push(Op::ByteSum(a))
+            }
+            "signs" => {
+                self.count(args.len(), "`signs`", "bit", span);
+                let bits: Vec<_> = args.iter().map(|e| self.node_of(e, Type::Bit)).collect();
+                let bits = bits.into_iter().collect::<Option<_>>()?;
+                self.right_count(args.len())?;
+                self.push(Op::Signs(bits))
+            }
+            name if consts::FUNCTIONS.contains(&name) => {
+                let mut values = Vec::new();
+                for e in args {
+                    match self.expr(e)? {
+                        Value::Const(c) => values.push(c),
+                        Value::Node(_) => {
+                            let d = Diagnostic::error(e.span, format!("`{name}` is for constants"), "this is computed from the window");
+                            return self.sink.fail(d);
+                        }
+                    }
+                }
+                consts::call(name, f.span, &values, span, self.sink).map(Value::Const)
+            }
+            name if self.tables.iter().any(|t| t.0.name == name) => {
+                let d = Diagnostic::error(span, format!("`{name}` is a table, not a function"), "");
+                self.sink.fail(d.hint(format!("an entry is `{name}[index]`")))
+            }
+            _ if self.scope.lenient => None,
+            name => {
+                let d = consts::unknown(name, f.span, "function", FUNCTIONS.into_iter().chain(consts::FUNCTIONS));
+                self.sink.fail(d)
+            }
+        }
+    }
+
+    fn arity<T>(&mut self, f: &Ident, takes: &str, span: Span) -> Option<T> {
+        self.sink.fail(Diagnostic::error(span, format!("`{}` takes {takes}", f.name), ""))
+    }
+
+    /// Reports a number of components other than V.
+    fn count(&mut self, found: usize, what: &str, part: &str, span: Span) {
+        if let Some(v) = self.vector.filter(|v| *v as usize != found) {
+            let d = Diagnostic::error(span, format!("{what} must have {v} {part}s, one for each weight of a step, not {found}"), "");
+            self.sink.push(d.hint("their number is the code's `vector`"));
+        }
+    }
+
+    fn right_count(&self, found: usize) -> Option<()> {
+        self.vector.is_none_or(|v| v as usize == found).then_some(())
+    }
+
+    /// Upper bound on the bits of a word.
+    fn width(&self, n: Node) -> u32 {
+        let d = &self.state.decode;
+        // Nodes refer to earlier ones: one pass.
+        let mut widths: Vec<u32> = Vec::new();
+        for op in &d.nodes[..=n.0 as usize] {
+            let w = |n: &Node| widths[n.0 as usize];
+            let shift = |n: &Node| match d.op(*n) {
+                Op::Const(c) => Some((*c).min(32)),
+                _ => None,
+            };
+            widths.push(match op {
+                Op::Window => self.window.unwrap_or(32),
+                Op::Const(c) => 32 - c.leading_zeros(),
+                Op::Not(_) => 32,
+                Op::Binary(op, a, b) => match op {
+                    WordOp::Add => (w(a).max(w(b)) + 1).min(32),
+                    WordOp::Sub => 32,
+                    WordOp::Mul => (w(a) + w(b)).min(32),
+                    WordOp::And => w(a).min(w(b)),
+                    WordOp::Or | WordOp::Xor => w(a).max(w(b)),
+                    WordOp::Shl => shift(b).map_or(32, |s| (w(a) + s).min(32)),
+                    WordOp::Shr => shift(b).map_or(w(a), |s| w(a).saturating_sub(s)),
+                },
+                Op::Byte(a, i) => w(a).saturating_sub(8 * i).min(8),
+                Op::ByteSum(_) => 10,
+                Op::Bit(..) => 1,
+                Op::Lookup { .. } | Op::Signs(_) | Op::Pack(_) | Op::Vector(..) => 0,
+            });
+        }
+        widths[n.0 as usize]
+    }
+}
+
+/// The nodes that `result` needs, each after those it uses, in order of first need; `result` is last.
+pub fn normal(d: &Decode, result: Node) -> Decode {
+    let mut out = Decode::default();
+    let mut new: Vec<Option<Node>> = vec![None; d.nodes.len()];
+    let mut stack = vec![(result, false)];
+    while let Some((n, children_done)) = stack.pop() {
+        if new[n.0 as usize].is_some() {
+            continue;
+        }
+        let op = d.op(n);
+        if children_done {
+            let moved = map(op, |c| new[c.0 as usize].unwrap_or(c));
+            new[n.0 as usize] = Some(out.push(moved));
+        } else {
+            stack.push((n, true));
+            let mut children = Vec::new();
+            map(op, |c| {
+                children.push((c, false));
+                c
+            });
+            stack.extend(children.into_iter().rev());
+        }
+    }
+    out
+}
+
+/// `op` with each node it uses replaced.
+fn map(op: &Op, mut f: impl FnMut(Node) -> Node) -> Op {
+    match op {
+        Op::Window => Op::Window,
+        Op::Const(c) => Op::Const(*c),
+        Op::Not(a) => Op::Not(f(*a)),
+        Op::Binary(op, a, b) => Op::Binary(*op, f(*a), f(*b)),
+        Op::Byte(a, i) => Op::Byte(f(*a), *i),
+        Op::ByteSum(a) => Op::ByteSum(f(*a)),
+        Op::Bit(a, i) => Op::Bit(f(*a), *i),
+        Op::Lookup { table, index } => Op::Lookup { table: *table, index: f(*index) },
+        Op::Signs(b) => Op::Signs(b.iter().map(|n| f(*n)).collect()),
+        Op::Pack(w) => Op::Pack(w.iter().map(|n| f(*n)).collect()),
+        Op::Vector(op, a, b) => Op::Vector(*op, f(*a), f(*b)),
+    }
+}
+
+/// Renumbers tables: `new[i]` is the index of table `i` among those kept.
+pub fn renumber(d: &mut Decode, new: &[u32]) {
+    for op in &mut d.nodes {
+        if let Op::Lookup { table, .. } = op {
+            *table = new[*table as usize];
+        }
+    }
+}
+

@@ -197,7 +197,7 @@ const DOT_CHUNK: usize = 512;
 
 for_each_instruction_set! {
     /// Exact inner product of entries and activations, where one side has 8 bits.
-    fn dot(a: &[i16], b: &[i16]) -> i64 {
+    fn dot[R](a: &[i16], b: &[i16]) -> i64 {
         let mut sum = 0i64;
         for (a, b) in a.chunks(DOT_CHUNK).zip(b.chunks(DOT_CHUNK)) {
             let part = a.iter().zip(b).fold(0i32, |s, (&a, &b)| s.wrapping_add(i32::from(a) * i32::from(b)));

@@ -7,7 +7,8 @@ use qp_codegen::layout::{self, BLOCKS_PER_TILE, Packed};
 use qp_codegen::spec::{Code, Quantizer, ScaleKind, Shape};
 use rayon::prelude::*;
 
-use super::viterbi::{LANES, Scratch, Trellis};
+use super::simd::LANES;
+use super::viterbi::{Scratch, Trellis};
 use super::{PackedMatrix, scale_count};
 
 /// Why a matrix cannot be encoded.
@@ -116,7 +117,7 @@ impl Encoder {
         inside.map(|(p, r, c)| (p, r as usize, c as usize))
     }
 
-    /// The streams of up to [`LANES`] blocks of one code, one after the other.
+    /// The streams of up to sixteen blocks of one code, one after the other.
     fn group(
         &self,
         m: &PackedMatrix,

@@ -22,22 +22,14 @@
 //!
 //! # Speed
 //!
-//! [`LANES`] blocks are searched side by side, one in each lane of a vector register, so the inner loop is the same
+//! Sixteen blocks are searched side by side, one in each lane of a vector register, so the inner loop is the same
 //! for every L, KV and pattern: one entry of the codebook is broadcast to all lanes, costs are loaded and stored whole.
 //! Costs are sums, differences and products in a fixed order, without fused operations, so every machine finds the
 //! same path.
 
 use qp_codegen::spec::Code;
 
-use super::simd::for_each_instruction_set;
-
-/// Blocks that are searched together.
-pub const LANES: usize = 16;
-
-/// One number for each of the blocks searched together.
-#[derive(Clone, Copy, Debug)]
-#[repr(align(64))]
-struct Lanes([f32; LANES]);
+use super::simd::{LANES, Lanes, Register, for_each_instruction_set};
 
 const INFINITE: Lanes = Lanes([f32::INFINITY; LANES]);
 
@@ -133,7 +125,7 @@ impl Trellis {
         LANES
     }
 
-    /// Encodes up to [`LANES`] blocks: `blocks` holds [`Trellis::block_len`] finite weights of each, `windows` receives
+    /// Encodes up to [`Trellis::blocks_at_once`] blocks: `blocks` holds [`Trellis::block_len`] finite weights of each, `windows` receives
     /// [`Trellis::steps`] windows of each.
     pub fn encode(&self, blocks: &[f32], windows: &mut [u32], scratch: &mut Scratch) {
         self.load(blocks, scratch);
@@ -314,61 +306,59 @@ fn best_end(costs: &[Lanes], end: End) -> ([u32; LANES], Lanes) {
     best
 }
 
-/// The distance of one entry to the weights of all lanes, without the weights' energy.
+/// The distance of an entry to the weights of all lanes, without the weights' energy.
+///
+/// # Safety
+/// As [`Register`].
 #[inline(always)]
-fn metric<const V: usize>(entry: &[f32], input: &Input) -> Lanes {
-    let mut d = Lanes([entry[V]; LANES]);
-    for v in 0..V {
-        for lane in 0..LANES {
-            d.0[lane] += input.weights[v].0[lane] * entry[v];
+unsafe fn metric<R: Register, const V: usize>(entry: &[f32], weights: &[R; V]) -> R {
+    // SAFETY: the contract of this function.
+    unsafe {
+        let mut d = R::splat(entry[V]);
+        for (x, &c) in weights.iter().zip(entry) {
+            d = d.add(x.mul(R::splat(c)));
         }
-    }
-    d
-}
-
-#[inline(always)]
-fn min(a: &mut Lanes, b: &Lanes) {
-    for lane in 0..LANES {
-        a.0[lane] = if b.0[lane] < a.0[lane] { b.0[lane] } else { a.0[lane] };
-    }
-}
-
-#[inline(always)]
-fn add(a: &mut Lanes, b: &Lanes) {
-    for lane in 0..LANES {
-        a.0[lane] += b.0[lane];
+        d
     }
 }
 
 for_each_instruction_set! {
     /// The recursion at the top of this file, for all states after a step.
-    fn forward[const V: usize](step: Step, book: &[f32], input: &Input, from: &[Lanes], to: &mut [Lanes]) {
+    fn forward[R, const V: usize](step: Step, book: &[f32], input: &Input, from: &[Lanes], to: &mut [Lanes]) {
         let Step { before, bits, window } = step;
-        let energy = input.energy;
         // A run of windows whose states before the step are neighbours and whose state after it is the same.
         let run = 1usize << bits.min(before);
-        to.fill(INFINITE);
+        // A state after the step has one run, or each of several.
+        let several = bits > before;
+        if several {
+            to.fill(INFINITE);
+        }
         // Two windows that differ in the highest bit share their costs so far.
         let half = 1usize << (window - 1);
-        for low in (0..1usize << before).step_by(run) {
-            let from = &from[low..low + run];
-            for high in 0..1usize << (window - before - 1) {
-                let window = high << before | low;
-                let (mut a, mut b) = (INFINITE, INFINITE);
-                let at = window * (V + 1)..(window + run) * (V + 1);
-                let (lower, upper) = book.split_at(half * (V + 1));
-                let entries = lower[at.clone()].chunks_exact(V + 1).zip(upper[at].chunks_exact(V + 1));
-                for ((p, q), cost) in entries.zip(from) {
-                    let (mut p, mut q) = (metric::<V>(p, input), metric::<V>(q, input));
-                    add(&mut p, cost);
-                    add(&mut q, cost);
-                    min(&mut a, &p);
-                    min(&mut b, &q);
+        let (lower, upper) = book.split_at(half * (V + 1));
+        // SAFETY: the contract of this function.
+        unsafe {
+            let weights: [R; V] = std::array::from_fn(|v| R::load(&input.weights[v]));
+            let energy = R::load(&input.energy);
+            for low in (0..1usize << before).step_by(run) {
+                let from = &from[low..low + run];
+                for high in 0..1usize << (window - before - 1) {
+                    let window = high << before | low;
+                    let (mut a, mut b) = (R::splat(f32::INFINITY), R::splat(f32::INFINITY));
+                    let at = window * (V + 1)..(window + run) * (V + 1);
+                    let entries = lower[at.clone()].chunks_exact(V + 1).zip(upper[at].chunks_exact(V + 1));
+                    for ((p, q), cost) in entries.zip(from) {
+                        let cost = R::load(cost);
+                        a = a.min(metric(p, &weights).add(cost));
+                        b = b.min(metric(q, &weights).add(cost));
+                    }
+                    for (window, best) in [(window, a), (window + half, b)] {
+                        let to = &mut to[window >> bits];
+                        let best = best.add(energy);
+                        let best = if several { R::load(to).min(best) } else { best };
+                        best.store(to);
+                    }
                 }
-                add(&mut a, &energy);
-                add(&mut b, &energy);
-                min(&mut to[window >> bits], &a);
-                min(&mut to[(window + half) >> bits], &b);
             }
         }
     }
@@ -376,17 +366,20 @@ for_each_instruction_set! {
 
 for_each_instruction_set! {
     /// For each lane the entry nearest to the weights of a step.
-    fn nearest[const V: usize](book: &[f32], input: &Input) -> [u32; LANES] {
-        let mut best = INFINITE;
-        let mut index = [0u32; LANES];
-        for (w, entry) in book.chunks_exact(V + 1).enumerate() {
-            let d = metric::<V>(entry, input);
-            for lane in 0..LANES {
-                let nearer = d.0[lane] < best.0[lane];
-                best.0[lane] = if nearer { d.0[lane] } else { best.0[lane] };
-                index[lane] = if nearer { w as u32 } else { index[lane] };
+    fn nearest[R, const V: usize](book: &[f32], input: &Input) -> [u32; LANES] {
+        let mut found = Lanes([0.0; LANES]);
+        // SAFETY: the contract of this function.
+        unsafe {
+            let weights: [R; V] = std::array::from_fn(|v| R::load(&input.weights[v]));
+            let (mut best, mut index) = (R::splat(f32::INFINITY), R::splat(0.0));
+            for (w, entry) in book.chunks_exact(V + 1).enumerate() {
+                let d = metric(entry, &weights);
+                // Windows have at most 24 bits: an f32 holds them.
+                index = index.replace_if_less(d, best, R::splat(w as f32));
+                best = best.min(d);
             }
+            index.store(&mut found);
         }
-        index
+        found.0.map(|w| w as u32)
     }
 }

@@ -1,5 +1,6 @@
 //! Quantize a language model with `.qspec` quantizers and run it on CPU or GPU.
 
+pub mod allocate;
 pub mod cli;
 pub mod codec;
 pub mod device;

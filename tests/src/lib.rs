@@ -1,3 +1,4 @@
 //! Tests that cross crates; see the files beside this folder. Here: what several of them need.
 
+pub mod anchors;
 pub mod models;

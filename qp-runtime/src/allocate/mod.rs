@@ -1,0 +1,17 @@
+//! The allocator: which quantizer and which launch each layer gets, so that the predicted loss is least within a
+//! memory budget, a time budget or both, with a proof.
+//!
+//! 1. [`problem`]: layers with sensitivities, candidate quantizers with distortions, kernels with times → units of
+//!    choice.
+//! 2. [`choice`]: the abstract problem, free of models.
+//! 3. [`dual`]: prices on the resources; the Lagrangian bound.
+//! 4. [`search`]: from the bound to the proven optimum.
+
+pub mod choice;
+pub mod dual;
+pub mod problem;
+pub mod search;
+
+pub use choice::{Infeasible, Solution};
+pub use problem::{Allocation, Candidate, Core, Freedom, Launch, Layer, Problem, Role, Unusable};
+pub use search::Effort;

@@ -21,8 +21,7 @@ pub enum Matrix {
 
 impl Matrix {
     /// All, in the order of a layer.
-    pub const ALL: [Matrix; 7] =
-        [Matrix::Q, Matrix::K, Matrix::V, Matrix::O, Matrix::Gate, Matrix::Up, Matrix::Down];
+    pub const ALL: [Matrix; 7] = [Matrix::Q, Matrix::K, Matrix::V, Matrix::O, Matrix::Gate, Matrix::Up, Matrix::Down];
 
     /// Name in the language.
     pub fn name(self) -> &'static str {

@@ -102,8 +102,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let table =
-            Table { name: "t".into(), entries: 2, values: vec![-128, 127, 0, 5], source: TableSource::Inline };
+        let table = Table { name: "t".into(), entries: 2, values: vec![-128, 127, 0, 5], source: TableSource::Inline };
         let text = write("q", &table, 2, &["mean squared error 0.1".into()]);
         assert_eq!(text, "# q t\n# mean squared error 0.1\n-128 127\n0 5\n");
         assert_eq!(read(&text, 2, 2, Value::I8), Ok(table.values));
@@ -111,7 +110,10 @@ mod tests {
 
     #[test]
     fn bad_files_are_refused_with_the_line() {
-        assert_eq!(read("1 2\n3\n", 2, 2, Value::I8).unwrap_err().to_string(), "line 2: expected 2 integers, found `3`");
+        assert_eq!(
+            read("1 2\n3\n", 2, 2, Value::I8).unwrap_err().to_string(),
+            "line 2: expected 2 integers, found `3`"
+        );
         assert_eq!(read("# x\n200\n", 1, 1, Value::I8).unwrap_err().to_string(), "line 2: 200 is outside -128..=127");
         assert_eq!(read("1\n", 2, 1, Value::I16).unwrap_err().to_string(), "expected 2 entries, found 1");
         assert_eq!(read("x\n", 1, 1, Value::I16).unwrap_err().to_string(), "line 1: expected 1 integers, found `x`");

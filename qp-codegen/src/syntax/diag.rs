@@ -87,7 +87,12 @@ pub struct Diagnostic {
 impl Diagnostic {
     /// An error at `span`, underlined with `label`.
     pub fn error(span: Span, message: impl Into<String>, label: impl Into<String>) -> Self {
-        Diagnostic { severity: Severity::Error, message: message.into(), labels: vec![(span, label.into())], hint: None }
+        Diagnostic {
+            severity: Severity::Error,
+            message: message.into(),
+            labels: vec![(span, label.into())],
+            hint: None,
+        }
     }
 
     /// A warning at `span`, underlined with `label`.
@@ -274,6 +279,9 @@ mod tests {
         d.push(Diagnostic::error(Span { file, start: 9, end: 14 }, "bad word", "this one").hint("write `four`"));
         assert_eq!(d.to_string(), "a.qspec:2:5: error: bad word; write `four`");
         let shown = d.render(false);
-        assert!(shown.contains("a.qspec:2:5") && shown.contains("this one") && shown.contains("write `four`"), "{shown}");
+        assert!(
+            shown.contains("a.qspec:2:5") && shown.contains("this one") && shown.contains("write `four`"),
+            "{shown}"
+        );
     }
 }

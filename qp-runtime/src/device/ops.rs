@@ -1,0 +1,286 @@
+//! The operations on quantized matrices, ready to launch: argument structs and the buffers that go with them.
+
+use half::bf16;
+use qp_codegen::ir::Elem;
+use qp_codegen::kernels::decode::pack_tables;
+use qp_codegen::kernels::dequantize::{self, Dequantize};
+use qp_codegen::kernels::gemv::{self, Gemv, Launch};
+use qp_codegen::kernels::prepare::{self, Prepare};
+use qp_codegen::layout::{COLUMN_PAD, Packed};
+use qp_codegen::spec::{Quantizer, Rotation, Shape};
+
+use super::{Buffer, DeviceError, Executor, LaunchArgs, Loaded, Recorder};
+
+/// Arguments of [`gemv::lower`]'s kernels.
+#[derive(LaunchArgs)]
+pub struct GemvArgs<'a> {
+    tables: &'a Buffer<u32>,
+    weights: &'a Buffer<u32>,
+    scales: &'a Buffer<bf16>,
+    x: &'a Buffer<i8>,
+    x_scale: &'a Buffer<f32>,
+    x_sum: &'a Buffer<i32>,
+    y: &'a mut Buffer<f32>,
+    partial: &'a mut Buffer<i32>,
+    arrived: &'a mut Buffer<i32>,
+}
+
+/// Arguments of [`dequantize::lower`]'s kernels with `f32` output.
+#[derive(LaunchArgs)]
+pub struct DequantizeArgs<'a> {
+    tables: &'a Buffer<u32>,
+    weights: &'a Buffer<u32>,
+    scales: &'a Buffer<bf16>,
+    y: &'a mut Buffer<f32>,
+}
+
+/// Arguments of [`prepare::lower`]'s kernels.
+#[derive(LaunchArgs)]
+pub struct PrepareArgs<'a> {
+    input: &'a Buffer<f32>,
+    norm: &'a Buffer<f32>,
+    flips: &'a Buffer<u32>,
+    base: &'a Buffer<u32>,
+    x: &'a mut Buffer<i8>,
+    x_scale: &'a mut Buffer<f32>,
+    x_sum: &'a mut Buffer<i32>,
+}
+
+/// A packed matrix, or several that share an input stored one below the other, on a device.
+pub struct DeviceMatrix {
+    /// Rows × columns; of several, rows are padded to whole tiles.
+    pub layout: Packed,
+    tables: Buffer<u32>,
+    weights: Buffer<u32>,
+    scales: Buffer<bf16>,
+}
+
+impl DeviceMatrix {
+    /// Uploads matrices of one quantizer with equal columns: for each its rows, packed words and scales (one a row or
+    /// one in all). Row `r` of matrix `i` becomes row [`DeviceMatrix::first_rows`]`[i] + r`.
+    ///
+    /// # Errors
+    /// A full GPU.
+    pub fn upload(
+        on: &Executor,
+        q: &Quantizer,
+        cols: u32,
+        parts: &[(u32, &[u32], &[bf16])],
+    ) -> Result<Self, DeviceError> {
+        let (mut words, mut all, mut rows) = (Vec::new(), Vec::new(), 0);
+        for &(r, packed, scales) in parts {
+            let layout = Packed::new(q, Shape { rows: r, cols });
+            words.extend_from_slice(packed);
+            let before = all.len();
+            match scales {
+                [one] => all.resize(before + r as usize, *one),
+                each => all.extend_from_slice(each),
+            }
+            all.resize(before + layout.padded_rows() as usize, bf16::ZERO);
+            rows += if parts.len() == 1 { r } else { layout.padded_rows() };
+        }
+        Ok(DeviceMatrix {
+            layout: Packed::new(q, Shape { rows, cols }),
+            tables: on.upload(&or_one(pack_tables(q)))?,
+            weights: on.upload(&words)?,
+            scales: on.upload(&all)?,
+        })
+    }
+
+    /// Bytes on the device.
+    pub fn bytes(&self) -> usize {
+        self.tables.bytes() + self.weights.bytes() + self.scales.bytes()
+    }
+
+    /// Decodes the matrix: rows × columns, row-major, in the rotated space.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn dequantize(&self, on: &Executor, q: &Quantizer) -> Result<Vec<f32>, DeviceError> {
+        let op = Dequantize { quantizer: q, shape: self.layout.shape, output: Elem::F32 };
+        let kernel = on.load::<DequantizeArgs>(dequantize::lower(&op, on.target().device().sms))?;
+        let mut y = on.zeroed(self.layout.shape.len() as usize)?;
+        let args = DequantizeArgs { tables: &self.tables, weights: &self.weights, scales: &self.scales, y: &mut y };
+        on.launch(&kernel, args)?;
+        y.to_vec()
+    }
+}
+
+/// Where matrices of `rows` begin in a [`DeviceMatrix`] of them all.
+pub fn first_rows(q: &Quantizer, cols: u32, rows: &[u32]) -> Vec<u32> {
+    rows.iter()
+        .scan(0, |at, &rows| {
+            let first = *at;
+            *at += Packed::new(q, Shape { rows, cols }).padded_rows();
+            Some(first)
+        })
+        .collect()
+}
+
+/// Tokens' activations as integers, on a device.
+pub struct DeviceActivations {
+    /// Two planes a token.
+    pub x: Buffer<i8>,
+    /// One a token.
+    pub scale: Buffer<f32>,
+    /// One a token.
+    pub sum: Buffer<i32>,
+}
+
+impl DeviceActivations {
+    /// Room for `batch` tokens of `columns`.
+    ///
+    /// # Errors
+    /// A full GPU.
+    pub fn new(on: &Executor, columns: u32, batch: u32) -> Result<Self, DeviceError> {
+        let planes = 2 * columns.next_multiple_of(COLUMN_PAD) as usize;
+        let batch = batch as usize;
+        Ok(DeviceActivations { x: on.zeroed(planes * batch)?, scale: on.zeroed(batch)?, sum: on.zeroed(batch)? })
+    }
+}
+
+/// A matrix-vector product, loaded.
+pub struct GemvKernel {
+    kernel: Loaded,
+    partial: Buffer<i32>,
+    arrived: Buffer<i32>,
+}
+
+impl GemvKernel {
+    /// Makes the kernel; `launch` overrides the choice of the cost model.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn load(on: &Executor, op: &Gemv, launch: Option<Launch>) -> Result<Self, DeviceError> {
+        let launch = launch.unwrap_or_else(|| Launch::choose(op, on.target().device().sms));
+        let (partial, arrived) = gemv::meeting_place(op, &launch);
+        Ok(GemvKernel {
+            kernel: on.load::<GemvArgs>(gemv::lower(op, &launch))?,
+            partial: on.zeroed(partial)?,
+            arrived: on.zeroed(arrived)?,
+        })
+    }
+
+    /// The kernel.
+    pub fn loaded(&self) -> &Loaded {
+        &self.kernel
+    }
+
+    /// Adds the launch `y = m · x` (or `y += m · x`) to a graph.
+    ///
+    /// # Errors
+    /// A kernel of other parameters.
+    pub fn record(
+        &mut self,
+        to: &mut Recorder,
+        m: &DeviceMatrix,
+        x: &DeviceActivations,
+        y: &mut Buffer<f32>,
+    ) -> Result<(), DeviceError> {
+        let kernel = self.kernel.clone();
+        to.launch(&kernel, self.args(m, x, y))
+    }
+
+    /// Launches `y = m · x` (or `y += m · x`).
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn launch(
+        &mut self,
+        on: &Executor,
+        m: &DeviceMatrix,
+        x: &DeviceActivations,
+        y: &mut Buffer<f32>,
+    ) -> Result<(), DeviceError> {
+        let kernel = self.kernel.clone();
+        on.launch(&kernel, self.args(m, x, y))
+    }
+
+    fn args<'a>(&'a mut self, m: &'a DeviceMatrix, x: &'a DeviceActivations, y: &'a mut Buffer<f32>) -> GemvArgs<'a> {
+        GemvArgs {
+            tables: &m.tables,
+            weights: &m.weights,
+            scales: &m.scales,
+            x: &x.x,
+            x_scale: &x.scale,
+            x_sum: &x.sum,
+            y,
+            partial: &mut self.partial,
+            arrived: &mut self.arrived,
+        }
+    }
+}
+
+/// Norm, rotation and rounding of activations, loaded.
+pub struct PrepareKernel {
+    kernel: Loaded,
+    flips: Buffer<u32>,
+    base: Buffer<u32>,
+}
+
+impl PrepareKernel {
+    /// Makes the kernel.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn load(on: &Executor, op: &Prepare) -> Result<Self, DeviceError> {
+        let base = if op.rotation == Rotation::None { vec![0] } else { prepare::base(op.columns) };
+        Ok(PrepareKernel {
+            kernel: on.load::<PrepareArgs>(prepare::lower(op))?,
+            flips: on.upload(&prepare::flips(op.rotation, op.columns))?,
+            base: on.upload(&base)?,
+        })
+    }
+
+    /// Adds the launch to a graph. `norm` is read only by a kernel with a norm.
+    ///
+    /// # Errors
+    /// A kernel of other parameters.
+    pub fn record(
+        &self,
+        to: &mut Recorder,
+        input: &Buffer<f32>,
+        norm: &Buffer<f32>,
+        out: &mut DeviceActivations,
+    ) -> Result<(), DeviceError> {
+        to.launch(&self.kernel, self.args(input, norm, out))
+    }
+
+    /// Launches it.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn launch(
+        &self,
+        on: &Executor,
+        input: &Buffer<f32>,
+        norm: &Buffer<f32>,
+        out: &mut DeviceActivations,
+    ) -> Result<(), DeviceError> {
+        on.launch(&self.kernel, self.args(input, norm, out))
+    }
+
+    fn args<'a>(
+        &'a self,
+        input: &'a Buffer<f32>,
+        norm: &'a Buffer<f32>,
+        out: &'a mut DeviceActivations,
+    ) -> PrepareArgs<'a> {
+        PrepareArgs {
+            input,
+            norm,
+            flips: &self.flips,
+            base: &self.base,
+            x: &mut out.x,
+            x_scale: &mut out.scale,
+            x_sum: &mut out.sum,
+        }
+    }
+}
+
+fn or_one(mut words: Vec<u32>) -> Vec<u32> {
+    if words.is_empty() {
+        words.push(0);
+    }
+    words
+}

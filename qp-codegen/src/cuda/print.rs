@@ -506,23 +506,32 @@ impl<'k, 'h> Printer<'k, 'h> {
             let from = self.address(mem, index, elem);
             return Expr { text: format!("*(const {ty}*)({from})"), binds: Binds::Unary };
         }
-        let x = self.element(mem, index, elem, true);
+        let x = if self.kernel.value(index).ty == Type::U32 {
+            let text = format!("*(const {}*)({})", memory_type(elem), self.address(mem, index, elem));
+            Expr { text, binds: Binds::Unary }
+        } else {
+            Expr::atom(self.element(mem, index, elem, true))
+        };
         match elem {
-            Elem::F16 => Expr::atom(format!("{}({x})", self.helper(Helper::FromF16))),
-            Elem::BF16 => Expr::atom(format!("{}({x})", self.helper(Helper::FromBf16))),
-            Elem::I8 | Elem::U8 | Elem::I16 | Elem::U16 | Elem::I32 | Elem::U32 | Elem::F32 => Expr::atom(x),
+            Elem::F16 => Expr::atom(format!("{}({})", self.helper(Helper::FromF16), x.text)),
+            Elem::BF16 => Expr::atom(format!("{}({})", self.helper(Helper::FromBf16), x.text)),
+            Elem::I8 | Elem::U8 | Elem::I16 | Elem::U16 | Elem::I32 | Elem::U32 | Elem::F32 => x,
+        }
+    }
+
+    fn name_of(&self, mem: Mem) -> &str {
+        match mem {
+            Mem::Global(i) => &self.params[i as usize],
+            Mem::Shared(i) => &self.shared[i as usize],
         }
     }
 
     /// A pointer to `elem`s, as an operand that binds tightly.
     fn base(&self, mem: Mem, elem: Elem, read: bool) -> String {
-        let name = match mem {
-            Mem::Global(i) => &self.params[i as usize],
-            Mem::Shared(i) => &self.shared[i as usize],
-        };
+        let name = self.name_of(mem);
         let ty = memory_type(elem);
         if memory_type(self.kernel.mem(mem).1) == ty {
-            return name.clone();
+            return name.into();
         }
         format!("(({}{ty}*){name})", if read { "const " } else { "" })
     }
@@ -534,6 +543,10 @@ impl<'k, 'h> Printer<'k, 'h> {
 
     /// The address of an element.
     fn address(&mut self, mem: Mem, index: Val, elem: Elem) -> String {
+        if self.kernel.value(index).ty == Type::U32 {
+            let index = self.expr(index).within(Binds::Product);
+            return format!("(const char*){} + {index}", self.name_of(mem));
+        }
         let writable = match mem {
             Mem::Shared(_) => true,
             Mem::Global(i) => matches!(self.kernel.params[i as usize].kind, ParamKind::Buffer { writable: true, .. }),

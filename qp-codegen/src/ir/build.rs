@@ -236,9 +236,9 @@ impl Builder {
         self.load_as(mem, index, elem, 1, Cache::Default)
     }
 
-    /// Reads `lanes` elements with a cache hint.
+    /// Reads `lanes` elements with a cache hint. An `I32` index counts elements, a `U32` index bytes.
     pub fn load_as<'b>(&'b self, mem: Mem, index: V<'b>, elem: Elem, lanes: u32, cache: Cache) -> V<'b> {
-        assert_eq!(index.ty(), Type::I32, "an index");
+        assert!([Type::I32, Type::U32].contains(&index.ty()), "an index");
         self.emit(Op::Load { mem, index: index.val, elem, lanes, cache }, Type { scalar: elem.scalar(), lanes })
     }
 

@@ -336,7 +336,7 @@ pub enum Op {
     Load {
         /// From where.
         mem: Mem,
-        /// In units of `elem` (`I32`).
+        /// In units of `elem` if `I32`; in bytes if `U32`, for addresses that fall out of bits as they are.
         index: Val,
         /// Element type.
         elem: Elem,

@@ -11,6 +11,7 @@
 //! Tables lie in shared memory, each entry repeated `copies` times across the banks, so that lanes that look up
 //! different entries rarely meet in a bank.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 
 use crate::ir::{Builder, Cache, Elem, Mem, Scalar, Special, V};
@@ -49,20 +50,22 @@ pub fn pack_tables(q: &Quantizer) -> Vec<u32> {
 }
 
 /// A table in shared memory: entry `e` for lane `l` at `(e·copies + l mod copies)·words`.
-struct SharedTable {
+struct SharedTable<'b> {
     mem: Mem,
     /// First word in the `tables` buffer.
     first: u32,
     entries: u32,
     copies: u32,
     words: u32,
+    /// Byte offset of the lane's copy.
+    bank: V<'b>,
 }
 
 /// Decoders of all codes of a quantizer within one kernel.
 pub struct Decoder<'b, 'q> {
     b: &'b Builder,
     q: &'q Quantizer,
-    tables: Vec<Vec<SharedTable>>,
+    tables: Vec<Vec<SharedTable<'b>>>,
     buffer: Mem,
     lane: V<'b>,
 }
@@ -83,6 +86,7 @@ impl<'b, 'q> Decoder<'b, 'q> {
         let count = |c: &Code| c.tables.iter().map(|t| t.entries * entry_words(c)).sum::<u32>();
         let total: u32 = q.codes.iter().map(count).sum();
         let buffer = b.buffer("tables", Elem::U32, false);
+        let lane = b.special(Special::Lane);
         let mut first = 0;
         let mut tables = Vec::new();
         for (i, code) in q.codes.iter().enumerate() {
@@ -91,13 +95,17 @@ impl<'b, 'q> Decoder<'b, 'q> {
                 let share = (TABLE_BYTES / 4 * (t.entries * words)).checked_div(total).unwrap_or(0);
                 let copies = copies(code, t, share);
                 let mem = b.shared(&format!("table_{i}_{}", t.name), Elem::U32, t.entries * copies * words);
-                let table = SharedTable { mem, first, entries: t.entries, copies, words };
+                let bank = (lane & (copies as i32 - 1)).bits(Scalar::U32) * (4 * words);
+                // A zero-extended byte: as it is, but no longer a mask that the assembler would fold into every
+                // look-up's mask-and-or, making two instructions of one.
+                let bank = bank.permute(b.u32(0), 0x4440);
+                let table = SharedTable { mem, first, entries: t.entries, copies, words, bank };
                 first += t.entries * words;
                 table
             };
             tables.push(code.tables.iter().map(declare).collect());
         }
-        Decoder { b, q, tables, buffer, lane: b.special(Special::Lane) }
+        Decoder { b, q, tables, buffer, lane }
     }
 
     /// Copies the tables into shared memory, all threads of the block together. A barrier must follow.
@@ -161,7 +169,7 @@ fn copies(code: &Code, table: &Table, budget: u32) -> u32 {
 struct Steps<'a, 'b, 'q> {
     d: &'a Decoder<'b, 'q>,
     c: &'q Code,
-    tables: &'a [SharedTable],
+    tables: &'a [SharedTable<'b>],
     words: &'a [V<'b>],
     next: Option<V<'b>>,
     /// Words and bits already computed, by node and step.
@@ -282,13 +290,29 @@ impl<'b> Steps<'_, 'b, '_> {
     fn lookup(&mut self, table: u32, index: Node, steps: &[u32]) -> Vec<V<'b>> {
         let d = self.d;
         let t = &self.tables[table as usize];
-        let bank = (d.lane & (t.copies as i32 - 1)).bits(Scalar::U32);
+        // Addresses in bytes, made with as few instructions as the index's bits allow: a shift unless they lie right,
+        // and one mask-and-or.
+        let scale = (4 * t.words * t.copies).ilog2();
+        let field = (t.entries - 1) << scale;
         let mut parts = Vec::new();
         for &s in steps {
-            let entry = self.word(index, s) & (t.entries - 1);
-            let at = if t.copies > 1 { (entry * t.copies) | bank } else { entry };
-            let at = if t.words > 1 { at * t.words } else { at };
-            parts.extend(d.b.load_as(t.mem, at.bits(Scalar::I32), Elem::U32, t.words, Cache::Default).lanes());
+            let shifted = match *self.c.decode.op(index) {
+                Op::Binary(WordOp::Shr, x, k) => match *self.c.decode.op(k) {
+                    Op::Const(k) if k < 32 => Some((x, k)),
+                    _ => None,
+                },
+                _ => None,
+            };
+            let (x, right) = shifted.unwrap_or((index, 0));
+            let x = self.word(x, s);
+            let x = match right.cmp(&scale) {
+                Ordering::Less => x << (scale - right),
+                Ordering::Equal => x,
+                Ordering::Greater => x >> (right - scale),
+            };
+            let at = x & field;
+            let at = if t.copies > 1 { at | t.bank } else { at };
+            parts.extend(d.b.load_as(t.mem, at, Elem::U32, t.words, Cache::Default).lanes());
         }
         if t.words == 2 { parts } else { self.merge(parts, self.c.vector) }
     }

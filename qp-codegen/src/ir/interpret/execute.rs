@@ -220,10 +220,10 @@ impl<'p, 'a> Machine<'p, 'a> {
             }),
             Code::Permute { d, a, b, selector } => self.word2(m, [*d, *a, *b], |a, b| permute(a, b, *selector)),
             Code::Dot4 { d, a, b, acc } => self.checked3(m, [*d, *a, *b, *acc], dot4)?,
-            Code::Load { mem, elem, index, d } => {
-                let e = *elem;
+            Code::Load { mem, elem, unit, index, d } => {
+                let e = (*elem, *unit);
                 let half = |p: &[u8]| u16::from_le_bytes([p[0], p[1]]);
-                match e {
+                match *elem {
                     Elem::I8 => self.load(m, *mem, e, *index, d, |p| p[0] as i8 as u32)?,
                     Elem::U8 => self.load(m, *mem, e, *index, d, |p| p[0].into())?,
                     Elem::I16 => self.load(m, *mem, e, *index, d, |p| half(p) as i16 as u32)?,
@@ -585,7 +585,7 @@ impl<'p, 'a> Machine<'p, 'a> {
             Mem::Global(i) => self.buffers[i as usize].bytes().len(),
             Mem::Shared(i) => self.shared.size(i),
         };
-        Place { elem, lanes: lanes as u32, size }
+        Place { elem, lanes: lanes as u32, unit: elem.bytes(), size }
     }
 
     fn name(&self, mem: Mem) -> &str {
@@ -596,12 +596,12 @@ impl<'p, 'a> Machine<'p, 'a> {
         &mut self,
         m: &Mask,
         mem: Mem,
-        elem: Elem,
+        (elem, unit): (Elem, u32),
         index: Reg,
         d: &[Reg],
         read: impl Fn(&[u8]) -> u32,
     ) -> Result<(), Stop> {
-        let place = self.place(mem, elem, d.len());
+        let place = Place { unit, ..self.place(mem, elem, d.len()) };
         let width = elem.bytes() as usize;
         let bytes = width * d.len();
         let mut out: Vec<Vec<u32>> = d.iter().map(|r| take(&mut self.words[*r as usize])).collect();

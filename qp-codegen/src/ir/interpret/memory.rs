@@ -47,16 +47,18 @@ impl<'a> Buffer<'a> {
 pub(super) struct Place {
     pub elem: Elem,
     pub lanes: u32,
+    /// Bytes from one index to the next.
+    pub unit: u32,
     /// Size of the buffer or array.
     pub size: usize,
 }
 
 impl Place {
-    /// Byte offset of element `index`; `None` if out of bounds or misaligned.
+    /// Byte offset of `index`; `None` if out of bounds or misaligned.
     #[inline]
     pub(super) fn offset(self, index: u32) -> Option<usize> {
         let width = self.elem.bytes() as usize;
-        let start = (index as i32 as isize).checked_mul(width as isize).filter(|i| *i >= 0)? as usize;
+        let start = (index as i32 as isize).checked_mul(self.unit as isize).filter(|i| *i >= 0)? as usize;
         let bytes = width * self.lanes as usize;
         (start + bytes <= self.size && start.is_multiple_of(bytes)).then_some(start)
     }
@@ -64,7 +66,7 @@ impl Place {
     /// Why `offset` gave `None`.
     pub(super) fn fault(self, memory: &str, index: u32) -> Fault {
         let (memory, index, lanes) = (memory.to_owned(), i64::from(index as i32), self.lanes);
-        let inside = index >= 0 && (index as u64 + u64::from(lanes)) * u64::from(self.elem.bytes()) <= self.size as u64;
+        let inside = index >= 0 && index as u64 * u64::from(self.unit) + u64::from(lanes * self.elem.bytes()) <= self.size as u64;
         match inside {
             true => Fault::Misaligned { memory, index, lanes },
             false => Fault::OutOfBounds { memory, index, lanes, elem: self.elem, bytes: self.size as u64 },

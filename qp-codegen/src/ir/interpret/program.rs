@@ -75,6 +75,8 @@ pub(super) enum Code {
     Load {
         mem: Mem,
         elem: Elem,
+        /// Bytes from one index to the next.
+        unit: u32,
         index: Reg,
         d: Vec<Reg>,
     },
@@ -401,7 +403,8 @@ impl Compiler<'_> {
                     Mem::Global(_) => OpKind::GlobalLoad,
                     Mem::Shared(_) => OpKind::SharedLoad,
                 };
-                push(Code::Load { mem: *mem, elem: *elem, index: self.one(*index), d: d.clone() }, kind);
+                let unit = if self.kernel.value(*index).ty == Type::U32 { 1 } else { elem.bytes() };
+                push(Code::Load { mem: *mem, elem: *elem, unit, index: self.one(*index), d: d.clone() }, kind);
                 d
             }
             Op::AtomicAdd { mem, index, value } => {

@@ -14,7 +14,7 @@
 use std::cmp::Ordering;
 use std::collections::HashMap;
 
-use crate::ir::{Builder, Cache, Elem, Mem, Scalar, Special, V};
+use crate::ir::{self, Builder, Cache, Elem, Mem, Scalar, Special, V};
 use crate::layout;
 use crate::spec::expr::{Node, Op, VectorOp, WordOp};
 use crate::spec::{Code, Quantizer, Table, Value, mask};
@@ -358,6 +358,27 @@ fn gather<'b>(four: &[(V<'b>, u32)]) -> V<'b> {
     let low = pick(&four[..2], four[0].0, four[1].0);
     let high = pick(&four[2..], four[2].0, four[3].0);
     low.permute(high, 0x5410)
+}
+
+/// Work of decoding one tile of a code, a lane's operations: all, and look-ups in shared memory among them.
+pub fn tile_cost(q: &Quantizer, code: usize) -> (u32, u32) {
+    let b = Builder::new("cost", [1, 1], 32);
+    let decoder = Decoder::new(&b, q);
+    let words: Vec<V> = (0..layout::lane_words(&q.codes[code])).map(|_| b.u32(0)).collect();
+    decoder.tile(code, &words);
+    let _ = (decoder, words);
+    let kernel = b.finish();
+    let ops =
+        kernel.values.iter().filter(|v| !matches!(v.op, ir::Op::Const(_) | ir::Op::Bitcast(..) | ir::Op::Extract(..)));
+    let loads = kernel.values.iter().filter(|v| matches!(v.op, ir::Op::Load { .. }));
+    (ops.count() as u32, loads.count() as u32)
+}
+
+/// Bytes of shared memory that the tables of a quantizer take.
+pub fn table_bytes(q: &Quantizer) -> u32 {
+    let b = Builder::new("tables", [1, 1], 32);
+    Decoder::new(&b, q);
+    b.finish().shared_bytes()
 }
 
 /// Loads a lane's words of one tile: chunk by chunk, each a coalesced vector. `at` is the tile's first word.

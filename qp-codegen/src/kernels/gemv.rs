@@ -15,6 +15,7 @@
 
 use super::c_name;
 use super::decode::{Decoder, flatten, load_words};
+pub use super::launch::Launch;
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Scalar, Special, V, Var};
 use crate::layout::{COLUMN_PAD, Packed};
 use crate::spec::{Quantizer, Shape, Value};
@@ -35,57 +36,25 @@ pub struct Gemv<'q> {
     pub accumulate: bool,
 }
 
-/// How the work is laid over the GPU. The result does not depend on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Launch {
-    /// Warps of a block; they share the columns.
-    pub warps: u32,
-    /// Parts of the columns, each with blocks of its own.
-    pub split: u32,
-    /// Blocks that share the row tiles (the grid has `blocks · split`).
-    pub blocks: u32,
-    /// Groups of tiles that a warp keeps in flight.
-    pub ahead: u32,
-    /// Blocks an SM must hold at once.
-    pub min_blocks: u32,
-}
-
-impl Launch {
-    /// A launch for a GPU of `sms` multiprocessors.
-    pub fn choose(op: &Gemv, sms: u32) -> Launch {
-        let layout = Packed::new(op.quantizer, op.shape);
-        let (rows, cols) = (layout.row_tiles(), layout.col_tiles());
-        let codes = op.quantizer.codes.len() as u32;
-        // Few row tiles: share the columns between blocks too, as long as each keeps some work.
-        let split = if rows * 2 <= sms { (sms / rows).min(cols.div_ceil(8 * codes)).max(1) } else { 1 };
-        let share = cols.div_ceil(split).next_multiple_of(codes);
-        let per_warp = share.div_ceil(16).next_multiple_of(codes);
-        let warps = share.div_ceil(per_warp);
-        let min_blocks = if rows >= 4 * sms { 2 } else { 1 };
-        let ahead = (4 / per_warp).max(1).min(if rows >= 4 * sms { 2 } else { 4 });
-        Launch { warps, split, blocks: rows.min(sms * min_blocks), ahead, min_blocks }
-    }
-}
-
 /// Sizes that follow from the operation and its launch.
-struct Plan {
-    layout: Packed,
+pub(super) struct Plan {
+    pub(super) layout: Packed,
     /// Byte planes of the activations: two a token.
-    planes: u32,
+    pub(super) planes: u32,
     /// Tensor-core products side by side to hold all planes.
-    groups: u32,
+    pub(super) groups: u32,
     /// Products a register: 2 for 16-bit entries.
-    products: u32,
+    pub(super) products: u32,
     /// Column tiles of a warp.
-    per_warp: u32,
+    pub(super) per_warp: u32,
     /// Column tiles decoded between two steps of the loop.
-    depth: u32,
+    pub(super) depth: u32,
     /// Activations stay in registers.
-    resident: bool,
+    pub(super) resident: bool,
 }
 
 impl Plan {
-    fn new(op: &Gemv, launch: &Launch) -> Plan {
+    pub(super) fn new(op: &Gemv, launch: &Launch) -> Plan {
         let layout = Packed::new(op.quantizer, op.shape);
         let codes = op.quantizer.codes.len() as u32;
         let planes = 2 * op.batch;
@@ -108,12 +77,12 @@ impl Plan {
     }
 
     /// Sums kept for a row: one a plane and product.
-    fn slots(&self) -> u32 {
+    pub(super) fn slots(&self) -> u32 {
         self.planes * self.products
     }
 
     /// Tensor-core tiles of 16 rows in a tile.
-    fn row_parts(&self) -> u32 {
+    pub(super) fn row_parts(&self) -> u32 {
         self.layout.tile.rows / 16
     }
 
@@ -122,8 +91,14 @@ impl Plan {
         launch.warps * self.per_warp * self.layout.tile.cols
     }
 
+    /// Bytes of shared memory beside the tables.
+    pub(super) fn shared_bytes(&self, launch: &Launch) -> u32 {
+        let staged = if self.resident { 0 } else { self.planes * self.plane_words(launch) };
+        4 * (self.layout.row_tiles().div_ceil(launch.blocks) * self.layout.tile.rows * self.slots() + staged)
+    }
+
     /// Words from one staged plane to the next: 4 more than the columns take, so that planes start in other banks.
-    fn plane_words(&self, launch: &Launch) -> u32 {
+    pub(super) fn plane_words(&self, launch: &Launch) -> u32 {
         self.block_cols(launch) / 4 + 4
     }
 }

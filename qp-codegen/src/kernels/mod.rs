@@ -12,6 +12,7 @@ pub mod gemv;
 pub mod glu;
 pub mod math;
 pub mod norm;
+mod launch;
 pub mod prepare;
 mod span;
 

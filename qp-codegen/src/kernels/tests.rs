@@ -286,7 +286,7 @@ fn gemv_is_exact_for_every_code() {
     for q in quantizers() {
         let shape = Shape { rows: 48, cols: 1024 };
         let op = Gemv { quantizer: &q, shape, batch: 1, accumulate: true };
-        check_gemv(&q, shape, 1, &[Launch::choose(&op, 132)]);
+        check_gemv(&q, shape, 1, &[Launch::choose(&op, &crate::cuda::Target::Sm90a.device())]);
     }
 }
 

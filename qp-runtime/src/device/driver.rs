@@ -37,6 +37,8 @@ pub struct Gpu {
     pub memory: u64,
     /// Bytes of shared memory that one block may use.
     pub shared_per_block: u32,
+    /// Peak memory bandwidth, bytes a second, by the memory's clock and width; 0 if the driver does not say.
+    pub bandwidth: u64,
 }
 
 fn fail(call: impl Into<String>) -> impl FnOnce(DriverError) -> DeviceError {
@@ -119,6 +121,8 @@ fn gpu(index: usize) -> Result<Gpu, DeviceError> {
         get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
         get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
     );
+    let kilohertz = get(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE).unwrap_or(0);
+    let bits = get(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH).unwrap_or(0);
     Ok(Gpu {
         index,
         name,
@@ -128,6 +132,8 @@ fn gpu(index: usize) -> Result<Gpu, DeviceError> {
         // SAFETY: as above.
         memory: unsafe { result::device::total_mem(device) }.map_err(about("cuDeviceTotalMem"))? as u64,
         shared_per_block: get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        // Both edges of the clock move data.
+        bandwidth: u64::from(kilohertz) * 1000 * 2 * u64::from(bits) / 8,
     })
 }
 

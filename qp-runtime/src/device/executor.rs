@@ -4,7 +4,11 @@ use std::marker::PhantomData;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Instant;
 
+<<<<<<< HEAD
 use qp_codegen::cuda::{self, Target};
+=======
+use qp_codegen::cuda::{Device, Target};
+>>>>>>> 369d0da (Launch shapes from a cost model that knows the device)
 use qp_codegen::ir::{Kernel, ParamKind, interpret};
 use rayon::prelude::*;
 
@@ -58,6 +62,20 @@ impl Executor {
         match &self.0 {
             Backend::Interpreter(_) => None,
             Backend::Cuda(context) => Some(&context.gpu),
+        }
+    }
+
+    /// The device's size, for choosing launch shapes: a typical one of the target, corrected by what the driver says.
+    pub fn device(&self) -> Device {
+        let typical = self.target().device();
+        match self.gpu() {
+            None => typical,
+            Some(gpu) => Device {
+                sms: gpu.sms,
+                shared_per_block: gpu.shared_per_block,
+                bandwidth: if gpu.bandwidth > 0 { gpu.bandwidth as f64 } else { typical.bandwidth },
+                ..typical
+            },
         }
     }
 

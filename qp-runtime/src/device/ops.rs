@@ -98,7 +98,7 @@ impl DeviceMatrix {
     /// Those of the executor.
     pub fn dequantize(&self, on: &Executor, q: &Quantizer) -> Result<Vec<f32>, DeviceError> {
         let op = Dequantize { quantizer: q, shape: self.layout.shape, output: Elem::F32 };
-        let kernel = on.load::<DequantizeArgs>(dequantize::lower(&op, on.target().device().sms))?;
+        let kernel = on.load::<DequantizeArgs>(dequantize::lower(&op, on.device().sms))?;
         let mut y = on.zeroed(self.layout.shape.len() as usize)?;
         let args = DequantizeArgs { tables: &self.tables, weights: &self.weights, scales: &self.scales, y: &mut y };
         on.launch(&kernel, args)?;
@@ -152,7 +152,7 @@ impl GemvKernel {
     /// # Errors
     /// Those of the executor.
     pub fn load(on: &Executor, op: &Gemv, launch: Option<Launch>) -> Result<Self, DeviceError> {
-        let launch = launch.unwrap_or_else(|| Launch::choose(op, on.target().device().sms));
+        let launch = launch.unwrap_or_else(|| Launch::choose(op, &on.device()));
         let (partial, arrived) = gemv::meeting_place(op, &launch);
         Ok(GemvKernel {
             kernel: on.load::<GemvArgs>(gemv::lower(op, &launch))?,

@@ -66,7 +66,8 @@ impl Place {
     /// Why `offset` gave `None`.
     pub(super) fn fault(self, memory: &str, index: u32) -> Fault {
         let (memory, index, lanes) = (memory.to_owned(), i64::from(index as i32), self.lanes);
-        let inside = index >= 0 && index as u64 * u64::from(self.unit) + u64::from(lanes * self.elem.bytes()) <= self.size as u64;
+        let inside = index >= 0
+            && index as u64 * u64::from(self.unit) + u64::from(lanes * self.elem.bytes()) <= self.size as u64;
         match inside {
             true => Fault::Misaligned { memory, index, lanes },
             false => Fault::OutOfBounds { memory, index, lanes, elem: self.elem, bytes: self.size as u64 },

@@ -476,7 +476,12 @@ impl<'k> Validator<'k> {
                 if fine { Ok(Type { lanes: 1, ..ty }) } else { Err(Invalid::Component(*i)) }
             }
             Op::Load { mem, index, elem, lanes, cache } => {
-                self.access(*mem, *index, *elem, *lanes)?;
+                // A `U32` index counts bytes; whether those are in bounds and aligned, only a run can tell.
+                let in_bytes = self.ty(*index)? == Type::U32;
+                self.memory(*mem, *elem, *lanes)?;
+                if !in_bytes {
+                    self.access(*mem, *index, *elem, *lanes)?;
+                }
                 let coherent = *cache == Cache::Default;
                 if !coherent && self.writable(*mem)? {
                     return Err(Invalid::CacheMode(self.kernel.mem(*mem).0.into()));
@@ -557,8 +562,8 @@ impl<'k> Validator<'k> {
         }
     }
 
-    fn access(&self, mem: Mem, index: Val, elem: Elem, lanes: u32) -> Check {
-        self.of(index, Type::I32, "i32")?;
+    /// That a memory can be accessed in this width at all.
+    fn memory(&self, mem: Mem, elem: Elem, lanes: u32) -> Check {
         if !matches!(lanes, 1 | 2 | 4) || lanes * elem.bytes() > 16 {
             return Err(Invalid::Width { lanes, elem });
         }
@@ -570,6 +575,12 @@ impl<'k> Validator<'k> {
             Mem::Shared(i) if i as usize >= self.kernel.shared.len() => return Err(Invalid::NoMemory),
             Mem::Shared(_) => {}
         }
+        Ok(())
+    }
+
+    fn access(&self, mem: Mem, index: Val, elem: Elem, lanes: u32) -> Check {
+        self.of(index, Type::I32, "i32")?;
+        self.memory(mem, elem, lanes)?;
         let Some(at) = self.constant(index) else { return Ok(()) };
         let size = match mem {
             Mem::Global(_) => i64::MAX,

@@ -10,9 +10,9 @@ pub mod dequantize;
 pub mod embed;
 pub mod gemv;
 pub mod glu;
+mod launch;
 pub mod math;
 pub mod norm;
-mod launch;
 pub mod prepare;
 mod span;
 

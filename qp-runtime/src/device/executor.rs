@@ -4,11 +4,7 @@ use std::marker::PhantomData;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Instant;
 
-<<<<<<< HEAD
-use qp_codegen::cuda::{self, Target};
-=======
-use qp_codegen::cuda::{Device, Target};
->>>>>>> 369d0da (Launch shapes from a cost model that knows the device)
+use qp_codegen::cuda::{self, Device, Target};
 use qp_codegen::ir::{Kernel, ParamKind, interpret};
 use rayon::prelude::*;
 

@@ -11,7 +11,7 @@ use super::math::silu_reference;
 use super::norm::{self, Norm};
 use super::span::Span;
 use crate::ir::interpret::{Arg, Options, run};
-use crate::ir::{Elem, Kernel};
+use crate::ir::{Elem, Kernel, validate};
 use crate::reference;
 
 /// `n` values in −1..1.
@@ -44,6 +44,7 @@ fn halves(v: &[f32]) -> (Vec<u8>, Vec<f32>) {
 }
 
 fn launch(kernel: &Kernel, args: &mut [Arg<'_>]) {
+    validate(kernel).unwrap_or_else(|problems| panic!("{problems}"));
     run(kernel, args, &Options::default()).unwrap_or_else(|trap| panic!("{trap}"));
 }
 

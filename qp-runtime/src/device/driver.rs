@@ -270,8 +270,8 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        if self.context.bind().is_ok() {
-            // SAFETY: allocated by `zeroed`; the driver waits for work that uses it.
+        if self.context.synchronize().is_ok() {
+            // SAFETY: allocated by `zeroed`, and no work that uses it is in flight.
             let _ = unsafe { result::free_sync(self.pointer) };
         }
     }

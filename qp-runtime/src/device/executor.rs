@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Instant;
 
 use qp_codegen::cuda::{self, Device, Target};
-use qp_codegen::ir::{Kernel, ParamKind, interpret};
+use qp_codegen::ir::{Kernel, ParamKind, interpret, validate};
 use rayon::prelude::*;
 
 use super::Gpu;
@@ -109,6 +109,22 @@ impl Executor {
         Ok(buffer)
     }
 
+    /// A buffer of the elements whose little-endian bytes are `bytes`, wherever those lie (in a mapped file).
+    ///
+    /// # Errors
+    /// A full GPU; bytes that are no whole number of elements.
+    pub fn upload_bytes<T: Element>(&self, bytes: &[u8]) -> Result<Buffer<T>, DeviceError> {
+        if !bytes.len().is_multiple_of(size_of::<T>()) {
+            return Err(DeviceError::Buffer(format!("{} bytes are no whole number of elements", bytes.len())));
+        }
+        let buffer = self.zeroed(bytes.len() / size_of::<T>())?;
+        match &buffer.raw {
+            RawBuffer::Host(host) => write_lock(host).copy_from_slice(bytes),
+            RawBuffer::Cuda(memory) => memory.write(0, bytes)?,
+        }
+        Ok(buffer)
+    }
+
     /// Makes `kernel` ready to be launched with an `A`.
     ///
     /// # Errors
@@ -127,9 +143,18 @@ impl Executor {
     }
 
     fn load_unchecked(&self, kernel: Kernel) -> Result<Loaded, DeviceError> {
-        let (code, usage) = match &self.0 {
-            Backend::Interpreter(options) => (Code::Interpreter(options.clone()), None),
+        let invalid = |e: qp_codegen::ir::Problems, name: &str| DeviceError::Kernel {
+            kernel: name.into(),
+            reason: e.to_string(),
+        };
+        match &self.0 {
+            Backend::Interpreter(options) => {
+                let name = kernel.name.clone();
+                let prepared = interpret::Prepared::new(kernel).map_err(|e| invalid(e, &name))?;
+                Ok(Loaded(Arc::new(Code::Interpreter { prepared, options: options.clone() })))
+            }
             Backend::Cuda(context) => {
+                validate(&kernel).map_err(|e| invalid(e, &kernel.name))?;
                 let source = cuda::print(&kernel, context.target);
                 let cubin = jit::compile(&source, &kernel.name, context.target.nvrtc_arch(), &jit::Options::default())?;
                 let shape = Shape {
@@ -138,10 +163,10 @@ impl Executor {
                     shared: kernel.shared_bytes(),
                     dependent: kernel.dependent_launch,
                 };
-                (Code::Cuda(Function::load(context, &cubin.bytes, &kernel.name, shape)?), cubin.usage)
+                let function = Function::load(context, &cubin.bytes, &kernel.name, shape)?;
+                Ok(Loaded(Arc::new(Code::Cuda { kernel, function, usage: cubin.usage })))
             }
-        };
-        Ok(Loaded(Arc::new(Inner { kernel, code, usage })))
+        }
     }
 
     /// Runs a kernel; the GPU may still be at work when this returns.
@@ -149,8 +174,8 @@ impl Executor {
     /// # Errors
     /// Arguments that do not fit the kernel, a trap of the interpreter, a failing driver.
     pub fn launch<A: LaunchArgs>(&self, kernel: &Loaded, args: A) -> Result<(), DeviceError> {
-        check(kernel.name(), &kernel.0.kernel.params, A::PARAMS)?;
-        kernel.0.run(&args.args())
+        check(kernel.name(), &kernel.kernel().params, A::PARAMS)?;
+        kernel.run(&args.args())
     }
 
     /// Starts a [`Graph`].
@@ -278,33 +303,33 @@ fn write_lock(host: &RwLock<Vec<u8>>) -> RwLockWriteGuard<'_, Vec<u8>> {
 
 /// A kernel ready to be launched. Cheap to clone.
 #[derive(Clone)]
-pub struct Loaded(Arc<Inner>);
-
-struct Inner {
-    kernel: Kernel,
-    code: Code,
-    usage: Option<jit::Usage>,
-}
+pub struct Loaded(Arc<Code>);
 
 enum Code {
-    Interpreter(Arc<interpret::Options>),
-    Cuda(Function),
+    Interpreter { prepared: interpret::Prepared<'static>, options: Arc<interpret::Options> },
+    Cuda { kernel: Kernel, function: Function, usage: Option<jit::Usage> },
 }
 
 impl Loaded {
     /// The kernel's name.
     pub fn name(&self) -> &str {
-        &self.0.kernel.name
+        &self.kernel().name
     }
 
     /// The kernel.
     pub fn kernel(&self) -> &Kernel {
-        &self.0.kernel
+        match &*self.0 {
+            Code::Interpreter { prepared, .. } => prepared.kernel(),
+            Code::Cuda { kernel, .. } => kernel,
+        }
     }
 
     /// Registers and spills, as the compiler said; `None` on the interpreter.
     pub fn usage(&self) -> Option<jit::Usage> {
-        self.0.usage
+        match &*self.0 {
+            Code::Interpreter { .. } => None,
+            Code::Cuda { usage, .. } => *usage,
+        }
     }
 
     /// Blocks that fit on one SM at once; `None` on the interpreter.
@@ -312,9 +337,16 @@ impl Loaded {
     /// # Errors
     /// A failing driver.
     pub fn resident_blocks(&self) -> Result<Option<u32>, DeviceError> {
-        match &self.0.code {
-            Code::Interpreter(_) => Ok(None),
-            Code::Cuda(function) => function.resident_blocks().map(Some),
+        match &*self.0 {
+            Code::Interpreter { .. } => Ok(None),
+            Code::Cuda { function, .. } => function.resident_blocks().map(Some),
+        }
+    }
+
+    fn run(&self, args: &[Arg]) -> Result<(), DeviceError> {
+        match &*self.0 {
+            Code::Interpreter { prepared, options } => interpret(prepared, options, args),
+            Code::Cuda { kernel, function, .. } => launch(kernel, function, args),
         }
     }
 }
@@ -326,63 +358,60 @@ enum Held<'a> {
     Scalar(&'a Arg),
 }
 
-impl Inner {
-    fn wrong_executor(&self) -> DeviceError {
-        DeviceError::Buffer(format!("kernel `{}` was passed a buffer of another device", self.kernel.name))
-    }
+fn wrong_executor(kernel: &Kernel) -> DeviceError {
+    DeviceError::Buffer(format!("kernel `{}` was passed a buffer of another device", kernel.name))
+}
 
-    fn run(&self, args: &[Arg]) -> Result<(), DeviceError> {
-        match &self.code {
-            Code::Interpreter(options) => self.interpret(options, args),
-            Code::Cuda(function) => self.launch(function, args),
-        }
+fn interpret(
+    prepared: &interpret::Prepared<'_>,
+    options: &interpret::Options,
+    args: &[Arg],
+) -> Result<(), DeviceError> {
+    let kernel = prepared.kernel();
+    let mut held = Vec::with_capacity(args.len());
+    for (arg, param) in args.iter().zip(&kernel.params) {
+        held.push(match (arg, param.kind) {
+            (Arg::Buffer(RawBuffer::Host(host)), ParamKind::Buffer { writable: true, .. }) => {
+                Held::Write(write_lock(host))
+            }
+            (Arg::Buffer(RawBuffer::Host(host)), _) => Held::Read(read_lock(host)),
+            (Arg::Buffer(RawBuffer::Cuda(_)), _) => return Err(wrong_executor(kernel)),
+            (Arg::I32(_) | Arg::U32(_) | Arg::F32(_), _) => Held::Scalar(arg),
+        });
     }
+    let mut passed: Vec<interpret::Arg<'_>> = held
+        .iter_mut()
+        .map(|h| match h {
+            Held::Read(guard) => interpret::Arg::ReadOnly(guard),
+            Held::Write(guard) => interpret::Arg::Buffer(guard),
+            Held::Scalar(Arg::I32(x)) => interpret::Arg::I32(*x),
+            Held::Scalar(Arg::U32(x)) => interpret::Arg::U32(*x),
+            Held::Scalar(Arg::F32(x)) => interpret::Arg::F32(*x),
+            Held::Scalar(Arg::Buffer(_)) => unreachable!("buffers are held by their locks"),
+        })
+        .collect();
+    prepared
+        .run(&mut passed, options)
+        .map_err(|trap| DeviceError::Kernel { kernel: kernel.name.clone(), reason: trap.to_string() })?;
+    Ok(())
+}
 
-    fn interpret(&self, options: &interpret::Options, args: &[Arg]) -> Result<(), DeviceError> {
-        let mut held = Vec::with_capacity(args.len());
-        for (arg, param) in args.iter().zip(&self.kernel.params) {
-            held.push(match (arg, param.kind) {
-                (Arg::Buffer(RawBuffer::Host(host)), ParamKind::Buffer { writable: true, .. }) => {
-                    Held::Write(write_lock(host))
-                }
-                (Arg::Buffer(RawBuffer::Host(host)), _) => Held::Read(read_lock(host)),
-                (Arg::Buffer(RawBuffer::Cuda(_)), _) => return Err(self.wrong_executor()),
-                (Arg::I32(_) | Arg::U32(_) | Arg::F32(_), _) => Held::Scalar(arg),
-            });
-        }
-        let mut passed: Vec<interpret::Arg<'_>> = held
-            .iter_mut()
-            .map(|h| match h {
-                Held::Read(guard) => interpret::Arg::ReadOnly(guard),
-                Held::Write(guard) => interpret::Arg::Buffer(guard),
-                Held::Scalar(Arg::I32(x)) => interpret::Arg::I32(*x),
-                Held::Scalar(Arg::U32(x)) => interpret::Arg::U32(*x),
-                Held::Scalar(Arg::F32(x)) => interpret::Arg::F32(*x),
-                Held::Scalar(Arg::Buffer(_)) => unreachable!("buffers are held by their locks"),
-            })
-            .collect();
-        interpret::run(&self.kernel, &mut passed, options)
-            .map_err(|trap| DeviceError::Kernel { kernel: self.kernel.name.clone(), reason: trap.to_string() })?;
-        Ok(())
+fn launch(kernel: &Kernel, function: &Function, args: &[Arg]) -> Result<(), DeviceError> {
+    let mut words = Vec::with_capacity(args.len());
+    for arg in args {
+        words.push(match arg {
+            Arg::Buffer(RawBuffer::Cuda(memory)) if Arc::ptr_eq(memory.context(), function.context()) => {
+                memory.pointer()
+            }
+            Arg::Buffer(_) => return Err(wrong_executor(kernel)),
+            Arg::I32(x) => u64::from(x.cast_unsigned()),
+            Arg::U32(x) => u64::from(*x),
+            Arg::F32(x) => u64::from(x.to_bits()),
+        });
     }
-
-    fn launch(&self, function: &Function, args: &[Arg]) -> Result<(), DeviceError> {
-        let mut words = Vec::with_capacity(args.len());
-        for arg in args {
-            words.push(match arg {
-                Arg::Buffer(RawBuffer::Cuda(memory)) if Arc::ptr_eq(memory.context(), function.context()) => {
-                    memory.pointer()
-                }
-                Arg::Buffer(_) => return Err(self.wrong_executor()),
-                Arg::I32(x) => u64::from(x.cast_unsigned()),
-                Arg::U32(x) => u64::from(*x),
-                Arg::F32(x) => u64::from(x.to_bits()),
-            });
-        }
-        // SAFETY: the caller has compared the arguments' kinds with the parameters. Freeing memory waits for the
-        // stream, so it outlives the launch.
-        unsafe { function.launch(&mut words) }
-    }
+    // SAFETY: the caller has compared the arguments' kinds with the parameters. Freeing memory waits for the stream,
+    // so it outlives the launch.
+    unsafe { function.launch(&mut words) }
 }
 
 /// Collects launches for a [`Graph`].
@@ -398,7 +427,7 @@ impl Recorder {
     /// Arguments that do not fit the kernel.
     pub fn launch<A: LaunchArgs>(&mut self, kernel: &Loaded, args: A) -> Result<(), DeviceError> {
         let params: &[ParamDecl] = A::PARAMS;
-        check(kernel.name(), &kernel.0.kernel.params, params)?;
+        check(kernel.name(), &kernel.kernel().params, params)?;
         self.launches.push((kernel.clone(), args.args()));
         Ok(())
     }
@@ -411,7 +440,7 @@ impl Recorder {
         let exec = match &self.executor.0 {
             Backend::Interpreter(_) => None,
             Backend::Cuda(context) => {
-                Some(GraphExec::capture(context, || self.launches.iter().try_for_each(|(k, args)| k.0.run(args)))?)
+                Some(GraphExec::capture(context, || self.launches.iter().try_for_each(|(k, args)| k.run(args)))?)
             }
         };
         Ok(Graph { exec, launches: self.launches })
@@ -433,7 +462,7 @@ impl Graph {
     pub fn launch(&self) -> Result<(), DeviceError> {
         match &self.exec {
             Some(exec) => exec.launch(),
-            None => self.launches.iter().try_for_each(|(k, args)| k.0.run(args)),
+            None => self.launches.iter().try_for_each(|(k, args)| k.run(args)),
         }
     }
 

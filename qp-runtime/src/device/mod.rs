@@ -11,6 +11,7 @@ mod args;
 mod driver;
 mod error;
 mod executor;
+pub mod launches;
 pub mod ops;
 #[cfg(test)]
 mod tests;

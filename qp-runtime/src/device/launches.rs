@@ -1,0 +1,104 @@
+//! The launch structs of the kernels between a model's matrices, one a lowering of [`qp_codegen::kernels`]; what each
+//! field holds is said there.
+
+use super::{Buffer, Element, LaunchArgs};
+
+/// Of [`qp_codegen::kernels::embed`].
+#[derive(LaunchArgs)]
+pub struct Embed<'a, T: Element> {
+    /// One a token.
+    pub tokens: &'a Buffer<i32>,
+    /// Vocabulary × columns.
+    pub table: &'a Buffer<T>,
+    /// Rows.
+    pub y: &'a mut Buffer<f32>,
+}
+
+/// Of [`qp_codegen::kernels::norm`].
+#[derive(LaunchArgs)]
+pub struct Norm<'a> {
+    /// Inputs.
+    pub x: &'a Buffer<f32>,
+    /// Weights.
+    pub norm: &'a Buffer<f32>,
+    /// Outputs.
+    pub y: &'a mut Buffer<f32>,
+}
+
+/// Of [`qp_codegen::kernels::append`].
+#[derive(LaunchArgs)]
+pub struct Append<'a> {
+    /// New keys, not turned.
+    pub k: &'a Buffer<f32>,
+    /// New values.
+    pub v: &'a Buffer<f32>,
+    /// Cosines.
+    pub cos: &'a Buffer<f32>,
+    /// Sines.
+    pub sin: &'a Buffer<f32>,
+    /// Of token 0.
+    pub position: &'a Buffer<i32>,
+    /// The cache.
+    pub keys: &'a mut Buffer<f32>,
+    /// The cache.
+    pub values: &'a mut Buffer<f32>,
+}
+
+/// Of [`qp_codegen::kernels::attention`].
+#[derive(LaunchArgs)]
+pub struct Attention<'a> {
+    /// Queries, not turned.
+    pub q: &'a Buffer<f32>,
+    /// Cosines.
+    pub cos: &'a Buffer<f32>,
+    /// Sines.
+    pub sin: &'a Buffer<f32>,
+    /// Of token 0.
+    pub position: &'a Buffer<i32>,
+    /// The cache.
+    pub keys: &'a Buffer<f32>,
+    /// The cache.
+    pub values: &'a Buffer<f32>,
+    /// Outputs.
+    pub y: &'a mut Buffer<f32>,
+}
+
+/// Of [`qp_codegen::kernels::glu`].
+#[derive(LaunchArgs)]
+pub struct Glu<'a> {
+    /// Gates.
+    pub gate: &'a Buffer<f32>,
+    /// What they gate.
+    pub up: &'a Buffer<f32>,
+    /// Outputs.
+    pub y: &'a mut Buffer<f32>,
+}
+
+/// Of [`qp_codegen::kernels::add`].
+#[derive(LaunchArgs)]
+pub struct Add<'a> {
+    /// What is added.
+    pub x: &'a Buffer<f32>,
+    /// To what.
+    pub y: &'a mut Buffer<f32>,
+}
+
+/// Of [`qp_codegen::kernels::dense`].
+#[derive(LaunchArgs)]
+pub struct Dense<'a, T: Element> {
+    /// Rows × columns.
+    pub weights: &'a Buffer<T>,
+    /// Inputs.
+    pub x: &'a Buffer<f32>,
+    /// Outputs.
+    pub y: &'a mut Buffer<f32>,
+}
+
+/// Of [`qp_codegen::kernels::argmax`].
+#[derive(LaunchArgs)]
+pub struct Argmax<'a> {
+    /// Rows × columns.
+    pub logits: &'a Buffer<f32>,
+    /// One a row.
+    pub best: &'a mut Buffer<i32>,
+}

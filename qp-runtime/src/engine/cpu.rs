@@ -10,6 +10,7 @@ use qp_codegen::reference;
 use rayon::prelude::*;
 
 use super::{Engine, Error, Logits, check_tokens, math};
+use crate::codec;
 use crate::model::{Config, Layer, Linear, Role, RopeTables, Tensor, Weight, Weights, rope_tables};
 
 /// Rows of a matrix that one task multiplies.
@@ -163,6 +164,15 @@ fn linear<const N: usize>(layers: [&Linear; N], x: &[f32]) -> [Vec<f32>; N] {
     layers.map(|layer| {
         let mut y = match &layer.weight {
             Weight::Dense(w) => dense(w, layer.rows, layer.cols, x),
+            Weight::Quantized { quantizer, matrix } => {
+                let prepare = |x: &[f32]| {
+                    let mut x = x.to_vec();
+                    reference::rotate(quantizer.rotation, &mut x);
+                    reference::quantize_activations(&x)
+                };
+                let tokens: Vec<_> = x.par_chunks_exact(layer.cols).map(prepare).collect();
+                codec::linear(quantizer, matrix, &tokens)
+            }
         };
         if let Some(bias) = &layer.bias {
             y.chunks_exact_mut(layer.rows).for_each(|row| add(row, bias));

@@ -1,9 +1,13 @@
 //! A model's tensors, each in its place.
 
 use std::ops::Index;
+use std::sync::Arc;
+
+use qp_codegen::spec::Quantizer;
 
 use super::config::{Config, Role};
 use super::{Error, Tensor, TensorDir};
+use crate::codec::PackedMatrix;
 
 /// Where tensors come from: a plain model directory or a quantized checkpoint.
 pub trait Source {
@@ -35,6 +39,13 @@ impl Source for TensorDir {
 pub enum Weight {
     /// Floats, rows × columns.
     Dense(Tensor),
+    /// Rotated along its columns, divided by its scales and packed.
+    Quantized {
+        /// By what.
+        quantizer: Arc<Quantizer>,
+        /// Words and scales.
+        matrix: Arc<PackedMatrix>,
+    },
 }
 
 /// A linear layer: `y = W·x + bias`.

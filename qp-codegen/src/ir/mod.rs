@@ -30,6 +30,8 @@
 
 mod build;
 pub mod interpret;
+#[cfg(test)]
+mod tests;
 mod text;
 mod uniform;
 mod validate;

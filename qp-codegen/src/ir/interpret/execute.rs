@@ -144,8 +144,9 @@ impl<'p, 'a> Machine<'p, 'a> {
 
     fn branch(&mut self, cond: Reg, then: &[Instr], els: &[Instr], m: &Mask) -> Result<(), Stop> {
         let cond = &self.words[cond as usize];
-        let taken = m.active().filter(|t| cond[*t] != 0).count();
-        if taken == m.count as usize {
+        let r = m.lo..m.hi;
+        let taken: u32 = cond[r.clone()].iter().zip(&m.on[r]).map(|(c, on)| c & on).sum();
+        if taken == m.count {
             return self.run(then, m);
         }
         if taken == 0 {
@@ -175,24 +176,34 @@ impl<'p, 'a> Machine<'p, 'a> {
         let mut narrowed: Option<Mask> = None;
         loop {
             let m = narrowed.as_ref().unwrap_or(m);
-            let goes = |t: &usize| (self.words[index][*t] as i32) < self.words[end][*t] as i32;
-            let going = m.active().filter(goes).count();
+            let r = m.lo..m.hi;
+            let pairs = self.words[index][r.clone()].iter().zip(&self.words[end][r.clone()]);
+            let going: u32 = pairs.zip(&m.on[r]).map(|((i, e), on)| u32::from((*i as i32) < *e as i32) & on).sum();
             if going == 0 {
                 return Ok(());
             }
-            if going != m.count as usize {
+            if going != m.count {
                 let mut on = vec![0; self.threads];
-                m.active().filter(goes).for_each(|t| on[t] = u32::MAX);
+                for t in m.active().filter(|t| (self.words[index][*t] as i32) < self.words[end][*t] as i32) {
+                    on[t] = u32::MAX;
+                }
                 narrowed = Mask::of(on);
                 continue;
             }
             self.run(body, m)?;
-            for t in m.active() {
-                let (i, by) = (self.words[index][t] as i32, self.words[step][t] as i32);
-                let Some(next) = i.checked_add(by) else {
-                    return Err(Stop { at, ..Stop::at(t, Fault::Overflow(i.into(), by.into())) });
-                };
-                self.words[index][t] = next as u32;
+            // Threads that have left the loop count on; nobody looks.
+            let mut out = take(&mut self.words[index]);
+            let r = m.lo..m.hi;
+            let mut bad = 0;
+            for ((i, by), on) in out[r.clone()].iter_mut().zip(&self.words[step][r.clone()]).zip(&m.on[r]) {
+                let (next, wrong) = (*i as i32).overflowing_add(*by as i32);
+                bad |= u32::from(wrong) & on;
+                *i = next as u32;
+            }
+            self.words[index] = out;
+            if bad != 0 {
+                let by = self.words[step][m.lo] as i32;
+                return Err(Stop { at, ..Stop::at(m.lo, Fault::Overflow(i32::MAX.into(), by.into())) });
             }
         }
     }
@@ -739,7 +750,8 @@ impl<'p, 'a> Machine<'p, 'a> {
         acc: &[Reg; 4],
         d: &[Reg; 4],
     ) -> Result<(), Stop> {
-        let (mut rows, mut columns) = ([[0i32; 32]; 16], [[0i32; 32]; 8]);
+        // Sixteen bits, so that the CPU multiplies and adds pairs in one instruction.
+        let (mut rows, mut columns) = ([[0i16; 32]; 16], [[0i16; 32]; 8]);
         for lane in 0..32 {
             let (group, four) = (lane / 4, lane % 4 * 4);
             for (i, r) in a.iter().enumerate() {
@@ -757,11 +769,16 @@ impl<'p, 'a> Machine<'p, 'a> {
                 }
             }
         }
+        let mut products = [[0i32; 8]; 16];
+        for (row, out) in rows.iter().zip(&mut products) {
+            for (column, out) in columns.iter().zip(out) {
+                *out = row.iter().zip(column).map(|(x, y)| i32::from(*x) * i32::from(*y)).sum();
+            }
+        }
         for lane in 0..32 {
             let (group, two) = (lane / 4, lane % 4 * 2);
             for i in 0..4 {
-                let (row, column) = (&rows[group + 8 * (i / 2)], &columns[two + i % 2]);
-                let dot: i32 = row.iter().zip(column).map(|(x, y)| x * y).sum();
+                let dot = products[group + 8 * (i / 2)][two + i % 2];
                 let old = self.words[acc[i] as usize][first + lane] as i32;
                 let Some(x) = old.checked_add(dot) else {
                     return Err(Stop::at(first + lane, Fault::Overflow(old.into(), dot.into())));

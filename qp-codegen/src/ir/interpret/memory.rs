@@ -355,7 +355,8 @@ impl Now {
         if cell.write_epoch == self.epoch && cell.writer != self.thread {
             let same_warp = cell.writer != MANY && cell.writer / 32 == warp;
             let ordered = same_warp && cell.write_warp_epoch < self.warp_epoch;
-            if !ordered && !(cell.atomic && how == How::Atomic) {
+            let both_atomic = cell.atomic && how == How::Atomic;
+            if !ordered && !both_atomic {
                 return Err(BadKind::WrittenBy(cell.writer, how));
             }
         }

@@ -185,7 +185,7 @@ pub enum Fault {
     #[error("{0}")]
     Arguments(String),
     /// An access outside.
-    #[error("element {index} (and {lanes} in all) of {elem} is outside `{memory}` of {bytes} bytes")]
+    #[error("{lanes} x {elem} at element {index} lies outside `{memory}` of {bytes} bytes")]
     OutOfBounds {
         /// Buffer or array.
         memory: String,
@@ -199,7 +199,7 @@ pub enum Fault {
         bytes: u64,
     },
     /// A vector not aligned to its size.
-    #[error("{lanes} elements at {index} of `{memory}` are not aligned to their size")]
+    #[error("{lanes} elements at element {index} of `{memory}` are not aligned to their size")]
     Misaligned {
         /// Buffer or array.
         memory: String,

@@ -1,9 +1,10 @@
 //! Products with an unquantized matrix, for 1 to 8 tokens: the head, and layers that a plan leaves as they are.
 //!
-//! A warp computes one row: each lane multiplies runs of 4 columns and the lanes' sums meet in a tree. Bound by the
-//! bytes of the matrix, which each warp reads once for all tokens.
+//! A warp computes one row: each lane multiplies runs of 4 columns, a sum a column of the run, and the sums meet in a
+//! tree. Products are not fused with the sums, so that a CPU without such an instruction keeps up ([`reference`]).
+//! Bound by the bytes of the matrix, which each warp reads once for all tokens.
 
-use super::math::across_lanes;
+use super::math::{across_lanes, across_lanes_reference};
 use super::span::Span;
 use crate::ir::{Builder, Cache, Elem, Kernel, Special, V};
 
@@ -29,6 +30,11 @@ pub struct Dense {
 /// Warps of a block.
 const WARPS: u32 = 8;
 
+/// Columns that a lane takes at once, part of the order of operations.
+fn width(cols: u32) -> u32 {
+    [4, 2].into_iter().find(|w| cols.is_multiple_of(*w)).unwrap_or(1)
+}
+
 /// Makes the kernel. Its parameters, in order:
 ///
 /// * `weights`: `rows × cols`;
@@ -45,21 +51,23 @@ pub fn lower(op: &Dense) -> Kernel {
     b.grid_wait();
     b.grid_launch();
     let row = b.special(Special::BlockX) * WARPS + warp;
-    // Vectors must be aligned, in the matrix and in the inputs.
-    let width = [4, 2, 1].into_iter().find(|w| [op.cols, op.x.first, op.x.stride].iter().all(|n| n.is_multiple_of(*w)));
-    let width = width.unwrap_or(1);
+    let width = width(op.cols);
+    assert!(op.x.first.is_multiple_of(width) && op.x.stride.is_multiple_of(width), "vectors of inputs are aligned");
     b.if_(row.lt(op.rows), || {
-        let sums: Vec<_> = (0..op.batch).map(|_| b.var(b.f32(0.0))).collect();
+        let sums: Vec<Vec<_>> = (0..op.batch).map(|_| (0..width).map(|_| b.var(b.f32(0.0))).collect()).collect();
         b.for_(lane * width, op.cols, 32 * width, |i| {
             let w = b.load_as(weights, row * op.cols + i, op.elem, width, Cache::Stream).lanes();
-            for (t, sum) in (0..op.batch).zip(&sums) {
+            for (t, sums) in (0..op.batch).zip(&sums) {
                 let x = b.load_as(x, i + op.x.first + t * op.x.stride, Elem::F32, width, Cache::Default).lanes();
-                let s = w.iter().zip(x).fold(b.get(*sum), |s, (w, x)| w.fma(x, s));
-                b.set(*sum, s);
+                for (sum, (w, x)) in sums.iter().zip(w.iter().zip(x)) {
+                    b.set(*sum, b.get(*sum) + *w * x);
+                }
             }
         });
-        for (t, sum) in (0..op.batch).zip(sums) {
-            let sum = across_lanes(b.get(sum), |a: V, b| a + b);
+        for (t, sums) in (0..op.batch).zip(sums) {
+            let sums: Vec<V> = sums.into_iter().map(|s| b.get(s)).collect();
+            let own = sums.chunks(2).map(|p| p.iter().copied().reduce(|a, b| a + b).expect("a pair"));
+            let sum = across_lanes(own.reduce(|a, b| a + b).expect("at least one"), |a: V, b| a + b);
             b.if_(lane.eq(0), || {
                 let at = row + op.y.first + t * op.y.stride;
                 let sum = if op.accumulate { b.load(y, at, Elem::F32) + sum } else { sum };
@@ -68,4 +76,33 @@ pub fn lower(op: &Dense) -> Kernel {
         }
     });
     b.finish()
+}
+
+/// The twin of the kernel for one row and one token: the product of `w` and `x`, of equal length.
+pub fn reference(w: &[f32], x: &[f32]) -> f32 {
+    match width(w.len() as u32) {
+        4 => sums::<128>(w, x, |s| (s[0] + s[1]) + (s[2] + s[3])),
+        2 => sums::<64>(w, x, |s| s[0] + s[1]),
+        _ => sums::<32>(w, x, |s| s[0]),
+    }
+}
+
+/// `N` strided sums, joined within each lane and then across lanes.
+fn sums<const N: usize>(w: &[f32], x: &[f32], join: impl Fn(&[f32]) -> f32) -> f32 {
+    let mut sums = [0f32; N];
+    let (chunks, rest) = w.as_chunks::<N>();
+    let (of_x, rest_of_x) = x.as_chunks::<N>();
+    for (w, x) in chunks.iter().zip(of_x) {
+        for ((s, w), x) in sums.iter_mut().zip(w).zip(x) {
+            *s += w * x;
+        }
+    }
+    for ((s, w), x) in sums.iter_mut().zip(rest).zip(rest_of_x) {
+        *s += w * x;
+    }
+    let mut lanes = [0f32; 32];
+    for (lane, s) in lanes.iter_mut().zip(sums.chunks_exact(N / 32)) {
+        *lane = join(s);
+    }
+    across_lanes_reference(lanes, |a, b| a + b)
 }

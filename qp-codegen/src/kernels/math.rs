@@ -1,46 +1,24 @@
 //! Functions that the IR lacks, built from its exact operations, each with a twin in Rust that gives the same bits.
 
 use crate::ir::{Builder, Scalar, V};
+use crate::reference::{EXP_RANGE, EXP_SERIES, LN_2};
+pub use crate::reference::{exp as exp_reference, silu as silu_reference};
 
-/// `exp` is computed between these arguments; outside, as at the nearer one. So no intermediate overflows.
-const EXP_RANGE: (f32, f32) = (-87.0, 88.0);
-/// ln 2, rounded up to few bits so that whole multiples of it are exact, and the rest.
-const LN_2: (f32, f32) = (0.693_359_4, -2.121_944_4e-4);
-/// Of `exp(r) − 1 − r` over `r²`, |r| ≤ ln 2 / 2, highest power first.
-const EXP: [f32; 6] = [1.984_126_9e-4, 1.388_888_9e-3, 8.333_333e-3, 4.166_666_6e-2, 1.666_666_6e-1, 0.5];
-
-/// `exp(x)`, with a relative error below 2⁻²²; see [`exp_reference`].
+/// The twin of [`exp_reference`].
 pub fn exp<'b>(b: &'b Builder, x: V<'b>) -> V<'b> {
     let x = x.max(EXP_RANGE.0).min(EXP_RANGE.1);
     let n = (x * std::f32::consts::LOG2_E).to(Scalar::I32);
     let whole = n.to(Scalar::F32);
-    let r = whole.fma(-LN_2.1, whole.fma(-LN_2.0, x));
-    let [first, rest @ ..] = EXP;
-    let p = rest.iter().fold(b.f32(first), |p, &c| p.fma(r, c));
-    let y = p.fma(r * r, r) + 1.0;
-    y * ((n + 127) << 23).bits(Scalar::F32)
+    let r = x - whole * LN_2.0;
+    let r = r - whole * LN_2.1;
+    let [rest @ .., last] = EXP_SERIES;
+    let series = rest.iter().rev().fold(b.f32(last), |p, &c| p * r + c);
+    series * ((n + 127) << 23).bits(Scalar::F32)
 }
 
-/// The twin of [`exp`].
-pub fn exp_reference(x: f32) -> f32 {
-    let x = x.max(EXP_RANGE.0).min(EXP_RANGE.1);
-    let n = (x * std::f32::consts::LOG2_E).round_ties_even() as i32;
-    let whole = n as f32;
-    let r = whole.mul_add(-LN_2.1, whole.mul_add(-LN_2.0, x));
-    let [first, rest @ ..] = EXP;
-    let p = rest.iter().fold(first, |p, &c| p.mul_add(r, c));
-    let y = p.mul_add(r * r, r) + 1.0;
-    y * f32::from_bits(((n + 127) << 23).cast_unsigned())
-}
-
-/// `x / (1 + exp(−x))`.
+/// The twin of [`silu_reference`].
 pub fn silu<'b>(b: &'b Builder, x: V<'b>) -> V<'b> {
     x / (exp(b, -x) + 1.0)
-}
-
-/// The twin of [`silu`].
-pub fn silu_reference(x: f32) -> f32 {
-    x / (exp_reference(-x) + 1.0)
 }
 
 /// Folds the 32 lanes' values with `op` in a tree, lane distances 16, 8, 4, 2, 1; every lane gets the result.

@@ -106,7 +106,7 @@ fn add_takes_rows_or_one_for_all() {
 }
 
 #[test]
-fn dense_is_near_the_exact_product() {
+fn dense_equals_the_reference_and_is_near_the_exact_product() {
     // Rows that do not fill a block, columns that do not fill a warp or a vector.
     for (rows, cols, batch, accumulate) in [(20, 256, 1, false), (9, 130, 3, true), (3, 37, 8, false)] {
         let x = random(7, cols * batch);
@@ -129,6 +129,8 @@ fn dense_is_near_the_exact_product() {
             let sum: f64 = row.map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
             let sum = sum + if accumulate { f64::from(old[i]) } else { 0.0 };
             assert!((f64::from(y) - sum).abs() < 2e-5, "{rows} × {cols}, token {t}, row {r}: {y} and {sum}");
+            let twin = dense::reference(&exact[r * cols..(r + 1) * cols], &x[t * cols..(t + 1) * cols]);
+            assert_eq!(y, if accumulate { old[i] + twin } else { twin });
         }
     }
 }

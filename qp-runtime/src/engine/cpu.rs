@@ -1,15 +1,18 @@
 //! The engine that runs everywhere: `f32` arithmetic on all cores.
 //!
 //! Results do not depend on the number of threads: work is cut by shapes alone, and each output is summed by one
-//! thread in a fixed order.
+//! thread in a fixed order. For the products with quantized matrices, and for single tokens everywhere, that order is
+//! the kernels' own (their twins in `qp_codegen` are called here), so that a quantized model yields the same bits on CPU
+//! and GPU.
 
 use std::sync::Arc;
 
 use gemm::Parallelism;
+use qp_codegen::kernels::{attention as attend, dense as product_of_row};
 use qp_codegen::reference;
 use rayon::prelude::*;
 
-use super::{Engine, Error, Logits, check_tokens, math};
+use super::{Engine, Error, Logits, check_tokens};
 use crate::codec;
 use crate::model::{Config, Layer, Linear, Role, RopeTables, Tensor, Weight, Weights, rope_tables};
 
@@ -117,6 +120,14 @@ fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     }
 }
 
+/// Rotary embedding of one head: element `i` turns with element `i + half`.
+fn turn(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (a, b) = head.split_at_mut(cos.len());
+    for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+        (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+    }
+}
+
 fn add(x: &mut [f32], y: &[f32]) {
     x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
 }
@@ -137,7 +148,7 @@ fn attention(
     for (heads, x) in [(config.heads, &mut q), (config.kv_heads, &mut k)] {
         for (t, token) in x.chunks_exact_mut(heads * d).enumerate() {
             let (cos, sin) = rope.at(position + t);
-            token.chunks_exact_mut(d).for_each(|head| math::rope(head, cos, sin));
+            token.chunks_exact_mut(d).for_each(|head| turn(head, cos, sin));
         }
     }
     for (new, cached) in [(&k, &mut cache.keys), (&v, &mut cache.values)] {
@@ -150,11 +161,11 @@ fn attention(
     let mut out = vec![0f32; q.len()];
     let group = config.heads / config.kv_heads;
     let pairs = out.par_chunks_exact_mut(d).zip(q.par_chunks_exact(d)).enumerate();
-    pairs.for_each_init(Vec::new, |scores, (i, (out, q))| {
+    pairs.for_each(|(i, (out, q))| {
         let (t, h) = (i / config.heads, i % config.heads);
         let first = h / group * context * d;
         let seen = first..first + (position + t + 1) * d;
-        math::attend(q, &cache.keys[seen.clone()], &cache.values[seen], scores, out);
+        attend::reference(q, &cache.keys[seen.clone()], &cache.values[seen], out);
     });
     out
 }
@@ -196,7 +207,7 @@ fn dense(w: &Tensor, rows: usize, cols: usize, x: &[f32]) -> Vec<f32> {
             if tokens <= FEW_TOKENS {
                 for (x, out) in x.chunks_exact(cols).zip(tile.chunks_exact_mut(n)) {
                     for (o, w) in out.iter_mut().zip(weights.chunks_exact(cols)) {
-                        *o = math::dot(w, x);
+                        *o = product_of_row::reference(w, x);
                     }
                 }
             } else {

@@ -5,7 +5,6 @@
 
 pub mod cpu;
 pub mod generate;
-pub mod math;
 pub mod sampling;
 
 pub use cpu::CpuEngine;

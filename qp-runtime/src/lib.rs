@@ -1,6 +1,7 @@
 //! Quantize a language model with `.qspec` quantizers and run it on CPU or GPU.
 
 pub mod allocate;
+pub mod checkpoint;
 pub mod cli;
 pub mod codec;
 pub mod device;
@@ -8,6 +9,8 @@ pub mod engine;
 pub mod eval;
 pub mod jit;
 pub mod model;
+pub mod plan;
+pub mod quantize;
 
 // So that the paths which derives write work in this crate too.
 extern crate self as qp_runtime;

@@ -1,7 +1,7 @@
 //! Small random model directories.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use serde_json::{Value, json};
@@ -73,6 +73,18 @@ impl RandomModel {
         });
         serialize_to_file(views, None, &dir.join("model.safetensors")).unwrap();
     }
+}
+
+/// Writes `NAME.qspec` to `dir`: a trellis of 2^6 windows with a table of its own, quick to encode with.
+pub fn write_spec(dir: &Path, name: &str, bits: u32) -> PathBuf {
+    let text = format!(
+        "quantizer {name} {{\n    window 6\n    vector 1\n    step   {bits}\n    block  2 x 128\n    values i8 + 1/2\n    \
+         unit   1/8\n    table  t[16] = [-17, -12, -9, -7, -5, -4, -3, -1, 0, 2, 3, 4, 6, 8, 11, 16]\n    \
+         decode w {{ t[(w * 37) >> 1] }}\n    scale  row\n    rotate hadamard(seed = 0)\n}}\n"
+    );
+    let path = dir.join(format!("{name}.qspec"));
+    std::fs::write(&path, text).unwrap();
+    path
 }
 
 /// A `tokenizer.json` whose token `b` is the byte `b`.

@@ -4,10 +4,14 @@ mod device;
 mod doctor;
 mod eval;
 mod generate;
+mod inspect;
+mod quantize;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use qp_codegen::syntax::Diagnostics;
 
 /// Quantize a language model and run it.
 #[derive(Parser)]
@@ -22,6 +26,8 @@ enum Command {
     Doctor(doctor::Doctor),
     Eval(eval::Eval),
     Generate(generate::Generate),
+    Inspect(inspect::Inspect),
+    Quantize(quantize::Quantize),
 }
 
 /// An error of a command, as the user sees it.
@@ -33,11 +39,16 @@ pub fn main() -> ExitCode {
         Command::Doctor(c) => c.run(),
         Command::Eval(c) => c.run(),
         Command::Generate(c) => c.run(),
+        Command::Inspect(c) => c.run(),
+        Command::Quantize(c) => c.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("error: {e}");
+            match e.downcast_ref::<Diagnostics>() {
+                Some(d) => eprint!("{}", d.render(std::io::stderr().is_terminal())),
+                None => eprintln!("error: {e}"),
+            }
             ExitCode::FAILURE
         }
     }

@@ -1,0 +1,257 @@
+//! Opening a checkpoint and reading from it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use half::bf16;
+use qp_codegen::layout::Packed;
+use qp_codegen::spec::{Quantizer, Shape, load_str};
+use qp_codegen::syntax::diag::nearest;
+use safetensors::Dtype;
+
+use super::manifest::{LayerEntry, Manifest, SpecEntry};
+use super::{Error, MANIFEST, hash_file, sha256};
+use crate::codec::{PackedMatrix, scale_count};
+use crate::model::{Tensor, TensorDir};
+
+/// An opened checkpoint: its weight files are mapped, everything but tensor data has been checked.
+///
+/// A tensor's checksum is checked when it is first read. The files must not be changed while it is open.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    manifest: Manifest,
+    specs: BTreeMap<String, Arc<Quantizer>>,
+    layers: BTreeMap<String, usize>,
+    tensors: BTreeMap<String, usize>,
+    shards: BTreeMap<String, TensorDir>,
+    /// Tensors whose checksum was found right.
+    checked: Mutex<BTreeSet<usize>>,
+}
+
+/// Names of the two tensors of a quantized layer.
+pub fn tensor_names(layer: &str) -> [String; 2] {
+    [format!("{layer}.packed"), format!("{layer}.scales")]
+}
+
+impl Checkpoint {
+    /// Opens `dir`: reads the manifest and the specs, maps the weight files, and checks the checksums of all small
+    /// files, the sizes of all files and the headers of the weight files.
+    ///
+    /// # Errors
+    /// If anything is missing, damaged or of an unknown version; the message names it and the cure.
+    pub fn open(dir: &Path) -> Result<Checkpoint, Error> {
+        let path = dir.join(MANIFEST);
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Error::NoManifest { dir: dir.to_owned() });
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {
+                return Err(Error::Manifest { path, message: "it is not UTF-8 text".to_owned() });
+            }
+            Err(e) => return Err(Error::io("read", path)(e)),
+        };
+        let manifest = Manifest::from_text(&path, &text)?;
+        let weights: BTreeSet<&str> = manifest.tensors.iter().map(|t| t.file.as_str()).collect();
+        for f in &manifest.files {
+            let path = inside(dir, &f.name)?;
+            let found = match fs::metadata(&path) {
+                Ok(m) => m.len(),
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(Error::MissingFile { path }),
+                Err(e) => return Err(Error::io("read", path)(e)),
+            };
+            if found != f.bytes {
+                return Err(Error::Size { path, expected: f.bytes, found });
+            }
+            if !weights.contains(f.name.as_str()) && hash_file(&path)?.1 != f.sha256 {
+                return Err(Error::FileChanged { path });
+            }
+        }
+        let specs = manifest.specs.iter().map(|s| read_spec(dir, s)).collect::<Result<_, _>>()?;
+        let shards: BTreeMap<String, TensorDir> = weights
+            .into_iter()
+            .map(|name| {
+                let path = inside(dir, name)?;
+                let shard = TensorDir::from_files(dir, std::slice::from_ref(&path))
+                    .map_err(|e| Error::Header { path, message: e.to_string() })?;
+                Ok((name.to_owned(), shard))
+            })
+            .collect::<Result<_, Error>>()?;
+        for t in &manifest.tensors {
+            let header = |message| Error::Header { path: dir.join(&t.file), message };
+            let (dtype, shape, _) =
+                shards[&t.file].raw(&t.name).map_err(|_| header(format!("no tensor `{}` in it", t.name)))?;
+            if (dtype, shape) != (t.dtype, t.shape.as_slice()) {
+                return Err(header(format!(
+                    "`{}` is {dtype:?} {shape:?}, expected {:?} {:?}",
+                    t.name, t.dtype, t.shape
+                )));
+            }
+        }
+        let layers = manifest.layers.iter().enumerate().map(|(i, l)| (l.name.clone(), i)).collect();
+        let tensors = manifest.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
+        let checked = Mutex::default();
+        Ok(Checkpoint { dir: dir.to_owned(), manifest, specs, layers, tensors, shards, checked })
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What the checkpoint holds.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The quantized layer `name` (without `.weight`), if it is quantized.
+    pub fn layer(&self, name: &str) -> Option<&LayerEntry> {
+        self.layers.get(name).map(|&i| &self.manifest.layers[i])
+    }
+
+    /// The quantizer called `name`.
+    pub fn quantizer(&self, name: &str) -> Option<&Arc<Quantizer>> {
+        self.specs.get(name)
+    }
+
+    /// True if there is a tensor of that name.
+    pub fn contains(&self, tensor: &str) -> bool {
+        self.tensors.contains_key(tensor)
+    }
+
+    /// The quantizer and the packed matrix of the layer `name` (without `.weight`).
+    ///
+    /// # Errors
+    /// If the layer is not quantized, or its tensors are damaged or do not fit its spec.
+    pub fn linear(&self, name: &str) -> Result<(Arc<Quantizer>, PackedMatrix), Error> {
+        let layer = self.layer(name).ok_or_else(|| Error::NoTensor {
+            dir: self.dir.clone(),
+            tensor: tensor_names(name)[0].clone(),
+            hint: nearest(name, self.layers.keys().map(String::as_str)).map(|n| format!("did you mean layer `{n}`?")),
+        })?;
+        let wrong = |message| Error::Layer { dir: self.dir.clone(), layer: name.to_owned(), message };
+        let q = self.specs.get(&layer.spec).ok_or_else(|| wrong(format!("there is no spec `{}`", layer.spec)))?;
+        let shape = Shape { rows: layer.rows, cols: layer.cols };
+        let layout = Packed::new(q, shape);
+        let [packed, scales] = tensor_names(name);
+        let words = self.elements(&packed, Dtype::U32, layout.words(), u32::from_le_bytes, &wrong)?;
+        let bits = self.elements(&scales, Dtype::BF16, scale_count(q, shape), bf16::from_le_bytes, &wrong)?;
+        Ok((q.clone(), PackedMatrix { layout, words, scales: bits }))
+    }
+
+    fn elements<T, const N: usize>(
+        &self,
+        name: &str,
+        dtype: Dtype,
+        len: usize,
+        from: fn([u8; N]) -> T,
+        wrong: &dyn Fn(String) -> Error,
+    ) -> Result<Vec<T>, Error> {
+        let (found, shape, bytes) = self.raw(name)?;
+        if (found, shape) != (dtype, &[len][..]) {
+            return Err(wrong(format!("`{name}` is {found:?} {shape:?}, but its spec makes it {dtype:?} [{len}]")));
+        }
+        Ok(bytes.as_slice().as_chunks().0.iter().map(|b| from(*b)).collect())
+    }
+
+    /// The unquantized tensor `name`.
+    ///
+    /// # Errors
+    /// If there is none of that name, it is damaged, or not of floats.
+    pub fn tensor(&self, name: &str) -> Result<Tensor, Error> {
+        self.raw(name)?;
+        let file = &self.manifest.tensors[self.tensors[name]].file;
+        self.shards[file].tensor(name).map_err(|e| Error::Header { path: self.dir.join(file), message: e.to_string() })
+    }
+
+    /// A tensor as it is stored: element type, shape and checked bytes.
+    fn raw(&self, name: &str) -> Result<(Dtype, &[usize], crate::model::tensors::Bytes), Error> {
+        let Some(&index) = self.tensors.get(name) else {
+            return Err(Error::NoTensor {
+                dir: self.dir.clone(),
+                tensor: name.to_owned(),
+                hint: nearest(name, self.tensors.keys().map(String::as_str)).map(|n| format!("did you mean `{n}`?")),
+            });
+        };
+        let t = &self.manifest.tensors[index];
+        let raw = self.shards[&t.file]
+            .raw(name)
+            .map_err(|e| Error::Header { path: self.dir.join(&t.file), message: e.to_string() })?;
+        let checked = |set: &Mutex<BTreeSet<usize>>| {
+            set.lock().unwrap_or_else(std::sync::PoisonError::into_inner).contains(&index)
+        };
+        if !checked(&self.checked) {
+            if sha256(raw.2.as_slice()) != t.sha256 {
+                return Err(Error::TensorChanged { path: self.dir.join(&t.file), tensor: name.to_owned() });
+            }
+            self.checked.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(index);
+        }
+        Ok(raw)
+    }
+
+    /// Checks every tensor, and every file as a whole. `progress` is told the bytes of each piece when it is done; the
+    /// sum is [`Checkpoint::verify_bytes`].
+    ///
+    /// # Errors
+    /// All that is damaged.
+    pub fn verify(&self, progress: &mut dyn FnMut(u64)) -> Result<(), Vec<Error>> {
+        let mut errors = Vec::new();
+        for t in &self.manifest.tensors {
+            match self.raw(&t.name) {
+                Ok((_, _, bytes)) => progress(bytes.as_slice().len() as u64),
+                Err(e) => errors.push(e),
+            }
+        }
+        for l in &self.manifest.layers {
+            errors.extend(self.linear(&l.name).err().filter(|e| matches!(e, Error::Layer { .. })));
+        }
+        for f in &self.manifest.files {
+            let path = self.dir.join(&f.name);
+            match hash_file(&path) {
+                Ok((bytes, sum)) if sum == f.sha256 => progress(bytes),
+                // A damaged tensor was named already; this is the padding or the header's order.
+                Ok(_) if errors.iter().any(|e| matches!(e, Error::TensorChanged { path: p, .. } if *p == path)) => (),
+                Ok(_) => errors.push(Error::FileChanged { path }),
+                Err(e) => errors.push(e),
+            }
+        }
+        if errors.is_empty() { Ok(()) } else { Err(errors) }
+    }
+
+    /// What [`Checkpoint::verify`] reads, in bytes.
+    pub fn verify_bytes(&self) -> u64 {
+        let tensors: usize =
+            self.manifest.tensors.iter().map(|t| t.shape.iter().product::<usize>() * t.dtype.bitsize() / 8).sum();
+        tensors as u64 + self.manifest.files.iter().map(|f| f.bytes).sum::<u64>()
+    }
+}
+
+/// The path of `name`, which must not lead out of `dir`.
+fn inside(dir: &Path, name: &str) -> Result<PathBuf, Error> {
+    let mut parts = Path::new(name).components();
+    if parts.all(|c| matches!(c, std::path::Component::Normal(_))) {
+        return Ok(dir.join(name));
+    }
+    Err(Error::Manifest {
+        path: dir.join(MANIFEST),
+        message: format!("the file name `{name}` leads out of the directory"),
+    })
+}
+
+fn read_spec(dir: &Path, entry: &SpecEntry) -> Result<(String, Arc<Quantizer>), Error> {
+    let path = inside(dir, &entry.file)?;
+    let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let library = load_str(&path.display().to_string(), &text)
+        .map_err(|d| Error::Spec { path: path.clone(), message: d.to_string() })?;
+    let Some(q) = library.get(&entry.name) else {
+        return Err(Error::Spec { path, message: format!("it does not define `{}`", entry.name) });
+    };
+    let found = q.hash();
+    if found != entry.hash {
+        return Err(Error::SpecHash { path, expected: entry.hash.clone(), found });
+    }
+    Ok((entry.name.clone(), Arc::new(q.clone())))
+}

@@ -1,0 +1,128 @@
+//! `qp quantize`.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
+
+use super::Error;
+use crate::checkpoint::{Begin, LayerEntry};
+use crate::plan::Plan;
+use crate::quantize::{Job, Progress};
+
+/// Quantize a model: encode every linear layer and write a checkpoint that explains itself.
+///
+/// The work may be interrupted at any time and continued with --resume; the result is the same, byte for byte. The
+/// output appears only when it is whole.
+#[derive(clap::Args)]
+pub struct Quantize {
+    /// Directory of the model: config.json, safetensors, tokenizer
+    model: PathBuf,
+    /// One quantizer for every linear layer of the blocks: a name of the palette or a .qspec file
+    #[arg(long, value_name = "SPEC", required_unless_present = "plan", conflicts_with = "plan")]
+    spec: Option<String>,
+    /// A TOML file that gives each layer its quantizer (see docs/checkpoint.md)
+    #[arg(long, value_name = "FILE")]
+    plan: Option<PathBuf>,
+    /// Directory of the checkpoint
+    #[arg(short, long, value_name = "DIR")]
+    out: PathBuf,
+    /// Continue an unfinished run of the same model and plan
+    #[arg(long)]
+    resume: bool,
+    /// Replace an existing checkpoint (at the end); without --resume, discard an unfinished run
+    #[arg(long)]
+    force: bool,
+    /// Threads to use [default: one a core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    threads: Option<u32>,
+    /// No progress bar
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+impl Quantize {
+    /// Runs the command.
+    pub fn run(self) -> Result<(), Error> {
+        let plan = match (&self.spec, &self.plan) {
+            (Some(spec), _) => Plan::uniform(spec),
+            (None, Some(path)) => Plan::read(path)?,
+            (None, None) => return Err("give --spec or --plan".into()),
+        };
+        let mut job = Job::new(self.model, plan, &self.out);
+        job.begin = Begin { resume: self.resume, force: self.force };
+        job.threads = self.threads.map(|n| n as usize);
+        let bar = Bar::new(self.quiet);
+        let manifest = match job.run(&bar) {
+            Ok(m) => m,
+            Err(e) => {
+                bar.bar.abandon();
+                return Err(match e {
+                    // Shown with excerpts.
+                    crate::quantize::Error::Plan(d) => d.into(),
+                    e => e.into(),
+                });
+            }
+        };
+        bar.bar.finish_and_clear();
+        if !self.quiet {
+            let bytes: u64 = manifest.files.iter().map(|f| f.bytes).sum();
+            println!(
+                "{}: {} layers quantized, {} in {}",
+                self.out.display(),
+                manifest.layers.len(),
+                HumanBytes(bytes),
+                HumanDuration(bar.bar.elapsed()),
+            );
+        }
+        Ok(())
+    }
+}
+
+/// The progress bar: weights a second, time left, and the draft's name if the work is cut short.
+struct Bar {
+    bar: ProgressBar,
+    resumed: OnceLock<u64>,
+}
+
+impl Bar {
+    fn new(quiet: bool) -> Bar {
+        let bar = if quiet { ProgressBar::hidden() } else { ProgressBar::no_length() };
+        Bar { bar, resumed: OnceLock::new() }
+    }
+}
+
+impl Progress for Bar {
+    fn start(&self, total: u64, done: u64, _: &Path) {
+        let style = ProgressStyle::with_template(
+            "{msg:40!} [{wide_bar:.cyan/blue}] {percent:>3}% {human_pos}/{human_len} weights, {per_sec}, {eta} left",
+        );
+        if let Ok(style) = style {
+            self.bar.set_style(style.progress_chars("=> "));
+        }
+        self.bar.set_length(total);
+        self.bar.set_position(done);
+        // Weights of an earlier run say nothing about this run's speed.
+        self.bar.reset_eta();
+        self.bar.reset_elapsed();
+        self.bar.enable_steady_tick(Duration::from_millis(200));
+        if done > 0 && self.resumed.set(done).is_ok() {
+            self.bar.println(format!("resumed: {done} of {total} weights were done"));
+        }
+    }
+
+    fn layer(&self, name: &str, spec: &str) {
+        let short = name.strip_prefix("model.layers.").unwrap_or(name);
+        self.bar.set_message(format!("{short} {spec}"));
+    }
+
+    fn advance(&self, weights: u64) {
+        self.bar.inc(weights);
+    }
+
+    fn finished(&self, _: &LayerEntry) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+}

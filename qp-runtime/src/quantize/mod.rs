@@ -1,0 +1,341 @@
+//! The pipeline: a model directory and a plan in, a checkpoint out.
+//!
+//! Layer by layer, one in memory at a time: load as `f32`, rotate each row, encode, write, record. What is finished
+//! stays finished: see [`crate::checkpoint::draft`].
+
+mod items;
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use bytemuck::cast_slice;
+use qp_codegen::reference::Rotator;
+use qp_codegen::spec::{Quantizer, Shape};
+use qp_codegen::syntax::Diagnostics;
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use crate::checkpoint::manifest::six_digits;
+use crate::checkpoint::weights::SHARD_BYTES;
+use crate::checkpoint::{self, Begin, Draft, Head, LayerEntry, Manifest, ModelId, SpecEntry, is_checkpoint};
+use crate::codec::{Decoder, EncodeError, Encoder};
+use crate::model::{self, Config, TensorDir, Weights};
+use crate::plan::{Plan, Resolved};
+use items::{Item, Work, items, layers};
+
+/// Files of a model directory that a checkpoint takes along, where they exist.
+const COPIED: [&str; 11] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
+/// An error of quantization. What existed before is untouched; a partial directory may stay, to be resumed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The model is not as it should be.
+    #[error(transparent)]
+    Model(#[from] model::Error),
+    /// The plan cannot be used.
+    #[error(transparent)]
+    Plan(#[from] Diagnostics),
+    /// Reading or writing failed.
+    #[error(transparent)]
+    Checkpoint(#[from] checkpoint::Error),
+    /// The model is quantized already.
+    #[error("{} is a quantized checkpoint already; quantize the model that it was made from", dir.display())]
+    Quantized {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// Weights that are no numbers.
+    #[error(
+        "tensor '{tensor}' has {count} weights that are not finite, the first ({value}) at row {row}, column {col}; \
+         the model is damaged: get it again, or leave the layer as it is with \"{layer}\" = \"keep\" in the plan"
+    )]
+    NotFinite {
+        /// The tensor.
+        tensor: String,
+        /// The layer as a plan names it.
+        layer: String,
+        /// How many there are.
+        count: usize,
+        /// The first one.
+        value: f32,
+        /// Its row, from 0.
+        row: usize,
+        /// Its column, from 0.
+        col: usize,
+    },
+    /// The encoder refused a layer.
+    #[error("layer '{layer}': {source}")]
+    Encode {
+        /// The layer.
+        layer: String,
+        /// Why.
+        source: EncodeError,
+    },
+    /// Stopped by [`Progress::finished`].
+    #[error("stopped; {} can be continued with --resume", draft.display())]
+    Stopped {
+        /// The partial directory.
+        draft: PathBuf,
+    },
+    /// No threads.
+    #[error("cannot start {threads} threads: {message}")]
+    Threads {
+        /// How many were asked for.
+        threads: usize,
+        /// Why.
+        message: String,
+    },
+}
+
+/// Is told how the work goes.
+pub trait Progress: Sync {
+    /// `done` of `total` weights were finished by an earlier run; the work is kept in `draft` until it is whole.
+    fn start(&self, total: u64, done: u64, draft: &Path);
+    /// The next layer, with its quantizer's name.
+    fn layer(&self, name: &str, spec: &str);
+    /// That many more weights are encoded. Called from many threads.
+    fn advance(&self, weights: u64);
+    /// A layer is written. `Break` stops the work.
+    fn finished(&self, layer: &LayerEntry) -> ControlFlow<()>;
+}
+
+/// Says nothing.
+#[derive(Debug)]
+pub struct Silent;
+
+impl Progress for Silent {
+    fn start(&self, _: u64, _: u64, _: &Path) {}
+    fn layer(&self, _: &str, _: &str) {}
+    fn advance(&self, _: u64) {}
+    fn finished(&self, _: &LayerEntry) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+}
+
+/// What to quantize, how, and where to.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// The model's directory.
+    pub model: PathBuf,
+    /// The plan.
+    pub plan: Plan,
+    /// The checkpoint's directory.
+    pub out: PathBuf,
+    /// What to do about an unfinished run or an existing output.
+    pub begin: Begin,
+    /// Threads; by default one a core.
+    pub threads: Option<usize>,
+    /// Largest weight file in bytes.
+    pub shard_bytes: u64,
+}
+
+impl Job {
+    /// A job with default options.
+    pub fn new(model: impl Into<PathBuf>, plan: Plan, out: impl Into<PathBuf>) -> Job {
+        let (begin, threads) = (Begin::default(), None);
+        Job { model: model.into(), plan, out: out.into(), begin, threads, shard_bytes: SHARD_BYTES }
+    }
+
+    /// Does the job. Returns the manifest of the checkpoint.
+    ///
+    /// # Errors
+    /// If the model, the plan, the output or the disk does not allow it; nothing that existed is changed then.
+    pub fn run(&self, progress: &dyn Progress) -> Result<Manifest, Error> {
+        let Some(threads) = self.threads else {
+            return self.run_here(progress);
+        };
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .map_err(|e| Error::Threads { threads, message: e.to_string() })?;
+        pool.install(|| self.run_here(progress))
+    }
+
+    fn run_here(&self, progress: &dyn Progress) -> Result<Manifest, Error> {
+        if is_checkpoint(&self.model) {
+            return Err(Error::Quantized { dir: self.model.clone() });
+        }
+        let config = Config::read(&self.model)?;
+        let source = TensorDir::open(&self.model)?;
+        // Whatever is missing or misshapen is found now and not after hours.
+        Weights::load(&config, &source)?;
+        let layers = layers(&config);
+        let plan = self.plan.resolve(&layers.iter().map(|l| l.layer.clone()).collect::<Vec<_>>())?;
+        let items = items(&source, &layers, &plan)?;
+
+        let spec_of = |i: usize| plan.layers[i].map(|s| &plan.specs[s]);
+        let chosen: Vec<(String, String)> = layers
+            .iter()
+            .enumerate()
+            .filter_map(|(i, l)| Some((l.layer.name.clone(), spec_of(i)?)))
+            .map(|(l, q)| (l, format!("{} {}", q.name, q.hash())))
+            .collect();
+        let name = |i: &usize| layers[*i].layer.name.clone();
+        let groups: Vec<Vec<String>> = plan.groups.iter().map(|g| g.iter().map(name).collect()).collect();
+        let model = identity(&self.model, &source)?;
+        let head = Head::new(model, self.shard_bytes, chosen, groups.clone());
+        let planned = items.iter().map(|i| (i.name.clone(), i.tensors.clone())).collect();
+        let mut draft = Draft::begin(&self.out, &head, planned, self.begin)?;
+
+        let weights = |i: &Item| match i.work {
+            Work::Encode { layer, .. } => u64::from(layers[layer].layer.shape.len()),
+            Work::Copy => 0,
+        };
+        let total = items.iter().map(weights).sum();
+        let done = items.iter().filter(|i| draft.record(&i.name).is_some()).map(weights).sum();
+        progress.start(total, done, draft.dir());
+        // Made when first used: a resumed run may need none.
+        let mut coders: Vec<Option<(Encoder, Decoder)>> = plan.specs.iter().map(|_| None).collect();
+        let mut entries = Vec::new();
+        for item in &items {
+            let record = draft.record(&item.name).cloned();
+            match &item.work {
+                Work::Copy => {
+                    if record.is_none() {
+                        let (_, _, bytes) = source.raw(&item.name)?;
+                        draft.put(&item.name, &[bytes.as_slice()], None)?;
+                    }
+                }
+                Work::Encode { layer, tensor } => {
+                    let (shape, q) = (layers[*layer].layer.shape, spec_of(*layer).expect("items follow the plan"));
+                    let error = match record {
+                        Some(record) => record.error.unwrap_or(0.0),
+                        None => {
+                            progress.layer(&item.name, &q.name);
+                            let w = load(&source, tensor, &item.name, q, shape)?;
+                            let spec = plan.layers[*layer].expect("items follow the plan");
+                            let (encoder, decoder) =
+                                coders[spec].get_or_insert_with(|| (Encoder::new(q), Decoder::new(q)));
+                            let packed = encoder
+                                .encode(shape, &w, &|n| progress.advance(n))
+                                .map_err(|source| Error::Encode { layer: item.name.clone(), source })?;
+                            let error = relative_error(&w, &decoder.weights(&packed), shape.cols as usize);
+                            let tensors = [cast_slice(&packed.words), cast_slice(&packed.scales)];
+                            draft.put(&item.name, &tensors, Some(error))?;
+                            error
+                        }
+                    };
+                    let Shape { rows, cols } = shape;
+                    let entry = LayerEntry { name: item.name.clone(), spec: q.name.clone(), rows, cols, error };
+                    if progress.finished(&entry).is_break() {
+                        return Err(Error::Stopped { draft: draft.dir().to_owned() });
+                    }
+                    entries.push(entry);
+                }
+            }
+        }
+        self.finish(draft, head, &plan, entries, groups)
+    }
+
+    /// Writes the small files and publishes the checkpoint.
+    fn finish(
+        &self,
+        mut draft: Draft,
+        head: Head,
+        plan: &Resolved,
+        layers: Vec<LayerEntry>,
+        groups: Vec<Vec<String>>,
+    ) -> Result<Manifest, Error> {
+        let mut specs = Vec::new();
+        for q in &plan.specs {
+            let file = format!("specs/{}.qspec", q.name);
+            draft.put_file(&file, q.canonical().as_bytes())?;
+            specs.push(SpecEntry { name: q.name.clone(), file, hash: q.hash() });
+        }
+        for name in COPIED {
+            let path = self.model.join(name);
+            match std::fs::read(&path) {
+                Ok(bytes) => draft.put_file(name, &bytes)?,
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => (),
+                Err(e) => return Err(checkpoint::Error::io("read", path)(e).into()),
+            }
+        }
+        draft.put_file("plan.toml", plan_text(&layers, &groups).as_bytes())?;
+        let model = ModelId { sha256: head.model };
+        let (tensors, files) = (Vec::new(), Vec::new());
+        Ok(draft.finish(Manifest {
+            format: head.format,
+            tool: head.tool,
+            model,
+            specs,
+            layers,
+            groups,
+            tensors,
+            files,
+        })?)
+    }
+}
+
+/// The weights of a layer as `f32`, rotated along the columns.
+fn load(source: &TensorDir, tensor: &str, layer: &str, q: &Quantizer, shape: Shape) -> Result<Vec<f32>, Error> {
+    let mut w = source.tensor(tensor)?.to_f32();
+    let cols = shape.cols as usize;
+    if let Some(at) = w.iter().position(|v| !v.is_finite()) {
+        let count = w.iter().filter(|v| !v.is_finite()).count();
+        let (tensor, layer) = (tensor.to_owned(), layer.to_owned());
+        return Err(Error::NotFinite { tensor, layer, count, value: w[at], row: at / cols, col: at % cols });
+    }
+    let rotator = Rotator::new(q.rotation, shape.cols);
+    w.par_chunks_exact_mut(cols).for_each(|row| rotator.apply(row));
+    Ok(w)
+}
+
+/// Σ (w − ŵ)² / Σ w², six digits. Sums are by row, so that the result does not depend on the number of threads.
+fn relative_error(w: &[f32], decoded: &[f32], cols: usize) -> f64 {
+    let rows: Vec<(f64, f64)> = w
+        .par_chunks_exact(cols)
+        .zip(decoded.par_chunks_exact(cols))
+        .map(|(a, b)| {
+            a.iter().zip(b).fold((0.0, 0.0), |(e, s), (x, y)| {
+                let (x, y) = (f64::from(*x), f64::from(*y));
+                (e + (x - y) * (x - y), s + x * x)
+            })
+        })
+        .collect();
+    let (error, power) = rows.iter().fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1));
+    if power > 0.0 { six_digits(error / power) } else { 0.0 }
+}
+
+/// Identity of a model: a hash over its configuration and all tensors, however they are spread over files.
+fn identity(dir: &Path, source: &TensorDir) -> Result<String, Error> {
+    let names: Vec<&str> = source.names().collect();
+    let sums: Vec<String> = names
+        .par_iter()
+        .map(|name| {
+            let (dtype, shape, bytes) = source.raw(name)?;
+            Ok(format!("{name} {dtype:?} {shape:?} {}\n", checkpoint::sha256(bytes.as_slice())))
+        })
+        .collect::<Result<_, model::Error>>()?;
+    let path = dir.join("config.json");
+    let mut hash = Sha256::new();
+    hash.update(std::fs::read(&path).map_err(checkpoint::Error::io("read", path))?);
+    sums.iter().for_each(|s| hash.update(s));
+    Ok(checkpoint::hex(&hash.finalize()))
+}
+
+/// The plan as carried out, as a plan file that names every layer.
+fn plan_text(layers: &[LayerEntry], groups: &[Vec<String>]) -> String {
+    use std::fmt::Write;
+    let mut out = String::from("# The plan that this checkpoint was made by; `qp quantize --plan` takes it.\n");
+    out.push_str("default = \"keep\"\n\n[layers]\n");
+    for l in layers {
+        let _ = writeln!(out, "\"{}\" = \"specs/{}.qspec\"", l.name, l.spec);
+    }
+    for group in groups {
+        let names: Vec<String> = group.iter().map(|n| format!("\"{n}\"")).collect();
+        let _ = write!(out, "\n[[groups]]\nfuse = [{}]\n", names.join(", "));
+    }
+    out
+}

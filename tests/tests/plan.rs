@@ -1,0 +1,106 @@
+//! Plans: what they mean, and what is said about those that mean nothing.
+
+use std::path::PathBuf;
+
+use qp_codegen::spec::Shape;
+use qp_runtime::plan::{Layer, Plan, Resolved};
+
+/// Two blocks and an output layer.
+fn layers() -> Vec<Layer> {
+    let layer = |name: String, rows, cols| Layer { by_default: name != "lm_head", name, shape: Shape { rows, cols } };
+    let mut all = Vec::new();
+    for i in 0..2 {
+        for (name, rows, cols) in [
+            ("self_attn.q_proj", 256, 256),
+            ("self_attn.k_proj", 128, 256),
+            ("self_attn.v_proj", 128, 256),
+            ("self_attn.o_proj", 256, 256),
+            ("mlp.gate_proj", 768, 256),
+            ("mlp.up_proj", 768, 256),
+            ("mlp.down_proj", 256, 768),
+        ] {
+            all.push(layer(format!("model.layers.{i}.{name}"), rows, cols));
+        }
+    }
+    all.push(layer("lm_head".to_owned(), 2048, 256));
+    all
+}
+
+/// Three quantizers in files, which a plan names by their paths.
+fn specs() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, bits) in [("q2", 2), ("q3", 3), ("q4", 4)] {
+        qp_tests::models::write_spec(dir.path(), name, bits);
+    }
+    std::fs::write(dir.path().join("other.qspec"), std::fs::read(dir.path().join("q2.qspec")).unwrap()).unwrap();
+    let twin = std::fs::read_to_string(dir.path().join("q3.qspec")).unwrap().replace("q3", "q2");
+    std::fs::write(dir.path().join("twin.qspec"), twin).unwrap();
+    std::fs::write(dir.path().join("bad.qspec"), "quantizer bad {\n    window 99\n}\n").unwrap();
+    dir
+}
+
+fn resolve(text: &str) -> Result<Resolved, String> {
+    let dir = specs();
+    let shown = |d: qp_codegen::syntax::Diagnostics| d.render(false).replace(&*dir.path().to_string_lossy(), "DIR");
+    let plan = Plan::parse("plan.toml", text, dir.path().to_owned()).map_err(shown)?;
+    plan.resolve(&layers()).map_err(shown)
+}
+
+/// `layer = spec` of every layer.
+fn choices(text: &str) -> Vec<String> {
+    let r = resolve(text).unwrap_or_else(|e| panic!("{e}"));
+    let name = |s: Option<usize>| s.map_or("keep", |s| r.specs[s].name.as_str()).to_owned();
+    layers().iter().zip(&r.layers).map(|(l, s)| format!("{} = {}", l.name, name(*s))).collect()
+}
+
+#[test]
+fn later_rules_win_over_earlier_ones_and_over_the_default() {
+    let text = r#"
+        default = "./q3.qspec"
+        [layers]
+        "model.layers.*.mlp.*" = "./q2.qspec"
+        "model.layers.1.mlp.{up,down}_proj" = "./q4.qspec"
+        "model.layers.0.self_attn.o_proj" = "keep"
+        "lm_head" = "./q4.qspec"
+    "#;
+    insta::assert_snapshot!(choices(text).join("\n"));
+}
+
+#[test]
+fn the_default_leaves_the_output_layer_alone() {
+    let r = resolve("default = \"./q3.qspec\"").unwrap();
+    assert!(r.layers[..14].iter().all(|l| *l == Some(0)) && r.layers[14].is_none());
+    assert_eq!(r.specs.len(), 1);
+    let dir = specs();
+    let uniform = Plan::uniform(&dir.path().join("q3.qspec").to_string_lossy()).resolve(&layers()).unwrap();
+    assert_eq!(uniform, r);
+}
+
+#[test]
+fn groups_are_formed_by_what_the_stars_stand_for() {
+    let text = r#"
+        default = "./q3.qspec"
+        [[groups]]
+        fuse = "model.layers.*.self_attn.{v,q,k}_proj"
+        [[groups]]
+        fuse = ["model.layers.1.mlp.up_proj", "model.layers.1.mlp.gate_proj"]
+    "#;
+    assert_eq!(resolve(text).unwrap().groups, [vec![0, 1, 2], vec![7, 8, 9], vec![11, 12]]);
+}
+
+#[test]
+fn messages() {
+    let bad = [
+        "default = tcq_3",
+        "default = 3\nlayer = {}\nbits = 4",
+        "default = \"./q3.qspec\"\nlayers = \"./q4.qspec\"\ngroups = {}",
+        "default = \"./q3.qspec\"\n[layers]\nmodel.layers.0 = \"./q4.qspec\"\n\"lm_head\" = 4\n\"a{b\" = \"./q4.qspec\"\n\"\" = \"./q4.qspec\"",
+        "default = \"./q3.qspec\"\n[layers]\n\"model.layers.*.mlp.dwn_proj\" = \"./q4.qspec\"\n\"model.layers.7.mlp.up_proj\" = \"./q4.qspec\"\n\"transformer.h.0\" = \"./q4.qspec\"\n\"model.embed_tokens\" = \"./q4.qspec\"",
+        "default = \"tqc_3\"\n[layers]\n\"lm_head\" = \"mine/none.qspec\"\n\"model.layers.0.mlp.*\" = \"bad.qspec\"",
+        "default = \"other.qspec:q2\"\n[layers]\n\"lm_head\" = \"twin.qspec:q2\"\n\"model.layers.*.mlp.*\" = \"q2.qspec\"",
+        "[layers]\n\"lm_head\" = \"./q4.qspec\"\n\"model.layers.0.*.*\" = \"keep\"",
+        "default = \"./q3.qspec\"\n[[groups]]\nfuse = [\"model.layers.*.mlp.down_proj\", \"model.layers.*.mlp.up_proj\"]\n[[groups]]\nfuse = \"model.layers.0.mlp.up_proj\"\n[[groups]]\nfuse = [1, \"x.*\"]\nname = \"y\"\n[[groups]]\nfuse = \"lm_head\"",
+    ];
+    let shown: Vec<String> = bad.iter().map(|b| format!("{b}\n--->\n{}", resolve(b).expect_err(b))).collect();
+    insta::assert_snapshot!(shown.join("\n=====\n\n"));
+}

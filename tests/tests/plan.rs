@@ -1,7 +1,5 @@
 //! Plans: what they mean, and what is said about those that mean nothing.
 
-use std::path::PathBuf;
-
 use qp_codegen::spec::Shape;
 use qp_runtime::plan::{Layer, Plan, Resolved};
 
@@ -99,7 +97,8 @@ fn messages() {
         "default = \"tqc_3\"\n[layers]\n\"lm_head\" = \"mine/none.qspec\"\n\"model.layers.0.mlp.*\" = \"bad.qspec\"",
         "default = \"other.qspec:q2\"\n[layers]\n\"lm_head\" = \"twin.qspec:q2\"\n\"model.layers.*.mlp.*\" = \"q2.qspec\"",
         "[layers]\n\"lm_head\" = \"./q4.qspec\"\n\"model.layers.0.*.*\" = \"keep\"",
-        "default = \"./q3.qspec\"\n[[groups]]\nfuse = [\"model.layers.*.mlp.down_proj\", \"model.layers.*.mlp.up_proj\"]\n[[groups]]\nfuse = \"model.layers.0.mlp.up_proj\"\n[[groups]]\nfuse = [1, \"x.*\"]\nname = \"y\"\n[[groups]]\nfuse = \"lm_head\"",
+        "default = \"./q3.qspec\"\n[[groups]]\nfuse = [\"model.layers.*.mlp.down_proj\", \"model.layers.*.mlp.up_proj\"]\n[[groups]]\nfuse = \"model.layers.0.mlp.up_proj\"\n[[groups]]\nfuse = \"lm_head\"\n[[groups]]\nfuse = \"x.*\"",
+        "default = \"./q3.qspec\"\n[[groups]]\nfuse = [1, \"x.*\"]\nname = \"y\"",
     ];
     let shown: Vec<String> = bad.iter().map(|b| format!("{b}\n--->\n{}", resolve(b).expect_err(b))).collect();
     insta::assert_snapshot!(shown.join("\n=====\n\n"));

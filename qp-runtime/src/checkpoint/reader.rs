@@ -14,7 +14,8 @@ use safetensors::Dtype;
 use super::manifest::{LayerEntry, Manifest, SpecEntry};
 use super::{Error, MANIFEST, hash_file, sha256};
 use crate::codec::{PackedMatrix, scale_count};
-use crate::model::{Tensor, TensorDir};
+use crate::model::weights::shaped;
+use crate::model::{self, Source, Tensor, TensorDir, Weight};
 
 /// An opened checkpoint: its weight files are mapped, everything but tensor data has been checked.
 ///
@@ -226,6 +227,28 @@ impl Checkpoint {
         let tensors: usize =
             self.manifest.tensors.iter().map(|t| t.shape.iter().product::<usize>() * t.dtype.bitsize() / 8).sum();
         tensors as u64 + self.manifest.files.iter().map(|f| f.bytes).sum::<u64>()
+    }
+}
+
+impl Source for Checkpoint {
+    fn tensor(&self, name: &str) -> Result<Tensor, model::Error> {
+        Ok(Checkpoint::tensor(self, name)?)
+    }
+
+    fn linear(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, model::Error> {
+        let Some(layer) = self.layer(name) else {
+            return shaped(self, &format!("{name}.weight"), &[rows, cols]).map(Weight::Dense);
+        };
+        let (found, expected) = (vec![layer.rows as usize, layer.cols as usize], vec![rows, cols]);
+        if found != expected {
+            return Err(model::Error::Shape { name: name.to_owned(), found, expected });
+        }
+        let (quantizer, matrix) = Checkpoint::linear(self, name)?;
+        Ok(Weight::Quantized { quantizer, matrix: Arc::new(matrix) })
+    }
+
+    fn is_quantized(&self, name: &str) -> bool {
+        self.layer(name).is_some()
     }
 }
 

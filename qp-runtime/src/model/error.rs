@@ -71,6 +71,9 @@ pub enum Error {
         /// Its element type.
         found: String,
     },
+    /// A quantized checkpoint is damaged.
+    #[error(transparent)]
+    Checkpoint(#[from] crate::checkpoint::Error),
     /// The tokenizer refused a text.
     #[error("the tokenizer failed: {0}")]
     Tokenizer(String),

@@ -22,6 +22,8 @@ pub use tensors::{Dtype, Tensor, TensorDir};
 pub use tokenizer::{TextStream, Tokenizer};
 pub use weights::{Layer, Linear, Source, Weight, Weights};
 
+use crate::checkpoint::{Checkpoint, is_checkpoint};
+
 /// An opened model directory.
 #[derive(Debug)]
 pub struct Model {
@@ -36,15 +38,18 @@ pub struct Model {
 }
 
 impl Model {
-    /// Opens the directory `dir`. Tensors are mapped, not read.
+    /// Opens the directory `dir`, a plain model or a quantized checkpoint. Dense tensors are mapped, not read.
     ///
     /// # Errors
     /// If a file is missing, malformed or truncated, the architecture is not supported, or a tensor is missing or
     /// has another shape than the configuration says.
     pub fn open(dir: &Path) -> Result<Self, Error> {
         check_dir(dir)?;
+        // A checkpoint first: it says of a damaged config.json that it is damaged.
+        let source: Box<dyn Source> =
+            if is_checkpoint(dir) { Box::new(Checkpoint::open(dir)?) } else { Box::new(TensorDir::open(dir)?) };
         let config = Config::read(dir)?;
-        let weights = Weights::load(&config, &TensorDir::open(dir)?)?;
+        let weights = Weights::load(&config, &*source)?;
         let tokenizer = Tokenizer::read(dir)?;
         Ok(Model { dir: dir.to_owned(), config, tokenizer, weights })
     }

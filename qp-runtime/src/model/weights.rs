@@ -22,6 +22,12 @@ pub trait Source {
     /// # Errors
     /// If it is missing, damaged or of another shape.
     fn linear(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, Error>;
+
+    /// True if the linear layer `name` is quantized. So may be an output layer that is tied to the embedding.
+    fn is_quantized(&self, name: &str) -> bool {
+        let _ = name;
+        false
+    }
 }
 
 impl Source for TensorDir {
@@ -117,7 +123,7 @@ impl Weights {
         });
         let layers = layers.collect::<Result<Vec<_>, Error>>()?;
         let embed = shaped(source, "model.embed_tokens.weight", &[config.vocab, config.hidden])?;
-        let weight = if config.tied {
+        let weight = if config.tied && !source.is_quantized("lm_head") {
             Weight::Dense(embed.clone())
         } else {
             source.linear("lm_head", config.vocab, config.hidden)?
@@ -128,7 +134,7 @@ impl Weights {
 }
 
 /// The dense tensor `name`, which must have `shape`.
-fn shaped(source: &dyn Source, name: &str, shape: &[usize]) -> Result<Tensor, Error> {
+pub(crate) fn shaped(source: &dyn Source, name: &str, shape: &[usize]) -> Result<Tensor, Error> {
     let t = source.tensor(name)?;
     if t.shape != shape {
         return Err(Error::Shape { name: name.to_owned(), found: t.shape, expected: shape.to_vec() });

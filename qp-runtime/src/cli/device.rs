@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use clap::ValueEnum;
 
-use crate::engine::{CpuEngine, Engine};
+use crate::device::{DeviceError, Executor};
+use crate::engine::{CpuEngine, CudaEngine, Engine};
 use crate::model::Model;
 
 /// Where a model runs.
@@ -16,6 +17,8 @@ pub enum Device {
     Cpu,
     /// The first CUDA device.
     Cuda,
+    /// The GPU's kernels on the CPU, lane by lane: slow, for checking.
+    Interpreter,
 }
 
 /// An engine for `model` on `device`, for sequences of up to `context` tokens.
@@ -23,8 +26,21 @@ pub enum Device {
 /// # Errors
 /// If the device is not there or the model does not fit.
 pub fn open_engine(model: Model, device: Device, context: usize) -> Result<Box<dyn Engine>, super::Error> {
-    match device {
-        Device::Auto | Device::Cpu => Ok(Box::new(CpuEngine::new(&model.config, Arc::new(model.weights), context)?)),
-        Device::Cuda => Err("no engine for CUDA in this build: use --device cpu".into()),
-    }
+    let executor = match device {
+        Device::Cpu => None,
+        Device::Cuda => Some(Executor::cuda(0)?),
+        Device::Interpreter => Some(Executor::interpreter()),
+        Device::Auto => match Executor::cuda(0) {
+            Ok(executor) => Some(executor),
+            Err(DeviceError::NoDriver | DeviceError::NoGpu { .. }) => None,
+            Err(e) => {
+                eprintln!("running on the CPU: {e}");
+                None
+            }
+        },
+    };
+    Ok(match executor {
+        Some(executor) => Box::new(CudaEngine::new(executor, &model.config, &model.weights, context)?),
+        None => Box::new(CpuEngine::new(&model.config, Arc::new(model.weights), context)?),
+    })
 }

@@ -4,10 +4,12 @@
 //! nothing else of it. [`cpu`] is the engine that runs everywhere.
 
 pub mod cpu;
+pub mod cuda;
 pub mod generate;
 pub mod sampling;
 
 pub use cpu::CpuEngine;
+pub use cuda::CudaEngine;
 pub use generate::{Generated, Stop, generate};
 pub use sampling::{Sampler, Sampling};
 

@@ -1,0 +1,385 @@
+//! The engine of GPUs: every step is one graph of launches, from token to logits.
+//!
+//! It runs on an [`Executor`], so on the interpreter too, launch by launch: that is how it is tested without a GPU.
+//! Everything stays on the device between steps; a step takes the tokens and their position and gives logits. Tokens
+//! are taken up to 8 at once. A quantized model gives the same bits as on the CPU, however its tokens are cut.
+//!
+//! * [`linear`]: matrices on the device.
+//! * [`step`]: one launch: kernel, inputs, output.
+
+mod linear;
+mod step;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use qp_codegen::ir::Elem;
+use qp_codegen::kernels::add::Add;
+use qp_codegen::kernels::append::Append;
+use qp_codegen::kernels::attention::Attention;
+use qp_codegen::kernels::dense::Dense;
+use qp_codegen::kernels::embed::Embed;
+use qp_codegen::kernels::gemv::Gemv;
+use qp_codegen::kernels::glu::Glu;
+use qp_codegen::kernels::norm::Norm;
+use qp_codegen::kernels::prepare::Prepare;
+use qp_codegen::kernels::{Span, gemv};
+use qp_codegen::spec::Shape;
+use rayon::prelude::*;
+
+use self::linear::{Floats, Group, Matrix};
+use self::step::{Angles, Hand, Ready, State, Step};
+use super::{Engine, Error, Logits, check_tokens};
+use crate::device::ops::DeviceActivations;
+use crate::device::{Buffer, DeviceError, Executor, Graph};
+use crate::model::{Config, Role, Weight, Weights, rope_tables};
+
+/// Numbers of tokens that steps are made for. Any number is a sum of few of them.
+const BATCHES: [usize; 4] = [gemv::MAX_BATCH as usize, 4, 2, 1];
+
+/// A model on a device, with the keys and values of one sequence.
+pub struct CudaEngine {
+    executor: Executor,
+    network: Network,
+    state: State,
+    kernels: BTreeMap<String, Ready>,
+    /// By tokens and rows of logits.
+    graphs: BTreeMap<(usize, usize), Graph>,
+    position: usize,
+}
+
+/// What does not change between steps.
+struct Network {
+    vocab: usize,
+    context: usize,
+    heads: u32,
+    kv_heads: u32,
+    head_dim: u32,
+    hidden: u32,
+    inner: u32,
+    eps: f32,
+    /// Distance from one token to the next in the residual stream.
+    stride: u32,
+    embed: Arc<Floats>,
+    layers: Vec<Layer>,
+    norm: Buffer<f32>,
+    head: Group,
+    angles: Angles,
+    /// Given where a kernel reads nothing.
+    nothing: Buffer<f32>,
+}
+
+struct Layer {
+    input_norm: Buffer<f32>,
+    /// Queries, keys, values.
+    qkv: Group,
+    o: Group,
+    post_norm: Buffer<f32>,
+    /// Gate, up.
+    gate_up: Group,
+    down: Group,
+}
+
+/// Rows of activations, and the norm they are to pass first.
+#[derive(Clone, Copy)]
+struct Input<'n> {
+    hand: Hand,
+    rows: Span,
+    norm: Option<&'n Buffer<f32>>,
+}
+
+impl CudaEngine {
+    /// An engine on `executor` for sequences of up to `context` tokens.
+    ///
+    /// # Errors
+    /// If the model has fewer positions or does not fit the device.
+    pub fn new(executor: Executor, config: &Config, weights: &Weights, context: usize) -> Result<Self, Error> {
+        if context > config.max_positions {
+            return Err(Error::Positions { wanted: context, max: config.max_positions });
+        }
+        let network = Network::upload(&executor, config, weights, context)?;
+        let state = network.state(&executor)?;
+        Ok(CudaEngine { executor, network, state, kernels: BTreeMap::new(), graphs: BTreeMap::new(), position: 0 })
+    }
+
+    /// The graph of a step of `batch` tokens with logits for the last `rows`.
+    fn graph(&mut self, batch: usize, rows: usize) -> Result<&Graph, DeviceError> {
+        let CudaEngine { executor, network, state, kernels, graphs, .. } = self;
+        if !graphs.contains_key(&(batch, rows)) {
+            let steps = network.steps(batch as u32, rows as u32);
+            let mut wanted: BTreeMap<String, &Step<'_>> = steps.iter().map(|s| (s.key(), s)).collect();
+            wanted.retain(|key, _| !kernels.contains_key(key));
+            let loaded = wanted.into_par_iter().map(|(key, s)| Ok((key, s.load(executor)?)));
+            kernels.extend(loaded.collect::<Result<Vec<_>, DeviceError>>()?);
+            let mut recorder = executor.record();
+            for step in &steps {
+                let kernel = kernels.get_mut(&step.key()).expect("loaded above");
+                step.record(&mut recorder, kernel, state, &network.angles)?;
+            }
+            graphs.insert((batch, rows), recorder.finish()?);
+        }
+        Ok(&graphs[&(batch, rows)])
+    }
+
+    fn step(&mut self, tokens: &[u32], position: usize, rows: usize, out: &mut Vec<f32>) -> Result<(), DeviceError> {
+        let ids: Vec<i32> = tokens.iter().map(|t| t.cast_signed()).collect();
+        self.state.tokens.write(0, &ids)?;
+        self.state.position.write(0, &[position as i32])?;
+        let computed = if rows > 0 && self.network.head_is_quantized() { tokens.len() } else { rows };
+        self.graph(tokens.len(), computed)?.launch()?;
+        if rows > 0 {
+            let vocab = self.network.vocab;
+            let stride = self.network.head.products[0].stride as usize;
+            for row in computed - rows..computed {
+                let at = out.len();
+                out.resize(at + vocab, 0.0);
+                self.state.hands[Hand::Logits.index()].read(row * stride, &mut out[at..])?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Engine for CudaEngine {
+    fn vocab(&self) -> usize {
+        self.network.vocab
+    }
+
+    fn context(&self) -> usize {
+        self.network.context
+    }
+
+    fn position(&self) -> usize {
+        self.position
+    }
+
+    fn truncate(&mut self, position: usize) {
+        self.position = self.position.min(position);
+    }
+
+    fn forward(&mut self, tokens: &[u32], logits: Logits, out: &mut Vec<f32>) -> Result<(), Error> {
+        check_tokens(tokens, self.position, self.network.context, self.network.vocab)?;
+        out.clear();
+        let mut wanted = logits.rows(tokens.len());
+        let mut left = tokens;
+        let mut position = self.position;
+        while !left.is_empty() {
+            let batch = BATCHES.into_iter().find(|b| *b <= left.len()).expect("one token at least");
+            let (now, later) = left.split_at(batch);
+            let rows = wanted.saturating_sub(later.len()).min(batch);
+            self.step(now, position, rows, out)?;
+            wanted -= rows;
+            position += batch;
+            left = later;
+        }
+        self.position = position;
+        Ok(())
+    }
+}
+
+impl From<DeviceError> for Error {
+    fn from(e: DeviceError) -> Self {
+        Error::Device(Box::new(e))
+    }
+}
+
+impl Network {
+    fn upload(on: &Executor, config: &Config, weights: &Weights, context: usize) -> Result<Network, DeviceError> {
+        let group = |layer: &crate::model::Layer, roles: &[Role]| {
+            Group::upload(on, &roles.iter().map(|r| &layer[*r]).collect::<Vec<_>>())
+        };
+        let mut layers = Vec::with_capacity(config.layers);
+        for layer in &weights.layers {
+            layers.push(Layer {
+                input_norm: on.upload(&layer.input_norm)?,
+                qkv: group(layer, &[Role::Q, Role::K, Role::V])?,
+                o: group(layer, &[Role::O])?,
+                post_norm: on.upload(&layer.post_norm)?,
+                gate_up: group(layer, &[Role::Gate, Role::Up])?,
+                down: group(layer, &[Role::Down])?,
+            });
+        }
+        let embed = Arc::new(Floats::upload(on, &weights.embed)?);
+        let head = match &weights.head.weight {
+            // The same data twice would be a waste of the device's memory.
+            Weight::Dense(_) if config.tied => {
+                let product = linear::dense(on, &weights.head, embed.clone())?;
+                Group { cols: config.hidden as u32, products: vec![product], places: vec![(0, 0)] }
+            }
+            Weight::Dense(_) | Weight::Quantized { .. } => Group::upload(on, &[&weights.head])?,
+        };
+        let tables = rope_tables(config, context);
+        let hidden = config.hidden as u32;
+        let residual = layers.iter().flat_map(|l| l.o.products.iter().chain(&l.down.products));
+        let stride = residual.map(|p| p.stride).fold(hidden, u32::max);
+        Ok(Network {
+            vocab: config.vocab,
+            context,
+            heads: config.heads as u32,
+            kv_heads: config.kv_heads as u32,
+            head_dim: config.head_dim as u32,
+            hidden,
+            inner: config.intermediate as u32,
+            eps: config.norm_eps,
+            stride,
+            embed,
+            layers,
+            norm: on.upload(&weights.norm)?,
+            head,
+            angles: Angles { cos: on.upload(&tables.cos)?, sin: on.upload(&tables.sin)? },
+            nothing: on.zeroed(1)?,
+        })
+    }
+
+    fn head_is_quantized(&self) -> bool {
+        matches!(self.head.products[0].matrix, Matrix::Quantized { .. })
+    }
+
+    fn groups(&self) -> impl Iterator<Item = &Group> {
+        self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]).chain([&self.head])
+    }
+
+    fn state(&self, on: &Executor) -> Result<State, DeviceError> {
+        let batch = BATCHES[0];
+        let widest = |p: usize| self.groups().filter_map(|g| g.products.get(p)).map(|p| p.stride).max().unwrap_or(0);
+        let attended = self.heads * self.head_dim;
+        let head = self.head.products[0].stride;
+        // In the order of `Hand::index`.
+        let widths = [self.stride, self.hidden, attended, self.inner, head, widest(0), widest(1), widest(2)];
+        const { assert!(Hand::COUNT == 8) };
+        let columns = self.groups().map(|g| g.cols).max().unwrap_or(1);
+        let cache = self.kv_heads as usize * self.context * self.head_dim as usize;
+        Ok(State {
+            tokens: on.zeroed(batch)?,
+            position: on.zeroed(1)?,
+            hands: widths.iter().map(|w| on.zeroed(*w as usize * batch)).collect::<Result<_, _>>()?,
+            activations: DeviceActivations::new(on, columns, batch as u32)?,
+            cache: self
+                .layers
+                .iter()
+                .map(|_| Ok((on.zeroed(cache)?, on.zeroed(cache)?)))
+                .collect::<Result<_, DeviceError>>()?,
+        })
+    }
+
+    /// The launches of a step of `batch` tokens with logits for the last `rows`.
+    fn steps(&self, batch: u32, rows: u32) -> Vec<Step<'_>> {
+        let mut steps = Vec::new();
+        let residual = Span::rows(self.stride);
+        let (d, context, cache) = (self.head_dim, self.context as u32, Elem::F32);
+        let op = Embed { columns: self.hidden, elem: self.embed.elem(), batch, y: residual };
+        steps.push(Step::Embed { op, table: &self.embed, y: Hand::Residual });
+        for (i, layer) in self.layers.iter().enumerate() {
+            let input = Input { hand: Hand::Residual, rows: residual, norm: Some(&layer.input_norm) };
+            self.linear(&mut steps, &layer.qkv, batch, input, None);
+            let place = |g: &Group, i: usize| {
+                let (product, first) = g.places[i];
+                (Hand::Product(product), Span { first, stride: g.products[product].stride })
+            };
+            let ((q, q_rows), (k, k_rows), (v, v_rows)) =
+                (place(&layer.qkv, 0), place(&layer.qkv, 1), place(&layer.qkv, 2));
+            let op = Append { heads: self.kv_heads, head_dim: d, batch, context, k: k_rows, v: v_rows, cache };
+            steps.push(Step::Append { op, layer: i, k, v });
+            let (heads, kv_heads) = (self.heads, self.kv_heads);
+            let op = Attention { heads, kv_heads, head_dim: d, batch, context, q: q_rows, cache };
+            steps.push(Step::Attention { op, layer: i, q, y: Hand::Attended });
+            let input = Input { hand: Hand::Attended, rows: Span::rows(heads * d), norm: None };
+            self.linear(&mut steps, &layer.o, batch, input, Some(Hand::Residual));
+
+            let input = Input { hand: Hand::Residual, rows: residual, norm: Some(&layer.post_norm) };
+            self.linear(&mut steps, &layer.gate_up, batch, input, None);
+            let ((gate, gate_rows), (up, up_rows)) = (place(&layer.gate_up, 0), place(&layer.gate_up, 1));
+            let op = Glu { columns: self.inner, batch, gate: gate_rows, up: up_rows };
+            steps.push(Step::Glu { op, gate, up, y: Hand::Inner });
+            let input = Input { hand: Hand::Inner, rows: Span::rows(self.inner), norm: None };
+            self.linear(&mut steps, &layer.down, batch, input, Some(Hand::Residual));
+        }
+        if rows > 0 {
+            let last = Span { first: (batch - rows) * self.stride, stride: self.stride };
+            let input = Input { hand: Hand::Residual, rows: last, norm: Some(&self.norm) };
+            let from = steps.len();
+            self.linear(&mut steps, &self.head, rows, input, None);
+            for step in &mut steps[from..] {
+                step.write_to(Hand::Logits);
+            }
+        }
+        steps
+    }
+
+    /// The layers of a group on `batch` rows: outputs of product `p` go to [`Hand::Product`]`(p)`, or are added to
+    /// `onto`.
+    fn linear<'n>(
+        &'n self,
+        steps: &mut Vec<Step<'n>>,
+        group: &'n Group,
+        batch: u32,
+        input: Input<'n>,
+        onto: Option<Hand>,
+    ) {
+        let mut normed = None;
+        let mut prepared = None;
+        for (p, product) in group.products.iter().enumerate() {
+            let own = (Hand::Product(p), Span::rows(product.stride));
+            let biased = product.parts.iter().any(|part| part.bias.is_some());
+            let direct = onto.filter(|_| !biased).map(|hand| (hand, Span::rows(self.stride)));
+            let (y, rows, accumulate) = match &product.matrix {
+                Matrix::Quantized { quantizer, hash, matrix } => {
+                    if prepared != Some(quantizer.rotation) {
+                        prepared = Some(quantizer.rotation);
+                        let op = Prepare {
+                            columns: group.cols,
+                            stride: input.rows.stride,
+                            batch,
+                            rotation: quantizer.rotation,
+                            norm: input.norm.map(|_| self.eps),
+                        };
+                        let norm = input.norm.unwrap_or(&self.nothing);
+                        steps.push(Step::Prepare { op, input: input.hand, norm });
+                    }
+                    // Its outputs lie at a distance of its own.
+                    let direct = direct.filter(|_| product.stride == self.stride);
+                    let (y, rows) = direct.unwrap_or(own);
+                    let shape = Shape { rows: matrix.layout.shape.rows, cols: group.cols };
+                    let op = Gemv { quantizer, shape, batch, accumulate: direct.is_some() };
+                    steps.push(Step::Gemv { op, hash, matrix, y });
+                    (y, rows, direct.is_some())
+                }
+                Matrix::Dense(weights) => {
+                    let (x, x_rows) = *normed.get_or_insert_with(|| match input.norm {
+                        None => (input.hand, input.rows),
+                        Some(norm) => {
+                            let op = Norm { columns: group.cols, batch, x: input.rows, eps: self.eps };
+                            steps.push(Step::Norm { op, x: input.hand, norm, y: Hand::Normed });
+                            (Hand::Normed, Span::rows(group.cols))
+                        }
+                    });
+                    let (y, rows) = direct.unwrap_or(own);
+                    let op = Dense {
+                        rows: product.stride,
+                        cols: group.cols,
+                        elem: weights.elem(),
+                        batch,
+                        x: x_rows,
+                        y: rows,
+                        accumulate: direct.is_some(),
+                    };
+                    steps.push(Step::Dense { op, weights, x, y });
+                    (y, rows, direct.is_some())
+                }
+            };
+            for part in &product.parts {
+                let at = Span { first: part.first, stride: rows.stride };
+                if let Some(bias) = &part.bias {
+                    let op = Add { columns: part.rows, batch, x: Span::rows(0), y: at };
+                    steps.push(Step::Bias { op, x: bias, y });
+                }
+                if let Some(onto) = onto.filter(|_| !accumulate) {
+                    let op = Add { columns: part.rows, batch, x: at, y: Span::rows(self.stride) };
+                    steps.push(Step::Add { op, x: y, y: onto });
+                }
+            }
+        }
+    }
+}

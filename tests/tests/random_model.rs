@@ -2,8 +2,11 @@
 
 use std::sync::Arc;
 
+use qp_codegen::reference;
+use qp_codegen::spec::{Quantizer, Rotation, Shape, load_str};
+use qp_runtime::codec::{decode_matrix, encode_matrix};
 use qp_runtime::engine::{CpuEngine, Engine, Logits};
-use qp_runtime::model::{Model, rope_tables};
+use qp_runtime::model::{Config, Model, Role, Tensor, Weight, Weights, rope_tables};
 use qp_tests::models::RandomModel;
 use serde_json::json;
 
@@ -155,4 +158,77 @@ fn bad_directories() {
     assert!(error(dir.path()).contains("tokenizer.json: "));
     std::fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
     assert!(error(dir.path()).contains("tokenizer.json: not found"));
+}
+
+/// Replaces every linear layer of a decoder by its quantized form, and by what that form means, unrotated.
+fn quantized(weights: &Weights, config: &Config, q: &Arc<Quantizer>) -> (Weights, Weights) {
+    let (mut packed, mut plain) = (weights.clone(), weights.clone());
+    for (layer, (packed, plain)) in packed.layers.iter_mut().zip(&mut plain.layers).enumerate() {
+        for role in Role::ALL {
+            let Weight::Dense(w) = &packed[role].weight else { panic!("{} is dense", config.linear_name(layer, role)) };
+            let (rows, cols) = config.shape(role);
+            let mut values = w.to_f32();
+            values.chunks_exact_mut(cols).for_each(|row| reference::rotate(q.rotation, row));
+            let shape = Shape { rows: rows as u32, cols: cols as u32 };
+            let matrix = encode_matrix(q, shape, &values, &|_| ()).unwrap();
+            let mut decoded = decode_matrix(q, &matrix);
+            let error: f32 = decoded.iter().zip(&values).map(|(a, b)| (a - b).powi(2)).sum();
+            let power: f32 = values.iter().map(|v| v.powi(2)).sum();
+            assert!(error < 1e-3 * power, "{error} of {power}");
+            decoded.chunks_exact_mut(cols).for_each(|row| unrotate(q.rotation, row));
+            packed[role].weight = Weight::Quantized { quantizer: q.clone(), matrix: Arc::new(matrix) };
+            plain[role].weight = Weight::Dense(Tensor::from_f32(&[rows, cols], &decoded).unwrap());
+        }
+    }
+    (packed, plain)
+}
+
+/// The transpose of [`reference::rotate`], which is its inverse.
+fn unrotate(rotation: Rotation, x: &mut [f32]) {
+    let columns: Vec<Vec<f32>> = (0..x.len())
+        .map(|i| {
+            let mut unit = vec![0.0; x.len()];
+            unit[i] = 1.0;
+            reference::rotate(rotation, &mut unit);
+            unit
+        })
+        .collect();
+    let y = x.to_vec();
+    for (x, column) in x.iter_mut().zip(columns) {
+        *x = column.iter().zip(&y).map(|(a, b)| a * b).sum();
+    }
+}
+
+#[test]
+fn quantized_layers_compute_what_their_weights_say() {
+    let table: Vec<String> = (-128..128).map(|v| v.to_string()).collect();
+    for (rotation, values) in [("none", "i8 + 1/2"), ("hadamard(seed = 5)", "i8 + 1/2"), ("hadamard(seed = 5)", "i16")]
+    {
+        let text = format!(
+            "quantizer uniform {{\n window 8\n vector 1\n step 8\n block 2 x 128\n values {values}\n unit 1/32\n \
+             table t[256] = [{}]\n decode w {{ t[w] }}\n scale row\n rotate {rotation}\n}}\n",
+            table.join(", ")
+        );
+        let library = load_str("uniform.qspec", &text).unwrap_or_else(|e| panic!("{e}"));
+        let q = Arc::new(library.get("uniform").unwrap().clone());
+        // With biases, and with columns (32, 64, 96) that fill no block.
+        let model = open(&RandomModel::new("Qwen2ForCausalLM")).unwrap();
+        let (packed, plain) = quantized(&model.weights, &model.config, &q);
+        let tokens: Vec<u32> = (0..20u32).map(|i| i * 91 % 256).collect();
+        let run = |weights: Weights, parts: &[&[u32]]| {
+            let mut engine = CpuEngine::new(&model.config, Arc::new(weights), 20).unwrap();
+            let mut logits = Vec::new();
+            parts.iter().for_each(|part| engine.forward(part, Logits::Last, &mut logits).unwrap());
+            logits
+        };
+        let ours = run(packed.clone(), &[&tokens]);
+        let exact = run(plain, &[&tokens]);
+        let worst = ours.iter().zip(&exact).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let largest = exact.iter().fold(0f32, |m, v| m.max(v.abs()));
+        // What is left is the rounding of activations to 15 bits.
+        assert!(worst < 2e-3 * largest, "{rotation}: {worst} of {largest}");
+        // Products are exact integers: batches change no bit.
+        let singles: Vec<&[u32]> = tokens.chunks(1).collect();
+        assert_eq!(run(packed, &singles), ours, "{rotation}");
+    }
 }

@@ -7,24 +7,19 @@
 
 use std::sync::Arc;
 
-use gemm::Parallelism;
-use qp_codegen::kernels::{attention as attend, dense as product_of_row};
+use qp_codegen::kernels::attention as attend;
 use qp_codegen::reference;
 use rayon::prelude::*;
 
+use super::linear::Linears;
 use super::{Engine, Error, Logits, check_tokens};
-use crate::codec;
-use crate::model::{Config, Layer, Linear, Role, RopeTables, Tensor, Weight, Weights, rope_tables};
-
-/// Rows of a matrix that one task multiplies.
-const ROWS: usize = 64;
-/// Up to so many tokens, rows are multiplied one dot product at a time; beyond, by `gemm`.
-const FEW_TOKENS: usize = 4;
+use crate::model::{Config, Layer, Role, RopeTables, Weights, rope_tables};
 
 /// A model on the CPU, with the keys and values of one sequence.
 pub struct CpuEngine {
     config: Config,
     weights: Arc<Weights>,
+    linears: Linears,
     rope: RopeTables,
     context: usize,
     position: usize,
@@ -48,7 +43,9 @@ impl CpuEngine {
         }
         let size = config.kv_heads * context * config.head_dim;
         let cache = (0..config.layers).map(|_| Cache { keys: vec![0.0; size], values: vec![0.0; size] }).collect();
+        let linears = Linears::new(&weights);
         Ok(CpuEngine {
+            linears,
             rope: rope_tables(config, context),
             config: config.clone(),
             weights,
@@ -59,7 +56,7 @@ impl CpuEngine {
     }
 
     fn run(&mut self, tokens: &[u32], logits: Logits, out: &mut Vec<f32>) {
-        let CpuEngine { config, weights, rope, context, position, cache } = self;
+        let CpuEngine { config, weights, linears, rope, context, position, cache } = self;
         let hidden = config.hidden;
         let mut x = vec![0f32; tokens.len() * hidden];
         for (row, &t) in x.chunks_exact_mut(hidden).zip(tokens) {
@@ -68,13 +65,13 @@ impl CpuEngine {
         let mut normed = vec![0f32; x.len()];
         for (layer, cache) in weights.layers.iter().zip(cache) {
             norm_rows(&x, &layer.input_norm, config.norm_eps, &mut normed);
-            let attended = attention(config, layer, rope, cache, *context, *position, &normed);
-            let [o] = linear([&layer[Role::O]], &attended);
+            let attended = attention(config, layer, linears, rope, cache, *context, *position, &normed);
+            let [o] = linears.apply([&layer[Role::O]], &attended);
             add(&mut x, &o);
             norm_rows(&x, &layer.post_norm, config.norm_eps, &mut normed);
-            let [mut gate, up] = linear([&layer[Role::Gate], &layer[Role::Up]], &normed);
+            let [mut gate, up] = linears.apply([&layer[Role::Gate], &layer[Role::Up]], &normed);
             gate.iter_mut().zip(&up).for_each(|(g, u)| *g = reference::silu(*g) * u);
-            let [down] = linear([&layer[Role::Down]], &gate);
+            let [down] = linears.apply([&layer[Role::Down]], &gate);
             add(&mut x, &down);
         }
         *position += tokens.len();
@@ -84,7 +81,7 @@ impl CpuEngine {
             let x = &x[x.len() - rows * hidden..];
             let normed = &mut normed[..x.len()];
             norm_rows(x, &weights.norm, config.norm_eps, normed);
-            [*out] = linear([&weights.head], normed);
+            [*out] = linears.apply([&weights.head], normed);
         }
     }
 }
@@ -137,6 +134,7 @@ fn add(x: &mut [f32], y: &[f32]) {
 fn attention(
     config: &Config,
     layer: &Layer,
+    linears: &Linears,
     rope: &RopeTables,
     cache: &mut Cache,
     context: usize,
@@ -144,7 +142,7 @@ fn attention(
     x: &[f32],
 ) -> Vec<f32> {
     let d = config.head_dim;
-    let [mut q, mut k, v] = linear([&layer[Role::Q], &layer[Role::K], &layer[Role::V]], x);
+    let [mut q, mut k, v] = linears.apply([&layer[Role::Q], &layer[Role::K], &layer[Role::V]], x);
     for (heads, x) in [(config.heads, &mut q), (config.kv_heads, &mut k)] {
         for (t, token) in x.chunks_exact_mut(heads * d).enumerate() {
             let (cos, sin) = rope.at(position + t);
@@ -168,91 +166,4 @@ fn attention(
         attend::reference(q, &cache.keys[seen.clone()], &cache.values[seen], out);
     });
     out
-}
-
-/// Several linear layers of one input `x` (tokens × columns): tokens × rows each.
-fn linear<const N: usize>(layers: [&Linear; N], x: &[f32]) -> [Vec<f32>; N] {
-    layers.map(|layer| {
-        let mut y = match &layer.weight {
-            Weight::Dense(w) => dense(w, layer.rows, layer.cols, x),
-            Weight::Quantized { quantizer, matrix } => {
-                let prepare = |x: &[f32]| {
-                    let mut x = x.to_vec();
-                    reference::rotate(quantizer.rotation, &mut x);
-                    reference::quantize_activations(&x)
-                };
-                let tokens: Vec<_> = x.par_chunks_exact(layer.cols).map(prepare).collect();
-                codec::linear(quantizer, matrix, &tokens)
-            }
-        };
-        if let Some(bias) = &layer.bias {
-            y.chunks_exact_mut(layer.rows).for_each(|row| add(row, bias));
-        }
-        y
-    })
-}
-
-/// `x·Wᵀ`: tokens × rows.
-fn dense(w: &Tensor, rows: usize, cols: usize, x: &[f32]) -> Vec<f32> {
-    let tokens = x.len() / cols;
-    let starts: Vec<usize> = (0..rows).step_by(ROWS).collect();
-    // One tile a task, tokens × its rows.
-    let tiles: Vec<Vec<f32>> = starts
-        .par_iter()
-        .map_init(Vec::new, |weights, &start| {
-            let n = ROWS.min(rows - start);
-            weights.resize(n * cols, 0f32);
-            w.read(start * cols, weights);
-            let mut tile = vec![0f32; tokens * n];
-            if tokens <= FEW_TOKENS {
-                for (x, out) in x.chunks_exact(cols).zip(tile.chunks_exact_mut(n)) {
-                    for (o, w) in out.iter_mut().zip(weights.chunks_exact(cols)) {
-                        *o = product_of_row::reference(w, x);
-                    }
-                }
-            } else {
-                product(weights, x, cols, &mut tile);
-            }
-            tile
-        })
-        .collect();
-    let mut y = vec![0f32; tokens * rows];
-    for (&start, tile) in starts.iter().zip(&tiles) {
-        let n = tile.len() / tokens;
-        for (y, part) in y.chunks_exact_mut(rows).zip(tile.chunks_exact(n)) {
-            y[start..start + n].copy_from_slice(part);
-        }
-    }
-    y
-}
-
-/// `out = x·wᵀ` with `w` n × cols, `x` tokens × cols, `out` tokens × n, on one thread.
-fn product(w: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
-    let (n, tokens) = (w.len() / cols, x.len() / cols);
-    assert_eq!((w.len(), x.len(), out.len()), (n * cols, tokens * cols, tokens * n), "whole matrices");
-    // SAFETY: the strides below address exactly the elements of the three slices, whose lengths were just checked;
-    // `out` is borrowed mutably and so overlaps neither input.
-    unsafe {
-        gemm::gemm(
-            n,
-            tokens,
-            cols,
-            out.as_mut_ptr(),
-            n as isize,
-            1,
-            false,
-            w.as_ptr(),
-            1,
-            cols as isize,
-            x.as_ptr(),
-            cols as isize,
-            1,
-            0f32,
-            1f32,
-            false,
-            false,
-            false,
-            Parallelism::None,
-        );
-    }
 }

@@ -6,6 +6,7 @@
 pub mod cpu;
 pub mod cuda;
 pub mod generate;
+pub mod linear;
 pub mod sampling;
 
 pub use cpu::CpuEngine;

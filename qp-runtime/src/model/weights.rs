@@ -1,6 +1,6 @@
 //! A model's tensors, each in its place.
 
-use std::ops::Index;
+use std::ops::{Index, IndexMut};
 use std::sync::Arc;
 
 use qp_codegen::spec::Quantizer;
@@ -84,6 +84,12 @@ impl Index<Role> for Layer {
 
     fn index(&self, role: Role) -> &Linear {
         &self.linears[role as usize]
+    }
+}
+
+impl IndexMut<Role> for Layer {
+    fn index_mut(&mut self, role: Role) -> &mut Linear {
+        &mut self.linears[role as usize]
     }
 }
 

@@ -10,6 +10,7 @@
 //! 6. [`cuda`]: targets and the printer to CUDA source.
 
 pub mod cuda;
+pub mod explain;
 pub mod ir;
 pub mod kernels;
 pub mod layout;

@@ -110,3 +110,10 @@ pub struct Fusion {
     /// The launches, in the order of a layer. Each of [`Matrix::ALL`] is in exactly one.
     pub launches: Vec<Launch>,
 }
+
+impl Fusion {
+    /// The launch that holds `matrix`.
+    pub fn launch_of(&self, matrix: Matrix) -> Option<&Launch> {
+        self.launches.iter().find(|l| l.matrices.contains(&matrix))
+    }
+}

@@ -230,8 +230,30 @@ pub fn resolve_untrained(arg: &str) -> Result<Quantizer, Diagnostics> {
     }
     palette::get(member).ok_or_else(|| {
         let mut all = no_quantizer(member, " in the palette", &palette::library().quantizers);
-        all.list[0].message = format!("there is no file {arg}, and no quantizer `{member}` beside it or in the palette");
+        all.list[0].message =
+            format!("there is no file {arg}, and no quantizer `{member}` beside it or in the palette");
         all
+    })
+}
+
+/// The fusion pattern that a command line names: of the palette, or `path/file.qspec:name`.
+///
+/// # Errors
+/// If there is none, or its file has errors.
+pub fn resolve_fusion(arg: &str) -> Result<Fusion, Diagnostics> {
+    let loaded;
+    let (library, name, place) = match arg.rsplit_once(':').filter(|(file, _)| file.ends_with(".qspec")) {
+        Some((file, name)) => {
+            loaded = load_file(file)?;
+            (&loaded, name, format!(" in {file}"))
+        }
+        None => (palette::library(), arg, " in the palette".to_string()),
+    };
+    library.fusion(name).cloned().ok_or_else(|| {
+        let d = Diagnostic::plain(format!("there is no fusion pattern `{name}`{place}"));
+        let names: Vec<&str> = library.fusions.iter().map(|f| f.name.as_str()).collect();
+        let d = if names.is_empty() { d } else { d.hint(format!("there is {}", names.join(", "))) };
+        Diagnostics { list: vec![d], ..Diagnostics::default() }
     })
 }
 
@@ -261,10 +283,8 @@ fn no_quantizer(name: &str, place: &str, known: &[Quantizer]) -> Diagnostics {
 fn beside(path: &Path) -> Vec<PathBuf> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
-    let mut files: Vec<PathBuf> = entries
-        .filter_map(|e| Some(e.ok()?.path()))
-        .filter(|p| p.extension().is_some_and(|x| x == "qspec"))
-        .collect();
+    let mut files: Vec<PathBuf> =
+        entries.filter_map(|e| Some(e.ok()?.path())).filter(|p| p.extension().is_some_and(|x| x == "qspec")).collect();
     files.sort();
     files
 }

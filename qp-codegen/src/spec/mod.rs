@@ -28,10 +28,10 @@ mod fusion;
 mod load;
 pub mod table_file;
 
-pub use fusion::{Epilogue, Fusion, Launch, Matrix, Prologue};
 pub(crate) use check::Files;
+pub use fusion::{Epilogue, Fusion, Launch, Matrix, Prologue};
 pub(crate) use load::load_from;
-pub use load::{Library, load_file, load_str, resolve, resolve_untrained, untrained};
+pub use load::{Library, load_file, load_str, resolve, resolve_fusion, resolve_untrained, untrained};
 
 use std::path::PathBuf;
 

@@ -170,10 +170,14 @@ impl Diagnostics {
             let at = |s: &Span| (self.display_name(s.file.0 as usize), s.range());
             let config = Config::default().with_color(color).with_index_type(IndexType::Byte);
             let mut report = Report::build(kind, at(place)).with_config(config).with_message(&d.message);
-            for (i, (span, text)) in d.labels.iter().enumerate() {
+            // In the order of the text, or ariadne shows the file twice.
+            let mut labels: Vec<_> = d.labels.iter().enumerate().collect();
+            labels.sort_by_key(|(_, (span, _))| (span.file != place.file, *span));
+            for (rank, (i, (span, text))) in labels.into_iter().enumerate() {
                 let color = if i == 0 { shade } else { Color::Blue };
-                let label = Label::new(at(span)).with_color(color).with_order(i as i32);
-                report = report.with_label(if text.is_empty() { label } else { label.with_message(text) });
+                let label = Label::new(at(span)).with_color(color).with_order(rank as i32);
+                // Without a message a label is not underlined.
+                report = report.with_label(label.with_message(if text.is_empty() { "here" } else { text }));
             }
             if let Some(hint) = &d.hint {
                 report = report.with_help(hint);
@@ -234,7 +238,8 @@ impl std::error::Error for Diagnostics {}
 
 /// The candidate nearest to `name`, if near enough to be what was meant.
 pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let limit = (name.chars().count() / 3).max(1);
+    let length = name.chars().count();
+    let limit = if length < 3 { 0 } else { (length / 3).max(1) };
     let best = candidates.into_iter().map(|c| (distance(name, c), c)).min_by_key(|(d, _)| *d)?;
     (best.0 <= limit).then_some(best.1)
 }

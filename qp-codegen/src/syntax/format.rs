@@ -320,7 +320,9 @@ impl<'a> Writer<'a> {
         let fraction = |k: usize| self.lexed.tokens[k].kind == K::Slash && k > 0 && number(k - 1) && number(k + 1);
         let tight = match (a.kind, b.kind) {
             (K::LParen | K::LBracket, _) | (_, K::RParen | K::RBracket | K::Comma) => true,
-            (K::Name | K::RParen | K::RBracket, K::LBracket) => touch || (i > 1 && self.str(self.lexed.tokens[i - 2]) == "table"),
+            (K::Name | K::RParen | K::RBracket, K::LBracket) => {
+                touch || (i > 1 && self.str(self.lexed.tokens[i - 2]) == "table")
+            }
             (K::Name, K::LParen) => touch,
             _ => unary(i - 1) || fraction(i) || fraction(i - 1),
         };

@@ -183,6 +183,19 @@ pub fn lex(file: FileId, text: &str, errors: &mut Vec<Diagnostic>) -> Lexed {
         }
         let (kind, len) = if c.is_ascii_alphabetic() || c == '_' {
             (Some(TokenKind::Name), name_len(rest))
+        } else if let Some((digits, len)) = tight_block(rest) {
+            let all = span(at, at + len);
+            errors.push(bad_number(all, &rest[..len]));
+            for (from, to, kind) in [
+                (0, digits, number(&rest[..digits])),
+                (digits, digits + 1, Some(TokenKind::Name)),
+                (digits + 1, len, number(&rest[digits + 1..len])),
+            ] {
+                let kind = kind.unwrap_or(TokenKind::Number(1.into()));
+                out.tokens.push(Token { kind, span: span(at + from, at + to), first_on_line });
+                first_on_line = false;
+            }
+            (None, len)
         } else if c.is_ascii_digit() {
             let len = number_len(rest);
             let kind = number(&rest[..len]);
@@ -209,7 +222,8 @@ pub fn lex(file: FileId, text: &str, errors: &mut Vec<Diagnostic>) -> Lexed {
                 Some((s, kind)) => (Some(*kind), s.len()),
                 None => {
                     let shown = c.escape_debug();
-                    let e = Diagnostic::error(span(at, at + c.len_utf8()), format!("`{shown}` has no meaning here"), "");
+                    let e =
+                        Diagnostic::error(span(at, at + c.len_utf8()), format!("`{shown}` has no meaning here"), "");
                     errors.push(match c {
                         ';' => e.hint("a line needs no end mark: leave it out"),
                         '#' => e.hint("a comment begins with `//`"),
@@ -245,6 +259,14 @@ fn name_len(s: &str) -> usize {
 
 fn number_len(s: &str) -> usize {
     name_len(s)
+}
+
+/// `2x128`: what was meant is clear, so that it is one error and not two. Digits before the `x`, length of all.
+fn tight_block(s: &str) -> Option<(usize, usize)> {
+    let len = number_len(s);
+    let (rows, cols) = s[..len].split_once('x')?;
+    let digits = |t: &str| !t.is_empty() && t.bytes().all(|b| b.is_ascii_digit());
+    (digits(rows) && digits(cols) && rows != "0").then_some((rows.len(), len))
 }
 
 fn number(s: &str) -> Option<TokenKind> {

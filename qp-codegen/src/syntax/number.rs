@@ -32,7 +32,11 @@ impl Rational {
         }
         let g = gcd(num, den).max(1);
         let (num, den) = (num / g, den / g);
-        if den < 0 { Some(Rational { num: num.checked_neg()?, den: den.checked_neg()? }) } else { Some(Rational { num, den }) }
+        if den < 0 {
+            Some(Rational { num: num.checked_neg()?, den: den.checked_neg()? })
+        } else {
+            Some(Rational { num, den })
+        }
     }
 
     /// The value if it is an integer.
@@ -46,28 +50,28 @@ impl Rational {
     }
 
     /// Sum.
-    pub fn add(self, o: Self) -> Option<Self> {
+    pub fn checked_add(self, o: Self) -> Option<Self> {
         let n = self.num.checked_mul(o.den)?.checked_add(o.num.checked_mul(self.den)?)?;
         Self::new(n, self.den.checked_mul(o.den)?)
     }
 
     /// Negation.
-    pub fn neg(self) -> Option<Self> {
+    pub fn checked_neg(self) -> Option<Self> {
         Some(Rational { num: self.num.checked_neg()?, den: self.den })
     }
 
     /// Difference.
-    pub fn sub(self, o: Self) -> Option<Self> {
-        self.add(o.neg()?)
+    pub fn checked_sub(self, o: Self) -> Option<Self> {
+        self.checked_add(o.checked_neg()?)
     }
 
     /// Product.
-    pub fn mul(self, o: Self) -> Option<Self> {
+    pub fn checked_mul(self, o: Self) -> Option<Self> {
         Self::new(self.num.checked_mul(o.num)?, self.den.checked_mul(o.den)?)
     }
 
     /// Quotient; nothing for a divisor 0.
-    pub fn div(self, o: Self) -> Option<Self> {
+    pub fn checked_div(self, o: Self) -> Option<Self> {
         Self::new(self.num.checked_mul(o.den)?, self.den.checked_mul(o.num)?)
     }
 
@@ -119,10 +123,10 @@ mod tests {
     #[test]
     fn arithmetic_is_exact_and_checked() {
         let r = |n, d| Rational::new(n, d).unwrap();
-        assert_eq!(r(1, 3).add(r(1, 6)), Some(r(1, 2)));
+        assert_eq!(r(1, 3).checked_add(r(1, 6)), Some(r(1, 2)));
         assert_eq!(r(2, 1).pow(-5), Some(r(1, 32)));
         assert_eq!(r(0, 1).pow(-1), None);
-        assert_eq!(r(1, 2).div(r(0, 1)), None);
+        assert_eq!(r(1, 2).checked_div(r(0, 1)), None);
         assert_eq!(r(2, 1).pow(127), None);
         assert_eq!(Rational::parse_decimal("0.031_25"), Some(r(1, 32)));
         assert_eq!(Rational::parse_decimal("9".repeat(60).as_str()), None);

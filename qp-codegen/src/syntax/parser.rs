@@ -283,8 +283,10 @@ impl<'a> Parser<'a> {
         self.bodies += 1;
         if self.bodies > MAX_BODIES {
             self.bodies = 0;
-            return self.fail(Diagnostic::error(open, "`code` bodies are nested too deeply", "")
-                .hint("a quantizer holds `code` bodies, and these hold none"));
+            return self.fail(
+                Diagnostic::error(open, "`code` bodies are nested too deeply", "")
+                    .hint("a quantizer holds `code` bodies, and these hold none"),
+            );
         }
         let mut properties = Vec::new();
         let mut incomplete = false;
@@ -422,7 +424,8 @@ impl<'a> Parser<'a> {
         match result {
             Some(result) if !failed => Ok(Decode { window, lets, result }),
             None if !failed => {
-                let d = Diagnostic::error(close, "the decode block has no result", "expected an expression before this");
+                let d =
+                    Diagnostic::error(close, "the decode block has no result", "expected an expression before this");
                 self.fail(d.hint("end the block with the entries, as in `t[h >> 23]`"))
             }
             Some(_) | None => Err(Failed),
@@ -431,7 +434,11 @@ impl<'a> Parser<'a> {
 
     fn decode_line(&mut self, lets: &mut Vec<(Ident, Expr)>, result: &mut Option<Expr>) -> Parse<()> {
         if let Some(r) = result {
-            let d = Diagnostic::error(r.span, "only the last expression of a decode block is its result", "this one is followed by more");
+            let d = Diagnostic::error(
+                r.span,
+                "only the last expression of a decode block is its result",
+                "this one is followed by more",
+            );
             *result = None;
             return self.fail(d.hint("give it a name with `let`, or join the lines with an operator"));
         }
@@ -477,7 +484,9 @@ impl<'a> Parser<'a> {
 
     fn launch(&mut self) -> Parse<Launch> {
         if self.word() != Some("launch") {
-            return self.expected("`launch` and matrices, as in `launch q + k + v`");
+            let what = "expected `launch` and matrices, as in `launch q + k + v`";
+            let d = Diagnostic::error(self.peek().span, format!("{what}, found {}", self.found()), "");
+            return self.fail(d);
         }
         let start = self.next().span;
         let mut matrices = vec![self.name("a matrix")?];
@@ -487,22 +496,30 @@ impl<'a> Parser<'a> {
         let (mut prologue, mut epilogue) = (Vec::new(), Vec::new());
         if self.eat(TokenKind::LBrace) {
             while !self.eat(TokenKind::RBrace) {
-                let list = if self.eat_word("prologue") {
-                    &mut prologue
-                } else if self.eat_word("epilogue") {
-                    &mut epilogue
-                } else {
-                    return self.expected("`prologue`, `epilogue` or `}`");
-                };
-                loop {
-                    list.push(self.name("an operation")?);
-                    if !self.eat(TokenKind::Comma) {
-                        break;
-                    }
+                if self.around_launch(&mut prologue, &mut epilogue).is_err() {
+                    self.recover(&["launch"]);
+                    self.eat(TokenKind::RBrace);
+                    return Err(Failed);
                 }
             }
         }
         Ok(Launch { matrices, prologue, epilogue, span: start.to(self.last()) })
+    }
+
+    fn around_launch(&mut self, prologue: &mut Vec<Ident>, epilogue: &mut Vec<Ident>) -> Parse<()> {
+        let list = if self.eat_word("prologue") {
+            prologue
+        } else if self.eat_word("epilogue") {
+            epilogue
+        } else {
+            return self.expected("`prologue`, `epilogue` or `}`");
+        };
+        loop {
+            list.push(self.name("an operation")?);
+            if !self.eat(TokenKind::Comma) {
+                return Ok(());
+            }
+        }
     }
 
     fn expr(&mut self) -> Parse<Expr> {
@@ -510,7 +527,7 @@ impl<'a> Parser<'a> {
     }
 
     fn too_long<T>(&mut self) -> Parse<T> {
-        let d = Diagnostic::error(self.peek().span, "this expression is too long", "");
+        let d = Diagnostic::error(self.peek().span, "this expression is too long or nested too deeply", "");
         self.fail(d.hint("split it with `let`"))
     }
 
@@ -552,7 +569,7 @@ impl<'a> Parser<'a> {
         let span = t.span.to(of.span);
         // A negative literal is a number, so that tables of numbers are lists of numbers.
         if let (UnaryOp::Neg, ExprKind::Number(n)) = (op, &of.kind)
-            && let Some(n) = n.neg()
+            && let Some(n) = n.checked_neg()
         {
             return self.node(ExprKind::Number(n), span);
         }
@@ -618,7 +635,7 @@ impl<'a> Parser<'a> {
             TokenKind::Name => {
                 let name = self.name("an expression")?;
                 if self.peek().kind == TokenKind::LParen && self.touches() {
-                            self.next();
+                    self.next();
                     let args = self.separated(TokenKind::RParen, ")", Parser::expr)?;
                     let span = name.span.to(self.last());
                     return self.node(ExprKind::Call(name, args), span);

@@ -59,9 +59,17 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
             _ => None,
         })
         .collect();
+    let find = |f: fn(&PropertyKind) -> bool| b.properties.iter().find(|p| f(&p.kind)).map(|p| &p.kind);
+    let scale = find(|k| matches!(k, PropertyKind::Scale(_)));
+    let rotate = find(|k| matches!(k, PropertyKind::Rotate(..)));
+    let common = [("scale", scale.is_none()), ("rotate", rotate.is_none())];
+    let missing: Vec<&str> = common.into_iter().filter(|c| c.1).map(|c| c.0).collect();
     let mut codes = Vec::new();
     if inner.is_empty() {
-        codes.push(code(&[b], &scope, cx, sink).map(|code| CheckedCode { code, span: cx.owner.span }));
+        let span = cx.owner.span;
+        codes.push(code(&[b], span, &missing, &scope, cx, sink).map(|code| CheckedCode { code, span }));
+    } else if !b.incomplete {
+        report_missing(&missing, cx.owner.span, cx, sink);
     }
     for (c, span) in inner {
         let mut scope_inside = scope.clone();
@@ -69,35 +77,28 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
         duplicates(c, sink);
         for p in &c.properties {
             if matches!(p.kind, PropertyKind::Scale(_) | PropertyKind::Rotate(..) | PropertyKind::Code(_)) {
-                let d = Diagnostic::error(p.keyword.span, format!("`{}` cannot stand in a `code` body", p.keyword.name), "");
+                let d = Diagnostic::error(
+                    p.keyword.span,
+                    format!("`{}` cannot stand in a `code` body", p.keyword.name),
+                    "",
+                );
                 sink.push(d.hint("it is common to all codes of a quantizer: put it outside"));
             }
         }
-        codes.push(code(&[c, b], &scope_inside, cx, sink).map(|code| CheckedCode { code, span }));
+        codes.push(code(&[c, b], span, &[], &scope_inside, cx, sink).map(|code| CheckedCode { code, span }));
         scope_inside.warn_unused(scope.len(), sink);
         scope.used_as(&scope_inside);
     }
-    let find = |f: fn(&PropertyKind) -> bool| b.properties.iter().find(|p| f(&p.kind));
-    let mut missing = Vec::new();
-    let scale = match find(|k| matches!(k, PropertyKind::Scale(_))).map(|p| &p.kind) {
+    let scale = match scale {
         Some(PropertyKind::Scale(name)) => {
             choice(name, "scale", &[("row", ScaleKind::Row), ("matrix", ScaleKind::Matrix)], sink)
         }
-        _ => {
-            missing.push("scale");
-            None
-        }
+        _ => None,
     };
-    let rotation = match find(|k| matches!(k, PropertyKind::Rotate(..))).map(|p| &p.kind) {
+    let rotation = match rotate {
         Some(PropertyKind::Rotate(name, args)) => rotation(name, args, &scope, sink),
-        _ => {
-            missing.push("rotate");
-            None
-        }
+        _ => None,
     };
-    if !b.incomplete {
-        report_missing(&missing, cx, sink);
-    }
     // A code with errors may have stopped before it used everything.
     if !b.incomplete && codes.iter().all(Option::is_some) {
         scope.warn_unused(0, sink);
@@ -136,12 +137,14 @@ fn duplicates(b: &Body, sink: &mut Sink) {
     for (i, (what, name, span)) in keys.iter().enumerate() {
         if let Some((_, _, first)) = keys[..i].iter().find(|k| (k.0, &k.1) == (*what, name)) {
             let verb = if what.is_empty() { "given" } else { "defined" };
-            sink.push(Diagnostic::error(*span, format!("`{name}` is {verb} twice"), "again here").label(*first, "first here"));
+            sink.push(
+                Diagnostic::error(*span, format!("`{name}` is {verb} twice"), "again here").label(*first, "first here"),
+            );
         }
     }
 }
 
-fn report_missing(missing: &[&str], cx: &Context<'_>, sink: &mut Sink) {
+fn report_missing(missing: &[&str], at: Span, cx: &Context<'_>, sink: &mut Sink) {
     let example = |name: &str| match name {
         "window" => "window 16",
         "vector" => "vector 2",
@@ -156,7 +159,7 @@ fn report_missing(missing: &[&str], cx: &Context<'_>, sink: &mut Sink) {
     if !missing.is_empty() {
         let names: Vec<String> = missing.iter().map(|m| format!("`{m}`")).collect();
         let lines: Vec<&str> = missing.iter().map(|m| example(m)).collect();
-        let d = Diagnostic::error(cx.owner.span, format!("`{}` says no {}", cx.owner.name, names.join(", ")), "");
+        let d = Diagnostic::error(at, format!("`{}` says no {}", cx.owner.name, names.join(", ")), "");
         sink.push(d.hint(format!("add, for example: {}", lines.join("; "))));
     }
 }
@@ -267,10 +270,18 @@ impl<'a> Properties<'a> {
     }
 }
 
-fn code(bodies: &[&Body], scope: &Scope, cx: &Context<'_>, sink: &mut Sink) -> Option<Code> {
+/// Checks the code of `bodies`, innermost first, defined at `at`; `missing` is missing beside what is found so.
+fn code(
+    bodies: &[&Body],
+    at: Span,
+    missing: &[&'static str],
+    scope: &Scope,
+    cx: &Context<'_>,
+    sink: &mut Sink,
+) -> Option<Code> {
     let p = Properties::new(bodies);
     if bodies.iter().all(|b| !b.incomplete) {
-        report_missing(&p.missing(), cx, sink);
+        report_missing(&[&p.missing(), missing].concat(), at, cx, sink);
     }
     let window = p.window.and_then(|e| integer(e, "the window", 1..=MAX_WINDOW, scope, sink)).map(|w| w as u32);
     let vector = p.vector.and_then(|e| vector(e, scope, sink));
@@ -284,14 +295,18 @@ fn code(bodies: &[&Body], scope: &Scope, cx: &Context<'_>, sink: &mut Sink) -> O
         }
         _ => true,
     };
-    let checked: Vec<_> =
-        p.tables.iter().map(|t| table(t, vector, values.map(|v| v.0), scope, cx, sink).map(|c| (c, t.name.span))).collect();
+    let checked: Vec<_> = p
+        .tables
+        .iter()
+        .map(|t| table(t, vector, values.map(|v| v.0), scope, cx, sink).map(|c| (c, t.name.span)))
+        .collect();
     // Tables with errors are still known by name, so that their uses are not errors too.
     let known: Vec<(Table, Span)> = checked
         .iter()
         .zip(&p.tables)
         .map(|(c, t)| {
-            let unknown = Table { name: t.name.name.clone(), entries: 1, values: Vec::new(), source: TableSource::Inline };
+            let unknown =
+                Table { name: t.name.name.clone(), entries: 1, values: Vec::new(), source: TableSource::Inline };
             c.clone().unwrap_or((unknown, t.name.span))
         })
         .collect();
@@ -330,7 +345,11 @@ fn vector(e: &Expr, scope: &Scope, sink: &mut Sink) -> Option<u32> {
     match v.integer() {
         Some(v @ (1 | 2 | 4)) => Some(v as u32),
         Some(_) | None => {
-            let d = Diagnostic::error(e.span, format!("the vector length must be 1, 2 or 4, not {v}"), format!("this is {v}"));
+            let d = Diagnostic::error(
+                e.span,
+                format!("the vector length must be 1, 2 or 4, not {v}"),
+                format!("this is {v}"),
+            );
             sink.fail(d.hint("a step gives so many weights, and a register holds four entries of 8 bits"))
         }
     }
@@ -357,8 +376,13 @@ fn steps(e: &Expr, window: Option<u32>, scope: &Scope, sink: &mut Sink) -> Optio
         };
         let k = in_range(*k, span, "the bits of a step", 1..=MAX_WINDOW, sink)? as u32;
         if let Some(l) = window.filter(|l| k > *l) {
-            let d = Diagnostic::error(span, format!("a step of {k} bits is longer than the window of {l} bits"), format!("this is {k}"));
-            return sink.fail(d.hint(format!("bits between two windows would have no meaning: make the window at least {k}")));
+            let d = Diagnostic::error(
+                span,
+                format!("a step of {k} bits is longer than the window of {l} bits"),
+                format!("this is {k}"),
+            );
+            return sink
+                .fail(d.hint(format!("bits between two windows would have no meaning: make the window at least {k}")));
         }
         out.push(k);
     }
@@ -383,7 +407,11 @@ fn block(r: &Expr, c: &Expr, scope: &Scope, sink: &mut Sink) -> Option<Shape> {
             return Some(n);
         }
         let near = (n / 32 * 32).max(32);
-        let d = Diagnostic::error(c.span, format!("the columns of a block must be a multiple of 32, not {n}"), format!("this is {n}"));
+        let d = Diagnostic::error(
+            c.span,
+            format!("the columns of a block must be a multiple of 32, not {n}"),
+            format!("this is {n}"),
+        );
         sink.fail(d.hint(format!("a tensor-core product takes 32 columns: use {near} or {}", near + 32)))
     });
     let (rows, cols) = (rows?, cols?);
@@ -399,7 +427,7 @@ fn fits(steps: &[u32], v: u32, block: Shape, step_at: Span, block_at: Span, sink
     let ok = |steps: &[u32], t: u32| {
         let lane = t / v / LANES_PER_BLOCK;
         let n = steps.len() as u32;
-        lane % n == 0 && lane / n * steps.iter().sum::<u32>() % 32 == 0
+        lane.is_multiple_of(n) && (lane / n * steps.iter().sum::<u32>()).is_multiple_of(32)
     };
     let t = block.len();
     if ok(steps, t) {
@@ -418,12 +446,20 @@ fn fits(steps: &[u32], v: u32, block: Shape, step_at: Span, block_at: Span, sink
         let above = (k + 1..=MAX_WINDOW as u32).find(|k| ok(&[*k], t));
         cures.extend([below, above].into_iter().flatten().map(|k| format!("`step {k}`")));
     }
-    let cure = if cures.is_empty() { "use another step or block".to_string() } else { format!("{} would fit", cures.join(" or ")) };
+    let cure = if cures.is_empty() {
+        "use another step or block".to_string()
+    } else {
+        format!("{} would fit", cures.join(" or "))
+    };
     let shape = format!("this has {t} weights, {lane} steps a lane");
     let d = if !lane.is_multiple_of(steps.len() as u32) {
-        Diagnostic::error(step_at, format!("a pattern of {} steps does not divide the {lane} steps of a lane", steps.len()), "")
-            .label(block_at, shape)
-            .hint(format!("each of the four lanes that share a block begins the pattern anew: {cure}"))
+        Diagnostic::error(
+            step_at,
+            format!("a pattern of {} steps does not divide the {lane} steps of a lane", steps.len()),
+            "",
+        )
+        .label(block_at, shape)
+        .hint(format!("each of the four lanes that share a block begins the pattern anew: {cure}"))
     } else {
         let bits = lane / steps.len() as u32 * steps.iter().sum::<u32>();
         Diagnostic::error(step_at, format!("a lane would hold {bits} bits, which are no whole words of 32"), "")
@@ -441,7 +477,9 @@ fn values(ty: &Ident, offset: Option<&Expr>, scope: &Scope, sink: &mut Sink) -> 
         Some(e) => number(e, scope, sink).and_then(|n| match n.parts() {
             (0, 1) => Some(false),
             (1, 2) => Some(true),
-            _ => sink.fail(Diagnostic::error(e.span, format!("the offset of the entries must be 0 or 1/2, not {n}"), "")),
+            _ => {
+                sink.fail(Diagnostic::error(e.span, format!("the offset of the entries must be 0 or 1/2, not {n}"), ""))
+            }
         }),
     };
     Some((value?, half?))
@@ -454,7 +492,11 @@ fn unit(e: &Expr, scope: &Scope, sink: &mut Sink) -> Option<f32> {
     if n.parts().0 > 0 && (1e-9..=1e9).contains(&f) {
         return Some(f);
     }
-    let d = Diagnostic::error(e.span, format!("the unit must be positive and of ordinary size, not {n}"), format!("this is {n}"));
+    let d = Diagnostic::error(
+        e.span,
+        format!("the unit must be positive and of ordinary size, not {n}"),
+        format!("this is {n}"),
+    );
     sink.fail(d.hint("it is the spacing of the entries for weights of variance 1, such as 1/32"))
 }
 
@@ -471,7 +513,11 @@ fn table(
             return Some(n as u32);
         }
         let up = (n as u32).next_power_of_two();
-        let d = Diagnostic::error(t.entries.span, format!("the number of entries must be a power of two, not {n}"), format!("this is {n}"));
+        let d = Diagnostic::error(
+            t.entries.span,
+            format!("the number of entries must be a power of two, not {n}"),
+            format!("this is {n}"),
+        );
         sink.fail(d.hint(format!("use {} or {up}", up / 2)))
     });
     let (values, source) = match &t.source {
@@ -483,8 +529,7 @@ fn table(
         }
         ast::TableSource::Trained { args: given, args_span, path } => {
             let file = table_path(path, cx, sink);
-            let wanted =
-                [("seed", i64::MAX.into()), ("rounds", 10_000), ("samples", 1i128 << 40)];
+            let wanted = [("seed", i64::MAX.into()), ("rounds", 10_000), ("samples", 1i128 << 40)];
             let training = args(given, *args_span, wanted, scope, sink);
             let (file, [seed, rounds, samples]) = (file?, training?);
             let training = Training { seed: seed as u64, rounds: rounds as u32, samples: samples as u64 };
@@ -519,7 +564,9 @@ fn read(
     let text = match cx.files.read(file) {
         Ok(text) => text,
         Err(e) if e.kind() == ErrorKind::NotFound && !must_exist => return Some(Vec::new()),
-        Err(e) => return sink.fail(Diagnostic::error(path.span, format!("cannot read the table file {shown}: {e}"), "")),
+        Err(e) => {
+            return sink.fail(Diagnostic::error(path.span, format!("cannot read the table file {shown}: {e}"), ""));
+        }
     };
     match table_file::read(&text, entries, vector, value) {
         Ok(values) => Some(values),
@@ -554,7 +601,11 @@ fn inline(
         match &entry.kind {
             ExprKind::List(parts) if nested => {
                 if parts.len() != v {
-                    let d = Diagnostic::error(entry.span, format!("an entry of `{name}` has {v} integers, not {}", parts.len()), "");
+                    let d = Diagnostic::error(
+                        entry.span,
+                        format!("an entry of `{name}` has {v} integers, not {}", parts.len()),
+                        "",
+                    );
                     return sink.fail(d.hint("their number is the code's `vector`"));
                 }
                 flat.extend(parts);
@@ -577,9 +628,9 @@ fn inline(
     let wanted = entries as usize * v;
     if flat.len() != wanted {
         let shape = if v == 1 { String::new() } else { format!(" ({entries} entries of {v})") };
-        let d = Diagnostic::error(t.name.span, format!("`{name}` needs {wanted} integers{shape}, not {}", flat.len()), "")
-            .label(e.span, format!("{} here", flat.len()));
-        return sink.fail(d);
+        let found = flat.len();
+        let message = format!("`{name}` needs {wanted} integers{shape}, not {found}");
+        return sink.fail(Diagnostic::error(e.span, message, format!("{found} here")));
     }
     ok.then_some(out)
 }

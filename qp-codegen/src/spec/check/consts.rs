@@ -214,7 +214,9 @@ pub fn in_range(
             let limits = format!("{} to {}", range.start(), range.end());
             sink.fail(Diagnostic::error(span, format!("{what} must be {limits}, not {i}"), format!("this is {i}")))
         }
-        None => sink.fail(Diagnostic::error(span, format!("{what} must be an integer, not {n}"), format!("this is {n}"))),
+        None => {
+            sink.fail(Diagnostic::error(span, format!("{what} must be an integer, not {n}"), format!("this is {n}")))
+        }
     }
 }
 
@@ -232,7 +234,7 @@ pub fn unknown<'a>(name: &str, span: Span, what: &str, names: impl Iterator<Item
 /// A unary operation on a constant.
 pub fn fold_unary(op: UnaryOp, a: Rational, span: Span, sink: &mut Sink) -> Option<Const> {
     match op {
-        UnaryOp::Neg => match a.neg() {
+        UnaryOp::Neg => match a.checked_neg() {
             Some(n) => Some(Const::Number(n)),
             None => sink.fail(too_large(span)),
         },
@@ -256,18 +258,18 @@ pub fn fold(op: BinaryOp, a: Rational, b: Rational, span: Span, sink: &mut Sink)
     };
     let shift = |sign: i128| {
         let by = b.integer().filter(|y| (0..127).contains(y))?;
-        let shifted = a.mul(Rational::from(2).pow(sign * by)?)?;
+        let shifted = a.checked_mul(Rational::from(2).pow(sign * by)?)?;
         let (n, d) = shifted.parts();
         a.integer().filter(|x| *x >= 0).and(Rational::new(n.div_euclid(d), 1))
     };
     let value = match op {
-        BinaryOp::Add => a.add(b),
-        BinaryOp::Sub => a.sub(b),
-        BinaryOp::Mul => a.mul(b),
+        BinaryOp::Add => a.checked_add(b),
+        BinaryOp::Sub => a.checked_sub(b),
+        BinaryOp::Mul => a.checked_mul(b),
         BinaryOp::Div | BinaryOp::Rem if b == 0.into() => {
             return sink.fail(Diagnostic::error(span, "division by zero", ""));
         }
-        BinaryOp::Div => a.div(b),
+        BinaryOp::Div => a.checked_div(b),
         BinaryOp::Rem => bits(i128::rem_euclid),
         BinaryOp::Pow => b.integer().and_then(|e| a.pow(e)),
         BinaryOp::Shl => shift(1),
@@ -310,9 +312,7 @@ pub fn call(name: &str, at: Span, args: &[Const], span: Span, sink: &mut Sink) -
     let (Some(&first), rest) = (flat.first(), flat.get(1..).unwrap_or(&[])) else {
         return sink.fail(Diagnostic::error(span, format!("`{name}` needs at least one number"), ""));
     };
-    let pick = |wanted: Ordering| {
-        rest.iter().fold(first, |m, n| if n.compare(m) == Some(wanted) { *n } else { m })
-    };
+    let pick = |wanted: Ordering| rest.iter().fold(first, |m, n| if n.compare(m) == Some(wanted) { *n } else { m });
     match name {
         "max" => Some(Const::Number(pick(Ordering::Greater))),
         "min" => Some(Const::Number(pick(Ordering::Less))),

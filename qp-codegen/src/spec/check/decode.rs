@@ -1,9 +1,9 @@
 //! The decode block: names, types and constants of its expressions become nodes of an [`expr::Decode`].
 
-use super::consts::{self, Const, Scope};
 use super::Sink;
-use crate::spec::expr::{Decode, Node, Op, Type, VectorOp, WordOp};
+use super::consts::{self, Const, Scope};
 use crate::spec::Table;
+use crate::spec::expr::{Decode, Node, Op, Type, VectorOp, WordOp};
 use crate::syntax::ast::{self, BinaryOp, Expr, ExprKind, Ident, UnaryOp};
 use crate::syntax::diag::{Diagnostic, Span};
 
@@ -84,11 +84,13 @@ impl<'a> Checker<'a> {
             self.state.lets.push(Let { name: name.clone(), value, used: false });
         }
         let result = self.vector_of(&d.result);
-        for l in self.state.lets.iter().filter(|l| !l.used) {
+        // With an error, what would have used a name may be what failed.
+        let ok = ok && result.is_some();
+        for l in self.state.lets.iter().filter(|l| ok && !l.used) {
             let w = Diagnostic::warning(l.name.span, format!("`{}` is never used", l.name.name), "");
             self.sink.push(w.hint("take it out"));
         }
-        if ok && result.is_some() && !self.state.window_used {
+        if ok && !self.state.window_used {
             self.sink.push(
                 Diagnostic::warning(d.window.span, "the window is never used", "")
                     .hint("without it every weight decodes to the same entry"),
@@ -234,7 +236,8 @@ impl<'a> Checker<'a> {
         }
         let known = self.state.lets.iter().map(|l| l.name.name.as_str());
         let known = known.chain(self.state.window_name.iter().map(|w| w.name.as_str()));
-        let known: Vec<&str> = known.chain(self.tables.iter().map(|t| t.0.name.as_str())).chain(self.scope.names()).collect();
+        let known: Vec<&str> =
+            known.chain(self.tables.iter().map(|t| t.0.name.as_str())).chain(self.scope.names()).collect();
         let d = consts::unknown(name, span, "name", known.into_iter());
         self.sink.fail(d)
     }
@@ -331,7 +334,9 @@ impl<'a> Checker<'a> {
                 let [a, i] = args else { return self.arity(f, "a word and a byte's index", span) };
                 let a = self.word(a);
                 let i = match self.expr(i)? {
-                    Value::Const(Const::Number(n)) => consts::in_range(n, i.span, "the index of a byte", 0..=3, self.sink)?,
+                    Value::Const(Const::Number(n)) => {
+                        consts::in_range(n, i.span, "the index of a byte", 0..=3, self.sink)?
+                    }
                     Value::Const(_) | Value::Node(_) => {
                         let d = Diagnostic::error(i.span, "the index of a byte must be constant", "");
                         return self.sink.fail(d.hint("byte 0 is the lowest"));
@@ -358,7 +363,11 @@ impl<'a> Checker<'a> {
                     match self.expr(e)? {
                         Value::Const(c) => values.push(c),
                         Value::Node(_) => {
-                            let d = Diagnostic::error(e.span, format!("`{name}` is for constants"), "this is computed from the window");
+                            let d = Diagnostic::error(
+                                e.span,
+                                format!("`{name}` is for constants"),
+                                "this is computed from the window",
+                            );
                             return self.sink.fail(d);
                         }
                     }
@@ -384,7 +393,14 @@ impl<'a> Checker<'a> {
     /// Reports a number of components other than V.
     fn count(&mut self, found: usize, what: &str, part: &str, span: Span) {
         if let Some(v) = self.vector.filter(|v| *v as usize != found) {
-            let d = Diagnostic::error(span, format!("{what} must have {v} {part}s, one for each weight of a step, not {found}"), "");
+            let d = Diagnostic::error(
+                span,
+                format!(
+                    "{what} must have {v} {part}{}, one for each weight of a step, not {found}",
+                    if v == 1 { "" } else { "s" }
+                ),
+                "",
+            );
             self.sink.push(d.hint("their number is the code's `vector`"));
         }
     }
@@ -478,4 +494,3 @@ pub fn renumber(d: &mut Decode, new: &[u32]) {
         }
     }
 }
-

@@ -19,8 +19,13 @@ pub fn check(f: &ast::Fusion, sink: &mut Sink) -> Option<Fusion> {
     let missing: Vec<&str> =
         Matrix::ALL.into_iter().filter(|m| seen.iter().all(|s| s.0 != *m)).map(Matrix::name).collect();
     if ok && !f.incomplete && !missing.is_empty() {
-        let d = Diagnostic::error(f.name.span, format!("the fusion pattern `{}` never launches {}", f.name.name, missing.join(", ")), "");
-        return sink.fail(d.hint(format!("add `launch {}`: every matrix of a layer must be in one launch", missing[0])));
+        let d = Diagnostic::error(
+            f.name.span,
+            format!("the fusion pattern `{}` never launches {}", f.name.name, missing.join(", ")),
+            "",
+        );
+        return sink
+            .fail(d.hint(format!("add `launch {}`: every matrix of a layer must be in one launch", missing[0])));
     }
     launches.sort_by_key(|l| l.matrices.iter().copied().min());
     ok.then(|| Fusion { name: f.name.name.clone(), launches })
@@ -40,7 +45,11 @@ fn launch(l: &ast::Launch, seen: &mut Vec<(Matrix, Span)>, sink: &mut Sink) -> O
             ok = false;
         }
         if let Some(first) = matrices.first().filter(|f| f.input() != m.input()) {
-            let d = Diagnostic::error(name.span, format!("`{}` cannot share a launch with `{}`", m.name(), first.name()), "");
+            let d = Diagnostic::error(
+                name.span,
+                format!("`{}` cannot share a launch with `{}`", m.name(), first.name()),
+                "",
+            );
             sink.push(d.hint(format!("`{}` multiplies {}, `{}` {}", first.name(), first.input(), m.name(), m.input())));
             ok = false;
         }
@@ -88,7 +97,11 @@ fn launch(l: &ast::Launch, seen: &mut Vec<(Matrix, Span)>, sink: &mut Sink) -> O
 /// Always false.
 fn misplaced(name: &Ident, matrices: &[Matrix], sink: &mut Sink) -> bool {
     let of: Vec<&str> = matrices.iter().map(|m| m.name()).collect();
-    let d = Diagnostic::error(name.span, format!("`{}` does not belong to the launch of {}", name.name, of.join(" + ")), "");
+    let d = Diagnostic::error(
+        name.span,
+        format!("`{}` does not belong to the launch of {}", name.name, of.join(" + ")),
+        "",
+    );
     sink.push(d.hint("rms_norm goes before q, k, v, gate and up; silu_mul before down; add_residual after o and down"));
     false
 }

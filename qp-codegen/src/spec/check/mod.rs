@@ -163,12 +163,18 @@ impl<'a> Checker<'a> {
         for item in &self.parsed[root].tree.items {
             let Item::Family(f) = item else { continue };
             let has_member = self.parsed[root].tree.items.iter().any(|i| match i {
-                Item::Quantizer(ast::Quantizer { def: Definition::Member { family, .. }, .. }) => family.name == f.name.name,
+                Item::Quantizer(ast::Quantizer { def: Definition::Member { family, .. }, .. }) => {
+                    family.name == f.name.name
+                }
                 Item::Use(_) | Item::Family(_) | Item::Quantizer(_) | Item::Fusion(_) => false,
             });
             if !has_member {
                 let name = &f.name.name;
-                let d = Diagnostic::warning(f.name.span, format!("the family `{name}` has no member, so only its syntax was checked"), "");
+                let d = Diagnostic::warning(
+                    f.name.span,
+                    format!("the family `{name}` has no member, so only its syntax was checked"),
+                    "",
+                );
                 let args: Vec<&str> = f.params.iter().map(|p| p.name.as_str()).collect();
                 self.sink.push(d.hint(format!("add one: `quantizer {name}_1 = {name}({})`", args.join(", "))));
             }
@@ -259,7 +265,7 @@ impl<'a> Checker<'a> {
             match self.quantizer(f, i) {
                 Some(part) if part.codes.len() > 1 => {
                     let d = Diagnostic::error(name.span, format!("`{}` is itself a mix", name.name), "");
-                    self.sink.push(d.hint("name its codes instead, as often as their shares are"));
+                    self.sink.push(d.hint("name the quantizers of that mix instead"));
                     ok = false;
                 }
                 Some(part) => parts.push((part, name.span)),
@@ -280,7 +286,11 @@ impl<'a> Checker<'a> {
                 None
             };
             if let Some(what) = difference {
-                let d = Diagnostic::error(*span, format!("the quantizers of a mix must have equal {what}"), "this one's differs");
+                let d = Diagnostic::error(
+                    *span,
+                    format!("the quantizers of a mix must have equal {what}"),
+                    "this one's differs",
+                );
                 self.sink.push(d.label(at, "from that of this one"));
                 ok = false;
             }
@@ -304,7 +314,8 @@ impl<'a> Checker<'a> {
                 ("unit", a.unit == b.unit),
             ];
             for (what, _) in equal.iter().filter(|e| !e.1) {
-                let d = Diagnostic::error(c.span, format!("the codes of a mix must have one {what}"), "this one's differs");
+                let d =
+                    Diagnostic::error(c.span, format!("the codes of a mix must have one {what}"), "this one's differs");
                 self.sink.push(d.label(first.span, "from that of this one").hint(format!("give both the same {what}")));
                 ok = false;
             }

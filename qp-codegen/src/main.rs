@@ -1,0 +1,287 @@
+//! The `qp-codegen` command: check, format and explain quantizers, and print the kernels that they become.
+
+use std::fs;
+use std::io::{self, IsTerminal, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use qp_codegen::cuda::{Target, print};
+use qp_codegen::ir::{Elem, Kernel};
+use qp_codegen::kernels::{dequantize, gemv, prepare};
+use qp_codegen::spec::{self, Matrix, Quantizer, Shape};
+use qp_codegen::syntax::{self, Diagnostics};
+use qp_codegen::{explain, palette};
+
+/// Compile .qspec quantizers to CUDA kernels.
+#[derive(Parser)]
+#[command(name = "qp-codegen", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Check .qspec files and report all that is wrong with them
+    Check {
+        /// Files to check
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// Also fail if a table is not trained yet
+        #[arg(long)]
+        trained: bool,
+    },
+    /// Lay .qspec files out in the one way
+    Fmt {
+        /// Files to rewrite; `-` formats standard input to standard output
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// Change nothing; fail if a file is not formatted
+        #[arg(long)]
+        check: bool,
+    },
+    /// Show what a quantizer costs and how its bits lie
+    Explain {
+        /// A name of the palette, file.qspec, or file.qspec:name
+        spec: String,
+        /// Rows x columns of the matrix that sizes are told for
+        #[arg(long, default_value = "4096x4096", value_parser = shape)]
+        shape: Shape,
+        /// Print the canonical text instead: one self-contained quantizer, everything evaluated
+        #[arg(long)]
+        canonical: bool,
+    },
+    /// List the quantizers of the palette, or of files
+    List {
+        /// Files to list
+        files: Vec<PathBuf>,
+    },
+    /// Print the kernel of a quantizer
+    Emit(Emit),
+}
+
+/// What `emit` prints.
+#[derive(Args)]
+struct Emit {
+    /// A name of the palette, file.qspec, or file.qspec:name
+    #[arg(long)]
+    spec: String,
+    /// What the kernel does
+    #[arg(long, value_enum, default_value = "gemv")]
+    op: Operation,
+    /// Rows x columns of the matrix (of all fused matrices together)
+    #[arg(long, default_value = "4096x4096", value_parser = shape)]
+    shape: Shape,
+    /// Tokens
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=gemv::MAX_BATCH as i64))]
+    batch: u32,
+    /// What to compile for
+    #[arg(long, default_value = "sm_90a")]
+    target: Target,
+    /// Take what the launch of `--matrix` does from this fusion pattern: a name of the palette or file.qspec:name
+    #[arg(long, requires = "matrix")]
+    fusion: Option<String>,
+    /// The matrix whose launch is meant: q, k, v, o, gate, up or down
+    #[arg(long, value_parser = matrix)]
+    matrix: Option<Matrix>,
+    /// Print the kernel IR instead of CUDA source
+    #[arg(long)]
+    ir: bool,
+    /// Write here instead of to standard output
+    #[arg(short, long)]
+    output: Option<PathBuf>,
+}
+
+/// Operations that `emit` prints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Operation {
+    /// Packed words to the matrix
+    Dequantize,
+    /// Matrix-vector product with packed weights
+    Gemv,
+    /// Rotation and rounding of activations
+    Rotate,
+}
+
+fn shape(text: &str) -> Result<Shape, String> {
+    let parse = |t: &str| t.trim().parse::<u32>().ok().filter(|n| (1..=1 << 20).contains(n));
+    let parts = text.split_once(['x', '×']).and_then(|(r, c)| Some((parse(r)?, parse(c)?)));
+    let (rows, cols) = parts.ok_or("expected rows x columns, as in 4096x14336")?;
+    Ok(Shape { rows, cols })
+}
+
+fn matrix(text: &str) -> Result<Matrix, String> {
+    let names = Matrix::ALL.map(Matrix::name).join(", ");
+    Matrix::ALL.into_iter().find(|m| m.name() == text).ok_or(format!("expected one of {names}"))
+}
+
+/// Why a command fails.
+enum Failure {
+    /// Wrong specs: shown with their text.
+    Specs(Diagnostics),
+    /// Anything else.
+    Other(String),
+}
+
+impl From<Diagnostics> for Failure {
+    fn from(d: Diagnostics) -> Self {
+        Failure::Specs(d)
+    }
+}
+
+fn main() -> ExitCode {
+    let run = match Cli::parse().command {
+        Command::Check { files, trained } => check(&files, trained),
+        Command::Fmt { files, check } => fmt(&files, check),
+        Command::Explain { spec, shape, canonical } => explain(&spec, shape, canonical),
+        Command::List { files } => list(&files),
+        Command::Emit(e) => emit(&e),
+    };
+    match run {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Specs(d)) => {
+            show(&d);
+            ExitCode::FAILURE
+        }
+        Err(Failure::Other(message)) => {
+            eprintln!("error: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn show(d: &Diagnostics) {
+    eprint!("{}", d.render(io::stderr().is_terminal()));
+}
+
+/// Writes to standard output; a reader that went away is no error.
+fn print_out(text: &str) -> Result<(), Failure> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Other(format!("standard output: {e}"))),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+fn check(files: &[PathBuf], trained: bool) -> Result<(), Failure> {
+    let (mut errors, mut warnings) = (0, 0);
+    for file in files {
+        let found = match spec::load_file(file) {
+            Ok(library) => {
+                let mut found = library.warnings;
+                if trained {
+                    found.list.extend(library.quantizers.iter().filter_map(spec::untrained));
+                }
+                found
+            }
+            Err(found) => found,
+        };
+        show(&found);
+        let (e, w) = found.counts();
+        errors += e;
+        warnings += w;
+    }
+    let count = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+    if errors + warnings > 0 {
+        eprintln!("{}, {}", count(errors, "error"), count(warnings, "warning"));
+    }
+    if errors > 0 { Err(Failure::Specs(Diagnostics::default())) } else { Ok(()) }
+}
+
+fn fmt(files: &[PathBuf], check: bool) -> Result<(), Failure> {
+    let mut wrong = Diagnostics::default();
+    let mut unformatted = Vec::new();
+    for file in files {
+        let read_failed = |e: io::Error| Failure::Other(format!("cannot read {}: {e}", file.display()));
+        let stdin = file == Path::new("-");
+        let text = if stdin {
+            let mut text = String::new();
+            io::stdin().read_to_string(&mut text).map_err(read_failed)?;
+            text
+        } else {
+            fs::read_to_string(file).map_err(read_failed)?
+        };
+        let id = wrong.sources.add(file.display().to_string(), text.clone());
+        match syntax::format(id, &text) {
+            Err(errors) => wrong.list.extend(errors),
+            Ok(formatted) if stdin && !check => print_out(&formatted)?,
+            Ok(formatted) if formatted == text => (),
+            Ok(_) if check => unformatted.push(file.display().to_string()),
+            Ok(formatted) => replace(file, formatted.as_bytes())?,
+        }
+    }
+    if wrong.has_errors() {
+        return Err(wrong.into());
+    }
+    if unformatted.is_empty() {
+        return Ok(());
+    }
+    let files = unformatted.join(", ");
+    Err(Failure::Other(format!("not formatted: {files}; run: qp-codegen fmt {}", unformatted.join(" "))))
+}
+
+/// Replaces a file whole or not at all.
+fn replace(file: &Path, bytes: &[u8]) -> Result<(), Failure> {
+    let mut beside = file.as_os_str().to_owned();
+    beside.push(".new");
+    let beside = PathBuf::from(beside);
+    fs::write(&beside, bytes).and_then(|()| fs::rename(&beside, file)).map_err(|e| {
+        // What was there stands; the half-written file is of no use to anyone.
+        let _ = fs::remove_file(&beside);
+        Failure::Other(format!("cannot write {}: {e}", file.display()))
+    })
+}
+
+fn explain(spec: &str, shape: Shape, canonical: bool) -> Result<(), Failure> {
+    if canonical {
+        return print_out(&spec::resolve(spec)?.canonical());
+    }
+    print_out(&explain::explain(&spec::resolve_untrained(spec)?, shape))
+}
+
+fn list(files: &[PathBuf]) -> Result<(), Failure> {
+    if files.is_empty() {
+        return print_out(&explain::list(&palette::library().quantizers));
+    }
+    let mut all: Vec<Quantizer> = Vec::new();
+    for file in files {
+        all.extend(spec::load_file(file)?.quantizers);
+    }
+    print_out(&explain::list(&all))
+}
+
+/// The kernel that `e` asks for.
+fn kernel(e: &Emit) -> Result<Kernel, Failure> {
+    // The tables are data: a kernel is the same before and after training.
+    let q = spec::resolve_untrained(&e.spec)?;
+    let sms = e.target.device().sms;
+    let (mut norm, mut accumulate) = (None, false);
+    if let (Some(name), Some(matrix)) = (&e.fusion, e.matrix) {
+        let fusion = spec::resolve_fusion(name)?;
+        let launch = fusion.launch_of(matrix);
+        norm = launch.is_some_and(|l| l.prologue.contains(&spec::Prologue::RmsNorm)).then_some(1e-5);
+        accumulate = launch.is_some_and(|l| l.epilogue.contains(&spec::Epilogue::AddResidual));
+    }
+    Ok(match e.op {
+        Operation::Dequantize => {
+            dequantize::lower(&dequantize::Dequantize { quantizer: &q, shape: e.shape, output: Elem::F16 }, sms)
+        }
+        Operation::Gemv => {
+            let op = gemv::Gemv { quantizer: &q, shape: e.shape, batch: e.batch, accumulate };
+            gemv::lower(&op, &gemv::Launch::choose(&op, sms))
+        }
+        Operation::Rotate => {
+            let columns = e.shape.cols;
+            prepare::lower(&prepare::Prepare { columns, stride: columns, batch: e.batch, rotation: q.rotation, norm })
+        }
+    })
+}
+
+fn emit(e: &Emit) -> Result<(), Failure> {
+    let kernel = kernel(e)?;
+    let text = if e.ir { kernel.to_string() } else { print(&kernel, e.target) };
+    match &e.output {
+        Some(file) => replace(file, text.as_bytes()),
+        None => print_out(&text),
+    }
+}

@@ -1,0 +1,218 @@
+//! The language: the folder says what must happen to each example, and snapshots hold the exact messages.
+//!
+//! * `specs/pass`: loads; the snapshot holds warnings and the canonical text of what it defines.
+//! * `specs/fail`: does not load; the snapshot holds the diagnostics as a user sees them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use qp_codegen::palette;
+use qp_codegen::spec::{self, Quantizer, TableSource, load_str};
+use qp_codegen::syntax::{self, FileId};
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("specs").join(name)
+}
+
+/// The `.qspec` files of a folder, by name.
+fn examples(name: &str) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = fs::read_dir(folder(name)).unwrap().map(|e| e.unwrap().path()).collect();
+    files.retain(|f| f.extension().is_some_and(|x| x == "qspec"));
+    files.sort();
+    assert!(!files.is_empty());
+    files
+}
+
+/// Messages name files by where the tests happen to lie.
+fn without_place(text: &str) -> String {
+    text.replace(&format!("{}/", folder("fail").display()), "").replace(&format!("{}/", folder("pass").display()), "")
+}
+
+fn name(file: &Path) -> String {
+    file.file_stem().unwrap().to_string_lossy().into_owned()
+}
+
+#[test]
+fn what_must_fail_fails_with_its_message() {
+    for file in examples("fail") {
+        let errors = spec::load_file(&file).expect_err(&name(&file));
+        insta::assert_snapshot!(format!("fail__{}", name(&file)), without_place(&errors.render(false)));
+    }
+}
+
+#[test]
+fn what_must_pass_passes_and_means_the_same_when_canonical() {
+    for file in examples("pass") {
+        let library = spec::load_file(&file).unwrap_or_else(|e| panic!("{e}"));
+        let mut text = without_place(&library.warnings.render(false));
+        for f in &library.fusions {
+            text.push_str(&format!("{f:#?}\n"));
+        }
+        for q in &library.quantizers {
+            text.push_str(&q.canonical());
+            let q = filled(q);
+            let again = load_str("canonical", &q.canonical()).unwrap_or_else(|e| panic!("{e}"));
+            assert_eq!(again.quantizers, [q]);
+        }
+        insta::assert_snapshot!(format!("pass__{}", name(&file)), text);
+    }
+}
+
+/// The quantizer with untrained tables filled with anything.
+fn filled(q: &Quantizer) -> Quantizer {
+    let mut q = q.clone();
+    for c in &mut q.codes {
+        let n = c.vector;
+        for t in c.tables.iter_mut().filter(|t| t.values.is_empty()) {
+            t.values = (0..t.entries * n).map(|i| (i % 251) as i16 - 125).collect();
+            t.source = TableSource::Inline;
+        }
+    }
+    q
+}
+
+#[test]
+fn formatting_keeps_meaning_and_comments_and_is_stable() {
+    for file in examples("pass").into_iter().chain(examples("../../specs")) {
+        let text = fs::read_to_string(&file).unwrap();
+        let formatted = syntax::format(FileId(0), &text).unwrap();
+        assert_eq!(syntax::format(FileId(0), &formatted).unwrap(), formatted, "{}", file.display());
+        let squeeze = |t: &str| t.split_whitespace().collect::<String>();
+        assert_eq!(squeeze(&formatted), squeeze(&text), "{}", file.display());
+    }
+}
+
+/// Deterministic pseudo-random numbers (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) % n as u64) as usize
+    }
+}
+
+#[test]
+fn mutated_texts_never_panic() {
+    let mut texts: Vec<String> = Vec::new();
+    for folder in ["pass", "fail", "../../specs"] {
+        texts.extend(examples(folder).iter().map(|f| fs::read_to_string(f).unwrap()));
+    }
+    let pieces = [
+        "{",
+        "}",
+        "(",
+        ")",
+        "[",
+        "]",
+        "let ",
+        "=",
+        "\"",
+        "//",
+        "///",
+        "\n",
+        " ",
+        "-",
+        "**",
+        "2 ** 126",
+        "0xFFFFFFFF",
+        "if ",
+        "then ",
+        "else ",
+        "code {",
+        "\u{2028}",
+        "\r\n",
+        "t[",
+        "w",
+        "signs(",
+        "×",
+        "é",
+        "\u{0}",
+        "family ",
+        "quantizer ",
+        "use \"x\"",
+        "mix(",
+        "1/0",
+        "99999999999999999999999999999999999999999",
+        "step",
+        "decode w {",
+        "<<",
+        ">>",
+        "~",
+        "%",
+        ",",
+        ".",
+        "0.5",
+    ];
+    let mut random = Random(1);
+    for round in 0..6000 {
+        let mut text = texts[random.below(texts.len())].clone();
+        for _ in 0..1 + random.below(6) {
+            let boundaries: Vec<usize> = text.char_indices().map(|c| c.0).chain([text.len()]).collect();
+            let at = boundaries[random.below(boundaries.len())];
+            match random.below(4) {
+                0 => text.insert_str(at, pieces[random.below(pieces.len())]),
+                1 => {
+                    let later: Vec<usize> = boundaries.iter().copied().filter(|b| (at..at + 30).contains(b)).collect();
+                    text.replace_range(at..later[random.below(later.len())], "");
+                }
+                2 => text.truncate(at),
+                _ => {
+                    let other = &texts[random.below(texts.len())];
+                    let line = other.lines().nth(random.below(other.lines().count())).unwrap_or("").to_string();
+                    text.insert_str(at, &line);
+                }
+            }
+        }
+        match load_str("mutated", &text) {
+            // Whatever loads can be written and means the same again.
+            Ok(library) => {
+                for q in library.quantizers.iter().filter(|q| q.is_trained()) {
+                    let again = load_str("canonical", &q.canonical()).unwrap_or_else(|e| panic!("{e}\n{text}"));
+                    assert_eq!(again.quantizers, [q.clone()], "round {round}\n{text}");
+                }
+            }
+            Err(errors) => assert!(!errors.render(false).is_empty()),
+        }
+        if let Ok(formatted) = syntax::format(FileId(0), &text) {
+            assert_eq!(syntax::format(FileId(0), &formatted).as_ref(), Ok(&formatted), "round {round}\n{text}");
+        }
+    }
+}
+
+#[test]
+fn arguments_find_quantizers() {
+    let of = |arg: &str| spec::resolve_untrained(arg).map(|q| q.name).map_err(|e| e.to_string());
+    let pass = folder("pass").display().to_string();
+    assert_eq!(of("tcq_2.5"), Ok("tcq_2.5".into()));
+    assert_eq!(of("nowhere/tcq_2.5.qspec"), Ok("tcq_2.5".into()));
+    assert_eq!(of(&format!("{pass}/minimal.qspec")), Ok("q".into()));
+    assert_eq!(of(&format!("{pass}/use.qspec:m")), Ok("m".into()));
+    assert_eq!(of(&format!("{pass}/f_b.qspec")), Ok("f_b".into()), "defined by a file beside");
+    assert_eq!(
+        of("tcq_2_5"),
+        Err("error: there is no quantizer `tcq_2_5` in the palette; did you mean `tcq_2.5`?".into())
+    );
+    let many = of(&format!("{pass}/use.qspec")).unwrap_err();
+    assert!(many.contains("defines 3 quantizers") && many.contains("f_c, m, r"), "{many}");
+    let missing = of(&format!("{pass}/minimal.qspec:z")).unwrap_err();
+    assert!(missing.contains("there is no quantizer `z` in"), "{missing}");
+    let untrained = spec::resolve(&format!("{pass}/constants.qspec:f_a")).unwrap_err().to_string();
+    assert!(untrained.contains("not trained yet") && untrained.contains("qp train-codebook"), "{untrained}");
+}
+
+#[test]
+fn table_files_are_read_and_renaming_keeps_the_hash() {
+    let library = spec::load_file(folder("pass").join("use.qspec")).unwrap();
+    let r = library.get("r").unwrap();
+    assert_eq!(r.codes[0].codebook(), (-128..128).collect::<Vec<i16>>());
+    let renamed = Quantizer { name: "other".into(), ..r.clone() };
+    assert_eq!(renamed.hash(), r.hash());
+    let mut changed = r.clone();
+    changed.codes[0].tables[0].values[3] += 1;
+    assert_ne!(changed.hash(), r.hash());
+    assert!(palette::names().contains(&"fast_2"));
+}

@@ -254,7 +254,7 @@ fn list(files: &[PathBuf]) -> Result<(), Failure> {
 fn kernel(e: &Emit) -> Result<Kernel, Failure> {
     // The tables are data: a kernel is the same before and after training.
     let q = spec::resolve_untrained(&e.spec)?;
-    let sms = e.target.device().sms;
+    let device = e.target.device();
     let (mut norm, mut accumulate) = (None, false);
     if let (Some(name), Some(matrix)) = (&e.fusion, e.matrix) {
         let fusion = spec::resolve_fusion(name)?;
@@ -264,11 +264,11 @@ fn kernel(e: &Emit) -> Result<Kernel, Failure> {
     }
     Ok(match e.op {
         Operation::Dequantize => {
-            dequantize::lower(&dequantize::Dequantize { quantizer: &q, shape: e.shape, output: Elem::F16 }, sms)
+            dequantize::lower(&dequantize::Dequantize { quantizer: &q, shape: e.shape, output: Elem::F16 }, device.sms)
         }
         Operation::Gemv => {
             let op = gemv::Gemv { quantizer: &q, shape: e.shape, batch: e.batch, accumulate };
-            gemv::lower(&op, &gemv::Launch::choose(&op, sms))
+            gemv::lower(&op, &gemv::Launch::choose(&op, &device))
         }
         Operation::Rotate => {
             let columns = e.shape.cols;

@@ -1,5 +1,6 @@
 //! The `qp` command line: one file a command.
 
+mod bench;
 mod device;
 mod doctor;
 mod eval;
@@ -23,6 +24,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Bench(bench::Bench),
     Doctor(doctor::Doctor),
     Eval(eval::Eval),
     Generate(generate::Generate),
@@ -36,6 +38,7 @@ pub type Error = Box<dyn std::error::Error + Send + Sync>;
 /// Runs the command line; exit code 0, or 1 after a printed error (2 is clap's, for bad usage).
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Bench(c) => c.run(),
         Command::Doctor(c) => c.run(),
         Command::Eval(c) => c.run(),
         Command::Generate(c) => c.run(),

@@ -7,6 +7,7 @@ use qp_codegen::kernels::dequantize::{self, Dequantize};
 use qp_codegen::kernels::gemv::{self, Gemv, Launch};
 use qp_codegen::kernels::prepare::{self, Prepare};
 use qp_codegen::layout::{COLUMN_PAD, Packed};
+use qp_codegen::reference::{Activations, split_activation};
 use qp_codegen::spec::{Quantizer, Rotation, Shape};
 
 use super::{Buffer, DeviceError, Executor, LaunchArgs, Loaded, Recorder};
@@ -136,6 +137,23 @@ impl DeviceActivations {
         let planes = 2 * columns.next_multiple_of(COLUMN_PAD) as usize;
         let batch = batch as usize;
         Ok(DeviceActivations { x: on.zeroed(planes * batch)?, scale: on.zeroed(batch)?, sum: on.zeroed(batch)? })
+    }
+
+    /// Uploads tokens' activations of `columns` each.
+    ///
+    /// # Errors
+    /// A full GPU.
+    pub fn upload(on: &Executor, tokens: &[Activations], columns: u32) -> Result<Self, DeviceError> {
+        let stride = columns.next_multiple_of(COLUMN_PAD) as usize;
+        let mut x = vec![0i8; 2 * stride * tokens.len()];
+        for (token, planes) in tokens.iter().zip(x.chunks_exact_mut(2 * stride)) {
+            for (i, &q) in token.q.iter().enumerate() {
+                (planes[i], planes[stride + i]) = split_activation(q);
+            }
+        }
+        let scale: Vec<f32> = tokens.iter().map(|t| t.scale).collect();
+        let sum: Vec<i32> = tokens.iter().map(|t| t.sum as i32).collect();
+        Ok(DeviceActivations { x: on.upload(&x)?, scale: on.upload(&scale)?, sum: on.upload(&sum)? })
     }
 }
 

@@ -1,0 +1,248 @@
+//! `qp bench`: measurements to publish.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use half::bf16;
+use qp_codegen::kernels::gemv::{Gemv, Launch};
+use qp_codegen::layout::{BLOCKS_PER_TILE, Packed, position};
+use qp_codegen::reference::{self, Activations};
+use qp_codegen::spec::{self, Quantizer, Shape};
+
+use super::Error;
+use crate::device::ops::{DeviceActivations, DeviceMatrix, GemvKernel};
+use crate::device::{Buffer, Executor};
+
+/// Measure kernels and codes.
+#[derive(Args)]
+pub struct Bench {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    Kernels(Kernels),
+}
+
+/// Time matrix-vector products with packed weights on a GPU.
+///
+/// Each kernel is first compared with the CPU's decoder. Then a graph of launches rotates over copies of the weights
+/// that together exceed the L2 cache; the time is that of the graph over its launches, the best of several runs.
+#[derive(Args)]
+struct Kernels {
+    /// Quantizers: names of the palette or spec files.
+    #[arg(long, value_delimiter = ',', default_value = "fast_2,tcq_2,tcq_3,tcq_4")]
+    spec: Vec<String>,
+    /// Matrices, rows x columns.
+    #[arg(long, value_delimiter = ',', value_parser = shape,
+          default_value = "28672x4096,14336x4096,4096x14336,6144x4096,4096x4096,1024x4096")]
+    shape: Vec<Shape>,
+    /// Tokens at once (1 to 8).
+    #[arg(long, value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=8))]
+    batch: Vec<u32>,
+    /// Try this many launch shapes, the best by the cost model first, and print each.
+    #[arg(long, default_value_t = 1)]
+    launches: usize,
+    /// Which GPU.
+    #[arg(long, default_value_t = 0)]
+    gpu: usize,
+    /// Also write the results as JSON.
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+impl Bench {
+    /// Runs it.
+    pub fn run(self) -> Result<(), Error> {
+        match self.what {
+            What::Kernels(k) => k.run(),
+        }
+    }
+}
+
+fn shape(text: &str) -> Result<Shape, String> {
+    let (rows, cols) = text.split_once('x').ok_or("rows x columns, as in 4096x14336")?;
+    let number = |s: &str| s.trim().parse().ok().filter(|n| *n > 0).ok_or(format!("`{s}` is no positive number"));
+    Ok(Shape { rows: number(rows)?, cols: number(cols)? })
+}
+
+/// Bytes over which a graph rotates: several times any L2 cache.
+const ROTATE: usize = 400 << 20;
+/// Row tiles compared with the CPU's decoder.
+const CHECKED_TILES: u32 = 3;
+
+/// One measurement.
+struct Row {
+    spec: String,
+    rate: f64,
+    shape: Shape,
+    batch: u32,
+    launch: Launch,
+    registers: u32,
+    /// Seconds that the cost model expected, and that passed.
+    expected: f64,
+    seconds: f64,
+    bytes: usize,
+}
+
+impl Kernels {
+    fn run(self) -> Result<(), Error> {
+        let on = Executor::cuda(self.gpu)?;
+        let gpu = on.gpu().ok_or("no GPU")?;
+        let peak = on.device().bandwidth;
+        println!("{} ({} SMs, {:.2} TB/s by its memory clock)", gpu.name, gpu.sms, peak / 1e12);
+        println!("{:>10} {:>13} {:>2} {:>9} {:>9} {:>6} {:>9}  launch", "spec", "shape", "b", "us", "GB/s", "peak", "model us");
+        let mut rows = Vec::new();
+        for name in &self.spec {
+            let q = spec::resolve(name).map_err(|d| d.to_string())?;
+            for &shape in &self.shape {
+                for &batch in &self.batch {
+                    for row in self.measure(&on, &q, shape, batch)? {
+                        let launch = row.launch;
+                        println!(
+                            "{:>10} {:>13} {:>2} {:>9.2} {:>9.0} {:>5.0}% {:>9.2}  {} warps, {} x {} blocks, {} ahead, {} regs",
+                            row.spec,
+                            format!("{}x{}", shape.rows, shape.cols),
+                            batch,
+                            row.seconds * 1e6,
+                            row.bytes as f64 / row.seconds / 1e9,
+                            row.bytes as f64 / row.seconds / peak * 100.0,
+                            row.expected * 1e6,
+                            launch.warps,
+                            launch.blocks,
+                            launch.split,
+                            launch.ahead,
+                            row.registers,
+                        );
+                        rows.push(row);
+                    }
+                }
+            }
+        }
+        if let Some(path) = &self.json {
+            std::fs::write(path, json(&gpu.name, peak, &rows)).map_err(|e| format!("{}: {e}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    fn measure(&self, on: &Executor, q: &Quantizer, shape: Shape, batch: u32) -> Result<Vec<Row>, Error> {
+        let layout = Packed::new(q, shape);
+        let mut random = Random(1);
+        let words: Vec<u32> = (0..layout.words()).map(|_| random.word()).collect();
+        let scales = vec![bf16::from_f32(0.5); shape.rows as usize];
+        let copies = (ROTATE / (words.len() * 4)).clamp(2, 200);
+        let matrices: Vec<DeviceMatrix> = (0..copies)
+            .map(|_| DeviceMatrix::upload(on, q, shape.cols, &[(shape.rows, &words, &scales)]))
+            .collect::<Result<_, _>>()?;
+        let inputs: Vec<Activations> = (0..batch)
+            .map(|_| {
+                let x: Vec<f32> = (0..shape.cols).map(|_| random.word() as i32 as f32).collect();
+                reference::quantize_activations(&x)
+            })
+            .collect();
+        let x = DeviceActivations::upload(on, &inputs, shape.cols)?;
+        let op = Gemv { quantizer: q, shape, batch, accumulate: false };
+        let ranked = Launch::ranked(&op, &on.device());
+        let mut rows = Vec::new();
+        for &(expected, launch) in ranked.iter().take(self.launches.max(1)) {
+            let mut kernel = GemvKernel::load(on, &op, Some(launch))?;
+            let mut y = on.zeroed((layout.padded_rows() * batch) as usize)?;
+            kernel.launch(on, &matrices[0], &x, &mut y)?;
+            check(q, &layout, &words, &inputs, &y)?;
+            let mut graph = on.record();
+            let launches = copies * (256 / copies).max(1);
+            for i in 0..launches {
+                kernel.record(&mut graph, &matrices[i % copies], &x, &mut y)?;
+            }
+            let graph = graph.finish()?;
+            let mut best = f64::INFINITY;
+            for _ in 0..7 {
+                best = best.min(on.time(|| graph.launch())? / launches as f64);
+            }
+            rows.push(Row {
+                spec: q.name.clone(),
+                rate: q.rate(),
+                shape,
+                batch,
+                launch,
+                registers: kernel.loaded().usage().map_or(0, |u| u.registers),
+                expected,
+                seconds: best,
+                bytes: words.len() * 4,
+            });
+        }
+        Ok(rows)
+    }
+}
+
+/// Compares some rows of the first launch's result with the definition of the code, to the bit.
+fn check(q: &Quantizer, layout: &Packed, words: &[u32], x: &[Activations], y: &Buffer<f32>) -> Result<(), Error> {
+    let got = y.to_vec()?;
+    let tiles = layout.row_tiles();
+    for row_tile in (0..CHECKED_TILES).map(|i| i * (tiles - 1) / (CHECKED_TILES - 1)) {
+        let mut acc = vec![0i64; layout.tile.rows as usize * x.len()];
+        let mut stream = Vec::new();
+        for col_tile in 0..layout.col_tiles() {
+            let code = &q.codes[layout.code_of(col_tile)];
+            let mut entry = vec![0; code.vector as usize];
+            for g in 0..BLOCKS_PER_TILE {
+                layout.read_block(words, row_tile, col_tile, g, &mut stream);
+                for p in 0..code.block.len() {
+                    if p % code.vector == 0 {
+                        code.entry(code.window_at(&stream, p / code.vector), &mut entry);
+                    }
+                    let (row, col) = position(code.block, g, p);
+                    let col = (col_tile * layout.tile.cols + col) as usize;
+                    for (token, x) in x.iter().enumerate().filter(|(_, x)| col < x.q.len()) {
+                        acc[token * layout.tile.rows as usize + row as usize] +=
+                            i64::from(entry[(p % code.vector) as usize]) * i64::from(x.q[col]);
+                    }
+                }
+            }
+        }
+        for (token, x) in x.iter().enumerate() {
+            let factor = reference::output_factor(&q.codes[0], x.scale);
+            for row in 0..layout.tile.rows.min(layout.shape.rows - row_tile * layout.tile.rows) {
+                let at = row_tile * layout.tile.rows + row;
+                let acc = acc[(token as u32 * layout.tile.rows + row) as usize];
+                let expect = reference::scale_output(&q.codes[0], acc, x.sum, 0.5, factor);
+                let got = got[token * layout.padded_rows() as usize + at as usize];
+                if got.to_bits() != expect.to_bits() {
+                    let message = format!("{}: row {at}, token {token} is {got}, but must be {expect}", q.name);
+                    return Err(message.into());
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn json(gpu: &str, peak: f64, rows: &[Row]) -> String {
+    let mut out = format!("{{\n  \"gpu\": {gpu:?},\n  \"peak_bytes_per_second\": {peak:.0},\n  \"kernels\": [\n");
+    for (i, r) in rows.iter().enumerate() {
+        let l = r.launch;
+        let _ = writeln!(
+            out,
+            "    {{\"spec\": {:?}, \"rate\": {}, \"rows\": {}, \"cols\": {}, \"batch\": {}, \"us\": {:.3}, \
+             \"gb_per_s\": {:.1}, \"model_us\": {:.3}, \"warps\": {}, \"split\": {}, \"blocks\": {}, \"ahead\": {}, \
+             \"min_blocks\": {}, \"registers\": {}}}{}",
+            r.spec, r.rate, r.shape.rows, r.shape.cols, r.batch, r.seconds * 1e6,
+            r.bytes as f64 / r.seconds / 1e9, r.expected * 1e6, l.warps, l.split, l.blocks, l.ahead,
+            l.min_blocks, r.registers, if i + 1 < rows.len() { "," } else { "" },
+        );
+    }
+    out + "  ]\n}\n"
+}
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn word(&mut self) -> u32 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        ((z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB) >> 32) as u32
+    }
+}

@@ -1,0 +1,79 @@
+//! The `qp-codegen` command: output, exit codes, and that a failure leaves files as they were.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+/// Standard output, standard error and exit code.
+fn run(args: &[&str]) -> (String, String, i32) {
+    let out = Command::new(env!("CARGO_BIN_EXE_qp-codegen")).args(args).output().unwrap();
+    let text = |b: &[u8]| String::from_utf8_lossy(b).into_owned();
+    (text(&out.stdout), text(&out.stderr), out.status.code().unwrap())
+}
+
+fn example(name: &str) -> String {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/specs").join(name).display().to_string()
+}
+
+#[test]
+fn check_counts_errors_and_warnings() {
+    assert_eq!(run(&["check", &example("pass/minimal.qspec")]), (String::new(), String::new(), 0));
+    let (_, told, code) = run(&["check", &example("pass/warnings.qspec")]);
+    assert!(told.ends_with("0 errors, 6 warnings\n") && code == 0, "{told}");
+    let (_, told, code) = run(&["check", &example("fail/several_errors.qspec"), &example("pass/minimal.qspec")]);
+    assert!(told.ends_with("5 errors, 0 warnings\n") && code == 1, "{told}");
+    let (_, told, code) = run(&["check", "nowhere.qspec"]);
+    assert!(told.contains("cannot read nowhere.qspec") && code == 1, "{told}");
+    let (_, told, code) = run(&["check", "--trained", &example("pass/constants.qspec")]);
+    assert!(told.contains("run: qp train-codebook f_a") && code == 1, "{told}");
+}
+
+#[test]
+fn fmt_rewrites_what_parses_and_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let (good, bad) = (folder.path().join("good.qspec"), folder.path().join("bad.qspec"));
+    fs::write(&good, "use   \"x\" // kept\n").unwrap();
+    fs::write(&bad, "use   x\n").unwrap();
+    let (g, b) = (good.display().to_string(), bad.display().to_string());
+    let (_, told, code) = run(&["fmt", "--check", &g]);
+    assert!(told.contains("not formatted") && code == 1, "{told}");
+    assert_eq!(fs::read_to_string(&good).unwrap(), "use   \"x\" // kept\n");
+    let (_, told, code) = run(&["fmt", &b, &g]);
+    assert!(told.contains("expected the path of a file") && code == 1, "{told}");
+    assert_eq!(fs::read_to_string(&good).unwrap(), "use \"x\" // kept\n");
+    assert_eq!(fs::read_to_string(&bad).unwrap(), "use   x\n");
+    assert_eq!(run(&["fmt", "--check", &g]).2, 0);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing is left behind");
+}
+
+#[test]
+fn explain_and_list_show_the_palette() {
+    let (text, _, code) = run(&["explain", "htcq_2.25.qspec", "--shape", "64x256"]);
+    assert!(text.starts_with("htcq_2.25\n  rate        2.25 bits a weight\n") && code == 0, "{text}");
+    let (text, _, code) = run(&["list"]);
+    assert!(text.lines().count() > 30 && code == 0, "{text}");
+    let (text, _, code) = run(&["explain", "--canonical", &example("pass/minimal.qspec")]);
+    assert!(text.starts_with("quantizer q {\n") && code == 0, "{text}");
+    let (_, told, code) = run(&["explain", "tqc_2"]);
+    assert_eq!(
+        (told.as_str(), code),
+        ("error: there is no quantizer `tqc_2` in the palette; did you mean `tcq_2`?\n", 1)
+    );
+}
+
+#[test]
+fn emit_prints_kernels_and_refuses_bad_flags() {
+    for op in ["dequantize", "gemv", "rotate"] {
+        let args = ["emit", "--spec", "fast_2", "--op", op, "--shape", "64x256", "--target", "sm_89"];
+        let (text, told, code) = run(&args);
+        assert!(text.contains("__global__") && !text.contains("#include") && code == 0, "{told}");
+        let (text, _, code) = run(&[&args[..], &["--ir"]].concat());
+        assert!(text.contains("kernel") && !text.contains("__global__") && code == 0, "{text}");
+    }
+    for bad in [["--target", "sm_75"], ["--shape", "64"], ["--batch", "9"], ["--op", "sing"]] {
+        let (_, told, code) = run(&[&["emit", "--spec", "fast_2"][..], &bad].concat());
+        assert_eq!(code, 2, "{told}");
+    }
+    let (_, told, code) = run(&["emit", "--spec", "nothing.qspec"]);
+    assert!(told.contains("there is no file nothing.qspec") && code == 1, "{told}");
+}

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use super::linear::Linears;
 use super::{Engine, Error, Logits, check_tokens};
-use crate::model::{Config, Layer, Role, RopeTables, Weights, rope_tables};
+use crate::model::{Config, Role, RopeTables, Weights, rope_tables};
 
 /// A model on the CPU, with the keys and values of one sequence.
 pub struct CpuEngine {
@@ -56,33 +56,63 @@ impl CpuEngine {
     }
 
     fn run(&mut self, tokens: &[u32], logits: Logits, out: &mut Vec<f32>) {
-        let CpuEngine { config, weights, linears, rope, context, position, cache } = self;
-        let hidden = config.hidden;
+        let weights = self.weights.clone();
+        let (hidden, eps) = (self.config.hidden, self.config.norm_eps);
         let mut x = vec![0f32; tokens.len() * hidden];
         for (row, &t) in x.chunks_exact_mut(hidden).zip(tokens) {
             weights.embed.read(t as usize * hidden, row);
         }
         let mut normed = vec![0f32; x.len()];
-        for (layer, cache) in weights.layers.iter().zip(cache) {
-            norm_rows(&x, &layer.input_norm, config.norm_eps, &mut normed);
-            let attended = attention(config, layer, linears, rope, cache, *context, *position, &normed);
-            let [o] = linears.apply([&layer[Role::O]], &attended);
+        for (i, layer) in weights.layers.iter().enumerate() {
+            norm_rows(&x, &layer.input_norm, eps, &mut normed);
+            let [q, k, v] = self.linears.apply([&layer[Role::Q], &layer[Role::K], &layer[Role::V]], &normed);
+            let attended = self.attention(i, q, k, &v);
+            let [o] = self.linears.apply([&layer[Role::O]], &attended);
             add(&mut x, &o);
-            norm_rows(&x, &layer.post_norm, config.norm_eps, &mut normed);
-            let [mut gate, up] = linears.apply([&layer[Role::Gate], &layer[Role::Up]], &normed);
+            norm_rows(&x, &layer.post_norm, eps, &mut normed);
+            let [mut gate, up] = self.linears.apply([&layer[Role::Gate], &layer[Role::Up]], &normed);
             gate.iter_mut().zip(&up).for_each(|(g, u)| *g = reference::silu(*g) * u);
-            let [down] = linears.apply([&layer[Role::Down]], &gate);
+            let [down] = self.linears.apply([&layer[Role::Down]], &gate);
             add(&mut x, &down);
         }
-        *position += tokens.len();
+        self.position += tokens.len();
         let rows = logits.rows(tokens.len());
         out.clear();
         if rows > 0 {
             let x = &x[x.len() - rows * hidden..];
             let normed = &mut normed[..x.len()];
-            norm_rows(x, &weights.norm, config.norm_eps, normed);
-            [*out] = linears.apply([&weights.head], normed);
+            norm_rows(x, &weights.norm, eps, normed);
+            [*out] = self.linears.apply([&weights.head], normed);
         }
+    }
+
+    /// Appends keys `k` and values `v` (tokens × kv_heads · head_dim) to the cache of layer `layer` and attends with the
+    /// queries `q`. Returns tokens × heads · head_dim.
+    fn attention(&mut self, layer: usize, mut q: Vec<f32>, mut k: Vec<f32>, v: &[f32]) -> Vec<f32> {
+        let Config { heads, kv_heads, head_dim: d, .. } = self.config;
+        let (context, position, cache) = (self.context, self.position, &mut self.cache[layer]);
+        for (heads, x) in [(heads, &mut q), (kv_heads, &mut k)] {
+            for (t, token) in x.chunks_exact_mut(heads * d).enumerate() {
+                let (cos, sin) = self.rope.at(position + t);
+                token.chunks_exact_mut(d).for_each(|head| turn(head, cos, sin));
+            }
+        }
+        for (new, cached) in [(&k[..], &mut cache.keys), (v, &mut cache.values)] {
+            for (i, head) in new.chunks_exact(d).enumerate() {
+                let (t, h) = (i / kv_heads, i % kv_heads);
+                let at = (h * context + position + t) * d;
+                cached[at..at + d].copy_from_slice(head);
+            }
+        }
+        let mut out = vec![0f32; q.len()];
+        let pairs = out.par_chunks_exact_mut(d).zip(q.par_chunks_exact(d)).enumerate();
+        pairs.for_each(|(i, (out, q))| {
+            let (t, h) = (i / heads, i % heads);
+            let first = h / (heads / kv_heads) * context * d;
+            let seen = first..first + (position + t + 1) * d;
+            attend::reference(q, &cache.keys[seen.clone()], &cache.values[seen], out);
+        });
+        out
     }
 }
 
@@ -127,43 +157,4 @@ fn turn(head: &mut [f32], cos: &[f32], sin: &[f32]) {
 
 fn add(x: &mut [f32], y: &[f32]) {
     x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
-}
-
-/// Attention of the tokens in `x` (tokens × hidden), whose keys and values are appended to the cache at `position`.
-/// Returns tokens × (heads · head_dim).
-fn attention(
-    config: &Config,
-    layer: &Layer,
-    linears: &Linears,
-    rope: &RopeTables,
-    cache: &mut Cache,
-    context: usize,
-    position: usize,
-    x: &[f32],
-) -> Vec<f32> {
-    let d = config.head_dim;
-    let [mut q, mut k, v] = linears.apply([&layer[Role::Q], &layer[Role::K], &layer[Role::V]], x);
-    for (heads, x) in [(config.heads, &mut q), (config.kv_heads, &mut k)] {
-        for (t, token) in x.chunks_exact_mut(heads * d).enumerate() {
-            let (cos, sin) = rope.at(position + t);
-            token.chunks_exact_mut(d).for_each(|head| turn(head, cos, sin));
-        }
-    }
-    for (new, cached) in [(&k, &mut cache.keys), (&v, &mut cache.values)] {
-        for (i, head) in new.chunks_exact(d).enumerate() {
-            let (t, h) = (i / config.kv_heads, i % config.kv_heads);
-            let at = (h * context + position + t) * d;
-            cached[at..at + d].copy_from_slice(head);
-        }
-    }
-    let mut out = vec![0f32; q.len()];
-    let group = config.heads / config.kv_heads;
-    let pairs = out.par_chunks_exact_mut(d).zip(q.par_chunks_exact(d)).enumerate();
-    pairs.for_each(|(i, (out, q))| {
-        let (t, h) = (i / config.heads, i % config.heads);
-        let first = h / group * context * d;
-        let seen = first..first + (position + t + 1) * d;
-        attend::reference(q, &cache.keys[seen.clone()], &cache.values[seen], out);
-    });
-    out
 }

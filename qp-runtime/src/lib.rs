@@ -2,6 +2,7 @@
 
 pub mod allocate;
 pub mod checkpoint;
+pub mod check;
 pub mod cli;
 pub mod codec;
 pub mod device;

@@ -1,6 +1,7 @@
 //! The `qp` command line: one file a command.
 
 mod bench;
+mod check_gpu;
 mod device;
 mod doctor;
 mod eval;
@@ -25,6 +26,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Bench(bench::Bench),
+    CheckGpu(check_gpu::CheckGpu),
     Doctor(doctor::Doctor),
     Eval(eval::Eval),
     Generate(generate::Generate),
@@ -39,6 +41,7 @@ pub type Error = Box<dyn std::error::Error + Send + Sync>;
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Bench(c) => c.run(),
+        Command::CheckGpu(c) => c.run(),
         Command::Doctor(c) => c.run(),
         Command::Eval(c) => c.run(),
         Command::Generate(c) => c.run(),

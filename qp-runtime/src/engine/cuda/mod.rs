@@ -1,6 +1,7 @@
 //! The engine of GPUs: every step is one graph of launches, from token to logits.
 //!
-//! It runs on an [`Executor`], so on the interpreter too, launch by launch: that is how it is tested without a GPU.
+//! It runs on an [`Executor`], so on the interpreter too, launch by launch: that is how it is tested without a GPU
+//! ([`crate::check`]).
 //! Everything stays on the device between steps; a step takes the tokens and their position and gives logits. Tokens
 //! are taken up to 8 at once. A quantized model gives the same bits as on the CPU, however its tokens are cut.
 //!
@@ -9,8 +10,6 @@
 
 mod linear;
 mod step;
-#[cfg(test)]
-mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,0 +1,378 @@
+//! Comparing a device with the CPU, on made-up data: what `qp check-gpu` does, and the test suite on the interpreter.
+//!
+//! Everything is compared to the bit: decoded matrices, prepared activations, products of every batch, and the logits of
+//! small models. Products are compared with a sum in double precision too, so that a mistake common to device and CPU
+//! shows.
+
+pub mod synthetic;
+
+use std::sync::Arc;
+
+use qp_codegen::kernels::gemv::{Gemv, Launch};
+use qp_codegen::kernels::prepare::Prepare;
+use qp_codegen::layout::COLUMN_PAD;
+use qp_codegen::reference::{self, Activations};
+use qp_codegen::spec::{Quantizer, Shape};
+
+use crate::codec::{Decoder, PackedMatrix};
+use crate::device::ops::{DeviceActivations, DeviceMatrix, GemvKernel, PrepareKernel};
+use crate::device::{DeviceError, Executor};
+use crate::engine::{CpuEngine, CudaEngine, Engine, Logits};
+
+/// Epsilon of the norms that are checked.
+const EPS: f32 = 1e-5;
+/// Largest error of a product relative to the norms of its factors: one rounding to `f32` after exact sums, and two products.
+const PRODUCT_ERROR: f64 = 1e-6;
+
+/// Why a comparison failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// Values that differ.
+    #[error("{what}: value {index} of {len} is {device} on the device, {cpu} on the CPU")]
+    Differs {
+        /// What was compared.
+        what: String,
+        /// The first that differs.
+        index: usize,
+        /// How many there are.
+        len: usize,
+        /// On the device.
+        device: String,
+        /// On the CPU.
+        cpu: String,
+    },
+    /// The device failed.
+    #[error("{what}: {source}")]
+    Device {
+        /// What was to be compared.
+        what: String,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+impl Failure {
+    fn of<E: std::error::Error + Send + Sync + 'static>(what: &str) -> impl FnOnce(E) -> Failure + '_ {
+        move |e| Failure::Device { what: what.into(), source: Box::new(e) }
+    }
+}
+
+/// Compares bit for bit, so that zeros of either sign differ.
+fn same<T: PartialEq + std::fmt::Display>(
+    what: &str,
+    device: &[T],
+    cpu: &[T],
+    bits: impl Fn(&T) -> u32,
+) -> Result<(), Failure> {
+    if device.len() != cpu.len() {
+        let (device, len) = (format!("among {}", device.len()), cpu.len());
+        return Err(Failure::Differs { what: what.into(), index: 0, len, device, cpu: format!("among {len}") });
+    }
+    match device.iter().zip(cpu).position(|(a, b)| bits(a) != bits(b)) {
+        None => Ok(()),
+        Some(index) => Err(Failure::Differs {
+            what: what.into(),
+            index,
+            len: cpu.len(),
+            device: device[index].to_string(),
+            cpu: cpu[index].to_string(),
+        }),
+    }
+}
+
+fn same_floats(what: &str, device: &[f32], cpu: &[f32]) -> Result<(), Failure> {
+    same(what, device, cpu, |v| v.to_bits())
+}
+
+/// Compares what `on` computes with matrices of `q` with what the CPU does: a decoded matrix, and for each batch
+/// prepared activations and products, of the launch that is chosen and of one that splits columns, each twice. Gives the
+/// number of comparisons.
+///
+/// # Errors
+/// The first difference.
+pub fn quantizer(on: &Executor, q: &Quantizer, shape: Shape, batches: &[u32]) -> Result<usize, Failure> {
+    let name = format!("{}, {} x {}", q.name, shape.rows, shape.cols);
+    let packed = synthetic::matrix(&name, q, shape);
+    let decoder = Decoder::new(q);
+    let weights = decoder.weights(&packed);
+
+    let what = format!("{name}: decoded matrix");
+    let parts = [(shape.rows, packed.words.as_slice(), packed.scales.as_slice())];
+    let matrix = DeviceMatrix::upload(on, q, shape.cols, &parts).map_err(Failure::of(&what))?;
+    let decoded = matrix.dequantize(on, q).map_err(Failure::of(&what))?;
+    same_floats(&what, &decoded, &weights)?;
+    let mut done = 1;
+    for &batch in batches {
+        done += products(on, &name, &decoder, &packed, &weights, &matrix, batch)?;
+    }
+    Ok(done)
+}
+
+fn products(
+    on: &Executor,
+    name: &str,
+    decoder: &Decoder,
+    packed: &PackedMatrix,
+    weights: &[f32],
+    matrix: &DeviceMatrix,
+    batch: u32,
+) -> Result<usize, Failure> {
+    let (q, shape) = (decoder.quantizer(), packed.layout.shape);
+    let columns = shape.cols as usize;
+    let what = format!("{name}, {batch} token(s)");
+    let mut random = synthetic::Random::of(&what);
+    let input = random.values(columns * batch as usize, 3.0);
+    let norm = random.values(columns, 2.0);
+
+    let fail = format!("{what}: preparing activations");
+    let op = Prepare { columns: shape.cols, stride: shape.cols, batch, rotation: q.rotation, norm: Some(EPS) };
+    let run = || {
+        let kernel = PrepareKernel::load(on, &op)?;
+        let mut out = DeviceActivations::new(on, shape.cols, batch)?;
+        kernel.launch(on, &on.upload(&input)?, &on.upload(&norm)?, &mut out)?;
+        Ok::<_, DeviceError>(out)
+    };
+    let activations = run().map_err(Failure::of(&fail))?;
+    let prepare = |x: &[f32]| {
+        let mut x = reference::rms_norm(x, &norm, EPS);
+        reference::rotate(q.rotation, &mut x);
+        reference::quantize_activations(&x)
+    };
+    let tokens: Vec<Activations> = input.chunks_exact(columns).map(prepare).collect();
+    compare_activations(&fail, &activations, &tokens).map_err(|e| match e {
+        Ok(failure) => failure,
+        Err(e) => Failure::of(&fail)(e),
+    })?;
+    let mut done = 1;
+
+    let expected = decoder.linear(packed, &tokens);
+    exact_products(&what, weights, columns, &tokens, &expected)?;
+    let op = Gemv { quantizer: q, shape, batch, accumulate: false };
+    let ranked = Launch::ranked(&op, &on.device());
+    let other = ranked.iter().map(|l| l.1).find(|l| (l.split == 1) != (ranked[0].1.split == 1));
+    let stride = packed.layout.padded_rows() as usize;
+    for launch in [Some(ranked[0].1), other].into_iter().flatten() {
+        let what = format!("{what}: product with {launch:?}");
+        let run = || {
+            let mut kernel = GemvKernel::load(on, &op, Some(launch))?;
+            let mut y = on.zeroed::<f32>(stride * batch as usize)?;
+            // The second run finds what the first left where blocks meet.
+            for _ in 0..2 {
+                kernel.launch(on, matrix, &activations, &mut y)?;
+            }
+            y.to_vec()
+        };
+        let y = run().map_err(Failure::of(&what))?;
+        let rows: Vec<f32> = y.chunks_exact(stride).flat_map(|row| &row[..shape.rows as usize]).copied().collect();
+        same_floats(&what, &rows, &expected)?;
+        done += 1;
+    }
+    Ok(done)
+}
+
+fn compare_activations(
+    what: &str,
+    device: &DeviceActivations,
+    tokens: &[Activations],
+) -> Result<(), Result<Failure, DeviceError>> {
+    let stride = tokens[0].q.len().next_multiple_of(COLUMN_PAD as usize);
+    let mut planes = Vec::new();
+    for token in tokens {
+        let (mut high, mut low): (Vec<i8>, Vec<i8>) = token.q.iter().map(|q| reference::split_activation(*q)).unzip();
+        high.resize(stride, 0);
+        low.resize(stride, 0);
+        planes.extend(high.into_iter().chain(low));
+    }
+    let scales: Vec<f32> = tokens.iter().map(|t| t.scale).collect();
+    let sums: Vec<i32> = tokens.iter().map(|t| t.sum as i32).collect();
+    same(what, &device.x.to_vec().map_err(Err)?, &planes, |v| *v as u32).map_err(Ok)?;
+    same_floats(what, &device.scale.to_vec().map_err(Err)?, &scales).map_err(Ok)?;
+    same(what, &device.sum.to_vec().map_err(Err)?, &sums, |v| v.cast_unsigned()).map_err(Ok)
+}
+
+/// Compares products with sums in double precision over the decoded weights.
+fn exact_products(
+    what: &str,
+    weights: &[f32],
+    columns: usize,
+    tokens: &[Activations],
+    products: &[f32],
+) -> Result<(), Failure> {
+    let rows = weights.len() / columns;
+    for (i, y) in products.iter().enumerate() {
+        let token = &tokens[i / rows];
+        let row = &weights[i % rows * columns..][..columns];
+        let x = || token.q.iter().map(|q| f64::from(*q) * f64::from(token.scale));
+        let sum: f64 = row.iter().zip(x()).map(|(w, x)| f64::from(*w) * x).sum();
+        let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|v| v * v).sum::<f64>().sqrt();
+        let size = norm(&mut row.iter().map(|w| f64::from(*w))) * norm(&mut x());
+        if (f64::from(*y) - sum).abs() > PRODUCT_ERROR * size {
+            let what = format!("{what}: product and its sum in double precision");
+            return Err(Failure::Differs {
+                what,
+                index: i,
+                len: products.len(),
+                device: y.to_string(),
+                cpu: sum.to_string(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// What the logits of a small model are compared with.
+pub enum Against<'e> {
+    /// Those of the same engine on another executor, to the bit.
+    Executor(&'e Executor),
+    /// Those of the CPU's engine, which sums unquantized layers of many tokens in another order.
+    Cpu,
+}
+
+/// Largest difference of a logit from the CPU's engine.
+const LOGIT_ERROR: f32 = 2e-3;
+
+/// Runs a small random model on `on` and elsewhere, tokens cut and resumed in several ways, and compares logits. Gives
+/// the number of comparisons.
+///
+/// # Errors
+/// The first difference.
+pub fn model(
+    on: &Executor,
+    against: Against<'_>,
+    name: &str,
+    shapes: &synthetic::Shapes,
+    choose: &dyn Fn(&str) -> Option<Quantizer>,
+) -> Result<usize, Failure> {
+    let (config, weights) = synthetic::model(shapes, choose).map_err(Failure::of(name))?;
+    let context = config.max_positions;
+    let mut device = CudaEngine::new(on.clone(), &config, &weights, context).map_err(Failure::of(name))?;
+    let (mut other, error): (Box<dyn Engine>, f32) = match against {
+        Against::Executor(on) => {
+            (Box::new(CudaEngine::new(on.clone(), &config, &weights, context).map_err(Failure::of(name))?), 0.0)
+        }
+        Against::Cpu => {
+            (Box::new(CpuEngine::new(&config, Arc::new(weights), context).map_err(Failure::of(name))?), LOGIT_ERROR)
+        }
+    };
+    let tokens: Vec<u32> = (0..context as u32).map(|i| i * 17 % shapes.vocab as u32).collect();
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    let cuts = [
+        (0, 13, Logits::All),
+        (13, 14, Logits::Last),
+        (14, 20, Logits::None),
+        (20, 22, Logits::Last),
+        (10, 11, Logits::Last),
+        (11, context, Logits::Last),
+    ];
+    for (from, to, logits) in cuts {
+        let what = format!("{name}: logits of tokens {from}..{to}");
+        device.truncate(from);
+        other.truncate(from);
+        device.forward(&tokens[from..to], logits, &mut a).map_err(Failure::of(&what))?;
+        other.forward(&tokens[from..to], logits, &mut b).map_err(Failure::of(&what))?;
+        let apart = |(a, b): (&f32, &f32)| {
+            !b.is_finite() || if error > 0.0 { (a - b).abs() > error } else { a.to_bits() != b.to_bits() }
+        };
+        if a.len() != b.len() {
+            return same_floats(&what, &a, &b).map(|()| 0);
+        }
+        if let Some(index) = a.iter().zip(&b).position(apart) {
+            let (device, cpu) = (a[index].to_string(), b[index].to_string());
+            return Err(Failure::Differs { what, index, len: b.len(), device, cpu });
+        }
+    }
+    Ok(cuts.len())
+}
+
+/// The small models that are worth comparing: every kind of layer, and every width of head.
+pub fn shapes() -> Vec<(&'static str, synthetic::Shapes)> {
+    let small = synthetic::Shapes {
+        hidden: 64,
+        inner: 96,
+        heads: 4,
+        head_dim: 16,
+        vocab: 50,
+        context: 40,
+        biased: false,
+        tied: true,
+    };
+    vec![
+        ("small model", small),
+        ("small model with biases", synthetic::Shapes { biased: true, tied: false, ..small }),
+        ("model with heads of 64", synthetic::Shapes { head_dim: 64, heads: 2, hidden: 128, inner: 256, ..small }),
+        ("model with heads of 128", synthetic::Shapes { head_dim: 128, heads: 2, context: 300, ..small }),
+    ]
+}
+
+/// The quantizers of the small models' layers: none at all, one everywhere, or several and none side by side.
+pub fn choices(a: &Quantizer, b: &Quantizer) -> Vec<(&'static str, Box<dyn Fn(&str) -> Option<Quantizer> + Sync>)> {
+    let (one, a, b) = (a.clone(), a.clone(), b.clone());
+    vec![
+        ("unquantized", Box::new(|_| None)),
+        ("quantized", Box::new(move |_| Some(one.clone()))),
+        (
+            "mixed",
+            Box::new(move |name| {
+                let is = |part: &str| name.contains(part);
+                if is("q_proj") || is("v_proj") || is("down_proj") {
+                    Some(a.clone())
+                } else if is("k_proj") || is("1.mlp.gate_proj") || is("lm_head") {
+                    Some(b.clone())
+                } else {
+                    None
+                }
+            }),
+        ),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use qp_codegen::ir::interpret::Options;
+    use qp_codegen::palette;
+
+    use super::*;
+
+    fn member(name: &str) -> Quantizer {
+        synthetic::trained(palette::get(name).expect("in the palette"))
+    }
+
+    fn interpreter() -> Executor {
+        Executor::interpreter_with(Options { races: true, reverse: true })
+    }
+
+    #[test]
+    fn small_models_on_the_interpreter() {
+        let (a, b) = (member("nuq_3"), member("fast_2"));
+        for (shape, shapes) in &shapes()[..2] {
+            for (kind, choose) in choices(&a, &b) {
+                let name = format!("{kind} {shape}");
+                model(&interpreter(), Against::Cpu, &name, shapes, &*choose).unwrap_or_else(|e| panic!("{e}"));
+            }
+        }
+    }
+
+    #[test]
+    fn quantizers_on_the_interpreter() {
+        for name in ["nuq_3", "fast_2"] {
+            let shape = Shape { rows: 40, cols: 320 };
+            let done = quantizer(&interpreter(), &member(name), shape, &[1, 3]).unwrap_or_else(|e| panic!("{e}"));
+            assert!(done >= 5, "{done} comparisons");
+        }
+    }
+
+    #[test]
+    fn a_difference_is_reported_with_its_place() {
+        let e = same_floats("it", &[1.0, 0.0], &[1.0, -0.0]).unwrap_err();
+        assert_eq!(e.to_string(), "it: value 1 of 2 is 0 on the device, -0 on the CPU");
+        assert!(same_floats("it", &[1.0], &[1.0, 2.0]).is_err());
+    }
+
+    #[test]
+    fn a_wrong_product_is_noticed() {
+        let token = Activations { q: vec![100, -200], scale: 0.5, sum: -100 };
+        exact_products("it", &[1.0, 2.0], 2, std::slice::from_ref(&token), &[-150.0]).unwrap();
+        let e = exact_products("it", &[1.0, 2.0], 2, &[token], &[-149.9]).unwrap_err();
+        assert!(e.to_string().contains("double precision"), "{e}");
+    }
+}

@@ -1,0 +1,98 @@
+//! `qp check-gpu`: the palette's kernels and small models on a GPU, compared with the CPU.
+
+use std::time::Instant;
+
+use clap::Args;
+use qp_codegen::palette;
+use qp_codegen::spec::Shape;
+use rayon::prelude::*;
+
+use super::Error;
+use crate::check::{self, Against, Failure, synthetic};
+use crate::device::Executor;
+
+/// Compare what a GPU computes with the CPU, for every quantizer of the palette.
+#[derive(Args)]
+pub struct CheckGpu {
+    /// Quantizers to check, by their names in the palette [default: all].
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    members: Vec<String>,
+    /// Numbers of tokens of the products to check.
+    #[arg(long, value_delimiter = ',', default_values_t = 1..=8, value_parser = clap::value_parser!(u32).range(1..=8))]
+    batches: Vec<u32>,
+    /// Do not run the small models.
+    #[arg(long)]
+    no_models: bool,
+    /// Check the interpreter instead of a GPU (slow).
+    #[arg(long)]
+    interpreter: bool,
+}
+
+/// Rows × columns of the matrices: of whole tiles, and of neither whole row tiles nor whole column tiles.
+const SHAPES: [Shape; 2] = [Shape { rows: 256, cols: 1024 }, Shape { rows: 40, cols: 1376 }];
+
+/// One thing to compare.
+enum Task {
+    Quantizer(Box<qp_codegen::spec::Quantizer>, Shape),
+    /// Index of shapes and of choice.
+    Model(usize, usize),
+}
+
+impl CheckGpu {
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// No GPU, an unknown quantizer, or any difference.
+    pub fn run(self) -> Result<(), Error> {
+        let on = if self.interpreter { Executor::interpreter() } else { Executor::cuda(0)? };
+        let names = if self.members.is_empty() {
+            palette::names().into_iter().map(str::to_owned).collect()
+        } else {
+            self.members.clone()
+        };
+        let mut members = Vec::new();
+        for name in &names {
+            let q = palette::get(name).ok_or_else(|| format!("there is no quantizer {name} in the palette"))?;
+            members.push(synthetic::trained(q));
+        }
+        match on.gpu() {
+            Some(gpu) => println!("{} ({}), {} quantizers", gpu.name, on.target(), members.len()),
+            None => println!("interpreter, {} quantizers", members.len()),
+        }
+        let (first, last) = (&members[0], &members[members.len() - 1]);
+        let (shapes, choices) = (check::shapes(), check::choices(first, last));
+        let mut tasks: Vec<Task> =
+            members.iter().flat_map(|q| SHAPES.map(|s| Task::Quantizer(Box::new(q.clone()), s))).collect();
+        if !self.no_models {
+            tasks.extend((0..shapes.len()).flat_map(|i| (0..choices.len()).map(move |j| Task::Model(i, j))));
+        }
+        let start = Instant::now();
+        let run = |task: &Task| -> Result<usize, Failure> {
+            match task {
+                Task::Quantizer(q, shape) => check::quantizer(&on, q, *shape, &self.batches),
+                Task::Model(i, j) => {
+                    let ((shape, shapes), (kind, choose)) = (&shapes[*i], &choices[*j]);
+                    let name = format!("{kind} {shape}");
+                    // The kernels themselves, to the bit; then an engine that shares no kernel with them.
+                    let same = if self.interpreter {
+                        0
+                    } else {
+                        check::model(&on, Against::Executor(&Executor::interpreter()), &name, shapes, &**choose)?
+                    };
+                    Ok(same + check::model(&on, Against::Cpu, &name, shapes, &**choose)?)
+                }
+            }
+        };
+        let results: Vec<Result<usize, Failure>> = tasks.par_iter().map(run).collect();
+        let done: usize = results.iter().filter_map(|r| r.as_ref().ok()).sum();
+        let failures: Vec<&Failure> = results.iter().filter_map(|r| r.as_ref().err()).collect();
+        for failure in &failures {
+            println!("FAILED {failure}");
+        }
+        println!("{done} comparisons equal, {} failed, {:.1} s", failures.len(), start.elapsed().as_secs_f64());
+        match failures.len() {
+            0 => Ok(()),
+            n => Err(format!("{n} of {} checks failed", tasks.len()).into()),
+        }
+    }
+}

@@ -6,11 +6,14 @@
 //! 2. [`choice`]: the abstract problem, free of models.
 //! 3. [`dual`]: prices on the resources; the Lagrangian bound.
 //! 4. [`search`]: from the bound to the proven optimum.
+//!
+//! Where the sensitivities come from: [`sensitivity`].
 
 pub mod choice;
 pub mod dual;
 pub mod problem;
 pub mod search;
+pub mod sensitivity;
 
 pub use choice::{Infeasible, Solution};
 pub use problem::{Allocation, Candidate, Core, Freedom, Launch, Layer, Problem, Role, Unusable};

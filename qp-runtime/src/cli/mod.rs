@@ -8,6 +8,7 @@ mod eval;
 mod generate;
 mod inspect;
 mod quantize;
+mod sensitivity;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -32,6 +33,7 @@ enum Command {
     Generate(generate::Generate),
     Inspect(inspect::Inspect),
     Quantize(quantize::Quantize),
+    Sensitivity(sensitivity::Sensitivity),
 }
 
 /// An error of a command, as the user sees it.
@@ -47,6 +49,7 @@ pub fn main() -> ExitCode {
         Command::Generate(c) => c.run(),
         Command::Inspect(c) => c.run(),
         Command::Quantize(c) => c.run(),
+        Command::Sensitivity(c) => c.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -10,7 +10,7 @@
 
 mod decode;
 mod encode;
-mod gaussian;
+pub mod gaussian;
 mod simd;
 pub mod viterbi;
 

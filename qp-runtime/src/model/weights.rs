@@ -54,6 +54,16 @@ pub enum Weight {
     },
 }
 
+impl Weight {
+    /// The matrix itself, unless it is quantized.
+    pub fn dense(&self) -> Option<&Tensor> {
+        match self {
+            Weight::Dense(t) => Some(t),
+            Weight::Quantized { .. } => None,
+        }
+    }
+}
+
 /// A linear layer: `y = W·x + bias`.
 #[derive(Clone, Debug)]
 pub struct Linear {

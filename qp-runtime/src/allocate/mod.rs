@@ -7,11 +7,17 @@
 //! 3. [`dual`]: prices on the resources; the Lagrangian bound.
 //! 4. [`search`]: from the bound to the proven optimum.
 //!
-//! Where the sensitivities come from: [`sensitivity`].
+//! Where the numbers come from: [`sensitivity`], [`profile`]. What is made of the plan: [`report`], [`heatmap`],
+//! [`frontier`], and for comparison [`continuous`], the closed form.
 
 pub mod choice;
+pub mod continuous;
 pub mod dual;
+pub mod frontier;
+pub mod heatmap;
 pub mod problem;
+pub mod profile;
+pub mod report;
 pub mod search;
 pub mod sensitivity;
 

@@ -7,6 +7,7 @@ mod doctor;
 mod eval;
 mod generate;
 mod inspect;
+mod plan;
 mod quantize;
 mod sensitivity;
 
@@ -32,6 +33,7 @@ enum Command {
     Eval(eval::Eval),
     Generate(generate::Generate),
     Inspect(inspect::Inspect),
+    Plan(plan::Plan),
     Quantize(quantize::Quantize),
     Sensitivity(sensitivity::Sensitivity),
 }
@@ -48,6 +50,7 @@ pub fn main() -> ExitCode {
         Command::Eval(c) => c.run(),
         Command::Generate(c) => c.run(),
         Command::Inspect(c) => c.run(),
+        Command::Plan(c) => c.run(),
         Command::Quantize(c) => c.run(),
         Command::Sensitivity(c) => c.run(),
     };

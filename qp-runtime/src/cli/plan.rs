@@ -1,0 +1,247 @@
+//! `qp plan`: the best quantizer and launch for every layer.
+
+use std::path::{Path, PathBuf};
+
+use qp_codegen::layout::Packed;
+use qp_codegen::palette;
+use qp_codegen::spec::{Quantizer, ScaleKind};
+
+use super::Error;
+use crate::allocate::choice::{MEMORY, TIME};
+use crate::allocate::profile::{Origin, Profile, femtoseconds};
+use crate::allocate::report::{self, Budget};
+use crate::allocate::sensitivity::Sensitivities;
+use crate::allocate::{Allocation, Candidate, Core, Effort, Freedom, Layer, Problem, Role, frontier, heatmap};
+
+/// Choose a quantizer for every layer, and which layers share a launch, so that the predicted loss is least.
+///
+/// The plan is proven to be the best within its budgets. It goes straight into `qp quantize --plan`.
+#[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("budget").multiple(true))]
+pub struct Plan {
+    /// What `qp sensitivity` measured
+    #[arg(long, value_name = "FILE")]
+    sensitivity: PathBuf,
+    /// What `qp profile` measured; needed for budgets of time
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
+    /// Quantizers of the palette to choose from; `*` stands for any text
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "*")]
+    quantizers: Vec<String>,
+    /// Memory budget in bits a weight, scales included
+    #[arg(long, value_name = "BITS", value_parser = positive, conflicts_with = "memory", group = "budget")]
+    bits: Option<f64>,
+    /// Memory budget in bytes, or with a unit: 900MB, 3.5GiB
+    #[arg(long, value_name = "BYTES", value_parser = byte_count, group = "budget")]
+    memory: Option<i64>,
+    /// Time budget as a rate of decoding
+    #[arg(long, value_name = "RATE", value_parser = positive, conflicts_with = "milliseconds", requires = "profile", group = "budget")]
+    tokens_per_second: Option<f64>,
+    /// Time budget of a decode step
+    #[arg(long, value_name = "MS", value_parser = positive, requires = "profile", group = "budget")]
+    milliseconds: Option<f64>,
+    /// Plan for the output layer too; without this it is left as it is
+    #[arg(long)]
+    lm_head: bool,
+    /// One launch a layer
+    #[arg(long)]
+    no_fusion: bool,
+    /// Kernels on tensor cores only
+    #[arg(long)]
+    tensor_cores: bool,
+    /// Plan file to write (TOML)
+    #[arg(short, long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Picture to write: layers by matrices, colour by bits
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// Say what one more percent of each budget would buy
+    #[arg(long)]
+    explain: bool,
+    /// Instead of a plan, list the best plans for so many budgets: of time if there is a profile and a memory budget
+    /// or none, else of memory
+    #[arg(long, value_name = "POINTS", value_parser = clap::value_parser!(u16).range(2..))]
+    frontier: Option<u16>,
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(v) if v.is_finite() && v > 0.0 => Ok(v),
+        _ => Err("expected a positive number".to_owned()),
+    }
+}
+
+fn byte_count(text: &str) -> Result<i64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "kib" => 1024.0,
+        "mib" => 1024f64.powi(2),
+        "gib" => 1024f64.powi(3),
+        other => return Err(format!("unknown unit `{other}`: known are kB, MB, GB, KiB, MiB and GiB")),
+    };
+    let n = positive(digits)? * unit;
+    if n < 9e15 { Ok(n as i64) } else { Err("too much".to_owned()) }
+}
+
+impl Plan {
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// If a file cannot be read or written, or no plan keeps within the budgets.
+    pub fn run(self) -> Result<(), Error> {
+        let problem = self.problem()?;
+        let full = problem.full_bytes();
+        let budget = Budget {
+            memory: self.memory.or(self.bits.map(|b| (full as f64 * b / 16.0).floor() as i64)),
+            time: self
+                .milliseconds
+                .map(|ms| (ms * 1e12).floor() as i64)
+                .or(self.tokens_per_second.map(|r| (1e15 / r).floor() as i64)),
+        };
+        let explained = |e| Error::from(report::infeasible(&problem, &e));
+        let effort = Effort::default();
+        if let Some(points) = self.frontier {
+            let resource = if self.profile.is_some() && budget.time.is_none() { TIME } else { MEMORY };
+            let other = if resource == TIME { budget.memory } else { budget.time };
+            let plans = frontier::frontier(&problem, resource, other, points.into(), effort).map_err(explained)?;
+            print_frontier(&problem, &plans);
+            return Ok(());
+        }
+        if budget.memory.is_none() && budget.time.is_none() {
+            return Err("no budget: give --bits or --memory, --tokens-per-second or --milliseconds, or both".into());
+        }
+        let plan = problem.solve(budget.memory, budget.time, effort).map_err(explained)?;
+        print!("{}\n{}", report::table(&problem, &plan), report::totals(&problem, &plan));
+        println!("In brackets: bits by the closed form, if any number of bits could be had.");
+        if self.explain {
+            print!("\n{}", report::explain(&problem, &plan, budget, effort).map_err(explained)?);
+        }
+        if let Some(path) = &self.out {
+            let command: Vec<String> = std::env::args().skip(1).collect();
+            let text = report::plan_file(&problem, &plan, &format!("qp {}", command.join(" ")));
+            write(path, &text)?;
+        }
+        if let Some(path) = &self.svg {
+            let bits = 8.0 * plan.solution.uses[MEMORY] as f64 / (full / 2) as f64;
+            let title = format!("{bits:.3} bits a weight, predicted loss {:.5}", plan.solution.cost);
+            write(path, &heatmap::svg(&problem, &plan, &title))?;
+        }
+        Ok(())
+    }
+
+    fn problem(&self) -> Result<Problem, Error> {
+        let measured = Sensitivities::read(&self.sensitivity)?;
+        let mut layers = measured.layers();
+        if !self.lm_head {
+            layers.retain(|l| l.role != Role::Alone);
+        }
+        if layers.is_empty() {
+            return Err(format!("{} has no layers to plan for", self.sensitivity.display()).into());
+        }
+        let profile = self.profile.as_deref().map(Profile::read).transpose()?;
+        if let Some(p) = profile.as_ref().filter(|p| p.origin == Origin::Predicted) {
+            eprintln!("note: the times for {} are predicted, not measured", p.device);
+        }
+        let quantizers = candidates(&self.quantizers)?;
+        let packed: Vec<Quantizer> = quantizers.iter().map(|(q, _)| q.clone()).collect();
+        let list: Vec<Candidate> = quantizers
+            .into_iter()
+            .map(|(q, distortion)| Candidate { bits: q.rate(), name: q.name, distortion })
+            .collect();
+        let bytes = |layer: &Layer, c: usize| layer_bytes(&packed[c], layer);
+        let freedom = Freedom { fusion: !self.no_fusion, cores: !self.tensor_cores };
+        let names: Vec<String> = list.iter().map(|c| c.name.clone()).collect();
+        let table = profile.as_ref().map(Profile::table);
+        let constant = profile.as_ref().map_or(0, |p| femtoseconds(p.rest_seconds));
+        let times = |layers: &[&Layer], c: usize, core: Core| table.as_ref()?.get(layers, &names[c], core);
+        let times: Option<&dyn Fn(&[&Layer], usize, Core) -> Option<i64>> =
+            if table.is_some() { Some(&times) } else { None };
+        Ok(Problem::new(layers, list, freedom, constant, &bytes, times)?)
+    }
+}
+
+/// Bytes of a packed layer with its scales, as a checkpoint holds it. Tables are shared by all layers and not counted.
+fn layer_bytes(q: &Quantizer, layer: &Layer) -> i64 {
+    let scales = match q.scale {
+        ScaleKind::Row => i64::from(layer.shape.rows),
+        ScaleKind::Matrix => 1,
+    };
+    4 * Packed::new(q, layer.shape).words() as i64 + 2 * scales
+}
+
+/// The quantizers of the palette that match a pattern, with their distortions.
+fn candidates(patterns: &[String]) -> Result<Vec<(Quantizer, f64)>, Error> {
+    let names = palette::names();
+    let mut chosen: Vec<&str> = Vec::new();
+    for pattern in patterns {
+        let matching: Vec<&str> = names.iter().copied().filter(|n| matches(pattern, n)).collect();
+        if matching.is_empty() {
+            return Err(format!("`{pattern}` is no quantizer of the palette: it has {}", names.join(", ")).into());
+        }
+        chosen.extend(matching);
+    }
+    let wanted: Vec<&str> = names.iter().copied().filter(|n| chosen.contains(n)).collect();
+    let (mut out, mut unmeasured) = (Vec::new(), Vec::new());
+    for name in wanted {
+        match (palette::get(name).filter(Quantizer::is_trained), palette::distortion(name)) {
+            (Some(q), Some(d)) => out.push((q, d)),
+            (None, _) | (_, None) => unmeasured.push(name),
+        }
+    }
+    if out.is_empty() {
+        return Err(format!("no measured distortion of {}: see specs/distortion.toml", unmeasured.join(", ")).into());
+    }
+    if !unmeasured.is_empty() {
+        eprintln!("note: left out, since not trained or without a measured distortion: {}", unmeasured.join(", "));
+    }
+    Ok(out)
+}
+
+/// Whether `name` is `pattern` with its stars replaced.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((before, after)) => name.strip_prefix(before).is_some_and(|rest| {
+            (0..=rest.len()).filter(|&i| rest.is_char_boundary(i)).any(|i| matches(after, &rest[i..]))
+        }),
+    }
+}
+
+fn print_frontier(problem: &Problem, plans: &[Allocation]) {
+    let weights: u64 = problem.layers.iter().map(Layer::weights).sum();
+    println!("{:>14}  {:>8}  {:>12}  {:>14}  {:>8}", "bytes", "bits", "ms a token", "predicted loss", "gap");
+    for plan in plans {
+        let s = &plan.solution;
+        let timed = plan.launches.iter().any(|l| l.core.is_some());
+        let time = if timed { format!("{:.4}", plan.time(problem) as f64 / 1e12) } else { "-".to_owned() };
+        let bits = 8.0 * s.uses[MEMORY] as f64 / weights as f64;
+        println!("{:>14}  {bits:>8.4}  {time:>12}  {:>14.8}  {:>8.1e}", s.uses[MEMORY], s.cost, s.gap());
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<(), Error> {
+    std::fs::write(path, text).map_err(|e| format!("cannot write {}: {e}", path.display()).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns() {
+        assert!(matches("*", "tcq_2") && matches("tcq_*", "tcq_2.5") && matches("*2*", "vq2_3"));
+        assert!(!matches("tcq_*", "htcq_2") && !matches("tcq_2", "tcq_2.5"));
+    }
+
+    #[test]
+    fn byte_counts() {
+        assert_eq!(byte_count("1000"), Ok(1000));
+        assert_eq!(byte_count("1.5GiB"), Ok(3 << 29));
+        assert_eq!(byte_count("2MB"), Ok(2_000_000));
+        assert!(byte_count("2 parsecs").is_err() && byte_count("-1").is_err() && byte_count("1e300").is_err());
+    }
+}

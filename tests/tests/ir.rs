@@ -35,6 +35,7 @@ fn everything() -> Kernel {
     b.async_commit();
     let first = b.load_as(words, thread * 4, Elem::U32, 4, Cache::Stream).named("first");
     let second = b.load_as(words, thread * 2, Elem::U32, 2, Cache::ReadOnly);
+    let third = b.load_as(halves, thread * 4, Elem::U16, 4, Cache::ReadOnly);
     b.for_(thread, 256, 64, |i| b.store(table, i, i.to(Scalar::U32) * 3, Elem::U32));
     b.grid_wait();
     b.async_wait(0);
@@ -47,7 +48,8 @@ fn everything() -> Kernel {
     let signs = h.permute(picked, 0xFEDC);
     let mixed = h.permute(picked, 0x5140) ^ (signs & mask | !picked) + first.lane(3) % 7;
     let turned = mixed.funnel_shr(h, lane.to(Scalar::U32)) - (h / 3 << 5).min(mixed).max(second.lane(0));
-    let dot = turned.dot4(mixed, bias);
+    let offset = (turned & 0x3fc) + third.lane(3) * 0;
+    let dot = turned.dot4(mixed ^ b.load(table, offset, Elem::U32), bias);
 
     b.comment("Signed integers, narrow and wide.");
     let small = dot.abs().min(1 << 20) - (-lane) + (lane << 2) / 3 % 5;

@@ -16,6 +16,7 @@ pub(super) enum Helper {
     /// Indices into the tables of elements and cache modes below.
     Load {
         cache: u8,
+        coherent: bool,
         elem: u8,
         lanes: u8,
     },
@@ -36,11 +37,12 @@ const ELEMS: [Elem; 9] =
 const CACHES: [Cache; 3] = [Cache::Default, Cache::ReadOnly, Cache::Stream];
 
 impl Helper {
-    /// Loads that are no plain access.
-    pub(super) fn load(cache: Cache, elem: Elem, lanes: u32) -> Option<Helper> {
+    /// Loads that are no plain access. `coherent`: other kernels may have written the place during this launch.
+    pub(super) fn load(cache: Cache, coherent: bool, elem: Elem, lanes: u32) -> Option<Helper> {
         let plain = cache == Cache::Default && (lanes == 1 || elem.bytes() == 4);
         (!plain).then(|| Helper::Load {
             cache: CACHES.iter().position(|c| *c == cache).expect("all modes are listed") as u8,
+            coherent: coherent && cache != Cache::Default,
             elem: elem_index(elem),
             lanes: lanes as u8,
         })
@@ -65,13 +67,14 @@ impl Helper {
             Helper::ToBf16 => "qp_to_bf16".into(),
             Helper::RoundToI64 => "qp_round_to_i64".into(),
             Helper::Permute => "qp_permute".into(),
-            Helper::Load { cache, elem, lanes } => {
+            Helper::Load { cache, coherent, elem, lanes } => {
                 let mode = match CACHES[cache as usize] {
                     Cache::Default => "",
                     Cache::ReadOnly => "read_only_",
                     Cache::Stream => "stream_",
                 };
-                format!("qp_load_{mode}{}", vector(elem, lanes))
+                let coherent = if coherent { "coherent_" } else { "" };
+                format!("qp_load_{mode}{coherent}{}", vector(elem, lanes))
             }
             Helper::Store { elem, lanes } => format!("qp_store_{}", vector(elem, lanes)),
             Helper::CopyAsync { bytes } => format!("qp_copy_async_{bytes}"),
@@ -134,7 +137,9 @@ impl Helper {
                 "unsigned y;\nasm(\"prmt.b32 %0, %1, %2, %3;\" : \"=r\"(y) : \"r\"(a), \"r\"(b), \"r\"(selector));\nreturn y;"
                     .into(),
             ),
-            Helper::Load { cache, elem, lanes } => load(CACHES[cache as usize], ELEMS[elem as usize], lanes.into()),
+            Helper::Load { cache, coherent, elem, lanes } => {
+                load(CACHES[cache as usize], coherent, ELEMS[elem as usize], lanes.into())
+            }
             Helper::Store { elem, lanes } => store(ELEMS[elem as usize], lanes.into()),
             Helper::CopyAsync { bytes } => {
                 // Only whole 16 bytes can pass by the L1 cache.
@@ -177,7 +182,7 @@ fn widened(elem: Elem, x: &str) -> String {
 }
 
 /// Result, parameters and body of a load.
-fn load(cache: Cache, elem: Elem, lanes: u32) -> (String, String, String) {
+fn load(cache: Cache, coherent: bool, elem: Elem, lanes: u32) -> (String, String, String) {
     let result = vector_type(elem.scalar(), lanes);
     let components: Vec<String> = (0..lanes).map(|i| format!("x{i}")).collect();
     let made = |parts: Vec<String>| match lanes {
@@ -208,8 +213,9 @@ fn load(cache: Cache, elem: Elem, lanes: u32) -> (String, String, String) {
     let places: Vec<String> = (0..lanes).map(|i| format!("%{i}")).collect();
     let places = if lanes == 1 { places[0].clone() } else { format!("{{{}}}", places.join(", ")) };
     let outputs: Vec<String> = components.iter().map(|x| format!("\"={constraint}\"({x})")).collect();
+    let path = if coherent { "ld.global" } else { "ld.global.nc" };
     let body = format!(
-        "{ty} {};\nasm volatile(\"ld.global.nc{level}{vector}.{ptx} {places}, [%{lanes}];\"\n             \
+        "{ty} {};\nasm volatile(\"{path}{level}{vector}.{ptx} {places}, [%{lanes}];\"\n             \
          : {} : \"l\"(from));\n{}",
         components.join(", "),
         outputs.join(", "),

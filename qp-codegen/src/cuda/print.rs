@@ -116,6 +116,8 @@ struct Printer<'k, 'h> {
     params: Vec<String>,
     shared: Vec<String>,
     declared: Vec<bool>,
+    /// A grid wait is behind us.
+    waited: bool,
     out: String,
     depth: usize,
 }
@@ -145,6 +147,7 @@ impl<'k, 'h> Printer<'k, 'h> {
             params,
             shared,
             declared: vec![false; kernel.vars.len()],
+            waited: false,
             out: String::new(),
             depth: 0,
         }
@@ -330,7 +333,10 @@ impl<'k, 'h> Printer<'k, 'h> {
             Stmt::AsyncWait { pending } => {
                 self.line(&format!("asm volatile(\"cp.async.wait_group {pending};\" ::: \"memory\");"));
             }
-            Stmt::GridWait => self.grid_control("wait"),
+            Stmt::GridWait => {
+                self.grid_control("wait");
+                self.waited = self.kernel.dependent_launch;
+            }
             Stmt::GridLaunch => self.grid_control("launch_dependents"),
             Stmt::Comment(text) => text.lines().for_each(|l| self.comment(l)),
         }
@@ -496,7 +502,9 @@ impl<'k, 'h> Printer<'k, 'h> {
     }
 
     fn load(&mut self, mem: Mem, index: Val, elem: Elem, lanes: u32, cache: Cache) -> Expr {
-        if let Some(h) = Helper::load(cache, elem, lanes) {
+        // What the kernel before has written while this one was running is not read-only to the hardware.
+        let cache = if self.waited && cache == Cache::ReadOnly { Cache::Default } else { cache };
+        if let Some(h) = Helper::load(cache, self.waited, elem, lanes) {
             let name = self.helper(h);
             let from = self.address(mem, index, elem);
             return Expr::atom(format!("{name}({from})"));

@@ -14,6 +14,7 @@
 //! assert_eq!(kernel.params.len(), 1);
 //! ```
 //!
+//! Operations on integer constants, and on what leaves the other operand as it is (`+ 0`, `* 1`), are folded at once.
 //! The builder panics on ill-typed use: that is a mistake in a lowering, never in a user's spec.
 
 use std::cell::RefCell;
@@ -143,6 +144,7 @@ impl Builder {
         let mut blocks = self.blocks.into_inner();
         assert_eq!(blocks.len(), 1, "a block was left open");
         kernel.body = blocks.pop().expect("one block");
+        sweep(&mut kernel);
         kernel
     }
 
@@ -387,7 +389,14 @@ impl<'b> V<'b> {
     fn binary(self, op: BinaryOp, rhs: impl Operand<'b>) -> V<'b> {
         let rhs = rhs.operand(self);
         assert_eq!(self.ty(), rhs.ty(), "operands of {op:?}");
-        self.b.emit(Op::Binary(op, self.val, rhs.val), self.ty())
+        match (self.as_const(), rhs.as_const()) {
+            (Some(x), Some(y)) if fold(op, x, y).is_some() => {
+                self.b.constant(fold(op, x, y).expect("looked at just now"))
+            }
+            (_, Some(y)) if neutral(op, y) => self,
+            (Some(x), _) if matches!(op, BinaryOp::Add | BinaryOp::Mul) && neutral(op, x) => rhs,
+            (Some(_) | None, Some(_) | None) => self.b.emit(Op::Binary(op, self.val, rhs.val), self.ty()),
+        }
     }
 
     fn compare(self, op: CompareOp, rhs: impl Operand<'b>) -> V<'b> {
@@ -515,6 +524,107 @@ impl<'b> V<'b> {
         let arg = self.b.i32(mask);
         self.b.emit(Op::Shuffle { mode: ShuffleMode::Xor, value: self.val, arg: arg.val }, self.ty())
     }
+}
+
+/// The result of an operation on integer constants, unless it traps or a pass is no place to decide it.
+fn fold(op: BinaryOp, x: Const, y: Const) -> Option<Const> {
+    match (x, y) {
+        (Const::I32(x), Const::I32(y)) => match op {
+            BinaryOp::Add => x.checked_add(y),
+            BinaryOp::Sub => x.checked_sub(y),
+            BinaryOp::Mul => x.checked_mul(y),
+            BinaryOp::Div => x.checked_div(y),
+            BinaryOp::Rem => (x >= 0 && y > 0).then(|| x % y),
+            BinaryOp::Min => Some(x.min(y)),
+            BinaryOp::Max => Some(x.max(y)),
+            BinaryOp::And | BinaryOp::Or | BinaryOp::Xor | BinaryOp::Shl | BinaryOp::Shr => None,
+        }
+        .map(Const::I32),
+        (Const::U32(x), Const::U32(y)) => match op {
+            BinaryOp::Add => Some(x.wrapping_add(y)),
+            BinaryOp::Sub => Some(x.wrapping_sub(y)),
+            BinaryOp::Mul => Some(x.wrapping_mul(y)),
+            BinaryOp::And => Some(x & y),
+            BinaryOp::Or => Some(x | y),
+            BinaryOp::Xor => Some(x ^ y),
+            BinaryOp::Shl => x.checked_shl(y),
+            BinaryOp::Shr => x.checked_shr(y),
+            BinaryOp::Div | BinaryOp::Rem | BinaryOp::Min | BinaryOp::Max => None,
+        }
+        .map(Const::U32),
+        (Const::Bool(_) | Const::I32(_) | Const::U32(_) | Const::I64(_) | Const::F32(_), _) => None,
+    }
+}
+
+/// Whether the operation leaves every left operand as it is. Not of floats: −0 + 0 is 0.
+fn neutral(op: BinaryOp, right: Const) -> bool {
+    let x = match right {
+        Const::I32(x) => x.into(),
+        Const::U32(x) => x.into(),
+        Const::I64(x) => x,
+        Const::Bool(_) | Const::F32(_) => return false,
+    };
+    match op {
+        BinaryOp::Add | BinaryOp::Sub | BinaryOp::Or | BinaryOp::Xor | BinaryOp::Shl | BinaryOp::Shr => x == 0,
+        BinaryOp::Mul | BinaryOp::Div => x == 1,
+        BinaryOp::Rem | BinaryOp::And | BinaryOp::Min | BinaryOp::Max => false,
+    }
+}
+
+/// Drops statements that define what nobody uses: mostly literals that folding has made superfluous. What can trap
+/// stays, so that no mistake is hidden.
+fn sweep(kernel: &mut Kernel) {
+    fn block(kernel: &Kernel, stmts: &mut Block, used: &mut [bool]) {
+        let mut keep: Vec<Stmt> = Vec::with_capacity(stmts.len());
+        for mut s in std::mem::take(stmts).into_iter().rev() {
+            match &mut s {
+                Stmt::Let(v) => {
+                    let op = &kernel.value(*v).op;
+                    let harmless = matches!(
+                        op,
+                        Op::Const(_) | Op::Param(_) | Op::Special(_) | Op::Get(_) | Op::Vector(_) | Op::Extract(..)
+                    );
+                    if harmless && !used[v.0 as usize] {
+                        continue;
+                    }
+                    op.operands(&mut |a| used[a.0 as usize] = true);
+                }
+                Stmt::Set(_, v) => used[v.0 as usize] = true,
+                Stmt::Store { mem: _, index, value, elem: _ } => {
+                    used[index.0 as usize] = true;
+                    used[value.0 as usize] = true;
+                }
+                Stmt::If { cond, then, els } => {
+                    used[cond.0 as usize] = true;
+                    block(kernel, els, used);
+                    block(kernel, then, used);
+                }
+                Stmt::For { index: _, start, end, step, unroll: _, body } => {
+                    [start, end, step].into_iter().for_each(|v| used[v.0 as usize] = true);
+                    block(kernel, body, used);
+                }
+                Stmt::AsyncCopy { dst: _, dst_index, src: _, src_index, bytes: _ } => {
+                    used[dst_index.0 as usize] = true;
+                    used[src_index.0 as usize] = true;
+                }
+                Stmt::Barrier
+                | Stmt::WarpSync
+                | Stmt::Fence
+                | Stmt::AsyncCommit
+                | Stmt::AsyncWait { .. }
+                | Stmt::GridWait
+                | Stmt::GridLaunch
+                | Stmt::Comment(_) => {}
+            }
+            keep.push(s);
+        }
+        keep.reverse();
+        *stmts = keep;
+    }
+    let mut used = vec![false; kernel.values.len()];
+    let mut body = std::mem::take(&mut kernel.body);
+    block(kernel, &mut body, &mut used);
+    kernel.body = body;
 }
 
 macro_rules! operators {

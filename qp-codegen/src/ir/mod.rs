@@ -170,9 +170,10 @@ pub enum Mem {
 pub enum Cache {
     /// Coherent with other writers.
     Default,
-    /// Read only for the whole launch.
+    /// Read only for the whole launch. Before a [`Stmt::GridWait`] it must not be written by the kernels that may
+    /// still run, either; after it, it may have been written by them.
     ReadOnly,
-    /// Read once by the whole grid: do not keep in L1.
+    /// The same, read once by the whole grid: do not keep in L1.
     Stream,
 }
 

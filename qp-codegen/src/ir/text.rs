@@ -76,9 +76,10 @@ fn operation(kernel: &Kernel, v: Val) -> String {
         Op::Vector(parts) => format!("vector {}", list(kernel, parts)),
         Op::Extract(a, i) => format!("extract {}.{i}", value(a)),
         Op::Load { mem, index, elem, lanes, cache } => format!(
-            "load {}[{}] as {elem}{}{}",
+            "load {}[{}{}] as {elem}{}{}",
             MemText(kernel, *mem),
             value(index),
+            if kernel.values.get(index.0 as usize).is_some_and(|v| v.ty == Type::U32) { " bytes" } else { "" },
             if *lanes == 1 { String::new() } else { format!("x{lanes}") },
             match cache {
                 Cache::Default => "",

@@ -100,8 +100,8 @@ fn wide() {
     check(
         "product and shift",
         pairs(),
-        |_, [a, b]| (long(a) * long(b) >> 13).to(Scalar::U32),
-        |[a, b]| (s(a) * s(b) >> 13) as u32,
+        |_, [a, b]| ((long(a) * long(b)) >> 13).to(Scalar::U32),
+        |[a, b]| ((s(a) * s(b)) >> 13) as u32,
     );
     check(
         "sum and difference",
@@ -315,7 +315,7 @@ fn shuffles() {
     run(&b.finish(), &mut [Arg::Buffer(&mut memory)], &Options::default()).unwrap();
     for (t, got) in words(&memory).chunks(2).enumerate() {
         let warp = t / 32 * 32;
-        assert_eq!(got, [(warp + (t * 3 + 40) % 32) as u32, (warp + (t % 32 ^ 21)) as u32]);
+        assert_eq!(got, [(warp + (t * 3 + 40) % 32) as u32, (warp + ((t % 32) ^ 21)) as u32]);
     }
 }
 

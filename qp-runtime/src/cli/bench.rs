@@ -11,6 +11,7 @@ use qp_codegen::reference::{self, Activations};
 use qp_codegen::spec::{self, Quantizer, Shape};
 
 use super::Error;
+use super::distortion::DistortionBench;
 use crate::device::ops::{DeviceActivations, DeviceMatrix, GemvKernel};
 use crate::device::{Buffer, Executor};
 
@@ -23,6 +24,7 @@ pub struct Bench {
 
 #[derive(Subcommand)]
 enum What {
+    Distortion(DistortionBench),
     Kernels(Kernels),
 }
 
@@ -57,6 +59,7 @@ impl Bench {
     /// Runs it.
     pub fn run(self) -> Result<(), Error> {
         match self.what {
+            What::Distortion(d) => d.run(),
             What::Kernels(k) => k.run(),
         }
     }

@@ -3,6 +3,7 @@
 mod bench;
 mod check_gpu;
 mod device;
+mod distortion;
 mod doctor;
 mod eval;
 mod generate;
@@ -10,6 +11,7 @@ mod inspect;
 mod plan;
 mod quantize;
 mod sensitivity;
+mod train_codebook;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -36,6 +38,7 @@ enum Command {
     Plan(plan::Plan),
     Quantize(quantize::Quantize),
     Sensitivity(sensitivity::Sensitivity),
+    TrainCodebook(train_codebook::TrainCodebook),
 }
 
 /// An error of a command, as the user sees it.
@@ -53,6 +56,7 @@ pub fn main() -> ExitCode {
         Command::Plan(c) => c.run(),
         Command::Quantize(c) => c.run(),
         Command::Sensitivity(c) => c.run(),
+        Command::TrainCodebook(c) => c.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -2,6 +2,8 @@
 //!
 //! * [`Decoder`]: packed words → entries, weights, or the exact integer product of a linear layer.
 //! * [`Encoder`]: rotated weights → packed words, by the Viterbi algorithm over the trellis of each [`Code`].
+//! * [`train`]: the tables of a code, by Lloyd's iteration on the trellis itself.
+//! * [`distortion`]: the mean squared error that a quantizer reaches on a Gaussian source.
 //!
 //! Everything here is a function of its arguments alone: the number of threads and the machine's vector instructions
 //! change no bit of a result.
@@ -9,9 +11,11 @@
 //! [`Code`]: qp_codegen::spec::Code
 
 mod decode;
+pub mod distortion;
 mod encode;
 pub mod gaussian;
 mod simd;
+pub mod train;
 pub mod viterbi;
 
 use half::bf16;

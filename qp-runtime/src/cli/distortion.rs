@@ -1,0 +1,144 @@
+//! `qp bench distortion`: how well quantizers reproduce a Gaussian source.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use clap::Args;
+use qp_codegen::palette;
+use qp_codegen::spec::{self, Code, Quantizer};
+
+use super::Error;
+use super::train_codebook::write;
+use crate::codec::distortion::{self, Distortion};
+
+/// The errors of Q-Palette's quantizers, by the names of the same rates here.
+const Q_PALETTE: &str = include_str!("../../../benches/qpalette_distortion.toml");
+
+/// Measure the error of quantizers on unit-variance Gaussian samples.
+#[derive(Args)]
+pub struct DistortionBench {
+    /// Quantizers: names of the palette, spec files, or FILE:NAME.
+    #[arg(required_unless_present = "all")]
+    spec: Vec<String>,
+    /// The whole palette.
+    #[arg(long, conflicts_with = "spec")]
+    all: bool,
+    /// Weights to encode with each code.
+    #[arg(long, default_value_t = 1 << 20, value_parser = clap::value_parser!(u64).range(512..))]
+    samples: u64,
+    /// Seed of the samples.
+    #[arg(long, default_value_t = 0x5eed_0000_0000)]
+    seed: u64,
+    /// Write benches/results/distortion.md and specs/distortion.toml, in the current folder.
+    #[arg(long, requires = "all")]
+    write: bool,
+}
+
+struct Row<'a> {
+    quantizer: &'a Quantizer,
+    distortion: Distortion,
+    q_palette: Option<f64>,
+}
+
+impl DistortionBench {
+    /// Runs it.
+    pub fn run(self) -> Result<(), Error> {
+        let names: Vec<String> =
+            if self.all { palette::names().iter().map(|n| n.to_string()).collect() } else { self.spec.clone() };
+        let quantizers = names.iter().map(|n| spec::resolve(n)).collect::<Result<Vec<_>, _>>()?;
+        let q_palette: toml::Table = Q_PALETTE.parse()?;
+        // Mixes are made of codes that stand alone too: each is measured once.
+        let mut known: Vec<(&Code, Distortion)> = vec![];
+        let mut rows = vec![];
+        println!("{HEADER}");
+        for quantizer in &quantizers {
+            let parts: Vec<Distortion> = quantizer
+                .codes
+                .iter()
+                .map(|code| match known.iter().find(|k| k.0 == code) {
+                    Some(k) => k.1,
+                    None => {
+                        let d = distortion::measure_code(code, self.samples, self.seed);
+                        known.push((code, d));
+                        d
+                    }
+                })
+                .collect();
+            let q_palette = q_palette.get(&quantizer.name).and_then(toml::Value::as_float);
+            let row = Row { quantizer, distortion: distortion::combine(&parts), q_palette };
+            println!("{}", row.line());
+            rows.push(row);
+        }
+        if self.write {
+            write(Path::new("benches/results/distortion.md"), &self.page(&rows))?;
+            write(Path::new("specs/distortion.toml"), &values(&rows))?;
+        }
+        Ok(())
+    }
+
+    fn page(&self, rows: &[Row]) -> String {
+        let mut out = format!(
+            "# Distortion\n\n\
+             Mean squared error on Gaussian samples of unit variance, {} encoded with each code (seed {}). The bound is\n\
+             2^(-2R), what no code of rate R can go below; *lost* is the distance to it in bits a weight. Q-Palette's\n\
+             figures are those of its repository for the same rate and kind (`benches/qpalette_distortion.toml`); one\n\
+             below 1.000 in the last column is in favour of this project.\n\n\
+             Made by `cargo run --release -- bench distortion --all --samples {} --write`.\n\n{HEADER}\n",
+            self.samples, self.seed, self.samples
+        );
+        for row in rows {
+            let _ = writeln!(out, "{}", row.line());
+        }
+        out
+    }
+}
+
+const HEADER: &str = "\
+| quantizer | bits | bound | mean squared error | ± | lost, bits | Q-Palette | ratio |\n\
+|---|---|---|---|---|---|---|---|";
+
+impl Row<'_> {
+    fn line(&self) -> String {
+        let (rate, d) = (self.quantizer.rate(), self.distortion.mean);
+        let bound = 2f64.powf(-2.0 * rate);
+        let lost = 0.5 * (d / bound).log2();
+        let (theirs, ratio) = match self.q_palette {
+            Some(q) => (figure(q), format!("{:.3}", d / q)),
+            None => Default::default(),
+        };
+        let error = format!("{:.1} %", 100.0 * self.distortion.standard_error / d);
+        format!(
+            "| {} | {rate} | {} | {} | {error} | {lost:.3} | {theirs} | {ratio} |",
+            self.quantizer.name,
+            figure(bound),
+            figure(d)
+        )
+    }
+}
+
+/// Four significant digits.
+fn figure(x: f64) -> String {
+    let digits = 3 - x.log10().floor() as i32;
+    format!("{x:.*}", digits.max(0) as usize)
+}
+
+/// What `qp-codegen explain` shows.
+fn values(rows: &[Row]) -> String {
+    let mut out = String::from(
+        "# Measured mean squared error on a Gaussian source of unit variance: see benches/results/distortion.md.\n",
+    );
+    for row in rows {
+        let _ = writeln!(out, "\"{}\" = {}", row.quantizer.name, figure(row.distortion.mean));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_have_four_digits() {
+        assert_eq!([0.14033, 0.0625, 1.0, 4.1476e-5].map(figure), ["0.1403", "0.06250", "1.000", "0.00004148"]);
+    }
+}

@@ -1,0 +1,105 @@
+//! `qp train-codebook`: the tables that a spec calls trained.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use qp_codegen::spec::{self, Quantizer, TableSource, table_file};
+
+use super::Error;
+use crate::codec::{distortion, train};
+
+/// Weights on which a new table is measured. They are not those it was trained on.
+const CHECK_SAMPLES: u64 = 1 << 20;
+const CHECK_SEED: u64 = 1 << 32;
+
+/// Train the tables of quantizers and write their files.
+///
+/// Tables are trained as the spec says (`trained(seed = .., rounds = .., samples = ..)`) by Lloyd's iteration on the
+/// trellis, and written where the spec says, relative to the spec's folder; for the built-in palette that is
+/// `specs/tables/` of the current folder.
+#[derive(Args)]
+pub struct TrainCodebook {
+    /// Quantizers: names of the palette, spec files, or FILE:NAME.
+    #[arg(required = true)]
+    spec: Vec<String>,
+    /// Write the table here instead (one quantizer with one table).
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Leave tables alone that have their file.
+    #[arg(long)]
+    missing: bool,
+}
+
+impl TrainCodebook {
+    /// Runs it.
+    pub fn run(self) -> Result<(), Error> {
+        let quantizers = self.spec.iter().map(|s| spec::resolve_untrained(s)).collect::<Result<Vec<_>, _>>()?;
+        let tables = quantizers.iter().flat_map(|q| &q.codes).map(|c| c.tables.len()).sum::<usize>();
+        if self.out.is_some() && tables != 1 {
+            return Err(format!(
+                "--out is for one table, but there are {tables}; leave it out to write each where its spec says"
+            )
+            .into());
+        }
+        // Codes that several mixes share are trained once.
+        let mut written: Vec<PathBuf> = vec![];
+        for q in &quantizers {
+            self.train(q, &mut written)?;
+        }
+        Ok(())
+    }
+
+    fn train(&self, q: &Quantizer, written: &mut Vec<PathBuf>) -> Result<(), Error> {
+        for code in &q.codes {
+            let files: Vec<(usize, &PathBuf)> = code
+                .tables
+                .iter()
+                .enumerate()
+                .filter_map(|(i, t)| match &t.source {
+                    TableSource::Trained { file, training: _ } => Some((i, self.out.as_ref().unwrap_or(file))),
+                    TableSource::Inline | TableSource::File(_) => None,
+                })
+                .collect();
+            if files.iter().all(|(_, f)| written.contains(f) || self.missing && f.exists()) && !files.is_empty() {
+                continue;
+            }
+            let failed = |e| format!("{}: {e}", q.name);
+            let training = train::training(code).ok_or(train::TrainError::NoTable).map_err(failed)?;
+            let values = train::train(code, training, &mut |round, error| {
+                eprintln!("{}: round {} of {}, mean squared error {error:.6}", q.name, round + 1, training.rounds);
+            })
+            .map_err(failed)?;
+            let mut code = code.clone();
+            code.tables.iter_mut().zip(values).for_each(|(t, v)| t.values = v);
+            let d = distortion::measure_code(&code, CHECK_SAMPLES, CHECK_SEED);
+            let note = format!(
+                "mean squared error {:.6} on a Gaussian source (standard error {:.6})",
+                d.mean, d.standard_error
+            );
+            for (i, file) in files {
+                write(file, &table_file::write(&q.name, &code.tables[i], code.vector, std::slice::from_ref(&note)))?;
+                println!("{}: {note}: {}", q.name, file.display());
+                written.push(file.clone());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Writes a file whole or not at all.
+pub(super) fn write(path: &Path, text: &str) -> Result<(), Error> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let failed = |e: std::io::Error| format!("cannot write {}: {e}", path.display());
+    std::fs::create_dir_all(folder).map_err(failed)?;
+    let mut file = tempfile::Builder::new().permissions(permissions()).tempfile_in(folder).map_err(failed)?;
+    file.write_all(text.as_bytes()).map_err(failed)?;
+    file.persist(path).map_err(|e| failed(e.error))?;
+    Ok(())
+}
+
+/// What a new file usually gets; the process's mask is taken off it.
+#[cfg(unix)]
+fn permissions() -> std::fs::Permissions {
+    std::os::unix::fs::PermissionsExt::from_mode(0o666)
+}

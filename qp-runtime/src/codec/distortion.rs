@@ -1,0 +1,62 @@
+//! How well a quantizer reproduces a Gaussian source.
+
+use qp_codegen::reference;
+use qp_codegen::spec::{Code, Quantizer};
+
+use super::{Gaussian, train};
+
+/// A measured mean squared error for a source of unit variance.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Distortion {
+    /// Mean squared error.
+    pub mean: f64,
+    /// Its standard error.
+    pub standard_error: f64,
+    /// Weights that were encoded.
+    pub samples: u64,
+}
+
+/// Measures `q` on `samples` samples (rounded up to blocks) of the stream `seed`, in equal parts for the codes of a mix.
+pub fn measure(q: &Quantizer, samples: u64, seed: u64) -> Distortion {
+    let parts: Vec<Distortion> =
+        q.codes.iter().map(|c| measure_code(c, samples.div_ceil(q.codes.len() as u64), seed)).collect();
+    combine(&parts)
+}
+
+/// The distortion of a mix whose codes, measured apart, have these.
+pub fn combine(parts: &[Distortion]) -> Distortion {
+    let n = parts.len() as f64;
+    Distortion {
+        mean: parts.iter().map(|d| d.mean).sum::<f64>() / n,
+        standard_error: parts.iter().map(|d| d.standard_error.powi(2)).sum::<f64>().sqrt() / n,
+        samples: parts.iter().map(|d| d.samples).sum(),
+    }
+}
+
+/// As [`measure`], of one code.
+pub fn measure_code(code: &Code, samples: u64, seed: u64) -> Distortion {
+    let (block, v) = (code.block.len() as usize, code.vector as usize);
+    let blocks = (samples as usize).div_ceil(block).max(2);
+    let book: Vec<f32> = code.codebook().iter().map(|&e| reference::weight(code, e, 1.0)).collect();
+    let mut random = Gaussian::new(seed);
+    let (mut sum, mut squares) = (0.0, 0.0);
+    let mut left = blocks;
+    while left > 0 {
+        // In parts, to bound the memory.
+        let n = left.min(4096);
+        let x = random.samples(n * block);
+        let windows = train::encode(code, &x);
+        for (x, windows) in x.chunks_exact(block).zip(windows.chunks_exact(block / v)) {
+            let decoded = windows.iter().flat_map(|&w| &book[w as usize * v..][..v]);
+            let error: f64 = x.iter().zip(decoded).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>() / block as f64;
+            sum += error;
+            squares += error * error;
+        }
+        left -= n;
+    }
+    // Blocks are independent; weights of one are not.
+    let n = blocks as f64;
+    let mean = sum / n;
+    let variance = (squares / n - mean * mean).max(0.0) * n / (n - 1.0);
+    Distortion { mean, standard_error: (variance / n).sqrt(), samples: (blocks * block) as u64 }
+}

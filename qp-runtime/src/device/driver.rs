@@ -349,11 +349,12 @@ impl Function {
         .map_err(fail(format!("occupancy of kernel `{}`", self.name)))
     }
 
-    /// Puts a launch into the stream. Each word is one parameter: an address, or a scalar in its low 4 bytes.
+    /// Puts a launch into the context's stream, or into a graph. Each word is one parameter: an address, or a scalar
+    /// in its low 4 bytes.
     ///
     /// # Safety
     /// The words must be what the kernel's parameters are, and the memory alive until the stream has run it.
-    pub unsafe fn launch(&self, words: &mut [u64]) -> Result<(), DeviceError> {
+    pub unsafe fn launch(&self, words: &mut [u64], into: Option<&Capture>) -> Result<(), DeviceError> {
         self.context.bind()?;
         let mut pointers: Vec<*mut c_void> = words.iter_mut().map(|w| std::ptr::from_mut(w).cast()).collect();
         // SAFETY: an attribute is plain data; zero is valid.
@@ -368,7 +369,7 @@ impl Function {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: self.shape.shared,
-            hStream: self.context.stream,
+            hStream: into.map_or(self.context.stream, |c| c.0),
             attrs: &mut attribute,
             numAttrs: self.shape.dependent.into(),
         };
@@ -388,6 +389,16 @@ impl Drop for Function {
     }
 }
 
+/// A stream that records a graph: one of its own, so that other threads may go on using the context's.
+pub(super) struct Capture(sys::CUstream);
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        // SAFETY: created in `GraphExec::capture`, with its context bound to this thread.
+        let _ = unsafe { result::stream::destroy(self.0) };
+    }
+}
+
 /// A graph of launches, ready to be replayed.
 pub(super) struct GraphExec {
     context: Arc<Context>,
@@ -399,18 +410,19 @@ pub(super) struct GraphExec {
 unsafe impl Send for GraphExec {}
 
 impl GraphExec {
-    /// Captures what `launches` puts into the stream.
+    /// Captures what `launches` puts into the graph.
     pub fn capture(
         context: &Arc<Context>,
-        launches: impl FnOnce() -> Result<(), DeviceError>,
+        launches: impl FnOnce(&Capture) -> Result<(), DeviceError>,
     ) -> Result<GraphExec, DeviceError> {
         context.bind()?;
+        let capture = Capture(result::stream::create(result::stream::StreamKind::NonBlocking).map_err(fail("cuStreamCreate"))?);
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream is ours; graph and exec are destroyed in `drop`.
+        // SAFETY: the stream is alive; graph and exec are destroyed in `drop`.
         unsafe {
-            result::stream::begin_capture(context.stream, mode).map_err(fail("cuStreamBeginCapture"))?;
-            let launched = launches();
-            let captured = result::stream::end_capture(context.stream).map_err(fail("cuStreamEndCapture"));
+            result::stream::begin_capture(capture.0, mode).map_err(fail("cuStreamBeginCapture"))?;
+            let launched = launches(&capture);
+            let captured = result::stream::end_capture(capture.0).map_err(fail("cuStreamEndCapture"));
             launched?;
             let mut this = GraphExec { context: context.clone(), graph: captured?, exec: std::ptr::null_mut() };
             this.exec = result::graph::instantiate(this.graph, sys::CUgraphInstantiate_flags(0))

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::Gpu;
 use super::args::{Arg, Element, LaunchArgs, ParamDecl, check};
-use super::driver::{self, Context, Function, GraphExec, Memory, Shape};
+use super::driver::{self, Capture, Context, Function, GraphExec, Memory, Shape};
 use super::error::DeviceError;
 use crate::jit;
 
@@ -175,7 +175,7 @@ impl Executor {
     /// Arguments that do not fit the kernel, a trap of the interpreter, a failing driver.
     pub fn launch<A: LaunchArgs>(&self, kernel: &Loaded, args: A) -> Result<(), DeviceError> {
         check(kernel.name(), &kernel.kernel().params, A::PARAMS)?;
-        kernel.run(&args.args())
+        kernel.run(&args.args(), None)
     }
 
     /// Starts a [`Graph`].
@@ -343,10 +343,10 @@ impl Loaded {
         }
     }
 
-    fn run(&self, args: &[Arg]) -> Result<(), DeviceError> {
+    fn run(&self, args: &[Arg], into: Option<&Capture>) -> Result<(), DeviceError> {
         match &*self.0 {
             Code::Interpreter { prepared, options } => interpret(prepared, options, args),
-            Code::Cuda { kernel, function, .. } => launch(kernel, function, args),
+            Code::Cuda { kernel, function, .. } => launch(kernel, function, args, into),
         }
     }
 }
@@ -396,7 +396,7 @@ fn interpret(
     Ok(())
 }
 
-fn launch(kernel: &Kernel, function: &Function, args: &[Arg]) -> Result<(), DeviceError> {
+fn launch(kernel: &Kernel, function: &Function, args: &[Arg], into: Option<&Capture>) -> Result<(), DeviceError> {
     let mut words = Vec::with_capacity(args.len());
     for arg in args {
         words.push(match arg {
@@ -411,7 +411,7 @@ fn launch(kernel: &Kernel, function: &Function, args: &[Arg]) -> Result<(), Devi
     }
     // SAFETY: the caller has compared the arguments' kinds with the parameters. Freeing memory waits for the stream,
     // so it outlives the launch.
-    unsafe { function.launch(&mut words) }
+    unsafe { function.launch(&mut words, into) }
 }
 
 /// Collects launches for a [`Graph`].
@@ -440,7 +440,7 @@ impl Recorder {
         let exec = match &self.executor.0 {
             Backend::Interpreter(_) => None,
             Backend::Cuda(context) => {
-                Some(GraphExec::capture(context, || self.launches.iter().try_for_each(|(k, args)| k.run(args)))?)
+                Some(GraphExec::capture(context, |to| self.launches.iter().try_for_each(|(k, args)| k.run(args, Some(to))))?)
             }
         };
         Ok(Graph { exec, launches: self.launches })
@@ -462,7 +462,7 @@ impl Graph {
     pub fn launch(&self) -> Result<(), DeviceError> {
         match &self.exec {
             Some(exec) => exec.launch(),
-            None => self.launches.iter().try_for_each(|(k, args)| k.run(args)),
+            None => self.launches.iter().try_for_each(|(k, args)| k.run(args, None)),
         }
     }
 

@@ -1,6 +1,7 @@
 //! The likeliest token of each row of logits.
 
-use crate::ir::{Builder, Elem, Kernel, Special, V};
+use super::span::Span;
+use crate::ir::{Builder, Elem, Kernel, Scalar, Special, V};
 
 /// What to compute.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -9,14 +10,18 @@ pub struct Argmax {
     pub columns: u32,
     /// Rows.
     pub batch: u32,
+    /// Where they lie.
+    pub logits: Span,
 }
 
 const THREADS: u32 = 1024;
+/// Bits of an infinity.
+const INFINITY: u32 = 0x7f80_0000;
 
 /// Makes the kernel. Its parameters, in order:
 ///
-/// * `logits`: `f32`, `batch × columns`;
-/// * `best`: `i32`, one a row: the first of the largest. Logits that are not numbers are passed over.
+/// * `logits`: `f32`;
+/// * `best`: `i32`, one a row: the first of the largest finite logits; −1 if one is not a number, or none is finite.
 pub fn lower(op: &Argmax) -> Kernel {
     let b = Builder::new(&format!("argmax_{}_b{}", op.columns, op.batch), [op.batch, 1], THREADS);
     b.doc(format!("First of the largest of {} logits, {} row(s).", op.columns, op.batch));
@@ -28,12 +33,18 @@ pub fn lower(op: &Argmax) -> Kernel {
     let row = b.special(Special::BlockX);
     b.grid_wait();
     b.grid_launch();
-    let (most, at) = (b.var(b.f32(f32::MIN)), b.var(b.i32(0)));
+    let (most, at) = (b.var(b.f32(f32::MIN)), b.var(b.i32(-1)));
     b.for_(thread, op.columns, THREADS, |i| {
-        let v = b.load(logits, row * op.columns + i, Elem::F32);
-        b.if_(v.gt(b.get(most)), || {
+        let v = b.load(logits, op.logits.at(row) + i, Elem::F32);
+        let magnitude = v.bits(Scalar::U32) & 0x7fff_ffff;
+        b.if_(magnitude.lt(INFINITY) & v.gt(b.get(most)), || {
             b.set(most, v);
             b.set(at, i);
+        });
+        // What is not a number beats all numbers, at the first index.
+        b.if_(magnitude.gt(INFINITY), || {
+            b.set(most, b.f32(f32::MAX));
+            b.set(at, b.i32(-1));
         });
     });
     let (v, i) = first_largest(b.get(most), b.get(at));

@@ -52,7 +52,6 @@ pub fn lower(op: &Attention) -> Kernel {
         "Attention of {} token(s), {} heads of {d} on {} of keys and values, {} positions at most.",
         op.batch, op.heads, op.kv_heads, op.context
     ));
-    b.min_blocks(2);
     b.dependent_launch();
     let q = b.buffer("q", Elem::F32, false);
     let (cos, sin) = (b.buffer("cos", Elem::F32, false), b.buffer("sin", Elem::F32, false));

@@ -138,17 +138,21 @@ fn dense_equals_the_reference_and_is_near_the_exact_product() {
 #[test]
 fn argmax_finds_the_first_of_the_largest() {
     let columns = 2500;
-    let mut logits = random(10, 3 * columns);
+    let mut logits = random(10, 6 * columns);
     for at in [2300, 700, 1724] {
         logits[at] = 5.0;
     }
     logits[columns] = 7.0;
-    logits[2 * columns..].fill(f32::NAN);
+    logits[columns + 9] = f32::INFINITY;
+    logits[2 * columns..3 * columns].fill(f32::NEG_INFINITY);
     logits[2 * columns + 99] = -1e9;
-    let mut best = ints(&[-1; 3]);
-    let op = Argmax { columns: columns as u32, batch: 3 };
+    logits[3 * columns + 1024] = f32::NAN;
+    logits[4 * columns..5 * columns].fill(f32::INFINITY);
+    logits[5 * columns + 2499] = 9.0;
+    let mut best = ints(&[-7; 6]);
+    let op = Argmax { columns: columns as u32, batch: 6, logits: Span::rows(columns as u32) };
     launch(&argmax::lower(&op), &mut [Arg::ReadOnly(&bytes(&logits)), Arg::Buffer(&mut best)]);
-    assert_eq!(best, ints(&[700, 0, 99]));
+    assert_eq!(best, ints(&[700, 0, 99, -1, -1, 2499]));
 }
 
 /// Angles of `positions`, and a query or key turned by them.

@@ -281,7 +281,15 @@ pub fn model(
             return Err(Failure::Differs { what, index, len: b.len(), device, cpu });
         }
     }
-    Ok(cuts.len())
+    let what = format!("{name}: likeliest tokens");
+    device.truncate(7);
+    other.truncate(7);
+    for cut in [7..8, 8..21] {
+        let a = device.greedy(&tokens[cut.clone()]).map_err(Failure::of(&what))?;
+        let b = other.greedy(&tokens[cut.clone()]).map_err(Failure::of(&what))?;
+        same(&what, &[a], &[b], |v| *v)?;
+    }
+    Ok(cuts.len() + 2)
 }
 
 /// The small models that are worth comparing: every kind of layer, and every width of head.

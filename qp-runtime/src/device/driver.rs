@@ -416,7 +416,8 @@ impl GraphExec {
         launches: impl FnOnce(&Capture) -> Result<(), DeviceError>,
     ) -> Result<GraphExec, DeviceError> {
         context.bind()?;
-        let capture = Capture(result::stream::create(result::stream::StreamKind::NonBlocking).map_err(fail("cuStreamCreate"))?);
+        let capture =
+            Capture(result::stream::create(result::stream::StreamKind::NonBlocking).map_err(fail("cuStreamCreate"))?);
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is alive; graph and exec are destroyed in `drop`.
         unsafe {

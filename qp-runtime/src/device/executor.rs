@@ -439,9 +439,9 @@ impl Recorder {
     pub fn finish(self) -> Result<Graph, DeviceError> {
         let exec = match &self.executor.0 {
             Backend::Interpreter(_) => None,
-            Backend::Cuda(context) => {
-                Some(GraphExec::capture(context, |to| self.launches.iter().try_for_each(|(k, args)| k.run(args, Some(to))))?)
-            }
+            Backend::Cuda(context) => Some(GraphExec::capture(context, |to| {
+                self.launches.iter().try_for_each(|(k, args)| k.run(args, Some(to)))
+            })?),
         };
         Ok(Graph { exec, launches: self.launches })
     }

@@ -147,7 +147,7 @@ fn step_kernels(batch: u32) -> Vec<Kernel> {
             y: Span::rows(128_256),
             accumulate: false,
         }),
-        argmax::lower(&argmax::Argmax { columns: 128_256, batch }),
+        argmax::lower(&argmax::Argmax { columns: 128_256, batch, logits: Span::rows(128_256) }),
     ]
 }
 

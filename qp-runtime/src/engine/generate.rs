@@ -68,9 +68,15 @@ pub fn generate<E: From<Error>>(
     for chunk in first.chunks(PREFILL) {
         engine.forward(chunk, Logits::None, &mut logits)?;
     }
-    engine.forward(last, Logits::Last, &mut logits)?;
+    let mut next = |engine: &mut dyn Engine, tokens: &[u32]| {
+        if sampler.is_greedy() {
+            return engine.greedy(tokens);
+        }
+        engine.forward(tokens, Logits::Last, &mut logits)?;
+        sampler.next(&logits)
+    };
+    let mut token = next(engine, last)?;
     while out.tokens.len() < count {
-        let token = sampler.next(&logits)?;
         if out.tokens.is_empty() {
             out.prefill = start.elapsed();
         }
@@ -85,7 +91,7 @@ pub fn generate<E: From<Error>>(
             break;
         }
         if out.tokens.len() < count {
-            engine.forward(&[token], Logits::Last, &mut logits)?;
+            token = next(engine, &[token])?;
         }
     }
     Ok(out)

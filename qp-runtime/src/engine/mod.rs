@@ -110,6 +110,16 @@ pub trait Engine {
     /// # Errors
     /// If the sequence would exceed the context, a token is unknown or the device fails. Nothing is appended then.
     fn forward(&mut self, tokens: &[u32], logits: Logits, out: &mut Vec<f32>) -> Result<(), Error>;
+
+    /// Appends `tokens` to the sequence and gives the first of the likeliest next ones.
+    ///
+    /// # Errors
+    /// As [`Engine::forward`], and if a logit is not a number or none is finite.
+    fn greedy(&mut self, tokens: &[u32]) -> Result<u32, Error> {
+        let mut logits = Vec::new();
+        self.forward(tokens, Logits::Last, &mut logits)?;
+        sampling::argmax(&logits).ok_or(Error::NotANumber)
+    }
 }
 
 /// What every [`Engine::forward`] checks first.

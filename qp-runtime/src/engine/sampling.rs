@@ -35,16 +35,21 @@ impl Sampler {
         Sampler { sampling, state: sampling.seed }
     }
 
+    /// True if always the first of the largest logits is taken, so that [`super::Engine::greedy`] can do it.
+    pub fn is_greedy(&self) -> bool {
+        self.sampling.temperature <= 0.0 || self.sampling.top_k == 1
+    }
+
     /// The next token by its `logits`. Of equal logits, the one with the smaller number comes first.
     ///
     /// # Errors
     /// If a logit is not a number, or none is finite.
     pub fn next(&mut self, logits: &[f32]) -> Result<u32, Error> {
         let largest = argmax(logits).ok_or(Error::NotANumber)?;
-        let Sampling { temperature, top_k, top_p, .. } = self.sampling;
-        if temperature <= 0.0 || top_k == 1 {
+        if self.is_greedy() {
             return Ok(largest);
         }
+        let Sampling { temperature, top_k, top_p, .. } = self.sampling;
         let mut order: Vec<u32> = (0..logits.len() as u32).collect();
         let by_logit = |&a: &u32, &b: &u32| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b));
         if top_k > 0 && top_k < order.len() {

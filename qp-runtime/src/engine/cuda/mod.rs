@@ -17,6 +17,7 @@ use std::sync::Arc;
 use qp_codegen::ir::Elem;
 use qp_codegen::kernels::add::Add;
 use qp_codegen::kernels::append::Append;
+use qp_codegen::kernels::argmax::Argmax;
 use qp_codegen::kernels::attention::Attention;
 use qp_codegen::kernels::dense::Dense;
 use qp_codegen::kernels::embed::Embed;
@@ -44,9 +45,18 @@ pub struct CudaEngine {
     network: Network,
     state: State,
     kernels: BTreeMap<String, Ready>,
-    /// By tokens and rows of logits.
-    graphs: BTreeMap<(usize, usize), Graph>,
+    /// By tokens and what is wanted of them.
+    graphs: BTreeMap<(usize, Wanted), Graph>,
     position: usize,
+}
+
+/// What a step gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Wanted {
+    /// Logits of so many tokens, the last ones.
+    Logits(usize),
+    /// The likeliest token after the last.
+    Best,
 }
 
 /// What does not change between steps.
@@ -103,40 +113,56 @@ impl CudaEngine {
         Ok(CudaEngine { executor, network, state, kernels: BTreeMap::new(), graphs: BTreeMap::new(), position: 0 })
     }
 
-    /// The graph of a step of `batch` tokens with logits for the last `rows`.
-    fn graph(&mut self, batch: usize, rows: usize) -> Result<&Graph, DeviceError> {
+    /// The graph of a step of `batch` tokens.
+    fn graph(&mut self, batch: usize, wanted: Wanted) -> Result<&Graph, DeviceError> {
         let CudaEngine { executor, network, state, kernels, graphs, .. } = self;
-        if !graphs.contains_key(&(batch, rows)) {
-            let steps = network.steps(batch as u32, rows as u32);
-            let mut wanted: BTreeMap<String, &Step<'_>> = steps.iter().map(|s| (s.key(), s)).collect();
-            wanted.retain(|key, _| !kernels.contains_key(key));
-            let loaded = wanted.into_par_iter().map(|(key, s)| Ok((key, s.load(executor)?)));
+        if !graphs.contains_key(&(batch, wanted)) {
+            let steps = network.steps(batch as u32, wanted);
+            let mut needed: BTreeMap<String, &Step<'_>> = steps.iter().map(|s| (s.key(), s)).collect();
+            needed.retain(|key, _| !kernels.contains_key(key));
+            let loaded = needed.into_par_iter().map(|(key, s)| Ok((key, s.load(executor)?)));
             kernels.extend(loaded.collect::<Result<Vec<_>, DeviceError>>()?);
             let mut recorder = executor.record();
             for step in &steps {
                 let kernel = kernels.get_mut(&step.key()).expect("loaded above");
                 step.record(&mut recorder, kernel, state, &network.angles)?;
             }
-            graphs.insert((batch, rows), recorder.finish()?);
+            graphs.insert((batch, wanted), recorder.finish()?);
         }
-        Ok(&graphs[&(batch, rows)])
+        Ok(&graphs[&(batch, wanted)])
     }
 
-    fn step(&mut self, tokens: &[u32], position: usize, rows: usize, out: &mut Vec<f32>) -> Result<(), DeviceError> {
+    fn step(&mut self, tokens: &[u32], position: usize, wanted: Wanted) -> Result<(), DeviceError> {
         let ids: Vec<i32> = tokens.iter().map(|t| t.cast_signed()).collect();
         self.state.tokens.write(0, &ids)?;
         self.state.position.write(0, &[position as i32])?;
-        let computed = if rows > 0 && self.network.head_is_quantized() { tokens.len() } else { rows };
-        self.graph(tokens.len(), computed)?.launch()?;
-        if rows > 0 {
-            let vocab = self.network.vocab;
-            let stride = self.network.head.products[0].stride as usize;
-            for row in computed - rows..computed {
+        self.graph(tokens.len(), wanted)?.launch()
+    }
+
+    /// Appends `tokens`, of which the last `wanted` get logits; `None` for the likeliest token after them all.
+    fn append(&mut self, tokens: &[u32], wanted: Option<usize>, out: &mut Vec<f32>) -> Result<(), Error> {
+        check_tokens(tokens, self.position, self.network.context, self.network.vocab)?;
+        let mut left = tokens;
+        let mut position = self.position;
+        while !left.is_empty() {
+            let batch = BATCHES.into_iter().find(|b| *b <= left.len()).expect("one token at least");
+            let (now, later) = left.split_at(batch);
+            let rows = wanted.map_or(0, |w| w.saturating_sub(later.len()).min(batch));
+            let best = wanted.is_none() && later.is_empty();
+            self.step(now, position, if best { Wanted::Best } else { Wanted::Logits(rows) })?;
+            let Network { vocab, head, .. } = &self.network;
+            // The first row that was computed may lie before the first that is wanted.
+            let first = self.network.rows(batch as u32, rows as u32) as usize - rows;
+            for row in first..first + rows {
                 let at = out.len();
                 out.resize(at + vocab, 0.0);
-                self.state.hands[Hand::Logits.index()].read(row * stride, &mut out[at..])?;
+                let from = row * head.products[0].stride as usize;
+                self.state.hands[Hand::Logits.index()].read(from, &mut out[at..])?;
             }
+            position += batch;
+            left = later;
         }
+        self.position = position;
         Ok(())
     }
 }
@@ -159,22 +185,22 @@ impl Engine for CudaEngine {
     }
 
     fn forward(&mut self, tokens: &[u32], logits: Logits, out: &mut Vec<f32>) -> Result<(), Error> {
-        check_tokens(tokens, self.position, self.network.context, self.network.vocab)?;
         out.clear();
-        let mut wanted = logits.rows(tokens.len());
-        let mut left = tokens;
-        let mut position = self.position;
-        while !left.is_empty() {
-            let batch = BATCHES.into_iter().find(|b| *b <= left.len()).expect("one token at least");
-            let (now, later) = left.split_at(batch);
-            let rows = wanted.saturating_sub(later.len()).min(batch);
-            self.step(now, position, rows, out)?;
-            wanted -= rows;
-            position += batch;
-            left = later;
+        self.append(tokens, Some(logits.rows(tokens.len())), out)
+    }
+
+    fn greedy(&mut self, tokens: &[u32]) -> Result<u32, Error> {
+        let before = self.position;
+        if tokens.is_empty() {
+            return Err(Error::NotANumber);
         }
-        self.position = position;
-        Ok(())
+        self.append(tokens, None, &mut Vec::new())?;
+        let mut best = [0];
+        self.state.best.read(0, &mut best)?;
+        u32::try_from(best[0]).map_err(|_| {
+            self.position = before;
+            Error::NotANumber
+        })
     }
 }
 
@@ -232,10 +258,6 @@ impl Network {
         })
     }
 
-    fn head_is_quantized(&self) -> bool {
-        matches!(self.head.products[0].matrix, Matrix::Quantized { .. })
-    }
-
     fn groups(&self) -> impl Iterator<Item = &Group> {
         self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]).chain([&self.head])
     }
@@ -253,6 +275,7 @@ impl Network {
         Ok(State {
             tokens: on.zeroed(batch)?,
             position: on.zeroed(1)?,
+            best: on.zeroed(1)?,
             hands: widths.iter().map(|w| on.zeroed(*w as usize * batch)).collect::<Result<_, _>>()?,
             activations: DeviceActivations::new(on, columns, batch as u32)?,
             cache: self
@@ -263,8 +286,21 @@ impl Network {
         })
     }
 
-    /// The launches of a step of `batch` tokens with logits for the last `rows`.
-    fn steps(&self, batch: u32, rows: u32) -> Vec<Step<'_>> {
+    /// Rows of logits that a step of `batch` tokens computes if `rows` are wanted: what prepares activations for a
+    /// quantized head begins with the first token.
+    fn rows(&self, batch: u32, rows: u32) -> u32 {
+        match self.head.products[0].matrix {
+            Matrix::Quantized { .. } if rows > 0 => batch,
+            Matrix::Quantized { .. } | Matrix::Dense(_) => rows,
+        }
+    }
+
+    /// The launches of a step of `batch` tokens.
+    fn steps(&self, batch: u32, wanted: Wanted) -> Vec<Step<'_>> {
+        let rows = match wanted {
+            Wanted::Logits(rows) => self.rows(batch, rows as u32),
+            Wanted::Best => self.rows(batch, 1),
+        };
         let mut steps = Vec::new();
         let residual = Span::rows(self.stride);
         let (d, context, cache) = (self.head_dim, self.context as u32, Elem::F32);
@@ -302,6 +338,12 @@ impl Network {
             self.linear(&mut steps, &self.head, rows, input, None);
             for step in &mut steps[from..] {
                 step.write_to(Hand::Logits);
+            }
+            if wanted == Wanted::Best {
+                let product = &self.head.products[0];
+                let logits = Span { first: (rows - 1) * product.stride, stride: product.stride };
+                let op = Argmax { columns: self.vocab as u32, batch: 1, logits };
+                steps.push(Step::Argmax { op, logits: Hand::Logits });
             }
         }
         steps

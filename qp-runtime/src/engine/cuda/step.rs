@@ -4,6 +4,7 @@ use std::ops::Index;
 
 use qp_codegen::kernels::add::{self, Add};
 use qp_codegen::kernels::append::{self, Append};
+use qp_codegen::kernels::argmax::{self, Argmax};
 use qp_codegen::kernels::attention::{self, Attention};
 use qp_codegen::kernels::dense::{self, Dense};
 use qp_codegen::kernels::embed::{self, Embed};
@@ -56,6 +57,8 @@ pub struct State {
     pub tokens: Buffer<i32>,
     /// Position of token 0.
     pub position: Buffer<i32>,
+    /// The likeliest next token.
+    pub best: Buffer<i32>,
     /// By [`Hand::index`].
     pub hands: Vec<Buffer<f32>>,
     /// Activations as integers.
@@ -108,6 +111,8 @@ pub enum Step<'n> {
     Attention { op: Attention, layer: usize, q: Hand, y: Hand },
     /// The gated unit.
     Glu { op: Glu, gate: Hand, up: Hand, y: Hand },
+    /// The likeliest token.
+    Argmax { op: Argmax, logits: Hand },
 }
 
 /// A kernel that is ready to be launched, with what belongs to it.
@@ -139,7 +144,8 @@ impl Step<'_> {
             | Step::Add { .. }
             | Step::Append { .. }
             | Step::Attention { .. }
-            | Step::Glu { .. } => (),
+            | Step::Glu { .. }
+            | Step::Argmax { .. } => (),
         }
     }
 
@@ -155,6 +161,7 @@ impl Step<'_> {
             Step::Append { op, .. } => format!("{op:?}"),
             Step::Attention { op, .. } => format!("{op:?}"),
             Step::Glu { op, .. } => format!("{op:?}"),
+            Step::Argmax { op, .. } => format!("{op:?}"),
         }
     }
 
@@ -184,6 +191,7 @@ impl Step<'_> {
             Step::Append { op, .. } => on.load::<args::Append<'_>>(append::lower(op))?,
             Step::Attention { op, .. } => on.load::<args::Attention<'_>>(attention::lower(op))?,
             Step::Glu { op, .. } => on.load::<args::Glu<'_>>(glu::lower(op))?,
+            Step::Argmax { op, .. } => on.load::<args::Argmax<'_>>(argmax::lower(op))?,
         }))
     }
 
@@ -201,7 +209,7 @@ impl Step<'_> {
         state: &mut State,
         angles: &Angles,
     ) -> Result<(), DeviceError> {
-        let State { tokens, position, hands, activations, cache } = state;
+        let State { tokens, position, best, hands, activations, cache } = state;
         let Angles { cos, sin } = angles;
         let kernel = match (self, kernel) {
             (Step::Prepare { input, norm, .. }, Ready::Prepare(kernel)) => {
@@ -255,6 +263,7 @@ impl Step<'_> {
                 let (y, others) = split(hands, y);
                 to.launch(kernel, launches::Glu { gate: &others[gate], up: &others[up], y })
             }
+            Step::Argmax { logits, .. } => to.launch(kernel, launches::Argmax { logits: &hands[logits.index()], best }),
         }
     }
 }

@@ -107,7 +107,7 @@ pub trait Progress: Sync {
     fn layer(&self, name: &str, spec: &str);
     /// That many more weights are encoded. Called from many threads.
     fn advance(&self, weights: u64);
-    /// A layer is written. `Break` stops the work.
+    /// A layer is encoded and written. `Break` stops the work.
     fn finished(&self, layer: &LayerEntry) -> ControlFlow<()>;
 }
 
@@ -209,30 +209,29 @@ impl Job {
                     }
                 }
                 Work::Encode { layer, tensor } => {
-                    let (shape, q) = (layers[*layer].layer.shape, spec_of(*layer).expect("items follow the plan"));
-                    let error = match record {
-                        Some(record) => record.error.unwrap_or(0.0),
-                        None => {
-                            progress.layer(&item.name, &q.name);
-                            let w = load(&source, tensor, &item.name, q, shape)?;
-                            let spec = plan.layers[*layer].expect("items follow the plan");
-                            let (encoder, decoder) =
-                                coders[spec].get_or_insert_with(|| (Encoder::new(q), Decoder::new(q)));
-                            let packed = encoder
-                                .encode(shape, &w, &|n| progress.advance(n))
-                                .map_err(|source| Error::Encode { layer: item.name.clone(), source })?;
-                            let error = relative_error(&w, &decoder.weights(&packed), shape.cols as usize);
-                            let tensors = [cast_slice(&packed.words), cast_slice(&packed.scales)];
-                            draft.put(&item.name, &tensors, Some(error))?;
-                            error
-                        }
-                    };
-                    let Shape { rows, cols } = shape;
-                    let entry = LayerEntry { name: item.name.clone(), spec: q.name.clone(), rows, cols, error };
-                    if progress.finished(&entry).is_break() {
+                    let Shape { rows, cols } = layers[*layer].layer.shape;
+                    let spec = plan.layers[*layer].expect("items follow the plan");
+                    let q = &plan.specs[spec];
+                    let (name, spec_name) = (item.name.clone(), q.name.clone());
+                    let entry = |error| LayerEntry { name, spec: spec_name, rows, cols, error };
+                    if let Some(record) = record {
+                        entries.push(entry(record.error.unwrap_or(0.0)));
+                        continue;
+                    }
+                    progress.layer(&item.name, &q.name);
+                    let shape = Shape { rows, cols };
+                    let w = load(&source, tensor, &item.name, q, shape)?;
+                    let (encoder, decoder) = coders[spec].get_or_insert_with(|| (Encoder::new(q), Decoder::new(q)));
+                    let packed = encoder
+                        .encode(shape, &w, &|n| progress.advance(n))
+                        .map_err(|source| Error::Encode { layer: item.name.clone(), source })?;
+                    let error = relative_error(&w, &decoder.weights(&packed), cols as usize);
+                    let tensors = [cast_slice(&packed.words), cast_slice(&packed.scales)];
+                    draft.put(&item.name, &tensors, Some(error))?;
+                    entries.push(entry(error));
+                    if progress.finished(&entries[entries.len() - 1]).is_break() {
                         return Err(Error::Stopped { draft: draft.dir().to_owned() });
                     }
-                    entries.push(entry);
                 }
             }
         }

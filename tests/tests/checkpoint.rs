@@ -209,15 +209,16 @@ fn element_types_of_the_model_do_not_matter() {
             .tensors
             .values()
             .map(|(_, values)| {
-                let half = |v: &f32| if dtype == Dtype::F16 { f16::from_f32(*v).to_le_bytes() } else { bf16::from_f32(*v).to_le_bytes() };
+                let half = |v: &f32| {
+                    if dtype == Dtype::F16 { f16::from_f32(*v).to_le_bytes() } else { bf16::from_f32(*v).to_le_bytes() }
+                };
                 values.iter().flat_map(half).collect()
             })
             .collect();
-        let views = model
-            .tensors
-            .iter()
-            .zip(&bytes)
-            .map(|((name, (shape, _)), bytes)| (name.as_str(), TensorView::new(dtype, shape.clone(), bytes).unwrap()));
+        let views =
+            model.tensors.iter().zip(&bytes).map(|((name, (shape, _)), bytes)| {
+                (name.as_str(), TensorView::new(dtype, shape.clone(), bytes).unwrap())
+            });
         serialize_to_file(views, None, &place.path("model/model.safetensors")).unwrap();
         let out = format!("{dtype:?}");
         let manifest = place.quantize(&out);

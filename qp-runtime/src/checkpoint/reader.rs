@@ -77,7 +77,7 @@ impl Checkpoint {
             .map(|name| {
                 let path = inside(dir, name)?;
                 let shard = TensorDir::from_files(dir, std::slice::from_ref(&path))
-                    .map_err(|e| Error::Header { path, message: e.to_string() })?;
+                    .map_err(|e| Error::Header { path, message: header_message(e) })?;
                 Ok((name.to_owned(), shard))
             })
             .collect::<Result<_, Error>>()?;
@@ -249,6 +249,14 @@ impl Source for Checkpoint {
 
     fn is_quantized(&self, name: &str) -> bool {
         self.layer(name).is_some()
+    }
+}
+
+/// What is wrong with a weight file's header, without the path and the cure that [`Error::Header`] states.
+fn header_message(e: model::Error) -> String {
+    match e {
+        model::Error::File { what, .. } => what.trim_end_matches("; copy or download it again").to_owned(),
+        e => e.to_string(),
     }
 }
 

@@ -192,7 +192,13 @@ impl TensorDir {
         let single = dir.join("model.safetensors");
         if !single.is_file() {
             let other = dir.join("pytorch_model.bin").is_file() || dir.join("pytorch_model.bin.index.json").is_file();
-            let hint = if other { ": convert pytorch_model.bin to safetensors first" } else { "" };
+            let hint = if other {
+                ": convert pytorch_model.bin to safetensors first"
+            } else if dir.join("specs").is_dir() {
+                ": if it was a quantized checkpoint, its qp.json is missing; copy it again from where it came"
+            } else {
+                ""
+            };
             return Err(Error::NoWeights { path: dir.to_owned(), hint });
         }
         Self::from_files(dir, &[single])

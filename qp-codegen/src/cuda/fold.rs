@@ -199,22 +199,7 @@ impl Folder<'_> {
 }
 
 fn writes(s: &Stmt, var: Var) -> bool {
-    match s {
-        Stmt::Set(x, _) => *x == var,
-        Stmt::If { cond: _, then, els } => then.iter().chain(els).any(|s| writes(s, var)),
-        Stmt::For { body, .. } => body.iter().any(|s| writes(s, var)),
-        Stmt::Let(_)
-        | Stmt::Store { .. }
-        | Stmt::Barrier
-        | Stmt::WarpSync
-        | Stmt::Fence
-        | Stmt::AsyncCopy { .. }
-        | Stmt::AsyncCommit
-        | Stmt::AsyncWait { .. }
-        | Stmt::GridWait
-        | Stmt::GridLaunch
-        | Stmt::Comment(_) => false,
-    }
+    matches!(s, Stmt::Set(x, _) if *x == var) || s.nested().flatten().any(|s| writes(s, var))
 }
 
 /// A variable can be declared by its first `Set` if all else about it lies in the block that holds that.
@@ -235,17 +220,9 @@ fn declarations(kernel: &Kernel) -> Vec<bool> {
                     Op::Get(x) => Some((x, false)),
                     _ => None,
                 },
-                Stmt::If { cond: _, then, els } => {
-                    walk(kernel, then, next, open, seen);
-                    walk(kernel, els, next, open, seen);
-                    None
-                }
-                Stmt::For { body, .. } => {
-                    walk(kernel, body, next, open, seen);
-                    None
-                }
                 _ => None,
             };
+            s.nested().for_each(|b| walk(kernel, b, next, open, seen));
             if let Some((x, set)) = mention {
                 match &mut seen[x.0 as usize] {
                     Some(s) => s.good &= open.contains(&s.block),

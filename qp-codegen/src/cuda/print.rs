@@ -576,12 +576,7 @@ fn special_name(s: Special) -> &'static str {
 }
 
 fn contains_wait(block: &[Stmt]) -> bool {
-    block.iter().any(|s| match s {
-        Stmt::GridWait => true,
-        Stmt::If { cond: _, then, els } => contains_wait(then) || contains_wait(els),
-        Stmt::For { body, .. } => contains_wait(body),
-        _ => false,
-    })
+    block.iter().any(|s| *s == Stmt::GridWait || s.nested().any(|b| contains_wait(b)))
 }
 
 /// Prints an operation of scalars once, or once for each component of named vectors.

@@ -485,6 +485,29 @@ pub enum Stmt {
     Comment(String),
 }
 
+impl Stmt {
+    /// The blocks of statements inside it.
+    pub fn nested(&self) -> impl Iterator<Item = &Block> {
+        let (first, second) = match self {
+            Stmt::If { cond: _, then, els } => (Some(then), Some(els)),
+            Stmt::For { body, .. } => (Some(body), None),
+            Stmt::Let(_)
+            | Stmt::Set(..)
+            | Stmt::Store { .. }
+            | Stmt::Barrier
+            | Stmt::WarpSync
+            | Stmt::Fence
+            | Stmt::AsyncCopy { .. }
+            | Stmt::AsyncCommit
+            | Stmt::AsyncWait { .. }
+            | Stmt::GridWait
+            | Stmt::GridLaunch
+            | Stmt::Comment(_) => (None, None),
+        };
+        first.into_iter().chain(second)
+    }
+}
+
 /// A value's operation and type.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Value {

@@ -283,17 +283,10 @@ impl SharedMemory {
 
 fn narrow_stores(block: &[Stmt], narrowest: &mut [u32]) {
     for s in block {
-        match s {
-            Stmt::Store { mem: Mem::Shared(i), elem, .. } => {
-                narrowest[*i as usize] = narrowest[*i as usize].min(elem.bytes());
-            }
-            Stmt::If { cond: _, then, els } => {
-                narrow_stores(then, narrowest);
-                narrow_stores(els, narrowest);
-            }
-            Stmt::For { body, .. } => narrow_stores(body, narrowest),
-            _ => {}
+        if let Stmt::Store { mem: Mem::Shared(i), elem, .. } = s {
+            narrowest[*i as usize] = narrowest[*i as usize].min(elem.bytes());
         }
+        s.nested().for_each(|b| narrow_stores(b, narrowest));
     }
 }
 

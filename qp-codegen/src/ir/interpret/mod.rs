@@ -339,11 +339,7 @@ fn nth_statement<'k>(block: &'k [Stmt], n: &mut u32) -> Option<&'k Stmt> {
             return Some(s);
         }
         *n -= 1;
-        let found = match s {
-            Stmt::If { cond: _, then, els } => nth_statement(then, n).or_else(|| nth_statement(els, n)),
-            Stmt::For { body, .. } => nth_statement(body, n),
-            _ => None,
-        };
+        let found = s.nested().find_map(|b| nth_statement(b, n));
         if found.is_some() {
             return found;
         }

@@ -371,6 +371,15 @@ fn together(layers: &[Layer], fusion: bool) -> Vec<Vec<usize>> {
     out
 }
 
+/// Every launch that could be: all non-empty subsets of layers that share an input.
+pub fn groups(layers: &[Layer]) -> Vec<Vec<usize>> {
+    let subsets = |unit: Vec<usize>| {
+        let all = 1..1usize << unit.len();
+        all.map(move |s| (0..unit.len()).filter(|i| s >> i & 1 == 1).map(|i| unit[i]).collect())
+    };
+    together(layers, true).into_iter().flat_map(subsets).collect()
+}
+
 /// All partitions of the set of bits `set` into non-empty subsets.
 fn partitions(set: usize) -> Vec<Vec<usize>> {
     if set == 0 {

@@ -10,6 +10,9 @@ use super::problem::{Core, Layer};
 /// Version of the file format.
 pub const FORMAT: u32 = 1;
 
+/// In place of a quantizer: the layer is left as it is.
+pub const KEEP: &str = "keep";
+
 /// Where times come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -97,6 +100,21 @@ impl Profile {
             return Err(bad(format!("the time of {} under {} is {} s", k.layers.join("+"), k.quantizer, k.seconds)));
         }
         Ok(p)
+    }
+
+    /// Writes a file.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write(&self, path: &Path) -> Result<(), Error> {
+        let io = |source| Error::Io { path: path.display().to_string(), source };
+        let text = serde_json::to_string_pretty(self).map_err(|e| io(e.into()))?;
+        std::fs::write(path, text + "\n").map_err(io)
+    }
+
+    /// Time of the layers that stand alone (the output layer), left as they are.
+    pub fn kept_seconds(&self) -> f64 {
+        self.kernels.iter().filter(|k| k.quantizer == KEEP).map(|k| k.seconds).sum()
     }
 
     /// Times by kernel, quickly found.

@@ -141,7 +141,11 @@ impl Sensitivities {
     pub fn write(&self, path: &Path) -> Result<(), Error> {
         let io = |source| Error::Io { path: path.display().to_string(), source };
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut file = tempfile::NamedTempFile::new_in(folder).map_err(io)?;
+        let mut new = tempfile::Builder::new();
+        // As any file that a program makes; temporary ones are private by default.
+        #[cfg(unix)]
+        new.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let mut file = new.tempfile_in(folder).map_err(io)?;
         let mut text = serde_json::to_string_pretty(self).map_err(|e| io(e.into()))?;
         text.push('\n');
         file.write_all(text.as_bytes()).map_err(io)?;

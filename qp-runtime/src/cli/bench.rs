@@ -77,7 +77,7 @@ const ROTATE: usize = 400 << 20;
 const CHECKED_TILES: u32 = 3;
 
 /// One measurement.
-struct Row {
+pub(super) struct Row {
     spec: String,
     rate: f64,
     shape: Shape,
@@ -86,7 +86,7 @@ struct Row {
     registers: u32,
     /// Seconds that the cost model expected, and that passed.
     expected: f64,
-    seconds: f64,
+    pub(super) seconds: f64,
     bytes: usize,
 }
 
@@ -102,7 +102,7 @@ impl Kernels {
             let q = spec::resolve(name).map_err(|d| d.to_string())?;
             for &shape in &self.shape {
                 for &batch in &self.batch {
-                    for row in self.measure(&on, &q, shape, batch)? {
+                    for row in measure(&on, &q, shape, batch, self.launches)? {
                         let launch = row.launch;
                         println!(
                             "{:>10} {:>13} {:>2} {:>9.2} {:>9.0} {:>5.0}% {:>9.2}  {} warps, {} x {} blocks, {} ahead, {} regs",
@@ -129,55 +129,65 @@ impl Kernels {
         }
         Ok(())
     }
+}
 
-    fn measure(&self, on: &Executor, q: &Quantizer, shape: Shape, batch: u32) -> Result<Vec<Row>, Error> {
-        let layout = Packed::new(q, shape);
-        let mut random = Random(1);
-        let words: Vec<u32> = (0..layout.words()).map(|_| random.word()).collect();
-        let scales = vec![bf16::from_f32(0.5); shape.rows as usize];
-        let copies = (ROTATE / (words.len() * 4)).clamp(2, 200);
-        let matrices: Vec<DeviceMatrix> = (0..copies)
-            .map(|_| DeviceMatrix::upload(on, q, shape.cols, &[(shape.rows, &words, &scales)]))
-            .collect::<Result<_, _>>()?;
-        let inputs: Vec<Activations> = (0..batch)
-            .map(|_| {
-                let x: Vec<f32> = (0..shape.cols).map(|_| random.word() as i32 as f32).collect();
-                reference::quantize_activations(&x)
-            })
-            .collect();
-        let x = DeviceActivations::upload(on, &inputs, shape.cols)?;
-        let op = Gemv { quantizer: q, shape, batch, accumulate: false };
-        let ranked = Launch::ranked(&op, &on.device());
-        let mut rows = Vec::new();
-        for &(expected, launch) in ranked.iter().take(self.launches.max(1)) {
-            let mut kernel = GemvKernel::load(on, &op, Some(launch))?;
-            let mut y = on.zeroed((layout.padded_rows() * batch) as usize)?;
-            kernel.launch(on, &matrices[0], &x, &mut y)?;
-            check(q, &layout, &words, &inputs, &y)?;
-            let mut graph = on.record();
-            let launches = copies * (256 / copies).max(1);
-            for i in 0..launches {
-                kernel.record(&mut graph, &matrices[i % copies], &x, &mut y)?;
-            }
-            let graph = graph.finish()?;
-            let mut best = f64::INFINITY;
-            for _ in 0..7 {
-                best = best.min(on.time(|| graph.launch())? / launches as f64);
-            }
-            rows.push(Row {
-                spec: q.name.clone(),
-                rate: q.rate(),
-                shape,
-                batch,
-                launch,
-                registers: kernel.loaded().usage().map_or(0, |u| u.registers),
-                expected,
-                seconds: best,
-                bytes: words.len() * 4,
-            });
+/// Times the `tried` best launches of a product with random weights, after comparing each with the CPU's decoder.
+///
+/// # Errors
+/// Those of the executor, or a result that differs.
+pub(super) fn measure(
+    on: &Executor,
+    q: &Quantizer,
+    shape: Shape,
+    batch: u32,
+    tried: usize,
+) -> Result<Vec<Row>, Error> {
+    let layout = Packed::new(q, shape);
+    let mut random = Random(1);
+    let words: Vec<u32> = (0..layout.words()).map(|_| random.word()).collect();
+    let scales = vec![bf16::from_f32(0.5); shape.rows as usize];
+    let copies = (ROTATE / (words.len() * 4)).clamp(2, 200);
+    let matrices: Vec<DeviceMatrix> = (0..copies)
+        .map(|_| DeviceMatrix::upload(on, q, shape.cols, &[(shape.rows, &words, &scales)]))
+        .collect::<Result<_, _>>()?;
+    let inputs: Vec<Activations> = (0..batch)
+        .map(|_| {
+            let x: Vec<f32> = (0..shape.cols).map(|_| random.word() as i32 as f32).collect();
+            reference::quantize_activations(&x)
+        })
+        .collect();
+    let x = DeviceActivations::upload(on, &inputs, shape.cols)?;
+    let op = Gemv { quantizer: q, shape, batch, accumulate: false };
+    let ranked = Launch::ranked(&op, &on.device());
+    let mut rows = Vec::new();
+    for &(expected, launch) in ranked.iter().take(tried.max(1)) {
+        let mut kernel = GemvKernel::load(on, &op, Some(launch))?;
+        let mut y = on.zeroed((layout.padded_rows() * batch) as usize)?;
+        kernel.launch(on, &matrices[0], &x, &mut y)?;
+        check(q, &layout, &words, &inputs, &y)?;
+        let mut graph = on.record();
+        let launches = copies * (256 / copies).max(1);
+        for i in 0..launches {
+            kernel.record(&mut graph, &matrices[i % copies], &x, &mut y)?;
         }
-        Ok(rows)
+        let graph = graph.finish()?;
+        let mut best = f64::INFINITY;
+        for _ in 0..7 {
+            best = best.min(on.time(|| graph.launch())? / launches as f64);
+        }
+        rows.push(Row {
+            spec: q.name.clone(),
+            rate: q.rate(),
+            shape,
+            batch,
+            launch,
+            registers: kernel.loaded().usage().map_or(0, |u| u.registers),
+            expected,
+            seconds: best,
+            bytes: words.len() * 4,
+        });
     }
+    Ok(rows)
 }
 
 /// Compares some rows of the first launch's result with the definition of the code, to the bit.

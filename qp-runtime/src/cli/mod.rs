@@ -9,6 +9,7 @@ mod eval;
 mod generate;
 mod inspect;
 mod plan;
+mod profile;
 mod quantize;
 mod sensitivity;
 mod train_codebook;
@@ -36,6 +37,7 @@ enum Command {
     Generate(generate::Generate),
     Inspect(inspect::Inspect),
     Plan(plan::Plan),
+    Profile(profile::ProfileCommand),
     Quantize(quantize::Quantize),
     Sensitivity(sensitivity::Sensitivity),
     TrainCodebook(train_codebook::TrainCodebook),
@@ -54,6 +56,7 @@ pub fn main() -> ExitCode {
         Command::Generate(c) => c.run(),
         Command::Inspect(c) => c.run(),
         Command::Plan(c) => c.run(),
+        Command::Profile(c) => c.run(),
         Command::Quantize(c) => c.run(),
         Command::Sensitivity(c) => c.run(),
         Command::TrainCodebook(c) => c.run(),

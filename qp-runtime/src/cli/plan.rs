@@ -156,7 +156,9 @@ impl Plan {
         let freedom = Freedom { fusion: !self.no_fusion, cores: !self.tensor_cores };
         let names: Vec<String> = list.iter().map(|c| c.name.clone()).collect();
         let table = profile.as_ref().map(Profile::table);
-        let constant = profile.as_ref().map_or(0, |p| femtoseconds(p.rest_seconds));
+        // An output layer that is left as it is takes its time all the same.
+        let kept = if self.lm_head { 0.0 } else { profile.as_ref().map_or(0.0, Profile::kept_seconds) };
+        let constant = profile.as_ref().map_or(0, |p| femtoseconds(p.rest_seconds + kept));
         let times = |layers: &[&Layer], c: usize, core: Core| table.as_ref()?.get(layers, &names[c], core);
         let times: Option<&dyn Fn(&[&Layer], usize, Core) -> Option<i64>> =
             if table.is_some() { Some(&times) } else { None };
@@ -173,20 +175,24 @@ fn layer_bytes(q: &Quantizer, layer: &Layer) -> i64 {
     4 * Packed::new(q, layer.shape).words() as i64 + 2 * scales
 }
 
-/// The quantizers of the palette that match a pattern, with their distortions.
-fn candidates(patterns: &[String]) -> Result<Vec<(Quantizer, f64)>, Error> {
+/// The names in the palette that match a pattern, in its order.
+///
+/// # Errors
+/// If a pattern matches none.
+pub(super) fn choose(patterns: &[String]) -> Result<Vec<&'static str>, Error> {
     let names = palette::names();
-    let mut chosen: Vec<&str> = Vec::new();
     for pattern in patterns {
-        let matching: Vec<&str> = names.iter().copied().filter(|n| matches(pattern, n)).collect();
-        if matching.is_empty() {
+        if !names.iter().any(|n| matches(pattern, n)) {
             return Err(format!("`{pattern}` is no quantizer of the palette: it has {}", names.join(", ")).into());
         }
-        chosen.extend(matching);
     }
-    let wanted: Vec<&str> = names.iter().copied().filter(|n| chosen.contains(n)).collect();
+    Ok(names.into_iter().filter(|n| patterns.iter().any(|p| matches(p, n))).collect())
+}
+
+/// The quantizers of the palette that match a pattern, with their distortions.
+fn candidates(patterns: &[String]) -> Result<Vec<(Quantizer, f64)>, Error> {
     let (mut out, mut unmeasured) = (Vec::new(), Vec::new());
-    for name in wanted {
+    for name in choose(patterns)? {
         match (palette::get(name).filter(Quantizer::is_trained), palette::distortion(name)) {
             (Some(q), Some(d)) => out.push((q, d)),
             (None, _) | (_, None) => unmeasured.push(name),

@@ -1,0 +1,166 @@
+//! `qp profile`: times of every kernel that a plan could use.
+
+use std::path::PathBuf;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use qp_codegen::cuda::{self, Target};
+use qp_codegen::kernels::gemv::{Gemv, Launch};
+use qp_codegen::layout::Packed;
+use qp_codegen::palette;
+use qp_codegen::spec::{Quantizer, Shape};
+
+use super::plan::choose;
+use super::{Error, bench};
+use crate::allocate::problem::{Layer, groups};
+use crate::allocate::profile::{FORMAT, KEEP, Kernel, Origin, Profile};
+use crate::allocate::{Core, Role};
+use crate::device::Executor;
+use crate::model::{self, Config};
+
+/// Time every kernel that a plan for a model could use, fused launches included.
+///
+/// On a GPU the matrix-vector products are measured. With --target they are predicted by the compiler's cost model,
+/// and the profile says so. The rest of a decode step (norms, rotations, attention) is always predicted.
+#[derive(Debug, clap::Args)]
+pub struct ProfileCommand {
+    /// Model directory; only its config.json is read
+    model: PathBuf,
+    /// The file to write (JSON)
+    #[arg(short, long, value_name = "FILE")]
+    out: PathBuf,
+    /// Quantizers of the palette; `*` stands for any text
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "*")]
+    quantizers: Vec<String>,
+    /// Predict for a typical GPU of this target (sm_80, sm_86, sm_89, sm_90a, sm_100, sm_120) in place of measuring
+    #[arg(long, value_name = "TARGET", conflicts_with = "gpu")]
+    target: Option<Target>,
+    /// Which GPU to measure on
+    #[arg(long, value_name = "INDEX", default_value_t = 0)]
+    gpu: usize,
+}
+
+/// Small kernels of a block: four that prepare activations, the caches, attention, the product of gate and up.
+const SMALL_KERNELS: f64 = 7.0;
+/// Seconds of a small kernel in a graph of dependent launches.
+const SMALL: f64 = 2e-6;
+/// Share of the peak bandwidth that reading reaches.
+const BANDWIDTH: f64 = 0.9;
+
+impl ProfileCommand {
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// If the model's configuration cannot be read, there is no GPU to measure on, or the file cannot be written.
+    pub fn run(self) -> Result<(), Error> {
+        let config = Config::read(&self.model)?;
+        let layers = layers(&config);
+        // A kernel's time does not depend on the values of its tables, so untrained quantizers can be timed too.
+        let quantizers: Vec<Quantizer> = choose(&self.quantizers)?.into_iter().filter_map(palette::get).collect();
+        let on = match self.target {
+            Some(_) => None,
+            None => Some(Executor::cuda(self.gpu).map_err(|e| format!("{e}; --target predicts without a GPU"))?),
+        };
+        let device = match (&on, self.target) {
+            (Some(on), _) => on.device(),
+            (None, Some(target)) => target.device(),
+            (None, None) => unreachable!("without a target there is an executor"),
+        };
+        let name = on.as_ref().and_then(Executor::gpu).map_or(device.name.to_owned(), |g| g.name.clone());
+        let mut wanted: Vec<(Vec<String>, Vec<Shape>)> = Vec::new();
+        for group in groups(&layers) {
+            let names: Vec<String> = group.iter().map(|&i| layers[i].short().to_owned()).collect();
+            let shapes: Vec<Shape> = group.iter().map(|&i| layers[i].shape).collect();
+            if !wanted.iter().any(|(n, s)| *n == names && *s == shapes) {
+                wanted.push((names, shapes));
+            }
+        }
+        let bar = ProgressBar::new((wanted.len() * quantizers.len()) as u64);
+        bar.set_style(
+            ProgressStyle::with_template("{msg:30!} [{wide_bar:.cyan/blue}] {pos}/{len} kernels, {eta} left")
+                .expect("a valid template"),
+        );
+        let mut kernels = Vec::new();
+        // Launches of different names may have the same shape.
+        let mut known: Vec<(Shape, usize, f64)> = Vec::new();
+        for (names, shapes) in &wanted {
+            for (i, q) in quantizers.iter().enumerate() {
+                bar.set_message(format!("{} {}", names.join("+"), q.name));
+                let shape = stacked(q, shapes);
+                let seconds = match known.iter().find(|k| (k.0, k.1) == (shape, i)) {
+                    Some(k) => k.2,
+                    None => seconds(on.as_ref(), &device, q, shape)?,
+                };
+                known.push((shape, i, seconds));
+                kernels.push(Kernel {
+                    layers: names.clone(),
+                    rows: shapes.iter().map(|s| s.rows).sum(),
+                    cols: shapes[0].cols,
+                    quantizer: q.name.clone(),
+                    core: Core::Tensor,
+                    seconds,
+                });
+                bar.inc(1);
+            }
+        }
+        bar.finish_and_clear();
+        let head = layers.iter().find(|l| l.role == Role::Alone);
+        kernels.extend(head.map(|l| Kernel {
+            layers: vec![l.name.clone()],
+            rows: l.shape.rows,
+            cols: l.shape.cols,
+            quantizer: KEEP.to_owned(),
+            core: Core::Cuda,
+            seconds: SMALL + 2.0 * l.weights() as f64 / (device.bandwidth * BANDWIDTH),
+        }));
+        let profile = Profile {
+            format: FORMAT,
+            device: name,
+            origin: if on.is_some() { Origin::Measured } else { Origin::Predicted },
+            model: self.model.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
+            // Beside the blocks: embedding, the last norm, the choice of the token.
+            rest_seconds: SMALL * (SMALL_KERNELS * config.layers as f64 + 3.0),
+            kernels,
+        };
+        profile.write(&self.out)?;
+        println!("{}: {} kernels, {}", self.out.display(), profile.kernels.len(), profile.device);
+        Ok(())
+    }
+}
+
+/// The linear layers of a model, sensitivities unknown.
+fn layers(config: &Config) -> Vec<Layer> {
+    let layer = |name: String, (rows, cols): (usize, usize)| Layer {
+        role: Role::of(&name),
+        name,
+        shape: Shape { rows: rows as u32, cols: cols as u32 },
+        sensitivity: 0.0,
+    };
+    let roles = model::config::Role::ALL;
+    let blocks = (0..config.layers).flat_map(|b| roles.map(|r| layer(config.linear_name(b, r), config.shape(r))));
+    blocks.chain([layer("lm_head".to_owned(), (config.vocab, config.hidden))]).collect()
+}
+
+/// The shape of matrices stored one below the other: of several, each is padded to whole tiles.
+fn stacked(q: &Quantizer, shapes: &[Shape]) -> Shape {
+    match shapes {
+        [one] => *one,
+        several => {
+            Shape { rows: several.iter().map(|&s| Packed::new(q, s).padded_rows()).sum(), cols: several[0].cols }
+        }
+    }
+}
+
+/// Time of a launch for one token.
+fn seconds(on: Option<&Executor>, device: &cuda::Device, q: &Quantizer, shape: Shape) -> Result<f64, Error> {
+    match on {
+        Some(on) => {
+            let rows = bench::measure(on, q, shape, 1, 1)?;
+            rows.first().map(|r| r.seconds).ok_or_else(|| format!("{} was not measured", q.name).into())
+        }
+        None => {
+            let op = Gemv { quantizer: q, shape, batch: 1, accumulate: false };
+            let best = Launch::ranked(&op, device).first().map(|(t, _)| *t);
+            best.ok_or_else(|| format!("no launch of {} fits {}", q.name, device.name).into())
+        }
+    }
+}

@@ -1,8 +1,8 @@
 //! Quantize a language model with `.qspec` quantizers and run it on CPU or GPU.
 
 pub mod allocate;
-pub mod checkpoint;
 pub mod check;
+pub mod checkpoint;
 pub mod cli;
 pub mod codec;
 pub mod device;

@@ -96,7 +96,10 @@ impl Kernels {
         let gpu = on.gpu().ok_or("no GPU")?;
         let peak = on.device().bandwidth;
         println!("{} ({} SMs, {:.2} TB/s by its memory clock)", gpu.name, gpu.sms, peak / 1e12);
-        println!("{:>10} {:>13} {:>2} {:>9} {:>9} {:>6} {:>9}  launch", "spec", "shape", "b", "us", "GB/s", "peak", "model us");
+        println!(
+            "{:>10} {:>13} {:>2} {:>9} {:>9} {:>6} {:>9}  launch",
+            "spec", "shape", "b", "us", "GB/s", "peak", "model us"
+        );
         let mut rows = Vec::new();
         for name in &self.spec {
             let q = spec::resolve(name).map_err(|d| d.to_string())?;
@@ -135,13 +138,7 @@ impl Kernels {
 ///
 /// # Errors
 /// Those of the executor, or a result that differs.
-pub(super) fn measure(
-    on: &Executor,
-    q: &Quantizer,
-    shape: Shape,
-    batch: u32,
-    tried: usize,
-) -> Result<Vec<Row>, Error> {
+pub(super) fn measure(on: &Executor, q: &Quantizer, shape: Shape, batch: u32, tried: usize) -> Result<Vec<Row>, Error> {
     let layout = Packed::new(q, shape);
     let mut random = Random(1);
     let words: Vec<u32> = (0..layout.words()).map(|_| random.word()).collect();
@@ -241,9 +238,21 @@ fn json(gpu: &str, peak: f64, rows: &[Row]) -> String {
             "    {{\"spec\": {:?}, \"rate\": {}, \"rows\": {}, \"cols\": {}, \"batch\": {}, \"us\": {:.3}, \
              \"gb_per_s\": {:.1}, \"model_us\": {:.3}, \"warps\": {}, \"split\": {}, \"blocks\": {}, \"ahead\": {}, \
              \"min_blocks\": {}, \"registers\": {}}}{}",
-            r.spec, r.rate, r.shape.rows, r.shape.cols, r.batch, r.seconds * 1e6,
-            r.bytes as f64 / r.seconds / 1e9, r.expected * 1e6, l.warps, l.split, l.blocks, l.ahead,
-            l.min_blocks, r.registers, if i + 1 < rows.len() { "," } else { "" },
+            r.spec,
+            r.rate,
+            r.shape.rows,
+            r.shape.cols,
+            r.batch,
+            r.seconds * 1e6,
+            r.bytes as f64 / r.seconds / 1e9,
+            r.expected * 1e6,
+            l.warps,
+            l.split,
+            l.blocks,
+            l.ahead,
+            l.min_blocks,
+            r.registers,
+            if i + 1 < rows.len() { "," } else { "" },
         );
     }
     out + "  ]\n}\n"

@@ -34,6 +34,9 @@ pub struct Plan {
     /// Memory budget in bytes, or with a unit: 900MB, 3.5GiB
     #[arg(long, value_name = "BYTES", value_parser = byte_count, group = "budget")]
     memory: Option<i64>,
+    /// Memory budget: as much as this quantizer would take on every layer
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["bits", "memory"], group = "budget")]
+    as_uniform: Option<String>,
     /// Time budget as a rate of decoding
     #[arg(long, value_name = "RATE", value_parser = positive, conflicts_with = "milliseconds", requires = "profile", group = "budget")]
     tokens_per_second: Option<f64>,
@@ -96,7 +99,10 @@ impl Plan {
         let problem = self.problem()?;
         let full = problem.full_bytes();
         let budget = Budget {
-            memory: self.memory.or(self.bits.map(|b| (full as f64 * b / 16.0).floor() as i64)),
+            memory: match &self.as_uniform {
+                Some(name) => Some(uniform_bytes(&problem, name)?),
+                None => self.memory.or(self.bits.map(|b| (full as f64 * b / 16.0).floor() as i64)),
+            },
             time: self
                 .milliseconds
                 .map(|ms| (ms * 1e12).floor() as i64)
@@ -112,7 +118,8 @@ impl Plan {
             return Ok(());
         }
         if budget.memory.is_none() && budget.time.is_none() {
-            return Err("no budget: give --bits or --memory, --tokens-per-second or --milliseconds, or both".into());
+            let known = "--bits, --memory, --as-uniform, --tokens-per-second or --milliseconds";
+            return Err(format!("no budget: give one of {known}, or one of memory and one of time").into());
         }
         let plan = problem.solve(budget.memory, budget.time, effort).map_err(explained)?;
         print!("{}\n{}", report::table(&problem, &plan), report::totals(&problem, &plan));
@@ -173,6 +180,12 @@ fn layer_bytes(q: &Quantizer, layer: &Layer) -> i64 {
         ScaleKind::Matrix => 1,
     };
     4 * Packed::new(q, layer.shape).words() as i64 + 2 * scales
+}
+
+/// Bytes of all layers of `problem` under one quantizer.
+fn uniform_bytes(problem: &Problem, name: &str) -> Result<i64, Error> {
+    let q = palette::get(name).ok_or_else(|| format!("`{name}` is no quantizer of the palette"))?;
+    Ok(problem.layers.iter().map(|l| layer_bytes(&q, l)).sum())
 }
 
 /// The names in the palette that match a pattern, in its order.

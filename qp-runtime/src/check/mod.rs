@@ -361,6 +361,24 @@ mod tests {
     }
 
     #[test]
+    fn a_refused_call_changes_nothing() {
+        use crate::engine::Error;
+        let (_, shapes) = &shapes()[0];
+        let (config, weights) = synthetic::model(shapes, &|_| None).unwrap();
+        let engine = |context| CudaEngine::new(Executor::interpreter(), &config, &weights, context);
+        assert!(matches!(engine(41), Err(Error::Positions { .. })));
+        let (mut engine, mut out) = (engine(8).unwrap(), Vec::new());
+        engine.forward(&[1, 2, 3], Logits::None, &mut out).unwrap();
+        assert!(matches!(engine.forward(&[0; 6], Logits::Last, &mut out), Err(Error::Context { .. })));
+        assert!(matches!(engine.greedy(&[0, 50]), Err(Error::Token { .. })));
+        assert_eq!(engine.position(), 3);
+        engine.truncate(9);
+        assert_eq!(engine.position(), 3);
+        engine.forward(&[4; 5], Logits::All, &mut out).unwrap();
+        assert_eq!((engine.position(), out.len()), (8, 5 * 50));
+    }
+
+    #[test]
     fn quantizers_on_the_interpreter() {
         for name in ["nuq_3", "fast_2"] {
             let shape = Shape { rows: 40, cols: 320 };

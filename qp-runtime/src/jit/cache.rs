@@ -345,4 +345,35 @@ mod tests {
         assert_eq!(cache.get(&key).unwrap().1, code);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
     }
+
+    /// What a process of [`many_processes_write_and_read_one_entry`] does; nothing in a plain run.
+    #[test]
+    fn one_of_many_processes() {
+        let Some(folder) = std::env::var_os("QP_TEST_SHARED_CACHE") else { return };
+        let (cache, key) = (Cache::at(folder), Key::new(["shared"]));
+        let code = vec![7u8; 100_000];
+        for _ in 0..100 {
+            if let Some((_, got)) = cache.get(&key) {
+                assert_eq!(got, code);
+            }
+            cache.put(&key, "log", &code);
+        }
+    }
+
+    #[test]
+    fn many_processes_write_and_read_one_entry() {
+        let dir = tempfile::tempdir().unwrap();
+        let child = |_| {
+            std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "jit::cache::tests::one_of_many_processes"])
+                .env("QP_TEST_SHARED_CACHE", dir.path())
+                .stdout(std::process::Stdio::null())
+                .spawn()
+                .unwrap()
+        };
+        let mut children: Vec<_> = (0..4).map(child).collect();
+        assert!(children.iter_mut().all(|c| c.wait().unwrap().success()));
+        assert_eq!(Cache::at(dir.path()).get(&Key::new(["shared"])).unwrap().1.len(), 100_000);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
+    }
 }

@@ -110,7 +110,14 @@ impl CudaEngine {
         }
         let network = Network::upload(&executor, config, weights, context)?;
         let state = network.state(&executor)?;
-        Ok(CudaEngine { executor, network, state, kernels: BTreeMap::new(), graphs: BTreeMap::new(), position: 0 })
+        let on_gpu = executor.gpu().is_some();
+        let (kernels, graphs) = (BTreeMap::new(), BTreeMap::new());
+        let mut engine = CudaEngine { executor, network, state, kernels, graphs, position: 0 };
+        if on_gpu {
+            // Compiled now, so that the first tokens are not the slow ones.
+            engine.graph(1, Wanted::Best)?;
+        }
+        Ok(engine)
     }
 
     /// The graph of a step of `batch` tokens.

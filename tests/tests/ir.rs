@@ -43,11 +43,11 @@ fn everything() -> Kernel {
     b.grid_launch();
 
     b.comment("Words.");
-    let h = (first.lane(0) * 0x9E37_79B1u32 ^ second.lane(1)).named("h");
+    let h = ((first.lane(0) * 0x9E37_79B1u32) ^ second.lane(1)).named("h");
     let picked = b.load(table, (h >> 24).to(Scalar::I32), Elem::U32);
     let signs = h.permute(picked, 0xFEDC);
-    let mixed = h.permute(picked, 0x5140) ^ (signs & mask | !picked) + first.lane(3) % 7;
-    let turned = mixed.funnel_shr(h, lane.to(Scalar::U32)) - (h / 3 << 5).min(mixed).max(second.lane(0));
+    let mixed = h.permute(picked, 0x5140) ^ (((signs & mask) | !picked) + first.lane(3) % 7);
+    let turned = mixed.funnel_shr(h, lane.to(Scalar::U32)) - ((h / 3) << 5).min(mixed).max(second.lane(0));
     let offset = (turned & 0x3fc) + third.lane(3) * 0;
     let dot = turned.dot4(mixed ^ b.load(table, offset, Elem::U32), bias);
 
@@ -55,13 +55,13 @@ fn everything() -> Kernel {
     let small = dot.abs().min(1 << 20) - (-lane) + (lane << 2) / 3 % 5;
     let wide = small.to(Scalar::I64) * 1_000_000 + h.to(Scalar::I64) - (small.to(Scalar::I64) >> 2);
     let wide = wide.ge(0).select(wide.max(1), -wide);
-    let back = (wide % (1 << 30)).to(Scalar::I32) & !bias | small ^ 1;
+    let back = ((wide % (1 << 30)).to(Scalar::I32) & !bias) | (small ^ 1);
     let rounded = gain.to(Scalar::I64) + gain.to(Scalar::U32).to(Scalar::I64);
 
     b.comment("Floats.");
     let x = back.to(Scalar::F32) * gain / 3.5 - wide.to(Scalar::F32) + h.to(Scalar::F32);
     let y = x.fma(0.1f32, -x).abs().sqrt().min(1e30f32).max(x);
-    let truth = x.lt(y) & back.ne(7) | !(h.eq(9)) ^ y.le(f32::INFINITY);
+    let truth = (x.lt(y) & back.ne(7)) | (!h.eq(9) ^ y.le(f32::INFINITY));
     let z = truth.select(y.bits(Scalar::U32).bits(Scalar::F32), x.bits(Scalar::I32).bits(Scalar::F32));
     let flag = b.constant(Const::Bool(true));
     let z = (truth & flag).select(z, x);

@@ -148,7 +148,7 @@ impl<'b> Writer<'b> {
             9 => x.permute(y, 0x6253),
             10 => x.funnel_shr(y, x),
             11 => (x & 0x0f0f_0f0f).dot4(y, self.r.pick(&s.ints)).bits(Scalar::U32),
-            12 => ((x.to(Scalar::I64) << 7) - y.to(Scalar::I64) * 3 >> 5).to(Scalar::U32),
+            12 => (((x.to(Scalar::I64) << 7) - y.to(Scalar::I64) * 3) >> 5).to(Scalar::U32),
             _ => self.truth(s).select(x, y),
         }
     }

@@ -48,7 +48,7 @@ fn everything() -> Kernel {
     let signs = h.permute(picked, 0xFEDC);
     let mixed = h.permute(picked, 0x5140) ^ (((signs & mask) | !picked) + first.lane(3) % 7);
     let turned = mixed.funnel_shr(h, lane.to(Scalar::U32)) - ((h / 3) << 5).min(mixed).max(second.lane(0));
-    let offset = (turned & 0x3fc) + third.lane(3) * 0;
+    let offset = (turned & 0x3fc) + ((third.lane(3) & 1) << 4);
     let dot = turned.dot4(mixed ^ b.load(table, offset, Elem::U32), bias);
 
     b.comment("Signed integers, narrow and wide.");
@@ -69,7 +69,7 @@ fn everything() -> Kernel {
     b.comment("Vectors.");
     let v = b.vector(&[x, y, z, gain]);
     let v = truth.select(v + v * v, -v);
-    let u = first & first;
+    let u = first & !first.max(first + first);
 
     b.comment("Lanes.");
     let other = z.shuffle_xor(16);

@@ -320,8 +320,8 @@ fn printed_programs_mean_what_the_interpreter_does() {
     let mut source = STAND_IN.to_owned() + &print_module(&kernels.iter().collect::<Vec<_>>(), Target::Sm80);
     let words: Vec<String> =
         input.chunks(4).map(|b| format!("{}u", u32::from_le_bytes(b.try_into().unwrap()))).collect();
-    write!(source, "alignas(16) static const unsigned x[] = {{{}}};\n", words.join(", ")).unwrap();
-    write!(source, "static unsigned y[{}];\nint main() {{\n", expect.len() / 4 / kernels.len()).unwrap();
+    writeln!(source, "alignas(16) static const unsigned x[] = {{{}}};", words.join(", ")).unwrap();
+    writeln!(source, "static unsigned y[{}];\nint main() {{", expect.len() / 4 / kernels.len()).unwrap();
     for k in &kernels {
         write!(
             source,

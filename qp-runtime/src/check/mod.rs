@@ -312,8 +312,11 @@ pub fn shapes() -> Vec<(&'static str, synthetic::Shapes)> {
     ]
 }
 
+/// Which quantizer, if any, the layer of a name gets.
+pub type Choose = Box<dyn Fn(&str) -> Option<Quantizer> + Sync>;
+
 /// The quantizers of the small models' layers: none at all, one everywhere, or several and none side by side.
-pub fn choices(a: &Quantizer, b: &Quantizer) -> Vec<(&'static str, Box<dyn Fn(&str) -> Option<Quantizer> + Sync>)> {
+pub fn choices(a: &Quantizer, b: &Quantizer) -> Vec<(&'static str, Choose)> {
     let (one, a, b) = (a.clone(), a.clone(), b.clone());
     vec![
         ("unquantized", Box::new(|_| None)),

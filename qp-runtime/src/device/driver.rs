@@ -424,8 +424,9 @@ impl GraphExec {
             result::stream::begin_capture(capture.0, mode).map_err(fail("cuStreamBeginCapture"))?;
             let launched = launches(&capture);
             let captured = result::stream::end_capture(capture.0).map_err(fail("cuStreamEndCapture"));
+            let owned = captured.map(|graph| GraphExec { context: context.clone(), graph, exec: std::ptr::null_mut() });
             launched?;
-            let mut this = GraphExec { context: context.clone(), graph: captured?, exec: std::ptr::null_mut() };
+            let mut this = owned?;
             this.exec = result::graph::instantiate(this.graph, sys::CUgraphInstantiate_flags(0))
                 .map_err(fail("cuGraphInstantiateWithFlags"))?;
             result::graph::upload(this.exec, context.stream).map_err(fail("cuGraphUpload"))?;

@@ -12,6 +12,7 @@ mod linear;
 mod step;
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 use qp_codegen::ir::Elem;
@@ -123,20 +124,21 @@ impl CudaEngine {
     /// The graph of a step of `batch` tokens.
     fn graph(&mut self, batch: usize, wanted: Wanted) -> Result<&Graph, DeviceError> {
         let CudaEngine { executor, network, state, kernels, graphs, .. } = self;
-        if !graphs.contains_key(&(batch, wanted)) {
-            let steps = network.steps(batch as u32, wanted);
-            let mut needed: BTreeMap<String, &Step<'_>> = steps.iter().map(|s| (s.key(), s)).collect();
-            needed.retain(|key, _| !kernels.contains_key(key));
-            let loaded = needed.into_par_iter().map(|(key, s)| Ok((key, s.load(executor)?)));
-            kernels.extend(loaded.collect::<Result<Vec<_>, DeviceError>>()?);
-            let mut recorder = executor.record();
-            for step in &steps {
-                let kernel = kernels.get_mut(&step.key()).expect("loaded above");
-                step.record(&mut recorder, kernel, state, &network.angles)?;
-            }
-            graphs.insert((batch, wanted), recorder.finish()?);
+        let vacant = match graphs.entry((batch, wanted)) {
+            Entry::Occupied(graph) => return Ok(graph.into_mut()),
+            Entry::Vacant(vacant) => vacant,
+        };
+        let steps = network.steps(batch as u32, wanted);
+        let mut needed: BTreeMap<String, &Step<'_>> = steps.iter().map(|s| (s.key(), s)).collect();
+        needed.retain(|key, _| !kernels.contains_key(key));
+        let loaded = needed.into_par_iter().map(|(key, s)| Ok((key, s.load(executor)?)));
+        kernels.extend(loaded.collect::<Result<Vec<_>, DeviceError>>()?);
+        let mut recorder = executor.record();
+        for step in &steps {
+            let kernel = kernels.get_mut(&step.key()).expect("loaded above");
+            step.record(&mut recorder, kernel, state, &network.angles)?;
         }
-        Ok(&graphs[&(batch, wanted)])
+        Ok(vacant.insert(recorder.finish()?))
     }
 
     fn step(&mut self, tokens: &[u32], position: usize, wanted: Wanted) -> Result<(), DeviceError> {

@@ -192,7 +192,7 @@ pub struct Activations {
 pub fn quantize_activations(x: &[f32]) -> Activations {
     let amax = x.iter().fold(0f32, |m, v| m.max(v.abs()));
     let inverse = if amax > 0.0 { ACTIVATION_MAX / amax } else { 0.0 };
-    let q: Vec<i16> = x.iter().map(|v| (v * inverse).round_ties_even() as i16).collect();
+    let q: Vec<i16> = x.iter().map(|v| round(v * inverse) as i16).collect();
     let sum = q.iter().map(|&v| i64::from(v)).sum();
     Activations { q, scale: amax / ACTIVATION_MAX, sum }
 }
@@ -240,13 +240,17 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     x.iter().zip(weight).map(|(v, w)| v * inverse * w).collect()
 }
 
+/// The nearest whole number, ties to even, of a magnitude below 2^22: `round_ties_even`, which without SSE 4.1 is a call.
+fn round(x: f32) -> f32 {
+    const WHOLE: f32 = 12_582_912.0; // 1.5 · 2^23: its neighbours are whole
+    (x + WHOLE) - WHOLE
+}
+
 /// `eˣ` within 2 units in the last place, for `x` in [`EXP_RANGE`]; beyond, the value at that end. Made of additions
 /// and products in this order, none of them fused: the same everywhere, as a library's is not, and fast on any CPU.
 pub fn exp(x: f32) -> f32 {
     let x = x.max(EXP_RANGE.0).min(EXP_RANGE.1);
-    // Adding 1.5 · 2^23 rounds to whole numbers, ties to even, where the product is small.
-    const WHOLE: f32 = 12_582_912.0;
-    let n = (x * std::f32::consts::LOG2_E + WHOLE) - WHOLE;
+    let n = round(x * std::f32::consts::LOG2_E);
     let r = x - n * LN_2.0;
     let r = r - n * LN_2.1;
     let [rest @ .., last] = EXP_SERIES;
@@ -358,6 +362,10 @@ mod tests {
             let (h, l) = split_activation(q);
             assert_eq!(i32::from(q), i32::from(h) * 128 + i32::from(l));
             assert!((-64..64).contains(&l));
+        }
+        for i in -4 * 16256..=4 * 16256 {
+            let x = i as f32 / 4.0;
+            assert_eq!(round(x), x.round_ties_even());
         }
         let a = quantize_activations(&[0.0, -2.0, 1.0]);
         assert_eq!((a.q, a.sum), (vec![0, -16256, 8128], -8128));

@@ -4,7 +4,8 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use qp_runtime::engine::{self, CpuEngine, Engine, Logits, Sampler, Sampling};
+use qp_runtime::device::Executor;
+use qp_runtime::engine::{self, CpuEngine, CudaEngine, Engine, Logits, Sampler, Sampling};
 use qp_runtime::eval::perplexity;
 use qp_runtime::model::Model;
 use qp_runtime::plan::Plan;
@@ -73,4 +74,19 @@ fn text_from_a_mix_of_codes() {
     engine.truncate(0);
     all.iter().for_each(|t| engine.forward(&[*t], Logits::Last, &mut by_one).unwrap());
     assert!(at_once == by_one);
+}
+
+#[test]
+fn kernels_yield_the_bits_of_the_cpu() {
+    let (model, _dir) = quantize("tcq_2.5");
+    let tokens = model.tokenizer.encode("And it came to pass in those days, that the king").unwrap();
+    let mut cpu = engine(&model, tokens.len());
+    let mut kernels = CudaEngine::new(Executor::interpreter(), &model.config, &model.weights, tokens.len()).unwrap();
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let (prompt, rest) = tokens.split_at(tokens.len() - 2);
+    for part in [prompt, &rest[..1], &rest[1..]] {
+        cpu.forward(part, Logits::Last, &mut ours).unwrap();
+        kernels.forward(part, Logits::Last, &mut theirs).unwrap();
+        assert!(ours.iter().zip(&theirs).all(|(a, b)| a.to_bits() == b.to_bits()), "after {} tokens", cpu.position());
+    }
 }

@@ -4,7 +4,7 @@
 //! within the budgets costs `bound + Σ surplus + price × unused budget`. So all choices that cost at most
 //! `bound + g` consist of options with surplus ≤ g, and a dynamic program over the units finds the best of them,
 //! keeping only partial choices that are undominated, whose surplus is within g, and that can still meet the budgets
-//! closely. If there is none, `bound + g` is a better bound, and g doubles. This ends with the optimum: what the last
+//! closely. If there is none, `bound + g` is a better bound, and g grows. This ends with the optimum: what the last
 //! round finds is the cheapest of everything that costs no more.
 
 use super::choice::{Budgets, Infeasible, Item, MEMORY, Pick, RESOURCES, Solution, TIME, Unit, least, total};
@@ -245,7 +245,7 @@ fn close_gap(units: &[Unit], budgets: Budgets, effort: Effort, dual: &Dual) -> O
         if capped >= known - relaxed || gap > largest + dust {
             break;
         }
-        gap *= 2.0;
+        gap *= 1.5;
     }
     let (picks, item) = best?;
     Some(Solution { picks, cost: item.cost, uses: item.uses, bound, multipliers: prices, relaxed, states })
@@ -355,7 +355,7 @@ impl Round<'_> {
                     continue;
                 }
                 // A step by which the bound falls by a fraction of the gap.
-                for fraction in [0.1, 0.5] {
+                for fraction in [0.05, 0.2, 0.5, 0.9] {
                     let (mut low, mut high) = (0.0, 0.5);
                     for _ in 0..12 {
                         let middle = if low == 0.0 { high / 8.0 } else { 0.5 * (low + high) };

@@ -13,6 +13,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::weights::{Planned, Shard, layout};
@@ -336,7 +337,7 @@ impl Draft {
         let mut names: Vec<String> = self.small.drain(..).chain(self.shards.iter().map(|s| s.file.clone())).collect();
         names.sort();
         manifest.files = names
-            .into_iter()
+            .into_par_iter()
             .map(|name| hash_file(&self.dir.join(&name)).map(|(bytes, sha256)| FileEntry { name, bytes, sha256 }))
             .collect::<Result<_, _>>()?;
         self.put_file(MANIFEST, manifest.to_text().as_bytes())?;
@@ -353,6 +354,7 @@ impl Draft {
         let old = self.dir.with_extension(format!("{}-replaced", extension(&self.dir)));
         let replaces = self.out.exists();
         if replaces {
+            remove_replaced(&old)?;
             fs::rename(&self.out, &old).map_err(Error::io("replace", &self.out))?;
         }
         if let Err(e) = fs::rename(&self.dir, &self.out) {
@@ -365,9 +367,7 @@ impl Draft {
         sync_dir(parent)?;
         let journal = self.out.join(JOURNAL);
         fs::remove_file(&journal).map_err(Error::io("remove", &journal))?;
-        if replaces {
-            fs::remove_dir_all(&old).map_err(Error::io("remove", &old))?;
-        }
+        remove_replaced(&old)?;
         sync_dir(&self.out)
     }
 
@@ -447,6 +447,14 @@ pub(crate) mod fault {
                 Ok(())
             }
         }
+    }
+}
+
+/// Removes what was replaced, now or by a run that was killed between its two renames.
+fn remove_replaced(old: &Path) -> Result<(), Error> {
+    match fs::remove_dir_all(old) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", old)(e)),
+        Ok(()) | Err(_) => Ok(()),
     }
 }
 

@@ -160,6 +160,25 @@ fn a_full_disk_is_named_and_leaves_the_output_and_a_resumable_draft() {
 }
 
 #[test]
+fn killed_between_the_two_renames_it_can_be_resumed() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    complete(&out, false, false).unwrap();
+    let whole = contents(&out);
+    fs::write(out.join("mark"), "the old one").unwrap();
+    let mut draft = begin(&out, false, true).unwrap();
+    for item in ["a", "b", "c"] {
+        put(&mut draft, item).unwrap();
+    }
+    let old = draft.dir().with_extension(format!("{}-replaced", extension(draft.dir())));
+    drop(draft);
+    fs::rename(&out, &old).unwrap();
+    complete(&out, true, true).unwrap();
+    assert_eq!(contents(&out), whole);
+    assert_eq!(names(dir.path()), ["out"]);
+}
+
+#[test]
 fn what_exists_is_not_lost() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");

@@ -19,6 +19,8 @@ pub struct Library {
     pub fusions: Vec<Fusion>,
     /// Warnings, with the texts they point into.
     pub warnings: Diagnostics,
+    /// Files it was read from: its own, those it uses and the tables that exist.
+    pub files: Vec<PathBuf>,
 }
 
 impl Library {
@@ -68,6 +70,16 @@ pub fn load_str(name: &str, text: &str) -> Result<Library, Diagnostics> {
     let mut loader = Loader::new(&Disk);
     loader.parse(name, Path::new(""), text);
     loader.finish()
+}
+
+/// The quantizer of a canonical text that was checked when the program was compiled.
+///
+/// # Panics
+/// If the text defines no quantizer: it is for the macros of `qp-macros` only.
+#[doc(hidden)]
+pub fn from_canonical(text: &str) -> Quantizer {
+    let library = load_str("canonical", text).unwrap_or_else(|e| panic!("{e}"));
+    library.quantizers.into_iter().next().expect("a canonical text defines a quantizer")
 }
 
 /// As [`load_file`], from other places than a disk.
@@ -152,7 +164,17 @@ impl<'a> Loader<'a> {
         if found.has_errors() {
             return Err(found);
         }
-        Ok(Library { quantizers, fusions, warnings: found })
+        let mut files: Vec<PathBuf> = self.parsed.into_iter().map(|p| p.path).collect();
+        files.retain(|f| !f.as_os_str().is_empty());
+        for t in quantizers.iter().flat_map(|q| &q.codes).flat_map(|c| &c.tables).filter(|t| !t.values.is_empty()) {
+            match &t.source {
+                TableSource::File(file) | TableSource::Trained { file, .. } if !files.contains(file) => {
+                    files.push(file.clone());
+                }
+                TableSource::File(_) | TableSource::Trained { .. } | TableSource::Inline => (),
+            }
+        }
+        Ok(Library { quantizers, fusions, warnings: found, files })
     }
 }
 

@@ -31,7 +31,7 @@ pub mod table_file;
 pub(crate) use check::Files;
 pub use fusion::{Epilogue, Fusion, Launch, Matrix, Prologue};
 pub(crate) use load::load_from;
-pub use load::{Library, load_file, load_str, resolve, resolve_fusion, resolve_untrained, untrained};
+pub use load::{Library, from_canonical, load_file, load_str, resolve, resolve_fusion, resolve_untrained, untrained};
 
 use std::path::PathBuf;
 

@@ -8,6 +8,9 @@
 //! 4. [`kernels`]: quantizer + operation + shape + target → kernel IR. One file an operation.
 //! 5. [`ir`]: the IR, its validator, text form and CPU interpreter.
 //! 6. [`cuda`]: targets and the printer to CUDA source.
+//!
+//! Beside the way: [`palette`], the quantizers built in; [`explain`], a quantizer for people; [`reference`], the arithmetic
+//! that every engine shares.
 
 pub mod cuda;
 pub mod explain;

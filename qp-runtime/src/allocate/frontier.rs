@@ -32,10 +32,10 @@ pub fn frontier(
     let mut out: Vec<Allocation> = Vec::new();
     for i in 0..points {
         let budget = least + ((used(&most) - least) as f64 * i as f64 / (points.max(2) - 1) as f64).ceil() as i64;
-        if let Ok(a) = solve(Some(budget)) {
-            if out.last().is_none_or(|last| a.solution.cost < last.solution.cost) {
-                out.push(a);
-            }
+        match solve(Some(budget)) {
+            Ok(a) if out.last().is_none_or(|last| a.solution.cost < last.solution.cost) => out.push(a),
+            // No better than the one before, or not feasible together with the other budget.
+            Ok(_) | Err(_) => (),
         }
     }
     Ok(out)

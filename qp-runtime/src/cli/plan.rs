@@ -8,6 +8,7 @@ use qp_codegen::spec::{Quantizer, ScaleKind};
 
 use super::Error;
 use crate::allocate::choice::{MEMORY, TIME};
+use crate::allocate::problem::Times;
 use crate::allocate::profile::{Origin, Profile, femtoseconds};
 use crate::allocate::report::{self, Budget};
 use crate::allocate::sensitivity::Sensitivities;
@@ -167,8 +168,7 @@ impl Plan {
         let kept = if self.lm_head { 0.0 } else { profile.as_ref().map_or(0.0, Profile::kept_seconds) };
         let constant = profile.as_ref().map_or(0, |p| femtoseconds(p.rest_seconds + kept));
         let times = |layers: &[&Layer], c: usize, core: Core| table.as_ref()?.get(layers, &names[c], core);
-        let times: Option<&dyn Fn(&[&Layer], usize, Core) -> Option<i64>> =
-            if table.is_some() { Some(&times) } else { None };
+        let times: Option<Times> = if table.is_some() { Some(&times) } else { None };
         Ok(Problem::new(layers, list, freedom, constant, &bytes, times)?)
     }
 }

@@ -170,7 +170,8 @@ fn check(files: &[PathBuf], trained: bool) -> Result<(), Failure> {
             Ok(library) => {
                 let mut found = library.warnings;
                 if trained {
-                    found.list.extend(library.quantizers.iter().filter_map(spec::untrained));
+                    let arg = |q: &Quantizer| format!("{}:{}", file.display(), q.name);
+                    found.list.extend(library.quantizers.iter().filter_map(|q| spec::untrained(q, &arg(q))));
                 }
                 found
             }

@@ -78,7 +78,7 @@ fn last(library: &Library, span: Span) -> syn::Result<TokenStream> {
 
 /// `q` as an expression.
 fn constant(q: &Quantizer, span: Span) -> syn::Result<TokenStream> {
-    if let Some(d) = spec::untrained(q) {
+    if let Some(d) = spec::untrained(q, &q.name) {
         return Err(syn::Error::new(span, message(&d)));
     }
     let text = q.canonical();

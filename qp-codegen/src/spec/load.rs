@@ -201,7 +201,7 @@ fn plain(path: &Path) -> PathBuf {
 /// If nothing or more than one thing is meant, if its file has errors, or if it is untrained.
 pub fn resolve(arg: &str) -> Result<Quantizer, Diagnostics> {
     let q = resolve_untrained(arg)?;
-    match untrained(&q) {
+    match untrained(&q, arg) {
         None => Ok(q),
         Some(d) => Err(Diagnostics { list: vec![d], ..Diagnostics::default() }),
     }
@@ -279,15 +279,15 @@ pub fn resolve_fusion(arg: &str) -> Result<Fusion, Diagnostics> {
     })
 }
 
-/// The error that `q` has no table yet, if so.
-pub fn untrained(q: &Quantizer) -> Option<Diagnostic> {
+/// The error that `q`, which a command line would call `arg`, has no table yet, if so.
+pub fn untrained(q: &Quantizer, arg: &str) -> Option<Diagnostic> {
     let table = q.codes.iter().flat_map(|c| &c.tables).find(|t| t.values.is_empty())?;
     let file = match &table.source {
         TableSource::Trained { file, .. } | TableSource::File(file) => format!(": there is no {}", file.display()),
         TableSource::Inline => String::new(),
     };
     let d = Diagnostic::plain(format!("the table `{}` of `{}` is not trained yet{file}", table.name, q.name));
-    Some(d.hint(format!("run: qp train-codebook {}", q.name)))
+    Some(d.hint(format!("run: qp train-codebook {arg}")))
 }
 
 fn no_quantizer(name: &str, place: &str, known: &[Quantizer]) -> Diagnostics {

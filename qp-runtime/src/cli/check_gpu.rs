@@ -18,11 +18,8 @@ pub struct CheckGpu {
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     members: Vec<String>,
     /// Numbers of tokens of the products to check.
-    #[arg(long, value_delimiter = ',', default_values_t = [1, 3, 8], value_parser = clap::value_parser!(u32).range(1..=8))]
+    #[arg(long, value_delimiter = ',', default_values_t = 1..=8, value_parser = clap::value_parser!(u32).range(1..=8))]
     batches: Vec<u32>,
-    /// Check only the I-th of N parts, so that N processes can share the work: NVRTC compiles one kernel at a time.
-    #[arg(long, value_name = "I/N", value_parser = part)]
-    part: Option<(usize, usize)>,
     /// Do not run the small models.
     #[arg(long)]
     no_models: bool,
@@ -33,15 +30,6 @@ pub struct CheckGpu {
 
 /// Rows × columns of the matrices: of whole tiles, and of neither whole row tiles nor whole column tiles.
 const SHAPES: [Shape; 2] = [Shape { rows: 256, cols: 1024 }, Shape { rows: 40, cols: 1376 }];
-
-/// `I/N`, as I − 1 and N.
-fn part(text: &str) -> Result<(usize, usize), String> {
-    let numbers = text.split_once('/').and_then(|(i, n)| Some((i.parse::<usize>().ok()?, n.parse::<usize>().ok()?)));
-    match numbers {
-        Some((i, n)) if (1..=n).contains(&i) => Ok((i - 1, n)),
-        _ => Err("expected I/N with I from 1 to N, as in 2/8".to_owned()),
-    }
-}
 
 /// One thing to compare.
 enum Task {
@@ -77,10 +65,6 @@ impl CheckGpu {
             members.iter().flat_map(|q| SHAPES.map(|s| Task::Quantizer(Box::new(q.clone()), s))).collect();
         if !self.no_models {
             tasks.extend((0..shapes.len()).flat_map(|i| (0..choices.len()).map(move |j| Task::Model(i, j))));
-        }
-        if let Some((i, n)) = self.part {
-            let mut at = 0..;
-            tasks.retain(|_| at.next().is_some_and(|t: usize| t % n == i));
         }
         let start = Instant::now();
         let run = |task: &Task| -> Result<usize, Failure> {

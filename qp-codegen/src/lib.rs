@@ -8,6 +8,7 @@
 //! 4. [`kernels`]: quantizer + operation + shape + target → kernel IR. One file an operation.
 //! 5. [`ir`]: the IR, its validator, text form and CPU interpreter.
 //! 6. [`cuda`]: targets and the printer to CUDA source.
+//! 7. [`nvrtc`]: CUDA source to machine code, where the compiler library is found.
 //!
 //! Beside the way: [`palette`], the quantizers built in; [`explain`], a quantizer for people; [`reference`], the arithmetic
 //! that every engine shares.
@@ -17,6 +18,7 @@ pub mod explain;
 pub mod ir;
 pub mod kernels;
 pub mod layout;
+pub mod nvrtc;
 pub mod palette;
 pub mod reference;
 pub mod spec;

@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use qp_codegen::cuda::{Target, print};
 use qp_codegen::ir::{Elem, Kernel};
 use qp_codegen::kernels::{dequantize, gemv, prepare};
+use qp_codegen::nvrtc;
 use qp_codegen::spec::{self, Matrix, Quantizer, Shape};
 use qp_codegen::syntax::{self, Diagnostics};
 use qp_codegen::{explain, palette};
@@ -86,8 +87,14 @@ struct Emit {
     #[arg(long, value_parser = matrix)]
     matrix: Option<Matrix>,
     /// Print the kernel IR instead of CUDA source
-    #[arg(long)]
+    #[arg(long, group = "form")]
     ir: bool,
+    /// Print PTX (needs NVRTC, no GPU)
+    #[arg(long, group = "form")]
+    ptx: bool,
+    /// Machine code; goes to a file (needs NVRTC, no GPU)
+    #[arg(long, group = "form", requires = "output")]
+    cubin: bool,
     /// Write here instead of to standard output
     #[arg(short, long)]
     output: Option<PathBuf>,
@@ -280,9 +287,20 @@ fn kernel(e: &Emit) -> Result<Kernel, Failure> {
 
 fn emit(e: &Emit) -> Result<(), Failure> {
     let kernel = kernel(e)?;
-    let text = if e.ir { kernel.to_string() } else { print(&kernel, e.target) };
+    let source = print(&kernel, e.target);
+    let (target, options) = (e.target.nvrtc_arch(), nvrtc::Options::default());
+    let failed = |e: nvrtc::CompileError| Failure::Other(e.to_string());
+    let bytes = if e.ir {
+        kernel.to_string().into_bytes()
+    } else if e.ptx {
+        nvrtc::compile_ptx(&source, &kernel.name, target, &options).map_err(failed)?.into_bytes()
+    } else if e.cubin {
+        nvrtc::compile(&source, &kernel.name, target, &options).map_err(failed)?.bytes
+    } else {
+        source.into_bytes()
+    };
     match &e.output {
-        Some(file) => replace(file, text.as_bytes()),
-        None => print_out(&text),
+        Some(file) => replace(file, &bytes),
+        None => print_out(&String::from_utf8_lossy(&bytes)),
     }
 }

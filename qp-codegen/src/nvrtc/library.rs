@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 
 use libloading::Library;
 
-use super::JitError;
+use super::CompileError;
 use super::find::{self, Candidate};
 
 type Program = *mut std::ffi::c_void;
@@ -55,13 +55,13 @@ impl Nvrtc {
     /// The library, opened at the first call.
     ///
     /// # Errors
-    /// [`JitError::Missing`] if there is none, [`JitError::Library`] if the one that `QP_NVRTC` names cannot be used.
-    pub fn get() -> Result<&'static Nvrtc, JitError> {
-        static NVRTC: OnceLock<Result<Nvrtc, JitError>> = OnceLock::new();
+    /// [`CompileError::Missing`] if there is none, [`CompileError::Library`] if the one that `QP_NVRTC` names cannot be used.
+    pub fn get() -> Result<&'static Nvrtc, CompileError> {
+        static NVRTC: OnceLock<Result<Nvrtc, CompileError>> = OnceLock::new();
         NVRTC.get_or_init(Nvrtc::open).as_ref().map_err(Clone::clone)
     }
 
-    fn open() -> Result<Nvrtc, JitError> {
+    fn open() -> Result<Nvrtc, CompileError> {
         let mut broken = None;
         for deep in [false, true] {
             for candidate in find::candidates(deep) {
@@ -78,10 +78,10 @@ impl Nvrtc {
                 break;
             }
         }
-        Err(broken.unwrap_or(JitError::Missing { given: find::given() }))
+        Err(broken.unwrap_or(CompileError::Missing { given: find::given() }))
     }
 
-    fn open_one(candidate: &Candidate) -> Result<Nvrtc, JitError> {
+    fn open_one(candidate: &Candidate) -> Result<Nvrtc, CompileError> {
         let path = match candidate {
             Candidate::Name(n) => PathBuf::from(n),
             Candidate::File(f) => f.clone(),
@@ -89,7 +89,7 @@ impl Nvrtc {
         let fail = |e: libloading::Error| {
             // The loader's own words are in the source.
             let reason = std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string);
-            JitError::Library { path: path.clone(), reason }
+            CompileError::Library { path: path.clone(), reason }
         };
         if let Candidate::File(file) = candidate {
             preload_builtins(file);
@@ -153,8 +153,14 @@ impl Nvrtc {
     }
 
     /// Compiles; `name` appears in the log. `ptx` asks for PTX text (options must then name a `compute_` target).
-    pub(super) fn compile(&self, source: &str, name: &str, options: &[String], ptx: bool) -> Result<Output, JitError> {
-        let nul = |_| JitError::Nul;
+    pub(super) fn compile(
+        &self,
+        source: &str,
+        name: &str,
+        options: &[String],
+        ptx: bool,
+    ) -> Result<Output, CompileError> {
+        let nul = |_| CompileError::Nul;
         let source = CString::new(source).map_err(nul)?;
         let name = CString::new(name).map_err(nul)?;
         let options = options.iter().map(|o| CString::new(o.as_str())).collect::<Result<Vec<_>, _>>().map_err(nul)?;
@@ -175,7 +181,7 @@ impl Nvrtc {
                 return Ok(Output { code: None, log });
             }
             if status != 0 {
-                return Err(JitError::Nvrtc { call: "nvrtcCompileProgram", reason: self.reason(status), log });
+                return Err(CompileError::Nvrtc { call: "nvrtcCompileProgram", reason: self.reason(status), log });
             }
             let code = if ptx {
                 program.text("nvrtcGetPTX", self.ptx_size, self.ptx)?
@@ -196,11 +202,11 @@ impl Nvrtc {
         unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
     }
 
-    fn check(&self, call: &'static str, status: c_int) -> Result<(), JitError> {
+    fn check(&self, call: &'static str, status: c_int) -> Result<(), CompileError> {
         if status == 0 {
             Ok(())
         } else {
-            Err(JitError::Nvrtc { call, reason: self.reason(status), log: String::new() })
+            Err(CompileError::Nvrtc { call, reason: self.reason(status), log: String::new() })
         }
     }
 }
@@ -214,7 +220,7 @@ struct Guard<'a> {
 impl Guard<'_> {
     /// # Safety
     /// `size` and `get` must be a pair of NVRTC functions.
-    unsafe fn text(&self, call: &'static str, size: Size, get: Text) -> Result<Vec<u8>, JitError> {
+    unsafe fn text(&self, call: &'static str, size: Size, get: Text) -> Result<Vec<u8>, CompileError> {
         let mut n = 0;
         // SAFETY: the program is alive and `n` a place for the size.
         self.nvrtc.check(call, unsafe { size(self.raw, &mut n) })?;

@@ -1,0 +1,103 @@
+//! The kernels of every quantizer of the palette: run by the interpreter against the CPU, compiled for every target.
+
+use std::collections::BTreeMap;
+
+use qp_codegen::cuda::{Target, print};
+use qp_codegen::ir::{Elem, Kernel};
+use qp_codegen::kernels::dequantize::{self, Dequantize};
+use qp_codegen::kernels::gemv::{self, Gemv, Launch};
+use qp_codegen::kernels::prepare::{self, Prepare};
+use qp_codegen::palette;
+use qp_codegen::spec::{Quantizer, Rotation, Shape};
+use qp_runtime::device::Executor;
+use qp_runtime::{check, jit};
+use rayon::prelude::*;
+
+fn palette() -> Vec<Quantizer> {
+    palette::names().iter().map(|name| palette::get(name).expect("listed and trained")).collect()
+}
+
+#[test]
+fn every_member_runs_on_the_interpreter_as_on_the_cpu() {
+    let on = Executor::interpreter();
+    palette().par_iter().for_each(|q| {
+        // Rows and columns that fill no whole tiles, and more tokens than one tensor-core product holds.
+        for (shape, batches) in [(Shape { rows: 40, cols: 576 }, [1, 5]), (Shape { rows: 16, cols: 1024 }, [2, 8])] {
+            let done = check::quantizer(&on, q, shape, &batches).unwrap_or_else(|e| panic!("{e}"));
+            assert!(done > 4, "{}: {done} comparisons", q.name);
+        }
+    });
+}
+
+/// Kernels of `q` for `target`: products at several shapes and batches, and the decoded matrix.
+fn kernels(q: &Quantizer, target: Target) -> Vec<Kernel> {
+    let device = target.device();
+    let gemv = |rows, cols, batch, accumulate| {
+        let op = Gemv { quantizer: q, shape: Shape { rows, cols }, batch, accumulate };
+        gemv::lower(&op, &Launch::choose(&op, &device))
+    };
+    let dequantize = Dequantize { quantizer: q, shape: Shape { rows: 4096, cols: 4096 }, output: Elem::F16 };
+    vec![
+        gemv(4096, 4096, 1, false),
+        gemv(28672, 4096, 1, false),
+        gemv(4096, 14336, 8, true),
+        gemv(1536, 576, 3, false),
+        dequantize::lower(&dequantize, device.sms),
+    ]
+}
+
+#[test]
+fn every_member_compiles_for_every_target_without_spills() {
+    if jit::nvrtc_for_tests().is_none() {
+        return;
+    }
+    let mut work = Vec::new();
+    for target in Target::ALL {
+        work.extend(palette().into_iter().map(|q| (q, target)));
+    }
+    let most: BTreeMap<String, u32> = work
+        .par_iter()
+        .flat_map_iter(|(q, target)| {
+            let kernels = kernels(q, *target).into_iter();
+            kernels.map(move |kernel| (format!("{} {target}", kernel.name), registers(&kernel, *target)))
+        })
+        .collect();
+    let largest = most.iter().max_by_key(|(_, r)| **r).expect("some kernel");
+    println!("{} kernels; the most registers: {} in {}", most.len(), largest.1, largest.0);
+}
+
+/// Compiles a kernel, which must not spill, and gives its registers.
+fn registers(kernel: &Kernel, target: Target) -> u32 {
+    let (cache, options) = (jit::Cache::none(), jit::Options::default());
+    let cubin = jit::compile_in(&cache, &print(kernel, target), &kernel.name, target.nvrtc_arch(), &options);
+    let usage = cubin.unwrap_or_else(|e| panic!("{e}")).usage.expect("the compiler says");
+    let spills = (usage.spill_stores, usage.spill_loads, usage.stack);
+    assert_eq!(spills, (0, 0, 0), "{} for {target} spills: {usage:?}", kernel.name);
+    let shared = target.device().shared_per_block;
+    assert!(kernel.shared_bytes() <= shared, "{} for {target}: {} bytes shared", kernel.name, kernel.shared_bytes());
+    usage.registers
+}
+
+#[test]
+fn cuda_of_representative_members() {
+    let shape = Shape { rows: 4096, cols: 4096 };
+    for (name, target, batch) in [
+        ("fast_2", Target::Sm90a, 1),
+        ("tcq_3", Target::Sm90a, 1),
+        ("tcq_3", Target::Sm80, 8),
+        ("htcq_3.25", Target::Sm89, 1),
+        ("nuq_4", Target::Sm120, 1),
+        ("vq2_3", Target::Sm100, 1),
+    ] {
+        let q = palette::get(name).expect("of the palette");
+        let op = Gemv { quantizer: &q, shape, batch, accumulate: false };
+        let kernel = gemv::lower(&op, &Launch::choose(&op, &target.device()));
+        insta::assert_snapshot!(format!("gemv_{name}_{target}_b{batch}"), print(&kernel, target));
+    }
+    let q = palette::get("tcq_2.5").expect("of the palette");
+    let kernel = dequantize::lower(&Dequantize { quantizer: &q, shape, output: Elem::F16 }, 132);
+    insta::assert_snapshot!("dequantize_tcq_2.5_sm_90a", print(&kernel, Target::Sm90a));
+    let op =
+        Prepare { columns: 768, stride: 768, batch: 1, rotation: Rotation::Hadamard { seed: 0 }, norm: Some(1e-5) };
+    insta::assert_snapshot!("prepare_768_sm_90a", print(&prepare::lower(&op), Target::Sm90a));
+}

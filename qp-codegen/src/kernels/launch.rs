@@ -78,7 +78,8 @@ impl Launch {
 /// Seconds of a launch; `None` if it does not fit the device.
 fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: u32, cost: u32) -> Option<f64> {
     let plan = Plan::new(op, launch);
-    let lane_words = plan.layout.lane_words.iter().sum::<u32>() / plan.layout.lane_words.len() as u32;
+    // Of a tile, on average: a group of tiles holds each code of a mix equally often.
+    let lane_words = f64::from(plan.layout.lane_words.iter().sum::<u32>()) / plan.layout.lane_words.len() as f64;
     let threads = launch.warps * 32;
 
     // What fits.
@@ -86,7 +87,7 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: u32, cost: u32)
     let resident = launch.min_blocks * (shared + 1024) <= device.shared_per_sm && shared <= device.shared_per_block;
     let fragments =
         if plan.resident { plan.depth * plan.layout.tile.cols / 32 * 2 * plan.groups } else { 4 * plan.groups };
-    let prefetched = launch.ahead * plan.depth * lane_words;
+    let prefetched = (f64::from(launch.ahead * plan.depth) * lane_words) as u32;
     let sums = 4 * plan.row_parts() * plan.groups * plan.products;
     let registers = prefetched + fragments + sums + WORKING_REGISTERS * plan.products.min(2);
     let available = (device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks)).min(255);
@@ -99,7 +100,7 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: u32, cost: u32)
     let blocks = grid.div_ceil(device.sms);
     let tiles = f64::from(blocks * plan.layout.row_tiles().div_ceil(launch.blocks) * plan.per_warp * launch.warps);
     let warps = f64::from(blocks.min(launch.min_blocks) * launch.warps);
-    let bytes = tiles * f64::from(lane_words * 128);
+    let bytes = tiles * lane_words * 128.0;
     let in_flight = warps * f64::from(prefetched * 128);
     let bandwidth = (device.bandwidth * BANDWIDTH / f64::from(device.sms)).min(in_flight / LATENCY);
     let products = f64::from(plan.layout.tile.cols / 32 * plan.row_parts() * plan.groups * plan.products);

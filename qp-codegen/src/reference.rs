@@ -122,7 +122,7 @@ fn paley(m: u32) -> Option<Vec<bool>> {
                 h[(i * m + j) as usize] = s + i32::from(i == j);
             }
         }
-    } else if m % 4 == 0 && prime(m / 2 - 1) && (m / 2 - 1) % 4 == 1 {
+    } else if m.is_multiple_of(4) && prime(m / 2 - 1) && (m / 2 - 1) % 4 == 1 {
         let q = m / 2 - 1;
         let row: Vec<i32> = (0..q).map(|a| chi(q, a)).collect();
         for i in 0..q + 1 {

@@ -198,7 +198,7 @@ impl<'b> Steps<'_, 'b, '_> {
             let hi = self.words.get(at + 1).copied().or(self.next).expect("a next word");
             return lo.funnel_shr(hi, shift) & mask(bits);
         }
-        if shift > 0 && shift % 8 == 0 && bits % 8 == 0 {
+        if shift > 0 && shift.is_multiple_of(8) && bits.is_multiple_of(8) {
             // Whole bytes: one permute picks them, and zeros (byte 4: the low byte of a zero word) above.
             let nibble = |i| if i < bits / 8 { shift / 8 + i } else { 4 };
             return lo.permute(self.d.b.u32(0), (0..4).map(|i| nibble(i) << (4 * i)).sum());

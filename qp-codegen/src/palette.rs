@@ -117,7 +117,7 @@ mod tests {
             let q = filled(q.clone());
             let text = q.canonical();
             let library = load_str("canonical", &text).unwrap_or_else(|e| panic!("{e}\n{text}"));
-            assert_eq!(library.quantizers, [q.clone()]);
+            assert_eq!(library.quantizers, std::slice::from_ref(&q));
             assert_eq!(library.warnings.to_string(), "");
             assert_eq!(library.quantizers[0].canonical(), text);
             let renamed = Quantizer { name: "other".into(), ..q.clone() };

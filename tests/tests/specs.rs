@@ -172,7 +172,7 @@ fn mutated_texts_never_panic() {
             Ok(library) => {
                 for q in library.quantizers.iter().filter(|q| q.is_trained()) {
                     let again = load_str("canonical", &q.canonical()).unwrap_or_else(|e| panic!("{e}\n{text}"));
-                    assert_eq!(again.quantizers, [q.clone()], "round {round}\n{text}");
+                    assert_eq!(again.quantizers, std::slice::from_ref(q), "round {round}\n{text}");
                 }
             }
             Err(errors) => assert!(!errors.render(false).is_empty()),

@@ -88,9 +88,13 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: u32, cost: u32)
     let fragments =
         if plan.resident { plan.depth * plan.layout.tile.cols / 32 * 2 * plan.groups } else { 4 * plan.groups };
     let prefetched = (f64::from(launch.ahead * plan.depth) * lane_words) as u32;
+    // Each further code of a mix keeps masks and addresses of its own alive.
+    let working = WORKING_REGISTERS * plan.products.min(2) + 4 * (op.quantizer.codes.len() as u32 - 1);
     let sums = 4 * plan.row_parts() * plan.groups * plan.products;
-    let registers = prefetched + fragments + sums + WORKING_REGISTERS * plan.products.min(2);
-    let available = (device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks)).min(255);
+    let registers = prefetched + fragments + sums + working;
+    let available = device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks);
+    // They are given out in eights.
+    let available = (available / 8 * 8).min(255);
     if !resident || registers > available || threads * launch.min_blocks > device.threads_per_sm {
         return None;
     }

@@ -141,4 +141,26 @@ mod tests {
     fn figures_have_four_digits() {
         assert_eq!([0.14033, 0.0625, 1.0, 4.1476e-5].map(figure), ["0.1403", "0.06250", "1.000", "0.00004148"]);
     }
+
+    #[test]
+    fn the_palette_is_no_worse_than_q_palette() {
+        let theirs: toml::Table = Q_PALETTE.parse().expect("a table");
+        for name in palette::names() {
+            let d = palette::distortion(name).unwrap_or_else(|| panic!("{name} has not been measured"));
+            if let Some(q) = theirs.get(name).and_then(toml::Value::as_float) {
+                assert!(d <= 1.01 * q, "{name}: {d} against {q}");
+            }
+        }
+    }
+
+    #[test]
+    fn published_figures_are_those_of_the_tables() {
+        for name in ["tcq_2", "tcq_3", "tcq_4", "htcq_3.25", "nuq_4", "vq2_2.5", "fast_2"] {
+            let q = spec::resolve(name).expect("trained");
+            let published = palette::distortion(name).expect("measured");
+            let d = distortion::measure(&q, 1 << 15, 3);
+            let off = (d.mean - published).abs() / d.standard_error;
+            assert!(off < 4.5, "{name}: {} ± {}, published {published}", d.mean, d.standard_error);
+        }
+    }
 }

@@ -51,7 +51,8 @@ pub fn training(code: &Code) -> Option<Training> {
 /// round; returns the values of all tables.
 ///
 /// The trained tables' present values, if any, do not matter. `progress` is called in each round with its number and
-/// the mean squared error that the values *before* the round have on the samples.
+/// the mean squared error that the values *before* the round have on the samples; rounds are counted anew if training
+/// starts from several first tables, of which the best result is taken.
 ///
 /// # Errors
 /// A code that has no such table, or whose expression cannot be inverted.
@@ -60,36 +61,66 @@ pub fn train(code: &Code, training: Training, progress: &mut dyn FnMut(u32, f64)
         return Err(TrainError::NoTable);
     }
     let sources = sources(code)?;
-    let mut code = code.clone();
     let mut random = Gaussian::new(training.seed);
-    initialise(&mut code, &sources, &mut random);
+    // Quantiles of the source, from samples.
+    let mut quantiles = random.samples(1 << 18);
+    quantiles.sort_by(f32::total_cmp);
+    // Without memory, samples may be drawn where the entries are and weighted by how likely the source is there: then
+    // outer entries, which few samples of the source would choose, are as well placed as inner ones.
+    let width = if code.is_memoryless() { entry_spread(code) } else { 1.0 };
     let block = code.block.len() as usize;
     let blocks = (training.samples as usize).div_ceil(block).max(1);
-    let samples = random.samples(blocks * block);
+    let mut samples = random.samples(blocks * block);
+    samples.iter_mut().for_each(|x| *x *= width as f32);
 
+    let mut best: Option<(f64, Code)> = None;
+    for &start in starts(code, &sources) {
+        let mut code = code.clone();
+        initialise(&mut code, &sources, start, &quantiles);
+        let error = descend(&mut code, &sources, &samples, width, training.rounds, progress);
+        if best.as_ref().is_none_or(|b| error < b.0) {
+            best = Some((error, code));
+        }
+    }
+    let (_, code) = best.expect("at least one start");
+    Ok(code.tables.into_iter().map(|t| t.values).collect())
+}
+
+/// Lloyd's iteration; returns the mean squared error of the last values but one.
+fn descend(
+    code: &mut Code,
+    sources: &[Source],
+    samples: &[f32],
+    width: f64,
+    rounds: u32,
+    progress: &mut dyn FnMut(u32, f64),
+) -> f64 {
     let v = code.vector as usize;
     let offset = if code.half_offset { 0.5 } else { 0.0 };
     let (min, max) = code.value.range();
-    for round in 0..training.rounds {
-        let windows = encode(&code, &samples);
+    let mut last = f64::INFINITY;
+    for round in 0..rounds {
+        let windows = encode(code, samples);
         let values: Vec<i16> = code.tables.iter().flat_map(|t| t.values.iter().copied()).collect();
-        let mut sums = vec![(0f64, 0u64); values.len()];
+        let mut sums = vec![(0f64, 0f64); values.len()];
         let mut error = 0.0;
         for (&w, x) in windows.iter().zip(samples.chunks_exact(v)) {
+            let weight = if code.is_memoryless() { likelihood_ratio(x, width) } else { 1.0 };
             for (source, &x) in sources[w as usize * v..].iter().zip(x) {
                 // The value, a real number here, that would give `x`.
                 let x = f64::from(x) / f64::from(code.unit) - offset;
                 let ideal = if source.complement { -1.0 - x } else { x };
                 let (sum, count) = &mut sums[source.value as usize];
-                *sum += ideal;
-                *count += 1;
-                error += (ideal - f64::from(values[source.value as usize])).powi(2);
+                *sum += weight * ideal;
+                *count += weight;
+                error += weight * (ideal - f64::from(values[source.value as usize])).powi(2);
             }
         }
-        progress(round, error / samples.len() as f64 * f64::from(code.unit).powi(2));
+        last = error / samples.len() as f64 * f64::from(code.unit).powi(2);
+        progress(round, last);
         let mut new = sums.iter().zip(&values).map(|(&(sum, count), &old)| {
             // What no sample chose stays where it is.
-            if count == 0 { old } else { (sum / count as f64).round().clamp(min.into(), max.into()) as i16 }
+            if count == 0.0 { old } else { (sum / count).round().clamp(min.into(), max.into()) as i16 }
         });
         for t in &mut code.tables {
             let new: Vec<i16> = new.by_ref().take(t.values.len()).collect();
@@ -98,7 +129,20 @@ pub fn train(code: &Code, training: Training, progress: &mut dyn FnMut(u32, f64)
             }
         }
     }
-    Ok(code.tables.into_iter().map(|t| t.values).collect())
+    last
+}
+
+/// Standard deviation of the density that the best entries of a code without memory have: the source's density to the
+/// power V / (V + 2), a wider Gaussian.
+fn entry_spread(code: &Code) -> f64 {
+    let v = f64::from(code.vector);
+    ((v + 2.0) / v).sqrt()
+}
+
+/// How much likelier `x` is under the source than under a Gaussian of standard deviation `width`.
+fn likelihood_ratio(x: &[f32], width: f64) -> f64 {
+    let square: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
+    width.powi(x.len() as i32) * (-0.5 * square * (1.0 - width.powi(-2))).exp()
 }
 
 fn is_trained_here(t: &Table) -> bool {
@@ -159,9 +203,29 @@ fn fill(tables: &mut [Table], v: usize, f: impl Fn(usize) -> i16) {
     }
 }
 
-/// First values: entries spread evenly under the density that the best codebook of many entries has. That is the
-/// source's own for a trellis code, and the source's to the power V / (V + 2), a wider Gaussian, for one without memory.
-fn initialise(code: &mut Code, sources: &[Source], random: &mut Gaussian) {
+/// How entries lie at first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Start {
+    /// At the points of a sequence of low discrepancy.
+    Sequence,
+    /// In the plane: a sunflower's golden spiral, nearly the best lattice everywhere.
+    Spiral,
+}
+
+/// Where to start from. Small tables end in different optima; of a large one every part is nearly a lattice.
+fn starts(code: &Code, sources: &[Source]) -> &'static [Start] {
+    let entries = code.tables.iter().map(|t| t.entries).max().unwrap_or(0);
+    let planar = code.vector == 2 && code.is_memoryless() && sources.iter().all(|s| !s.complement);
+    match (planar, entries <= 256) {
+        (true, true) => &[Start::Sequence, Start::Spiral],
+        (true, false) => &[Start::Spiral],
+        (false, _) => &[Start::Sequence],
+    }
+}
+
+/// First values: entries spread evenly under the density that the best codebook of many entries has, the source's own
+/// for a trellis code and [`entry_spread`]'s for one without memory.
+fn initialise(code: &mut Code, sources: &[Source], start: Start, quantiles: &[f32]) {
     let v = code.vector as usize;
     let total: usize = code.tables.iter().map(|t| t.entries as usize * v).sum();
     // Values of which both signs are in use are magnitudes.
@@ -169,10 +233,7 @@ fn initialise(code: &mut Code, sources: &[Source], random: &mut Gaussian) {
     for s in sources {
         used[s.value as usize][usize::from(s.complement)] = true;
     }
-    let width = if code.is_memoryless() { ((v as f32 + 2.0) / v as f32).sqrt() } else { 1.0 };
-    // Quantiles, from samples.
-    let mut quantiles = random.samples(1 << 18);
-    quantiles.sort_by(f32::total_cmp);
+    let width = if code.is_memoryless() { entry_spread(code) } else { 1.0 };
     let quantile = |u: f64| quantiles[(u * quantiles.len() as f64) as usize];
     // The sequence R_V: multiples, modulo 1, of the powers of the root of g^(V+1) = g + 1.
     let mut g = 1.5f64;
@@ -181,6 +242,8 @@ fn initialise(code: &mut Code, sources: &[Source], random: &mut Gaussian) {
     }
     let offset = if code.half_offset { 0.5 } else { 0.0 };
     let (min, max) = code.value.range();
+    let unit = f64::from(code.unit);
+    let to_value = |x: f64| (x / unit - offset).round().clamp(min.into(), max.into()) as i16;
     let mut index = 0;
     for t in &mut code.tables {
         let entries = t.entries as usize;
@@ -191,6 +254,13 @@ fn initialise(code: &mut Code, sources: &[Source], random: &mut Gaussian) {
         t.values = (0..entries * v)
             .map(|i| {
                 let (entry, component) = (i / v, i % v);
+                if start == Start::Spiral {
+                    // Golden angles, radii by the quantiles of a Gaussian of two dimensions.
+                    let inside = (entry as f64 + 0.5) / entries as f64;
+                    let radius = width * (-2.0 * (1.0 - inside).ln()).sqrt();
+                    let angle = entry as f64 * std::f64::consts::PI * (3.0 - 5f64.sqrt());
+                    return to_value(radius * if component == 0 { angle.cos() } else { angle.sin() });
+                }
                 let u = if v == 1 {
                     (entry as f64 + 0.5) / entries as f64
                 } else {
@@ -201,7 +271,7 @@ fn initialise(code: &mut Code, sources: &[Source], random: &mut Gaussian) {
                     [true, false] | [false, false] => quantile(u),
                     [false, true] => -quantile(u),
                 };
-                (x * width / code.unit - offset).round().clamp(min as f32, max as f32) as i16
+                to_value(f64::from(x) * width)
             })
             .collect();
         index += t.values.len();

@@ -39,16 +39,23 @@ pub fn measure_code(code: &Code, samples: u64, seed: u64) -> Distortion {
     let blocks = (samples as usize).div_ceil(block).max(2);
     let book: Vec<f32> = code.codebook().iter().map(|&e| reference::weight(code, e, 1.0)).collect();
     let mut random = Gaussian::new(seed);
+    // Without memory: drawn wider and weighted, for else a few far samples decide at high rates.
+    let width = if code.is_memoryless() { train::entry_spread(code) } else { 1.0 };
     let (mut sum, mut squares) = (0.0, 0.0);
     let mut left = blocks;
     while left > 0 {
         // In parts, to bound the memory.
         let n = left.min(4096);
-        let x = random.samples(n * block);
+        let mut x = random.samples(n * block);
+        x.iter_mut().for_each(|x| *x *= width as f32);
         let windows = train::encode(code, &x);
         for (x, windows) in x.chunks_exact(block).zip(windows.chunks_exact(block / v)) {
-            let decoded = windows.iter().flat_map(|&w| &book[w as usize * v..][..v]);
-            let error: f64 = x.iter().zip(decoded).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>() / block as f64;
+            let squares_of_steps = x.chunks_exact(v).zip(windows).map(|(x, &w)| {
+                let decoded = &book[w as usize * v..][..v];
+                let error: f64 = x.iter().zip(decoded).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+                if code.is_memoryless() { error * train::likelihood_ratio(x, width) } else { error }
+            });
+            let error = squares_of_steps.sum::<f64>() / block as f64;
             sum += error;
             squares += error * error;
         }

@@ -134,13 +134,13 @@ fn descend(
 
 /// Standard deviation of the density that the best entries of a code without memory have: the source's density to the
 /// power V / (V + 2), a wider Gaussian.
-fn entry_spread(code: &Code) -> f64 {
+pub(super) fn entry_spread(code: &Code) -> f64 {
     let v = f64::from(code.vector);
     ((v + 2.0) / v).sqrt()
 }
 
 /// How much likelier `x` is under the source than under a Gaussian of standard deviation `width`.
-fn likelihood_ratio(x: &[f32], width: f64) -> f64 {
+pub(super) fn likelihood_ratio(x: &[f32], width: f64) -> f64 {
     let square: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
     width.powi(x.len() as i32) * (-0.5 * square * (1.0 - width.powi(-2))).exp()
 }

@@ -360,8 +360,8 @@ fn gather<'b>(four: &[(V<'b>, u32)]) -> V<'b> {
     low.permute(high, 0x5410)
 }
 
-/// Work of decoding one tile of a code, a lane's operations: all, and look-ups in shared memory among them.
-pub fn tile_cost(q: &Quantizer, code: usize) -> (u32, u32) {
+/// Work of decoding one tile of a code: a lane's operations.
+pub fn tile_cost(q: &Quantizer, code: usize) -> u32 {
     let b = Builder::new("cost", [1, 1], 32);
     let decoder = Decoder::new(&b, q);
     let words: Vec<V> = (0..layout::lane_words(&q.codes[code])).map(|_| b.u32(0)).collect();
@@ -370,8 +370,7 @@ pub fn tile_cost(q: &Quantizer, code: usize) -> (u32, u32) {
     let kernel = b.finish();
     let ops =
         kernel.values.iter().filter(|v| !matches!(v.op, ir::Op::Const(_) | ir::Op::Bitcast(..) | ir::Op::Extract(..)));
-    let loads = kernel.values.iter().filter(|v| matches!(v.op, ir::Op::Load { .. }));
-    (ops.count() as u32, loads.count() as u32)
+    ops.count() as u32
 }
 
 /// Bytes of shared memory that the tables of a quantizer take.

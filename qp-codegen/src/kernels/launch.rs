@@ -50,7 +50,7 @@ impl Launch {
         let codes = op.quantizer.codes.len() as u32;
         let (rows, cols) = (layout.row_tiles(), layout.col_tiles());
         let tables = decode::table_bytes(op.quantizer);
-        let cost = (0..codes as usize).map(|c| decode::tile_cost(op.quantizer, c).0).sum::<u32>() / codes;
+        let cost = (0..codes as usize).map(|c| decode::tile_cost(op.quantizer, c)).sum::<u32>() / codes;
         let mut out = Vec::new();
         for split in (1..=16).filter(|s| *s == 1 || s * 2 * codes <= cols) {
             let share = cols.div_ceil(split).next_multiple_of(codes);

@@ -4,14 +4,15 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use half::bf16;
 use qp_codegen::kernels::gemv::{Gemv, Launch};
-use qp_codegen::layout::{BLOCKS_PER_TILE, Packed, position};
+use qp_codegen::layout::Packed;
 use qp_codegen::reference::{self, Activations};
 use qp_codegen::spec::{self, Quantizer, Shape};
 
 use super::Error;
 use super::distortion::DistortionBench;
+use crate::check::synthetic::{self, Random};
+use crate::codec;
 use crate::device::ops::{DeviceActivations, DeviceMatrix, GemvKernel};
 use crate::device::{Buffer, Executor};
 
@@ -73,8 +74,6 @@ fn shape(text: &str) -> Result<Shape, String> {
 
 /// Bytes over which a graph rotates: several times any L2 cache.
 const ROTATE: usize = 400 << 20;
-/// Row tiles compared with the CPU's decoder.
-const CHECKED_TILES: u32 = 3;
 
 /// One measurement.
 pub(super) struct Row {
@@ -139,20 +138,18 @@ impl Kernels {
 /// # Errors
 /// Those of the executor, or a result that differs.
 pub(super) fn measure(on: &Executor, q: &Quantizer, shape: Shape, batch: u32, tried: usize) -> Result<Vec<Row>, Error> {
-    let layout = Packed::new(q, shape);
-    let mut random = Random(1);
-    let words: Vec<u32> = (0..layout.words()).map(|_| random.word()).collect();
-    let scales = vec![bf16::from_f32(0.5); shape.rows as usize];
-    let copies = (ROTATE / (words.len() * 4)).clamp(2, 200);
+    let name = format!("{}, {} x {}", q.name, shape.rows, shape.cols);
+    let packed = synthetic::matrix(&name, q, shape);
+    let layout = &packed.layout;
+    let bytes = packed.words.len() * 4;
+    let copies = (ROTATE / bytes).clamp(2, 200);
     let matrices: Vec<DeviceMatrix> = (0..copies)
-        .map(|_| DeviceMatrix::upload(on, q, shape.cols, &[(shape.rows, &words, &scales)]))
+        .map(|_| DeviceMatrix::upload(on, q, shape.cols, &[(shape.rows, &packed.words, &packed.scales)]))
         .collect::<Result<_, _>>()?;
-    let inputs: Vec<Activations> = (0..batch)
-        .map(|_| {
-            let x: Vec<f32> = (0..shape.cols).map(|_| random.word() as i32 as f32).collect();
-            reference::quantize_activations(&x)
-        })
-        .collect();
+    let mut random = Random::of(&name);
+    let inputs: Vec<Activations> =
+        (0..batch).map(|_| reference::quantize_activations(&random.values(shape.cols as usize, 1.0))).collect();
+    let products = codec::linear(q, &packed, &inputs);
     let x = DeviceActivations::upload(on, &inputs, shape.cols)?;
     let op = Gemv { quantizer: q, shape, batch, accumulate: false };
     let ranked = Launch::ranked(&op, &on.device());
@@ -161,7 +158,7 @@ pub(super) fn measure(on: &Executor, q: &Quantizer, shape: Shape, batch: u32, tr
         let mut kernel = GemvKernel::load(on, &op, Some(launch))?;
         let mut y = on.zeroed((layout.padded_rows() * batch) as usize)?;
         kernel.launch(on, &matrices[0], &x, &mut y)?;
-        check(q, &layout, &words, &inputs, &y)?;
+        check(q, layout, &y, &products)?;
         let mut graph = on.record();
         let launches = copies * (256 / copies).max(1);
         for i in 0..launches {
@@ -181,49 +178,22 @@ pub(super) fn measure(on: &Executor, q: &Quantizer, shape: Shape, batch: u32, tr
             registers: kernel.loaded().usage().map_or(0, |u| u.registers),
             expected,
             seconds: best,
-            bytes: words.len() * 4,
+            bytes,
         });
     }
     Ok(rows)
 }
 
-/// Compares some rows of the first launch's result with the definition of the code, to the bit.
-fn check(q: &Quantizer, layout: &Packed, words: &[u32], x: &[Activations], y: &Buffer<f32>) -> Result<(), Error> {
-    let got = y.to_vec()?;
-    let tiles = layout.row_tiles();
-    for row_tile in (0..CHECKED_TILES).map(|i| i * (tiles - 1) / (CHECKED_TILES - 1)) {
-        let mut acc = vec![0i64; layout.tile.rows as usize * x.len()];
-        let mut stream = Vec::new();
-        for col_tile in 0..layout.col_tiles() {
-            let code = &q.codes[layout.code_of(col_tile)];
-            let mut entry = vec![0; code.vector as usize];
-            for g in 0..BLOCKS_PER_TILE {
-                layout.read_block(words, row_tile, col_tile, g, &mut stream);
-                for p in 0..code.block.len() {
-                    if p % code.vector == 0 {
-                        code.entry(code.window_at(&stream, p / code.vector), &mut entry);
-                    }
-                    let (row, col) = position(code.block, g, p);
-                    let col = (col_tile * layout.tile.cols + col) as usize;
-                    for (token, x) in x.iter().enumerate().filter(|(_, x)| col < x.q.len()) {
-                        acc[token * layout.tile.rows as usize + row as usize] +=
-                            i64::from(entry[(p % code.vector) as usize]) * i64::from(x.q[col]);
-                    }
-                }
-            }
-        }
-        for (token, x) in x.iter().enumerate() {
-            let factor = reference::output_factor(&q.codes[0], x.scale);
-            for row in 0..layout.tile.rows.min(layout.shape.rows - row_tile * layout.tile.rows) {
-                let at = row_tile * layout.tile.rows + row;
-                let acc = acc[(token as u32 * layout.tile.rows + row) as usize];
-                let expect = reference::scale_output(&q.codes[0], acc, x.sum, 0.5, factor);
-                let got = got[token * layout.padded_rows() as usize + at as usize];
-                if got.to_bits() != expect.to_bits() {
-                    let message = format!("{}: row {at}, token {token} is {got}, but must be {expect}", q.name);
-                    return Err(message.into());
-                }
-            }
+/// Compares a launch's result, tokens × padded rows, with the CPU's, tokens × rows, to the bit.
+fn check(q: &Quantizer, layout: &Packed, y: &Buffer<f32>, expected: &[f32]) -> Result<(), Error> {
+    let rows = layout.shape.rows as usize;
+    let y = y.to_vec()?;
+    for (token, (got, expected)) in
+        y.chunks_exact(layout.padded_rows() as usize).zip(expected.chunks_exact(rows)).enumerate()
+    {
+        if let Some(row) = (0..rows).find(|&r| got[r].to_bits() != expected[r].to_bits()) {
+            let (got, must) = (got[row], expected[row]);
+            return Err(format!("{}: row {row}, token {token} is {got}, but must be {must}", q.name).into());
         }
     }
     Ok(())
@@ -258,13 +228,23 @@ fn json(gpu: &str, peak: f64, rows: &[Row]) -> String {
     out + "  ]\n}\n"
 }
 
-/// SplitMix64.
-struct Random(u64);
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Random {
-    fn word(&mut self) -> u32 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        ((z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB) >> 32) as u32
+    #[test]
+    fn what_is_measured_is_compared_with_the_cpu() {
+        let q = spec::resolve("htcq_2.25").expect("of the palette");
+        let shape = Shape { rows: 24, cols: 300 };
+        let rows = measure(&Executor::interpreter(), &q, shape, 2, 1).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!((rows.len(), rows[0].batch), (1, 2));
+        let on = Executor::interpreter();
+        let y = on.upload(&[1.0f32; 32]).expect("memory");
+        let layout = Packed::new(&q, Shape { rows: 24, cols: 300 });
+        let mut expected = [1.0f32; 24];
+        check(&q, &layout, &y, &expected).expect("equal but for padding");
+        expected[23] = -1.0;
+        let message = check(&q, &layout, &y, &expected).expect_err("a row differs").to_string();
+        assert_eq!(message, "htcq_2.25: row 23, token 0 is 1, but must be -1");
     }
 }

@@ -288,31 +288,34 @@ impl<'a> Parser<'a> {
                     .hint("a quantizer holds `code` bodies, and these hold none"),
             );
         }
-        let mut properties = Vec::new();
+        let (properties, incomplete) = self.members(open, &PROPERTIES, Self::property);
+        self.bodies = self.bodies.saturating_sub(1);
+        Ok(Body { properties, span: open.to(self.last()), incomplete })
+    }
+
+    /// What stands between the brace `open` and its end: members that begin with one of `words`, where the next is looked
+    /// for after one that fails. True if anything failed or the brace is not closed.
+    fn members<T>(&mut self, open: Span, words: &[&str], member: impl Fn(&mut Self) -> Parse<T>) -> (Vec<T>, bool) {
+        let mut members = Vec::new();
         let mut incomplete = false;
-        loop {
-            if self.eat(TokenKind::RBrace) {
-                break;
-            }
+        while !self.eat(TokenKind::RBrace) {
             if self.peek().kind == TokenKind::End || self.starts(&ITEMS) {
                 self.unclosed(open);
-                incomplete = true;
-                break;
+                return (members, true);
             }
             let at = self.at;
-            match self.property() {
-                Ok(p) => properties.push(p),
+            match member(self) {
+                Ok(m) => members.push(m),
                 Err(Failed) => {
                     incomplete = true;
                     if self.at == at {
                         self.next();
                     }
-                    self.recover(&PROPERTIES);
+                    self.recover(words);
                 }
             }
         }
-        self.bodies = self.bodies.saturating_sub(1);
-        Ok(Body { properties, span: open.to(self.last()), incomplete })
+        (members, incomplete)
     }
 
     fn property(&mut self) -> Parse<Property> {
@@ -456,29 +459,7 @@ impl<'a> Parser<'a> {
         let start = self.next().span;
         let name = self.name("the fusion pattern's name")?;
         let open = self.expect(TokenKind::LBrace, "{")?;
-        let mut launches = Vec::new();
-        let mut incomplete = false;
-        loop {
-            if self.eat(TokenKind::RBrace) {
-                break;
-            }
-            if self.peek().kind == TokenKind::End || self.starts(&ITEMS) {
-                self.unclosed(open);
-                incomplete = true;
-                break;
-            }
-            let at = self.at;
-            match self.launch() {
-                Ok(l) => launches.push(l),
-                Err(Failed) => {
-                    incomplete = true;
-                    if self.at == at {
-                        self.next();
-                    }
-                    self.recover(&["launch"]);
-                }
-            }
-        }
+        let (launches, incomplete) = self.members(open, &["launch"], Self::launch);
         Ok(Fusion { doc, name, launches, span: start.to(self.last()), incomplete })
     }
 

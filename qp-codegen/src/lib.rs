@@ -11,13 +11,14 @@
 //! 7. [`nvrtc`]: CUDA source to machine code, where the compiler library is found.
 //!
 //! Beside the way: [`palette`], the quantizers built in; [`explain`], a quantizer for people; [`reference`], the arithmetic
-//! that every engine shares.
+//! that every engine shares; [`metric`], that of every encoder.
 
 pub mod cuda;
 pub mod explain;
 pub mod ir;
 pub mod kernels;
 pub mod layout;
+pub mod metric;
 pub mod nvrtc;
 pub mod palette;
 pub mod reference;

@@ -14,6 +14,7 @@ mod decode;
 pub mod distortion;
 mod encode;
 pub mod gaussian;
+pub mod plain;
 mod simd;
 pub mod train;
 pub mod viterbi;

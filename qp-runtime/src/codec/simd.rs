@@ -1,6 +1,6 @@
 //! One source, compiled for several instruction sets, chosen when it runs.
 //!
-//! No operation is contracted or reordered, so all versions return the same bits.
+//! All arithmetic is on integers, so all versions return the same bits.
 
 /// Numbers in a [`Lanes`].
 pub(super) const LANES: usize = 16;
@@ -8,7 +8,7 @@ pub(super) const LANES: usize = 16;
 /// One number for each of [`LANES`] blocks that are worked on together.
 #[derive(Clone, Copy, Debug)]
 #[repr(align(64))]
-pub(super) struct Lanes(pub(super) [f32; LANES]);
+pub(super) struct Lanes(pub(super) [i32; LANES]);
 
 /// A [`Lanes`] in registers.
 ///
@@ -16,21 +16,28 @@ pub(super) struct Lanes(pub(super) [f32; LANES]);
 /// All functions need the instruction set of the implementation: call them only from functions compiled for it, into
 /// which they are inlined.
 pub(super) trait Register: Copy {
-    unsafe fn splat(x: f32) -> Self;
+    unsafe fn splat(x: i32) -> Self;
     unsafe fn load(x: &Lanes) -> Self;
     unsafe fn store(self, to: &mut Lanes);
     unsafe fn add(self, b: Self) -> Self;
-    unsafe fn mul(self, b: Self) -> Self;
-    /// `b` where it is less, else `self`.
+    /// The sum of the products of the low and of the high 16 bits, all signed.
+    unsafe fn dot(self, b: Self) -> Self;
+    /// Arithmetic shift right.
+    unsafe fn shift(self, by: u32) -> Self;
     unsafe fn min(self, b: Self) -> Self;
     /// `value` where `a < b`, else `self`.
     unsafe fn replace_if_less(self, a: Self, b: Self, value: Self) -> Self;
 }
 
+/// The sum of the products of the low and of the high 16 bits.
+pub(super) fn dot(a: i32, b: i32) -> i32 {
+    i32::from(a as i16) * i32::from(b as i16) + (a >> 16) * (b >> 16)
+}
+
 /// Without vector instructions that are known here.
 impl Register for Lanes {
     #[inline(always)]
-    unsafe fn splat(x: f32) -> Self {
+    unsafe fn splat(x: i32) -> Self {
         Lanes([x; LANES])
     }
     #[inline(always)]
@@ -43,15 +50,19 @@ impl Register for Lanes {
     }
     #[inline(always)]
     unsafe fn add(self, b: Self) -> Self {
-        Lanes(std::array::from_fn(|i| self.0[i] + b.0[i]))
+        Lanes(std::array::from_fn(|i| self.0[i].wrapping_add(b.0[i])))
     }
     #[inline(always)]
-    unsafe fn mul(self, b: Self) -> Self {
-        Lanes(std::array::from_fn(|i| self.0[i] * b.0[i]))
+    unsafe fn dot(self, b: Self) -> Self {
+        Lanes(std::array::from_fn(|i| dot(self.0[i], b.0[i])))
+    }
+    #[inline(always)]
+    unsafe fn shift(self, by: u32) -> Self {
+        Lanes(self.0.map(|x| x >> by))
     }
     #[inline(always)]
     unsafe fn min(self, b: Self) -> Self {
-        Lanes(std::array::from_fn(|i| if b.0[i] < self.0[i] { b.0[i] } else { self.0[i] }))
+        Lanes(std::array::from_fn(|i| self.0[i].min(b.0[i])))
     }
     #[inline(always)]
     unsafe fn replace_if_less(self, a: Self, b: Self, value: Self) -> Self {
@@ -67,7 +78,8 @@ mod x86 {
 
     /// `N` registers of type `R`.
     macro_rules! registers {
-        ($name:ident, $register:ty, $set1:ident, $load:ident, $store:ident, $add:ident, $mul:ident, $min:ident, $select:expr) => {
+        ($name:ident, $register:ty, $set1:ident, $load:ident, $store:ident, $add:ident, $dot:ident, $shift:ident,
+         $min:expr, $select:expr) => {
             #[derive(Clone, Copy)]
             pub struct $name([$register; LANES * 4 / size_of::<$register>()]);
 
@@ -79,17 +91,17 @@ mod x86 {
             // the widest register.
             impl Register for $name {
                 #[inline(always)]
-                unsafe fn splat(x: f32) -> Self {
+                unsafe fn splat(x: i32) -> Self {
                     $name(std::array::from_fn(|_| unsafe { $set1(x) }))
                 }
                 #[inline(always)]
                 unsafe fn load(x: &Lanes) -> Self {
-                    $name(std::array::from_fn(|i| unsafe { $load(x.0.as_ptr().add(i * Self::WIDTH)) }))
+                    $name(std::array::from_fn(|i| unsafe { $load(x.0.as_ptr().add(i * Self::WIDTH).cast()) }))
                 }
                 #[inline(always)]
                 unsafe fn store(self, to: &mut Lanes) {
                     for (i, r) in self.0.into_iter().enumerate() {
-                        unsafe { $store(to.0.as_mut_ptr().add(i * Self::WIDTH), r) }
+                        unsafe { $store(to.0.as_mut_ptr().add(i * Self::WIDTH).cast(), r) }
                     }
                 }
                 #[inline(always)]
@@ -97,13 +109,16 @@ mod x86 {
                     $name(std::array::from_fn(|i| unsafe { $add(self.0[i], b.0[i]) }))
                 }
                 #[inline(always)]
-                unsafe fn mul(self, b: Self) -> Self {
-                    $name(std::array::from_fn(|i| unsafe { $mul(self.0[i], b.0[i]) }))
+                unsafe fn dot(self, b: Self) -> Self {
+                    $name(std::array::from_fn(|i| unsafe { $dot(self.0[i], b.0[i]) }))
+                }
+                #[inline(always)]
+                unsafe fn shift(self, by: u32) -> Self {
+                    $name(std::array::from_fn(|i| unsafe { $shift(self.0[i], _mm_cvtsi32_si128(by as i32)) }))
                 }
                 #[inline(always)]
                 unsafe fn min(self, b: Self) -> Self {
-                    // The instruction returns its second operand unless the first is less.
-                    $name(std::array::from_fn(|i| unsafe { $min(b.0[i], self.0[i]) }))
+                    $name(std::array::from_fn(|i| unsafe { $min(self.0[i], b.0[i]) }))
                 }
                 #[inline(always)]
                 unsafe fn replace_if_less(self, a: Self, b: Self, value: Self) -> Self {
@@ -114,44 +129,63 @@ mod x86 {
     }
 
     #[inline(always)]
-    unsafe fn select128(old: __m128, a: __m128, b: __m128, new: __m128) -> __m128 {
+    unsafe fn select128(old: __m128i, a: __m128i, b: __m128i, new: __m128i) -> __m128i {
         unsafe {
-            let less = _mm_cmplt_ps(a, b);
-            _mm_or_ps(_mm_and_ps(less, new), _mm_andnot_ps(less, old))
+            let less = _mm_cmplt_epi32(a, b);
+            _mm_or_si128(_mm_and_si128(less, new), _mm_andnot_si128(less, old))
         }
     }
 
+    /// The baseline has no minimum of 32-bit integers.
     #[inline(always)]
-    unsafe fn select256(old: __m256, a: __m256, b: __m256, new: __m256) -> __m256 {
-        unsafe { _mm256_blendv_ps(old, new, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b)) }
+    unsafe fn min128(a: __m128i, b: __m128i) -> __m128i {
+        unsafe { select128(a, b, a, b) }
     }
 
     #[inline(always)]
-    unsafe fn select512(old: __m512, a: __m512, b: __m512, new: __m512) -> __m512 {
-        unsafe { _mm512_mask_mov_ps(old, _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), new) }
+    unsafe fn select256(old: __m256i, a: __m256i, b: __m256i, new: __m256i) -> __m256i {
+        unsafe { _mm256_blendv_epi8(old, new, _mm256_cmpgt_epi32(b, a)) }
     }
 
-    registers!(R128, __m128, _mm_set1_ps, _mm_load_ps, _mm_store_ps, _mm_add_ps, _mm_mul_ps, _mm_min_ps, select128);
+    #[inline(always)]
+    unsafe fn select512(old: __m512i, a: __m512i, b: __m512i, new: __m512i) -> __m512i {
+        unsafe { _mm512_mask_mov_epi32(old, _mm512_cmplt_epi32_mask(a, b), new) }
+    }
+
+    registers!(
+        R128,
+        __m128i,
+        _mm_set1_epi32,
+        _mm_load_si128,
+        _mm_store_si128,
+        _mm_add_epi32,
+        _mm_madd_epi16,
+        _mm_sra_epi32,
+        min128,
+        select128
+    );
     registers!(
         R256,
-        __m256,
-        _mm256_set1_ps,
-        _mm256_load_ps,
-        _mm256_store_ps,
-        _mm256_add_ps,
-        _mm256_mul_ps,
-        _mm256_min_ps,
+        __m256i,
+        _mm256_set1_epi32,
+        _mm256_load_si256,
+        _mm256_store_si256,
+        _mm256_add_epi32,
+        _mm256_madd_epi16,
+        _mm256_sra_epi32,
+        _mm256_min_epi32,
         select256
     );
     registers!(
         R512,
-        __m512,
-        _mm512_set1_ps,
-        _mm512_load_ps,
-        _mm512_store_ps,
-        _mm512_add_ps,
-        _mm512_mul_ps,
-        _mm512_min_ps,
+        __m512i,
+        _mm512_set1_epi32,
+        _mm512_load_si512,
+        _mm512_store_si512,
+        _mm512_add_epi32,
+        _mm512_madd_epi16,
+        _mm512_sra_epi32,
+        _mm512_min_epi32,
         select512
     );
 }
@@ -164,25 +198,25 @@ pub(super) use x86::{R128, R256, R512};
 /// The body sees the type `R`, the [`Register`] of the instruction set, and is `unsafe` with the contract of its
 /// functions. Plain loops in it are vectorised by the compiler.
 macro_rules! for_each_instruction_set {
-    ($(#[$meta:meta])* fn $name:ident [$r:ident $(, const $n:ident: usize)?] ($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+    ($(#[$meta:meta])* fn $name:ident [$r:ident $(, const $n:ident: $nt:ty)*] ($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
-        fn $name $(<const $n: usize>)? ($($arg: $ty),*) $(-> $ret)? {
+        fn $name<$(const $n: $nt),*>($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
-            unsafe fn generic<$r: $crate::codec::simd::Register $(, const $n: usize)?>($($arg: $ty),*) $(-> $ret)? $body
+            unsafe fn generic<$r: $crate::codec::simd::Register $(, const $n: $nt)*>($($arg: $ty),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
             {
                 use $crate::codec::simd::{R128, R256, R512};
 
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-                fn avx512 $(<const $n: usize>)? ($($arg: $ty),*) $(-> $ret)? {
+                fn avx512<$(const $n: $nt),*>($($arg: $ty),*) $(-> $ret)? {
                     // SAFETY: this function is compiled for the registers.
-                    unsafe { generic::<R512 $(, $n)?>($($arg),*) }
+                    unsafe { generic::<R512 $(, $n)*>($($arg),*) }
                 }
                 #[target_feature(enable = "avx2")]
-                fn avx2 $(<const $n: usize>)? ($($arg: $ty),*) $(-> $ret)? {
+                fn avx2<$(const $n: $nt),*>($($arg: $ty),*) $(-> $ret)? {
                     // SAFETY: this function is compiled for the registers.
-                    unsafe { generic::<R256 $(, $n)?>($($arg),*) }
+                    unsafe { generic::<R256 $(, $n)*>($($arg),*) }
                 }
                 if is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
@@ -190,19 +224,19 @@ macro_rules! for_each_instruction_set {
                     && is_x86_feature_detected!("avx512vl")
                 {
                     // SAFETY: the features were just found on this machine.
-                    return unsafe { avx512 $(::<$n>)? ($($arg),*) };
+                    return unsafe { avx512::<$($n),*>($($arg),*) };
                 }
                 if is_x86_feature_detected!("avx2") {
                     // SAFETY: as above.
-                    return unsafe { avx2 $(::<$n>)? ($($arg),*) };
+                    return unsafe { avx2::<$($n),*>($($arg),*) };
                 }
                 // SAFETY: every x86-64 machine has these registers.
-                unsafe { generic::<R128 $(, $n)?>($($arg),*) }
+                unsafe { generic::<R128 $(, $n)*>($($arg),*) }
             }
             #[cfg(not(target_arch = "x86_64"))]
             // SAFETY: arrays need no instructions of their own.
             unsafe {
-                generic::<$crate::codec::simd::Lanes $(, $n)?>($($arg),*)
+                generic::<$crate::codec::simd::Lanes $(, $n)*>($($arg),*)
             }
         }
     };
@@ -220,8 +254,8 @@ mod tests {
             // SAFETY: the contract of this function.
             unsafe {
                 let (x, y) = (R::load(a), R::load(b));
-                x.min(y).add(R::splat(1.0)).mul(y).store(&mut out[0]);
-                x.replace_if_less(y, x, R::splat(7.0)).store(&mut out[1]);
+                x.min(y).add(R::splat(1)).dot(y).shift(3).store(&mut out[0]);
+                x.replace_if_less(y, x, R::splat(7)).store(&mut out[1]);
             }
             out
         }
@@ -229,13 +263,15 @@ mod tests {
 
     #[test]
     fn registers_do_what_arrays_do() {
-        let a = Lanes(std::array::from_fn(|i| (i as f32 * 1.7).sin()));
-        let b = Lanes(std::array::from_fn(|i| (i as f32 * 2.3).cos()));
+        let a = Lanes(std::array::from_fn(|i| (i as i32 + 3).wrapping_mul(0x5E37_79B1) >> 4));
+        let b = Lanes(std::array::from_fn(|i| (i as i32 + 7).wrapping_mul(0x3C6E_F372) >> 4));
         let [product, replaced] = best(&a, &b);
         for i in 0..LANES {
             let (x, y) = (a.0[i], b.0[i]);
-            assert_eq!(product.0[i], (x.min(y) + 1.0) * y);
-            assert_eq!(replaced.0[i], if y < x { 7.0 } else { x });
+            let low = i64::from((x.min(y) + 1) as i16) * i64::from(y as i16);
+            let high = i64::from((x.min(y) + 1) >> 16) * i64::from(y >> 16);
+            assert_eq!(i64::from(product.0[i]), (low + high) >> 3);
+            assert_eq!(replaced.0[i], if y < x { 7 } else { x });
         }
     }
 }

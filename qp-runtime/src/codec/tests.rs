@@ -269,6 +269,17 @@ fn squared_error(code: &Code, block: &[f32], windows: &[u32]) -> f64 {
     sum
 }
 
+fn cost(code: &Code, trellis: &Trellis, block: &[f32], windows: &[u32]) -> i32 {
+    let (m, v) = (trellis.metric(), code.vector as usize);
+    let mut entry = vec![0; v];
+    let branches = windows.iter().zip(block.chunks_exact(v)).map(|(&w, x)| {
+        code.entry(w, &mut entry);
+        let n: Vec<i16> = x.iter().map(|&x| m.weight(x)).collect();
+        m.branch(&n, &entry, m.energy(&entry))
+    });
+    branches.sum()
+}
+
 #[test]
 fn a_search_finds_the_best_path_through_its_seam() {
     // (code, steps): streams of at most 14 bits, all of which are tried.
@@ -287,17 +298,16 @@ fn a_search_finds_the_best_path_through_its_seam() {
             let mut block = Gaussian::new(seed).samples(trellis.block_len());
             block.truncate(trellis.block_len());
             let bits = code.step_offset(steps);
-            let mut best = vec![f64::INFINITY; trellis.states(0)];
+            let mut best = vec![i32::MAX; trellis.states(0)];
             for b in 0..1u64 << bits {
                 let windows = windows_of(&code, b, steps);
                 let seam = windows[0] as usize & (trellis.states(0) - 1);
-                best[seam] = best[seam].min(squared_error(&code, &block, &windows));
+                best[seam] = best[seam].min(cost(&code, &trellis, &block, &windows));
             }
             for (seam, &best) in best.iter().enumerate() {
-                let (path, cost) = trellis.encode_from(&block, seam as u32, &mut scratch);
-                let found = squared_error(&code, &block, &path);
-                assert!((found - best).abs() < 1e-4 * (1.0 + best), "{:?} seam {seam}: {found} {best}", code.steps);
-                assert!((f64::from(cost) - found).abs() < 1e-4 * (1.0 + found), "cost {cost} is not {found}");
+                let (path, found) = trellis.encode_from(&block, seam as u32, &mut scratch);
+                assert_eq!(cost(&code, &trellis, &block, &path), found);
+                assert_eq!(found, best, "{:?} seam {seam}", code.steps);
             }
             let mut windows = vec![0; trellis.steps()];
             trellis.encode(&block, &mut windows, &mut scratch);
@@ -320,8 +330,9 @@ fn two_searches_come_close_to_the_best_of_all_seams() {
             let mut windows = vec![0; trellis.steps()];
             trellis.encode(&block, &mut windows, &mut scratch);
             found += squared_error(&code, &block, &windows);
-            let costs = (0..trellis.states(0) as u32).map(|seam| trellis.encode_from(&block, seam, &mut scratch).1);
-            optimum += f64::from(costs.fold(f32::INFINITY, f32::min));
+            let paths = (0..trellis.states(0) as u32).map(|seam| trellis.encode_from(&block, seam, &mut scratch));
+            let (path, _) = paths.min_by_key(|(_, cost)| *cost).expect("a seam");
+            optimum += squared_error(&code, &block, &path);
         }
         assert!(found < optimum * limit, "{:?}: {} of the optimum", code.steps, found / optimum);
     }
@@ -358,6 +369,46 @@ fn memoryless_codes_take_the_nearest_entry() {
         let best = (0..32).map(|c| squared_error(&code, x, &[c])).fold(f64::INFINITY, f64::min);
         assert!(squared_error(&code, x, &[w]) < best + 1e-5);
     }
+}
+
+#[test]
+fn the_plain_loop_finds_the_same_windows() {
+    let mut long = trellis(8, &[4], 2);
+    long.block = Shape { rows: 8, cols: 128 };
+    let wide = code(9, &[5], 4, Value::I16, 512, direct());
+    let codes = [
+        trellis(12, &[4], 2),
+        trellis(10, &[3, 5], 1),
+        trellis(12, &[9], 4),
+        trellis(7, &[7, 3], 2),
+        code(6, &[6], 2, Value::I16, 64, direct()),
+        wide,
+        long,
+    ];
+    for code in codes {
+        let fast = Trellis::new(&code);
+        let plain = plain::Plain::with_length(&code, fast.block_len());
+        // Outliers too, and blocks whose best paths tie.
+        let mut weights = Gaussian::new(3).samples(4 * fast.block_len());
+        weights[7] = 1e30;
+        weights[2 * fast.block_len()..].iter_mut().step_by(3).for_each(|x| *x *= 40.0);
+        weights[3 * fast.block_len()..].fill(0.0);
+        let mut windows = vec![0; 4 * fast.steps()];
+        fast.encode(&weights, &mut windows, &mut Scratch::default());
+        let expected: Vec<u32> = weights.chunks_exact(fast.block_len()).flat_map(|b| plain.encode(b)).collect();
+        assert_eq!(windows, expected, "{:?}", code.steps);
+    }
+}
+
+#[test]
+fn little_memory_changes_nothing() {
+    // 2^16 states of sixteen lanes: twelve boundaries fit, of 128.
+    let code = trellis(17, &[1], 2);
+    let fast = Trellis::with_length(&code, 40);
+    let weights = Gaussian::new(8).samples(40);
+    let mut windows = vec![0; 20];
+    fast.encode(&weights, &mut windows, &mut Scratch::default());
+    assert_eq!(windows, plain::Plain::with_length(&code, 40).encode(&weights));
 }
 
 /// As `code`, its table untrained.

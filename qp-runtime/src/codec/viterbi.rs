@@ -7,11 +7,11 @@
 //! overlap, and of the 2^L paths that end in a window only the best of each state, 2^(L−KV), can go on:
 //!
 //! ```text
-//! cost(s+1, o) = min over b < 2^KV(s) of  |x_s − entry(w)|² + cost(s, w mod 2^(L−KV(s−1))),   w = o·2^KV(s) + b
+//! cost(s+1, o) = min over b < 2^KV(s) of  metric(x_s, entry(w)) + cost(s, w mod 2^(L−KV(s−1))),   w = o·2^KV(s) + b
 //! ```
 //!
-//! Costs of states are kept for a whole block; the best `b` is found again on the way back. Among equal costs the
-//! smallest window wins.
+//! The metric is an integer, see [`qp_codegen::metric`]. Costs of states are kept for a whole block; the best `b` is
+//! found again on the way back. Among equal costs the smallest window wins.
 //!
 //! # Tail-biting
 //!
@@ -24,18 +24,19 @@
 //!
 //! Sixteen blocks are searched side by side, one in each lane of a vector register, so the inner loop is the same
 //! for every L, KV and pattern: one entry of the codebook is broadcast to all lanes, costs are loaded and stored whole.
-//! Costs are sums, differences and products in a fixed order, without fused operations, so every machine finds the
-//! same path.
+//! [`super::plain`] is the same search without any of this, to be compared with.
 
+use qp_codegen::metric::{LARGEST_COST, Metric, UNREACHABLE};
 use qp_codegen::spec::Code;
 
-use super::simd::{LANES, Lanes, Register, for_each_instruction_set};
+use super::simd::{LANES, Lanes, Register, dot, for_each_instruction_set};
 
-const INFINITE: Lanes = Lanes([f32::INFINITY; LANES]);
+/// More than any cost that a state can have.
+const INFINITE: Lanes = Lanes([UNREACHABLE + LARGEST_COST; LANES]);
 
-/// Costs that are kept for the way back, in bytes a thread. Where a block needs more, only some boundaries are kept
+/// Costs that are kept for the way back, in bytes a thread. Where a search needs more, only some boundaries are kept
 /// and the steps between them are run again.
-const HISTORY_BYTES: usize = 192 << 20;
+const HISTORY_BYTES: usize = 48 << 20;
 
 /// A code made ready to encode.
 #[derive(Clone, Debug)]
@@ -44,10 +45,10 @@ pub struct Trellis {
     vector: usize,
     /// KV of every step of a block.
     bits: Vec<u32>,
-    /// For each window its V entries in units of the source, then the sum of their squares.
-    book: Vec<f32>,
+    metric: Metric,
+    /// For each window its V entries, two in a word, then their energy.
+    book: Vec<i32>,
     memoryless: bool,
-    /// Steps on each side of the seam in the first search.
     reach: usize,
 }
 
@@ -55,16 +56,11 @@ pub struct Trellis {
 #[derive(Debug, Default)]
 pub struct Scratch {
     input: Vec<Input>,
-    kept: Vec<Vec<Lanes>>,
     history: Vec<Vec<Lanes>>,
 }
 
-/// The weights of a step, −2 × each, and the sum of their squares.
-#[derive(Clone, Copy, Debug)]
-struct Input {
-    weights: [Lanes; 4],
-    energy: Lanes,
-}
+/// The weights of a step as the metric takes them, two in a word.
+type Input = [Lanes; 2];
 
 /// Where a path may begin or end.
 #[derive(Clone, Copy)]
@@ -83,6 +79,20 @@ struct Step {
     /// KV.
     bits: u32,
     window: u32,
+    /// Of metrics.
+    shift: u32,
+}
+
+/// Two 16-bit numbers in a word, low one first; one alone has 0 beside it.
+fn pair(of: &[i16]) -> i32 {
+    i32::from(of[0]) & 0xffff | i32::from(of.get(1).copied().unwrap_or(0)) << 16
+}
+
+/// Steps on each side of the seam in the first search over `code` of `steps` steps: paths that differ in the past have
+/// nearly always met after a few windows' worth of bits.
+pub fn reach(code: &Code, steps: usize) -> usize {
+    let fewest = *code.steps.iter().min().expect("at least one step") as usize;
+    (5 * code.window as usize).div_ceil(fewest).min(steps.div_ceil(2))
 }
 
 impl Trellis {
@@ -97,17 +107,15 @@ impl Trellis {
         assert!(weights > 0 && weights.is_multiple_of(vector), "whole steps");
         let bits: Vec<u32> = (0..(weights / vector) as u32).map(|s| code.step_bits(s)).collect();
         assert!(bits.iter().all(|&k| k >= 1 && k <= code.window), "KV of 1..=L");
-        let offset = if code.half_offset { 0.5 } else { 0.0 };
-        let mut book = Vec::with_capacity((vector + 1) << code.window);
-        for entry in code.codebook().chunks_exact(vector) {
-            let from = book.len();
-            book.extend(entry.iter().map(|&e| (f32::from(e) + offset) * code.unit));
-            book.push(book[from..].iter().map(|c| c * c).sum());
+        let entries = code.codebook();
+        let metric = Metric::new(code, &entries, bits.len() as u32);
+        let mut book = Vec::with_capacity((vector.div_ceil(2) + 1) << code.window);
+        for entry in entries.chunks_exact(vector) {
+            book.extend(entry.chunks(2).map(pair));
+            book.push(metric.energy(entry));
         }
-        // Paths that differ in the past have nearly always met after a few windows' worth of bits.
-        let fewest = *bits.iter().min().expect("at least one step") as usize;
-        let reach = (5 * code.window as usize).div_ceil(fewest).min(bits.len().div_ceil(2));
-        Trellis { window: code.window, vector, bits, book, memoryless: code.is_memoryless(), reach }
+        let reach = reach(code, bits.len());
+        Trellis { window: code.window, vector, bits, metric, book, memoryless: code.is_memoryless(), reach }
     }
 
     /// Weights of a block.
@@ -120,9 +128,19 @@ impl Trellis {
         self.bits.len()
     }
 
+    /// The metric of weights and entries.
+    pub fn metric(&self) -> &Metric {
+        &self.metric
+    }
+
     /// Number of blocks [`Trellis::encode`] takes at once; fewer cost as much.
     pub fn blocks_at_once(&self) -> usize {
         LANES
+    }
+
+    /// Words of an entry in the book.
+    fn words(&self) -> usize {
+        self.vector.div_ceil(2) + 1
     }
 
     /// Encodes up to [`Trellis::blocks_at_once`] blocks: `blocks` holds [`Trellis::block_len`] finite weights of each, `windows` receives
@@ -145,8 +163,8 @@ impl Trellis {
         }
     }
 
-    /// The best path whose state at the seam is `seam`, and its squared error; for one block.
-    pub fn encode_from(&self, block: &[f32], seam: u32, scratch: &mut Scratch) -> (Vec<u32>, f32) {
+    /// The best path whose state at the seam is `seam`, and its cost; for one block.
+    pub fn encode_from(&self, block: &[f32], seam: u32, scratch: &mut Scratch) -> (Vec<u32>, i32) {
         self.load(block, scratch);
         let mut path = vec![[0; LANES]; self.steps()];
         let seams = [seam; LANES];
@@ -162,20 +180,20 @@ impl Trellis {
 
     fn step(&self, s: usize) -> Step {
         let n = self.steps();
-        Step { before: self.window - self.bits[(s + n - 1) % n], bits: self.bits[s], window: self.window }
+        let before = self.window - self.bits[(s + n - 1) % n];
+        Step { before, bits: self.bits[s], window: self.window, shift: self.metric.shift }
     }
 
     fn load(&self, blocks: &[f32], scratch: &mut Scratch) {
         let (v, len) = (self.vector, self.block_len());
         assert!(blocks.len().is_multiple_of(len) && blocks.len() <= LANES * len, "up to {LANES} whole blocks");
-        let zero = Lanes([0.0; LANES]);
         scratch.input.clear();
         scratch.input.extend((0..self.steps()).map(|s| {
-            let mut input = Input { weights: [zero; 4], energy: zero };
+            let mut input = [Lanes([0; LANES]); 2];
             for (lane, block) in blocks.chunks_exact(len).enumerate() {
-                for (i, x) in block[s * v..(s + 1) * v].iter().enumerate() {
-                    input.weights[i].0[lane] = -2.0 * x;
-                    input.energy.0[lane] += x * x;
+                for (word, x) in input.iter_mut().zip(block[s * v..(s + 1) * v].chunks(2)) {
+                    let n: [i16; 2] = std::array::from_fn(|i| x.get(i).map_or(0, |&x| self.metric.weight(x)));
+                    word.0[lane] = pair(&n);
                 }
             }
             input
@@ -184,85 +202,94 @@ impl Trellis {
 
     /// Searches `path.len()` steps from step `first` on (cyclically), from states `begin` to states `end`; writes the
     /// windows of the best path to `path` and returns its cost.
-    fn search(&self, first: usize, begin: End, end: End, path: &mut [[u32; LANES]], scratch: &mut Scratch) -> Lanes {
-        let n = self.steps();
-        let at = |i: usize| (first + i) % n;
-        let Scratch { input, kept, history } = scratch;
-
-        // Boundaries between segments are kept; the last segment's costs, then each earlier one's, are written out.
-        let bytes: usize = (0..path.len()).map(|i| self.states(at(i)) * size_of::<Lanes>()).sum();
-        let segments = if bytes <= HISTORY_BYTES { 1 } else { path.len().isqrt() };
-        let segment = path.len().div_ceil(segments);
-        let segments = path.len().div_ceil(segment);
-        kept.resize_with(kept.len().max(segments), Vec::new);
-        history.resize_with(history.len().max(segment + 1), Vec::new);
-
-        kept[0].clear();
+    fn search(
+        &self,
+        first: usize,
+        begin: End<'_>,
+        end: End<'_>,
+        path: &mut [[u32; LANES]],
+        scratch: &mut Scratch,
+    ) -> Lanes {
+        let boundary = size_of::<Lanes>() << (self.window - self.bits.iter().min().expect("at least one step"));
+        // Halving the path needs a boundary each time, and two to work with.
+        let least = path.len().ilog2() as usize + 3;
+        let count = (HISTORY_BYTES / boundary).max(least).min(path.len() + 1);
+        let history = &mut scratch.history;
+        history.resize_with(history.len().max(count), Vec::new);
+        let costs = &mut history[0];
+        costs.clear();
         match begin {
-            End::Free => kept[0].resize(self.states(first), Lanes([0.0; LANES])),
+            End::Free => costs.resize(self.states(first), Lanes([0; LANES])),
             End::At(state) => {
-                kept[0].resize(self.states(first), INFINITE);
-                state.iter().enumerate().for_each(|(lane, &o)| kept[0][o as usize].0[lane] = 0.0);
+                costs.resize(self.states(first), Lanes([UNREACHABLE; LANES]));
+                state.iter().enumerate().for_each(|(lane, &o)| costs[o as usize].0[lane] = 0);
             }
         }
-        for k in 1..segments {
-            let [a, b, ..] = &mut history[..] else { unreachable!("more than one segment means several steps") };
-            a.clone_from(&kept[k - 1]);
-            for i in (k - 1) * segment..k * segment {
-                self.forward(at(i), &input[at(i)], a, b);
-                std::mem::swap(a, b);
+        self.trace(first, end, path, &scratch.input, &mut history[..count]).1
+    }
+
+    /// As [`Trellis::search`], from the costs of `history[0]`, with no other memory than `history`; returns the state
+    /// before the first step too.
+    fn trace(
+        &self,
+        first: usize,
+        end: End<'_>,
+        path: &mut [[u32; LANES]],
+        input: &[Input],
+        history: &mut [Vec<Lanes>],
+    ) -> ([u32; LANES], Lanes) {
+        let at = |i: usize| (first + i) % self.steps();
+        if path.len() < history.len() {
+            for i in 0..path.len() {
+                let (done, next) = history.split_at_mut(i + 1);
+                self.forward(at(i), &input[at(i)], &done[i], &mut next[0]);
             }
-            kept[k].clone_from(a);
+            let (mut state, cost) = best_end(&history[path.len()], end);
+            for (i, windows) in path.iter_mut().enumerate().rev() {
+                self.back(at(i), &input[at(i)], &history[i], &mut state, windows);
+            }
+            return (state, cost);
         }
-        let mut state = [0u32; LANES];
-        let mut cost = INFINITE;
-        for k in (0..segments).rev() {
-            let steps = k * segment..path.len().min((k + 1) * segment);
-            history[0].clone_from(&kept[k]);
-            for (j, i) in steps.clone().enumerate() {
-                let (done, next) = history.split_at_mut(j + 1);
-                self.forward(at(i), &input[at(i)], &done[j], &mut next[0]);
-            }
-            if k == segments - 1 {
-                (state, cost) = best_end(&history[steps.len()], end);
-            }
-            for (j, i) in steps.enumerate().rev() {
-                self.back(at(i), &input[at(i)], &history[j], &mut state, &mut path[i]);
-            }
+        // The second half, from costs in its middle; then the first half, to the state found there.
+        let middle = path.len() / 2;
+        let [start, half, spare, ..] = &mut *history else { unreachable!("least is enough") };
+        half.clone_from(start);
+        for i in 0..middle {
+            self.forward(at(i), &input[at(i)], half, spare);
+            std::mem::swap(half, spare);
         }
-        cost
+        let (before, after) = path.split_at_mut(middle);
+        let (state, cost) = self.trace(at(middle), end, after, input, &mut history[1..]);
+        (self.trace(first, End::At(&state), before, input, history).0, cost)
     }
 
     /// Costs after step `s` from those before it.
     fn forward(&self, s: usize, input: &Input, from: &[Lanes], to: &mut Vec<Lanes>) {
         let step = self.step(s);
         to.resize(1 << (self.window - step.bits), INFINITE);
-        match self.vector {
-            1 => forward::<1>(step, &self.book, input, from, to),
-            2 => forward::<2>(step, &self.book, input, from, to),
-            4 => forward::<4>(step, &self.book, input, from, to),
-            v => unreachable!("vectors of {v} are refused by the checker"),
-        }
+        let run = match (self.vector > 2, step.shift > 0) {
+            (false, false) => forward::<2, false>,
+            (false, true) => forward::<2, true>,
+            (true, false) => forward::<3, false>,
+            (true, true) => forward::<3, true>,
+        };
+        run(step, &self.book, input, from, to);
     }
 
     /// One step back: from the state after step `s` to the window of the step and the state before it.
     fn back(&self, s: usize, input: &Input, from: &[Lanes], state: &mut [u32; LANES], path: &mut [u32; LANES]) {
-        let (step, v) = (self.step(s), self.vector);
+        let (step, words) = (self.step(s), self.words());
         let mask = (1usize << step.before) - 1;
         for lane in 0..LANES {
-            let weights: [f32; 4] = std::array::from_fn(|i| input.weights[i].0[lane]);
             let first = (state[lane] as usize) << step.bits;
-            let mut best = (f32::INFINITY, first);
-            let book = &self.book[first * (v + 1)..][..(v + 1) << step.bits];
-            for (b, entry) in book.chunks_exact(v + 1).enumerate() {
-                // The same operations as on the way forth.
-                let mut d = entry[v];
-                for (x, c) in weights.iter().zip(&entry[..v]) {
-                    d += x * c;
-                }
-                d += from[(first + b) & mask].0[lane];
-                if d < best.0 {
-                    best = (d, first + b);
+            let book = &self.book[first * words..][..words << step.bits];
+            let mut best = (i32::MAX, first);
+            for (b, entry) in book.chunks_exact(words).enumerate() {
+                let products = input.iter().zip(&entry[..words - 1]).map(|(x, &c)| dot(x.0[lane], c));
+                let metric = (entry[words - 1] + products.sum::<i32>()) >> step.shift;
+                let cost = metric + from[(first + b) & mask].0[lane];
+                if cost < best.0 {
+                    best = (cost, first + b);
                 }
             }
             path[lane] = best.1 as u32;
@@ -272,20 +299,16 @@ impl Trellis {
 
     fn encode_memoryless(&self, windows: &mut [u32], scratch: &mut Scratch) {
         let n = self.steps();
-        for s in 0..n {
-            let best = match self.vector {
-                1 => nearest::<1>(&self.book, &scratch.input[s]),
-                2 => nearest::<2>(&self.book, &scratch.input[s]),
-                4 => nearest::<4>(&self.book, &scratch.input[s]),
-                v => unreachable!("vectors of {v} are refused by the checker"),
-            };
+        let run = if self.vector > 2 { nearest::<3> } else { nearest::<2> };
+        for (s, input) in scratch.input.iter().enumerate() {
+            let best = run(&self.book, input);
             windows.chunks_exact_mut(n).zip(best).for_each(|(w, b)| w[s] = b);
         }
     }
 }
 
 /// The end of the best path in each lane, and its cost.
-fn best_end(costs: &[Lanes], end: End) -> ([u32; LANES], Lanes) {
+fn best_end(costs: &[Lanes], end: End<'_>) -> ([u32; LANES], Lanes) {
     let mut best = ([0; LANES], INFINITE);
     match end {
         End::Free => {
@@ -306,17 +329,17 @@ fn best_end(costs: &[Lanes], end: End) -> ([u32; LANES], Lanes) {
     best
 }
 
-/// The distance of an entry to the weights of all lanes, without the weights' energy.
+/// The metric of an entry of `N` words for the weights of all lanes, not yet shifted.
 ///
 /// # Safety
 /// As [`Register`].
 #[inline(always)]
-unsafe fn metric<R: Register, const V: usize>(entry: &[f32], weights: &[R; V]) -> R {
+unsafe fn metric<R: Register, const N: usize>(entry: &[i32], weights: &[R; 2]) -> R {
     // SAFETY: the contract of this function.
     unsafe {
-        let mut d = R::splat(entry[V]);
-        for (x, &c) in weights.iter().zip(entry) {
-            d = d.add(x.mul(R::splat(c)));
+        let mut d = R::splat(entry[N - 1]);
+        for (x, &c) in weights[..N - 1].iter().zip(entry) {
+            d = d.add(x.dot(R::splat(c)));
         }
         d
     }
@@ -324,8 +347,10 @@ unsafe fn metric<R: Register, const V: usize>(entry: &[f32], weights: &[R; V]) -
 
 for_each_instruction_set! {
     /// The recursion at the top of this file, for all states after a step.
-    fn forward[R, const V: usize](step: Step, book: &[f32], input: &Input, from: &[Lanes], to: &mut [Lanes]) {
-        let Step { before, bits, window } = step;
+    fn forward[R, const N: usize, const SHIFTED: bool](
+        step: Step, book: &[i32], input: &Input, from: &[Lanes], to: &mut [Lanes],
+    ) {
+        let Step { before, bits, window, shift } = step;
         // A run of windows whose states before the step are neighbours and whose state after it is the same.
         let run = 1usize << bits.min(before);
         // A state after the step has one run, or each of several.
@@ -335,26 +360,28 @@ for_each_instruction_set! {
         }
         // Two windows that differ in the highest bit share their costs so far.
         let half = 1usize << (window - 1);
-        let (lower, upper) = book.split_at(half * (V + 1));
+        let (lower, upper) = book.split_at(half * N);
         // SAFETY: the contract of this function.
         unsafe {
-            let weights: [R; V] = std::array::from_fn(|v| R::load(&input.weights[v]));
-            let energy = R::load(&input.energy);
+            let weights: [R; 2] = [R::load(&input[0]), R::load(&input[1])];
+            let metric = |entry: &[i32]| {
+                let d = metric::<R, N>(entry, &weights);
+                if SHIFTED { d.shift(shift) } else { d }
+            };
             for low in (0..1usize << before).step_by(run) {
                 let from = &from[low..low + run];
                 for high in 0..1usize << (window - before - 1) {
                     let window = high << before | low;
-                    let (mut a, mut b) = (R::splat(f32::INFINITY), R::splat(f32::INFINITY));
-                    let at = window * (V + 1)..(window + run) * (V + 1);
-                    let entries = lower[at.clone()].chunks_exact(V + 1).zip(upper[at].chunks_exact(V + 1));
+                    let (mut a, mut b) = (R::load(&INFINITE), R::load(&INFINITE));
+                    let at = window * N..(window + run) * N;
+                    let entries = lower[at.clone()].chunks_exact(N).zip(upper[at].chunks_exact(N));
                     for ((p, q), cost) in entries.zip(from) {
                         let cost = R::load(cost);
-                        a = a.min(metric(p, &weights).add(cost));
-                        b = b.min(metric(q, &weights).add(cost));
+                        a = a.min(metric(p).add(cost));
+                        b = b.min(metric(q).add(cost));
                     }
                     for (window, best) in [(window, a), (window + half, b)] {
                         let to = &mut to[window >> bits];
-                        let best = best.add(energy);
                         let best = if several { R::load(to).min(best) } else { best };
                         best.store(to);
                     }
@@ -366,16 +393,15 @@ for_each_instruction_set! {
 
 for_each_instruction_set! {
     /// For each lane the entry nearest to the weights of a step.
-    fn nearest[R, const V: usize](book: &[f32], input: &Input) -> [u32; LANES] {
-        let mut found = Lanes([0.0; LANES]);
+    fn nearest[R, const N: usize](book: &[i32], input: &Input) -> [u32; LANES] {
+        let mut found = Lanes([0; LANES]);
         // SAFETY: the contract of this function.
         unsafe {
-            let weights: [R; V] = std::array::from_fn(|v| R::load(&input.weights[v]));
-            let (mut best, mut index) = (R::splat(f32::INFINITY), R::splat(0.0));
-            for (w, entry) in book.chunks_exact(V + 1).enumerate() {
-                let d = metric(entry, &weights);
-                // Windows have at most 24 bits: an f32 holds them.
-                index = index.replace_if_less(d, best, R::splat(w as f32));
+            let weights: [R; 2] = [R::load(&input[0]), R::load(&input[1])];
+            let (mut best, mut index) = (R::splat(i32::MAX), R::splat(0));
+            for (w, entry) in book.chunks_exact(N).enumerate() {
+                let d = metric::<R, N>(entry, &weights);
+                index = index.replace_if_less(d, best, R::splat(w as i32));
                 best = best.min(d);
             }
             index.store(&mut found);

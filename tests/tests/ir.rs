@@ -50,6 +50,7 @@ fn everything() -> Kernel {
     let turned = mixed.funnel_shr(h, lane.to(Scalar::U32)) - ((h / 3) << 5).min(mixed).max(second.lane(0));
     let offset = (turned & 0x3fc) + ((third.lane(3) & 1) << 4);
     let dot = turned.dot4(mixed ^ b.load(table, offset, Elem::U32), bias);
+    let dot = dot + (turned & 0x3fff_3fff).dot2(mixed, true, lane).min((turned & 0x7fff).dot2(h, false, dot));
 
     b.comment("Signed integers, narrow and wide.");
     let small = dot.abs().min(1 << 20) - (-lane) + (lane << 2) / 3 % 5;

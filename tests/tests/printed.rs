@@ -135,7 +135,7 @@ impl<'b> Writer<'b> {
             };
         }
         let (x, y) = (self.word(s, depth - 1), self.word(s, self.r.below(depth as usize) as u32));
-        match self.r.below(14) {
+        match self.r.below(15) {
             0 => x + y,
             1 => x - y,
             2 => x * y,
@@ -148,7 +148,8 @@ impl<'b> Writer<'b> {
             9 => x.permute(y, 0x6253),
             10 => x.funnel_shr(y, x),
             11 => (x & 0x0f0f_0f0f).dot4(y, self.r.pick(&s.ints)).bits(Scalar::U32),
-            12 => (((x.to(Scalar::I64) << 7) - y.to(Scalar::I64) * 3) >> 5).to(Scalar::U32),
+            12 => (x & 0x0fff_0fff).dot2(y, true, self.r.pick(&s.ints)).bits(Scalar::U32),
+            13 => (((x.to(Scalar::I64) << 7) - y.to(Scalar::I64) * 3) >> 5).to(Scalar::U32),
             _ => self.truth(s).select(x, y),
         }
     }

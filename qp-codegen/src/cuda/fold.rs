@@ -152,6 +152,7 @@ impl Folder<'_> {
             | Op::FunnelShr { .. }
             | Op::Permute { .. }
             | Op::Dot4 { .. }
+            | Op::Dot2 { .. }
             | Op::Vector(_)
             | Op::Get(_) => name.is_none() && !self.must_name[i],
         };

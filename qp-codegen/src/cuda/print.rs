@@ -455,6 +455,11 @@ impl<'k, 'h> Printer<'k, 'h> {
                 let (a, b, acc) = (self.cast("int", *a).text, self.cast("int", *b).text, self.expr(*acc).text);
                 Expr::atom(format!("__dp4a({a}, {b}, {acc})"))
             }
+            Op::Dot2 { a, b, high, acc } => {
+                let name = if *high { "__dp2a_hi" } else { "__dp2a_lo" };
+                let (a, b, acc) = (self.cast("int", *a).text, self.cast("int", *b).text, self.expr(*acc).text);
+                Expr::atom(format!("{name}({a}, {b}, {acc})"))
+            }
             Op::Vector(parts) => self.args(&format!("make_{}", type_of(ty)), parts),
             Op::Extract(a, i) => {
                 let a = self.expr(*a).within(Binds::Atom);

@@ -500,6 +500,11 @@ impl<'b> V<'b> {
         self.b.emit(Op::Dot4 { a: self.val, b: b.val, acc: acc.val }, Type::I32)
     }
 
+    /// Two products of 16-bit numbers and the low or high bytes of `b`, summed onto `acc`; see [`Op::Dot2`].
+    pub fn dot2(self, b: V<'b>, high: bool, acc: V<'b>) -> V<'b> {
+        self.b.emit(Op::Dot2 { a: self.val, b: b.val, high, acc: acc.val }, Type::I32)
+    }
+
     /// Component `i`.
     pub fn lane(self, i: u32) -> V<'b> {
         if self.ty().lanes == 1 {

@@ -331,6 +331,18 @@ pub enum Op {
         /// `I32`.
         acc: Val,
     },
+    /// Two products of signed 16-bit components of `a` and the low or the high two signed bytes of `b`, summed onto
+    /// `acc`: PTX `dp2a.s32.s32`. `a`, `b`: `U32`, `acc`: `I32`.
+    Dot2 {
+        /// Two packed 16-bit numbers.
+        a: Val,
+        /// Four packed bytes.
+        b: Val,
+        /// True for the high two bytes.
+        high: bool,
+        /// `I32`.
+        acc: Val,
+    },
     /// Makes a vector of 2 or 4 scalars.
     Vector(Vec<Val>),
     /// Component `i` of a vector.
@@ -392,7 +404,8 @@ impl Op {
             Op::Fma(a, b, c)
             | Op::Select(a, b, c)
             | Op::FunnelShr { lo: a, hi: b, shift: c }
-            | Op::Dot4 { a, b, acc: c } => {
+            | Op::Dot4 { a, b, acc: c }
+            | Op::Dot2 { a, b, high: _, acc: c } => {
                 [*a, *b, *c].into_iter().for_each(f);
             }
             Op::Vector(parts) => parts.iter().copied().for_each(f),

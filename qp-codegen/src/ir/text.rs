@@ -72,6 +72,10 @@ fn operation(kernel: &Kernel, v: Val) -> String {
         Op::Bitcast(_, a) => format!("bitcast {}", value(a)),
         Op::FunnelShr { lo, hi, shift } => format!("funnel_shr {}:{} by {}", value(hi), value(lo), value(shift)),
         Op::Permute { a, b, selector } => format!("permute {}:{} by {selector:#06x}", value(b), value(a)),
+        Op::Dot2 { a, b, high, acc } => {
+            let half = if *high { "high" } else { "low" };
+            format!("dot2 {}, {half} {} onto {}", value(a), value(b), value(acc))
+        }
         Op::Dot4 { a, b, acc } => format!("dot4 {}, {} onto {}", value(a), value(b), value(acc)),
         Op::Vector(parts) => format!("vector {}", list(kernel, parts)),
         Op::Extract(a, i) => format!("extract {}.{i}", value(a)),

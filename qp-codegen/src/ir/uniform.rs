@@ -128,6 +128,7 @@ impl Uniformity {
             | Op::FunnelShr { .. }
             | Op::Permute { .. }
             | Op::Dot4 { .. }
+            | Op::Dot2 { .. }
             | Op::Vector(_)
             | Op::Extract(..)
             | Op::Load { mem: Mem::Shared(_), .. } => worst,

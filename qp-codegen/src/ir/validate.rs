@@ -458,7 +458,7 @@ impl<'k> Validator<'k> {
                 [a, b].into_iter().try_for_each(|v| self.of(*v, Type::U32, "u32"))?;
                 if *selector > 0xffff { Err(Invalid::Selector(*selector)) } else { Ok(Type::U32) }
             }
-            Op::Dot4 { a, b, acc } => {
+            Op::Dot4 { a, b, acc } | Op::Dot2 { a, b, high: _, acc } => {
                 [a, b].into_iter().try_for_each(|v| self.of(*v, Type::U32, "u32"))?;
                 self.of(*acc, Type::I32, "i32")?;
                 Ok(Type::I32)

@@ -8,6 +8,7 @@ pub mod decode;
 pub mod dense;
 pub mod dequantize;
 pub mod embed;
+pub mod encode;
 pub mod gemv;
 pub mod glu;
 mod launch;

@@ -223,6 +223,14 @@ impl Code {
         (pair >> sh) as u32 & mask(self.window)
     }
 
+    /// How many steps before and after a stream's seam an encoder must look to find a good state there: paths that differ
+    /// in the past have nearly always met after a few windows' worth of bits. Whole periods of the pattern where a
+    /// stream of `steps` steps allows it.
+    pub fn reach(&self, steps: u32) -> u32 {
+        let fewest = self.steps.iter().min().expect("at least one step");
+        (5 * self.window).div_ceil(*fewest).next_multiple_of(self.steps.len() as u32).min(steps.div_ceil(2))
+    }
+
     /// Decodes a window into `out` (length V).
     pub fn entry(&self, window: u32, out: &mut [i16]) {
         self.decode.eval(window, self.value, self.vector, &self.tables, out);

@@ -4,8 +4,6 @@
 use qp_codegen::metric::{Metric, UNREACHABLE};
 use qp_codegen::spec::Code;
 
-use super::viterbi::reach;
-
 /// A code made ready to encode.
 #[derive(Debug)]
 pub struct Plain<'c> {
@@ -32,7 +30,7 @@ impl<'c> Plain<'c> {
             let nearest = |s| (0..1u32 << self.code.window).min_by_key(|&w| self.branch(&n, s, w));
             return (0..self.steps).map(|s| nearest(s).expect("a window")).collect();
         }
-        let reach = reach(self.code, self.steps);
+        let reach = self.code.reach(self.steps as u32) as usize;
         let around = self.search(&n, self.steps - reach, (2 * reach).min(self.steps), None);
         let seam = around[reach % self.steps] & (self.states(0) - 1);
         self.search(&n, 0, self.steps, Some(seam))

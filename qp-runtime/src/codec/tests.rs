@@ -481,3 +481,43 @@ fn distortion_has_an_honest_standard_error() {
     assert_eq!(mix.mean, runs[0].mean);
     assert_eq!(mix.samples, 1 << 13);
 }
+
+/// A code of each kind that the kernel treats differently.
+fn codes_for_kernels() -> Vec<Code> {
+    let short = |mut code: Code, rows, cols| {
+        code.block = Shape { rows, cols };
+        code
+    };
+    vec![
+        short(trellis(8, &[4], 2), 2, 64),
+        short(trellis(9, &[3], 1), 2, 64),
+        short(trellis(12, &[8], 4), 2, 64),
+        short(trellis(8, &[2, 3], 2), 4, 64),
+        short(trellis(7, &[7, 3], 2), 4, 64),
+        short(trellis(10, &[1], 2), 2, 64),
+        short(code(8, &[4], 2, Value::I16, 32, hashed(27, &[19, 18])), 2, 64),
+        short(code(8, &[5], 4, Value::I16, 256, direct()), 2, 64),
+        short(trellis(14, &[3], 2), 2, 32),
+        code(6, &[6], 2, Value::I16, 64, direct()),
+        code(5, &[5], 1, Value::I8, 32, direct()),
+    ]
+}
+
+#[test]
+fn the_kernel_finds_the_same_windows() {
+    use crate::device::{DeviceTrellis, Executor};
+    use qp_codegen::ir::interpret::Options;
+    let on = Executor::interpreter_with(Options { races: true, reverse: true });
+    for code in codes_for_kernels() {
+        let trellis = Trellis::new(&code);
+        let count = 9;
+        let mut weights = Gaussian::new(3).samples(count * trellis.block_len());
+        weights[7] = 1e30;
+        weights[trellis.block_len()..][..trellis.block_len()].fill(0.0);
+        let mut expected = vec![0; count * trellis.steps()];
+        trellis.encode(&weights, &mut expected, &mut Scratch::default());
+        let device = DeviceTrellis::new(&on, &code).expect("a kernel");
+        let (windows, _) = device.encode(&weights).unwrap_or_else(|e| panic!("{:?}: {e}", code.steps));
+        assert_eq!(windows, expected, "L = {}, steps {:?}", code.window, code.steps);
+    }
+}

@@ -49,6 +49,7 @@ pub struct Trellis {
     /// For each window its V entries, two in a word, then their energy.
     book: Vec<i32>,
     memoryless: bool,
+    /// Steps on each side of the seam in the first search.
     reach: usize,
 }
 
@@ -88,13 +89,6 @@ fn pair(of: &[i16]) -> i32 {
     i32::from(of[0]) & 0xffff | i32::from(of.get(1).copied().unwrap_or(0)) << 16
 }
 
-/// Steps on each side of the seam in the first search over `code` of `steps` steps: paths that differ in the past have
-/// nearly always met after a few windows' worth of bits.
-pub fn reach(code: &Code, steps: usize) -> usize {
-    let fewest = *code.steps.iter().min().expect("at least one step") as usize;
-    (5 * code.window as usize).div_ceil(fewest).min(steps.div_ceil(2))
-}
-
 impl Trellis {
     /// Prepares `code`, whose tables must be filled, for blocks of `code.block.len()` weights.
     pub fn new(code: &Code) -> Self {
@@ -114,7 +108,7 @@ impl Trellis {
             book.extend(entry.chunks(2).map(pair));
             book.push(metric.energy(entry));
         }
-        let reach = reach(code, bits.len());
+        let reach = code.reach(bits.len() as u32) as usize;
         Trellis { window: code.window, vector, bits, metric, book, memoryless: code.is_memoryless(), reach }
     }
 

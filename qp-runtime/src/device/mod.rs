@@ -9,6 +9,7 @@
 
 mod args;
 mod driver;
+mod encoder;
 mod error;
 mod executor;
 pub mod launches;
@@ -18,6 +19,7 @@ mod tests;
 
 pub use args::{Arg, ArgField, Element, LaunchArgs, Mismatch, ParamDecl, check};
 pub use driver::Gpu;
+pub use encoder::DeviceTrellis;
 pub use error::DeviceError;
 pub use executor::{Buffer, Executor, Graph, Loaded, RawBuffer, Recorder};
 pub use qp_macros::LaunchArgs;

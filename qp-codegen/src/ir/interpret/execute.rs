@@ -231,6 +231,10 @@ impl<'p, 'a> Machine<'p, 'a> {
             }),
             Code::Permute { d, a, b, selector } => self.word2(m, [*d, *a, *b], |a, b| permute(a, b, *selector)),
             Code::Dot4 { d, a, b, acc } => self.checked3(m, [*d, *a, *b, *acc], dot4)?,
+            Code::Dot2 { d, a, b, high, acc } => {
+                let from = if *high { 16 } else { 0 };
+                self.checked3(m, [*d, *a, *b, *acc], |a, b, acc| dot2(a, b >> from, acc))?;
+            }
             Code::Load { mem, elem, unit, index, d } => {
                 let e = (*elem, *unit);
                 let half = |p: &[u8]| u16::from_le_bytes([p[0], p[1]]);
@@ -808,4 +812,9 @@ fn dot4(a: u32, b: u32, acc: u32) -> i64 {
     let products =
         a.to_le_bytes().into_iter().zip(b.to_le_bytes()).map(|(a, b)| i64::from(a as i8) * i64::from(b as i8));
     i64::from(acc as i32) + products.sum::<i64>()
+}
+
+fn dot2(a: u32, b: u32, acc: u32) -> i64 {
+    let product = |shift: u32| i64::from((a >> (2 * shift)) as i16) * i64::from((b >> shift) as i8);
+    i64::from(acc as i32) + product(0) + product(8)
 }

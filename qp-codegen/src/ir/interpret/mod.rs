@@ -87,6 +87,8 @@ pub enum OpKind {
     Convert,
     /// Four-byte dot products.
     Dot4,
+    /// Two-component dot products.
+    Dot2,
     /// Tensor-core products, counted once a lane.
     Mma,
     /// Loads from global memory.
@@ -111,7 +113,7 @@ pub enum OpKind {
 
 impl OpKind {
     /// Every kind.
-    pub const ALL: [OpKind; 17] = [
+    pub const ALL: [OpKind; 18] = [
         OpKind::Move,
         OpKind::Int,
         OpKind::IntMul,
@@ -119,6 +121,7 @@ impl OpKind {
         OpKind::Float,
         OpKind::Convert,
         OpKind::Dot4,
+        OpKind::Dot2,
         OpKind::Mma,
         OpKind::GlobalLoad,
         OpKind::GlobalStore,

@@ -72,6 +72,13 @@ pub(super) enum Code {
         b: Reg,
         acc: Reg,
     },
+    Dot2 {
+        d: Reg,
+        a: Reg,
+        b: Reg,
+        high: bool,
+        acc: Reg,
+    },
     Load {
         mem: Mem,
         elem: Elem,
@@ -395,6 +402,12 @@ impl Compiler<'_> {
                 push(Code::Dot4 { d: d[0], a: self.one(*a), b: self.one(*b), acc: self.one(*acc) }, OpKind::Dot4);
                 d
             }
+            Op::Dot2 { a, b, high, acc } => {
+                let d = self.fresh(*ty, false);
+                let (a, b, acc) = (self.one(*a), self.one(*b), self.one(*acc));
+                push(Code::Dot2 { d: d[0], a, b, high: *high, acc }, OpKind::Dot2);
+                d
+            }
             Op::Vector(parts) => parts.iter().map(|p| self.one(*p)).collect(),
             Op::Extract(a, i) => vec![self.of(*a)[*i as usize]],
             Op::Load { mem, index, elem, lanes: _, cache: _ } => {
@@ -461,7 +474,8 @@ impl Code {
             Code::Fma { d, a, b, c }
             | Code::Select { d, cond: c, a, b, .. }
             | Code::FunnelShr { d, lo: a, hi: b, shift: c }
-            | Code::Dot4 { d, a, b, acc: c } => {
+            | Code::Dot4 { d, a, b, acc: c }
+            | Code::Dot2 { d, a, b, high: _, acc: c } => {
                 f(a, Use);
                 f(b, Use);
                 f(c, Use);

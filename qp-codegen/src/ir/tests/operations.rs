@@ -269,6 +269,18 @@ fn bytes_of_words() {
             (0..32).map(|i| ((bits >> (c % 32 + i) & 1) as u32) << i).sum()
         },
     );
+    for high in [false, true] {
+        check(
+            "dot2",
+            triples.clone(),
+            move |_, [a, b, c]| a.dot2(b, high, c.bits(Scalar::I32)).bits(Scalar::U32),
+            move |[a, b, c]| {
+                let byte = |i: u32| i64::from((b >> (8 * i + if high { 16 } else { 0 })) as u8 as i8);
+                let half = |i: u32| i64::from((a >> (16 * i)) as u16 as i16);
+                (i64::from(c) + (0..2).map(|i| half(i) * byte(i)).sum::<i64>()) as u32
+            },
+        );
+    }
     check(
         "dot4",
         triples,

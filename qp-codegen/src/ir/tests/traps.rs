@@ -50,6 +50,10 @@ traps! {
         let ones = b.u32(0x7f7f_7f7f);
         ones.dot4(ones, t + (i32::MAX - 64520));
     };
+    pair: |b, _, _, t| {
+        let ones = b.u32(0x7fff_7fff);
+        ones.dot2(b.u32(0x7f7f_0000), true, t + (i32::MAX - 2 * 32767 * 127 - 8));
+    };
     tensor_product: |b, _, _, t| {
         let (ones, zero) = (b.u32(0x7f7f_7f7f), b.i32(i32::MAX - 100));
         b.mma_i8(true, [ones; 4], [ones; 2], b.vector(&[zero, zero, zero, t]));

@@ -1,0 +1,633 @@
+//! Encoding: weights → windows, by the Viterbi algorithm over a code's trellis.
+//!
+//! # The search
+//!
+//! As on the CPU (`qp-runtime`'s `codec::viterbi`, which explains trellis, states and tail-biting), with the same
+//! integers ([`crate::metric`]) and the same rule for ties, so the windows are the same. A block of threads searches
+//! `lanes` blocks of weights at once, which share every entry of the codebook that is read:
+//!
+//! * Costs of the states lie in shared memory, `lanes` side by side. A thread takes the 2^α states that differ in their
+//!   highest α bits only: they have the same predecessors, so a cost that is loaded serves 2^α · `lanes` transitions, each
+//!   an addition onto a dot product and a minimum. The new costs stay in registers until all threads have read the old.
+//! * Where states are few, several lanes of a warp share one such task; each takes a part of its predecessors.
+//! * Where the costs do not fit shared memory they are read from the history instead.
+//! * Costs of all states are also written to the *history*, in global memory. On the way back a warp for each block of
+//!   weights finds the best of a state's 2^KV predecessors again, so no decision is kept.
+//!
+//! # The book
+//!
+//! Entries are read from a table in global memory, a few megabytes that stay in the L2 cache, in the order in which
+//! threads take them: see [`Plan::book`]. So any decode expression costs the same.
+
+use super::c_name;
+use crate::cuda::Device;
+use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Scalar, Special, V, Var};
+use crate::metric::{LARGEST_COST, Metric, UNREACHABLE};
+use crate::spec::{Code, Value, mask};
+
+/// Costs that a thread keeps in registers.
+const HELD: u32 = 64;
+/// Most threads of a block: they may have 128 registers each.
+const THREADS: u32 = 512;
+/// Predecessors that a thread looks at in one round of its loop.
+const AHEAD: u32 = 2;
+/// Steps that a thread of a code without memory encodes at once.
+const STEPS: u32 = 4;
+
+/// Why a code cannot be encoded on a GPU.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Refused {
+    /// No memory would be enough.
+    #[error(
+        "windows of {window} bits have more states than a GPU's encoder can keep: encode on the CPU (--device cpu)"
+    )]
+    Window {
+        /// L.
+        window: u32,
+    },
+}
+
+/// How a code is encoded on a device.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The code.
+    pub code: Code,
+    /// Its metric.
+    pub metric: Metric,
+    /// The codebook, window-major.
+    entries: Vec<i16>,
+    /// Steps on each side of the seam in the first search.
+    reach: u32,
+    /// Blocks of weights at once; one for a code without memory.
+    pub lanes: u32,
+    /// Threads of a block.
+    pub threads: u32,
+    /// α.
+    alpha: u32,
+    /// True if costs lie in shared memory.
+    shared: bool,
+}
+
+/// One step of the pattern.
+#[derive(Clone, Copy)]
+struct Phase {
+    /// log2 of the states before the step.
+    before: u32,
+    /// KV.
+    bits: u32,
+    /// KV of the step after.
+    next: u32,
+    /// Sets of 2^α states.
+    tasks: u32,
+    /// Lanes that share a task.
+    split: u32,
+    /// First word of its part of the book.
+    book: u32,
+}
+
+impl Plan {
+    /// Chooses how to encode `code`, whose tables must be filled, on `device`.
+    ///
+    /// # Errors
+    /// A code with too many states.
+    pub fn new(code: &Code, device: &Device) -> Result<Plan, Refused> {
+        let entries = code.codebook();
+        let steps = code.steps_per_block();
+        let metric = Metric::new(code, &entries, steps);
+        let (most, least) = (*code.steps.iter().max().expect("a step"), *code.steps.iter().min().expect("a step"));
+        let states = 1u32 << (code.window - least);
+        let mut plan = Plan {
+            code: code.clone(),
+            metric,
+            entries,
+            reach: code.reach(steps),
+            lanes: 1,
+            threads: 256,
+            alpha: 0,
+            shared: true,
+        };
+        if code.is_memoryless() {
+            return Ok(plan);
+        }
+        if states > 1 << 18 {
+            return Err(Refused::Window { window: code.window });
+        }
+        plan.alpha = 4.min(least).min(code.window - most);
+        let held = (HELD * THREADS).min(device.shared_per_block / 4);
+        plan.shared = states <= held;
+        plan.lanes = if plan.shared { [4, 2, 1].into_iter().find(|l| l * states <= held).expect("1 does") } else { 4 };
+        let set = plan.lanes << plan.alpha;
+        // As many sets as a thread can hold, but no fewer threads than a warp has.
+        let sets = (HELD / set).max(1);
+        plan.threads = ((states >> plan.alpha) / sets).clamp(32, THREADS);
+        Ok(plan)
+    }
+
+    /// Steps of a block of weights.
+    pub fn steps(&self) -> u32 {
+        self.code.steps_per_block()
+    }
+
+    /// Blocks of threads that fit on one multiprocessor at once.
+    pub fn resident(&self) -> u32 {
+        (THREADS / self.threads).max(1)
+    }
+
+    /// Words that the weights of a step take.
+    pub fn weight_words(&self) -> u32 {
+        self.code.vector.div_ceil(2)
+    }
+
+    /// Costs of a block of threads' history: `(steps + 1) × states × lanes`.
+    pub fn history(&self) -> u64 {
+        if self.code.is_memoryless() { 1 } else { u64::from(self.steps() + 1) * u64::from(self.stride()) }
+    }
+
+    /// The costs of one boundary.
+    fn stride(&self) -> u32 {
+        self.lanes << (self.code.window - self.code.steps.iter().min().expect("a step"))
+    }
+
+    /// The weights of `lanes` blocks as the kernel takes them, `steps × lanes ×` [`Plan::weight_words`] words: two
+    /// numbers of [`Metric::weight`] a word. `blocks` holds whole blocks, `lanes` at most.
+    pub fn weights(&self, blocks: &[f32], words: &mut [u32]) {
+        let (v, per) = (self.code.vector as usize, self.weight_words() as usize);
+        words.fill(0);
+        for (lane, block) in blocks.chunks_exact(self.code.block.len() as usize).enumerate() {
+            for (s, x) in block.chunks_exact(v).enumerate() {
+                let at = (s * self.lanes as usize + lane) * per;
+                for (word, x) in words[at..at + per].iter_mut().zip(x.chunks(2)) {
+                    let half = |i: usize| x.get(i).map_or(0, |&x| u32::from(self.metric.weight(x).cast_unsigned()));
+                    *word = half(0) | half(1) << 16;
+                }
+            }
+        }
+    }
+
+    /// Bits of an entry: with its energy if entries have 16 bits.
+    fn entry_bits(&self) -> u32 {
+        match (self.code.value, self.code.vector) {
+            (Value::I8, 1 | 2) => 16,
+            (Value::I8, _) => 32,
+            (Value::I16, 1 | 2) => 64,
+            (Value::I16, _) => 128,
+        }
+    }
+
+    /// Words of a book of all windows.
+    fn book_words(&self) -> u32 {
+        ((self.entry_bits() as usize) << self.code.window).div_ceil(32) as u32
+    }
+
+    /// The phases of the pattern.
+    fn phases(&self) -> Vec<Phase> {
+        let (c, n) = (&self.code, self.code.steps.len());
+        let mut kinds: Vec<u32> = vec![];
+        let phase = |i: usize| {
+            let bits = c.steps[i];
+            let tasks = 1 << (c.window - bits - self.alpha);
+            let split = (self.threads / tasks).clamp(1, 32.min(1 << bits));
+            let kind = kinds.iter().position(|&k| k == bits).unwrap_or_else(|| {
+                kinds.push(bits);
+                kinds.len() - 1
+            });
+            let (before, next) = (c.window - c.steps[(i + n - 1) % n], c.steps[(i + 1) % n]);
+            Phase { before, bits, next, tasks, split, book: kind as u32 * self.book_words() }
+        };
+        (0..n).map(phase).collect()
+    }
+
+    /// The codebook as the kernel reads it: for each KV of the pattern all windows, in the order of its threads.
+    pub fn book(&self) -> Vec<u32> {
+        let mut halves: Vec<u16> = vec![];
+        let per = self.entry_bits() as usize / 16;
+        let v = self.code.vector as usize;
+        let mut done = 0;
+        let phases = if self.code.is_memoryless() { vec![None] } else { self.phases().into_iter().map(Some).collect() };
+        for phase in phases {
+            if phase.is_some_and(|p| p.book < done) {
+                continue;
+            }
+            done += self.book_words();
+            let first = halves.len();
+            halves.resize(first + self.book_words() as usize * 2, 0);
+            for (w, entry) in self.entries.chunks_exact(v).enumerate() {
+                let at = phase.map_or(w as u32, |p| self.place(&p, w as u32));
+                let out = &mut halves[first + at as usize * per..][..per];
+                match self.code.value {
+                    Value::I8 => {
+                        let byte = |i: usize| entry.get(i).map_or(0, |&c| u16::from(c as i8 as u8));
+                        out.iter_mut().enumerate().for_each(|(i, o)| *o = byte(2 * i) | byte(2 * i + 1) << 8);
+                    }
+                    Value::I16 => {
+                        out.iter_mut().zip(entry).for_each(|(o, &c)| *o = c.cast_unsigned());
+                        let energy = self.metric.energy(entry).cast_unsigned();
+                        let at = if per == 4 { 2 } else { 4 };
+                        (out[at], out[at + 1]) = (energy as u16, (energy >> 16) as u16);
+                    }
+                }
+            }
+        }
+        halves.chunks_exact(2).map(|h| u32::from(h[0]) | u32::from(h[1]) << 16).collect()
+    }
+
+    /// Where window `w` lies in the book of a phase.
+    fn place(&self, p: &Phase, w: u32) -> u32 {
+        let (o, b) = (w >> p.bits, w & mask(p.bits));
+        let (set, task) = (o / p.tasks, o % p.tasks);
+        (((b / p.split * p.tasks + task) * p.split + b % p.split) << self.alpha) + set
+    }
+
+    /// Makes the kernel, for `grid` blocks of threads. Its parameters, in order:
+    ///
+    /// * `weights`: `u32`, groups of blocks as [`Plan::weights`] makes them (of a code without memory, steps);
+    /// * `book`: `u32`, [`Plan::book`];
+    /// * `history`: `i32`, grid × [`Plan::history`], for the kernel's own use;
+    /// * `windows`: `u32`, blocks × steps;
+    /// * `groups`: `i32`, the number of groups.
+    pub fn lower(&self, grid: u32) -> Kernel {
+        let c = &self.code;
+        let kind = if c.is_memoryless() { "nearest" } else { "encode" };
+        let steps: Vec<String> = c.steps.iter().map(u32::to_string).collect();
+        let name = format!("{kind}_l{}_k{}_v{}", c.window, steps.join("_"), c.vector);
+        let b = Builder::new(&c_name(&name), [grid, 1], self.threads);
+        let steps = steps.join(", ");
+        b.doc(format!("Windows of {} bits for vectors of {}, steps of {steps} bits.", c.window, c.vector));
+        b.min_blocks(self.resident());
+        let weights = b.buffer("weights", Elem::U32, false);
+        let book = b.buffer("book", Elem::U32, false);
+        let history = b.buffer("history", Elem::I32, true);
+        let windows = b.buffer("windows", Elem::U32, true);
+        let groups = b.scalar("groups", Scalar::I32);
+        let e = Emit { b: &b, plan: self, weights, book, history, windows, costs: None };
+        if c.is_memoryless() {
+            e.nearest(groups, grid);
+        } else {
+            let costs = self.shared.then(|| b.shared("costs", Elem::I32, self.stride()));
+            Emit { costs, ..e }.search(groups, grid);
+        }
+        b.finish()
+    }
+}
+
+struct Emit<'b> {
+    b: &'b Builder,
+    plan: &'b Plan,
+    weights: Mem,
+    book: Mem,
+    history: Mem,
+    windows: Mem,
+    /// Shared memory for the costs of a boundary.
+    costs: Option<Mem>,
+}
+
+/// An entry in registers.
+struct Entry<'b> {
+    /// For 8-bit entries, where the bytes lie; for 16-bit entries, components.
+    parts: Vec<V<'b>>,
+    /// In the high half of its word.
+    high: bool,
+    energy: V<'b>,
+}
+
+/// What the threads that search together know.
+#[derive(Clone, Copy)]
+struct Search<'b> {
+    /// First cost of this block of threads in the history.
+    history: V<'b>,
+    /// Index of the group's first word of weights.
+    weights: V<'b>,
+}
+
+impl<'b> Emit<'b> {
+    /// Reads set `at` of `count` entries that lie side by side in a book.
+    fn entries(&self, book: u32, at: V<'b>, count: u32) -> Vec<Entry<'b>> {
+        let (b, bits) = (self.b, self.plan.entry_bits());
+        if bits * count == 16 {
+            let word = b.load_as(self.book, at + book * 2, Elem::U16, 1, Cache::ReadOnly);
+            return vec![self.entry(&[word], false)];
+        }
+        let words = bits * count / 32;
+        let chunk = words.min(4);
+        let load = |i| b.load_as(self.book, at * words + (book + i), Elem::U32, chunk, Cache::ReadOnly).lanes();
+        let loaded: Vec<V<'b>> = (0..words).step_by(chunk as usize).flat_map(load).collect();
+        if bits < 32 {
+            return (0..count as usize).map(|i| self.entry(&loaded[i / 2..=i / 2], i % 2 == 1)).collect();
+        }
+        loaded.chunks_exact(bits as usize / 32).map(|w| self.entry(w, false)).collect()
+    }
+
+    fn entry(&self, words: &[V<'b>], high: bool) -> Entry<'b> {
+        let b = self.b;
+        match self.plan.code.value {
+            Value::I8 => {
+                let word = words[0];
+                let only = match (self.plan.entry_bits(), high) {
+                    (16, false) => word & 0xffff_u32,
+                    (16, true) => word & 0xffff_0000_u32,
+                    _ => word,
+                };
+                let energy = word.dot4(only, b.i32(0)) << self.plan.metric.fraction;
+                Entry { parts: vec![word], high, energy }
+            }
+            Value::I16 => {
+                let packed = self.plan.weight_words() as usize;
+                let parts = words[..packed].iter().flat_map(|&w| halves(w)).take(self.plan.code.vector as usize);
+                Entry { parts: parts.collect(), high, energy: words[packed].bits(Scalar::I32) }
+            }
+        }
+    }
+
+    /// The weights of a step and a lane, as [`Emit::metric`] takes them.
+    fn operands(&self, words: &[V<'b>]) -> Vec<V<'b>> {
+        match self.plan.code.value {
+            Value::I8 => words.to_vec(),
+            Value::I16 => words.iter().flat_map(|&w| halves(w)).take(self.plan.code.vector as usize).collect(),
+        }
+    }
+
+    fn metric(&self, weights: &[V<'b>], entry: &Entry<'b>) -> V<'b> {
+        let mut d = entry.energy;
+        for (i, &x) in weights.iter().enumerate() {
+            d = match self.plan.code.value {
+                Value::I8 => x.dot2(entry.parts[0], entry.high || i == 1, d),
+                Value::I16 => d + x * entry.parts[i],
+            };
+        }
+        if self.plan.metric.shift > 0 { d >> self.plan.metric.shift as i32 } else { d }
+    }
+
+    /// The weights of `lanes` blocks from word `at` on.
+    fn load_weights(&self, at: V<'b>) -> Vec<Vec<V<'b>>> {
+        let (b, per) = (self.b, self.plan.weight_words());
+        let total = self.plan.lanes * per;
+        let chunk = total.min(4);
+        let words: Vec<V<'b>> = (0..total / chunk)
+            .flat_map(|i| b.load_as(self.weights, at + i * chunk, Elem::U32, chunk, Cache::ReadOnly).lanes())
+            .collect();
+        words.chunks_exact(per as usize).map(|w| self.operands(w)).collect()
+    }
+
+    /// Where the cost of a state lies in shared memory: moved so that both the threads that write neighbouring states
+    /// and those that read states 2^`bits` apart use all banks.
+    fn moved(&self, state: V<'b>, bits: u32) -> V<'b> {
+        let banks = 32 / self.plan.lanes - 1;
+        (state ^ ((state >> bits as i32) & banks as i32)) * self.plan.lanes
+    }
+
+    /// Emits `body` for each phase where it is due: `i` counts steps from one of phase 0.
+    fn each_phase(&self, i: V<'b>, body: impl Fn(&Phase)) {
+        let phases = self.plan.phases();
+        if let [only] = &phases[..] {
+            return body(only);
+        }
+        let at = i % phases.len() as u32;
+        for (k, p) in phases.iter().enumerate() {
+            self.b.if_(at.eq(k as u32), || body(p));
+        }
+    }
+
+    fn search(&self, groups: V<'b>, grid: u32) {
+        let (b, plan) = (self.b, self.plan);
+        let (steps, reach, lanes) = (plan.steps(), plan.reach, plan.lanes);
+        let first_phase = plan.phases()[0];
+        let seams = b.shared("seams", Elem::I32, lanes);
+        let (thread, block) = (b.special(Special::Thread), b.special(Special::BlockX));
+        let history = block * plan.history() as u32;
+        b.for_(block, groups, grid, |group| {
+            let search = Search { history, weights: group * (steps * lanes * plan.weight_words()) };
+            b.comment("First freely across the seam, to find the state there; then from it to it.");
+            b.for_(0, 2, 1, |pass| {
+                let free = pass.eq(0);
+                let choose = |a: u32, c: u32| free.select(b.i32(a as i32), c as i32);
+                let (first, count) = (choose(steps - reach, 0), choose(steps.min(2 * reach), steps));
+                let step_of = |i: V<'b>| {
+                    let s = first + i;
+                    s.lt(steps).select(s, s - steps)
+                };
+                let seam = b.var(b.i32(-1));
+                b.if_(pass.eq(1), || b.set(seam, b.load(seams, thread % lanes, Elem::I32)));
+                b.for_(thread, lanes << first_phase.before, plan.threads, |i| {
+                    let state = i / lanes;
+                    let reachable = free | state.eq(b.get(seam));
+                    let cost = reachable.select(b.i32(0), UNREACHABLE);
+                    if let Some(costs) = self.costs {
+                        b.store(costs, self.moved(state, first_phase.bits) + i % lanes, cost, Elem::I32);
+                    }
+                    b.store(self.history, history + i, cost, Elem::I32);
+                });
+                b.barrier();
+                b.for_(0, count, 1, |i| {
+                    let s = step_of(i);
+                    self.each_phase(i, |p| self.forward(p, search, i, s));
+                });
+                b.comment("Back: a warp for each block of weights.");
+                b.for_(b.special(Special::Warp), lanes, plan.threads / 32, |m| {
+                    let state = b.var(b.i32(0));
+                    let at_seam = || b.set(state, b.load(seams, m, Elem::I32));
+                    b.if_else(free, || self.best_end(search, m, count, state), at_seam);
+                    let back = count - free.select(b.i32(reach as i32), 0);
+                    b.for_(0, back, 1, |j| {
+                        let i = count - 1 - j;
+                        let s = step_of(i);
+                        self.each_phase(i, |p| {
+                            let window = self.back(p, search, m, i, s, b.get(state));
+                            b.set(state, window & mask(p.before) as i32);
+                            b.if_(pass.eq(1) & b.special(Special::Lane).eq(0), || {
+                                let at = (group * lanes + m) * steps + s;
+                                b.store(self.windows, at, window.bits(Scalar::U32), Elem::U32);
+                            });
+                        });
+                    });
+                    b.if_(free & b.special(Special::Lane).eq(0), || b.store(seams, m, b.get(state), Elem::I32));
+                });
+                b.barrier();
+            });
+        });
+    }
+
+    /// Costs after step `s`, the `i`-th of the search, from those before it.
+    fn forward(&self, p: &Phase, search: Search<'b>, i: V<'b>, s: V<'b>) {
+        let (b, plan) = (self.b, self.plan);
+        let lanes = plan.lanes;
+        let stride = plan.stride();
+        let from = search.history + i * stride;
+        let weights = self.load_weights(search.weights + s * (lanes * plan.weight_words()));
+        let thread = b.special(Special::Thread);
+        let (share, index) = (thread % p.split, thread / p.split);
+        let store = |task: V<'b>, best: &[Vec<V<'b>>]| {
+            let write = || {
+                for (set, costs) in best.iter().enumerate() {
+                    let put = || {
+                        let state = task + set as u32 * p.tasks;
+                        let costs = if lanes == 1 { costs[0] } else { b.vector(costs) };
+                        b.store(self.history, from + stride + state * lanes, costs, Elem::I32);
+                        if let Some(mem) = self.costs {
+                            b.store(mem, self.moved(state, p.next), costs, Elem::I32);
+                        }
+                    };
+                    if p.split == 1 { put() } else { b.if_(share.eq(set as u32 % p.split), put) }
+                }
+            };
+            if p.tasks * p.split < plan.threads { b.if_(thread.lt(p.tasks * p.split), write) } else { write() }
+        };
+        if self.costs.is_none() {
+            b.for_(index, p.tasks, plan.threads / p.split, |task| {
+                store(task, &self.best(p, &weights, from, task, share));
+            });
+        } else {
+            let rounds = (p.tasks * p.split).div_ceil(plan.threads);
+            let held: Vec<_> = (0..rounds)
+                .map(|round| {
+                    let task = if p.tasks * p.split < plan.threads { index % p.tasks } else { index };
+                    let task = task + round * plan.threads;
+                    (task, self.best(p, &weights, from, task, share))
+                })
+                .collect();
+            b.barrier();
+            held.iter().for_each(|(task, best)| store(*task, best));
+        }
+        b.barrier();
+    }
+
+    /// The least costs of a task's states, by state and lane.
+    fn best(&self, p: &Phase, weights: &[Vec<V<'b>>], from: V<'b>, task: V<'b>, share: V<'b>) -> Vec<Vec<V<'b>>> {
+        let (b, plan) = (self.b, self.plan);
+        let (lanes, sets) = (plan.lanes, 1u32 << plan.alpha);
+        let new = |_| (0..lanes).map(|_| b.var(b.i32(UNREACHABLE + LARGEST_COST))).collect::<Vec<Var>>();
+        let best: Vec<Vec<Var>> = (0..sets).map(new).collect();
+        let rounds = (1 << p.bits) / p.split;
+        let ahead = AHEAD.min(rounds);
+        let slot = task * p.split + share;
+        b.for_(0, rounds, ahead, |round| {
+            let load = |k: u32| {
+                let round = round + k;
+                let window = (task << p.bits as i32) + round * p.split + share;
+                let state = window & mask(p.before) as i32;
+                let old = match self.costs {
+                    Some(mem) => b.load_as(mem, self.moved(state, p.bits), Elem::I32, lanes, Cache::Default),
+                    None => b.load_as(self.history, from + state * lanes, Elem::I32, lanes, Cache::Default),
+                };
+                (old, self.entries(p.book, round * (p.tasks * p.split) + slot, sets))
+            };
+            let loaded: Vec<_> = (0..ahead).map(load).collect();
+            for (old, entries) in loaded {
+                for (entry, best) in entries.iter().zip(&best) {
+                    for (m, (&best, weights)) in best.iter().zip(weights).enumerate() {
+                        let cost = self.metric(weights, entry) + old.lane(m as u32);
+                        b.set(best, b.get(best).min(cost));
+                    }
+                }
+            }
+        });
+        let joined = |&v: &Var| {
+            let mut cost = b.get(v);
+            let mut apart = 1;
+            while apart < p.split {
+                cost = cost.min(cost.shuffle_xor(apart as i32));
+                apart *= 2;
+            }
+            cost
+        };
+        best.iter().map(|lanes| lanes.iter().map(joined).collect()).collect()
+    }
+
+    /// The best end of lane `m`'s paths of `count` steps.
+    fn best_end(&self, search: Search<'b>, m: V<'b>, count: V<'b>, state: Var) {
+        let (b, plan) = (self.b, self.plan);
+        let lane = b.special(Special::Lane);
+        let first = search.history + count * plan.stride() + m;
+        let best = b.var(b.i32(UNREACHABLE));
+        let states = |p: &Phase| {
+            b.for_(lane, 1u32 << p.before, 32, |o| {
+                let cost = b.load(self.history, first + o * plan.lanes, Elem::I32);
+                b.if_(cost.lt(b.get(best)), || {
+                    b.set(best, cost);
+                    b.set(state, o);
+                });
+            });
+        };
+        self.each_phase(count, states);
+        let (_, o) = least(b.get(best), b.get(state));
+        b.set(state, o);
+    }
+
+    /// The window by which lane `m`'s best path to `state` came through step `s`, the `i`-th of the search.
+    fn back(&self, p: &Phase, search: Search<'b>, m: V<'b>, i: V<'b>, s: V<'b>, state: V<'b>) -> V<'b> {
+        let (b, plan) = (self.b, self.plan);
+        let per = plan.weight_words();
+        let at = search.weights + (s * plan.lanes + m) * per;
+        let words: Vec<V<'b>> =
+            (0..per).map(|k| b.load_as(self.weights, at + k, Elem::U32, 1, Cache::ReadOnly)).collect();
+        let weights = self.operands(&words);
+        let from = search.history + i * plan.stride() + m;
+        let lane = b.special(Special::Lane) & mask(p.bits.min(5)) as i32;
+        let (best, found) = (b.var(b.i32(i32::MAX)), b.var(b.i32(0)));
+        let (task, set) = (state % p.tasks, state / p.tasks);
+        let candidates = 1u32 << p.bits;
+        let at_once = candidates.div_ceil(32).min(8);
+        b.for_(0, candidates, 32 * at_once, |round| {
+            let metric = |k: u32| {
+                let low = round + lane + 32 * k;
+                let place = (((low / p.split * p.tasks + task) * p.split + low % p.split) << plan.alpha as i32) + set;
+                let entry = self.entries(p.book, place, 1).remove(0);
+                let window = (state << p.bits as i32) + low;
+                let old = b.load(self.history, from + (window & mask(p.before) as i32) * plan.lanes, Elem::I32);
+                (self.metric(&weights, &entry) + old, window)
+            };
+            let all: Vec<_> = (0..at_once).map(metric).collect();
+            for (cost, window) in all {
+                b.if_(cost.lt(b.get(best)), || {
+                    b.set(best, cost);
+                    b.set(found, window);
+                });
+            }
+        });
+        least(b.get(best), b.get(found)).1
+    }
+
+    /// Codes without memory: every step alone.
+    fn nearest(&self, groups: V<'b>, grid: u32) {
+        let (b, plan) = (self.b, self.plan);
+        let (per, all) = (plan.weight_words(), groups * plan.steps());
+        let first = (b.special(Special::BlockX) * plan.threads + b.special(Special::Thread)) * STEPS;
+        b.for_(first, all, grid * plan.threads * STEPS, |first| {
+            // Steps come in multiples of 32.
+            let weights: Vec<Vec<V<'b>>> = (0..STEPS)
+                .map(|k| {
+                    let load = |i| b.load_as(self.weights, (first + k) * per + i, Elem::U32, 1, Cache::ReadOnly);
+                    self.operands(&(0..per).map(load).collect::<Vec<_>>())
+                })
+                .collect();
+            let best: Vec<(Var, Var)> = weights.iter().map(|_| (b.var(b.i32(i32::MAX)), b.var(b.i32(0)))).collect();
+            b.for_(0, 1u32 << plan.code.window, 1, |window| {
+                let entry = self.entries(0, window, 1).remove(0);
+                for (weights, &(best, found)) in weights.iter().zip(&best) {
+                    let metric = self.metric(weights, &entry);
+                    b.if_(metric.lt(b.get(best)), || {
+                        b.set(best, metric);
+                        b.set(found, window);
+                    });
+                }
+            });
+            let found: Vec<V<'b>> = best.iter().map(|(_, found)| b.get(*found).bits(Scalar::U32)).collect();
+            b.store(self.windows, first, b.vector(&found), Elem::U32);
+        });
+    }
+}
+
+/// The two signed halves of a word.
+fn halves(word: V<'_>) -> [V<'_>; 2] {
+    let word = word.bits(Scalar::I32);
+    [(word.bits(Scalar::U32) << 16_u32).bits(Scalar::I32) >> 16, word >> 16]
+}
+
+/// The least of the lanes' values, and the smallest index that has it.
+fn least<'b>(mut v: V<'b>, mut i: V<'b>) -> (V<'b>, V<'b>) {
+    for mask in [16, 8, 4, 2, 1] {
+        let (other, j) = (v.shuffle_xor(mask), i.shuffle_xor(mask));
+        let take = other.lt(v) | (other.eq(v) & j.lt(i));
+        (v, i) = (take.select(other, v), take.select(j, i));
+    }
+    (v, i)
+}

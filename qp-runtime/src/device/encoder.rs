@@ -1,0 +1,81 @@
+//! The trellis encoder on a device.
+
+use qp_codegen::kernels::encode::Plan;
+use qp_codegen::spec::Code;
+use rayon::prelude::*;
+
+use super::{Buffer, DeviceError, Executor, LaunchArgs, Loaded};
+
+/// Arguments of [`Plan::lower`]'s kernels.
+#[derive(LaunchArgs)]
+struct EncodeArgs<'a> {
+    weights: &'a Buffer<u32>,
+    book: &'a Buffer<u32>,
+    history: &'a mut Buffer<i32>,
+    windows: &'a mut Buffer<u32>,
+    groups: i32,
+}
+
+/// Costs of all blocks of threads together: 4 GiB, and indices of 32 bits.
+const HISTORY: u64 = 1 << 30;
+
+/// A code made ready to encode on a device: what [`crate::codec::viterbi::Trellis`] is on the CPU, with the same results.
+pub struct DeviceTrellis {
+    on: Executor,
+    plan: Plan,
+    kernel: Loaded,
+    book: Buffer<u32>,
+}
+
+impl DeviceTrellis {
+    /// Prepares `code`, whose tables must be filled.
+    ///
+    /// # Errors
+    /// A code that needs more memory than a GPU has, a failing compiler or driver.
+    pub fn new(on: &Executor, code: &Code) -> Result<DeviceTrellis, DeviceError> {
+        let plan = Plan::new(code, &on.device()).map_err(|e| DeviceError::Buffer(e.to_string()))?;
+        // A part of what is free, for the matrix and its result need room too.
+        let free = on.free_memory()?.map_or(u64::MAX, |(free, _)| free as u64 / 2 / 4);
+        let most = HISTORY.min(free) / plan.history();
+        if most == 0 {
+            let reason = "a block of threads' costs need more memory than is free".into();
+            return Err(DeviceError::Kernel { kernel: "encode".into(), reason });
+        }
+        let blocks = if on.gpu().is_some() { on.device().sms * plan.resident() } else { 2 };
+        let kernel = on.load::<EncodeArgs<'_>>(plan.lower(blocks.min(most as u32)))?;
+        let book = on.upload(&plan.book())?;
+        Ok(DeviceTrellis { on: on.clone(), plan, kernel, book })
+    }
+
+    /// The kernel.
+    pub fn kernel(&self) -> &Loaded {
+        &self.kernel
+    }
+
+    /// The windows of whole `blocks` of finite weights, block after block, and the seconds that the kernel took.
+    ///
+    /// # Errors
+    /// A full GPU, a failing driver.
+    pub fn encode(&self, blocks: &[f32]) -> Result<(Vec<u32>, f64), DeviceError> {
+        let (on, plan) = (&self.on, &self.plan);
+        let (len, steps, lanes) = (plan.code.block.len() as usize, plan.steps() as usize, plan.lanes as usize);
+        let count = blocks.len() / len;
+        let groups = count.div_ceil(lanes);
+        let mut words = vec![0u32; groups * steps * lanes * plan.weight_words() as usize];
+        words
+            .par_chunks_exact_mut(steps * lanes * plan.weight_words() as usize)
+            .zip(blocks.par_chunks(len * lanes))
+            .for_each(|(words, blocks)| plan.weights(blocks, words));
+        let weights = on.upload(&words)?;
+        let working = groups.min(self.kernel.kernel().grid[0] as usize);
+        let mut history = on.zeroed::<i32>(plan.history() as usize * working)?;
+        let mut windows = on.zeroed::<u32>(groups * lanes * steps)?;
+        let groups = i32::try_from(groups).map_err(|_| DeviceError::Buffer("too many blocks at once".into()))?;
+        let (book, history, windows_out) = (&self.book, &mut history, &mut windows);
+        let args = EncodeArgs { weights: &weights, book, history, windows: windows_out, groups };
+        let seconds = on.time(|| on.launch(&self.kernel, args))?;
+        let mut out = vec![0; count * steps];
+        windows.read(0, &mut out)?;
+        Ok((out, seconds))
+    }
+}

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use qp_codegen::cuda::{Target, print};
 use qp_codegen::ir::{Elem, Kernel};
-use qp_codegen::kernels::{dequantize, gemv, prepare};
+use qp_codegen::kernels::{dequantize, encode, gemv, prepare};
 use qp_codegen::nvrtc;
 use qp_codegen::spec::{self, Matrix, Quantizer, Shape};
 use qp_codegen::syntax::{self, Diagnostics};
@@ -105,6 +105,8 @@ struct Emit {
 enum Operation {
     /// Packed words to the matrix
     Dequantize,
+    /// Search for the windows of weights (of a mix, the first code's)
+    Encode,
     /// Matrix-vector product with packed weights
     Gemv,
     /// Rotation and rounding of activations
@@ -273,6 +275,10 @@ fn kernel(e: &Emit) -> Result<Kernel, Failure> {
     Ok(match e.op {
         Operation::Dequantize => {
             dequantize::lower(&dequantize::Dequantize { quantizer: &q, shape: e.shape, output: Elem::F16 }, device.sms)
+        }
+        Operation::Encode => {
+            let plan = encode::Plan::new(&q.codes[0], &device).map_err(|e| Failure::Other(e.to_string()))?;
+            plan.lower(device.sms * plan.resident())
         }
         Operation::Gemv => {
             let op = gemv::Gemv { quantizer: &q, shape: e.shape, batch: e.batch, accumulate };

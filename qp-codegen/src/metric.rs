@@ -28,36 +28,32 @@ pub struct Metric {
     pub shift: u32,
     unit: f32,
     offset: f32,
-    /// Points are kept within this distance of the entries' middle: twice that of the outermost entry.
+    /// Points are kept within this distance of 0: the range of 16-bit entries, and twice that of 8-bit ones.
     reach: f32,
 }
 
 impl Metric {
-    /// For `code`, whose entries are `book`, in paths of `steps` steps.
-    pub fn new(code: &Code, book: &[i16], steps: u32) -> Metric {
-        let largest = book.iter().map(|c| c.unsigned_abs()).max().unwrap_or(0).max(1);
-        let reach = 2.0 * f64::from(largest);
+    /// For paths of `steps` steps of `code`; the values of its tables do not matter.
+    pub fn new(code: &Code, steps: u32) -> Metric {
+        let largest = -f64::from(code.value.range().0);
+        let (least, reach) = match code.value {
+            Value::I8 => (0, 2.0 * largest),
+            Value::I16 => (-24, largest),
+        };
         let vector = f64::from(code.vector);
         // Of a branch, for f = 0: |c|² + 2 |p||c|.
-        let branch = vector * f64::from(largest) * (f64::from(largest) + 2.0 * reach);
+        let branch = vector * largest * (largest + 2.0 * reach);
         // A 1024th of the source's deviation is fine enough for codes whose metrics add up, see the decision; nearest
         // entries alone can afford more.
         let wanted = if code.is_memoryless() { 4096.0 } else { 1024.0 };
-        let least = match code.value {
-            Value::I8 => 0,
-            Value::I16 => i32::MIN,
+        let fits = |f: i32| {
+            reach * f64::from(f + 1).exp2() <= f64::from(i16::MAX)
+                && branch * f64::from(f).exp2() <= f64::from(UNREACHABLE)
         };
-        let mut fraction = (wanted * f64::from(code.unit) / 2.0).log2().floor() as i32;
-        fraction = fraction.clamp(-24, 14).max(least);
-        while fraction > least.max(-24)
-            && (reach * f64::from(fraction + 1).exp2() > f64::from(i16::MAX)
-                || branch * f64::from(fraction).exp2() > f64::from(UNREACHABLE))
-        {
-            fraction -= 1;
-        }
+        let most = (wanted * f64::from(code.unit) / 2.0).log2().floor() as i32;
+        let fraction = (least + 1..=most).rev().find(|&f| fits(f)).unwrap_or(least);
         let branch = branch * f64::from(fraction).exp2() + 1.0;
-        let added = if code.is_memoryless() { 1 } else { steps };
-        let total = branch * f64::from(added);
+        let total = branch * f64::from(steps);
         let shift = (total / f64::from(LARGEST_COST)).log2().ceil().max(0.0) as u32;
         let shift = if code.is_memoryless() { 0 } else { shift };
         let offset = if code.half_offset { 0.5 } else { 0.0 };
@@ -113,7 +109,7 @@ mod tests {
             let (low, high) = code.value.range();
             for steps in [1, 128, 1024, 65536] {
                 for largest in [1, high / 3, low] {
-                    let m = Metric::new(&code, &[largest as i16], steps);
+                    let m = Metric::new(&code, steps);
                     for x in [f32::MAX, -f32::MAX, f32::from(largest as i16) * code.unit, 0.0] {
                         let n = vec![m.weight(x); code.vector as usize];
                         assert!(n[0] > i16::MIN);
@@ -138,7 +134,7 @@ mod tests {
     fn metrics_are_squared_distances() {
         let q = spec::resolve("tcq_3").expect("of the palette");
         let code = &q.codes[0];
-        let m = Metric::new(code, &code.codebook(), code.steps_per_block());
+        let m = Metric::new(code, code.steps_per_block());
         assert_eq!((m.fraction, m.shift), (4, 0));
         let (x, entry) = ([0.37f32, -1.21], [14i16, -60]);
         let n = x.map(|x| m.weight(x));

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use qp_codegen::cuda::{Target, print};
 use qp_codegen::ir::{Elem, Kernel};
 use qp_codegen::kernels::dequantize::{self, Dequantize};
+use qp_codegen::kernels::encode;
 use qp_codegen::kernels::gemv::{self, Gemv, Launch};
 use qp_codegen::kernels::prepare::{self, Prepare};
 use qp_codegen::palette;
@@ -29,7 +30,7 @@ fn every_member_runs_on_the_interpreter_as_on_the_cpu() {
     });
 }
 
-/// Kernels of `q` for `target`: products at several shapes and batches, and the decoded matrix.
+/// Kernels of `q` for `target`: products at several shapes and batches, the decoded matrix, and the encoder.
 fn kernels(q: &Quantizer, target: Target) -> Vec<Kernel> {
     let device = target.device();
     let gemv = |rows, cols, batch, accumulate| {
@@ -38,6 +39,10 @@ fn kernels(q: &Quantizer, target: Target) -> Vec<Kernel> {
     };
     let dequantize = Dequantize { quantizer: q, shape: Shape { rows: 4096, cols: 4096 }, output: Elem::F16 };
     let mut out = vec![gemv(4096, 4096, 1, false), dequantize::lower(&dequantize, device.sms)];
+    // Those of a mix are members themselves.
+    if let [code] = &q.codes[..] {
+        out.push(encode::Plan::new(code, &device).expect("few states").lower(132));
+    }
     if target == Target::Sm90a {
         out.extend([gemv(28672, 4096, 1, false), gemv(4096, 14336, 8, true), gemv(1536, 576, 3, false)]);
     }

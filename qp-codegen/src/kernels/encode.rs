@@ -54,8 +54,6 @@ pub struct Plan {
     pub code: Code,
     /// Its metric.
     pub metric: Metric,
-    /// The codebook, window-major.
-    entries: Vec<i16>,
     /// Steps on each side of the seam in the first search.
     reach: u32,
     /// Blocks of weights at once; one for a code without memory.
@@ -86,20 +84,18 @@ struct Phase {
 }
 
 impl Plan {
-    /// Chooses how to encode `code`, whose tables must be filled, on `device`.
+    /// Chooses how to encode `code` on `device`; the values of its tables do not matter.
     ///
     /// # Errors
     /// A code with too many states.
     pub fn new(code: &Code, device: &Device) -> Result<Plan, Refused> {
-        let entries = code.codebook();
         let steps = code.steps_per_block();
-        let metric = Metric::new(code, &entries, steps);
+        let metric = Metric::new(code, steps);
         let (most, least) = (*code.steps.iter().max().expect("a step"), *code.steps.iter().min().expect("a step"));
         let states = 1u32 << (code.window - least);
         let mut plan = Plan {
             code: code.clone(),
             metric,
-            entries,
             reach: code.reach(steps),
             lanes: 1,
             threads: 256,
@@ -197,11 +193,11 @@ impl Plan {
         (0..n).map(phase).collect()
     }
 
-    /// The codebook as the kernel reads it: for each KV of the pattern all windows, in the order of its threads.
+    /// The codebook, whose tables must be filled, as the kernel reads it: for each KV of the pattern all windows, in the order of its threads.
     pub fn book(&self) -> Vec<u32> {
         let mut halves: Vec<u16> = vec![];
         let per = self.entry_bits() as usize / 16;
-        let v = self.code.vector as usize;
+        let (v, entries) = (self.code.vector as usize, self.code.codebook());
         let mut done = 0;
         let phases = if self.code.is_memoryless() { vec![None] } else { self.phases().into_iter().map(Some).collect() };
         for phase in phases {
@@ -211,7 +207,7 @@ impl Plan {
             done += self.book_words();
             let first = halves.len();
             halves.resize(first + self.book_words() as usize * 2, 0);
-            for (w, entry) in self.entries.chunks_exact(v).enumerate() {
+            for (w, entry) in entries.chunks_exact(v).enumerate() {
                 let at = phase.map_or(w as u32, |p| self.place(&p, w as u32));
                 let out = &mut halves[first + at as usize * per..][..per];
                 match self.code.value {

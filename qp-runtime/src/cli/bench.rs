@@ -10,6 +10,7 @@ use qp_codegen::reference::{self, Activations};
 use qp_codegen::spec::{self, Quantizer, Shape};
 
 use super::Error;
+use super::bench_encode::EncodeBench;
 use super::distortion::DistortionBench;
 use crate::check::synthetic::{self, Random};
 use crate::codec;
@@ -26,6 +27,7 @@ pub struct Bench {
 #[derive(Subcommand)]
 enum What {
     Distortion(DistortionBench),
+    Encode(EncodeBench),
     Kernels(Kernels),
 }
 
@@ -61,6 +63,7 @@ impl Bench {
     pub fn run(self) -> Result<(), Error> {
         match self.what {
             What::Distortion(d) => d.run(),
+            What::Encode(e) => e.run(),
             What::Kernels(k) => k.run(),
         }
     }

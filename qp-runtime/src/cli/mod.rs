@@ -1,6 +1,7 @@
 //! The `qp` command line: one file a command.
 
 mod bench;
+mod bench_encode;
 mod check_gpu;
 mod device;
 mod distortion;

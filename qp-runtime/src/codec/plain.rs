@@ -18,7 +18,7 @@ impl<'c> Plain<'c> {
     /// Prepares `code`, whose tables must be filled, for streams of `weights` weights.
     pub fn with_length(code: &'c Code, weights: usize) -> Self {
         let (book, steps) = (code.codebook(), weights / code.vector as usize);
-        let metric = Metric::new(code, &book, steps as u32);
+        let metric = Metric::new(code, steps as u32);
         let energies = book.chunks_exact(code.vector as usize).map(|e| metric.energy(e)).collect();
         Plain { code, steps, book, energies, metric }
     }

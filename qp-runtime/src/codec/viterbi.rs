@@ -102,7 +102,7 @@ impl Trellis {
         let bits: Vec<u32> = (0..(weights / vector) as u32).map(|s| code.step_bits(s)).collect();
         assert!(bits.iter().all(|&k| k >= 1 && k <= code.window), "KV of 1..=L");
         let entries = code.codebook();
-        let metric = Metric::new(code, &entries, bits.len() as u32);
+        let metric = Metric::new(code, bits.len() as u32);
         let mut book = Vec::with_capacity((vector.div_ceil(2) + 1) << code.window);
         for entry in entries.chunks_exact(vector) {
             book.extend(entry.chunks(2).map(pair));

@@ -1,0 +1,139 @@
+//! `qp bench encode`: the speed of encoders.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Args;
+use qp_codegen::spec::{self, Code, Quantizer};
+use rayon::prelude::*;
+
+use super::Error;
+use crate::check::synthetic;
+use crate::codec::Gaussian;
+use crate::codec::plain::Plain;
+use crate::codec::viterbi::{Scratch, Trellis};
+use crate::device::{DeviceTrellis, Executor};
+
+/// Time the encoder on unit-variance Gaussian samples: a plain loop and the fast encoder on one core, the fast encoder
+/// on all cores, and a GPU where there is one.
+///
+/// All must find the same windows. Figures are weights a second; the GPU's are of its kernel alone, and with the
+/// copies to and fro.
+#[derive(Args)]
+pub struct EncodeBench {
+    /// Quantizers: names of the palette, spec files, or FILE:NAME; random tables stand for untrained ones.
+    #[arg(required = true)]
+    spec: Vec<String>,
+    /// Blocks that the fast encoder encodes on each core.
+    #[arg(long, default_value_t = 32)]
+    blocks: usize,
+    /// Blocks that the GPU encodes.
+    #[arg(long, default_value_t = 1 << 14)]
+    gpu_blocks: usize,
+    /// Only the CPU.
+    #[arg(long)]
+    cpu: bool,
+    /// Also write the table to this file.
+    #[arg(long)]
+    out: Option<PathBuf>,
+}
+
+/// Weights a second.
+struct Row {
+    plain: f64,
+    core: f64,
+    cores: f64,
+    /// Of the kernel alone, and in all.
+    gpu: Option<(f64, f64)>,
+}
+
+impl EncodeBench {
+    /// Runs it.
+    pub(super) fn run(self) -> Result<(), Error> {
+        let on = if self.cpu { None } else { Executor::cuda(0).ok() };
+        let threads = rayon::current_num_threads();
+        let gpu = on.as_ref().and_then(|on| Some(on.gpu()?.name.clone()));
+        let mut text = format!(
+            "| quantizer | L | KV | V | plain loop, 1 core | 1 core | ratio | {threads} cores | {} | with copies |\n",
+            gpu.as_deref().unwrap_or("no GPU")
+        );
+        text += "|---|---|---|---|---|---|---|---|---|---|\n";
+        println!("Weights a second, millions.\n");
+        print!("{text}");
+        for name in &self.spec {
+            let q = synthetic::trained(spec::resolve_untrained(name).map_err(|d| d.to_string())?);
+            for code in &q.codes {
+                let row = self.measure(&q, code, on.as_ref())?;
+                let steps: Vec<String> = code.steps.iter().map(u32::to_string).collect();
+                let million = |x: f64| format!("{:.3}", x / 1e6);
+                let (kernel, all) =
+                    row.gpu.map_or(("-".into(), "-".into()), |(kernel, all)| (million(kernel), million(all)));
+                let line = format!(
+                    "| {} | {} | {} | {} | {} | {} | {:.1} | {} | {kernel} | {all} |\n",
+                    q.name,
+                    code.window,
+                    steps.join(" "),
+                    code.vector,
+                    million(row.plain),
+                    million(row.core),
+                    row.core / row.plain,
+                    million(row.cores),
+                );
+                print!("{line}");
+                text += &line;
+            }
+        }
+        if let Some(path) = &self.out {
+            std::fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    fn measure(&self, q: &Quantizer, code: &Code, on: Option<&Executor>) -> Result<Row, Error> {
+        let trellis = Trellis::new(code);
+        let (len, steps, at_once) = (trellis.block_len(), trellis.steps(), trellis.blocks_at_once());
+        let blocks = self.blocks.next_multiple_of(at_once).max(at_once);
+        let samples = Gaussian::new(0xe9c0).samples(blocks * len);
+        let plain = Plain::with_length(code, len);
+        let start = Instant::now();
+        let first = plain.encode(&samples[..len]);
+        let plain = len as f64 / start.elapsed().as_secs_f64();
+
+        let encode = |scratch: &mut Scratch, windows: &mut [u32]| {
+            let parts = samples.chunks(len * at_once).zip(windows.chunks_mut(steps * at_once));
+            parts.for_each(|(samples, windows)| trellis.encode(samples, windows, scratch));
+        };
+        let mut windows = vec![0; blocks * steps];
+        let mut scratch = Scratch::default();
+        // Memory that is fresh would be timed too.
+        trellis.encode(&samples[..len], &mut windows[..steps], &mut scratch);
+        let start = Instant::now();
+        encode(&mut scratch, &mut windows);
+        let core = samples.len() as f64 / start.elapsed().as_secs_f64();
+        if windows[..steps] != first {
+            return Err(format!("{}: the plain loop and the fast encoder differ", q.name).into());
+        }
+        drop(scratch);
+        let threads = rayon::current_num_threads();
+        let start = Instant::now();
+        (0..threads).into_par_iter().with_max_len(1).for_each(|_| {
+            encode(&mut Scratch::default(), &mut vec![0; blocks * steps]);
+        });
+        let cores = (samples.len() * threads) as f64 / start.elapsed().as_secs_f64();
+
+        let gpu = |on: &Executor| -> Result<(f64, f64), Error> {
+            let device = DeviceTrellis::new(on, code)?;
+            let many: Vec<f32> = samples.iter().copied().cycle().take(self.gpu_blocks.max(blocks) * len).collect();
+            let start = Instant::now();
+            let (found, seconds) = device.encode(&many)?;
+            let all = start.elapsed().as_secs_f64();
+            let expected = windows.iter().cycle();
+            if let Some(at) = found.iter().zip(expected).position(|(a, b)| a != b) {
+                let (block, step) = (at / steps, at % steps);
+                return Err(format!("{}: the GPU's window {step} of block {block} differs", q.name).into());
+            }
+            Ok((many.len() as f64 / seconds, many.len() as f64 / all))
+        };
+        Ok(Row { plain, core, cores, gpu: on.map(gpu).transpose()? })
+    }
+}

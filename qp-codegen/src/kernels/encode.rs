@@ -6,18 +6,20 @@
 //! integers ([`crate::metric`]) and the same rule for ties, so the windows are the same. A block of threads searches
 //! `lanes` blocks of weights at once, which share every entry of the codebook that is read:
 //!
-//! * Costs of the states lie in shared memory, `lanes` side by side. A thread takes the 2^α states that differ in their
+//! * Costs of all states at all boundaries lie in the *history*, in global memory, `lanes` side by side; those of the
+//!   last boundary are still in the caches when they are read. A thread takes the 2^α states that differ in their
 //!   highest α bits only: they have the same predecessors, so a cost that is loaded serves 2^α · `lanes` transitions, each
-//!   an addition onto a dot product and a minimum. The new costs stay in registers until all threads have read the old.
+//!   an addition onto a dot product and a minimum.
 //! * Where states are few, several lanes of a warp share one such task; each takes a part of its predecessors.
-//! * Where the costs do not fit shared memory they are read from the history instead.
-//! * Costs of all states are also written to the *history*, in global memory. On the way back a warp for each block of
-//!   weights finds the best of a state's 2^KV predecessors again, so no decision is kept.
+//! * On the way back a warp for each block of weights finds the best of a state's 2^KV predecessors again, so no
+//!   decision is kept.
 //!
 //! # The book
 //!
 //! Entries are read from a table in global memory, a few megabytes that stay in the L2 cache, in the order in which
 //! threads take them: see [`Plan::book`]. So any decode expression costs the same.
+
+use std::cmp::Ordering;
 
 use super::c_name;
 use crate::cuda::Device;
@@ -25,12 +27,18 @@ use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Scalar, Special, V, Var};
 use crate::metric::{LARGEST_COST, Metric, UNREACHABLE};
 use crate::spec::{Code, Value, mask};
 
-/// Costs that a thread keeps in registers.
-const HELD: u32 = 64;
-/// Most threads of a block: they may have 128 registers each.
+/// Blocks of weights that are searched together.
+const LANES: u32 = 4;
+/// Most that α can be.
+const ALPHA: u32 = 3;
+/// Most threads of a block.
 const THREADS: u32 = 512;
+/// Threads of one multiprocessor: each may have its part of the registers.
+const RESIDENT: u32 = 768;
 /// Predecessors that a thread looks at in one round of its loop.
 const AHEAD: u32 = 2;
+/// log2 of the most states that are worth it.
+const MOST_STATES: u32 = 18;
 /// Steps that a thread of a code without memory encodes at once.
 const STEPS: u32 = 4;
 
@@ -62,8 +70,8 @@ pub struct Plan {
     pub threads: u32,
     /// α.
     alpha: u32,
-    /// True if costs lie in shared memory.
-    shared: bool,
+    /// Blocks of threads that fit on one multiprocessor at once.
+    pub resident: u32,
 }
 
 /// One step of the pattern.
@@ -73,8 +81,6 @@ struct Phase {
     before: u32,
     /// KV.
     bits: u32,
-    /// KV of the step after.
-    next: u32,
     /// Sets of 2^α states.
     tasks: u32,
     /// Lanes that share a task.
@@ -92,41 +98,23 @@ impl Plan {
         let steps = code.steps_per_block();
         let metric = Metric::new(code, steps);
         let (most, least) = (*code.steps.iter().max().expect("a step"), *code.steps.iter().min().expect("a step"));
-        let states = 1u32 << (code.window - least);
-        let mut plan = Plan {
-            code: code.clone(),
-            metric,
-            reach: code.reach(steps),
-            lanes: 1,
-            threads: 256,
-            alpha: 0,
-            shared: true,
-        };
+        let states = code.window - least;
         if code.is_memoryless() {
-            return Ok(plan);
+            let resident = RESIDENT / 256;
+            return Ok(Plan { code: code.clone(), metric, reach: 0, lanes: 1, threads: 256, alpha: 0, resident });
         }
-        if states > 1 << 18 {
+        if states > MOST_STATES {
             return Err(Refused::Window { window: code.window });
         }
-        plan.alpha = 4.min(least).min(code.window - most);
-        let held = (HELD * THREADS).min(device.shared_per_block / 4);
-        plan.shared = states <= held;
-        plan.lanes = if plan.shared { [4, 2, 1].into_iter().find(|l| l * states <= held).expect("1 does") } else { 4 };
-        let set = plan.lanes << plan.alpha;
-        // As many sets as a thread can hold, but no fewer threads than a warp has.
-        let sets = (HELD / set).max(1);
-        plan.threads = ((states >> plan.alpha) / sets).clamp(32, THREADS);
-        Ok(plan)
+        let alpha = ALPHA.min(least).min(code.window - most);
+        let threads = (1u32 << (states - alpha)).clamp(32, THREADS);
+        let resident = (RESIDENT / threads).clamp(1, device.blocks_per_sm);
+        Ok(Plan { code: code.clone(), metric, reach: code.reach(steps), lanes: LANES, threads, alpha, resident })
     }
 
     /// Steps of a block of weights.
     pub fn steps(&self) -> u32 {
         self.code.steps_per_block()
-    }
-
-    /// Blocks of threads that fit on one multiprocessor at once.
-    pub fn resident(&self) -> u32 {
-        (THREADS / self.threads).max(1)
     }
 
     /// Words that the weights of a step take.
@@ -187,8 +175,8 @@ impl Plan {
                 kinds.push(bits);
                 kinds.len() - 1
             });
-            let (before, next) = (c.window - c.steps[(i + n - 1) % n], c.steps[(i + 1) % n]);
-            Phase { before, bits, next, tasks, split, book: kind as u32 * self.book_words() }
+            let before = c.window - c.steps[(i + n - 1) % n];
+            Phase { before, bits, tasks, split, book: kind as u32 * self.book_words() }
         };
         (0..n).map(phase).collect()
     }
@@ -249,18 +237,17 @@ impl Plan {
         let b = Builder::new(&c_name(&name), [grid, 1], self.threads);
         let steps = steps.join(", ");
         b.doc(format!("Windows of {} bits for vectors of {}, steps of {steps} bits.", c.window, c.vector));
-        b.min_blocks(self.resident());
+        b.min_blocks(self.resident);
         let weights = b.buffer("weights", Elem::U32, false);
         let book = b.buffer("book", Elem::U32, false);
         let history = b.buffer("history", Elem::I32, true);
         let windows = b.buffer("windows", Elem::U32, true);
         let groups = b.scalar("groups", Scalar::I32);
-        let e = Emit { b: &b, plan: self, weights, book, history, windows, costs: None };
+        let e = Emit { b: &b, plan: self, weights, book, history, windows };
         if c.is_memoryless() {
-            e.nearest(groups, grid);
+            e.nearest(groups, grid)
         } else {
-            let costs = self.shared.then(|| b.shared("costs", Elem::I32, self.stride()));
-            Emit { costs, ..e }.search(groups, grid);
+            e.search(groups, grid)
         }
         b.finish()
     }
@@ -273,8 +260,6 @@ struct Emit<'b> {
     book: Mem,
     history: Mem,
     windows: Mem,
-    /// Shared memory for the costs of a boundary.
-    costs: Option<Mem>,
 }
 
 /// An entry in registers.
@@ -364,13 +349,6 @@ impl<'b> Emit<'b> {
         words.chunks_exact(per as usize).map(|w| self.operands(w)).collect()
     }
 
-    /// Where the cost of a state lies in shared memory: moved so that both the threads that write neighbouring states
-    /// and those that read states 2^`bits` apart use all banks.
-    fn moved(&self, state: V<'b>, bits: u32) -> V<'b> {
-        let banks = 32 / self.plan.lanes - 1;
-        (state ^ ((state >> bits as i32) & banks as i32)) * self.plan.lanes
-    }
-
     /// Emits `body` for each phase where it is due: `i` counts steps from one of phase 0.
     fn each_phase(&self, i: V<'b>, body: impl Fn(&Phase)) {
         let phases = self.plan.phases();
@@ -407,9 +385,6 @@ impl<'b> Emit<'b> {
                     let state = i / lanes;
                     let reachable = free | state.eq(b.get(seam));
                     let cost = reachable.select(b.i32(0), UNREACHABLE);
-                    if let Some(costs) = self.costs {
-                        b.store(costs, self.moved(state, first_phase.bits) + i % lanes, cost, Elem::I32);
-                    }
                     b.store(self.history, history + i, cost, Elem::I32);
                 });
                 b.barrier();
@@ -451,37 +426,28 @@ impl<'b> Emit<'b> {
         let weights = self.load_weights(search.weights + s * (lanes * plan.weight_words()));
         let thread = b.special(Special::Thread);
         let (share, index) = (thread % p.split, thread / p.split);
-        let store = |task: V<'b>, best: &[Vec<V<'b>>]| {
-            let write = || {
-                for (set, costs) in best.iter().enumerate() {
-                    let put = || {
-                        let state = task + set as u32 * p.tasks;
-                        let costs = if lanes == 1 { costs[0] } else { b.vector(costs) };
-                        b.store(self.history, from + stride + state * lanes, costs, Elem::I32);
-                        if let Some(mem) = self.costs {
-                            b.store(mem, self.moved(state, p.next), costs, Elem::I32);
-                        }
-                    };
-                    if p.split == 1 { put() } else { b.if_(share.eq(set as u32 % p.split), put) }
+        let run = |task: V<'b>, here: Option<V<'b>>| {
+            let best = self.best(p, &weights, from, task, share);
+            for (set, costs) in best.iter().enumerate() {
+                let put = || {
+                    let state = task + set as u32 * p.tasks;
+                    b.store(self.history, from + stride + state * lanes, b.vector(costs), Elem::I32);
+                };
+                // Lanes that share a task share the work of writing, too.
+                let mine = (p.split > 1).then(|| share.eq(set as u32 % p.split));
+                match (here, mine) {
+                    (Some(here), Some(mine)) => b.if_(here & mine, put),
+                    (Some(only), None) | (None, Some(only)) => b.if_(only, put),
+                    (None, None) => put(),
                 }
-            };
-            if p.tasks * p.split < plan.threads { b.if_(thread.lt(p.tasks * p.split), write) } else { write() }
+            }
         };
-        if self.costs.is_none() {
-            b.for_(index, p.tasks, plan.threads / p.split, |task| {
-                store(task, &self.best(p, &weights, from, task, share));
-            });
-        } else {
-            let rounds = (p.tasks * p.split).div_ceil(plan.threads);
-            let held: Vec<_> = (0..rounds)
-                .map(|round| {
-                    let task = if p.tasks * p.split < plan.threads { index % p.tasks } else { index };
-                    let task = task + round * plan.threads;
-                    (task, self.best(p, &weights, from, task, share))
-                })
-                .collect();
-            b.barrier();
-            held.iter().for_each(|(task, best)| store(*task, best));
+        let busy = p.tasks * p.split;
+        match busy.cmp(&plan.threads) {
+            // All lanes must be there for the shuffles: the others do what is done already.
+            Ordering::Less => run(index % p.tasks, Some(thread.lt(busy))),
+            Ordering::Equal => run(index, None),
+            Ordering::Greater => b.for_(index, p.tasks, plan.threads, |task| run(task, None)),
         }
         b.barrier();
     }
@@ -500,10 +466,7 @@ impl<'b> Emit<'b> {
                 let round = round + k;
                 let window = (task << p.bits as i32) + round * p.split + share;
                 let state = window & mask(p.before) as i32;
-                let old = match self.costs {
-                    Some(mem) => b.load_as(mem, self.moved(state, p.bits), Elem::I32, lanes, Cache::Default),
-                    None => b.load_as(self.history, from + state * lanes, Elem::I32, lanes, Cache::Default),
-                };
+                let old = b.load_as(self.history, from + state * lanes, Elem::I32, lanes, Cache::Default);
                 (old, self.entries(p.book, round * (p.tasks * p.split) + slot, sets))
             };
             let loaded: Vec<_> = (0..ahead).map(load).collect();

@@ -16,8 +16,8 @@ struct EncodeArgs<'a> {
     groups: i32,
 }
 
-/// Costs of all blocks of threads together: 4 GiB, and indices of 32 bits.
-const HISTORY: u64 = 1 << 30;
+/// Most costs of all blocks of threads together: indices are signed words.
+const HISTORY: u64 = i32::MAX as u64;
 
 /// A code made ready to encode on a device: what [`crate::codec::viterbi::Trellis`] is on the CPU, with the same results.
 pub struct DeviceTrellis {
@@ -41,7 +41,7 @@ impl DeviceTrellis {
             let reason = "a block of threads' costs need more memory than is free".into();
             return Err(DeviceError::Kernel { kernel: "encode".into(), reason });
         }
-        let blocks = if on.gpu().is_some() { on.device().sms * plan.resident() } else { 2 };
+        let blocks = if on.gpu().is_some() { on.device().sms * plan.resident } else { 2 };
         let kernel = on.load::<EncodeArgs<'_>>(plan.lower(blocks.min(most as u32)))?;
         let book = on.upload(&plan.book())?;
         Ok(DeviceTrellis { on: on.clone(), plan, kernel, book })

@@ -12,6 +12,7 @@ use qp_codegen::reference::rotate;
 use qp_codegen::spec::Shape;
 use qp_runtime::checkpoint::{Begin, Checkpoint, LayerEntry, Manifest, TensorEntry, is_checkpoint};
 use qp_runtime::codec::{decode_matrix, encode_matrix};
+use qp_runtime::device::Executor;
 use qp_runtime::model::{Model, Weight};
 use qp_runtime::plan::Plan;
 use qp_runtime::quantize::{Job, Progress, Silent};
@@ -174,6 +175,20 @@ fn stopped_again_and_again_it_becomes_the_same() {
         }
     }
     assert_eq!(encoded, 14, "no layer is encoded twice");
+    assert_eq!(contents(&place.path("out")), contents(&place.path("whole")));
+}
+
+#[test]
+fn a_device_makes_the_same_checkpoint_interrupted_or_not() {
+    let place = Place::new(&random());
+    place.quantize("whole");
+    let resume = Begin { resume: true, force: false };
+    let on_device = Job { begin: resume, device: Some(Executor::interpreter()), ..place.job("out") };
+    let stop = |layers| StopAfter { layers, encoded: AtomicUsize::new(0) };
+    on_device.run(&stop(5)).unwrap_err();
+    // A part on the CPU, the rest on the device again.
+    Job { device: None, ..on_device.clone() }.run(&stop(3)).unwrap_err();
+    on_device.run(&Silent).unwrap();
     assert_eq!(contents(&place.path("out")), contents(&place.path("whole")));
 }
 

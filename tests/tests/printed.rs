@@ -48,6 +48,10 @@ static unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
     for (int i = 0; i < 4; ++i) y |= (unsigned)(x >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
     return y;
 }
+static int __dp2a_lo(int a, int b, int c) {
+    return c + (short)a * (signed char)b + (short)(a >> 16) * (signed char)(b >> 8);
+}
+static int __dp2a_hi(int a, int b, int c) { return __dp2a_lo(a, b >> 16, c); }
 static int __dp4a(int a, int b, int c) {
     for (int i = 0; i < 32; i += 8) c += (signed char)(a >> i) * (signed char)(b >> i);
     return c;

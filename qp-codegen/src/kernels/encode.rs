@@ -34,9 +34,9 @@ const ALPHA: u32 = 3;
 /// Most threads of a block.
 const THREADS: u32 = 512;
 /// Threads of one multiprocessor: each may have its part of the registers.
-const RESIDENT: u32 = 768;
+const RESIDENT: u32 = 512;
 /// Predecessors that a thread looks at in one round of its loop.
-const AHEAD: u32 = 2;
+const AHEAD: u32 = 4;
 /// log2 of the most states that are worth it.
 const MOST_STATES: u32 = 18;
 /// Steps that a thread of a code without memory encodes at once.

@@ -1,7 +1,7 @@
 //! Comparing a device with the CPU, on made-up data: what `qp check-gpu` does, and the test suite on the interpreter.
 //!
-//! Everything is compared to the bit: decoded matrices, prepared activations, products of every batch, and the logits of
-//! small models. Products are compared with a sum in double precision too, so that a mistake common to device and CPU
+//! Everything is compared to the bit: decoded matrices, prepared activations, products of every batch, encoded windows,
+//! and the logits of small models. Products are compared with a sum in double precision too, so that a mistake common to device and CPU
 //! shows.
 
 pub mod synthetic;
@@ -14,9 +14,10 @@ use qp_codegen::layout::COLUMN_PAD;
 use qp_codegen::reference::{self, Activations};
 use qp_codegen::spec::{Quantizer, Shape};
 
-use crate::codec::{Decoder, PackedMatrix};
+use crate::codec::viterbi::{Scratch, Trellis};
+use crate::codec::{Decoder, Gaussian, PackedMatrix};
 use crate::device::ops::{DeviceActivations, DeviceMatrix, GemvKernel, PrepareKernel};
-use crate::device::{DeviceError, Executor};
+use crate::device::{DeviceError, DeviceTrellis, Executor};
 use crate::engine::{CpuEngine, CudaEngine, Engine, Logits};
 
 /// Epsilon of the norms that are checked.
@@ -106,6 +107,32 @@ pub fn quantizer(on: &Executor, q: &Quantizer, shape: Shape, batches: &[u32]) ->
         done += products(on, &name, &decoder, &packed, &weights, &matrix, batch)?;
     }
     Ok(done)
+}
+
+/// Compares the windows that `on` finds for Gaussian weights, with outliers and zeros among them, with the CPU's, for
+/// each code of `q`. Gives the number of comparisons.
+///
+/// # Errors
+/// The first difference.
+pub fn encoder(on: &Executor, q: &Quantizer, blocks: usize) -> Result<usize, Failure> {
+    for (i, code) in q.codes.iter().enumerate() {
+        let what = format!("{}: windows of code {i}", q.name);
+        let trellis = Trellis::new(code);
+        let mut weights = Gaussian::new(i as u64).samples(blocks * trellis.block_len());
+        weights[0] = 1e30;
+        let zeros = trellis.block_len().min(weights.len() / 2);
+        weights[zeros..2 * zeros].fill(0.0);
+        let mut windows = vec![0; blocks * trellis.steps()];
+        let parts = trellis.blocks_at_once();
+        windows
+            .chunks_mut(parts * trellis.steps())
+            .zip(weights.chunks(parts * trellis.block_len()))
+            .for_each(|(windows, weights)| trellis.encode(weights, windows, &mut Scratch::default()));
+        let run = || DeviceTrellis::new(on, code)?.encode(&weights);
+        let (found, _) = run().map_err(Failure::of(&what))?;
+        same(&what, &found, &windows, |w| *w)?;
+    }
+    Ok(q.codes.len())
 }
 
 fn products(

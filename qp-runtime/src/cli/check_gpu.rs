@@ -31,9 +31,13 @@ pub struct CheckGpu {
 /// Rows × columns of the matrices: of whole tiles, and of neither whole row tiles nor whole column tiles.
 const SHAPES: [Shape; 2] = [Shape { rows: 256, cols: 1024 }, Shape { rows: 40, cols: 1376 }];
 
+/// Blocks of weights to encode.
+const ENCODED_BLOCKS: usize = 50;
+
 /// One thing to compare.
 enum Task {
     Quantizer(Box<qp_codegen::spec::Quantizer>, Shape),
+    Encoder(Box<qp_codegen::spec::Quantizer>),
     /// Index of shapes and of choice.
     Model(usize, usize),
 }
@@ -63,6 +67,10 @@ impl CheckGpu {
         let (shapes, choices) = (check::shapes(), check::choices(first, last));
         let mut tasks: Vec<Task> =
             members.iter().flat_map(|q| SHAPES.map(|s| Task::Quantizer(Box::new(q.clone()), s))).collect();
+        // Those of a mix are members themselves. The interpreter would take minutes over large windows.
+        let large = |q: &qp_codegen::spec::Quantizer| self.interpreter && q.codes[0].window > 12;
+        let alone = members.iter().filter(|q| q.codes.len() == 1 && !large(q));
+        tasks.extend(alone.map(|q| Task::Encoder(Box::new(q.clone()))));
         if !self.no_models {
             tasks.extend((0..shapes.len()).flat_map(|i| (0..choices.len()).map(move |j| Task::Model(i, j))));
         }
@@ -70,6 +78,7 @@ impl CheckGpu {
         let run = |task: &Task| -> Result<usize, Failure> {
             match task {
                 Task::Quantizer(q, shape) => check::quantizer(&on, q, *shape, &self.batches),
+                Task::Encoder(q) => check::encoder(&on, q, ENCODED_BLOCKS),
                 Task::Model(i, j) => {
                     let ((shape, shapes), (kind, choose)) = (&shapes[*i], &choices[*j]);
                     let name = format!("{kind} {shape}");

@@ -26,7 +26,18 @@ pub enum Device {
 /// # Errors
 /// If the device is not there or the model does not fit.
 pub fn open_engine(model: Model, device: Device, context: usize) -> Result<Box<dyn Engine>, super::Error> {
-    let executor = match device {
+    Ok(match open(device)? {
+        Some(executor) => Box::new(CudaEngine::new(executor, &model.config, &model.weights, context)?),
+        None => Box::new(CpuEngine::new(&model.config, Arc::new(model.weights), context)?),
+    })
+}
+
+/// The executor that `device` means; `None` for the CPU.
+///
+/// # Errors
+/// If the device is not there.
+pub fn open(device: Device) -> Result<Option<Executor>, super::Error> {
+    Ok(match device {
         Device::Cpu => None,
         Device::Cuda => Some(Executor::cuda(0)?),
         Device::Interpreter => Some(Executor::interpreter()),
@@ -38,9 +49,5 @@ pub fn open_engine(model: Model, device: Device, context: usize) -> Result<Box<d
                 None
             }
         },
-    };
-    Ok(match executor {
-        Some(executor) => Box::new(CudaEngine::new(executor, &model.config, &model.weights, context)?),
-        None => Box::new(CpuEngine::new(&model.config, Arc::new(model.weights), context)?),
     })
 }

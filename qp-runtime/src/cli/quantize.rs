@@ -8,6 +8,7 @@ use std::time::Duration;
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 
 use super::Error;
+use super::device::{Device, open};
 use crate::checkpoint::{Begin, LayerEntry};
 use crate::plan::Plan;
 use crate::quantize::{Job, Progress};
@@ -38,6 +39,9 @@ pub struct Quantize {
     /// Threads to use [default: one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
+    /// Where to search for the best bits; the checkpoint is the same
+    #[arg(long, value_enum, default_value = "auto")]
+    device: Device,
     /// No progress bar
     #[arg(short, long)]
     quiet: bool,
@@ -54,6 +58,7 @@ impl Quantize {
         let mut job = Job::new(self.model, plan, &self.out);
         job.begin = Begin { resume: self.resume, force: self.force };
         job.threads = self.threads.map(|n| n as usize);
+        job.device = open(self.device)?;
         let bar = Bar::new(self.quiet);
         let manifest = match job.run(&bar) {
             Ok(m) => m,

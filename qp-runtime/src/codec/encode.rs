@@ -7,9 +7,9 @@ use qp_codegen::layout::{self, BLOCKS_PER_TILE, Packed};
 use qp_codegen::spec::{Code, Quantizer, ScaleKind, Shape};
 use rayon::prelude::*;
 
-use super::simd::LANES;
 use super::viterbi::{Scratch, Trellis};
 use super::{PackedMatrix, scale_count};
+use crate::device::{DeviceError, DeviceTrellis, Executor};
 
 /// Why a matrix cannot be encoded.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -26,17 +26,30 @@ pub enum EncodeError {
         /// The weight.
         value: f32,
     },
+    /// The device failed.
+    #[error("encoding on the device: {message}")]
+    Device {
+        /// Its words.
+        message: String,
+    },
 }
 
 /// A quantizer made ready to encode. Make it once, use it for every matrix.
-#[derive(Debug)]
 pub struct Encoder {
     quantizer: Quantizer,
-    trellises: Vec<Trellis>,
+    search: Search,
     /// For each weight of block 0's stream, its (row, column) in the tile.
     positions: Vec<(u32, u32)>,
-    scratch: Mutex<Vec<Scratch>>,
 }
+
+/// Who looks for windows; for each code.
+enum Search {
+    Cpu(Vec<Trellis>, Mutex<Vec<Scratch>>),
+    Device(Vec<DeviceTrellis>),
+}
+
+/// Weights that a device is given at once: enough to keep it busy, and a bound on the memory that they take.
+const DEVICE_WEIGHTS: usize = 1 << 23;
 
 /// A block's place: row tile, column tile, block in the tile.
 type Place = (u32, u32, u32);
@@ -45,13 +58,22 @@ impl Encoder {
     /// Prepares `q`, whose tables must be filled.
     pub fn new(q: &Quantizer) -> Self {
         assert!(q.is_trained(), "{} has untrained tables", q.name);
+        Self::with(q, Search::Cpu(q.codes.iter().map(Trellis::new).collect(), Mutex::default()))
+    }
+
+    /// Prepares `q`, whose tables must be filled, to be searched on a device. The result is that of the CPU.
+    ///
+    /// # Errors
+    /// A code that needs more memory than the device has, a failing compiler or driver.
+    pub fn on(executor: &Executor, q: &Quantizer) -> Result<Self, DeviceError> {
+        let codes = q.codes.iter().map(|c| DeviceTrellis::new(executor, c));
+        Ok(Self::with(q, Search::Device(codes.collect::<Result<_, _>>()?)))
+    }
+
+    fn with(q: &Quantizer, search: Search) -> Self {
         let block = q.block();
-        Encoder {
-            quantizer: q.clone(),
-            trellises: q.codes.iter().map(Trellis::new).collect(),
-            positions: (0..block.len()).map(|p| layout::position(block, 0, p)).collect(),
-            scratch: Mutex::default(),
-        }
+        let positions = (0..block.len()).map(|p| layout::position(block, 0, p)).collect();
+        Encoder { quantizer: q.clone(), search, positions }
     }
 
     /// The quantizer.
@@ -63,7 +85,7 @@ impl Encoder {
     /// are done, from any thread.
     ///
     /// # Errors
-    /// A weight that is not finite.
+    /// A weight that is not finite, or a failing device.
     pub fn encode(
         &self,
         shape: Shape,
@@ -76,7 +98,7 @@ impl Encoder {
         out.words.resize(out.layout.words(), 0);
 
         let mut groups: Vec<(usize, Vec<Place>)> = vec![];
-        for code in 0..self.trellises.len() {
+        for code in 0..self.quantizer.codes.len() {
             let l = &out.layout;
             let tiles = (0..l.row_tiles()).flat_map(|rt| (0..l.col_tiles()).map(move |ct| (rt, ct)));
             let blocks = tiles
@@ -84,20 +106,23 @@ impl Encoder {
                 .flat_map(|(rt, ct)| (0..BLOCKS_PER_TILE).map(move |g| (rt, ct, g)))
                 .filter(|&place| self.inside(l, place).next().is_some());
             let blocks: Vec<Place> = blocks.collect();
-            groups.extend(blocks.chunks(LANES).map(|c| (code, c.to_vec())));
+            let at_once = match &self.search {
+                Search::Cpu(trellises, _) => trellises[code].blocks_at_once(),
+                Search::Device(_) => (DEVICE_WEIGHTS / self.positions.len()).max(1),
+            };
+            groups.extend(blocks.chunks(at_once).map(|c| (code, c.to_vec())));
         }
-        let streams: Vec<Vec<u32>> = groups
-            .par_iter()
-            .map(|(code, places)| {
-                let mut scratch = self.scratch.lock().map(|mut s| s.pop()).ok().flatten().unwrap_or_default();
-                let streams = self.group(&out, *code, places, rotated, &mut scratch);
-                if let Ok(mut pool) = self.scratch.lock() {
-                    pool.push(scratch);
-                }
-                progress(places.iter().map(|&p| self.inside(&out.layout, p).count() as u64).sum());
-                streams
-            })
-            .collect();
+        let run = |(code, places): &(usize, Vec<Place>)| {
+            let windows = self.windows(&out, *code, places, rotated)?;
+            progress(places.iter().map(|&p| self.inside(&out.layout, p).count() as u64).sum());
+            let code = &self.quantizer.codes[*code];
+            Ok(windows.par_chunks_exact(code.steps_per_block() as usize).flat_map_iter(|w| stream(code, w)).collect())
+        };
+        // A device takes one group after the other.
+        let streams: Vec<Vec<u32>> = match &self.search {
+            Search::Cpu(..) => groups.par_iter().map(run).collect::<Result<_, EncodeError>>()?,
+            Search::Device(_) => groups.iter().map(run).collect::<Result<_, EncodeError>>()?,
+        };
         let stride = out.layout.row_stride();
         for ((code, places), streams) in groups.iter().zip(&streams) {
             let length = self.quantizer.codes[*code].block_bits() as usize / 32;
@@ -117,27 +142,37 @@ impl Encoder {
         inside.map(|(p, r, c)| (p, r as usize, c as usize))
     }
 
-    /// The streams of up to sixteen blocks of one code, one after the other.
-    fn group(
+    /// The windows of blocks of one code, one block after the other.
+    fn windows(
         &self,
         m: &PackedMatrix,
         code: usize,
         places: &[Place],
         rotated: &[f32],
-        scratch: &mut Scratch,
-    ) -> Vec<u32> {
-        let trellis = &self.trellises[code];
-        let (len, columns) = (trellis.block_len(), m.layout.shape.cols as usize);
+    ) -> Result<Vec<u32>, EncodeError> {
+        let (len, columns) = (self.positions.len(), m.layout.shape.cols as usize);
         let mut weights = vec![0f32; len * places.len()];
-        for (&place, weights) in places.iter().zip(weights.chunks_exact_mut(len)) {
+        places.par_iter().zip(weights.par_chunks_exact_mut(len)).for_each(|(&place, weights)| {
             for (p, r, c) in self.inside(&m.layout, place) {
                 let scale = m.scale(r);
                 weights[p] = if scale > 0.0 { rotated[r * columns + c] / scale } else { 0.0 };
             }
+        });
+        match &self.search {
+            Search::Cpu(trellises, pool) => {
+                let mut windows = vec![0; trellises[code].steps() * places.len()];
+                let mut scratch = pool.lock().map(|mut s| s.pop()).ok().flatten().unwrap_or_default();
+                trellises[code].encode(&weights, &mut windows, &mut scratch);
+                if let Ok(mut pool) = pool.lock() {
+                    pool.push(scratch);
+                }
+                Ok(windows)
+            }
+            Search::Device(codes) => {
+                let found = codes[code].encode(&weights).map_err(|e| EncodeError::Device { message: e.to_string() })?;
+                Ok(found.0)
+            }
         }
-        let mut windows = vec![0u32; trellis.steps() * places.len()];
-        trellis.encode(&weights, &mut windows, scratch);
-        windows.chunks_exact(trellis.steps()).flat_map(|w| stream(&self.quantizer.codes[code], w)).collect()
     }
 
     /// Root mean square of each row, or of the matrix; 0 if it has no other weights.

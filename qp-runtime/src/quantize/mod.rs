@@ -19,6 +19,7 @@ use crate::checkpoint::manifest::six_digits;
 use crate::checkpoint::weights::SHARD_BYTES;
 use crate::checkpoint::{self, Begin, Draft, Head, LayerEntry, Manifest, ModelId, SpecEntry, is_checkpoint};
 use crate::codec::{Decoder, EncodeError, Encoder};
+use crate::device::{DeviceError, Executor};
 use crate::model::{self, Config, TensorDir, Weights};
 use crate::plan::{Plan, Resolved};
 use items::{Item, Work, items, layers};
@@ -83,6 +84,9 @@ pub enum Error {
         /// Why.
         source: EncodeError,
     },
+    /// A device that cannot encode.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// Stopped by [`Progress::finished`].
     #[error("stopped; {} can be continued with --resume", draft.display())]
     Stopped {
@@ -125,7 +129,7 @@ impl Progress for Silent {
 }
 
 /// What to quantize, how, and where to.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Job {
     /// The model's directory.
     pub model: PathBuf,
@@ -137,6 +141,8 @@ pub struct Job {
     pub begin: Begin,
     /// Threads; by default one a core.
     pub threads: Option<usize>,
+    /// Where windows are searched for; by default on the CPU. The checkpoint is the same.
+    pub device: Option<Executor>,
     /// Largest weight file in bytes.
     pub shard_bytes: u64,
 }
@@ -144,8 +150,8 @@ pub struct Job {
 impl Job {
     /// A job with default options.
     pub fn new(model: impl Into<PathBuf>, plan: Plan, out: impl Into<PathBuf>) -> Job {
-        let (begin, threads) = (Begin::default(), None);
-        Job { model: model.into(), plan, out: out.into(), begin, threads, shard_bytes: SHARD_BYTES }
+        let (begin, threads, device) = (Begin::default(), None, None);
+        Job { model: model.into(), plan, out: out.into(), begin, threads, device, shard_bytes: SHARD_BYTES }
     }
 
     /// Does the job. Returns the manifest of the checkpoint.
@@ -221,7 +227,14 @@ impl Job {
                     progress.layer(&item.name, &q.name);
                     let shape = Shape { rows, cols };
                     let w = load(&source, tensor, &item.name, q, shape)?;
-                    let (encoder, decoder) = coders[spec].get_or_insert_with(|| (Encoder::new(q), Decoder::new(q)));
+                    if coders[spec].is_none() {
+                        let encoder = match &self.device {
+                            None => Encoder::new(q),
+                            Some(on) => Encoder::on(on, q)?,
+                        };
+                        coders[spec] = Some((encoder, Decoder::new(q)));
+                    }
+                    let (encoder, decoder) = coders[spec].as_ref().expect("just made");
                     let packed = encoder
                         .encode(shape, &w, &|n| progress.advance(n))
                         .map_err(|source| Error::Encode { layer: item.name.clone(), source })?;

@@ -9,6 +9,7 @@ pub mod device;
 pub mod engine;
 pub mod eval;
 pub mod jit;
+pub mod matrix;
 pub mod model;
 pub mod plan;
 pub mod quantize;

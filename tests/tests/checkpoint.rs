@@ -15,6 +15,7 @@ use qp_runtime::codec::{decode_matrix, encode_matrix};
 use qp_runtime::device::Executor;
 use qp_runtime::model::{Model, Weight};
 use qp_runtime::plan::Plan;
+use qp_runtime::quantize::calibrate::{Calibrate, Texts};
 use qp_runtime::quantize::{Job, Progress, Silent};
 use qp_tests::models::{RandomModel, write_spec};
 use safetensors::Dtype;
@@ -176,6 +177,67 @@ fn stopped_again_and_again_it_becomes_the_same() {
     }
     assert_eq!(encoded, 14, "no layer is encoded twice");
     assert_eq!(contents(&place.path("out")), contents(&place.path("whole")));
+}
+
+fn calibrated(job: Job, texts: Texts) -> Job {
+    Job { calibrate: Some(Calibrate { texts, tokens: 300 }), ..job }
+}
+
+#[test]
+fn calibrated_it_becomes_the_same_too() {
+    let mut model = random();
+    model.config["bos_token_id"] = 7.into();
+    let place = Place::new(&model);
+    fs::write(place.path("text"), "Now these are the generations. ".repeat(20)).unwrap();
+    for (name, texts) in [("self", Texts::Own), ("file", Texts::File(place.path("text")))] {
+        let job = |out: &str| calibrated(place.job(&format!("{name}-{out}")), texts.clone());
+        let manifest = Job { threads: Some(3), ..job("whole") }.run(&Silent).unwrap();
+        assert_eq!(manifest.calibration.map(|c| (c.texts, c.tokens)), Some((name.to_owned(), 384)));
+        let resumed = Job { begin: Begin { resume: true, force: false }, threads: Some(1), ..job("out") };
+        for layers in [1, 5, 3] {
+            let stop = StopAfter { layers, encoded: AtomicUsize::new(0) };
+            resumed.run(&stop).unwrap_err();
+        }
+        let plain = Job { calibrate: None, ..resumed.clone() };
+        let message = place.text(plain.run(&Silent).unwrap_err());
+        assert!(message.contains("it was begun calibrated with 384 tokens of"), "{message}");
+        resumed.run(&Silent).unwrap();
+        let bytes = |out: &str| contents(&place.path(&format!("{name}-{out}")));
+        assert!(bytes("whole") == bytes("out"), "{name}");
+        assert!(failure(&place.path(&format!("{name}-out"))).is_none());
+    }
+}
+
+#[test]
+fn inputs_that_are_zero_or_no_numbers() {
+    let mut model = random();
+    model.config["bos_token_id"] = 7.into();
+    // What enters o is zero then: it is encoded as without calibration.
+    model.tensors.get_mut("model.layers.0.self_attn.v_proj.weight").unwrap().1.fill(0.0);
+    // An enormous weight, and a constant row.
+    let up = &mut model.tensors.get_mut("model.layers.1.mlp.up_proj.weight").unwrap().1;
+    up[..64].fill(0.25);
+    up[70] = 1e12;
+    let place = Place::new(&model);
+    place.quantize("plain");
+    calibrated(place.job("out"), Texts::Own).run(&Silent).unwrap();
+    let o =
+        |out: &str| Checkpoint::open(&place.path(out)).unwrap().linear("model.layers.0.self_attn.o_proj").unwrap().1;
+    assert!(o("plain") == o("out"));
+
+    model.tensors.get_mut("model.layers.0.post_attention_layernorm.weight").unwrap().1[3] = f32::INFINITY;
+    model.write(&place.path("model"));
+    let message = place.text(calibrated(place.job("bad"), Texts::File(place.path("text"))).run(&Silent).unwrap_err());
+    assert!(message.starts_with("cannot read DIR/text"), "{message}");
+    fs::write(place.path("text"), [b'a'; 127]).unwrap();
+    let message = place.text(calibrated(place.job("bad"), Texts::File(place.path("text"))).run(&Silent).unwrap_err());
+    assert!(message.contains("has 127 tokens, fewer than the 128 of one window"), "{message}");
+    fs::write(place.path("text"), [b'a'; 128]).unwrap();
+    let message = place.text(calibrated(place.job("bad"), Texts::File(place.path("text"))).run(&Silent).unwrap_err());
+    assert!(
+        message.contains("what enters layer 'model.layers.0.mlp.gate_proj' is infinite or not a number"),
+        "{message}"
+    );
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use qp_runtime::allocate::sensitivity::{Error, Progress, Sensitivities, Settings, measure};
 use qp_runtime::allocate::{Candidate, Core, Effort, Freedom, Layer, Problem, report};
+use qp_runtime::engine;
 use qp_runtime::model::Model;
 use qp_runtime::plan;
 use qp_tests::models::RandomModel;
@@ -83,7 +84,7 @@ fn a_model_must_be_able_to_begin() {
     let model = model(|m| {
         m.config.as_object_mut().expect("an object").remove("bos_token_id");
     });
-    assert!(matches!(run(&model, SETTINGS, None), Err(Error::NoFirstToken)));
+    assert!(matches!(run(&model, SETTINGS, None), Err(Error::Engine(engine::Error::NoFirstToken))));
 }
 
 #[test]

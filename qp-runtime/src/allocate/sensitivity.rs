@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 
 use super::problem::{Layer, Role};
 use crate::codec::gaussian::Gaussian;
-use crate::engine::{self, CpuEngine, Engine, Logits, PREFILL, Sampler, Sampling};
+use crate::engine::{self, CpuEngine, Engine, Logits, PREFILL};
 use crate::model::{self, Config, Linear, Tensor, Weight, Weights};
 
 /// Version of the file format.
@@ -84,9 +84,6 @@ pub enum Error {
     /// The model's files are not as they should be.
     #[error(transparent)]
     Model(#[from] model::Error),
-    /// Nothing to start a text with.
-    #[error("the model has no first token (bos_token_id in config.json), so it cannot write texts of its own")]
-    NoFirstToken,
     /// A quantized layer.
     #[error("layer `{0}` is quantized already: measure the model that the checkpoint was made from")]
     Quantized(String),
@@ -199,7 +196,7 @@ pub fn measure(
     let mut texts = Vec::new();
     for i in 0..settings.sequences {
         progress.trial(0, 1, "texts");
-        texts.push(sample(config, &base, settings, i)?);
+        texts.push(engine::texts::write(config, &base, settings.tokens, settings.seed, i)?);
     }
     let mut hash = Sha256::new();
     texts.iter().flatten().for_each(|t| hash.update(t.to_le_bytes()));
@@ -272,23 +269,6 @@ fn at_mut(weights: &mut Weights, place: Place) -> &mut Linear {
 pub fn slope(points: &[[f64; 2]]) -> f64 {
     let (xy, xx) = points.iter().fold((0.0, 0.0), |(xy, xx), [x, y]| (xy + x * y, xx + x * x));
     if xx > 0.0 { xy / xx } else { 0.0 }
-}
-
-/// Text number `i`. Where the model ends a text, it goes on with whatever follows.
-fn sample(config: &Config, weights: &Arc<Weights>, settings: Settings, i: usize) -> Result<Vec<u32>, Error> {
-    let first = config.bos.ok_or(Error::NoFirstToken)?;
-    let mut engine = CpuEngine::new(config, weights.clone(), settings.tokens)?;
-    // Tokens far out in the tail would make texts unlike any that the model was made for.
-    let sampling = Sampling {
-        temperature: 1.0,
-        top_k: 50,
-        top_p: 0.98,
-        seed: settings.seed.wrapping_add((i as u64 + 1).wrapping_mul(0xD134_2543_DE82_EF95)),
-    };
-    let mut sampler = Sampler::new(sampling);
-    let go_on = |_| Ok::<_, engine::Error>(std::ops::ControlFlow::Continue(()));
-    let written = engine::generate(&mut engine, &[first], settings.tokens - 1, &[], &mut sampler, go_on)?;
-    Ok([vec![first], written.tokens].concat())
 }
 
 /// The layer with noise of relative mean square `level` in each row, and the relative mean square that came out.

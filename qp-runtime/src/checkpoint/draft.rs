@@ -17,7 +17,9 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::weights::{Planned, Shard, layout};
-use super::{Error, FORMAT, FileEntry, MANIFEST, Manifest, TensorEntry, hash_file, is_checkpoint, sha256};
+use super::{
+    CalibrationEntry, Error, FORMAT, FileEntry, MANIFEST, Manifest, TensorEntry, hash_file, is_checkpoint, sha256,
+};
 
 /// Name of the journal in a partial directory.
 const JOURNAL: &str = "journal";
@@ -39,13 +41,16 @@ pub struct Head {
     pub plan: Vec<(String, String)>,
     /// Fusion groups.
     pub groups: Vec<Vec<String>>,
+    /// What the rounding is fitted to, if it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<CalibrationEntry>,
 }
 
 impl Head {
     /// The head of a run of this program.
     pub fn new(model: String, shard_bytes: u64, plan: Vec<(String, String)>, groups: Vec<Vec<String>>) -> Self {
         let tool = format!("qp {}", env!("CARGO_PKG_VERSION"));
-        Head { format: FORMAT, tool, model, shard_bytes, plan, groups }
+        Head { format: FORMAT, tool, model, shard_bytes, plan, groups, calibration: None }
     }
 
     fn to_json(&self) -> String {
@@ -62,6 +67,18 @@ impl Head {
                 "it was begun by {} (format {}), this is {} (format {})",
                 old.tool, old.format, self.tool, self.format
             );
+        }
+        if old.calibration != self.calibration {
+            let shown = |c: &Option<CalibrationEntry>| match c {
+                None => "without calibration".to_owned(),
+                Some(c) => format!(
+                    "calibrated with {} tokens of {} ({})",
+                    c.tokens,
+                    c.texts,
+                    &c.sha256[..c.sha256.len().min(8)]
+                ),
+            };
+            return format!("it was begun {}, this is {}", shown(&old.calibration), shown(&self.calibration));
         }
         let (a, b): (BTreeMap<_, _>, BTreeMap<_, _>) =
             (old.plan.iter().cloned().collect(), self.plan.iter().cloned().collect());

@@ -15,6 +15,9 @@ pub struct Manifest {
     pub tool: String,
     /// The model that was quantized.
     pub model: ModelId,
+    /// The texts that the rounding was fitted to, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<CalibrationEntry>,
     /// The quantizers in use, by name.
     pub specs: Vec<SpecEntry>,
     /// The quantized layers, in the model's order: the plan, carried out.
@@ -31,6 +34,17 @@ pub struct Manifest {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelId {
     /// Hash, hexadecimal.
+    pub sha256: String,
+}
+
+/// What a model was calibrated with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CalibrationEntry {
+    /// `self` for texts that the model wrote, or `file`.
+    pub texts: String,
+    /// Tokens of all texts.
+    pub tokens: usize,
+    /// Hash of the tokens, hexadecimal.
     pub sha256: String,
 }
 

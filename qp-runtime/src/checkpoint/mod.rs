@@ -30,7 +30,7 @@ use sha2::{Digest, Sha256};
 
 pub use draft::{Begin, Draft, Head};
 pub use error::Error;
-pub use manifest::{FileEntry, LayerEntry, Manifest, ModelId, SpecEntry, TensorEntry};
+pub use manifest::{CalibrationEntry, FileEntry, LayerEntry, Manifest, ModelId, SpecEntry, TensorEntry};
 pub use reader::Checkpoint;
 
 /// Version of the format that this program writes and reads.

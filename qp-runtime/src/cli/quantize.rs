@@ -11,6 +11,7 @@ use super::Error;
 use super::device::{Device, open};
 use crate::checkpoint::{Begin, LayerEntry};
 use crate::plan::Plan;
+use crate::quantize::calibrate::{Calibrate, Texts};
 use crate::quantize::{Job, Progress};
 
 /// Quantize a model: encode every linear layer and write a checkpoint that explains itself.
@@ -30,6 +31,13 @@ pub struct Quantize {
     /// Directory of the checkpoint
     #[arg(short, long, value_name = "DIR")]
     out: PathBuf,
+    /// Fit the rounding to what enters each layer when the model runs over texts: a UTF-8 file, or `self` for texts that
+    /// the model writes itself (slow for large models). Never the text that it is evaluated with
+    #[arg(long, value_name = "self|FILE")]
+    calibrate: Option<PathBuf>,
+    /// Tokens of texts to calibrate with, at most
+    #[arg(long, value_name = "COUNT", default_value_t = 32768, requires = "calibrate", value_parser = clap::value_parser!(u32).range(1..))]
+    calibrate_tokens: u32,
     /// Continue an unfinished run of the same model and plan
     #[arg(long)]
     resume: bool,
@@ -56,6 +64,10 @@ impl Quantize {
             (None, None) => return Err("give --spec or --plan".into()),
         };
         let mut job = Job::new(self.model, plan, &self.out);
+        job.calibrate = self.calibrate.map(|texts| Calibrate {
+            texts: if texts == Path::new("self") { Texts::Own } else { Texts::File(texts) },
+            tokens: self.calibrate_tokens as usize,
+        });
         job.begin = Begin { resume: self.resume, force: self.force };
         job.threads = self.threads.map(|n| n as usize);
         job.device = open(self.device)?;
@@ -116,6 +128,12 @@ impl Progress for Bar {
         if done > 0 && self.resumed.set(done).is_ok() {
             self.bar.println(format!("resumed: {done} of {total} weights were done"));
         }
+    }
+
+    fn text(&self, done: usize, total: usize) {
+        self.bar.set_length(total as u64);
+        self.bar.set_position(done as u64);
+        self.bar.set_message("texts to calibrate with");
     }
 
     fn layer(&self, name: &str, spec: &str) {

@@ -1,12 +1,15 @@
 //! Rotated weights → packed words.
 
+use std::ops::Range;
 use std::sync::Mutex;
 
 use half::bf16;
 use qp_codegen::layout::{self, BLOCKS_PER_TILE, Packed};
+use qp_codegen::reference;
 use qp_codegen::spec::{Code, Quantizer, ScaleKind, Shape};
 use rayon::prelude::*;
 
+use super::feedback::Feedback;
 use super::viterbi::{Scratch, Trellis};
 use super::{PackedMatrix, scale_count};
 use crate::device::{DeviceError, DeviceTrellis, Executor};
@@ -92,15 +95,75 @@ impl Encoder {
         rotated: &[f32],
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<PackedMatrix, EncodeError> {
+        let mut out = self.begin(shape, rotated)?;
+        let all = 0..out.layout.col_tiles();
+        self.blocks(&mut out, all, progress, |m, code, places| {
+            let weights = self.scaled(m, places, |r, c| rotated[r * shape.cols as usize + c]);
+            Ok((self.windows(code, &weights)?, ()))
+        })?;
+        Ok(out)
+    }
+
+    /// As [`Encoder::encode`], but so that the errors matter least for the (rotated) inputs whose Hessian `feedback` was
+    /// made of, for this quantizer's blocks; see [`super::feedback`].
+    ///
+    /// # Errors
+    /// As [`Encoder::encode`].
+    pub fn encode_for(
+        &self,
+        shape: Shape,
+        rotated: &[f32],
+        feedback: &Feedback,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<PackedMatrix, EncodeError> {
+        let mut out = self.begin(shape, rotated)?;
+        let (columns, length) = (shape.cols as usize, self.positions.len());
+        let books: Vec<Vec<i16>> = self.quantizer.codes.iter().map(Code::codebook).collect();
+        let mut errors = vec![0f32; rotated.len()];
+        for tile in 0..out.layout.col_tiles() {
+            let first = (tile * out.layout.tile.cols) as usize;
+            let width = (columns - first).min(out.layout.tile.cols as usize);
+            let mut targets: Vec<f32> =
+                rotated.chunks_exact(columns).flat_map(|row| &row[first..first + width]).copied().collect();
+            feedback.from_before(first, width, &errors, &mut targets);
+            let encoded = self.blocks(&mut out, tile..tile + 1, progress, |m, code, places| {
+                let weights = self.scaled(m, places, |r, c| rotated[r * columns + c]);
+                let targets = self.scaled(m, places, |r, c| targets[r * width + c - first]);
+                self.in_pieces(code, &books[code], (feedback, first), &weights, targets)
+            })?;
+            for (places, of_blocks) in encoded {
+                for (place, of_block) in places.into_iter().zip(of_blocks.chunks_exact(length)) {
+                    for (p, r, c) in self.inside(&out.layout, place) {
+                        errors[r * columns + c] = of_block[p] * out.scale(r);
+                    }
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// The matrix without its words.
+    fn begin(&self, shape: Shape, rotated: &[f32]) -> Result<PackedMatrix, EncodeError> {
         assert_eq!(rotated.len(), shape.rows as usize * shape.cols as usize, "weights of the matrix");
         let scales = self.scales(shape, rotated)?;
         let mut out = PackedMatrix { layout: Packed::new(&self.quantizer, shape), words: vec![], scales };
         out.words.resize(out.layout.words(), 0);
+        Ok(out)
+    }
 
+    /// Encodes all blocks of the column tiles `columns` by `encode`, which is given some blocks of one code and returns
+    /// their windows, one block's after the other's, and more, which is returned with the blocks.
+    fn blocks<T: Send>(
+        &self,
+        out: &mut PackedMatrix,
+        columns: Range<u32>,
+        progress: &(dyn Fn(u64) + Sync),
+        encode: impl Fn(&PackedMatrix, usize, &[Place]) -> Result<(Vec<u32>, T), EncodeError> + Sync,
+    ) -> Result<Vec<(Vec<Place>, T)>, EncodeError> {
         let mut groups: Vec<(usize, Vec<Place>)> = vec![];
         for code in 0..self.quantizer.codes.len() {
             let l = &out.layout;
-            let tiles = (0..l.row_tiles()).flat_map(|rt| (0..l.col_tiles()).map(move |ct| (rt, ct)));
+            let tiles = (0..l.row_tiles()).flat_map(|rt| columns.clone().map(move |ct| (rt, ct)));
             let blocks = tiles
                 .filter(|&(_, ct)| l.code_of(ct) == code)
                 .flat_map(|(rt, ct)| (0..BLOCKS_PER_TILE).map(move |g| (rt, ct, g)))
@@ -113,25 +176,68 @@ impl Encoder {
             groups.extend(blocks.chunks(at_once).map(|c| (code, c.to_vec())));
         }
         let run = |(code, places): &(usize, Vec<Place>)| {
-            let windows = self.windows(&out, *code, places, rotated)?;
+            let (windows, more) = encode(out, *code, places)?;
             progress(places.iter().map(|&p| self.inside(&out.layout, p).count() as u64).sum());
             let code = &self.quantizer.codes[*code];
-            Ok(windows.par_chunks_exact(code.steps_per_block() as usize).flat_map_iter(|w| stream(code, w)).collect())
+            let windows = windows.par_chunks_exact(code.steps_per_block() as usize);
+            Ok((windows.flat_map_iter(|w| stream(code, w)).collect::<Vec<u32>>(), more))
         };
         // A device takes one group after the other.
-        let streams: Vec<Vec<u32>> = match &self.search {
+        let encoded: Vec<(Vec<u32>, T)> = match &self.search {
             Search::Cpu(..) => groups.par_iter().map(run).collect::<Result<_, EncodeError>>()?,
             Search::Device(_) => groups.iter().map(run).collect::<Result<_, EncodeError>>()?,
         };
         let stride = out.layout.row_stride();
-        for ((code, places), streams) in groups.iter().zip(&streams) {
-            let length = self.quantizer.codes[*code].block_bits() as usize / 32;
+        let mut rest = vec![];
+        for ((code, places), (streams, more)) in groups.into_iter().zip(encoded) {
+            let length = self.quantizer.codes[code].block_bits() as usize / 32;
             for (&(rt, ct, g), stream) in places.iter().zip(streams.chunks_exact(length)) {
                 let row_tile = &mut out.words[rt as usize * stride..][..stride];
                 out.layout.write_block(row_tile, ct, g, stream);
             }
+            rest.push((places, more));
         }
-        Ok(out)
+        Ok(rest)
+    }
+
+    /// Encodes blocks that begin at column `first`, whose scaled weights are `weights` as `targets`, piece by piece. Returns windows, and errors of the
+    /// weights.
+    fn in_pieces(
+        &self,
+        code: usize,
+        book: &[i16],
+        (feedback, first): (&Feedback, usize),
+        weights: &[f32],
+        mut targets: Vec<f32>,
+    ) -> Result<(Vec<u32>, Vec<f32>), EncodeError> {
+        let q = &self.quantizer.codes[code];
+        let (length, vector) = (self.positions.len(), q.vector as usize);
+        let mut windows = vec![0u32; weights.len() / vector];
+        let mut errors = vec![0f32; weights.len()];
+        let mut begin = 0;
+        for &(end, _) in feedback.pieces().parts() {
+            let found = self.windows(code, &targets)?;
+            for at in (0..weights.len()).step_by(length) {
+                let piece = (at + begin) / vector..(at + end) / vector;
+                windows[piece.clone()].copy_from_slice(&found[piece]);
+                for p in begin..end {
+                    let entry = book[windows[(at + p) / vector] as usize * vector + p % vector];
+                    errors[at + p] = weights[at + p] - reference::weight(q, entry, 1.0);
+                }
+                for (&(row, column), error) in self.positions[begin..end].iter().zip(&errors[at + begin..]) {
+                    let factors = feedback.within(first, column as usize);
+                    for (target, &(r, c)) in targets[at + end..at + length].iter_mut().zip(&self.positions[end..]) {
+                        if r == row
+                            && let Some(factor) = factors.get(c as usize)
+                        {
+                            *target += error * factor;
+                        }
+                    }
+                }
+            }
+            begin = end;
+        }
+        Ok((windows, errors))
     }
 
     /// The weights of a block that are not padding: index in the block, row, column.
@@ -142,34 +248,34 @@ impl Encoder {
         inside.map(|(p, r, c)| (p, r as usize, c as usize))
     }
 
-    /// The windows of blocks of one code, one block after the other.
-    fn windows(
-        &self,
-        m: &PackedMatrix,
-        code: usize,
-        places: &[Place],
-        rotated: &[f32],
-    ) -> Result<Vec<u32>, EncodeError> {
-        let (len, columns) = (self.positions.len(), m.layout.shape.cols as usize);
-        let mut weights = vec![0f32; len * places.len()];
-        places.par_iter().zip(weights.par_chunks_exact_mut(len)).for_each(|(&place, weights)| {
+    /// The weights of blocks, one after the other, each `value(row, column)` over its row's scale; 0 in the padding.
+    fn scaled(&self, m: &PackedMatrix, places: &[Place], value: impl Fn(usize, usize) -> f32 + Sync) -> Vec<f32> {
+        let length = self.positions.len();
+        let mut weights = vec![0f32; length * places.len()];
+        places.par_iter().zip(weights.par_chunks_exact_mut(length)).for_each(|(&place, weights)| {
             for (p, r, c) in self.inside(&m.layout, place) {
                 let scale = m.scale(r);
-                weights[p] = if scale > 0.0 { rotated[r * columns + c] / scale } else { 0.0 };
+                weights[p] = if scale > 0.0 { value(r, c) / scale } else { 0.0 };
             }
         });
+        weights
+    }
+
+    /// The windows of blocks of one code, whose scaled weights are `weights`; one block after the other.
+    fn windows(&self, code: usize, weights: &[f32]) -> Result<Vec<u32>, EncodeError> {
         match &self.search {
             Search::Cpu(trellises, pool) => {
-                let mut windows = vec![0; trellises[code].steps() * places.len()];
+                let trellis = &trellises[code];
+                let mut windows = vec![0; weights.len() / trellis.block_len() * trellis.steps()];
                 let mut scratch = pool.lock().map(|mut s| s.pop()).ok().flatten().unwrap_or_default();
-                trellises[code].encode(&weights, &mut windows, &mut scratch);
+                trellis.encode(weights, &mut windows, &mut scratch);
                 if let Ok(mut pool) = pool.lock() {
                     pool.push(scratch);
                 }
                 Ok(windows)
             }
             Search::Device(codes) => {
-                let found = codes[code].encode(&weights).map_err(|e| EncodeError::Device { message: e.to_string() })?;
+                let found = codes[code].encode(weights).map_err(|e| EncodeError::Device { message: e.to_string() })?;
                 Ok(found.0)
             }
         }

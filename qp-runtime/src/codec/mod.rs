@@ -2,6 +2,7 @@
 //!
 //! * [`Decoder`]: packed words → entries, weights, or the exact integer product of a linear layer.
 //! * [`Encoder`]: rotated weights → packed words, by the Viterbi algorithm over the trellis of each [`Code`].
+//! * [`feedback`]: what the encoder does about the inputs of a layer, if it knows them.
 //! * [`train`]: the tables of a code, by Lloyd's iteration on the trellis itself.
 //! * [`distortion`]: the mean squared error that a quantizer reaches on a Gaussian source.
 //!
@@ -13,6 +14,7 @@
 mod decode;
 pub mod distortion;
 mod encode;
+pub mod feedback;
 pub mod gaussian;
 pub mod plain;
 mod simd;

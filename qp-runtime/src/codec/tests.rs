@@ -8,6 +8,7 @@ use qp_codegen::spec::expr::{Decode, Node, Op, VectorOp, WordOp};
 use qp_codegen::spec::{Code, Quantizer, Rotation, ScaleKind, Shape, Table, TableSource, Training, Value};
 
 use super::encode::stream;
+use super::feedback::{Feedback, Hessian, Pieces};
 use super::viterbi::{Scratch, Trellis};
 use super::*;
 
@@ -80,6 +81,56 @@ fn quantizers() -> Vec<Quantizer> {
         quantizer(vec![square]),
         whole,
     ]
+}
+
+/// What errors of `m` as a code for `w` do to the outputs for `inputs`, summed.
+fn damage(q: &Quantizer, m: &PackedMatrix, w: &[f32], inputs: &[f32]) -> f64 {
+    let columns = m.layout.shape.cols as usize;
+    let errors: Vec<f32> = decode_matrix(q, m).iter().zip(w).map(|(a, b)| a - b).collect();
+    let outputs = errors.chunks_exact(columns).flat_map(|e| inputs.chunks_exact(columns).map(move |x| (e, x)));
+    outputs.map(|(e, x)| e.iter().zip(x).map(|(a, b)| f64::from(a * b)).sum::<f64>().powi(2)).sum()
+}
+
+#[test]
+fn feedback_lessens_the_damage() {
+    let shape = Shape { rows: 21, cols: 300 };
+    let w = Gaussian::new(5).samples(shape.len() as usize);
+    // Inputs of few directions, one of them strong, and some noise.
+    let directions = Gaussian::new(6).samples(40 * 300);
+    let mut random = Gaussian::new(7);
+    let inputs: Vec<f32> = (0..500)
+        .flat_map(|_| {
+            let mut x: Vec<f32> = random.samples(300).iter().map(|n| 0.3 * n).collect();
+            for (i, (d, a)) in directions.chunks_exact(300).zip(random.samples(40)).enumerate() {
+                let a = if i == 0 { 5.0 * a } else { a };
+                x.iter_mut().zip(d).for_each(|(x, d)| *x += a * d);
+            }
+            x
+        })
+        .collect();
+    let mut hessian = Hessian::new(300);
+    inputs.chunks(300 * 123).for_each(|some| hessian.add(some));
+    for q in quantizers() {
+        let (encoder, pieces) = (Encoder::new(&q), Pieces::new(&q.codes[0]));
+        let feedback = Feedback::new(&hessian, &pieces).unwrap();
+        let (plain, done) = (encoder.encode(shape, &w, &|_| ()).unwrap(), AtomicU64::new(0));
+        let count = |n| {
+            done.fetch_add(n, Ordering::Relaxed);
+        };
+        let shaped = encoder.encode_for(shape, &w, &feedback, &count).unwrap();
+        assert_eq!(done.into_inner(), u64::from(shape.len()));
+        let ratio = damage(&q, &shaped, &w, &inputs) / damage(&q, &plain, &w, &inputs);
+        // Small blocks and pieces have more neighbours to make good what they lack.
+        let most = match (pieces.parts().len(), q.block().cols) {
+            (1, 128..) => 0.4,
+            (1, _) => 0.12,
+            _ => 0.25,
+        };
+        assert!(ratio < most, "{:?}: {ratio}", q.codes[0].block);
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        assert!(pool.install(|| encoder.encode_for(shape, &w, &feedback, &|_| ())).unwrap() == shaped);
+    }
+    assert!(Feedback::new(&Hessian::new(300), &Pieces::new(&quantizers()[0].codes[0])).is_none());
 }
 
 /// Entries of a matrix, by the definitions of layout and code alone.

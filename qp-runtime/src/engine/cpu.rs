@@ -55,34 +55,56 @@ impl CpuEngine {
         })
     }
 
-    fn run(&mut self, tokens: &[u32], logits: Logits, out: &mut Vec<f32>) {
-        let weights = self.weights.clone();
-        let (hidden, eps) = (self.config.hidden, self.config.norm_eps);
+    /// The embeddings of `tokens`: tokens × hidden.
+    pub fn embed(&self, tokens: &[u32]) -> Vec<f32> {
+        let hidden = self.config.hidden;
         let mut x = vec![0f32; tokens.len() * hidden];
         for (row, &t) in x.chunks_exact_mut(hidden).zip(tokens) {
-            weights.embed.read(t as usize * hidden, row);
+            self.weights.embed.read(t as usize * hidden, row);
         }
+        x
+    }
+
+    /// Decoder layer `i` on the residual stream `x` (tokens × hidden) of tokens that follow the sequence so far, whose
+    /// position stays as it is. `see` is shown what enters the linear layers: of layers that share an input, the first.
+    pub fn layer(&mut self, i: usize, x: &mut [f32], mut see: impl FnMut(Role, &[f32])) {
+        let weights = self.weights.clone();
+        let (layer, eps) = (&weights.layers[i], self.config.norm_eps);
         let mut normed = vec![0f32; x.len()];
-        for (i, layer) in weights.layers.iter().enumerate() {
-            norm_rows(&x, &layer.input_norm, eps, &mut normed);
-            let [q, k, v] = self.linears.apply([&layer[Role::Q], &layer[Role::K], &layer[Role::V]], &normed);
-            let attended = self.attention(i, q, k, &v);
-            let [o] = self.linears.apply([&layer[Role::O]], &attended);
-            add(&mut x, &o);
-            norm_rows(&x, &layer.post_norm, eps, &mut normed);
-            let [mut gate, up] = self.linears.apply([&layer[Role::Gate], &layer[Role::Up]], &normed);
-            gate.iter_mut().zip(&up).for_each(|(g, u)| *g = reference::silu(*g) * u);
-            let [down] = self.linears.apply([&layer[Role::Down]], &gate);
-            add(&mut x, &down);
+        norm_rows(x, &layer.input_norm, eps, &mut normed);
+        see(Role::Q, &normed);
+        let [q, k, v] = self.linears.apply([&layer[Role::Q], &layer[Role::K], &layer[Role::V]], &normed);
+        let attended = self.attention(i, q, k, &v);
+        see(Role::O, &attended);
+        let [o] = self.linears.apply([&layer[Role::O]], &attended);
+        add(x, &o);
+        norm_rows(x, &layer.post_norm, eps, &mut normed);
+        see(Role::Gate, &normed);
+        let [mut gate, up] = self.linears.apply([&layer[Role::Gate], &layer[Role::Up]], &normed);
+        gate.iter_mut().zip(&up).for_each(|(g, u)| *g = reference::silu(*g) * u);
+        see(Role::Down, &gate);
+        let [down] = self.linears.apply([&layer[Role::Down]], &gate);
+        add(x, &down);
+    }
+
+    /// What enters the output layer after the residual stream `x`: rows × hidden.
+    pub fn last_norm(&self, x: &[f32]) -> Vec<f32> {
+        let mut normed = vec![0f32; x.len()];
+        norm_rows(x, &self.weights.norm, self.config.norm_eps, &mut normed);
+        normed
+    }
+
+    fn run(&mut self, tokens: &[u32], logits: Logits, out: &mut Vec<f32>) {
+        let mut x = self.embed(tokens);
+        for i in 0..self.config.layers {
+            self.layer(i, &mut x, |_, _| ());
         }
         self.position += tokens.len();
         let rows = logits.rows(tokens.len());
         out.clear();
         if rows > 0 {
-            let x = &x[x.len() - rows * hidden..];
-            let normed = &mut normed[..x.len()];
-            norm_rows(x, &weights.norm, eps, normed);
-            [*out] = self.linears.apply([&weights.head], normed);
+            let normed = self.last_norm(&x[x.len() - rows * self.config.hidden..]);
+            [*out] = self.linears.apply([&self.weights.head], &normed);
         }
     }
 

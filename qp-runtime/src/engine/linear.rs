@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use gemm::Parallelism;
 use qp_codegen::kernels::dense as row_product;
 use qp_codegen::reference::{Activations, Rotator, quantize_activations};
 use qp_codegen::spec::{Quantizer, Rotation};
 use rayon::prelude::*;
 
 use crate::codec::Decoder;
+use crate::matrix::{View, multiply};
 use crate::model::{Linear, Role, Tensor, Weight, Weights};
 
 /// Rows of a matrix that one task multiplies.
@@ -109,7 +109,8 @@ fn dense(w: &Tensor, rows: usize, cols: usize, x: &[f32]) -> Vec<f32> {
                     }
                 }
             } else {
-                product(weights, x, cols, &mut tile);
+                let (x, w) = (View::rows(x, cols), View::rows(weights, cols).transposed());
+                multiply([tokens, n, cols], &mut tile, n, 0.0, x, w, 1.0);
             }
             tile
         })
@@ -122,35 +123,4 @@ fn dense(w: &Tensor, rows: usize, cols: usize, x: &[f32]) -> Vec<f32> {
         }
     }
     y
-}
-
-/// `out = x·wᵀ` with `w` n × cols, `x` tokens × cols, `out` tokens × n, on one thread.
-fn product(w: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
-    let (n, tokens) = (w.len() / cols, x.len() / cols);
-    assert_eq!((w.len(), x.len(), out.len()), (n * cols, tokens * cols, tokens * n), "whole matrices");
-    // SAFETY: the strides below address exactly the elements of the three slices, whose lengths were just checked;
-    // `out` is borrowed mutably and so overlaps neither input.
-    unsafe {
-        gemm::gemm(
-            n,
-            tokens,
-            cols,
-            out.as_mut_ptr(),
-            n as isize,
-            1,
-            false,
-            w.as_ptr(),
-            1,
-            cols as isize,
-            x.as_ptr(),
-            cols as isize,
-            1,
-            0f32,
-            1f32,
-            false,
-            false,
-            false,
-            Parallelism::None,
-        );
-    }
 }

@@ -8,6 +8,7 @@ pub mod cuda;
 pub mod generate;
 pub mod linear;
 pub mod sampling;
+pub mod texts;
 
 pub use cpu::CpuEngine;
 pub use cuda::CudaEngine;
@@ -63,6 +64,9 @@ pub enum Error {
     /// No token to begin with.
     #[error("the prompt is empty and the model has no first token: give a prompt")]
     EmptyPrompt,
+    /// Nothing to start a text with.
+    #[error("the model has no first token (bos_token_id in config.json), so it cannot write texts of its own")]
+    NoFirstToken,
     /// A token that the model does not know.
     #[error("token {token} is not among the model's {vocab}: the tokenizer and the model do not belong together")]
     Token {

@@ -3,14 +3,16 @@
 //! Layer by layer, one in memory at a time: load as `f32`, rotate each row, encode, write, record. What is finished
 //! stays finished: see [`crate::checkpoint::draft`].
 
+pub mod calibrate;
 mod items;
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytemuck::cast_slice;
 use qp_codegen::reference::Rotator;
-use qp_codegen::spec::{Quantizer, Shape};
+use qp_codegen::spec::{Quantizer, Rotation, Shape};
 use qp_codegen::syntax::Diagnostics;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -20,8 +22,10 @@ use crate::checkpoint::weights::SHARD_BYTES;
 use crate::checkpoint::{self, Begin, Draft, Head, LayerEntry, Manifest, ModelId, SpecEntry, is_checkpoint};
 use crate::codec::{Decoder, EncodeError, Encoder};
 use crate::device::{DeviceError, Executor};
+use crate::engine;
 use crate::model::{self, Config, TensorDir, Weights};
 use crate::plan::{Plan, Resolved};
+use calibrate::{Calibrate, Calibration};
 use items::{Item, Work, items, layers};
 
 /// Files of a model directory that a checkpoint takes along, where they exist.
@@ -87,6 +91,36 @@ pub enum Error {
     /// A device that cannot encode.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The model cannot run over the calibration's texts.
+    #[error(transparent)]
+    Engine(#[from] engine::Error),
+    /// The calibration's text is not UTF-8.
+    #[error("{} is not UTF-8 (byte {at}): convert it to UTF-8 first", path.display())]
+    Text {
+        /// The file.
+        path: PathBuf,
+        /// Where it ceases to be.
+        at: usize,
+    },
+    /// The calibration's text is shorter than a window.
+    #[error("{} has {tokens} tokens, fewer than the {window} of one window: calibrate with a longer text, or with self", path.display())]
+    ShortText {
+        /// The file.
+        path: PathBuf,
+        /// Its tokens.
+        tokens: usize,
+        /// Tokens needed.
+        window: usize,
+    },
+    /// What enters a layer is not finite.
+    #[error(
+        "what enters layer '{layer}' is infinite or not a number when the model runs over the calibration's texts: \
+         a layer before it is damaged or overflows; get the model again, or quantize it without --calibrate"
+    )]
+    Inputs {
+        /// The layer.
+        layer: String,
+    },
     /// Stopped by [`Progress::finished`].
     #[error("stopped; {} can be continued with --resume", draft.display())]
     Stopped {
@@ -107,6 +141,10 @@ pub enum Error {
 pub trait Progress: Sync {
     /// `done` of `total` weights were finished by an earlier run; the work is kept in `draft` until it is whole.
     fn start(&self, total: u64, done: u64, draft: &Path);
+    /// So many of all calibration texts are written.
+    fn text(&self, done: usize, total: usize) {
+        let _ = (done, total);
+    }
     /// The next layer, with its quantizer's name.
     fn layer(&self, name: &str, spec: &str);
     /// That many more weights are encoded. Called from many threads.
@@ -137,6 +175,8 @@ pub struct Job {
     pub plan: Plan,
     /// The checkpoint's directory.
     pub out: PathBuf,
+    /// Texts that the rounding is fitted to, if it is.
+    pub calibrate: Option<Calibrate>,
     /// What to do about an unfinished run or an existing output.
     pub begin: Begin,
     /// Threads; by default one a core.
@@ -150,8 +190,9 @@ pub struct Job {
 impl Job {
     /// A job with default options.
     pub fn new(model: impl Into<PathBuf>, plan: Plan, out: impl Into<PathBuf>) -> Job {
-        let (begin, threads, device) = (Begin::default(), None, None);
-        Job { model: model.into(), plan, out: out.into(), begin, threads, device, shard_bytes: SHARD_BYTES }
+        let (model, out) = (model.into(), out.into());
+        let (calibrate, begin, threads, device) = (None, Begin::default(), None, None);
+        Job { model, plan, out, calibrate, begin, threads, device, shard_bytes: SHARD_BYTES }
     }
 
     /// Does the job. Returns the manifest of the checkpoint.
@@ -176,7 +217,7 @@ impl Job {
         let config = Config::read(&self.model)?;
         let source = TensorDir::open(&self.model)?;
         // Whatever is missing or misshapen is found now and not after hours.
-        Weights::load(&config, &source)?;
+        let weights = Arc::new(Weights::load(&config, &source)?);
         let layers = layers(&config);
         let plan = self.plan.resolve(&layers.iter().map(|l| l.layer.clone()).collect::<Vec<_>>())?;
         let items = items(&source, &layers, &plan)?;
@@ -191,7 +232,12 @@ impl Job {
         let name = |i: &usize| layers[*i].layer.name.clone();
         let groups: Vec<Vec<String>> = plan.groups.iter().map(|g| g.iter().map(name).collect()).collect();
         let model = identity(&self.model, &source)?;
-        let head = Head::new(model, self.shard_bytes, chosen, groups.clone());
+        let mut calibration = match &self.calibrate {
+            None => None,
+            Some(how) => Some(Calibration::new(how, &self.model, &config, &weights, &mut |i, n| progress.text(i, n))?),
+        };
+        let mut head = Head::new(model, self.shard_bytes, chosen, groups.clone());
+        head.calibration = calibration.as_ref().map(|c| c.entry().clone());
         let planned = items.iter().map(|i| (i.name.clone(), i.tensors.clone())).collect();
         let mut draft = Draft::begin(&self.out, &head, planned, self.begin)?;
 
@@ -202,6 +248,13 @@ impl Job {
         let total = items.iter().map(weights).sum();
         let done = items.iter().filter(|i| draft.record(&i.name).is_some()).map(weights).sum();
         progress.start(total, done, draft.dir());
+        // What is still to be encoded, by which rotation.
+        let mut rotations: Vec<Option<Rotation>> = vec![None; layers.len()];
+        for item in items.iter().filter(|i| draft.record(&i.name).is_none()) {
+            if let Work::Encode { layer, .. } = item.work {
+                rotations[layer] = spec_of(layer).map(|q| q.rotation);
+            }
+        }
         // Made when first used: a resumed run may need none.
         let mut coders: Vec<Option<(Encoder, Decoder)>> = plan.specs.iter().map(|_| None).collect();
         let mut entries = Vec::new();
@@ -235,9 +288,16 @@ impl Job {
                         coders[spec] = Some((encoder, Decoder::new(q)));
                     }
                     let (encoder, decoder) = coders[spec].as_ref().expect("just made");
-                    let packed = encoder
-                        .encode(shape, &w, &|n| progress.advance(n))
-                        .map_err(|source| Error::Encode { layer: item.name.clone(), source })?;
+                    let feedback = match &mut calibration {
+                        None => None,
+                        Some(c) => c.feedback(*layer, &item.name, q, &rotations)?,
+                    };
+                    let advance = |n| progress.advance(n);
+                    let packed = match &feedback {
+                        None => encoder.encode(shape, &w, &advance),
+                        Some(feedback) => encoder.encode_for(shape, &w, feedback, &advance),
+                    };
+                    let packed = packed.map_err(|source| Error::Encode { layer: item.name.clone(), source })?;
                     let error = relative_error(&w, &decoder.weights(&packed), cols as usize);
                     let tensors = [cast_slice(&packed.words), cast_slice(&packed.scales)];
                     draft.put(&item.name, &tensors, Some(error))?;
@@ -281,6 +341,7 @@ impl Job {
             format: head.format,
             tool: head.tool,
             model,
+            calibration: head.calibration,
             specs,
             layers,
             groups,

@@ -1,0 +1,27 @@
+//! Texts that a model writes itself: what stands in for data where none is given.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use super::{CpuEngine, Error, Sampler, Sampling, generate};
+use crate::model::{Config, Weights};
+
+/// A text of `tokens` tokens: number `i` of those with `seed`. Where the model ends it, it goes on with whatever follows.
+///
+/// # Errors
+/// If the model has no first token, or cannot run.
+pub fn write(config: &Config, weights: &Arc<Weights>, tokens: usize, seed: u64, i: usize) -> Result<Vec<u32>, Error> {
+    let first = config.bos.ok_or(Error::NoFirstToken)?;
+    let mut engine = CpuEngine::new(config, weights.clone(), tokens)?;
+    // Tokens far out in the tail would make texts unlike any that the model was made for.
+    let sampling = Sampling {
+        temperature: 1.0,
+        top_k: 50,
+        top_p: 0.98,
+        seed: seed.wrapping_add((i as u64 + 1).wrapping_mul(0xD134_2543_DE82_EF95)),
+    };
+    let mut sampler = Sampler::new(sampling);
+    let go_on = |_| Ok::<_, Error>(ControlFlow::Continue(()));
+    let written = generate(&mut engine, &[first], tokens - 1, &[], &mut sampler, go_on)?;
+    Ok([vec![first], written.tokens].concat())
+}

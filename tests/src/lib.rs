@@ -1,4 +1,5 @@
 //! Tests that cross crates; see the files beside this folder. Here: what several of them need.
 
 pub mod anchors;
+pub mod gguf;
 pub mod models;

@@ -87,22 +87,26 @@ pub fn write_spec(dir: &Path, name: &str, bits: u32) -> PathBuf {
     path
 }
 
-/// A `tokenizer.json` whose token `b` is the byte `b`.
-fn byte_tokenizer() -> Value {
-    // Byte-level tokenizers write each byte as a printable character: itself where that is one, else from U+0100 up.
+/// Byte-level tokenizers' names of the bytes: a printable character itself, else one from U+0100 up.
+pub fn byte_tokens() -> Vec<String> {
     let printable = |b: u32| (33..=126).contains(&b) || (161..=172).contains(&b) || (174..=255).contains(&b);
     let mut next = 256;
-    let vocab: serde_json::Map<String, Value> = (0..256u32)
-        .map(|b| {
-            let code = if printable(b) {
-                b
-            } else {
-                next += 1;
-                next - 1
-            };
-            (char::from_u32(code).unwrap().to_string(), json!(b))
-        })
-        .collect();
+    let name = |b: u32| {
+        let code = if printable(b) {
+            b
+        } else {
+            next += 1;
+            next - 1
+        };
+        char::from_u32(code).unwrap().to_string()
+    };
+    (0..256u32).map(name).collect()
+}
+
+/// A `tokenizer.json` whose token `b` is the byte `b`.
+fn byte_tokenizer() -> Value {
+    let vocab: serde_json::Map<String, Value> =
+        byte_tokens().into_iter().enumerate().map(|(b, name)| (name, json!(b))).collect();
     let level = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
     json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,

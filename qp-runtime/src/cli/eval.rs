@@ -14,7 +14,7 @@ use crate::model::Model;
 /// Measure how well a model predicts a text: its perplexity.
 #[derive(Debug, clap::Args)]
 pub struct Eval {
-    /// Model directory: Hugging Face's layout, quantized by `qp quantize` or not.
+    /// Model: a directory in Hugging Face's layout, quantized by `qp quantize` or not, or a GGUF file.
     model: PathBuf,
     /// The text, a UTF-8 file.
     #[arg(long)]

@@ -11,7 +11,7 @@ use crate::model::Model;
 /// Continue a text, printed as it is produced.
 #[derive(Debug, clap::Args)]
 pub struct Generate {
-    /// Model directory: Hugging Face's layout, quantized by `qp quantize` or not.
+    /// Model: a directory in Hugging Face's layout, quantized by `qp quantize` or not, or a GGUF file.
     model: PathBuf,
     /// The text to continue; without it, the model begins a text of its own.
     #[arg(long, short, default_value = "")]

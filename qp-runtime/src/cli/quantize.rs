@@ -20,7 +20,7 @@ use crate::quantize::{Job, Progress};
 /// output appears only when it is whole.
 #[derive(clap::Args)]
 pub struct Quantize {
-    /// Directory of the model: config.json, safetensors, tokenizer
+    /// The model: a directory (config.json, safetensors, tokenizer) or a GGUF file
     model: PathBuf,
     /// One quantizer for every linear layer of the blocks: a name of the palette or a .qspec file
     #[arg(long, value_name = "SPEC", required_unless_present = "plan", conflicts_with = "plan")]

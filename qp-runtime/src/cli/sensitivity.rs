@@ -12,7 +12,7 @@ use crate::model::Model;
 /// Needs no data: the model writes the texts itself. `qp plan` reads the result.
 #[derive(Debug, clap::Args)]
 pub struct Sensitivity {
-    /// Model directory in Hugging Face's layout, not quantized
+    /// Model, not quantized: a directory in Hugging Face's layout, or a GGUF file
     model: PathBuf,
     /// The file to write (JSON); saved after every layer
     #[arg(short, long, value_name = "FILE")]

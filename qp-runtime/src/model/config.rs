@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::Error;
+use super::files::Files;
 
 /// Architectures that engines compute. They differ in biases alone.
 const ARCHITECTURES: [&str; 3] = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"];
@@ -152,25 +153,22 @@ struct RawGeneration {
 }
 
 impl Config {
-    /// Reads `dir/config.json` and, if it is there, `dir/generation_config.json`.
+    /// Reads `config.json` and, if it is there, `generation_config.json` of a model directory or GGUF file.
     ///
     /// # Errors
     /// If a file cannot be read or parsed, or asks for something unsupported.
-    pub fn read(dir: &Path) -> Result<Self, Error> {
-        let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-        let mut config = Config::parse(&path, &text)?;
-        let path = dir.join("generation_config.json");
-        match std::fs::read_to_string(&path) {
-            Ok(text) => {
-                let raw: RawGeneration = serde_json::from_str(&text).map_err(|e| Error::file(&path, e.to_string()))?;
-                config.bos = raw.bos_token_id.or(config.bos);
-                if let Some(eos) = raw.eos_token_id {
-                    config.eos = eos.into_vec();
-                }
+    pub fn read(model: &Path) -> Result<Self, Error> {
+        let files = Files::open(model)?;
+        let path = files.path("config.json");
+        let missing = || Error::file(&path, "not found: it says what the model is; get the model again");
+        let mut config = Config::parse(&path, &files.text("config.json")?.ok_or_else(missing)?)?;
+        if let Some(text) = files.text("generation_config.json")? {
+            let path = files.path("generation_config.json");
+            let raw: RawGeneration = serde_json::from_str(&text).map_err(|e| Error::file(&path, e.to_string()))?;
+            config.bos = raw.bos_token_id.or(config.bos);
+            if let Some(eos) = raw.eos_token_id {
+                config.eos = eos.into_vec();
             }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => (),
-            Err(e) => return Err(Error::io(&path, e)),
         }
         Ok(config)
     }

@@ -13,8 +13,8 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
-    /// The model path is a file.
-    #[error("{} is not a directory: give the directory that holds config.json and the safetensors files", path.display())]
+    /// The model path is a file, and not of the kind that holds a model.
+    #[error("{} is not a directory: give the directory that holds config.json and the safetensors files, or a .gguf file", path.display())]
     NotADirectory {
         /// The path.
         path: PathBuf,
@@ -70,6 +70,14 @@ pub enum Error {
         name: String,
         /// Its element type.
         found: String,
+    },
+    /// A weight of a block that 16 bits cannot hold.
+    #[error("tensor '{name}' holds {value}, too large for F16: the model is damaged, get it again")]
+    TooLarge {
+        /// The tensor.
+        name: String,
+        /// Its first weight that is too large.
+        value: f32,
     },
     /// A quantized checkpoint is damaged.
     #[error(transparent)]

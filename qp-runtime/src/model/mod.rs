@@ -1,13 +1,17 @@
-//! A model directory in Hugging Face's layout: `config.json`, safetensors, tokenizer.
+//! A model directory in Hugging Face's layout (`config.json`, safetensors, tokenizer), or a GGUF file read as one.
 //!
+//! * [`files`]: a directory's small files, or those that a GGUF file stands for.
+//! * [`gguf`]: GGUF files.
 //! * [`config`]: what the architecture is, and the names and shapes of its tensors.
-//! * [`tensors`]: safetensors files, mapped into memory.
+//! * [`tensors`]: the tensors of mapped files.
 //! * [`weights`]: the tensors put in their places, each linear layer dense or packed.
 //! * [`rope`]: tables of rotary position embedding, shared by every engine.
 //! * [`tokenizer`]: text to tokens, and tokens to text as they come.
 
 pub mod config;
 pub mod error;
+pub mod files;
+pub mod gguf;
 pub mod rope;
 pub mod tensors;
 pub mod tokenizer;
@@ -17,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 pub use config::{Config, Role};
 pub use error::Error;
+pub use files::Files;
 pub use rope::{RopeTables, rope_tables};
 pub use tensors::{Dtype, Tensor, TensorDir};
 pub use tokenizer::{TextStream, Tokenizer};
@@ -24,10 +29,10 @@ pub use weights::{Layer, Linear, Source, Weight, Weights};
 
 use crate::checkpoint::{Checkpoint, is_checkpoint};
 
-/// An opened model directory.
+/// An opened model.
 #[derive(Debug)]
 pub struct Model {
-    /// The directory.
+    /// The directory or file.
     pub dir: PathBuf,
     /// `config.json` and `generation_config.json`.
     pub config: Config,
@@ -38,13 +43,13 @@ pub struct Model {
 }
 
 impl Model {
-    /// Opens the directory `dir`, a plain model or a quantized checkpoint. Dense tensors are mapped, not read.
+    /// Opens `dir`: a directory, plain or a quantized checkpoint, or a GGUF file. Dense tensors are mapped, not read.
     ///
     /// # Errors
     /// If a file is missing, malformed or truncated, the architecture is not supported, or a tensor is missing or
     /// has another shape than the configuration says.
     pub fn open(dir: &Path) -> Result<Self, Error> {
-        check_dir(dir)?;
+        Files::open(dir)?;
         // A checkpoint first: it says of a damaged config.json that it is damaged.
         let source: Box<dyn Source> =
             if is_checkpoint(dir) { Box::new(Checkpoint::open(dir)?) } else { Box::new(TensorDir::open(dir)?) };
@@ -53,13 +58,4 @@ impl Model {
         let tokenizer = Tokenizer::read(dir)?;
         Ok(Model { dir: dir.to_owned(), config, tokenizer, weights })
     }
-}
-
-/// Refuses what is not a directory, before the message is about some file in it.
-fn check_dir(dir: &Path) -> Result<(), Error> {
-    let meta = std::fs::metadata(dir).map_err(|e| Error::io(dir, e))?;
-    if !meta.is_dir() {
-        return Err(Error::NotADirectory { path: dir.to_owned() });
-    }
-    Ok(())
 }

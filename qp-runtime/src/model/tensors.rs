@@ -1,4 +1,4 @@
-//! Safetensors files, mapped into memory.
+//! Tensors of mapped files.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -13,6 +13,9 @@ use safetensors::SafeTensors;
 use serde::Deserialize;
 
 use super::Error;
+use super::files::Files;
+use super::gguf::Block;
+use super::gguf::blocks::MOST;
 
 /// Element type of a dense tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,16 +26,17 @@ pub enum Dtype {
     F16,
     /// bfloat16.
     Bf16,
+    /// Blocks of a GGUF file, whole ones in a row.
+    Blocks(Block),
 }
 
-impl Dtype {
-    /// Bytes of an element.
-    pub fn bytes(self) -> usize {
-        match self {
-            Dtype::F32 => 4,
-            Dtype::F16 | Dtype::Bf16 => 2,
-        }
-    }
+/// How a tensor is stored in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Elements of one size.
+    Plain(safetensors::Dtype),
+    /// Blocks of a GGUF file.
+    Block(Block),
 }
 
 /// Part of a mapped file, or bytes in memory. Cloning shares them.
@@ -49,6 +53,15 @@ enum Owner {
 }
 
 impl Bytes {
+    /// Part of a mapped file.
+    ///
+    /// # Panics
+    /// If the file ends before.
+    pub(super) fn mapped(map: Arc<Mmap>, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= map.len(), "part of the file");
+        Bytes { owner: Owner::Map(map), range }
+    }
+
     /// The bytes.
     pub fn as_slice(&self) -> &[u8] {
         let all: &[u8] = match &self.owner {
@@ -71,14 +84,14 @@ impl fmt::Debug for Bytes {
     }
 }
 
-/// A dense tensor of floats, little endian, row-major. Cloning shares the data.
+/// A dense tensor of numbers that are read as floats, little endian, row-major. Cloning shares the data.
 #[derive(Clone, Debug)]
 pub struct Tensor {
     /// Element type.
     pub dtype: Dtype,
     /// Shape, outermost first.
     pub shape: Vec<usize>,
-    /// `shape.product() × dtype.bytes()` bytes.
+    /// Elements or blocks, one after another.
     bytes: Bytes,
 }
 
@@ -101,7 +114,7 @@ impl Tensor {
         self.len() == 0
     }
 
-    /// The elements' bytes.
+    /// The elements' bytes, as the type stores them.
     pub fn bytes(&self) -> &[u8] {
         self.bytes.as_slice()
     }
@@ -111,27 +124,43 @@ impl Tensor {
     /// # Panics
     /// If the tensor ends before.
     pub fn read(&self, start: usize, out: &mut [f32]) {
-        let size = self.dtype.bytes();
-        let bytes = &self.bytes()[start * size..(start + out.len()) * size];
+        let range = start..start + out.len();
+        let part = |size: usize| &self.bytes()[range.start * size..range.end * size];
         match self.dtype {
             Dtype::F32 => {
-                for (o, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                for (o, b) in out.iter_mut().zip(part(4).as_chunks().0) {
                     *o = f32::from_le_bytes(*b);
                 }
             }
-            Dtype::F16 => match bytemuck::try_cast_slice::<u8, f16>(bytes) {
+            Dtype::F16 => match bytemuck::try_cast_slice::<u8, f16>(part(2)) {
                 Ok(halves) if cfg!(target_endian = "little") => halves.convert_to_f32_slice(out),
                 _ => {
-                    for (o, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    for (o, b) in out.iter_mut().zip(part(2).as_chunks().0) {
                         *o = f16::from_le_bytes(*b).to_f32();
                     }
                 }
             },
             Dtype::Bf16 => {
-                for (o, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                for (o, b) in out.iter_mut().zip(part(2).as_chunks().0) {
                     *o = bf16::from_le_bytes(*b).to_f32();
                 }
             }
+            Dtype::Blocks(block) => self.read_blocks(block, start, out),
+        }
+    }
+
+    /// As `read`, of blocks: those that the range touches are decoded, and its part of them copied.
+    fn read_blocks(&self, block: Block, start: usize, out: &mut [f32]) {
+        let (len, bytes) = (block.weights(), block.bytes());
+        let (mut at, mut out) = (start, out);
+        let mut weights = [0.0; MOST];
+        while !out.is_empty() {
+            let (index, skip) = (at / len, at % len);
+            block.decode(&self.bytes()[index * bytes..(index + 1) * bytes], &mut weights[..len]);
+            let (part, rest) = out.split_at_mut(out.len().min(len - skip));
+            part.copy_from_slice(&weights[skip..skip + part.len()]);
+            at += part.len();
+            out = rest;
         }
     }
 
@@ -145,13 +174,15 @@ impl Tensor {
 
 /// Where a tensor lies.
 #[derive(Debug)]
-struct Entry {
-    dtype: safetensors::Dtype,
-    shape: Vec<usize>,
-    bytes: Bytes,
+pub(super) struct Entry {
+    pub kind: Kind,
+    pub shape: Vec<usize>,
+    pub bytes: Bytes,
+    /// Heads whose halves are interleaved row by row, if they are.
+    pub interleaved: Option<usize>,
 }
 
-/// All tensors of a directory's safetensors files, mapped.
+/// All tensors of a model's files, mapped.
 ///
 /// A file must not be changed while it is mapped.
 #[derive(Debug)]
@@ -166,11 +197,20 @@ struct Index {
 }
 
 impl TensorDir {
-    /// Maps `dir/model.safetensors`, or the files that `dir/model.safetensors.index.json` names.
+    /// Tensors that have been found; `dir` is for messages.
+    pub(super) fn new(dir: PathBuf, entries: BTreeMap<String, Entry>) -> Self {
+        TensorDir { dir, entries }
+    }
+
+    /// Maps `dir/model.safetensors`, or the files that `dir/model.safetensors.index.json` names; or the GGUF file
+    /// `dir`.
     ///
     /// # Errors
     /// If a file is missing, malformed or truncated.
     pub fn open(dir: &Path) -> Result<Self, Error> {
+        if let Files::Gguf(file) = Files::open(dir)? {
+            return file.tensors();
+        }
         let index = dir.join("model.safetensors.index.json");
         if index.is_file() {
             let text = std::fs::read_to_string(&index).map_err(|e| Error::io(&index, e))?;
@@ -221,7 +261,8 @@ impl TensorDir {
             for (name, info) in meta.tensors() {
                 let range = data + info.data_offsets.0..data + info.data_offsets.1;
                 let bytes = Bytes { owner: Owner::Map(map.clone()), range };
-                let entry = Entry { dtype: info.dtype, shape: info.shape.clone(), bytes };
+                let entry =
+                    Entry { kind: Kind::Plain(info.dtype), shape: info.shape.clone(), bytes, interleaved: None };
                 if entries.insert(name.clone(), entry).is_some() {
                     return Err(Error::file(path, format!("tensor '{name}' is in another file of the model too")));
                 }
@@ -240,29 +281,75 @@ impl TensorDir {
         self.entries.contains_key(name)
     }
 
-    /// A tensor of whatever type: element type, shape and bytes.
+    fn entry(&self, name: &str) -> Result<&Entry, Error> {
+        self.entries.get(name).ok_or_else(|| Error::MissingTensor { name: name.to_owned(), path: self.dir.clone() })
+    }
+
+    /// Element type and shape of a tensor as [`TensorDir::raw`] gives it.
     ///
     /// # Errors
     /// If there is none of that name.
-    pub fn raw(&self, name: &str) -> Result<(safetensors::Dtype, &[usize], Bytes), Error> {
-        let missing = || Error::MissingTensor { name: name.to_owned(), path: self.dir.clone() };
-        let e = self.entries.get(name).ok_or_else(missing)?;
-        Ok((e.dtype, &e.shape, e.bytes.clone()))
+    pub fn layout(&self, name: &str) -> Result<(safetensors::Dtype, &[usize]), Error> {
+        let e = self.entry(name)?;
+        let dtype = match e.kind {
+            Kind::Plain(dtype) => dtype,
+            Kind::Block(_) => safetensors::Dtype::F16,
+        };
+        Ok((dtype, &e.shape))
     }
 
-    /// A tensor of floats.
+    /// A tensor of whatever type: element type, shape and bytes. Blocks become the nearest `F16`, whose rounding is far
+    /// below their own.
+    ///
+    /// # Errors
+    /// If there is none of that name, or a block holds a weight that is too large for `F16`.
+    pub fn raw(&self, name: &str) -> Result<(safetensors::Dtype, &[usize], Bytes), Error> {
+        let (dtype, shape) = self.layout(name)?;
+        let e = self.entry(name)?;
+        let bytes = match e.kind {
+            Kind::Plain(_) => e.in_order(),
+            Kind::Block(_) => {
+                let weights = self.tensor(name)?.to_f32();
+                let halves: Vec<f16> = weights.iter().map(|w| f16::from_f32(*w)).collect();
+                if let Some(i) = halves.iter().zip(&weights).position(|(h, w)| h.is_infinite() && w.is_finite()) {
+                    return Err(Error::TooLarge { name: name.to_owned(), value: weights[i] });
+                }
+                halves.iter().flat_map(|h| h.to_le_bytes()).collect::<Vec<u8>>().into()
+            }
+        };
+        Ok((dtype, shape, bytes))
+    }
+
+    /// A tensor of floats, or of blocks.
     ///
     /// # Errors
     /// If there is none of that name, or it has another element type.
     pub fn tensor(&self, name: &str) -> Result<Tensor, Error> {
-        let (dtype, shape, bytes) = self.raw(name)?;
-        let dtype = match dtype {
-            safetensors::Dtype::F32 => Dtype::F32,
-            safetensors::Dtype::F16 => Dtype::F16,
-            safetensors::Dtype::BF16 => Dtype::Bf16,
-            other => return Err(Error::Dtype { name: name.to_owned(), found: format!("{other:?}") }),
+        let e = self.entry(name)?;
+        let dtype = match e.kind {
+            Kind::Plain(safetensors::Dtype::F32) => Dtype::F32,
+            Kind::Plain(safetensors::Dtype::F16) => Dtype::F16,
+            Kind::Plain(safetensors::Dtype::BF16) => Dtype::Bf16,
+            Kind::Block(block) => Dtype::Blocks(block),
+            Kind::Plain(other) => return Err(Error::Dtype { name: name.to_owned(), found: format!("{other:?}") }),
         };
-        Ok(Tensor { dtype, shape: shape.to_vec(), bytes })
+        Ok(Tensor { dtype, shape: e.shape.clone(), bytes: e.in_order() })
+    }
+}
+
+impl Entry {
+    /// The bytes, rows in the order in which the model computes them: a copy if the file has another.
+    fn in_order(&self) -> Bytes {
+        let Some(heads) = self.interleaved else { return self.bytes.clone() };
+        let (stored, rows) = (self.bytes.as_slice(), self.shape[0]);
+        let (row, half) = (stored.len() / rows, rows / heads / 2);
+        let mut out = Vec::with_capacity(stored.len());
+        for i in 0..rows {
+            let (head, side, j) = (i / (2 * half), i / half % 2, i % half);
+            let from = (head * half + j) * 2 + side;
+            out.extend_from_slice(&stored[from * row..(from + 1) * row]);
+        }
+        out.into()
     }
 }
 

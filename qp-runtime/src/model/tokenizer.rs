@@ -3,23 +3,22 @@
 use std::path::Path;
 
 use super::Error;
+use super::files::Files;
 
-/// The tokenizer of a model directory.
+/// The tokenizer of a model.
 #[derive(Clone, Debug)]
 pub struct Tokenizer(tokenizers::Tokenizer);
 
 impl Tokenizer {
-    /// Reads `dir/tokenizer.json`.
+    /// Reads `tokenizer.json` of a model directory or GGUF file.
     ///
     /// # Errors
     /// If it is missing or malformed.
-    pub fn read(dir: &Path) -> Result<Self, Error> {
-        let path = dir.join("tokenizer.json");
-        let bytes = std::fs::read(&path).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => {
-                Error::file(&path, "not found: save the model's tokenizer in this (fast tokenizers') format")
-            }
-            _ => Error::io(&path, e),
+    pub fn read(model: &Path) -> Result<Self, Error> {
+        let files = Files::open(model)?;
+        let path = files.path("tokenizer.json");
+        let bytes = files.read("tokenizer.json")?.ok_or_else(|| {
+            Error::file(&path, "not found: save the model's tokenizer in this (fast tokenizers') format")
         })?;
         let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::file(&path, e.to_string()))?;
         // Some files ask for truncation or padding, which is meant for training.

@@ -82,7 +82,7 @@ pub fn items(source: &TensorDir, layers: &[Place], plan: &Resolved) -> Result<Ve
     // Copies come first: they are quick, and show at once whether the disk can be written.
     let mut items = Vec::new();
     for name in source.names().filter(|n| !replaced.contains(*n)) {
-        let (dtype, shape, _) = source.raw(name)?;
+        let (dtype, shape) = source.layout(name)?;
         let tensors = vec![Planned { name: name.to_owned(), dtype, shape: shape.to_vec() }];
         items.push(Item { name: name.to_owned(), work: Work::Copy, tensors });
     }

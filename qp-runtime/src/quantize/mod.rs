@@ -23,7 +23,7 @@ use crate::checkpoint::{self, Begin, Draft, Head, LayerEntry, Manifest, ModelId,
 use crate::codec::{Decoder, EncodeError, Encoder};
 use crate::device::{DeviceError, Executor};
 use crate::engine;
-use crate::model::{self, Config, TensorDir, Weights};
+use crate::model::{self, Config, Files, TensorDir, Weights};
 use crate::plan::{Plan, Resolved};
 use calibrate::{Calibrate, Calibration};
 use items::{Item, Work, items, layers};
@@ -326,12 +326,10 @@ impl Job {
             draft.put_file(&file, q.canonical().as_bytes())?;
             specs.push(SpecEntry { name: q.name.clone(), file, hash: q.hash() });
         }
+        let files = Files::open(&self.model)?;
         for name in COPIED {
-            let path = self.model.join(name);
-            match std::fs::read(&path) {
-                Ok(bytes) => draft.put_file(name, &bytes)?,
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => (),
-                Err(e) => return Err(checkpoint::Error::io("read", path)(e).into()),
+            if let Some(bytes) = files.read(name)? {
+                draft.put_file(name, &bytes)?;
             }
         }
         draft.put_file("plan.toml", plan_text(&layers, &groups).as_bytes())?;
@@ -382,7 +380,7 @@ fn relative_error(w: &[f32], decoded: &[f32], cols: usize) -> f64 {
 }
 
 /// Identity of a model: a hash over its configuration and all tensors, however they are spread over files.
-fn identity(dir: &Path, source: &TensorDir) -> Result<String, Error> {
+fn identity(model: &Path, source: &TensorDir) -> Result<String, Error> {
     let names: Vec<&str> = source.names().collect();
     let sums: Vec<String> = names
         .par_iter()
@@ -391,9 +389,8 @@ fn identity(dir: &Path, source: &TensorDir) -> Result<String, Error> {
             Ok(format!("{name} {dtype:?} {shape:?} {}\n", checkpoint::sha256(bytes.as_slice())))
         })
         .collect::<Result<_, model::Error>>()?;
-    let path = dir.join("config.json");
     let mut hash = Sha256::new();
-    hash.update(std::fs::read(&path).map_err(checkpoint::Error::io("read", path))?);
+    hash.update(Files::open(model)?.read("config.json")?.unwrap_or_default());
     sums.iter().for_each(|s| hash.update(s));
     Ok(checkpoint::hex(&hash.finalize()))
 }

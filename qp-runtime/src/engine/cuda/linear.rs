@@ -29,6 +29,7 @@ impl Floats {
             Dtype::F16 => Floats::F16(executor.upload_bytes(bytes)?),
             Dtype::Bf16 => Floats::Bf16(executor.upload_bytes(bytes)?),
             Dtype::F32 => Floats::F32(executor.upload_bytes(bytes)?),
+            Dtype::Blocks(_) => Floats::F32(executor.upload_bytes(bytemuck::cast_slice(&tensor.to_f32()))?),
         })
     }
 

@@ -1,0 +1,283 @@
+//! The container: a header of keys and values, a directory of tensors, then their data.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+use super::super::Error;
+use super::super::tensors::Kind;
+use super::blocks::Block;
+
+/// A value of the header.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    /// Any integer type.
+    Int(i128),
+    /// Any float type.
+    Float(f64),
+    /// Truth.
+    Bool(bool),
+    /// Text.
+    Text(String),
+    /// Several of one type.
+    Array(Vec<Value>),
+}
+
+/// A tensor of the directory.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// Element type.
+    pub kind: Kind,
+    /// Shape, outermost first (the file has the innermost first).
+    pub shape: Vec<usize>,
+    /// Bytes of the file.
+    pub range: Range<usize>,
+}
+
+/// A mapped file, its header and directory read and checked.
+#[derive(Debug)]
+pub struct Container {
+    /// The file.
+    pub path: PathBuf,
+    /// All of it.
+    pub map: Arc<Mmap>,
+    /// Keys and values.
+    pub values: BTreeMap<String, Value>,
+    /// Tensors by name.
+    pub tensors: BTreeMap<String, Place>,
+}
+
+/// Numbers and names of element types that cannot be used, for messages.
+const UNUSED: [(u32, &str); 22] = [
+    (9, "Q8_1"),
+    (15, "Q8_K"),
+    (16, "IQ2_XXS"),
+    (17, "IQ2_XS"),
+    (18, "IQ3_XXS"),
+    (19, "IQ1_S"),
+    (20, "IQ4_NL"),
+    (21, "IQ3_S"),
+    (22, "IQ2_S"),
+    (23, "IQ4_XS"),
+    (24, "I8"),
+    (25, "I16"),
+    (26, "I32"),
+    (27, "I64"),
+    (28, "F64"),
+    (29, "IQ1_M"),
+    (34, "TQ1_0"),
+    (35, "TQ2_0"),
+    (39, "MXFP4"),
+    (40, "NVFP4"),
+    (4, "Q4_2"),
+    (5, "Q4_3"),
+];
+
+/// The element type number `code`.
+fn kind(code: u32) -> Option<Kind> {
+    use safetensors::Dtype;
+    Some(match code {
+        0 => Kind::Plain(Dtype::F32),
+        1 => Kind::Plain(Dtype::F16),
+        30 => Kind::Plain(Dtype::BF16),
+        2 => Kind::Block(Block::Q4_0),
+        3 => Kind::Block(Block::Q4_1),
+        6 => Kind::Block(Block::Q5_0),
+        7 => Kind::Block(Block::Q5_1),
+        8 => Kind::Block(Block::Q8_0),
+        10 => Kind::Block(Block::Q2_K),
+        11 => Kind::Block(Block::Q3_K),
+        12 => Kind::Block(Block::Q4_K),
+        13 => Kind::Block(Block::Q5_K),
+        14 => Kind::Block(Block::Q6_K),
+        _ => return None,
+    })
+}
+
+impl Container {
+    /// Maps the file `path` and reads its header. The file must not be changed while it is mapped.
+    ///
+    /// # Errors
+    /// If it cannot be read, is no GGUF file of version 2 or 3, is cut short, or has a tensor of an unsupported type.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let file = std::fs::File::open(path).map_err(|e| Error::io(path, e))?;
+        // SAFETY: the map is read-only; the documentation asks that the file stay unchanged.
+        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
+        let (values, tensors) = read(path, &map)?;
+        Ok(Container { path: path.to_owned(), map: Arc::new(map), values, tensors })
+    }
+}
+
+type Contents = (BTreeMap<String, Value>, BTreeMap<String, Place>);
+
+fn read(path: &Path, bytes: &[u8]) -> Result<Contents, Error> {
+    let wrong = |what: String| Error::file(path, what);
+    let mut r = Reader { path, bytes, at: 0, what: "the header".to_owned() };
+    if r.take(4)? != b"GGUF" {
+        return Err(wrong("not a GGUF file: it does not begin with 'GGUF'; download it again".to_owned()));
+    }
+    let version = r.u32()?;
+    if !matches!(version, 2 | 3) {
+        let what = if matches!(version.swap_bytes(), 2 | 3) {
+            "big-endian GGUF".to_owned()
+        } else {
+            format!("GGUF version {version}")
+        };
+        let supported = "versions 2 and 3, little-endian".to_owned();
+        return Err(Error::Unsupported { path: path.to_owned(), what, supported });
+    }
+    let (tensor_count, value_count) = (r.u64()?, r.u64()?);
+    let mut values = BTreeMap::new();
+    for i in 0..value_count {
+        r.what = format!("key {} of {value_count}", i + 1);
+        let key = r.text()?;
+        r.what = format!("the value of '{key}'");
+        let code = r.u32()?;
+        let value = r.value(code, 0)?;
+        if values.insert(key.clone(), value).is_some() {
+            return Err(wrong(format!("key '{key}' is in it twice: convert the model again")));
+        }
+    }
+    let mut places = Vec::new();
+    for i in 0..tensor_count {
+        r.what = format!("the entry of tensor {} of {tensor_count}", i + 1);
+        let name = r.text()?;
+        r.what = format!("the entry of tensor '{name}'");
+        let dimensions = r.u32()?;
+        if !(1..=4).contains(&dimensions) {
+            return Err(wrong(format!("tensor '{name}' has {dimensions} dimensions, expected 1 to 4")));
+        }
+        let mut shape = Vec::new();
+        for _ in 0..dimensions {
+            shape.push(usize::try_from(r.u64()?).unwrap_or(usize::MAX));
+        }
+        shape.reverse();
+        let code = r.u32()?;
+        let kind = kind(code).ok_or_else(|| {
+            let found = match UNUSED.iter().find(|(c, _)| *c == code) {
+                Some((_, name)) => (*name).to_owned(),
+                None => format!("elements of type number {code}"),
+            };
+            Error::Unsupported {
+                path: path.to_owned(),
+                what: format!("tensor '{name}' holds {found}, which"),
+                supported: "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K".to_owned(),
+            }
+        })?;
+        places.push((name, kind, shape, r.u64()?));
+    }
+    let alignment = match values.get("general.alignment") {
+        None => 32,
+        Some(Value::Int(n)) if (1..=1 << 20).contains(n) => *n as usize,
+        Some(other) => return Err(wrong(format!("general.alignment is {other:?}: expected a small number"))),
+    };
+    let data = r.at.next_multiple_of(alignment);
+    let mut tensors = BTreeMap::new();
+    for (name, kind, shape, offset) in places {
+        let size = size(kind, &shape).ok_or_else(|| {
+            wrong(format!(
+                "tensor '{name}' of shape {shape:?} has rows that are not whole blocks: convert the model again"
+            ))
+        })?;
+        let range = usize::try_from(offset).ok().and_then(|o| {
+            let start = data.checked_add(o)?;
+            Some(start..start.checked_add(size)?)
+        });
+        let range = range.filter(|r| r.end <= bytes.len()).ok_or_else(|| {
+            wrong(format!("tensor '{name}' ends behind the end of the file, which is cut short: download it again"))
+        })?;
+        if tensors.insert(name.clone(), Place { kind, shape, range }).is_some() {
+            return Err(wrong(format!("tensor '{name}' is in it twice: convert the model again")));
+        }
+    }
+    Ok((values, tensors))
+}
+
+/// Bytes of a tensor; `None` if rows are not whole blocks, or the number is out of range.
+fn size(kind: Kind, shape: &[usize]) -> Option<usize> {
+    let (len, bytes) = match kind {
+        Kind::Plain(d) => (1, d.bitsize() / 8),
+        Kind::Block(b) => (b.weights(), b.bytes()),
+    };
+    let whole = shape.last().is_some_and(|n| n.is_multiple_of(len));
+    let count = shape.iter().try_fold(1usize, |a, &n| a.checked_mul(n))?;
+    if whole { (count / len).checked_mul(bytes) } else { None }
+}
+
+struct Reader<'a> {
+    path: &'a Path,
+    bytes: &'a [u8],
+    at: usize,
+    /// What is being read, for messages.
+    what: String,
+}
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, n: usize) -> Result<&'a [u8], Error> {
+        let end = self.at.checked_add(n).filter(|&end| end <= self.bytes.len()).ok_or_else(|| self.short())?;
+        let taken = &self.bytes[self.at..end];
+        self.at = end;
+        Ok(taken)
+    }
+
+    fn short(&self) -> Error {
+        Error::file(self.path, format!("not a whole GGUF file: it ends within {}; download it again", self.what))
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], Error> {
+        Ok(self.take(N)?.try_into().expect("so many were taken"))
+    }
+
+    fn u32(&mut self) -> Result<u32, Error> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+
+    fn u64(&mut self) -> Result<u64, Error> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    /// A count of things of at least `size` bytes, all of which must be in the file.
+    fn count(&mut self, size: usize) -> Result<usize, Error> {
+        let n = self.u64()?;
+        let room = (self.bytes.len() - self.at) / size;
+        usize::try_from(n).ok().filter(|&n| n <= room).ok_or_else(|| self.short())
+    }
+
+    fn text(&mut self) -> Result<String, Error> {
+        let n = self.count(1)?;
+        let text = std::str::from_utf8(self.take(n)?);
+        text.map(str::to_owned).map_err(|_| {
+            Error::file(self.path, format!("{} holds text that is not UTF-8: download it again", self.what))
+        })
+    }
+
+    fn value(&mut self, code: u32, depth: u32) -> Result<Value, Error> {
+        Ok(match code {
+            0 => Value::Int(i128::from(u8::from_le_bytes(self.array()?))),
+            1 => Value::Int(i128::from(i8::from_le_bytes(self.array()?))),
+            2 => Value::Int(i128::from(u16::from_le_bytes(self.array()?))),
+            3 => Value::Int(i128::from(i16::from_le_bytes(self.array()?))),
+            4 => Value::Int(i128::from(self.u32()?)),
+            5 => Value::Int(i128::from(i32::from_le_bytes(self.array()?))),
+            6 => Value::Float(f64::from(f32::from_le_bytes(self.array()?))),
+            7 => Value::Bool(self.array::<1>()? != [0]),
+            8 => Value::Text(self.text()?),
+            9 if depth < 4 => {
+                let code = self.u32()?;
+                let n = self.count(1)?;
+                (0..n).map(|_| self.value(code, depth + 1)).collect::<Result<_, _>>().map(Value::Array)?
+            }
+            10 => Value::Int(i128::from(self.u64()?)),
+            11 => Value::Int(i128::from(i64::from_le_bytes(self.array()?))),
+            12 => Value::Float(f64::from_le_bytes(self.array()?)),
+            _ => {
+                let what =
+                    format!("{} is of type number {code}, which GGUF does not have: download it again", self.what);
+                return Err(Error::file(self.path, what));
+            }
+        })
+    }
+}

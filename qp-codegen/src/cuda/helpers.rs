@@ -213,7 +213,8 @@ fn load(cache: Cache, coherent: bool, elem: Elem, lanes: u32) -> (String, String
     let places: Vec<String> = (0..lanes).map(|i| format!("%{i}")).collect();
     let places = if lanes == 1 { places[0].clone() } else { format!("{{{}}}", places.join(", ")) };
     let outputs: Vec<String> = components.iter().map(|x| format!("\"={constraint}\"({x})")).collect();
-    let path = if coherent { "ld.global" } else { "ld.global.nc" };
+    // A streaming load is ordered: the assembler would otherwise move it behind the wait for the kernel before.
+    let path = if coherent || cache == Cache::Stream { "ld.global" } else { "ld.global.nc" };
     let body = format!(
         "{ty} {};\nasm volatile(\"{path}{level}{vector}.{ptx} {places}, [%{lanes}];\"\n             \
          : {} : \"l\"(from));\n{}",

@@ -51,6 +51,8 @@ pub struct Device {
     pub l2_bytes: u64,
     /// Peak memory bandwidth, bytes a second.
     pub bandwidth: f64,
+    /// Highest clock of the SMs, Hz.
+    pub clock: f64,
 }
 
 /// A name that is no target.
@@ -115,6 +117,7 @@ impl Target {
             blocks_per_sm: 32,
             l2_bytes: 40 * MIB,
             bandwidth: 2.039e12,
+            clock: 1.41e9,
         };
         let small = Device {
             name: "RTX 3090",
@@ -126,6 +129,7 @@ impl Target {
             blocks_per_sm: 16,
             l2_bytes: 6 * MIB,
             bandwidth: 0.936e12,
+            clock: 1.70e9,
         };
         let hopper = Device {
             name: "H100 SXM",
@@ -134,6 +138,7 @@ impl Target {
             shared_per_sm: 228 * KIB,
             l2_bytes: 50 * MIB,
             bandwidth: 3.35e12,
+            clock: 1.98e9,
             ..large
         };
         match self {
@@ -145,16 +150,25 @@ impl Target {
                 blocks_per_sm: 24,
                 l2_bytes: 72 * MIB,
                 bandwidth: 1.008e12,
+                clock: 2.52e9,
                 ..small
             },
             Target::Sm90a => hopper,
-            Target::Sm100 => Device { name: "B200", sms: 148, l2_bytes: 126 * MIB, bandwidth: 8.0e12, ..hopper },
+            Target::Sm100 => Device {
+                name: "B200",
+                sms: 148,
+                l2_bytes: 126 * MIB,
+                bandwidth: 8.0e12,
+                clock: 1.965e9,
+                ..hopper
+            },
             Target::Sm120 => Device {
                 name: "RTX 5090",
                 sms: 170,
                 blocks_per_sm: 24,
                 l2_bytes: 96 * MIB,
                 bandwidth: 1.792e12,
+                clock: 2.41e9,
                 ..small
             },
         }

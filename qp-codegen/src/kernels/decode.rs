@@ -14,13 +14,16 @@
 use std::cmp::Ordering;
 use std::collections::HashMap;
 
-use crate::ir::{self, Builder, Cache, Elem, Mem, Scalar, Special, V};
+use crate::ir::{self, BinaryOp, Builder, Cache, Elem, Mem, Scalar, Special, V};
 use crate::layout;
 use crate::spec::expr::{Node, Op, VectorOp, WordOp};
 use crate::spec::{Code, Quantizer, Table, Value, mask};
 
-/// Shared memory that the copies of all tables of a kernel may take together.
-const TABLE_BYTES: u32 = 32 << 10;
+/// Shared memory for the copies of all tables of a kernel for which speed is not everything.
+pub const TABLE_BYTES: u32 = 32 << 10;
+
+/// Entries of a table that a thread loads at once.
+const FILL: u32 = 8;
 
 /// Words of one table entry in shared memory: V entries, padded to 4 bytes.
 fn entry_words(code: &Code) -> u32 {
@@ -81,8 +84,8 @@ pub struct Register<'b> {
 
 impl<'b, 'q> Decoder<'b, 'q> {
     /// Declares the tables and the parameter `tables` (which is there even for a code without tables, so that all
-    /// kernels of an operation take the same parameters).
-    pub fn new(b: &'b Builder, q: &'q Quantizer) -> Self {
+    /// kernels of an operation take the same parameters). The tables' copies take up to `table_bytes` of shared memory.
+    pub fn new(b: &'b Builder, q: &'q Quantizer, table_bytes: u32) -> Self {
         let count = |c: &Code| c.tables.iter().map(|t| t.entries * entry_words(c)).sum::<u32>();
         let total: u32 = q.codes.iter().map(count).sum();
         let buffer = b.buffer("tables", Elem::U32, false);
@@ -92,7 +95,7 @@ impl<'b, 'q> Decoder<'b, 'q> {
         for (i, code) in q.codes.iter().enumerate() {
             let words = entry_words(code);
             let declare = |t: &Table| {
-                let share = (TABLE_BYTES / 4 * (t.entries * words)).checked_div(total).unwrap_or(0);
+                let share = (table_bytes / 4).checked_div(total).unwrap_or(0) * t.entries * words;
                 let copies = copies(code, t, share);
                 let mem = b.shared(&format!("table_{i}_{}", t.name), Elem::U32, t.entries * copies * words);
                 let bank = (lane & (copies as i32 - 1)).bits(Scalar::U32) * (4 * words);
@@ -116,18 +119,24 @@ impl<'b, 'q> Decoder<'b, 'q> {
             // One store of four words holds four copies of a one-word entry.
             let wide = t.words == 1 && t.copies >= 4;
             let per_entry = if wide { t.copies / 4 } else { t.copies };
-            b.for_(thread, t.entries * per_entry, threads, |i| {
-                let entry = i / per_entry;
-                let load =
-                    |w: u32| b.load_as(self.buffer, entry * t.words + (t.first + w), Elem::U32, 1, Cache::ReadOnly);
+            let len = t.entries * per_entry;
+            let load = |i: V<'b>| -> Vec<V<'b>> {
+                let first = i / per_entry * t.words + t.first;
+                (0..t.words).map(|w| b.load_as(self.buffer, first + w, Elem::U32, 1, Cache::ReadOnly)).collect()
+            };
+            let store = |i: V<'b>, words: &[V<'b>]| {
                 if wide {
-                    let v = load(0);
-                    b.store(t.mem, i * 4, b.vector(&[v; 4]), Elem::U32);
+                    b.store(t.mem, i * 4, b.vector(&[words[0]; 4]), Elem::U32);
                 } else {
-                    for w in 0..t.words {
-                        b.store(t.mem, i * t.words + w, load(w), Elem::U32);
-                    }
+                    words.iter().enumerate().for_each(|(w, &v)| b.store(t.mem, i * t.words + w as u32, v, Elem::U32));
                 }
+            };
+            // Several loads are on their way before the first is stored.
+            let rounds = (1..=FILL).rev().find(|r| len.is_multiple_of(r * threads)).unwrap_or(1);
+            b.for_(thread, len, rounds * threads, |first| {
+                let at: Vec<V> = (0..rounds).map(|r| first + r * threads).collect();
+                let loaded: Vec<_> = at.iter().map(|&i| load(i)).collect();
+                at.iter().zip(&loaded).for_each(|(&i, words)| store(i, words));
             });
         }
     }
@@ -137,13 +146,15 @@ impl<'b, 'q> Decoder<'b, 'q> {
         let c = &self.q.codes[code];
         // The windows at the end of a lane's part reach into the first word of the block's next lane.
         let next = (!c.is_memoryless()).then(|| words[0].shuffle((self.lane & !3) | ((self.lane + 1) & 3)));
-        let mut steps = Steps { d: self, c, tables: &self.tables[code], words, next, memo: HashMap::new() };
+        let needed = c.decode.window_bits(c.value, &c.tables);
+        let tables = &self.tables[code];
+        let mut steps = Steps { d: self, c, tables, words, next, needed, memo: HashMap::new() };
         (0..c.block.len() / 16).map(|r| steps.register(r)).collect()
     }
 }
 
-/// How often to repeat a table: within `budget` words, and such that an index `x >> k` needs no shift to become an
-/// address if that is possible.
+/// How often to repeat a table: as often as fits into `budget` words, or somewhat less often if an index `x >> k` then
+/// needs no shift to become an address.
 fn copies(code: &Code, table: &Table, budget: u32) -> u32 {
     let words = entry_words(code);
     let most = (budget / (table.entries * words)).clamp(1, 32 / words);
@@ -158,11 +169,8 @@ fn copies(code: &Code, table: &Table, budget: u32) -> u32 {
         },
         _ => None,
     });
-    // Address bits begin at log2(4·words·copies); twice the budget is worth a shift saved on every look-up.
-    shifts
-        .map(|k| (1u32 << k.min(16)) / (4 * words))
-        .find(|&c| c >= 4 && c <= 2 * most && c <= 32 / words)
-        .unwrap_or(most)
+    // Address bits begin at log2(4·words·copies).
+    shifts.map(|k| (1u32 << k.min(16)) / (4 * words)).find(|c| (4..=most).contains(c)).unwrap_or(most)
 }
 
 /// The steps of one lane's part of a block.
@@ -172,6 +180,8 @@ struct Steps<'a, 'b, 'q> {
     tables: &'a [SharedTable<'b>],
     words: &'a [V<'b>],
     next: Option<V<'b>>,
+    /// Bits of a window that matter; if none lies beyond L, it need not be cut off there.
+    needed: u32,
     /// Words and bits already computed, by node and step.
     memo: HashMap<(Node, u32), V<'b>>,
 }
@@ -189,8 +199,11 @@ impl<'b> Steps<'_, 'b, '_> {
         }
     }
 
-    /// The window of step `s` of the lane, zero-extended.
+    /// The window of step `s` of the lane, zero-extended, unless the expression does not look at what lies above.
     fn window(&self, s: u32) -> V<'b> {
+        if self.needed & !mask(self.c.window) == 0 {
+            return self.bits_from(s, 32 - self.needed.leading_zeros());
+        }
         let bits = self.c.window;
         let (at, shift) = ((self.c.step_offset(s) / 32) as usize, self.c.step_offset(s) % 32);
         let lo = self.words[at];
@@ -205,6 +218,17 @@ impl<'b> Steps<'_, 'b, '_> {
         }
         let shifted = if shift == 0 { lo } else { lo >> shift };
         if shift + bits == 32 { shifted } else { shifted & mask(bits) }
+    }
+
+    /// At least `bits` bits from the beginning of step `s` on, and above them anything.
+    fn bits_from(&self, s: u32, bits: u32) -> V<'b> {
+        let (at, shift) = ((self.c.step_offset(s) / 32) as usize, self.c.step_offset(s) % 32);
+        let lo = self.words[at];
+        if shift + bits > 32 {
+            let hi = self.words.get(at + 1).copied().or(self.next).expect("a next word");
+            return lo.funnel_shr(hi, shift);
+        }
+        if shift == 0 { lo } else { lo >> shift }
     }
 
     /// A word or a bit (as 0 or 1) of step `s`.
@@ -225,7 +249,9 @@ impl<'b> Steps<'_, 'b, '_> {
                 flipped.dot4(b.u32(0x0101_0101), b.i32(512)).bits(Scalar::U32)
             }
             Op::Bit(a, i) => (self.word(*a, s) >> *i) & 1_u32,
-            Op::Lookup { .. } | Op::Signs(_) | Op::Pack(_) | Op::Vector(..) => unreachable!("a vector among words"),
+            Op::Lookup { .. } | Op::Signs(_) | Op::Pack(_) | Op::Vector(..) => {
+                unreachable!("a vector among words")
+            }
         };
         self.memo.insert((n, s), v);
         v
@@ -258,7 +284,10 @@ impl<'b> Steps<'_, 'b, '_> {
     /// The packed vectors of `steps`, which fill one register (8-bit entries) or two (16-bit).
     fn vector(&mut self, n: Node, steps: &[u32]) -> Vec<V<'b>> {
         match self.c.decode.op(n) {
-            Op::Lookup { table, index } => self.lookup(*table, *index, steps),
+            Op::Lookup { table, index } => {
+                let parts: Vec<_> = steps.iter().flat_map(|&s| self.lookup(*table, *index, s)).collect();
+                if self.tables[*table as usize].words == 2 { parts } else { self.merge(parts, self.c.vector) }
+            }
             Op::Signs(bits) => {
                 let bits: Vec<_> = steps.iter().flat_map(|&s| bits.iter().map(move |&n| (n, s))).collect();
                 self.replicate(&bits)
@@ -287,34 +316,31 @@ impl<'b> Steps<'_, 'b, '_> {
         }
     }
 
-    fn lookup(&mut self, table: u32, index: Node, steps: &[u32]) -> Vec<V<'b>> {
+    /// The words of the entry that step `s` looks up.
+    fn lookup(&mut self, table: u32, index: Node, s: u32) -> Vec<V<'b>> {
         let d = self.d;
         let t = &self.tables[table as usize];
         // Addresses in bytes, made with as few instructions as the index's bits allow: a shift unless they lie right,
         // and one mask-and-or.
         let scale = (4 * t.words * t.copies).ilog2();
         let field = (t.entries - 1) << scale;
-        let mut parts = Vec::new();
-        for &s in steps {
-            let shifted = match *self.c.decode.op(index) {
-                Op::Binary(WordOp::Shr, x, k) => match *self.c.decode.op(k) {
-                    Op::Const(k) if k < 32 => Some((x, k)),
-                    _ => None,
-                },
+        let shifted = match *self.c.decode.op(index) {
+            Op::Binary(WordOp::Shr, x, k) => match *self.c.decode.op(k) {
+                Op::Const(k) if k < 32 => Some((x, k)),
                 _ => None,
-            };
-            let (x, right) = shifted.unwrap_or((index, 0));
-            let x = self.word(x, s);
-            let x = match right.cmp(&scale) {
-                Ordering::Less => x << (scale - right),
-                Ordering::Equal => x,
-                Ordering::Greater => x >> (right - scale),
-            };
-            let at = x & field;
-            let at = if t.copies > 1 { at | t.bank } else { at };
-            parts.extend(d.b.load_as(t.mem, at, Elem::U32, t.words, Cache::Default).lanes());
-        }
-        if t.words == 2 { parts } else { self.merge(parts, self.c.vector) }
+            },
+            _ => None,
+        };
+        let (x, right) = shifted.unwrap_or((index, 0));
+        let x = self.word(x, s);
+        let x = match right.cmp(&scale) {
+            Ordering::Less => x << (scale - right),
+            Ordering::Equal => x,
+            Ordering::Greater => x >> (right - scale),
+        };
+        let at = x & field;
+        let at = if t.copies > 1 { at | t.bank } else { at };
+        d.b.load_as(t.mem, at, Elem::U32, t.words, Cache::Default).lanes()
     }
 
     /// Merges words that each hold `entries` entries in their low bits into full registers.
@@ -360,23 +386,59 @@ fn gather<'b>(four: &[(V<'b>, u32)]) -> V<'b> {
     low.permute(high, 0x5410)
 }
 
-/// Work of decoding one tile of a code: a lane's operations.
-pub fn tile_cost(q: &Quantizer, code: usize) -> u32 {
+/// Work of decoding one tile of a code, for one warp.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cost {
+    /// Integer and bit operations but products and left shifts: those of the pipe that is first full.
+    pub alu: u32,
+    /// Products and left shifts, of another pipe.
+    pub multiply: u32,
+    /// Cycles that look-ups take of the shared memory.
+    pub lookup: f64,
+}
+
+/// The work of decoding a tile of code `code`, with tables of `table_bytes`.
+pub fn tile_cost(q: &Quantizer, code: usize, table_bytes: u32) -> Cost {
     let b = Builder::new("cost", [1, 1], 32);
-    let decoder = Decoder::new(&b, q);
-    let words: Vec<V> = (0..layout::lane_words(&q.codes[code])).map(|_| b.u32(0)).collect();
+    let decoder = Decoder::new(&b, q, table_bytes);
+    let weights = b.buffer("weights", Elem::U32, false);
+    let words = load_words(&b, weights, b.i32(0), decoder.lane, layout::lane_words(&q.codes[code]));
+    let wavefronts: HashMap<_, _> =
+        decoder.tables[code].iter().map(|t| (t.mem, f64::from(t.words) * wavefronts(t.copies * t.words))).collect();
+    let words = flatten(&words);
+    let before = words.last().map_or(0, |w| w.val.0 as usize + 1);
     decoder.tile(code, &words);
     let _ = (decoder, words);
     let kernel = b.finish();
-    let ops =
-        kernel.values.iter().filter(|v| !matches!(v.op, ir::Op::Const(_) | ir::Op::Bitcast(..) | ir::Op::Extract(..)));
-    ops.count() as u32
+    let mut cost = Cost::default();
+    for v in &kernel.values[before..] {
+        match v.op {
+            ir::Op::Const(_) | ir::Op::Bitcast(..) | ir::Op::Extract(..) => (),
+            ir::Op::Binary(BinaryOp::Mul | BinaryOp::Shl, ..) => cost.multiply += 1,
+            // The assembler joins two bitwise operations in one.
+            ir::Op::Binary(BinaryOp::And, ..) => (),
+            ir::Op::Load { mem, .. } => cost.lookup += wavefronts.get(&mem).copied().unwrap_or(0.0),
+            _ => cost.alu += 1,
+        }
+    }
+    cost
 }
 
-/// Bytes of shared memory that the tables of a quantizer take.
-pub fn table_bytes(q: &Quantizer) -> u32 {
+/// Passes through shared memory that 32 lanes take to look up random entries, each in its own of `copies` copies of one
+/// word: the most lanes that meet in one of the 32 / copies banks of a copy.
+fn wavefronts(copies: u32) -> f64 {
+    match copies {
+        32.. => 1.0,
+        16..32 => 2.0,
+        8..16 => 3.0,
+        _ => 3.5,
+    }
+}
+
+/// Bytes of shared memory that the tables of a quantizer take, of `table_bytes` that they may.
+pub fn shared_bytes(q: &Quantizer, table_bytes: u32) -> u32 {
     let b = Builder::new("tables", [1, 1], 32);
-    Decoder::new(&b, q);
+    Decoder::new(&b, q, table_bytes);
     b.finish().shared_bytes()
 }
 

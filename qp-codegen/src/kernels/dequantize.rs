@@ -1,7 +1,7 @@
 //! Dequantization: packed words → the matrix, row-major, in the rotated space.
 
 use super::c_name;
-use super::decode::{Decoder, flatten, load_words};
+use super::decode::{Decoder, TABLE_BYTES, flatten, load_words};
 use crate::ir::{Builder, Cache, Elem, Kernel, Scalar, Special, V};
 use crate::layout::Packed;
 use crate::spec::{Quantizer, Shape};
@@ -35,7 +35,7 @@ pub fn lower(op: &Dequantize, sms: u32) -> Kernel {
 
 fn emit<'b>(b: &'b Builder, op: &Dequantize, layout: &Packed, grid: u32) {
     let q = op.quantizer;
-    let decoder = Decoder::new(b, q);
+    let decoder = Decoder::new(b, q, TABLE_BYTES);
     let weights = b.buffer("weights", Elem::U32, false);
     let scales = b.buffer("scales", Elem::BF16, false);
     let y = b.buffer("y", op.output, true);

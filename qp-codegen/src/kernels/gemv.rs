@@ -51,7 +51,14 @@ pub(super) struct Plan {
     pub(super) depth: u32,
     /// Activations stay in registers.
     pub(super) resident: bool,
+    /// Rows of the block that has most.
+    most_rows: u32,
+    /// Each warp stores its sums in a place of its own, instead of adding them to the block's.
+    own_sums: bool,
 }
+
+/// Shared memory that warps may take for sums of their own.
+const SUM_BYTES: u32 = 24 << 10;
 
 impl Plan {
     pub(super) fn new(op: &Gemv, launch: &Launch) -> Plan {
@@ -73,7 +80,10 @@ impl Plan {
             let depths = (1..=4).filter(|d| d % codes == 0).map(|d| (exact.next_multiple_of(d), std::cmp::Reverse(d)));
             depths.min().map_or(codes, |(_, d)| d.0)
         };
-        Plan { layout, planes, groups, products, per_warp: exact.next_multiple_of(depth), depth, resident }
+        let most_rows = layout.row_tiles().div_ceil(launch.blocks) * layout.tile.rows;
+        let own_sums = 4 * most_rows * planes * products * launch.warps <= SUM_BYTES;
+        let per_warp = exact.next_multiple_of(depth);
+        Plan { layout, planes, groups, products, per_warp, depth, resident, most_rows, own_sums }
     }
 
     /// Sums kept for a row: one a plane and product.
@@ -91,10 +101,15 @@ impl Plan {
         launch.warps * self.per_warp * self.layout.tile.cols
     }
 
+    /// Places for the sums of a row of the block.
+    fn sum_places(&self, launch: &Launch) -> u32 {
+        if self.own_sums { launch.warps } else { 1 }
+    }
+
     /// Bytes of shared memory beside the tables.
     pub(super) fn shared_bytes(&self, launch: &Launch) -> u32 {
         let staged = if self.resident { 0 } else { self.planes * self.plane_words(launch) };
-        4 * (self.layout.row_tiles().div_ceil(launch.blocks) * self.layout.tile.rows * self.slots() + staged)
+        4 * (self.most_rows * self.slots() * self.sum_places(launch) + staged)
     }
 
     /// Words from one staged plane to the next: 4 more than the columns take, so that planes start in other banks.
@@ -176,6 +191,14 @@ struct Emit<'b, 'a> {
     steps: V<'b>,
 }
 
+/// What turns the sums of a row into its results.
+struct Scaling<'b> {
+    row: V<'b>,
+    scale: V<'b>,
+    /// For each token its scale and, for codes with an offset, the sum of its activations.
+    tokens: Vec<(V<'b>, Option<V<'b>>)>,
+}
+
 /// Prefetched words: by tile of the group, by chunk.
 type Buffer = Vec<Vec<Var>>;
 
@@ -184,7 +207,7 @@ type Fragments<'b> = Option<Vec<Vec<Vec<[V<'b>; 2]>>>>;
 
 impl<'b, 'a> Emit<'b, 'a> {
     fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
-        let decoder = Decoder::new(b, op.quantizer);
+        let decoder = Decoder::new(b, op.quantizer, launch.table_bytes);
         let weights = b.buffer("weights", Elem::U32, false);
         let scales = b.buffer("scales", Elem::BF16, false);
         let x = b.buffer("x", Elem::I8, false);
@@ -193,8 +216,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let y = b.buffer("y", Elem::F32, true);
         let partial = b.buffer("partial", Elem::I32, true);
         let arrived = b.buffer("arrived", Elem::I32, true);
-        let most_rows = plan.layout.row_tiles().div_ceil(launch.blocks) * plan.layout.tile.rows;
-        let sums = b.shared("sums", Elem::I32, most_rows * plan.slots());
+        let sums = b.shared("sums", Elem::I32, plan.most_rows * plan.slots() * plan.sum_places(launch));
         let staged = (!plan.resident).then(|| b.shared("staged", Elem::U32, plan.planes * plan.plane_words(launch)));
 
         let thread = b.special(Special::Thread);
@@ -242,13 +264,15 @@ impl<'b, 'a> Emit<'b, 'a> {
             let at = b.i32(p as i32);
             b.if_(at.lt(self.steps), || self.fetch(at, buffer));
         }
-        b.comment("Tables into shared memory, sums to zero.");
+        b.comment("Tables into shared memory.");
         let threads = self.launch.warps * 32;
         self.decoder.fill(threads);
         let zero = b.i32(0);
-        b.for_(self.thread, self.rows * (plan.layout.tile.rows * plan.slots()), threads, |i| {
-            b.store(self.sums, i, zero, Elem::I32);
-        });
+        if !plan.own_sums {
+            b.for_(self.thread, self.rows * (plan.layout.tile.rows * plan.slots()), threads, |i| {
+                b.store(self.sums, i, zero, Elem::I32);
+            });
+        }
         b.grid_wait();
         let fragments = self.activations();
         b.barrier();
@@ -267,11 +291,19 @@ impl<'b, 'a> Emit<'b, 'a> {
                 }
             }
         });
-        b.barrier();
-        if self.launch.split == 1 {
-            self.write(|i, slot| b.load(self.sums, i * plan.slots() + slot, Elem::I32));
-        } else {
+        let sums = |i, token| self.block_sums(i, token);
+        if self.launch.split > 1 {
+            b.barrier();
             self.meet();
+        } else if plan.most_rows <= threads {
+            // Each thread has at most one row, whose scales are on their way while it waits for the sums.
+            let rows = self.rows * plan.layout.tile.rows;
+            let scaling = self.scaling(self.thread.min(rows - 1));
+            b.barrier();
+            b.if_(self.thread.lt(rows), || self.write(self.thread, &scaling, &sums));
+        } else {
+            b.barrier();
+            self.write_rows(&sums);
         }
     }
 
@@ -422,14 +454,28 @@ impl<'b, 'a> Emit<'b, 'a> {
         }
     }
 
-    /// Adds the warp's sums of a row tile to the block's, and clears them.
+    /// Stores the warp's sums of a row tile, or adds them to the block's, and clears them.
     fn flush(&self, row: V<'b>, acc: &[Var]) {
         let (b, plan) = (self.b, self.plan);
         let (g, t) = (self.lane >> 2, self.lane & 3);
         let zero = b.i32(0);
+        let warp_first = b.special(Special::Warp) * plan.most_rows;
         for part in 0..plan.row_parts() {
             for group in 0..plan.groups {
                 let plane = t * 2 + group * 8;
+                let store = || {
+                    // Planes 2t and 2t + 1 of rows g and g + 8, the products of a plane side by side.
+                    for half in 0..2 {
+                        let slots = (0..2 * plan.products).map(|s| {
+                            let var = acc[((part * plan.groups + group) * plan.products + s % plan.products) as usize];
+                            b.get(var).lane(2 * half + s / plan.products)
+                        });
+                        let tile_row = g + (part * 16 + half * 8);
+                        let first = (warp_first + tile_row) * plan.slots() + plane * plan.products;
+                        let at = first + row * (plan.layout.tile.rows * plan.slots());
+                        b.store(self.sums, at, b.vector(&slots.collect::<Vec<_>>()), Elem::I32);
+                    }
+                };
                 let add = || {
                     for product in 0..plan.products {
                         let var = acc[((part * plan.groups + group) * plan.products + product) as usize];
@@ -442,41 +488,63 @@ impl<'b, 'a> Emit<'b, 'a> {
                         }
                     }
                 };
-                if plan.planes >= (group + 1) * 8 { add() } else { b.if_(plane.lt(plan.planes), add) }
+                let out = || if plan.own_sums { store() } else { add() };
+                if plan.planes >= (group + 1) * 8 { out() } else { b.if_(plane.lt(plan.planes), out) }
             }
         }
         let none = b.vector(&[zero; 4]);
         acc.iter().for_each(|&v| b.set(v, none));
     }
 
-    /// Scales and stores the block's rows; `sum(i, slot)` reads the sums of its row `i`.
-    fn write(&self, sum: impl Fn(V<'b>, u32) -> V<'b>) {
+    /// The sums of the block's row `i` that belong to a token, over all warps.
+    fn block_sums(&self, i: V<'b>, token: u32) -> Vec<V<'b>> {
+        let (b, plan) = (self.b, self.plan);
+        let of_token = 2 * plan.products;
+        let place = |p: u32| {
+            let at = (i + p * plan.most_rows) * plan.slots() + token * of_token;
+            b.load_as(self.sums, at, Elem::I32, of_token, Cache::Default).lanes()
+        };
+        let first = place(0);
+        (1..plan.sum_places(self.launch))
+            .fold(first, |sums, p| sums.into_iter().zip(place(p)).map(|(a, b)| a + b).collect())
+    }
+
+    /// What the sums of the block's row `i` are multiplied with.
+    fn scaling(&self, i: V<'b>) -> Scaling<'b> {
+        let b = self.b;
+        let row = self.first_row * self.plan.layout.tile.rows + i;
+        let scale = b.load_as(self.scales, row, Elem::BF16, 1, Cache::ReadOnly);
+        let token = |token: u32| {
+            let at = b.i32(token as i32);
+            let sum = || b.load_as(self.x_sum, at, Elem::I32, 1, Cache::ReadOnly);
+            let offset = self.op.quantizer.codes[0].half_offset.then(sum);
+            (b.load_as(self.x_scale, at, Elem::F32, 1, Cache::ReadOnly), offset)
+        };
+        Scaling { row, scale, tokens: (0..self.op.batch).map(token).collect() }
+    }
+
+    /// Scales and stores the block's row `i`; `sums(i, token)` are those that belong to a token.
+    fn write(&self, i: V<'b>, by: &Scaling<'b>, sums: &dyn Fn(V<'b>, u32) -> Vec<V<'b>>) {
         let (b, plan, code) = (self.b, self.plan, &self.op.quantizer.codes[0]);
         let unit = if code.half_offset { code.unit * 0.5 } else { code.unit };
-        let tile_rows = plan.layout.tile.rows;
-        b.for_(self.thread, self.rows * tile_rows, self.launch.warps * 32, |i| {
-            let row = self.first_row * tile_rows + i;
-            let scale = b.load_as(self.scales, row, Elem::BF16, 1, Cache::ReadOnly);
-            for token in 0..self.op.batch {
-                let wide = |slot: u32| sum(i, slot).to(Scalar::I64);
-                let plane = |product: u32| {
-                    let (high, low) = (2 * token * plan.products + product, (2 * token + 1) * plan.products + product);
-                    wide(high) * 128 + wide(low)
-                };
-                let total = if plan.products == 1 { plane(0) } else { plane(1) * 256 + plane(0) };
-                let at = b.i32(token as i32);
-                let total = if code.half_offset {
-                    total * 2 + b.load_as(self.x_sum, at, Elem::I32, 1, Cache::ReadOnly).to(Scalar::I64)
-                } else {
-                    total
-                };
-                let factor = b.load_as(self.x_scale, at, Elem::F32, 1, Cache::ReadOnly) * unit;
-                let value = total.to(Scalar::F32) * scale * factor;
-                let at = row + token * plan.layout.padded_rows();
-                let value = if self.op.accumulate { b.load(self.y, at, Elem::F32) + value } else { value };
-                b.store(self.y, at, value, Elem::F32);
-            }
-        });
+        for (token, &(x_scale, x_sum)) in by.tokens.iter().enumerate() {
+            let token = token as u32;
+            let sums = sums(i, token);
+            let wide = |slot: u32| sums[slot as usize].to(Scalar::I64);
+            let plane = |product: u32| wide(product) * 128 + wide(plan.products + product);
+            let total = if plan.products == 1 { plane(0) } else { plane(1) * 256 + plane(0) };
+            let total = x_sum.map_or(total, |sum| total * 2 + sum.to(Scalar::I64));
+            let value = total.to(Scalar::F32) * by.scale * (x_scale * unit);
+            let at = by.row + token * plan.layout.padded_rows();
+            let value = if self.op.accumulate { b.load(self.y, at, Elem::F32) + value } else { value };
+            b.store(self.y, at, value, Elem::F32);
+        }
+    }
+
+    /// [`Emit::write`] for all rows of the block.
+    fn write_rows(&self, sums: &dyn Fn(V<'b>, u32) -> Vec<V<'b>>) {
+        let rows = self.rows * self.plan.layout.tile.rows;
+        self.b.for_(self.thread, rows, self.launch.warps * 32, |i| self.write(i, &self.scaling(i), sums));
     }
 
     /// The blocks that share row tiles add up in global memory; the last to arrive writes, and leaves zeros.
@@ -486,7 +554,9 @@ impl<'b, 'a> Emit<'b, 'a> {
         let first = self.first_row * (plan.layout.tile.rows * plan.slots());
         let len = self.rows * (plan.layout.tile.rows * plan.slots());
         b.for_(self.thread, len, threads, |i| {
-            b.atomic_add(partial, first + i, b.load(self.sums, i, Elem::I32));
+            let place = |p: u32| b.load(self.sums, i + p * (plan.most_rows * plan.slots()), Elem::I32);
+            let sum = (1..plan.sum_places(self.launch)).fold(place(0), |sum, p| sum + place(p));
+            b.atomic_add(partial, first + i, sum);
         });
         let last = b.shared("last", Elem::I32, 1);
         let zero = b.i32(0);
@@ -499,7 +569,11 @@ impl<'b, 'a> Emit<'b, 'a> {
         b.barrier();
         b.if_(b.load(last, zero, Elem::I32).eq(1), || {
             b.fence();
-            self.write(|i, slot| b.load(partial, first + i * plan.slots() + slot, Elem::I32));
+            let of_token = 2 * plan.products;
+            self.write_rows(&|i, token| {
+                let at = first + i * plan.slots() + token * of_token;
+                b.load_as(partial, at, Elem::I32, of_token, Cache::Default).lanes()
+            });
             b.barrier();
             b.for_(self.thread, len, threads, |i| b.store(partial, first + i, zero, Elem::I32));
             b.if_(self.thread.eq(0), || b.store(arrived, self.block, zero, Elem::I32));

@@ -4,6 +4,7 @@ use super::decode;
 use super::gemv::{Gemv, Plan};
 use crate::cuda::Device;
 use crate::layout::Packed;
+use crate::spec::Quantizer;
 
 /// How the work is laid over the GPU. The result does not depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -18,20 +19,22 @@ pub struct Launch {
     pub ahead: u32,
     /// Blocks an SM must hold at once.
     pub min_blocks: u32,
+    /// Shared memory that the copies of tables may take, in bytes.
+    pub table_bytes: u32,
 }
 
 /// Registers that a thread needs beside prefetched words, activations and sums: addresses, and a tile being decoded.
 const WORKING_REGISTERS: u32 = 36;
 /// Seconds from one launch to the next in a chain of dependent kernels.
-const LAUNCH: f64 = 2.0e-6;
+const LAUNCH: f64 = 1.7e-6;
 /// Seconds that meeting in global memory takes.
 const MEETING: f64 = 0.8e-6;
 /// Seconds from asking for a word to having it, under load.
 const LATENCY: f64 = 0.9e-6;
 /// Share of an SM's issue slots that 16 resident warps can fill, and that many can.
-const ISSUE: (f64, f64) = (0.60, 0.80);
-/// SM clock, Hz.
-const CLOCK: f64 = 1.7e9;
+const ISSUE: (f64, f64) = (0.72, 0.77);
+/// Bytes of tables that an SM writes in a cycle at the start, when all wait for it.
+const FILL: f64 = 40.0;
 /// Share of the peak bandwidth that reading can reach.
 const BANDWIDTH: f64 = 0.9;
 
@@ -49,8 +52,8 @@ impl Launch {
         let layout = Packed::new(op.quantizer, op.shape);
         let codes = op.quantizer.codes.len() as u32;
         let (rows, cols) = (layout.row_tiles(), layout.col_tiles());
-        let tables = decode::table_bytes(op.quantizer);
-        let cost = (0..codes as usize).map(|c| decode::tile_cost(op.quantizer, c)).sum::<u32>() / codes;
+        let mut tables: Vec<Tables> = TABLES.map(|bytes| Tables::new(op.quantizer, bytes)).into();
+        tables.dedup_by_key(|t| t.shared);
         let mut out = Vec::new();
         for split in (1..=16).filter(|s| *s == 1 || s * 2 * codes <= cols) {
             let share = cols.div_ceil(split).next_multiple_of(codes);
@@ -59,10 +62,13 @@ impl Launch {
                 let warps = share.div_ceil(per_warp);
                 for min_blocks in [1, 2, 3, 4] {
                     for ahead in [1, 2, 4] {
-                        let blocks = rows.min((device.sms * min_blocks / split).max(1));
-                        let launch = Launch { warps, split, blocks, ahead, min_blocks };
-                        if let Some(t) = estimate(op, &launch, device, tables, cost) {
-                            out.push((t, launch));
+                        for tables in &tables {
+                            let blocks = rows.min((device.sms * min_blocks / split).max(1));
+                            let table_bytes = tables.budget;
+                            let launch = Launch { warps, split, blocks, ahead, min_blocks, table_bytes };
+                            if let Some(t) = estimate(op, &launch, device, tables) {
+                                out.push((t, launch));
+                            }
                         }
                     }
                 }
@@ -75,15 +81,44 @@ impl Launch {
     }
 }
 
+/// Sizes of tables to try: the more copies, the fewer lanes meet in a bank.
+const TABLES: [u32; 3] = [32 << 10, 64 << 10, 128 << 10];
+
+/// The tables of a quantizer within some shared memory, and the work of decoding a tile with them.
+struct Tables {
+    budget: u32,
+    /// Bytes they take.
+    shared: u32,
+    cost: TileCost,
+}
+
+/// [`decode::Cost`] on average over the codes of a mix.
+#[derive(Clone, Copy)]
+struct TileCost {
+    alu: f64,
+    multiply: f64,
+    lookup: f64,
+}
+
+impl Tables {
+    fn new(q: &Quantizer, budget: u32) -> Tables {
+        let costs: Vec<_> = (0..q.codes.len()).map(|c| decode::tile_cost(q, c, budget)).collect();
+        let mean = |f: &dyn Fn(&decode::Cost) -> f64| costs.iter().map(f).sum::<f64>() / costs.len() as f64;
+        let (alu, multiply) = (mean(&|c| c.alu.into()), mean(&|c| c.multiply.into()));
+        let cost = TileCost { alu, multiply, lookup: mean(&|c| c.lookup) };
+        Tables { budget, shared: decode::shared_bytes(q, budget), cost }
+    }
+}
+
 /// Seconds of a launch; `None` if it does not fit the device.
-fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: u32, cost: u32) -> Option<f64> {
+fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Option<f64> {
     let plan = Plan::new(op, launch);
     // Of a tile, on average: a group of tiles holds each code of a mix equally often.
     let lane_words = f64::from(plan.layout.lane_words.iter().sum::<u32>()) / plan.layout.lane_words.len() as f64;
     let threads = launch.warps * 32;
 
     // What fits.
-    let shared = tables + plan.shared_bytes(launch);
+    let shared = tables.shared + plan.shared_bytes(launch);
     let resident = launch.min_blocks * (shared + 1024) <= device.shared_per_sm && shared <= device.shared_per_block;
     let fragments =
         if plan.resident { plan.depth * plan.layout.tile.cols / 32 * 2 * plan.groups } else { 4 * plan.groups };
@@ -109,11 +144,15 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: u32, cost: u32)
     let bandwidth = (device.bandwidth * BANDWIDTH / f64::from(device.sms)).min(in_flight / LATENCY);
     let products = f64::from(plan.layout.tile.cols / 32 * plan.row_parts() * plan.groups * plan.products);
     let staged = if plan.resident { 0.0 } else { products * 3.0 };
-    let instructions = tiles * (f64::from(cost) + products + staged + 24.0);
+    let cost = tables.cost;
     let share = ISSUE.0 + (ISSUE.1 - ISSUE.0) * ((warps - 16.0) / 16.0).clamp(-1.0, 1.0);
-    let issue = instructions / (4.0 * share * CLOCK);
+    // Four schedulers; the pipe of integer operations takes one every other cycle of each.
+    let alu = tiles * (cost.alu + 20.0) / 2.0;
+    let slots = tiles * (cost.alu + cost.multiply + cost.lookup + products + staged + 30.0) / 4.0;
+    let lookups = tiles * cost.lookup;
+    let issue = alu.max(slots).max(lookups) / (share * device.clock);
     let memory = bytes / bandwidth;
-    let fill = f64::from(blocks.min(launch.min_blocks) * shared) / 128.0 / CLOCK;
+    let fill = f64::from(blocks.min(launch.min_blocks) * tables.shared) / FILL / device.clock;
     let meeting = if launch.split > 1 { MEETING } else { 0.0 };
-    Some(LAUNCH + fill * 0.5 + meeting + memory.max(issue) + 0.2 * memory.min(issue))
+    Some(LAUNCH + fill + meeting + memory.max(issue) + 0.1 * memory.min(issue))
 }

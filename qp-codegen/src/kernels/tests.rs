@@ -294,7 +294,8 @@ fn gemv_is_exact_for_every_code() {
 fn gemv_is_exact_for_every_shape_batch_and_launch() {
     let q = &quantizers();
     let named = |name: &str| q.iter().find(|q| q.name == name).expect("a quantizer");
-    let launch = |warps, split, blocks, ahead| Launch { warps, split, blocks, ahead, min_blocks: 1 };
+    let launch =
+        |warps, split, blocks, ahead| Launch { warps, split, blocks, ahead, min_blocks: 1, table_bytes: 32 << 10 };
     for name in ["v4_k8", "v2_k5_i16", "square", "mix2"] {
         for (rows, cols) in [(16, 128), (70, 300), (33, 2560)] {
             let shape = Shape { rows, cols };

@@ -124,6 +124,53 @@ impl Decode {
         Node(self.nodes.len() as u32 - 1)
     }
 
+    /// Bits of the window that the result depends on, if the window is taken as a 32-bit word in which more may be set.
+    ///
+    /// Sums, products and left shifts carry nothing downwards, so an expression that uses the low L bits of such words
+    /// alone does not need its window cut off above.
+    pub fn window_bits(&self, value: Value, tables: &[Table]) -> u32 {
+        // All bits up to the highest: what a carry reaches them from.
+        let below = |bits: u32| u32::MAX.checked_shr(bits.leading_zeros()).unwrap_or(0);
+        let low = |bits: u32| u32::MAX.checked_shr(32u32.saturating_sub(bits)).unwrap_or(0);
+        let constant = |n: &Node| match self.op(*n) {
+            Op::Const(c) => Some(*c),
+            _ => None,
+        };
+        let width = value.bytes() * 8;
+        let mut needed = vec![0u32; self.nodes.len()];
+        let mut window = 0;
+        for (i, op) in self.nodes.iter().enumerate().rev() {
+            let bits = needed[i];
+            let mut need = |n: &Node, bits: u32| needed[n.0 as usize] |= bits;
+            match op {
+                Op::Window => window = bits,
+                Op::Const(_) | Op::Vector(..) => (),
+                Op::Not(a) => need(a, bits),
+                Op::Binary(op, a, b) => {
+                    let (x, y) = match (op, constant(b)) {
+                        (WordOp::And, Some(c)) => (bits & c, 0),
+                        (WordOp::Or, Some(c)) => (bits & !c, 0),
+                        (WordOp::Mul, Some(c)) => (below(bits).checked_shr(c.trailing_zeros()).unwrap_or(0), 0),
+                        (WordOp::Shl, Some(k)) => (bits.checked_shr(k).unwrap_or(0), 0),
+                        (WordOp::Shr, Some(k)) => (bits.checked_shl(k).unwrap_or(0), 0),
+                        (WordOp::Shl | WordOp::Shr, None) => (u32::MAX, u32::MAX),
+                        (WordOp::And | WordOp::Or | WordOp::Xor, _) => (bits, bits),
+                        (WordOp::Add | WordOp::Sub | WordOp::Mul, _) => (below(bits), below(bits)),
+                    };
+                    need(a, x);
+                    need(b, y);
+                }
+                Op::Byte(a, i) => need(a, (bits & 0xff) << (8 * i)),
+                Op::ByteSum(a) => need(a, if bits == 0 { 0 } else { u32::MAX }),
+                Op::Bit(a, i) => need(a, 1 << i),
+                Op::Lookup { table, index } => need(index, tables[*table as usize].entries - 1),
+                Op::Signs(_) => (),
+                Op::Pack(words) => words.iter().for_each(|n| need(n, low(width))),
+            }
+        }
+        window
+    }
+
     /// Evaluates the expression for one window, writing V entries to `out`.
     ///
     /// The reference of every other decoder. `tables` must be filled.

@@ -110,7 +110,7 @@ impl Kernels {
                     for row in measure(&on, &q, shape, batch, self.launches)? {
                         let launch = row.launch;
                         println!(
-                            "{:>10} {:>13} {:>2} {:>9.2} {:>9.0} {:>5.0}% {:>9.2}  {} warps, {} x {} blocks, {} ahead, {} regs",
+                            "{:>10} {:>13} {:>2} {:>9.2} {:>9.0} {:>5.0}% {:>9.2}  {} warps, {} x {} blocks, {} ahead, {} KiB, {} regs",
                             row.spec,
                             format!("{}x{}", shape.rows, shape.cols),
                             batch,
@@ -122,6 +122,7 @@ impl Kernels {
                             launch.blocks,
                             launch.split,
                             launch.ahead,
+                            launch.table_bytes >> 10,
                             row.registers,
                         );
                         rows.push(row);
@@ -210,7 +211,7 @@ fn json(gpu: &str, peak: f64, rows: &[Row]) -> String {
             out,
             "    {{\"spec\": {:?}, \"rate\": {}, \"rows\": {}, \"cols\": {}, \"batch\": {}, \"us\": {:.3}, \
              \"gb_per_s\": {:.1}, \"model_us\": {:.3}, \"warps\": {}, \"split\": {}, \"blocks\": {}, \"ahead\": {}, \
-             \"min_blocks\": {}, \"registers\": {}}}{}",
+             \"min_blocks\": {}, \"table_bytes\": {}, \"registers\": {}}}{}",
             r.spec,
             r.rate,
             r.shape.rows,
@@ -224,6 +225,7 @@ fn json(gpu: &str, peak: f64, rows: &[Row]) -> String {
             l.blocks,
             l.ahead,
             l.min_blocks,
+            l.table_bytes,
             r.registers,
             if i + 1 < rows.len() { "," } else { "" },
         );

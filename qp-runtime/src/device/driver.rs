@@ -39,6 +39,8 @@ pub struct Gpu {
     pub shared_per_block: u32,
     /// Peak memory bandwidth, bytes a second, by the memory's clock and width; 0 if the driver does not say.
     pub bandwidth: u64,
+    /// Highest clock of the SMs, Hz; 0 if the driver does not say.
+    pub clock: u64,
 }
 
 fn fail(call: impl Into<String>) -> impl FnOnce(DriverError) -> DeviceError {
@@ -134,6 +136,7 @@ fn gpu(index: usize) -> Result<Gpu, DeviceError> {
         shared_per_block: get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         // Both edges of the clock move data.
         bandwidth: u64::from(kilohertz) * 1000 * 2 * u64::from(bits) / 8,
+        clock: u64::from(get(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE).unwrap_or(0)) * 1000,
     })
 }
 

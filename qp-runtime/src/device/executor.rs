@@ -70,6 +70,7 @@ impl Executor {
                 sms: gpu.sms,
                 shared_per_block: gpu.shared_per_block,
                 bandwidth: if gpu.bandwidth > 0 { gpu.bandwidth as f64 } else { typical.bandwidth },
+                clock: if gpu.clock > 0 { gpu.clock as f64 } else { typical.clock },
                 ..typical
             },
         }

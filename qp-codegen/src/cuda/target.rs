@@ -154,14 +154,9 @@ impl Target {
                 ..small
             },
             Target::Sm90a => hopper,
-            Target::Sm100 => Device {
-                name: "B200",
-                sms: 148,
-                l2_bytes: 126 * MIB,
-                bandwidth: 8.0e12,
-                clock: 1.965e9,
-                ..hopper
-            },
+            Target::Sm100 => {
+                Device { name: "B200", sms: 148, l2_bytes: 126 * MIB, bandwidth: 8.0e12, clock: 1.965e9, ..hopper }
+            }
             Target::Sm120 => Device {
                 name: "RTX 5090",
                 sms: 170,

@@ -28,7 +28,9 @@ const WORKING_REGISTERS: u32 = 36;
 /// Seconds from one launch to the next in a chain of dependent kernels.
 const LAUNCH: f64 = 1.7e-6;
 /// Seconds that meeting in global memory takes.
-const MEETING: f64 = 0.8e-6;
+const MEETING: f64 = 2.0e-6;
+/// Seconds that each group of tiles in flight beyond the first costs: a longer beginning, more registers.
+const AHEAD: f64 = 0.1e-6;
 /// Seconds from asking for a word to having it, under load.
 const LATENCY: f64 = 0.9e-6;
 /// Share of an SM's issue slots that 16 resident warps can fill, and that many can.
@@ -154,5 +156,6 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let memory = bytes / bandwidth;
     let fill = f64::from(blocks.min(launch.min_blocks) * tables.shared) / FILL / device.clock;
     let meeting = if launch.split > 1 { MEETING } else { 0.0 };
-    Some(LAUNCH + fill + meeting + memory.max(issue) + 0.1 * memory.min(issue))
+    let ahead = AHEAD * f64::from(launch.ahead - 1);
+    Some(LAUNCH + fill + meeting + ahead + memory.max(issue) + 0.1 * memory.min(issue))
 }

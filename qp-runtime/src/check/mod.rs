@@ -381,7 +381,7 @@ mod tests {
 
     #[test]
     fn small_models_on_the_interpreter() {
-        let (a, b) = (member("nuq_3"), member("fast_2"));
+        let (a, b) = (member("nuq_3"), member("fast_1.5"));
         for (shape, shapes) in &shapes()[..2] {
             for (kind, choose) in choices(&a, &b) {
                 let name = format!("{kind} {shape}");
@@ -410,7 +410,7 @@ mod tests {
 
     #[test]
     fn quantizers_on_the_interpreter() {
-        for name in ["nuq_3", "fast_2"] {
+        for name in ["nuq_3", "fast_1.5"] {
             let shape = Shape { rows: 40, cols: 320 };
             let done = quantizer(&interpreter(), &member(name), shape, &[1, 3]).unwrap_or_else(|e| panic!("{e}"));
             assert!(done >= 5, "{done} comparisons");

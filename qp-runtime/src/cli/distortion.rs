@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn published_figures_are_those_of_the_tables() {
-        for name in ["tcq_2", "tcq_3", "tcq_4", "htcq_3.25", "nuq_4", "vq2_2.5", "fast_2"] {
+        for name in ["tcq_2", "tcq_3", "tcq_4", "htcq_3.25", "nuq_4", "vq2_2.5", "fast_1.5"] {
             let q = spec::resolve(name).expect("trained");
             let published = palette::distortion(name).expect("measured");
             let d = distortion::measure(&q, 1 << 15, 3);

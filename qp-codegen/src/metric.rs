@@ -28,18 +28,18 @@ pub struct Metric {
     pub shift: u32,
     unit: f32,
     offset: f32,
-    /// Points are kept within this distance of 0: the range of 16-bit entries, and twice that of 8-bit ones.
+    /// Points are kept within this distance of 0: twice the largest entry, or what 16 bits allow.
     reach: f32,
 }
 
 impl Metric {
-    /// For paths of `steps` steps of `code`; the values of its tables do not matter.
+    /// For paths of `steps` steps of `code`. Of its tables, only the largest value of 16-bit ones matters.
     pub fn new(code: &Code, steps: u32) -> Metric {
-        let largest = -f64::from(code.value.range().0);
-        let (least, reach) = match code.value {
-            Value::I8 => (0, 2.0 * largest),
-            Value::I16 => (-24, largest),
+        let (least, largest) = match code.value {
+            Value::I8 => (0, -f64::from(code.value.range().0)),
+            Value::I16 => (-24, f64::from(code.decode.largest_entry(code.value, &code.tables))),
         };
+        let reach = (2.0 * largest).min(f64::from(i16::MAX));
         let vector = f64::from(code.vector);
         // Of a branch, for f = 0: |c|² + 2 |p||c|.
         let branch = vector * largest * (largest + 2.0 * reach);
@@ -88,7 +88,7 @@ mod tests {
     use super::*;
     use crate::{palette, spec};
 
-    /// Codes of both entry types and several shapes, with the largest entries that their types have.
+    /// Codes of both entry types and several shapes, some with the largest entries that their types have.
     fn codes() -> Vec<Code> {
         let mut codes: Vec<Code> = palette::names()
             .into_iter()
@@ -97,9 +97,14 @@ mod tests {
             .collect();
         let mut wide = codes.iter().find(|c| !c.is_memoryless()).expect("a trellis code").clone();
         (wide.value, wide.half_offset, wide.unit) = (Value::I16, false, 1.0 / 4096.0);
+        wide.tables.iter_mut().for_each(|t| t.values.clear());
+        let mut sparse = wide.clone();
+        sparse.unit = 1.0 / 32.0;
+        sparse.tables.iter_mut().for_each(|t| t.values = vec![-150; (t.entries * sparse.vector) as usize]);
+        assert_eq!(Metric::new(&sparse, 128).fraction, 4);
         let mut coarse = wide.clone();
         (coarse.value, coarse.unit) = (Value::I8, 1.0);
-        codes.extend([wide, coarse]);
+        codes.extend([wide, coarse, sparse]);
         codes
     }
 
@@ -107,8 +112,12 @@ mod tests {
     fn no_path_overflows_and_no_weight_is_cut() {
         for code in codes() {
             let (low, high) = code.value.range();
+            let most = match code.value {
+                Value::I8 => -low,
+                Value::I16 => code.decode.largest_entry(code.value, &code.tables),
+            };
             for steps in [1, 128, 1024, 65536] {
-                for largest in [1, high / 3, low] {
+                for largest in [1, most / 3, -most] {
                     let m = Metric::new(&code, steps);
                     for x in [f32::MAX, -f32::MAX, f32::from(largest as i16) * code.unit, 0.0] {
                         let n = vec![m.weight(x); code.vector as usize];

@@ -125,8 +125,11 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let fragments =
         if plan.resident { plan.depth * plan.layout.tile.cols / 32 * 2 * plan.groups } else { 4 * plan.groups };
     let prefetched = (f64::from(launch.ahead * plan.depth) * lane_words) as u32;
-    // Each further code of a mix keeps masks and addresses of its own alive.
-    let working = WORKING_REGISTERS * plan.products.min(2) + 8 * (op.quantizer.codes.len() as u32 - 1);
+    // Each further code of a mix keeps masks and addresses of its own alive, each further hash its products.
+    let hashes = op.quantizer.codes.iter().map(|c| c.decode.multiplications()).max().unwrap_or(0);
+    let working = WORKING_REGISTERS * plan.products.min(2)
+        + 8 * (op.quantizer.codes.len() as u32 - 1)
+        + 4 * hashes.saturating_sub(1);
     let sums = 4 * plan.row_parts() * plan.groups * plan.products;
     let registers = prefetched + fragments + sums + working;
     let available = device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks);

@@ -171,6 +171,43 @@ impl Decode {
         window
     }
 
+    /// Products of words with constants: the hashes of a window.
+    pub fn multiplications(&self) -> u32 {
+        self.nodes.iter().filter(|op| matches!(op, Op::Binary(WordOp::Mul, ..))).count() as u32
+    }
+
+    /// No entry that the expression can give is larger than this, in magnitude: by the values of the tables, where they
+    /// are filled, and by the entries' type.
+    pub fn largest_entry(&self, value: Value, tables: &[Table]) -> i32 {
+        let most = -value.range().0;
+        // One's complements are larger by one.
+        let of_table = |t: &Table| t.values.iter().map(|&x| i32::from(x).abs() + 1).max().unwrap_or(most);
+        // A vector of all zeros or all ones turns the other one's entries into their complements at most.
+        let is_signs = |n: Node| matches!(self.op(n), Op::Signs(_));
+        let mut bounds: Vec<i32> = Vec::with_capacity(self.nodes.len());
+        for op in &self.nodes {
+            let of = |n: &Node| bounds[n.0 as usize];
+            bounds.push(
+                match op {
+                    Op::Lookup { table, .. } => of_table(&tables[*table as usize]),
+                    Op::Signs(_) => 1,
+                    Op::Vector(VectorOp::Xor, a, b) if is_signs(*a) || is_signs(*b) => of(a).max(of(b)),
+                    Op::Vector(VectorOp::Add, a, b) => of(a) + of(b),
+                    Op::Pack(_) | Op::Vector(VectorOp::Xor, ..) => most,
+                    Op::Window
+                    | Op::Const(_)
+                    | Op::Not(_)
+                    | Op::Binary(..)
+                    | Op::Byte(..)
+                    | Op::ByteSum(_)
+                    | Op::Bit(..) => 0,
+                }
+                .min(most),
+            );
+        }
+        bounds.last().copied().unwrap_or(most)
+    }
+
     /// Evaluates the expression for one window, writing V entries to `out`.
     ///
     /// The reference of every other decoder. `tables` must be filled.

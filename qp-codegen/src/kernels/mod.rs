@@ -9,12 +9,14 @@ pub mod dense;
 pub mod dequantize;
 pub mod embed;
 pub mod encode;
+pub mod gemm;
 pub mod gemv;
 pub mod glu;
 mod launch;
 pub mod math;
 pub mod norm;
 pub mod prepare;
+pub mod product;
 mod span;
 
 pub use span::Span;

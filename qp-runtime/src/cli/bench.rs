@@ -4,7 +4,8 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use qp_codegen::kernels::gemv::{Gemv, Launch};
+use qp_codegen::kernels::gemv::Gemv;
+use qp_codegen::kernels::product::{Launch, MAX_BATCH};
 use qp_codegen::layout::Packed;
 use qp_codegen::reference::{self, Activations};
 use qp_codegen::spec::{self, Quantizer, Shape};
@@ -44,8 +45,9 @@ struct Kernels {
     #[arg(long, value_delimiter = ',', value_parser = shape,
           default_value = "28672x4096,14336x4096,4096x14336,6144x4096,4096x4096,1024x4096")]
     shape: Vec<Shape>,
-    /// Tokens at once (1 to 8).
-    #[arg(long, value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=8))]
+    /// Tokens at once (1 to 64).
+    #[arg(long, value_delimiter = ',', default_value = "1",
+          value_parser = clap::value_parser!(u32).range(1..=MAX_BATCH as i64))]
     batch: Vec<u32>,
     /// Try this many launch shapes, the best by the cost model first, and print each.
     #[arg(long, default_value_t = 1)]
@@ -108,9 +110,10 @@ impl Kernels {
             for &shape in &self.shape {
                 for &batch in &self.batch {
                     for row in measure(&on, &q, shape, batch, self.launches)? {
-                        let launch = row.launch;
+                        let (kernel, fields) = row.launch.fields();
+                        let fields: Vec<String> = fields.iter().map(|(name, n)| format!("{name} {n}")).collect();
                         println!(
-                            "{:>10} {:>13} {:>2} {:>9.2} {:>9.0} {:>5.0}% {:>9.2}  {} warps, {} x {} blocks, {} ahead, {} KiB, {} regs",
+                            "{:>10} {:>13} {:>2} {:>9.2} {:>9.0} {:>5.0}% {:>9.2}  {kernel}: {}, registers {}",
                             row.spec,
                             format!("{}x{}", shape.rows, shape.cols),
                             batch,
@@ -118,11 +121,7 @@ impl Kernels {
                             row.bytes as f64 / row.seconds / 1e9,
                             row.bytes as f64 / row.seconds / peak * 100.0,
                             row.expected * 1e6,
-                            launch.warps,
-                            launch.blocks,
-                            launch.split,
-                            launch.ahead,
-                            launch.table_bytes >> 10,
+                            fields.join(", "),
                             row.registers,
                         );
                         rows.push(row);
@@ -206,12 +205,12 @@ fn check(q: &Quantizer, layout: &Packed, y: &Buffer<f32>, expected: &[f32]) -> R
 fn json(gpu: &str, peak: f64, rows: &[Row]) -> String {
     let mut out = format!("{{\n  \"gpu\": {gpu:?},\n  \"peak_bytes_per_second\": {peak:.0},\n  \"kernels\": [\n");
     for (i, r) in rows.iter().enumerate() {
-        let l = r.launch;
+        let (kernel, fields) = r.launch.fields();
+        let fields: String = fields.iter().map(|(name, n)| format!("\"{name}\": {n}, ")).collect();
         let _ = writeln!(
             out,
             "    {{\"spec\": {:?}, \"rate\": {}, \"rows\": {}, \"cols\": {}, \"batch\": {}, \"us\": {:.3}, \
-             \"gb_per_s\": {:.1}, \"model_us\": {:.3}, \"warps\": {}, \"split\": {}, \"blocks\": {}, \"ahead\": {}, \
-             \"min_blocks\": {}, \"table_bytes\": {}, \"registers\": {}}}{}",
+             \"gb_per_s\": {:.1}, \"model_us\": {:.3}, \"kernel\": {kernel:?}, {fields}\"registers\": {}}}{}",
             r.spec,
             r.rate,
             r.shape.rows,
@@ -220,12 +219,6 @@ fn json(gpu: &str, peak: f64, rows: &[Row]) -> String {
             r.seconds * 1e6,
             r.bytes as f64 / r.seconds / 1e9,
             r.expected * 1e6,
-            l.warps,
-            l.split,
-            l.blocks,
-            l.ahead,
-            l.min_blocks,
-            l.table_bytes,
             r.registers,
             if i + 1 < rows.len() { "," } else { "" },
         );

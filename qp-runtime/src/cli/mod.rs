@@ -5,6 +5,7 @@ mod bench_encode;
 mod check_gpu;
 mod device;
 mod distortion;
+mod distortion_plot;
 mod doctor;
 mod eval;
 mod generate;

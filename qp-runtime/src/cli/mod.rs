@@ -2,6 +2,7 @@
 
 mod bench;
 mod bench_encode;
+mod bench_roofline;
 mod check_gpu;
 mod device;
 mod distortion;
@@ -12,6 +13,7 @@ mod inspect;
 mod plan;
 mod profile;
 mod quantize;
+mod results;
 mod sensitivity;
 mod train_codebook;
 

@@ -11,6 +11,7 @@ use qp_codegen::spec::{self, Quantizer, Shape};
 
 use super::Error;
 use super::bench_encode::EncodeBench;
+use super::bench_jit::JitBench;
 use super::bench_roofline::RooflineBench;
 use super::distortion::DistortionBench;
 use super::results::{Fp16, Kernel, Results};
@@ -31,6 +32,7 @@ pub struct Bench {
 enum What {
     Distortion(DistortionBench),
     Encode(EncodeBench),
+    Jit(JitBench),
     Kernels(Kernels),
     Roofline(RooflineBench),
 }
@@ -74,6 +76,7 @@ impl Bench {
         match self.what {
             What::Distortion(d) => d.run(),
             What::Encode(e) => e.run(),
+            What::Jit(j) => j.run(),
             What::Kernels(k) => k.run(),
             What::Roofline(r) => r.run(),
         }

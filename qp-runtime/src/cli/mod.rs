@@ -2,6 +2,7 @@
 
 mod bench;
 mod bench_encode;
+mod bench_jit;
 mod bench_roofline;
 mod check_gpu;
 mod device;

@@ -5,9 +5,11 @@
 //! Everything stays on the device between steps; a step takes the tokens and their position and gives logits. Tokens
 //! are taken up to 8 at once. A quantized model gives the same bits as on the CPU, however its tokens are cut.
 //!
+//! * [`kernels`]: what a step launches, without a model at hand.
 //! * [`linear`]: matrices on the device.
 //! * [`step`]: one launch: kernel, inputs, output.
 
+pub mod kernels;
 mod linear;
 mod step;
 

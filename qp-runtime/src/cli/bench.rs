@@ -150,8 +150,7 @@ fn print_row(results: &Results, row: &Kernel, ratio: f64) {
     let fp16 = results.fp16_us(row.rows, row.cols).filter(|_| row.batch == 1);
     let share = results.read_bytes_per_second.map_or(f64::NAN, |read| row.gb_per_s * 1e9 / read * 100.0);
     println!(
-        "{:>10} {:>13} {:>2} {:>9.2} {:>9.0} {:>6.0}% {:>8} {:>9.2} {:>6.3}  {} warps, {} x {} blocks, {} ahead, {} KiB, \
-         {} regs{}",
+        "{:>10} {:>13} {:>2} {:>9.2} {:>9.0} {:>6.0}% {:>8} {:>9.2} {:>6.3}  {}registers {}{}",
         row.spec,
         format!("{}x{}", row.rows, row.cols),
         row.batch,
@@ -161,11 +160,7 @@ fn print_row(results: &Results, row: &Kernel, ratio: f64) {
         fp16.map_or("-".to_owned(), |us| format!("{:.2}x", us / row.us)),
         row.model_us,
         ratio,
-        row.launch.warps,
-        row.launch.blocks,
-        row.launch.split,
-        row.launch.ahead,
-        row.launch.table_bytes >> 10,
+        row.launch.iter().map(|(name, value)| format!("{name} {value}, ")).collect::<String>(),
         row.registers,
         if row.used { ", used" } else { "" },
     );
@@ -277,10 +272,18 @@ pub(super) fn measure(
         model_us: rounded(expected * 1e6, 1e3),
         rank,
         used: launch == used,
-        launch,
+        launch: named(&launch),
         registers: kernel.loaded().usage().map_or(0, |u| u.registers),
     };
     Ok(kernels.into_iter().zip(times).map(row).collect())
+}
+
+/// A launch's numbers by name.
+fn named(launch: &Launch) -> serde_json::Map<String, serde_json::Value> {
+    let &Launch { warps, split, blocks, ahead, min_blocks, table_bytes } = launch;
+    let fields = [("warps", warps), ("split", split), ("blocks", blocks), ("ahead", ahead)];
+    let fields = fields.into_iter().chain([("min_blocks", min_blocks), ("table_bytes", table_bytes)]);
+    fields.map(|(name, n)| (name.to_owned(), n.into())).collect()
 }
 
 fn rounded(x: f64, parts: f64) -> f64 {

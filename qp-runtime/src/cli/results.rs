@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use qp_codegen::kernels::gemv::Launch;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::Error;
 use super::train_codebook::write;
@@ -61,26 +61,15 @@ pub struct Kernel {
     /// Whether an engine would launch it so.
     #[serde(default = "yes")]
     pub used: bool,
-    /// How the work is laid over the GPU.
-    #[serde(flatten, with = "LaunchFields")]
-    pub launch: Launch,
     /// Registers of a thread; 0 if the compiler did not say.
     pub registers: u32,
+    /// How the work is laid over the GPU, by name.
+    #[serde(flatten)]
+    pub launch: Map<String, Value>,
 }
 
 fn yes() -> bool {
     true
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(remote = "Launch")]
-struct LaunchFields {
-    warps: u32,
-    split: u32,
-    blocks: u32,
-    ahead: u32,
-    min_blocks: u32,
-    table_bytes: u32,
 }
 
 impl Results {
@@ -153,7 +142,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let stored = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../benches/results/kernels-h200.json"));
         let mut results = Results::read(stored).unwrap_or_else(|e| panic!("{e}"));
-        assert!(results.kernels.iter().all(|k| k.used && k.rank == 0 && k.launch.warps > 0));
+        assert!(results.kernels.iter().all(|k| k.used && k.rank == 0 && k.launch["warps"].as_u64() > Some(0)));
         results.read_bytes_per_second = Some(4.2e12);
         results.fp16 = vec![Fp16 { rows: 28672, cols: 4096, us: 55.8 }];
         results.kernels[0].rank = 3;

@@ -95,20 +95,18 @@ impl Wanted {
     /// What was chosen before, if it is one of the launches that could be chosen today.
     fn remembered(&self, cache: &Cache) -> Option<Launch> {
         let (text, _) = cache.get(&self.key)?;
-        let launch = read(&text)?;
-        self.ranked.contains(&launch).then_some(launch)
+        self.ranked.iter().copied().find(|l| written(l) == text)
     }
 }
 
-fn write(l: &Launch) -> String {
-    let Launch { warps, split, blocks, ahead, min_blocks, table_bytes } = l;
-    format!("{warps} {split} {blocks} {ahead} {min_blocks} {table_bytes}")
+/// A launch as an entry holds it.
+fn written(launch: &Launch) -> String {
+    format!("{launch:?}")
 }
 
-fn read(text: &str) -> Option<Launch> {
-    let numbers: Vec<u32> = text.split(' ').map(|n| n.parse().ok()).collect::<Option<_>>()?;
-    let &[warps, split, blocks, ahead, min_blocks, table_bytes] = &numbers[..] else { return None };
-    Some(Launch { warps, split, blocks, ahead, min_blocks, table_bytes })
+/// How a launch lays the work out, but for tables and prefetching.
+fn laid_out(l: &Launch) -> [u32; 3] {
+    [l.warps, l.split, l.blocks]
 }
 
 /// The launches worth measuring, of those that [`Launch::ranked`] gives: the best, and others that are expected to take
@@ -116,12 +114,11 @@ fn read(text: &str) -> Option<Launch> {
 pub fn candidates(ranked: &[(f64, Launch)]) -> Vec<Launch> {
     let mut out: Vec<Launch> = Vec::new();
     let Some(&(best, _)) = ranked.first() else { return out };
-    let laid = |l: &Launch| (l.warps, l.split, l.blocks);
     for (_, launch) in ranked.iter().take_while(|r| r.0 <= best * WITHIN) {
         if out.len() == MOST {
             break;
         }
-        if out.iter().filter(|l| laid(l) == laid(launch)).count() < ALIKE {
+        if out.iter().filter(|l| laid_out(l) == laid_out(launch)).count() < ALIKE {
             out.push(*launch);
         }
     }
@@ -163,7 +160,7 @@ pub fn choose<K: Send, E: Send>(
         };
         let (launch, kernel) = kernels.swap_remove(best.unwrap_or(0));
         if measure && remembered[i].is_none() && best.is_some() {
-            cache.put(&wanted.key, &write(&launch), &[]);
+            cache.put(&wanted.key, &written(&launch), &[]);
         }
         out.push((launch, kernel));
     }
@@ -326,7 +323,7 @@ mod tests {
         again("not an entry");
         // Whole, but not a launch, or none that fits.
         let huge = Launch { warps: 1000, ..best };
-        for text in ["", "1 2 3", "1 2 3 4 5 six", "1 2 3 4 5 6 7", "-1 1 1 1 1 1", &write(&huge)] {
+        for text in ["", "Launch", &written(&best).replace("warps", "wraps"), &written(&huge)] {
             cache.put(&product.key, text, &[]);
             again(text);
         }

@@ -1,5 +1,7 @@
 //! How a matrix-vector product is laid over a GPU: a cost model that knows the target, and what fits it.
 
+use std::collections::HashSet;
+
 use super::decode;
 use super::gemv::{Gemv, Plan};
 use crate::cuda::Device;
@@ -78,7 +80,8 @@ impl Launch {
         }
         // Equal estimates keep the order above, so the choice is a function of the input alone.
         out.sort_by(|a, b| a.0.total_cmp(&b.0));
-        out.dedup_by_key(|x| x.1);
+        let mut seen = HashSet::new();
+        out.retain(|x| seen.insert(x.1));
         out
     }
 }

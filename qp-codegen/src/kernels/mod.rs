@@ -15,6 +15,7 @@ mod launch;
 pub mod math;
 pub mod norm;
 pub mod prepare;
+pub mod read;
 mod span;
 
 pub use span::Span;

@@ -346,3 +346,15 @@ fn prepare_equals_the_reference() {
         assert_eq!(out, expect, "{columns} {rotation:?} {norm:?}");
     }
 }
+
+#[test]
+fn launches_are_ranked_once_each() {
+    let q = crate::palette::get("fast_2").expect("of the palette");
+    for (rows, cols) in [(28672, 4096), (24, 300)] {
+        let op = Gemv { quantizer: &q, shape: Shape { rows, cols }, batch: 1, accumulate: false };
+        let ranked = Launch::ranked(&op, &crate::cuda::Target::Sm90a.device());
+        let different: std::collections::HashSet<_> = ranked.iter().map(|r| r.1).collect();
+        assert_eq!(different.len(), ranked.len(), "{rows} x {cols}");
+        assert!(ranked.is_sorted_by_key(|r| r.0));
+    }
+}

@@ -181,7 +181,7 @@ fn products(
     for launch in [Some(ranked[0].1), other].into_iter().flatten() {
         let what = format!("{what}: product with {launch:?}");
         let run = || {
-            let mut kernel = GemvKernel::load(on, &op, Some(launch))?;
+            let mut kernel = GemvKernel::load(on, &op, &launch)?;
             let mut y = on.zeroed::<f32>(stride * batch as usize)?;
             // The second run finds what the first left where blocks meet.
             for _ in 0..2 {

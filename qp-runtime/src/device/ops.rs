@@ -93,6 +93,19 @@ impl DeviceMatrix {
         self.tables.bytes() + self.weights.bytes() + self.scales.bytes()
     }
 
+    /// Another matrix of the same contents.
+    ///
+    /// # Errors
+    /// A full GPU.
+    pub fn copy(&self, on: &Executor) -> Result<Self, DeviceError> {
+        Ok(DeviceMatrix {
+            layout: self.layout.clone(),
+            tables: on.copy(&self.tables)?,
+            weights: on.copy(&self.weights)?,
+            scales: on.copy(&self.scales)?,
+        })
+    }
+
     /// Decodes the matrix: rows × columns, row-major, in the rotated space.
     ///
     /// # Errors
@@ -104,6 +117,16 @@ impl DeviceMatrix {
         let args = DequantizeArgs { tables: &self.tables, weights: &self.weights, scales: &self.scales, y: &mut y };
         on.launch(&kernel, args)?;
         y.to_vec()
+    }
+}
+
+/// The shape of matrices stored one below the other: of several, each is padded to whole tiles.
+pub fn stacked(q: &Quantizer, shapes: &[Shape]) -> Shape {
+    match shapes {
+        [one] => *one,
+        several => {
+            Shape { rows: several.iter().map(|&s| Packed::new(q, s).padded_rows()).sum(), cols: several[0].cols }
+        }
     }
 }
 
@@ -165,15 +188,14 @@ pub struct GemvKernel {
 }
 
 impl GemvKernel {
-    /// Makes the kernel; `launch` overrides the choice of the cost model.
+    /// Makes the kernel.
     ///
     /// # Errors
     /// Those of the executor.
-    pub fn load(on: &Executor, op: &Gemv, launch: Option<Launch>) -> Result<Self, DeviceError> {
-        let launch = launch.unwrap_or_else(|| Launch::choose(op, &on.device()));
-        let (partial, arrived) = gemv::meeting_place(op, &launch);
+    pub fn load(on: &Executor, op: &Gemv, launch: &Launch) -> Result<Self, DeviceError> {
+        let (partial, arrived) = gemv::meeting_place(op, launch);
         Ok(GemvKernel {
-            kernel: on.load::<GemvArgs>(gemv::lower(op, &launch))?,
+            kernel: on.load::<GemvArgs>(gemv::lower(op, launch))?,
             partial: on.zeroed(partial)?,
             arrived: on.zeroed(arrived)?,
         })

@@ -5,9 +5,11 @@
 //! Everything stays on the device between steps; a step takes the tokens and their position and gives logits. Tokens
 //! are taken up to 8 at once. A quantized model gives the same bits as on the CPU, however its tokens are cut.
 //!
+//! * [`kernels`]: what a step launches, without a model at hand.
 //! * [`linear`]: matrices on the device.
 //! * [`step`]: one launch: kernel, inputs, output.
 
+pub mod kernels;
 mod linear;
 mod step;
 
@@ -34,6 +36,7 @@ use self::linear::{Floats, Group, Matrix};
 use self::step::{Angles, Hand, Ready, State, Step};
 use super::{Engine, Error, Logits, check_tokens};
 use crate::device::ops::DeviceActivations;
+use crate::device::tune::{self, Product};
 use crate::device::{Buffer, DeviceError, Executor, Graph};
 use crate::model::{Config, Role, Weight, Weights, rope_tables};
 
@@ -131,8 +134,22 @@ impl CudaEngine {
         let steps = network.steps(batch as u32, wanted);
         let mut needed: BTreeMap<String, &Step<'_>> = steps.iter().map(|s| (s.key(), s)).collect();
         needed.retain(|key, _| !kernels.contains_key(key));
-        let loaded = needed.into_par_iter().map(|(key, s)| Ok((key, s.load(executor)?)));
-        kernels.extend(loaded.collect::<Result<Vec<_>, DeviceError>>()?);
+        let mut products: BTreeMap<String, Product<'_>> = BTreeMap::new();
+        for step in &steps {
+            if let (Step::Gemv { op, hash, matrix, .. }, key) = (step, step.key())
+                && needed.contains_key(&key)
+            {
+                let product = || Product { op: *op, hash, matrices: Vec::new() };
+                products.entry(key).or_insert_with(product).matrices.push(matrix);
+            }
+        }
+        needed.retain(|key, _| !products.contains_key(key));
+        let (keys, products): (Vec<_>, Vec<_>) = products.into_iter().unzip();
+        let others = needed.into_par_iter().map(|(key, s)| Ok((key, s.load(executor)?)));
+        let (others, products) =
+            rayon::join(|| others.collect::<Result<Vec<_>, DeviceError>>(), || tune::load(executor, &products));
+        kernels.extend(others?);
+        kernels.extend(keys.into_iter().zip(products?.into_iter().map(|(_, kernel)| Ready::Gemv(kernel))));
         let mut recorder = executor.record();
         for step in &steps {
             let kernel = kernels.get_mut(&step.key()).expect("loaded above");

@@ -165,15 +165,18 @@ impl Step<'_> {
         }
     }
 
-    /// Makes its kernel ready.
+    /// Makes its kernel ready, unless it is a product: see [`tune::load`](crate::device::tune::load).
     ///
     /// # Errors
     /// Those of the executor.
+    ///
+    /// # Panics
+    /// If it is a product.
     pub fn load(&self, on: &Executor) -> Result<Ready, DeviceError> {
         use launches as args;
         Ok(Ready::Plain(match self {
             Step::Prepare { op, .. } => return PrepareKernel::load(on, op).map(Ready::Prepare),
-            Step::Gemv { op, .. } => return GemvKernel::load(on, op, None).map(Ready::Gemv),
+            Step::Gemv { .. } => unreachable!("products are loaded with all their matrices at hand"),
             Step::Embed { op, table: Floats::F16(_), .. } => on.load::<args::Embed<'_, half::f16>>(embed::lower(op))?,
             Step::Embed { op, table: Floats::Bf16(_), .. } => {
                 on.load::<args::Embed<'_, half::bf16>>(embed::lower(op))?

@@ -1,6 +1,6 @@
 //! How far codes are from the rate-distortion bound, as a picture.
 
-use std::fmt::Write;
+use crate::svg::{Picture, escape};
 
 /// Codes of one kind: a name and points of bits a weight and bits lost, ½ log₂(D / 2^(-2R)), in order of bits.
 pub struct Series {
@@ -29,14 +29,9 @@ pub fn svg(series: &[Series]) -> String {
     let most_lost = (points().fold(0.0f64, |m, p| m.max(p.1)) * 20.0).ceil() / 20.0;
     let x = |bits: f64| LEFT + (bits - 1.0) / (most_bits - 1.0).max(1.0) * (WIDTH - LEFT - RIGHT);
     let y = |lost: f64| HEIGHT - BOTTOM - lost / most_lost.max(0.05) * (HEIGHT - TOP - BOTTOM);
-    let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" width=\"{WIDTH}\" height=\"{HEIGHT}\" \
-         font-family=\"sans-serif\" font-size=\"11\">\n<rect width=\"{WIDTH}\" height=\"{HEIGHT}\" fill=\"white\"/>\n\
-         <text x=\"{LEFT}\" y=\"20\" font-size=\"14\">Bits lost against the rate-distortion bound, Gaussian source</text>\n"
-    );
-    let mut put = |line: String| {
-        let _ = writeln!(out, "{line}");
-    };
+    let title = "Bits lost against the rate-distortion bound, Gaussian source";
+    let mut picture = Picture::new(WIDTH, HEIGHT, LEFT, title);
+    let mut put = |element: String| picture.put(element);
     for i in 0..=(most_lost / 0.05).round() as u32 {
         let lost = f64::from(i) * 0.05;
         let at = y(lost);
@@ -66,17 +61,16 @@ pub fn svg(series: &[Series]) -> String {
                 "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"3.5\" stroke=\"{ink}\" fill=\"{fill}\"><title>{}: {} bits, {:.3} lost</title></circle>",
                 x(p.0),
                 y(p.1),
-                s.name,
+                escape(&s.name),
                 p.0,
                 p.1
             ));
         }
         let (lx, ly) = (WIDTH - RIGHT + 18.0, TOP + 8.0 + 18.0 * i as f64);
         put(format!("<circle cx=\"{lx}\" cy=\"{ly}\" r=\"3.5\" stroke=\"{ink}\" fill=\"{fill}\"/>"));
-        put(format!("<text x=\"{}\" y=\"{}\">{}</text>", lx + 10.0, ly + 4.0, s.name));
+        put(format!("<text x=\"{}\" y=\"{}\">{}</text>", lx + 10.0, ly + 4.0, escape(&s.name)));
     }
-    out.push_str("</svg>\n");
-    out
+    picture.finish()
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ pub mod decode;
 pub mod dense;
 pub mod dequantize;
 pub mod embed;
+pub mod embed_packed;
 pub mod encode;
 pub mod gemv;
 pub mod glu;
@@ -15,6 +16,7 @@ mod launch;
 pub mod math;
 pub mod norm;
 pub mod prepare;
+pub mod rotate;
 mod span;
 
 pub use span::Span;

@@ -50,8 +50,8 @@ fn run(model: &Model, settings: Settings, earlier: Option<Sensitivities>) -> Res
 fn a_run_that_was_stopped_is_continued_to_the_same_result() {
     let model = model(|_| ());
     let whole = run(&model, SETTINGS, None).expect("measured");
-    assert_eq!(whole.layers.len(), 15);
-    assert_eq!(whole.layers[14].name, "lm_head");
+    assert_eq!(whole.layers.len(), 16);
+    assert_eq!([14, 15].map(|i| whole.layers[i].name.as_str()), ["lm_head", "model.embed_tokens"]);
     assert!(whole.layers.iter().all(|l| l.sensitivity > 0.0 && l.points.len() == 2));
 
     let mut until = Until { layers: 4, saved: None };
@@ -77,6 +77,18 @@ fn a_layer_of_zeros_does_not_matter() {
     // What is multiplied with its output does not matter either.
     let gate = measured.layers.iter().find(|l| l.name == "model.layers.1.mlp.gate_proj").expect("measured");
     assert_eq!(gate.sensitivity, 0.0);
+}
+
+#[test]
+fn a_tied_embedding_is_measured_with_the_output_layer() {
+    let tied = model(|m| {
+        m.config["tie_word_embeddings"] = true.into();
+        m.tensors.remove("lm_head.weight");
+    });
+    let measured = run(&tied, SETTINGS, None).expect("measured");
+    let [.., head, embedding] = &measured.layers[..] else { panic!("layers") };
+    assert!(measured.tied && head.name == "lm_head");
+    assert!(embedding.sensitivity > head.sensitivity, "{} {}", embedding.sensitivity, head.sensitivity);
 }
 
 #[test]
@@ -112,7 +124,7 @@ fn plans_are_taken_by_qp_quantize() {
     let layers: Vec<plan::Layer> = p
         .layers
         .iter()
-        .map(|l| plan::Layer { name: l.name.clone(), shape: l.shape, by_default: l.name != "lm_head" })
+        .map(|l| plan::Layer { name: l.name.clone(), shape: l.shape, by_default: l.name.starts_with("model.layers") })
         .collect();
     let resolved = plan.resolve(&layers).unwrap_or_else(|e| panic!("{e}"));
     for (layer, &c) in resolved.layers.iter().zip(&chosen) {

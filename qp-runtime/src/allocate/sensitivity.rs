@@ -71,7 +71,10 @@ pub struct Sensitivities {
     /// SHA-256 of the sampled tokens: equal for equal models and settings.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub texts: String,
-    /// The layers, in the order of execution.
+    /// True if the output layer is tied to the embedding: the embedding is then measured with the noise in both.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tied: bool,
+    /// The linear layers in the order of execution, then the embedding.
     pub layers: Vec<Measured>,
 }
 
@@ -178,9 +181,11 @@ pub trait Progress {
 enum Place {
     Block(usize, model::config::Role),
     Head,
+    Embedding,
 }
 
-/// Measures every linear layer, the output layer included. Layers that `earlier` has are not measured again.
+/// Measures every linear layer, the output layer included, and the embedding. An output layer that is tied to the
+/// embedding is measured apart from it first, and then with it, as one matrix for both. Layers that `earlier` has are not measured again.
 ///
 /// # Errors
 /// If the model cannot run, or `earlier` is of another model or of other settings.
@@ -205,6 +210,7 @@ pub fn measure(
         model: name.to_owned(),
         settings: Some(settings),
         texts: hash.finalize().iter().map(|b| format!("{b:02x}")).collect(),
+        tied: config.tied,
         layers: Vec::new(),
     };
     let mut known = Vec::new();
@@ -216,7 +222,7 @@ pub fn measure(
     }
     let expected = predictions(config, base.clone(), &texts)?;
     let blocks = (0..config.layers).flat_map(|b| model::config::Role::ALL.map(|r| Place::Block(b, r)));
-    let places: Vec<Place> = blocks.chain([Place::Head]).collect();
+    let places: Vec<Place> = blocks.chain([Place::Head, Place::Embedding]).collect();
     let trials = settings.levels * settings.draws;
     let total = places.len() * trials;
     for (i, &place) in places.iter().enumerate() {
@@ -232,7 +238,7 @@ pub fn measure(
             let seed = settings.seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ ((i * trials + t) as u64 + 1);
             let (noisy, noise) = disturb(linear, level, seed)?;
             let mut changed = weights.clone();
-            *at_mut(&mut changed, place) = noisy;
+            put(&mut changed, place, noisy, config.tied);
             let divergence = divergence(config, Arc::new(changed), &texts, &expected)?;
             if !divergence.is_finite() {
                 return Err(Error::NotANumber(linear.name.clone()));
@@ -255,13 +261,20 @@ fn at(weights: &Weights, place: Place) -> &Linear {
     match place {
         Place::Block(b, role) => &weights.layers[b][role],
         Place::Head => &weights.head,
+        Place::Embedding => &weights.embed,
     }
 }
 
-fn at_mut(weights: &mut Weights, place: Place) -> &mut Linear {
+fn put(weights: &mut Weights, place: Place, layer: Linear, tied: bool) {
     match place {
-        Place::Block(b, role) => &mut weights.layers[b][role],
-        Place::Head => &mut weights.head,
+        Place::Block(b, role) => weights.layers[b][role] = layer,
+        Place::Head => weights.head = layer,
+        Place::Embedding => {
+            if tied {
+                weights.head.weight = layer.weight.clone();
+            }
+            weights.embed = layer;
+        }
     }
 }
 
@@ -374,6 +387,7 @@ mod tests {
             model: "m".to_owned(),
             settings: None,
             texts: String::new(),
+            tied: false,
             layers: vec![layer],
         };
         all.write(&path).expect("written");

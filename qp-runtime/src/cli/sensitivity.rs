@@ -7,7 +7,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::allocate::sensitivity::{self, Progress, Sensitivities, Settings, measure};
 use crate::model::Model;
 
-/// Measure how much the predictions of a model suffer from noise in each of its linear layers.
+/// Measure how much the predictions of a model suffer from noise in each of its linear layers and in its embedding.
 ///
 /// Needs no data: the model writes the texts itself. `qp plan` reads the result.
 #[derive(Debug, clap::Args)]

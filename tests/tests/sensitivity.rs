@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use qp_runtime::allocate::sensitivity::{Error, Progress, Sensitivities, Settings, measure};
 use qp_runtime::allocate::{Candidate, Core, Effort, Freedom, Layer, Problem, report};
+use qp_runtime::device::Executor;
 use qp_runtime::engine;
 use qp_runtime::model::Model;
 use qp_runtime::plan;
@@ -43,7 +44,7 @@ fn model(change: impl FnOnce(&mut RandomModel)) -> Model {
 
 fn run(model: &Model, settings: Settings, earlier: Option<Sensitivities>) -> Result<Sensitivities, Error> {
     let mut all = Until { layers: usize::MAX, saved: None };
-    measure("random", &model.config, &model.weights, settings, earlier, &mut all)
+    measure(None, "random", &model.config, &model.weights, settings, earlier, &mut all)
 }
 
 #[test]
@@ -55,13 +56,28 @@ fn a_run_that_was_stopped_is_continued_to_the_same_result() {
     assert!(whole.layers.iter().all(|l| l.sensitivity > 0.0 && l.points.len() == 2));
 
     let mut until = Until { layers: 4, saved: None };
-    measure("random", &model.config, &model.weights, SETTINGS, None, &mut until).expect_err("stopped");
+    measure(None, "random", &model.config, &model.weights, SETTINGS, None, &mut until).expect_err("stopped");
     let part = until.saved.expect("saved");
     assert_eq!(part.layers.len(), 4);
     assert_eq!(run(&model, SETTINGS, Some(part.clone())).expect("continued"), whole);
 
     let other = Settings { seed: 4, ..SETTINGS };
     assert!(matches!(run(&model, other, Some(part)), Err(Error::Other(_))));
+}
+
+#[test]
+fn a_device_measures_the_same() {
+    let model = model(|_| ());
+    let settings = Settings { sequences: 1, tokens: 8, levels: 1, ..SETTINGS };
+    let cpu = run(&model, settings, None).expect("measured");
+    let mut all = Until { layers: usize::MAX, saved: None };
+    let on = Executor::interpreter();
+    let device =
+        measure(Some(&on), "random", &model.config, &model.weights, settings, None, &mut all).expect("measured");
+    assert_eq!(cpu.texts, device.texts);
+    for (a, b) in cpu.layers.iter().zip(&device.layers) {
+        assert!((a.sensitivity / b.sensitivity - 1.0).abs() < 1e-2, "{}: {} {}", a.name, a.sensitivity, b.sensitivity);
+    }
 }
 
 #[test]

@@ -19,7 +19,8 @@ use sha2::{Digest, Sha256};
 
 use super::problem::{Layer, Role};
 use crate::codec::gaussian::Gaussian;
-use crate::engine::{self, CpuEngine, Engine, Logits, PREFILL};
+use crate::device::Executor;
+use crate::engine::{self, Logits, PREFILL};
 use crate::model::{self, Config, Linear, Tensor, Weight, Weights};
 
 /// Version of the file format.
@@ -185,11 +186,13 @@ enum Place {
 }
 
 /// Measures every linear layer, the output layer included, and the embedding. An output layer that is tied to the
-/// embedding is measured apart from it first, and then with it, as one matrix for both. Layers that `earlier` has are not measured again.
+/// embedding is measured apart from it first, and then with it, as one matrix for both. The model runs on `on`, by default on the CPU;
+/// each trial has an engine of its own. Layers that `earlier` has are not measured again.
 ///
 /// # Errors
 /// If the model cannot run, or `earlier` is of another model or of other settings.
 pub fn measure(
+    on: Option<&Executor>,
     name: &str,
     config: &Config,
     weights: &Weights,
@@ -201,7 +204,7 @@ pub fn measure(
     let mut texts = Vec::new();
     for i in 0..settings.sequences {
         progress.trial(0, 1, "texts");
-        texts.push(engine::texts::write(config, &base, settings.tokens, settings.seed, i)?);
+        texts.push(engine::texts::write(on, config, &base, settings.tokens, settings.seed, i)?);
     }
     let mut hash = Sha256::new();
     texts.iter().flatten().for_each(|t| hash.update(t.to_le_bytes()));
@@ -220,7 +223,7 @@ pub fn measure(
         }
         known = earlier.layers;
     }
-    let expected = predictions(config, base.clone(), &texts)?;
+    let expected = predictions(on, config, &base, &texts)?;
     let blocks = (0..config.layers).flat_map(|b| model::config::Role::ALL.map(|r| Place::Block(b, r)));
     let places: Vec<Place> = blocks.chain([Place::Head, Place::Embedding]).collect();
     let trials = settings.levels * settings.draws;
@@ -239,7 +242,7 @@ pub fn measure(
             let (noisy, noise) = disturb(linear, level, seed)?;
             let mut changed = weights.clone();
             put(&mut changed, place, noisy, config.tied);
-            let divergence = divergence(config, Arc::new(changed), &texts, &expected)?;
+            let divergence = divergence(on, config, &Arc::new(changed), &texts, &expected)?;
             if !divergence.is_finite() {
                 return Err(Error::NotANumber(linear.name.clone()));
             }
@@ -309,9 +312,14 @@ fn disturb(linear: &Linear, level: f64, seed: u64) -> Result<(Linear, f64), Erro
 }
 
 /// Log-probabilities of every next token of every text: one row of `vocab` a token.
-fn predictions(config: &Config, weights: Arc<Weights>, texts: &[Vec<u32>]) -> Result<Vec<Vec<f32>>, Error> {
+fn predictions(
+    on: Option<&Executor>,
+    config: &Config,
+    weights: &Arc<Weights>,
+    texts: &[Vec<u32>],
+) -> Result<Vec<Vec<f32>>, Error> {
     let mut out = Vec::new();
-    each_row_block(config, weights, texts, |logits, vocab| {
+    each_row_block(on, config, weights, texts, |logits, vocab| {
         let mut rows = logits.to_vec();
         rows.par_chunks_exact_mut(vocab).for_each(log_softmax);
         out.push(rows);
@@ -320,9 +328,15 @@ fn predictions(config: &Config, weights: Arc<Weights>, texts: &[Vec<u32>]) -> Re
 }
 
 /// Mean divergence, in nats a token, of a model's predictions from `expected`.
-fn divergence(config: &Config, weights: Arc<Weights>, texts: &[Vec<u32>], expected: &[Vec<f32>]) -> Result<f64, Error> {
+fn divergence(
+    on: Option<&Executor>,
+    config: &Config,
+    weights: &Arc<Weights>,
+    texts: &[Vec<u32>],
+    expected: &[Vec<f32>],
+) -> Result<f64, Error> {
     let (mut total, mut count, mut blocks) = (0.0, 0, expected.iter());
-    each_row_block(config, weights, texts, |logits, vocab| {
+    each_row_block(on, config, weights, texts, |logits, vocab| {
         let Some(expected) = blocks.next() else { return };
         let rows = logits.par_chunks_exact(vocab).zip(expected.par_chunks_exact(vocab));
         let each: Vec<f64> = rows
@@ -340,13 +354,14 @@ fn divergence(config: &Config, weights: Arc<Weights>, texts: &[Vec<u32>], expect
 
 /// Runs the model over all texts and shows the logits as they come, some rows at a time.
 fn each_row_block(
+    on: Option<&Executor>,
     config: &Config,
-    weights: Arc<Weights>,
+    weights: &Arc<Weights>,
     texts: &[Vec<u32>],
     mut see: impl FnMut(&[f32], usize),
 ) -> Result<(), Error> {
     let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
-    let mut engine = CpuEngine::new(config, weights, longest)?;
+    let mut engine = engine::open(on, config, weights, longest)?;
     let mut logits = Vec::new();
     for text in texts {
         engine.truncate(0);

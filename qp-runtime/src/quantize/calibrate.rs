@@ -73,7 +73,7 @@ impl Calibration {
                 let mut all = Vec::new();
                 for i in 0..wanted {
                     progress(i, wanted);
-                    all.push(texts::write(config, weights, window, 0, i)?);
+                    all.push(texts::write(None, config, weights, window, 0, i)?);
                 }
                 ("self", all)
             }

@@ -110,10 +110,7 @@ fn cuda_of_representative_members() {
     let q = palette::get("tcq_2.5").expect("of the palette");
     let kernel = dequantize::lower(&Dequantize { quantizer: &q, shape, output: Elem::F16 }, 132);
     insta::assert_snapshot!("dequantize_tcq_2.5_sm_90a", print(&kernel, Target::Sm90a));
-    insta::assert_snapshot!("embed_htcq_2.75_sm_90a", {
-        let q = palette::get("htcq_2.75").expect("of the palette");
-        print(&embed(&q, 768), Target::Sm90a)
-    });
+    insta::assert_snapshot!("embed_tcq_2.5_sm_90a", print(&embed(&q, 768), Target::Sm90a));
     let op =
         Prepare { columns: 768, stride: 768, batch: 1, rotation: Rotation::Hadamard { seed: 0 }, norm: Some(1e-5) };
     insta::assert_snapshot!("prepare_768_sm_90a", print(&prepare::lower(&op), Target::Sm90a));

@@ -33,7 +33,7 @@ pub fn lower(op: &Dequantize, sms: u32) -> Kernel {
     b.finish()
 }
 
-fn emit<'b>(b: &'b Builder, op: &Dequantize, layout: &Packed, grid: u32) {
+fn emit(b: &Builder, op: &Dequantize, layout: &Packed, grid: u32) {
     let decoder = Decoder::new(b, op.quantizer, TABLE_BYTES);
     let weights = b.buffer("weights", Elem::U32, false);
     let scales = b.buffer("scales", Elem::BF16, false);

@@ -376,11 +376,18 @@ fn an_embedding_is_quantized_if_the_plan_names_it() {
 }
 
 #[test]
-fn an_embedding_is_calibrated_as_the_output_layer_that_it_serves() {
+fn an_output_layer_is_calibrated_and_an_embedding_is_not() {
     let mut model = random();
     model.config["bos_token_id"] = 7.into();
-    let text = "default = \"q2.qspec\"\n[layers]\n\"{lm_head,model.embed_tokens}\" = \"q2.qspec\"";
-    for tied in [false, true] {
+    let head = "default = \"q2.qspec\"\n[layers]\n\"lm_head\" = \"q2.qspec\"";
+    let both = head.replace("lm_head", "{lm_head,model.embed_tokens}");
+    for (tied, text, name, fitted) in [
+        (false, head, "lm_head", true),
+        (true, head, "lm_head", true),
+        (false, &both, "lm_head", true),
+        (false, &both, "model.embed_tokens", false),
+        (true, &both, "model.embed_tokens", false),
+    ] {
         model.config["tie_word_embeddings"] = tied.into();
         let place = Place::new(&model);
         // Two blocks side by side, so that one can make good what the other does.
@@ -388,8 +395,8 @@ fn an_embedding_is_calibrated_as_the_output_layer_that_it_serves() {
         fs::write(place.path("q2.qspec"), spec).unwrap();
         Job { plan: place.plan(text), ..place.job("plain") }.run(&Silent).unwrap();
         calibrated(Job { plan: place.plan(text), ..place.job("out") }, Texts::Own).run(&Silent).unwrap();
-        let embedding = |out: &str| Checkpoint::open(&place.path(out)).unwrap().linear("model.embed_tokens").unwrap().1;
-        assert_eq!(embedding("plain") == embedding("out"), !tied);
+        let packed = |out: &str| Checkpoint::open(&place.path(out)).unwrap().linear(name).unwrap().1;
+        assert_eq!(packed("plain") != packed("out"), fitted, "tied {tied}, {name}");
     }
 }
 

@@ -106,8 +106,7 @@ impl Calibration {
         &self.entry
     }
 
-    /// What layer number `layer` (in the order of the plan: after the blocks, the output layer and an embedding whose
-    /// matrix is the output layer's too) needs to be encoded by `q`; `None` if its inputs are
+    /// What linear layer number `layer` (in the order of the plan) needs to be encoded by `q`; `None` if its inputs are
     /// all zero. `rotations` tells of each layer by what rotation it is still to be encoded, if at all; layers
     /// are asked for in their order.
     ///

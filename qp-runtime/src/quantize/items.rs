@@ -66,14 +66,13 @@ pub fn layers(config: &Config) -> Vec<Place> {
 }
 
 /// If the output layer is tied to the embedding and `plan` gives both the same quantizer, one matrix serves both: only
-/// the embedding is left to encode. True if the embedding's matrix is the output layer's too.
-pub fn join_tied(config: &Config, plan: &mut Resolved) -> bool {
-    let [.., head, embedding] = &mut plan.layers[..] else { return false };
+/// the embedding is left to encode.
+pub fn join_tied(config: &Config, plan: &mut Resolved) {
+    let [.., head, embedding] = &mut plan.layers[..] else { return };
     let fused = plan.groups.iter().flatten().any(|l| *l == config.layers * Role::ALL.len());
     if config.tied && *head == *embedding && !fused {
         *head = None;
     }
-    config.tied && head.is_none()
 }
 
 /// The items of a checkpoint: every tensor of the model, a quantized layer's weight replaced by its packed form.

@@ -221,11 +221,12 @@ impl Job {
         let weights = Arc::new(Weights::load(&config, &source)?);
         let layers = layers(&config);
         let mut plan = self.plan.resolve(&layers.iter().map(|l| l.layer.clone()).collect::<Vec<_>>())?;
-        let serves_both = join_tied(&config, &mut plan);
+        join_tied(&config, &mut plan);
         let items = items(&source, &layers, &plan)?;
 
-        // Nothing enters an embedding, unless its matrix is the output layer's too.
-        let has_inputs = |i: usize| layers[i].layer.name != EMBEDDING || serves_both;
+        // Nothing enters an embedding. If its matrix is the output layer's too, what a fit to that would gain there is
+        // lost here.
+        let has_inputs = |i: usize| layers[i].layer.name != EMBEDDING;
         let spec_of = |i: usize| plan.layers[i].map(|s| &plan.specs[s]);
         let chosen: Vec<(String, String)> = layers
             .iter()

@@ -1,12 +1,37 @@
-//! Lists the files of `specs/`, so that the palette can be embedded.
+//! Lists the files of `specs/`, so that the palette can be embedded, and hashes the sources that make kernels.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};
 
 fn main() -> io::Result<()> {
-    let specs = Path::new(&env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default()).join("../specs");
-    println!("cargo::rerun-if-changed={}", specs.display());
     println!("cargo::rerun-if-changed=build.rs");
+    let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default());
+    list(&root.join("../specs"))?;
+    let mut hasher = DefaultHasher::new();
+    for name in ["cuda", "ir", "kernels", "layout.rs"] {
+        let path = root.join("src").join(name);
+        println!("cargo::rerun-if-changed={}", path.display());
+        hash(&path, &mut hasher)?;
+    }
+    println!("cargo::rustc-env=QP_GENERATOR={:016x}", hasher.finish());
+    Ok(())
+}
+
+/// Adds a file, or all of a folder, in the order of names.
+fn hash(path: &Path, hasher: &mut DefaultHasher) -> io::Result<()> {
+    if path.is_dir() {
+        let mut inside = fs::read_dir(path)?.map(|e| Ok(e?.path())).collect::<io::Result<Vec<_>>>()?;
+        inside.sort();
+        return inside.iter().try_for_each(|p| hash(p, hasher));
+    }
+    path.file_name().hash(hasher);
+    fs::read(path)?.hash(hasher);
+    Ok(())
+}
+
+fn list(specs: &Path) -> io::Result<()> {
+    println!("cargo::rerun-if-changed={}", specs.display());
     let mut files = Vec::new();
     for folder in ["", "tables"] {
         let Ok(entries) = fs::read_dir(specs.join(folder)) else { continue };

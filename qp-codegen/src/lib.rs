@@ -24,3 +24,7 @@ pub mod palette;
 pub mod reference;
 pub mod spec;
 pub mod syntax;
+
+/// Another for other sources of this crate's lowerings, printer and cost model: what was measured of one's kernels says
+/// nothing about another's.
+pub const GENERATOR: &str = env!("QP_GENERATOR");

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use qp_codegen::cuda::{Target, print};
 use qp_codegen::ir::{Elem, Kernel};
-use qp_codegen::kernels::{dequantize, encode, gemv, prepare, product};
+use qp_codegen::kernels::{Span, dequantize, embed_packed, encode, gemv, prepare, product};
 use qp_codegen::nvrtc;
 use qp_codegen::spec::{self, Matrix, Quantizer, Shape};
 use qp_codegen::syntax::{self, Diagnostics};
@@ -105,6 +105,8 @@ struct Emit {
 enum Operation {
     /// Packed words to the matrix
     Dequantize,
+    /// Rows of packed words, rotated back: an embedding
+    Embed,
     /// Search for the windows of weights (of a mix, the first code's)
     Encode,
     /// Product of packed weights with the activations of a few tokens, or of many
@@ -275,6 +277,10 @@ fn kernel(e: &Emit) -> Result<Kernel, Failure> {
     Ok(match e.op {
         Operation::Dequantize => {
             dequantize::lower(&dequantize::Dequantize { quantizer: &q, shape: e.shape, output: Elem::F16 }, device.sms)
+        }
+        Operation::Embed => {
+            let y = Span::rows(e.shape.cols);
+            embed_packed::lower(&embed_packed::EmbedPacked { quantizer: &q, shape: e.shape, batch: e.batch, y })
         }
         Operation::Encode => {
             let plan = encode::Plan::new(&q.codes[0], &device).map_err(|e| Failure::Other(e.to_string()))?;

@@ -53,6 +53,13 @@ impl Hadamard {
         Hadamard { columns, blocks: odd, log2: two, base: vec![false], m: 1 }
     }
 
+    /// The transform's inverse, which is its transpose: `base` is transposed, butterflies are symmetric.
+    pub fn transposed(mut self) -> Self {
+        let m = self.m as usize;
+        self.base = (0..m * m).map(|i| self.base[i % m * m + i / m]).collect();
+        self
+    }
+
     /// `1 / √(columns / blocks)`, which makes the transform orthonormal.
     pub fn norm(&self) -> f32 {
         (1.0 / f64::from(self.columns / self.blocks).sqrt()) as f32
@@ -147,28 +154,50 @@ fn paley(m: u32) -> Option<Vec<bool>> {
     Some(h.into_iter().map(|v| v < 0).collect())
 }
 
-/// A [`Rotation`] made ready for rows of one length.
+/// A [`Rotation`], or its inverse, made ready for rows of one length.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rotator(Option<(Vec<bool>, Hadamard)>);
+pub struct Rotator(Option<Turn>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Turn {
+    signs: Vec<bool>,
+    hadamard: Hadamard,
+    back: bool,
+}
 
 impl Rotator {
     /// Prepares `rotation` for rows of `columns` > 0 values.
     pub fn new(rotation: Rotation, columns: u32) -> Self {
         match rotation {
             Rotation::None => Rotator(None),
-            Rotation::Hadamard { seed } => Rotator(Some((layout::signs(seed, columns), Hadamard::new(columns)))),
+            Rotation::Hadamard { seed } => Rotator(Some(Turn {
+                signs: layout::signs(seed, columns),
+                hadamard: Hadamard::new(columns),
+                back: false,
+            })),
         }
+    }
+
+    /// Prepares the inverse of `rotation`: the transposed transform, then the signs.
+    pub fn inverse(rotation: Rotation, columns: u32) -> Self {
+        let turn = Rotator::new(rotation, columns).0;
+        Rotator(turn.map(|t| Turn { hadamard: t.hadamard.transposed(), back: true, ..t }))
     }
 
     /// Rotates one row of weights or one token's activations, in place.
     pub fn apply(&self, x: &mut [f32]) {
-        let Some((signs, hadamard)) = &self.0 else { return };
+        let Some(Turn { signs, hadamard, back }) = &self.0 else { return };
+        if *back {
+            hadamard.apply(x);
+        }
         for (v, neg) in x.iter_mut().zip(signs) {
             if *neg {
                 *v = -*v;
             }
         }
-        hadamard.apply(x);
+        if !*back {
+            hadamard.apply(x);
+        }
     }
 }
 
@@ -341,6 +370,18 @@ mod tests {
         rotate(r, &mut a);
         rotate(r, &mut b);
         assert!((dot(&a, &b) - before).abs() < 1e-3, "{} {before}", dot(&a, &b));
+    }
+
+    #[test]
+    fn rotations_are_undone() {
+        for columns in [6, 256, 344, 576, 768, 4864] {
+            let x: Vec<f32> = (0..columns).map(|i| (i as f32 * 0.37).sin()).collect();
+            let rotation = Rotation::Hadamard { seed: 7 };
+            let mut y = x.clone();
+            rotate(rotation, &mut y);
+            Rotator::inverse(rotation, columns).apply(&mut y);
+            assert!(x.iter().zip(&y).all(|(x, y)| (x - y).abs() < 1e-5), "{columns}");
+        }
     }
 
     #[test]

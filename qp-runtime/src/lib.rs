@@ -13,6 +13,7 @@ pub mod matrix;
 pub mod model;
 pub mod plan;
 pub mod quantize;
+pub mod svg;
 
 // So that the paths which derives write work in this crate too.
 extern crate self as qp_runtime;

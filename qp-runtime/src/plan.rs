@@ -1,4 +1,4 @@
-//! The plan: which quantizer each linear layer gets, and which layers share one launch.
+//! The plan: which quantizer each layer gets, and which layers share one launch.
 //!
 //! A plan is one spec for all ([`Plan::uniform`]) or a TOML file ([`Plan::read`], described in `docs/checkpoint.md`).
 //! It speaks of layers by pattern; [`Plan::resolve`] applies it to the layers that a model has. All problems of a
@@ -14,17 +14,20 @@ use qp_codegen::syntax::diag::nearest;
 use qp_codegen::syntax::{Diagnostic, Diagnostics, FileId, Sources, Span};
 use toml::de::{DeTable, DeValue};
 
+use crate::model::weights::EMBEDDING;
+
 /// The word that leaves a layer as it is.
 pub const KEEP: &str = "keep";
 
-/// A linear layer of a model, as a plan sees it.
+/// A linear layer or the embedding of a model, as a plan sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layer {
     /// Name without `.weight`, e.g. `model.layers.0.mlp.down_proj`.
     pub name: String,
     /// Rows × columns = out × in features.
     pub shape: Shape,
-    /// Whether `default` covers it. False for `lm_head`, which is quantized only if a rule names it.
+    /// Whether `default` covers it. False for the output layer and the embedding, which are quantized only if a rule
+    /// names them.
     pub by_default: bool,
 }
 
@@ -68,6 +71,16 @@ impl Plan {
             rules: Vec::new(),
             groups: Vec::new(),
         }
+    }
+
+    /// Adds a rule that wins over all others: the layer `name` gets `spec`, a palette name or a path relative to the
+    /// working directory. `option` is what the user gave it by, for messages.
+    pub fn set(&mut self, option: &str, name: &str, spec: &str) {
+        let is_path = spec.contains(".qspec") || spec.contains(['/', '\\']);
+        let absolute = is_path.then(|| std::path::absolute(spec).ok()).flatten();
+        let text = absolute.map_or(spec.to_owned(), |p| p.to_string_lossy().into_owned());
+        let span = place(self.sources.add(option, spec), 0..spec.len());
+        self.rules.push((Text { text: name.to_owned(), span }, Text { text, span }));
     }
 
     /// Reads a plan file. Paths of specs in it are relative to its folder.
@@ -327,12 +340,7 @@ impl Plan {
             let some: Vec<String> = layers.iter().take(3).map(|l| format!("`{}`", l.name)).collect();
             format!("the model's layers are {}, …", some.join(", "))
         });
-        let what = if pattern.text.contains("embed_tokens") {
-            format!("`{}` is an embedding, which is looked up and not multiplied: it cannot be quantized", pattern.text)
-        } else {
-            format!("`{}` matches no linear layer of the model", pattern.text)
-        };
-        problem(pattern.span, what, Some(help))
+        problem(pattern.span, format!("`{}` matches no layer of the model", pattern.text), Some(help))
     }
 
     fn done(&self, mut problems: Vec<Diagnostic>) -> Result<(), Diagnostics> {
@@ -355,6 +363,9 @@ fn check_group(
     let first = members[0];
     for &m in members {
         let name = &layers[m].name;
+        if name == EMBEDDING {
+            return Err(format!("`{name}` is looked up and not multiplied, so it cannot be fused"));
+        }
         if others.iter().any(|g| g.contains(&m)) {
             return Err(format!("`{name}` is in two groups"));
         }

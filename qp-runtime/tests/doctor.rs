@@ -21,7 +21,7 @@ fn what_is_missing_is_named_with_its_cure() {
     let output = doctor(dir.path(), &[]);
     let text = text(&output);
     assert!(text.contains("no such file cannot be used as NVRTC"), "{text}");
-    assert!(text.contains("kernel cache") && text.contains("(0 kernels, 0.0 MiB)"), "{text}");
+    assert!(text.contains("kernel cache") && text.contains("(0 kernels, 0 measured launches, 0.0 MiB)"), "{text}");
     assert!(text.lines().last().unwrap().contains("models run on"), "{text}");
 }
 
@@ -32,20 +32,35 @@ fn json_for_programs() {
     let report: serde_json::Value = serde_json::from_str(text(&output)).unwrap();
     assert!(report["nvrtc"]["missing"].is_string(), "{report}");
     assert!(report["driver"].is_object());
-    assert_eq!(report["cache"]["entries"], 0);
+    assert_eq!((&report["cache"]["entries"], &report["cache"]["launches"]), (&0.into(), &0.into()));
     assert_eq!(report["cache"]["folder"], dir.path().to_str().unwrap());
     assert!(report["cache"]["problem"].is_null());
 }
 
 #[test]
-fn clearing_takes_kernels_only() {
+fn clearing_takes_kernels_and_launches_only() {
     let dir = tempfile::tempdir().unwrap();
     let kernel = dir.path().join(format!("{}.cubin", "0a".repeat(32)));
     fs::write(&kernel, "whatever it holds").unwrap();
     fs::write(dir.path().join("notes.txt"), "mine").unwrap();
-    assert!(text(&doctor(dir.path(), &[])).contains("(1 kernels"));
-    assert!(text(&doctor(dir.path(), &["--clear-cache"])).contains("removed 1 compiled kernels"));
-    assert!(!kernel.exists() && dir.path().join("notes.txt").exists());
+    let launch = kernel.with_extension("launch");
+    fs::write(&launch, "whatever it holds").unwrap();
+    assert!(text(&doctor(dir.path(), &[])).contains("(1 kernels, 1 measured launches"));
+    assert!(text(&doctor(dir.path(), &["--clear-cache"])).contains("removed 2 compiled kernels"));
+    assert!(!kernel.exists() && !launch.exists() && dir.path().join("notes.txt").exists());
+}
+
+#[test]
+fn how_launches_are_chosen_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let said = |word: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_qp"));
+        let output = command.arg("doctor").env("QP_CACHE_DIR", dir.path()).env("QP_LAUNCHES", word).output().unwrap();
+        text(&output).to_owned()
+    };
+    assert!(said("").contains("measured at first use"));
+    assert!(said("model").contains("as the cost model chooses (QP_LAUNCHES=model)"));
+    assert!(said("fast").contains("QP_LAUNCHES is `fast`: it must be `measured` (the default) or `model`"));
 }
 
 #[test]

@@ -44,6 +44,9 @@ fn eval_reports_numbers() {
     let perplexity = json["perplexity"].as_f64().unwrap();
     assert!((10.0..25.0).contains(&perplexity), "{perplexity}");
     assert_eq!(json["scored"].as_u64().unwrap() % 255, 0);
+    let o = qp(&["eval", MODEL, "--text", path, "--limit", "600", "--json"]);
+    let json: serde_json::Value = serde_json::from_slice(&o.stdout).unwrap();
+    assert_eq!((json["tokens"].as_u64(), json["scored"].as_u64()), (Some(600), Some(510)));
     let o = qp(&["eval", MODEL, "--text", path]);
     assert!(text(&o.stdout).starts_with(&format!("perplexity {perplexity:.4}\n")), "{}", text(&o.stdout));
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::{bf16, f16};
@@ -13,6 +14,7 @@ use qp_codegen::spec::Shape;
 use qp_runtime::checkpoint::{Begin, Checkpoint, LayerEntry, Manifest, TensorEntry, is_checkpoint};
 use qp_runtime::codec::{decode_matrix, encode_matrix};
 use qp_runtime::device::Executor;
+use qp_runtime::engine::{CpuEngine, CudaEngine, Engine, Logits};
 use qp_runtime::model::{Model, Weight};
 use qp_runtime::plan::Plan;
 use qp_runtime::quantize::calibrate::{Calibrate, Texts};
@@ -318,7 +320,83 @@ fn an_output_layer_is_quantized_if_the_plan_names_it() {
         Job { plan: place.plan(text), ..place.job("out") }.run(&Silent).unwrap();
         let read = Model::open(&place.path("out")).unwrap();
         assert!(matches!(&read.weights.head.weight, Weight::Quantized { quantizer, .. } if quantizer.name == "q3"));
-        assert_eq!(read.weights.embed.to_f32(), model.tensors["model.embed_tokens.weight"].1);
+        let embedding = read.weights.embed.weight.dense().expect("as it was").to_f32();
+        assert_eq!(embedding, model.tensors["model.embed_tokens.weight"].1);
+    }
+}
+
+#[test]
+fn an_embedding_is_quantized_if_the_plan_names_it() {
+    let (head, embedding) = ("lm_head", "model.embed_tokens");
+    // For each, the quantizers in the plan and those of the matrices that the checkpoint holds, head first.
+    for (tied, planned, stored) in [
+        (false, ["", "q2"], ["dense", "q2"]),
+        (false, ["q3", "q3"], ["q3", "q3"]),
+        (true, ["", "q2"], ["", "q2"]),
+        (true, ["q3", ""], ["q3", "dense"]),
+        (true, ["q3", "q3"], ["", "q3"]),
+        (true, ["q3", "q2"], ["q3", "q2"]),
+        (true, ["keep", "q2"], ["", "q2"]),
+    ] {
+        let mut model = random();
+        model.config["tie_word_embeddings"] = tied.into();
+        if tied {
+            model.tensors.remove("lm_head.weight");
+        }
+        let place = Place::new(&model);
+        let mut plan = place.plan("default = \"q2.qspec\"");
+        for (name, spec) in [head, embedding].into_iter().zip(planned).filter(|p| !p.1.is_empty()) {
+            let path = place.path(&format!("{spec}.qspec")).to_string_lossy().into_owned();
+            plan.set("an option", name, if spec == "keep" { spec } else { &path });
+        }
+        Job { plan, ..place.job("out") }.run(&Silent).unwrap_or_else(|e| panic!("{e}"));
+        assert!(failure(&place.path("out")).is_none());
+        let checkpoint = Checkpoint::open(&place.path("out")).unwrap();
+        let held = |name: &str| match checkpoint.layer(name) {
+            Some(layer) => layer.spec.clone(),
+            None => if checkpoint.contains(&format!("{name}.weight")) { "dense" } else { "" }.to_owned(),
+        };
+        assert_eq!([held(head), held(embedding)], stored, "tied {tied}, {planned:?}");
+        let again = Job { plan: Plan::read(&place.path("out/plan.toml")).unwrap(), ..place.job("again") };
+        again.run(&Silent).unwrap();
+        assert_eq!(contents(&place.path("out")), contents(&place.path("again")));
+
+        // One matrix in memory if one is stored, and the same logits on every engine.
+        let Model { config, weights, .. } = Model::open(&place.path("out")).unwrap();
+        assert_eq!(weights.head.weight.is(&weights.embed.weight), stored[0].is_empty());
+        let mut device = CudaEngine::new(Executor::interpreter(), &config, &weights, 8).unwrap();
+        let mut cpu = CpuEngine::new(&config, Arc::new(weights), 8).unwrap();
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        for tokens in [&[1, 255, 7][..], &[0]] {
+            device.forward(tokens, Logits::All, &mut a).unwrap();
+            cpu.forward(tokens, Logits::All, &mut b).unwrap();
+            assert!(a.iter().zip(&b).all(|(a, b)| a.to_bits() == b.to_bits()), "tied {tied}, {planned:?}");
+        }
+    }
+}
+
+#[test]
+fn an_output_layer_is_calibrated_and_an_embedding_is_not() {
+    let mut model = random();
+    model.config["bos_token_id"] = 7.into();
+    let head = "default = \"q2.qspec\"\n[layers]\n\"lm_head\" = \"q2.qspec\"";
+    let both = head.replace("lm_head", "{lm_head,model.embed_tokens}");
+    for (tied, text, name, fitted) in [
+        (false, head, "lm_head", true),
+        (true, head, "lm_head", true),
+        (false, &both, "lm_head", true),
+        (false, &both, "model.embed_tokens", false),
+        (true, &both, "model.embed_tokens", false),
+    ] {
+        model.config["tie_word_embeddings"] = tied.into();
+        let place = Place::new(&model);
+        // Two blocks side by side, so that one can make good what the other does.
+        let spec = fs::read_to_string(place.path("q2.qspec")).unwrap().replace("2 x 128", "8 x 32");
+        fs::write(place.path("q2.qspec"), spec).unwrap();
+        Job { plan: place.plan(text), ..place.job("plain") }.run(&Silent).unwrap();
+        calibrated(Job { plan: place.plan(text), ..place.job("out") }, Texts::Own).run(&Silent).unwrap();
+        let packed = |out: &str| Checkpoint::open(&place.path(out)).unwrap().linear(name).unwrap().1;
+        assert_eq!(packed("plain") != packed("out"), fitted, "tied {tied}, {name}");
     }
 }
 

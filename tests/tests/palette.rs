@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use qp_codegen::cuda::{Target, print};
 use qp_codegen::ir::{Elem, Kernel};
 use qp_codegen::kernels::dequantize::{self, Dequantize};
-use qp_codegen::kernels::encode;
+use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::prepare::{self, Prepare};
 use qp_codegen::kernels::product::Launch;
+use qp_codegen::kernels::{Span, encode};
 use qp_codegen::palette;
 use qp_codegen::spec::{Quantizer, Rotation, Shape};
 use qp_runtime::device::Executor;
@@ -46,7 +47,7 @@ fn many_tokens_run_on_the_interpreter_as_on_the_cpu() {
     });
 }
 
-/// Kernels of `q` for `target`: products at several shapes and batches, the decoded matrix, and the encoder.
+/// Kernels of `q` for `target`: products at several shapes and batches, the decoded matrix, an embedding, and the encoder.
 fn kernels(q: &Quantizer, target: Target) -> Vec<Kernel> {
     let device = target.device();
     let gemv = |rows, cols, batch, accumulate| {
@@ -60,12 +61,19 @@ fn kernels(q: &Quantizer, target: Target) -> Vec<Kernel> {
         out.push(encode::Plan::new(code, &device).expect("few states").lower(132));
     }
     if target == Target::Sm90a {
+        out.push(embed(q, 4096));
         out.extend([gemv(28672, 4096, 1, false), gemv(4096, 14336, 8, true), gemv(1536, 576, 3, false)]);
         out.push(gemv(28672, 4096, 64, false));
     } else if ["fast_2", "tcq_3", "htcq_3.25", "nuq_4"].contains(&q.name.as_str()) {
         out.push(gemv(3584, 18944, 64, true));
     }
     out
+}
+
+/// One token's embedding.
+fn embed(quantizer: &Quantizer, cols: u32) -> Kernel {
+    let shape = Shape { rows: 128256, cols };
+    embed_packed::lower(&EmbedPacked { quantizer, shape, batch: 1, y: Span::rows(cols) })
 }
 
 #[test]
@@ -122,6 +130,7 @@ fn cuda_of_representative_members() {
     let q = palette::get("tcq_2.5").expect("of the palette");
     let kernel = dequantize::lower(&Dequantize { quantizer: &q, shape, output: Elem::F16 }, 132);
     insta::assert_snapshot!("dequantize_tcq_2.5_sm_90a", print(&kernel, Target::Sm90a));
+    insta::assert_snapshot!("embed_tcq_2.5_sm_90a", print(&embed(&q, 768), Target::Sm90a));
     let op =
         Prepare { columns: 768, stride: 768, batch: 1, rotation: Rotation::Hadamard { seed: 0 }, norm: Some(1e-5) };
     insta::assert_snapshot!("prepare_768_sm_90a", print(&prepare::lower(&op), Target::Sm90a));

@@ -3,9 +3,12 @@
 use qp_codegen::spec::Shape;
 use qp_runtime::plan::{Layer, Plan, Resolved};
 
-/// Two blocks and an output layer.
+/// Two blocks, an output layer and an embedding.
 fn layers() -> Vec<Layer> {
-    let layer = |name: String, rows, cols| Layer { by_default: name != "lm_head", name, shape: Shape { rows, cols } };
+    let layer = |name: String, rows, cols| {
+        let by_default = name.starts_with("model.layers");
+        Layer { by_default, name, shape: Shape { rows, cols } }
+    };
     let mut all = Vec::new();
     for i in 0..2 {
         for (name, rows, cols) in [
@@ -20,7 +23,9 @@ fn layers() -> Vec<Layer> {
             all.push(layer(format!("model.layers.{i}.{name}"), rows, cols));
         }
     }
-    all.push(layer("lm_head".to_owned(), 2048, 256));
+    for name in ["lm_head", "model.embed_tokens"] {
+        all.push(layer(name.to_owned(), 2048, 256));
+    }
     all
 }
 
@@ -65,9 +70,9 @@ fn later_rules_win_over_earlier_ones_and_over_the_default() {
 }
 
 #[test]
-fn the_default_leaves_the_output_layer_alone() {
+fn the_default_leaves_the_output_layer_and_the_embedding_alone() {
     let r = resolve("default = \"./q3.qspec\"").unwrap();
-    assert!(r.layers[..14].iter().all(|l| *l == Some(0)) && r.layers[14].is_none());
+    assert!(r.layers[..14].iter().all(|l| *l == Some(0)) && r.layers[14..] == [None, None]);
     assert_eq!(r.specs.len(), 1);
     let dir = specs();
     let uniform = Plan::uniform(&dir.path().join("q3.qspec").to_string_lossy()).resolve(&layers()).unwrap();
@@ -87,17 +92,30 @@ fn groups_are_formed_by_what_the_stars_stand_for() {
 }
 
 #[test]
+fn options_win_over_the_plan() {
+    let dir = specs();
+    let mut plan = Plan::uniform("keep");
+    plan.set("--embedding", "model.embed_tokens", &dir.path().join("q4.qspec").to_string_lossy());
+    let r = plan.resolve(&layers()).unwrap();
+    assert_eq!((r.layers[14], r.layers[15]), (None, Some(0)));
+    plan.set("--lm-head", "lm_head", "tqc_4");
+    let message = plan.resolve(&layers()).unwrap_err().render(false);
+    assert!(message.contains("--lm-head") && message.contains("tcq_4"), "{message}");
+}
+
+#[test]
 fn messages() {
     let bad = [
         "default = tcq_3",
         "default = 3\nlayer = {}\nbits = 4",
         "default = \"./q3.qspec\"\nlayers = \"./q4.qspec\"\ngroups = {}",
         "default = \"./q3.qspec\"\n[layers]\nmodel.layers.0 = \"./q4.qspec\"\n\"lm_head\" = 4\n\"a{b\" = \"./q4.qspec\"\n\"\" = \"./q4.qspec\"",
-        "default = \"./q3.qspec\"\n[layers]\n\"model.layers.*.mlp.dwn_proj\" = \"./q4.qspec\"\n\"model.layers.7.mlp.up_proj\" = \"./q4.qspec\"\n\"transformer.h.0\" = \"./q4.qspec\"\n\"model.embed_tokens\" = \"./q4.qspec\"",
+        "default = \"./q3.qspec\"\n[layers]\n\"model.layers.*.mlp.dwn_proj\" = \"./q4.qspec\"\n\"model.layers.7.mlp.up_proj\" = \"./q4.qspec\"\n\"transformer.h.0\" = \"./q4.qspec\"\n\"embed_tokens\" = \"./q4.qspec\"",
         "default = \"tqc_3\"\n[layers]\n\"lm_head\" = \"mine/none.qspec\"\n\"model.layers.0.mlp.*\" = \"bad.qspec\"",
         "default = \"other.qspec:q2\"\n[layers]\n\"lm_head\" = \"twin.qspec:q2\"\n\"model.layers.*.mlp.*\" = \"q2.qspec\"",
         "[layers]\n\"lm_head\" = \"./q4.qspec\"\n\"model.layers.0.*.*\" = \"keep\"",
         "default = \"./q3.qspec\"\n[[groups]]\nfuse = [\"model.layers.*.mlp.down_proj\", \"model.layers.*.mlp.up_proj\"]\n[[groups]]\nfuse = \"model.layers.0.mlp.up_proj\"\n[[groups]]\nfuse = \"lm_head\"\n[[groups]]\nfuse = \"x.*\"",
+        "default = \"./q3.qspec\"\n[layers]\n\"model.embed_tokens\" = \"./q3.qspec\"\n[[groups]]\nfuse = [\"model.embed_tokens\", \"model.layers.0.self_attn.q_proj\"]",
         "default = \"./q3.qspec\"\n[[groups]]\nfuse = [1, \"x.*\"]\nname = \"y\"",
     ];
     // The palette may grow.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use qp_runtime::allocate::sensitivity::{Error, Progress, Sensitivities, Settings, measure};
 use qp_runtime::allocate::{Candidate, Core, Effort, Freedom, Layer, Problem, report};
+use qp_runtime::device::Executor;
 use qp_runtime::engine;
 use qp_runtime::model::Model;
 use qp_runtime::plan;
@@ -43,25 +44,40 @@ fn model(change: impl FnOnce(&mut RandomModel)) -> Model {
 
 fn run(model: &Model, settings: Settings, earlier: Option<Sensitivities>) -> Result<Sensitivities, Error> {
     let mut all = Until { layers: usize::MAX, saved: None };
-    measure("random", &model.config, &model.weights, settings, earlier, &mut all)
+    measure(None, "random", &model.config, &model.weights, settings, earlier, &mut all)
 }
 
 #[test]
 fn a_run_that_was_stopped_is_continued_to_the_same_result() {
     let model = model(|_| ());
     let whole = run(&model, SETTINGS, None).expect("measured");
-    assert_eq!(whole.layers.len(), 15);
-    assert_eq!(whole.layers[14].name, "lm_head");
+    assert_eq!(whole.layers.len(), 16);
+    assert_eq!([14, 15].map(|i| whole.layers[i].name.as_str()), ["lm_head", "model.embed_tokens"]);
     assert!(whole.layers.iter().all(|l| l.sensitivity > 0.0 && l.points.len() == 2));
 
     let mut until = Until { layers: 4, saved: None };
-    measure("random", &model.config, &model.weights, SETTINGS, None, &mut until).expect_err("stopped");
+    measure(None, "random", &model.config, &model.weights, SETTINGS, None, &mut until).expect_err("stopped");
     let part = until.saved.expect("saved");
     assert_eq!(part.layers.len(), 4);
     assert_eq!(run(&model, SETTINGS, Some(part.clone())).expect("continued"), whole);
 
     let other = Settings { seed: 4, ..SETTINGS };
     assert!(matches!(run(&model, other, Some(part)), Err(Error::Other(_))));
+}
+
+#[test]
+fn a_device_measures_the_same() {
+    let model = model(|_| ());
+    let settings = Settings { sequences: 1, tokens: 8, levels: 1, ..SETTINGS };
+    let cpu = run(&model, settings, None).expect("measured");
+    let mut all = Until { layers: usize::MAX, saved: None };
+    let on = Executor::interpreter();
+    let device =
+        measure(Some(&on), "random", &model.config, &model.weights, settings, None, &mut all).expect("measured");
+    assert_eq!(cpu.texts, device.texts);
+    for (a, b) in cpu.layers.iter().zip(&device.layers) {
+        assert!((a.sensitivity / b.sensitivity - 1.0).abs() < 1e-2, "{}: {} {}", a.name, a.sensitivity, b.sensitivity);
+    }
 }
 
 #[test]
@@ -77,6 +93,18 @@ fn a_layer_of_zeros_does_not_matter() {
     // What is multiplied with its output does not matter either.
     let gate = measured.layers.iter().find(|l| l.name == "model.layers.1.mlp.gate_proj").expect("measured");
     assert_eq!(gate.sensitivity, 0.0);
+}
+
+#[test]
+fn a_tied_embedding_is_measured_with_the_output_layer() {
+    let tied = model(|m| {
+        m.config["tie_word_embeddings"] = true.into();
+        m.tensors.remove("lm_head.weight");
+    });
+    let measured = run(&tied, SETTINGS, None).expect("measured");
+    let [.., head, embedding] = &measured.layers[..] else { panic!("layers") };
+    assert!(measured.tied && head.name == "lm_head");
+    assert!(embedding.sensitivity > head.sensitivity, "{} {}", embedding.sensitivity, head.sensitivity);
 }
 
 #[test]
@@ -112,7 +140,7 @@ fn plans_are_taken_by_qp_quantize() {
     let layers: Vec<plan::Layer> = p
         .layers
         .iter()
-        .map(|l| plan::Layer { name: l.name.clone(), shape: l.shape, by_default: l.name != "lm_head" })
+        .map(|l| plan::Layer { name: l.name.clone(), shape: l.shape, by_default: l.name.starts_with("model.layers") })
         .collect();
     let resolved = plan.resolve(&layers).unwrap_or_else(|e| panic!("{e}"));
     for (layer, &c) in resolved.layers.iter().zip(&chosen) {

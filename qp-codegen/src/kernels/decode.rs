@@ -111,6 +111,16 @@ impl<'b, 'q> Decoder<'b, 'q> {
         Decoder { b, q, tables, buffer, lane }
     }
 
+    /// What the kernel is built with.
+    pub fn builder(&self) -> &'b Builder {
+        self.b
+    }
+
+    /// What is decoded.
+    pub fn quantizer(&self) -> &'q Quantizer {
+        self.q
+    }
+
     /// Copies the tables into shared memory, all threads of the block together. A barrier must follow.
     pub fn fill(&self, threads: u32) {
         let b = self.b;

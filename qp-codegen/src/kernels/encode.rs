@@ -90,7 +90,7 @@ struct Phase {
 }
 
 impl Plan {
-    /// Chooses how to encode `code` on `device`; the values of its tables do not matter.
+    /// Chooses how to encode `code` on `device`; of its tables only what [`Metric::new`] looks at matters.
     ///
     /// # Errors
     /// A code with too many states.

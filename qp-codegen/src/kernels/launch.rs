@@ -77,7 +77,6 @@ impl Launch {
         }
         // Equal estimates keep the order above, so the choice is a function of the input alone.
         out.sort_by(|a, b| a.0.total_cmp(&b.0));
-        out.dedup_by_key(|x| x.1);
         out
     }
 }

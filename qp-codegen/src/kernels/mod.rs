@@ -8,6 +8,7 @@ pub mod decode;
 pub mod dense;
 pub mod dequantize;
 pub mod embed;
+pub mod embed_packed;
 pub mod encode;
 pub mod gemm;
 pub mod gemv;
@@ -17,6 +18,8 @@ pub mod math;
 pub mod norm;
 pub mod prepare;
 pub mod product;
+pub mod read;
+pub mod rotate;
 mod span;
 
 pub use span::Span;

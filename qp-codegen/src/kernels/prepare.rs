@@ -1,10 +1,10 @@
 //! Preparing activations for a quantized layer: (norm), rotation, rounding to two planes of signed bytes.
 //!
-//! One block a token. Butterflies run in registers, eight elements a thread and pass, in the order that
-//! [`crate::reference`] fixes, so that every device gives the same bits.
+//! One block a token. The rotation is that of [`super::rotate`].
 
+use super::rotate::{self, RADIX_BITS, Values};
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Scalar, Special, V};
-use crate::layout::{self, COLUMN_PAD};
+use crate::layout::COLUMN_PAD;
 use crate::reference::{ACTIVATION_MAX, Hadamard, MEAN_LANES};
 use crate::spec::Rotation;
 
@@ -23,17 +23,12 @@ pub struct Prepare {
     pub norm: Option<f32>,
 }
 
-/// Elements a thread transforms at once.
-const RADIX_BITS: u32 = 3;
-/// Larger dense parts read their signs from memory rather than from the program.
-const MAX_UNROLLED_BASE: u32 = 60;
-
 /// Makes the kernel. Its parameters, in order:
 ///
 /// * `input`: `f32`, `batch × stride`;
 /// * `norm`: `f32`, `columns` weights (read with a norm only);
-/// * `flips`: 32-bit words, bit `i` set if column `i` is negated; see [`flips`];
-/// * `base`: the dense part's signs, if larger than the program may unroll; see [`base`];
+/// * `flips`: 32-bit words, bit `i` set if column `i` is negated; see [`rotate::flips`];
+/// * `base`: the dense part's signs, if larger than the program may unroll; see [`rotate::base`];
 /// * `x`, `x_scale`, `x_sum`: see [`super::gemv::lower`].
 pub fn lower(op: &Prepare) -> Kernel {
     let threads = (op.columns >> RADIX_BITS).next_power_of_two().clamp(MEAN_LANES as u32, 1024);
@@ -50,25 +45,6 @@ pub fn lower(op: &Prepare) -> Kernel {
     b.finish()
 }
 
-/// The signs of a rotation as the kernel takes them; one word that is not read without a rotation.
-pub fn flips(rotation: Rotation, columns: u32) -> Vec<u32> {
-    match rotation {
-        Rotation::None => vec![0],
-        Rotation::Hadamard { seed } => pack_bits(&layout::signs(seed, columns)),
-    }
-}
-
-/// The dense part's signs as the kernel takes them, each row padded to whole words; one word that is not read if the
-/// program holds them.
-pub fn base(columns: u32) -> Vec<u32> {
-    let h = Hadamard::new(columns);
-    if h.m <= MAX_UNROLLED_BASE { vec![0] } else { h.base.chunks_exact(h.m as usize).flat_map(pack_bits).collect() }
-}
-
-fn pack_bits(bits: &[bool]) -> Vec<u32> {
-    bits.chunks(32).map(|c| c.iter().enumerate().fold(0, |w, (i, &bit)| w | u32::from(bit) << i)).collect()
-}
-
 fn emit(b: &Builder, op: &Prepare, threads: u32) {
     let n = op.columns;
     let rotated = op.rotation != Rotation::None;
@@ -80,7 +56,7 @@ fn emit(b: &Builder, op: &Prepare, threads: u32) {
     let x = b.buffer("x", Elem::I8, true);
     let x_scale = b.buffer("x_scale", Elem::F32, true);
     let x_sum = b.buffer("x_sum", Elem::I32, true);
-    let values = Values { b, mem: b.shared("values", Elem::F32, n + n / 32) };
+    let values = Values::new(b, "values", n);
     let thread = b.special(Special::Thread);
     let token = b.special(Special::BlockX);
     let warps = threads / 32;
@@ -94,19 +70,12 @@ fn emit(b: &Builder, op: &Prepare, threads: u32) {
             None => v,
             Some(inverse) => v * inverse * b.load_as(weights, i, Elem::F32, 1, Cache::ReadOnly),
         };
-        let v = if rotated {
-            let word = b.load_as(flips, i >> 5, Elem::U32, 1, Cache::ReadOnly);
-            let sign = (word >> (i & 31).bits(Scalar::U32)) << 31;
-            (v.bits(Scalar::U32) ^ sign).bits(Scalar::F32)
-        } else {
-            v
-        };
+        let v = if rotated { rotate::flip(b, flips, i, v) } else { v };
         values.set(i, v);
     });
     b.barrier();
     if rotated {
-        butterflies(&values, &h, threads);
-        dense(&values, &h, base, threads);
+        rotate::transform(&values, &h, base, threads);
     }
 
     b.comment("Largest magnitude, then whole numbers.");
@@ -178,22 +147,6 @@ fn bytes(v: [V<'_>; 4]) -> V<'_> {
     a | (b << 8) | (c << 16) | (d << 24)
 }
 
-/// A token's values in shared memory, a word of padding after every 32 so that strided accesses spread over banks.
-struct Values<'b> {
-    b: &'b Builder,
-    mem: Mem,
-}
-
-impl<'b> Values<'b> {
-    fn get(&self, i: V<'b>) -> V<'b> {
-        self.b.load(self.mem, i + (i >> 5), Elem::F32)
-    }
-
-    fn set(&self, i: V<'b>, v: V<'b>) {
-        self.b.store(self.mem, i + (i >> 5), v, Elem::F32);
-    }
-}
-
 /// `1 / √(mean(x²) + eps)` of the `columns` values from `first`, in the order of [`crate::reference::mean_square`].
 pub(super) fn inverse_norm<'b>(b: &'b Builder, columns: u32, input: Mem, first: V<'b>, eps: f32) -> V<'b> {
     let lanes = MEAN_LANES as u32;
@@ -219,66 +172,4 @@ pub(super) fn inverse_norm<'b>(b: &'b Builder, columns: u32, input: Mem, first: 
     b.barrier();
     let mean = b.load(partial, b.i32(0), Elem::F32) / columns as f32;
     b.f32(1.0) / (mean + eps).sqrt()
-}
-
-/// Butterflies of stride 1, 2, 4, … 2^(log2 − 1).
-fn butterflies(values: &Values, h: &Hadamard, threads: u32) {
-    let b = values.b;
-    let thread = b.special(Special::Thread);
-    let mut done = 0;
-    while done < h.log2 {
-        let bits = (h.log2 - done).min(RADIX_BITS);
-        let (stride, radix) = (1u32 << done, 1u32 << bits);
-        b.for_(thread, h.columns / radix, threads, |i| {
-            let first = (i >> done) * (stride * radix) + (i & (stride as i32 - 1));
-            let at: Vec<V> = (0..radix).map(|j| first + j * stride).collect();
-            let mut v: Vec<V> = at.iter().map(|&i| values.get(i)).collect();
-            for bit in 0..bits {
-                for j in (0..radix as usize).filter(|j| j >> bit & 1 == 0) {
-                    let k = j + (1 << bit);
-                    (v[j], v[k]) = (v[j] + v[k], v[j] - v[k]);
-                }
-            }
-            at.iter().zip(v).for_each(|(&i, v)| values.set(i, v));
-        });
-        b.barrier();
-        done += bits;
-    }
-}
-
-/// The dense `m × m` part across the power-of-two parts.
-fn dense(values: &Values, h: &Hadamard, base: Mem, threads: u32) {
-    let b = values.b;
-    let (m, two) = (h.m, 1u32 << h.log2);
-    if m == 1 {
-        return;
-    }
-    let thread = b.special(Special::Thread);
-    if m <= MAX_UNROLLED_BASE {
-        b.for_(thread, two, threads, |i| {
-            let v: Vec<V> = (0..m).map(|j| values.get(i + j * two)).collect();
-            for (r, row) in h.base.chunks_exact(m as usize).enumerate() {
-                let first = if row[0] { -v[0] } else { v[0] };
-                let sum = v.iter().zip(row).skip(1).fold(first, |s, (&v, &neg)| if neg { s - v } else { s + v });
-                values.set(i + r as u32 * two, sum);
-            }
-        });
-        b.barrier();
-        return;
-    }
-    let out = Values { b, mem: b.shared("mixed", Elem::F32, h.columns + h.columns / 32) };
-    b.for_(thread, h.columns, threads, |i| {
-        let (row, col) = (i >> h.log2, i & (two as i32 - 1));
-        let sum = b.var(b.f32(-0.0));
-        b.for_(0, m, 1, |j| {
-            let word = b.load_as(base, row * m.div_ceil(32) + (j >> 5), Elem::U32, 1, Cache::ReadOnly);
-            let sign = (word >> (j & 31).bits(Scalar::U32)) << 31;
-            let v = values.get(col + j * two).bits(Scalar::U32) ^ sign;
-            b.set(sum, b.get(sum) + v.bits(Scalar::F32));
-        });
-        out.set(i, b.get(sum));
-    });
-    b.barrier();
-    b.for_(thread, h.columns, threads, |i| values.set(i, out.get(i)));
-    b.barrier();
 }

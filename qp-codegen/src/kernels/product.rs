@@ -7,6 +7,8 @@
 //! Both take the same parameters ([`gemv::lower`]) and give the same bits, so which of them computes a product is a
 //! matter of time alone: [`Launch::choose`] asks the cost model.
 
+use std::collections::HashSet;
+
 use super::decode::{Decoder, Register, load_words};
 use super::gemv::Gemv;
 use super::{gemm, gemv};
@@ -50,6 +52,8 @@ impl Launch {
         }
         // Equal estimates keep the order above, so the choice is a function of the input alone.
         out.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let mut seen = HashSet::new();
+        out.retain(|x| seen.insert(x.1));
         out
     }
 

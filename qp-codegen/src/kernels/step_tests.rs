@@ -9,6 +9,7 @@ use super::embed::{self, Embed};
 use super::glu::{self, Glu};
 use super::math::silu_reference;
 use super::norm::{self, Norm};
+use super::read::{self, Read};
 use super::span::Span;
 use crate::ir::interpret::{Arg, Options, run};
 use crate::ir::{Elem, Kernel, validate};
@@ -59,6 +60,17 @@ fn embed_copies_rows() {
         assert_eq!(row[..columns], exact[token * columns..(token + 1) * columns]);
         assert_eq!(row[columns..], [0.0; 4]);
     }
+}
+
+#[test]
+fn read_reads_every_word_once() {
+    let op = Read { blocks: 2, rounds: 2 };
+    let words: Vec<i32> = (0..op.words()).map(|i| (i * i).cast_signed()).collect();
+    let mut y = vec![0u8; 4 * op.threads() as usize];
+    launch(&read::lower(&op), &mut [Arg::ReadOnly(&ints(&words)), Arg::Buffer(&mut y)]);
+    let sums = y.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b));
+    let sum = |of: &mut dyn Iterator<Item = i32>| of.fold(0i32, i32::wrapping_add);
+    assert_eq!(sum(&mut sums.into_iter()), sum(&mut words.into_iter()));
 }
 
 #[test]

@@ -2,14 +2,15 @@
 
 use super::decode::pack_tables;
 use super::dequantize::{self, Dequantize};
-use super::gemm;
+use super::embed_packed::{self, EmbedPacked};
 use super::gemv::{self, Gemv};
 use super::prepare::{self, Prepare};
 use super::product::Launch;
+use super::{Span, gemm, rotate};
 use crate::ir::interpret::{Arg, Options, run};
 use crate::ir::{Elem, Kernel};
 use crate::layout::{BLOCKS_PER_TILE, COLUMN_PAD, Packed, position};
-use crate::reference::{self, Activations};
+use crate::reference::{self, Activations, Hadamard, Rotator};
 use crate::spec::expr::{Decode, Node, Op, VectorOp, WordOp};
 use crate::spec::{Code, Quantizer, Rotation, ScaleKind, Shape, Table, Value};
 
@@ -226,6 +227,55 @@ fn dequantize_equals_the_reference() {
     }
 }
 
+#[test]
+fn embed_packed_equals_the_reference() {
+    let all = quantizers();
+    let named = |name: &str, rotation| {
+        let q = all.iter().find(|q| q.name == name).expect("a quantizer");
+        Quantizer { rotation, ..q.clone() }
+    };
+    let rotations = [Rotation::None, Rotation::Hadamard { seed: 5 }];
+    for (name, cols, rotation) in [
+        ("v2_k5", 256, rotations[1]),
+        ("v4_k8_i16", 576, rotations[1]),
+        ("square", 130, rotations[0]),
+        ("mix2", 768, rotations[1]),
+        ("mix3", 4864, rotations[1]),
+        ("nuq3", 6, rotations[1]),
+    ] {
+        let (q, shape) = (named(name, rotation), Shape { rows: 70, cols });
+        let m = Matrix::random(&q, shape);
+        let tokens = [69i32, 0, 17, 17];
+        let y = Span { first: 3, stride: cols + 5 };
+        let op = EmbedPacked { quantizer: &q, shape, batch: 4, y };
+        let entries = m.entries(&q);
+        let mut expect = vec![0.5f32; (3 + 4 * y.stride) as usize];
+        for (t, token) in tokens.iter().map(|t| *t as usize).enumerate() {
+            let at = (y.first + t as u32 * y.stride) as usize;
+            let row = &mut expect[at..at + cols as usize];
+            for (c, (v, e)) in row.iter_mut().zip(&entries[token * cols as usize..]).enumerate() {
+                let code = &q.codes[m.layout.code_of(c as u32 / m.layout.tile.cols)];
+                *v = reference::weight(code, *e, m.scale(token));
+            }
+            Rotator::inverse(rotation, cols).apply(row);
+        }
+        let mut out = bytes(&vec![0.5f32; expect.len()], f32::to_le_bytes);
+        let inputs = [
+            bytes(&pack_tables(&q), u32::to_le_bytes),
+            bytes(&m.words, u32::to_le_bytes),
+            bytes(&m.scales, u16::to_le_bytes),
+            bytes(&tokens, i32::to_le_bytes),
+            bytes(&rotate::flips(rotation, cols), u32::to_le_bytes),
+            bytes(&embed_packed::base(cols), u32::to_le_bytes),
+        ];
+        let mut args: Vec<Arg> = inputs.iter().map(|b| Arg::ReadOnly(b)).collect();
+        args.push(Arg::Buffer(&mut out));
+        launch(&embed_packed::lower(&op), args);
+        let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&floats(&out)), bits(&expect), "{name}, {cols} columns");
+    }
+}
+
 fn activations(columns: u32, tokens: u32) -> Vec<Activations> {
     let mut r = Random(11);
     (0..tokens).map(|_| reference::quantize_activations(&(0..columns).map(|_| r.unit()).collect::<Vec<_>>())).collect()
@@ -390,12 +440,24 @@ fn prepare_equals_the_reference() {
 
         let kernel = prepare::lower(&Prepare { columns, stride, batch, rotation, norm });
         let (input, weight) = (bytes(&input, f32::to_le_bytes), bytes(&weight, f32::to_le_bytes));
-        let flips = bytes(&prepare::flips(rotation, columns), u32::to_le_bytes);
-        let base = bytes(&prepare::base(columns), u32::to_le_bytes);
+        let flips = bytes(&rotate::flips(rotation, columns), u32::to_le_bytes);
+        let base = bytes(&rotate::base(&Hadamard::new(columns)), u32::to_le_bytes);
         let mut out = expect.each_ref().map(|e| vec![0xee; e.len()]);
         let mut args: Vec<Arg> = [&input, &weight, &flips, &base].map(|b| Arg::ReadOnly(b)).into();
         args.extend(out.iter_mut().map(|o| Arg::Buffer(o)));
         launch(&kernel, args);
         assert_eq!(out, expect, "{columns} {rotation:?} {norm:?}");
+    }
+}
+
+#[test]
+fn launches_are_ranked_once_each() {
+    let q = crate::palette::get("fast_2").expect("of the palette");
+    for (rows, cols) in [(28672, 4096), (24, 300)] {
+        let op = Gemv { quantizer: &q, shape: Shape { rows, cols }, batch: 1, accumulate: false };
+        let ranked = Launch::ranked(&op, &crate::cuda::Target::Sm90a.device());
+        let different: std::collections::HashSet<_> = ranked.iter().map(|r| r.1).collect();
+        assert_eq!(different.len(), ranked.len(), "{rows} x {cols}");
+        assert!(ranked.is_sorted_by_key(|r| r.0));
     }
 }

@@ -5,15 +5,12 @@ use std::fmt::Write;
 use qp_codegen::spec::Matrix;
 
 use super::problem::{Allocation, Problem, Role};
+use crate::svg::{self, Picture, escape};
 
 const CELL_WIDTH: f64 = 34.0;
 const CELL_HEIGHT: f64 = 26.0;
 const LEFT: f64 = 64.0;
 const TOP: f64 = 54.0;
-
-/// Colours of the scale, from few bits to many: dark blue over green to yellow.
-const SCALE: [(f64, f64, f64); 5] =
-    [(68.0, 1.0, 84.0), (59.0, 82.0, 139.0), (33.0, 145.0, 140.0), (94.0, 201.0, 98.0), (253.0, 231.0, 37.0)];
 
 /// The picture as SVG text.
 pub fn svg(problem: &Problem, allocation: &Allocation, title: &str) -> String {
@@ -35,31 +32,21 @@ pub fn svg(problem: &Problem, allocation: &Allocation, title: &str) -> String {
     let rows = Matrix::ALL.len() + alone.len();
     let (width, height) =
         ((LEFT + CELL_WIDTH * f64::from(blocks.max(8)) + 24.0).max(460.0), TOP + CELL_HEIGHT * rows as f64 + 70.0);
-    let mut s = String::new();
-    let mut put = |line: String| {
-        s.push_str(&line);
-        s.push('\n');
-    };
-    put(format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
-         viewBox=\"0 0 {width} {height}\" font-family=\"sans-serif\" font-size=\"11\">"
-    ));
-    put(format!("<rect width=\"{width}\" height=\"{height}\" fill=\"white\"/>"));
-    put(format!("<text x=\"{LEFT}\" y=\"20\" font-size=\"14\">{}</text>", escape(title)));
+    let mut picture = Picture::new(width, height, LEFT, title);
     for b in 0..blocks {
         let x = LEFT + CELL_WIDTH * (f64::from(b) + 0.5);
-        put(format!("<text x=\"{x}\" y=\"{}\" text-anchor=\"middle\" fill=\"#555\">{b}</text>", TOP - 8.0));
+        picture.put(format!("<text x=\"{x}\" y=\"{}\" text-anchor=\"middle\" fill=\"#555\">{b}</text>", TOP - 8.0));
     }
     let names = Matrix::ALL.iter().map(|m| m.name()).chain(alone.iter().map(|&i| problem.layers[i].name.as_str()));
     for (r, name) in names.enumerate() {
         let y = TOP + CELL_HEIGHT * (r as f64 + 0.5) + 4.0;
-        put(format!("<text x=\"{}\" y=\"{y}\" text-anchor=\"end\">{}</text>", LEFT - 8.0, escape(name)));
+        picture.put(format!("<text x=\"{}\" y=\"{y}\" text-anchor=\"end\">{}</text>", LEFT - 8.0, escape(name)));
     }
     for (i, layer) in problem.layers.iter().enumerate() {
         let (c, r) = place(i);
         let (x, y) = (LEFT + CELL_WIDTH * c as f64, TOP + CELL_HEIGHT * r as f64);
         let (fill, ink) = colour(bits[i], range);
-        put(format!(
+        picture.put(format!(
             "<rect x=\"{:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"{:.1}\" fill=\"{fill}\"><title>{}: {}</title></rect>",
             x + 1.0,
             y + 1.0,
@@ -68,7 +55,7 @@ pub fn svg(problem: &Problem, allocation: &Allocation, title: &str) -> String {
             escape(&layer.name),
             escape(&problem.candidates[chosen[i]].name),
         ));
-        put(format!(
+        picture.put(format!(
             "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\" font-size=\"10\" fill=\"{ink}\">{}</text>",
             x + CELL_WIDTH / 2.0,
             y + CELL_HEIGHT / 2.0 + 3.5,
@@ -76,11 +63,10 @@ pub fn svg(problem: &Problem, allocation: &Allocation, title: &str) -> String {
         ));
     }
     for launch in allocation.launches.iter().filter(|l| l.layers.len() > 1) {
-        put(join(launch.layers.iter().map(|&i| place(i))));
+        picture.put(join(launch.layers.iter().map(|&i| place(i))));
     }
-    legend(&mut put, range, TOP + CELL_HEIGHT * rows as f64 + 26.0);
-    put("</svg>".to_owned());
-    s
+    legend(&mut picture, range, TOP + CELL_HEIGHT * rows as f64 + 26.0);
+    picture.finish()
 }
 
 /// A line down the left edges of the cells of one launch, with a dot at each.
@@ -99,16 +85,16 @@ fn join(cells: impl Iterator<Item = (usize, usize)>) -> String {
     out
 }
 
-fn legend(put: &mut impl FnMut(String), range: (f64, f64), y: f64) {
+fn legend(picture: &mut Picture, range: (f64, f64), y: f64) {
     let steps = 40;
     for i in 0..steps {
         let b = range.0 + (range.1 - range.0) * f64::from(i) / f64::from(steps - 1);
         let x = LEFT + 4.0 * f64::from(i);
-        put(format!("<rect x=\"{x}\" y=\"{y}\" width=\"4.2\" height=\"10\" fill=\"{}\"/>", colour(b, range).0));
+        picture.put(format!("<rect x=\"{x}\" y=\"{y}\" width=\"4.2\" height=\"10\" fill=\"{}\"/>", colour(b, range).0));
     }
-    put(format!("<text x=\"{LEFT}\" y=\"{}\">{} bits</text>", y + 24.0, range.0));
-    put(format!("<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{} bits</text>", LEFT + 160.0, y + 24.0, range.1));
-    put(format!(
+    picture.put(format!("<text x=\"{LEFT}\" y=\"{}\">{} bits</text>", y + 24.0, range.0));
+    picture.put(format!("<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{} bits</text>", LEFT + 160.0, y + 24.0, range.1));
+    picture.put(format!(
         "<text x=\"{}\" y=\"{}\" fill=\"#555\">dots joined by a line: one launch</text>",
         LEFT + 180.0,
         y + 9.0
@@ -118,14 +104,5 @@ fn legend(put: &mut impl FnMut(String), range: (f64, f64), y: f64) {
 /// Fill, and a colour of text that can be read on it.
 fn colour(bits: f64, range: (f64, f64)) -> (String, &'static str) {
     let t = if range.1 > range.0 { (bits - range.0) / (range.1 - range.0) } else { 0.5 };
-    let at = t.clamp(0.0, 1.0) * (SCALE.len() - 1) as f64;
-    let i = (at as usize).min(SCALE.len() - 2);
-    let mix = |a: f64, b: f64| (a + (b - a) * (at - i as f64)).round() as u8;
-    let (a, b) = (SCALE[i], SCALE[i + 1]);
-    let fill = format!("#{:02x}{:02x}{:02x}", mix(a.0, b.0), mix(a.1, b.1), mix(a.2, b.2));
-    (fill, if t > 0.6 { "black" } else { "white" })
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+    (svg::colour(t), if t > 0.6 { "black" } else { "white" })
 }

@@ -225,7 +225,8 @@ fn close_gap(units: &[Unit], budgets: Budgets, effort: Effort, dual: &Dual) -> O
         if known.is_finite() && known - bound <= effort.gap * known {
             break;
         }
-        let capped = gap.min(known - relaxed);
+        // Work grows with a high power of the gap: a round that is nearly the last would cost as much as the last.
+        let capped = if gap > 0.8 * (known - relaxed) { known - relaxed } else { gap };
         // Without any choice yet there may be none: then a problem of one budget is quicker to say so.
         let limit = if best.is_some() { effort.states } else { effort.states / 16 };
         let round = Round { units, budgets, prices, relaxed, gap: capped + dust, limit };
@@ -304,8 +305,9 @@ impl Round<'_> {
             let room = [0, 1].map(|r| self.budgets[r].unwrap_or(i64::MAX) - least[stage + 1][r]);
             let mut next: Vec<State> = Vec::with_capacity(states.len() * 2);
             let mut from: Vec<(u32, u32)> = Vec::with_capacity(states.len() * 2);
-            for s in &states {
-                for (i, c) in list.iter().enumerate() {
+            // States are in order, and so are they with any one choice added: sorting merges few runs.
+            for (i, c) in list.iter().enumerate() {
+                for s in &states {
                     let item = s.item.plus(c.item);
                     // Keeps within the budgets with the most frugal rest, and no prices prove it too dear.
                     let hopeful = item.uses[0] <= room[0]
@@ -384,10 +386,7 @@ impl Round<'_> {
     }
 
     fn undominated(&self, states: &mut Vec<State>) {
-        states.sort_unstable_by(|a, b| {
-            let key = |s: &State| (s.item.uses, s.trail);
-            a.item.uses.cmp(&b.item.uses).then(a.item.cost.total_cmp(&b.item.cost)).then(key(a).cmp(&key(b)))
-        });
+        states.sort_by(|a, b| a.item.uses.cmp(&b.item.uses).then(a.item.cost.total_cmp(&b.item.cost)));
         if self.budgets[MEMORY].is_none() || self.budgets[TIME].is_none() {
             // One resource: a running minimum does.
             let mut least = f64::INFINITY;

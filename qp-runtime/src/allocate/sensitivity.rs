@@ -19,7 +19,8 @@ use sha2::{Digest, Sha256};
 
 use super::problem::{Layer, Role};
 use crate::codec::gaussian::Gaussian;
-use crate::engine::{self, CpuEngine, Engine, Logits, PREFILL};
+use crate::device::Executor;
+use crate::engine::{self, Logits, PREFILL};
 use crate::model::{self, Config, Linear, Tensor, Weight, Weights};
 
 /// Version of the file format.
@@ -71,7 +72,10 @@ pub struct Sensitivities {
     /// SHA-256 of the sampled tokens: equal for equal models and settings.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub texts: String,
-    /// The layers, in the order of execution.
+    /// True if the output layer is tied to the embedding: the embedding is then measured with the noise in both.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tied: bool,
+    /// The linear layers in the order of execution, then the embedding.
     pub layers: Vec<Measured>,
 }
 
@@ -178,13 +182,17 @@ pub trait Progress {
 enum Place {
     Block(usize, model::config::Role),
     Head,
+    Embedding,
 }
 
-/// Measures every linear layer, the output layer included. Layers that `earlier` has are not measured again.
+/// Measures every linear layer, the output layer included, and the embedding. An output layer that is tied to the
+/// embedding is measured apart from it first, and then with it, as one matrix for both. The model runs on `on`, by default on the CPU;
+/// each trial has an engine of its own. Layers that `earlier` has are not measured again.
 ///
 /// # Errors
 /// If the model cannot run, or `earlier` is of another model or of other settings.
 pub fn measure(
+    on: Option<&Executor>,
     name: &str,
     config: &Config,
     weights: &Weights,
@@ -196,7 +204,7 @@ pub fn measure(
     let mut texts = Vec::new();
     for i in 0..settings.sequences {
         progress.trial(0, 1, "texts");
-        texts.push(engine::texts::write(config, &base, settings.tokens, settings.seed, i)?);
+        texts.push(engine::texts::write(on, config, &base, settings.tokens, settings.seed, i)?);
     }
     let mut hash = Sha256::new();
     texts.iter().flatten().for_each(|t| hash.update(t.to_le_bytes()));
@@ -205,6 +213,7 @@ pub fn measure(
         model: name.to_owned(),
         settings: Some(settings),
         texts: hash.finalize().iter().map(|b| format!("{b:02x}")).collect(),
+        tied: config.tied,
         layers: Vec::new(),
     };
     let mut known = Vec::new();
@@ -214,9 +223,9 @@ pub fn measure(
         }
         known = earlier.layers;
     }
-    let expected = predictions(config, base.clone(), &texts)?;
+    let expected = predictions(on, config, &base, &texts)?;
     let blocks = (0..config.layers).flat_map(|b| model::config::Role::ALL.map(|r| Place::Block(b, r)));
-    let places: Vec<Place> = blocks.chain([Place::Head]).collect();
+    let places: Vec<Place> = blocks.chain([Place::Head, Place::Embedding]).collect();
     let trials = settings.levels * settings.draws;
     let total = places.len() * trials;
     for (i, &place) in places.iter().enumerate() {
@@ -232,8 +241,8 @@ pub fn measure(
             let seed = settings.seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ ((i * trials + t) as u64 + 1);
             let (noisy, noise) = disturb(linear, level, seed)?;
             let mut changed = weights.clone();
-            *at_mut(&mut changed, place) = noisy;
-            let divergence = divergence(config, Arc::new(changed), &texts, &expected)?;
+            put(&mut changed, place, noisy, config.tied);
+            let divergence = divergence(on, config, &Arc::new(changed), &texts, &expected)?;
             if !divergence.is_finite() {
                 return Err(Error::NotANumber(linear.name.clone()));
             }
@@ -255,13 +264,20 @@ fn at(weights: &Weights, place: Place) -> &Linear {
     match place {
         Place::Block(b, role) => &weights.layers[b][role],
         Place::Head => &weights.head,
+        Place::Embedding => &weights.embed,
     }
 }
 
-fn at_mut(weights: &mut Weights, place: Place) -> &mut Linear {
+fn put(weights: &mut Weights, place: Place, layer: Linear, tied: bool) {
     match place {
-        Place::Block(b, role) => &mut weights.layers[b][role],
-        Place::Head => &mut weights.head,
+        Place::Block(b, role) => weights.layers[b][role] = layer,
+        Place::Head => weights.head = layer,
+        Place::Embedding => {
+            if tied {
+                weights.head.weight = layer.weight.clone();
+            }
+            weights.embed = layer;
+        }
     }
 }
 
@@ -296,9 +312,14 @@ fn disturb(linear: &Linear, level: f64, seed: u64) -> Result<(Linear, f64), Erro
 }
 
 /// Log-probabilities of every next token of every text: one row of `vocab` a token.
-fn predictions(config: &Config, weights: Arc<Weights>, texts: &[Vec<u32>]) -> Result<Vec<Vec<f32>>, Error> {
+fn predictions(
+    on: Option<&Executor>,
+    config: &Config,
+    weights: &Arc<Weights>,
+    texts: &[Vec<u32>],
+) -> Result<Vec<Vec<f32>>, Error> {
     let mut out = Vec::new();
-    each_row_block(config, weights, texts, |logits, vocab| {
+    each_row_block(on, config, weights, texts, |logits, vocab| {
         let mut rows = logits.to_vec();
         rows.par_chunks_exact_mut(vocab).for_each(log_softmax);
         out.push(rows);
@@ -307,9 +328,15 @@ fn predictions(config: &Config, weights: Arc<Weights>, texts: &[Vec<u32>]) -> Re
 }
 
 /// Mean divergence, in nats a token, of a model's predictions from `expected`.
-fn divergence(config: &Config, weights: Arc<Weights>, texts: &[Vec<u32>], expected: &[Vec<f32>]) -> Result<f64, Error> {
+fn divergence(
+    on: Option<&Executor>,
+    config: &Config,
+    weights: &Arc<Weights>,
+    texts: &[Vec<u32>],
+    expected: &[Vec<f32>],
+) -> Result<f64, Error> {
     let (mut total, mut count, mut blocks) = (0.0, 0, expected.iter());
-    each_row_block(config, weights, texts, |logits, vocab| {
+    each_row_block(on, config, weights, texts, |logits, vocab| {
         let Some(expected) = blocks.next() else { return };
         let rows = logits.par_chunks_exact(vocab).zip(expected.par_chunks_exact(vocab));
         let each: Vec<f64> = rows
@@ -327,13 +354,14 @@ fn divergence(config: &Config, weights: Arc<Weights>, texts: &[Vec<u32>], expect
 
 /// Runs the model over all texts and shows the logits as they come, some rows at a time.
 fn each_row_block(
+    on: Option<&Executor>,
     config: &Config,
-    weights: Arc<Weights>,
+    weights: &Arc<Weights>,
     texts: &[Vec<u32>],
     mut see: impl FnMut(&[f32], usize),
 ) -> Result<(), Error> {
     let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
-    let mut engine = CpuEngine::new(config, weights, longest)?;
+    let mut engine = engine::open(on, config, weights, longest)?;
     let mut logits = Vec::new();
     for text in texts {
         engine.truncate(0);
@@ -374,6 +402,7 @@ mod tests {
             model: "m".to_owned(),
             settings: None,
             texts: String::new(),
+            tied: false,
             layers: vec![layer],
         };
         all.write(&path).expect("written");

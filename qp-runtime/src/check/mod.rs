@@ -1,6 +1,6 @@
 //! Comparing a device with the CPU, on made-up data: what `qp check-gpu` does, and the test suite on the interpreter.
 //!
-//! Everything is compared to the bit: decoded matrices, prepared activations, products of every batch, encoded windows,
+//! Everything is compared to the bit: decoded matrices, rows looked up, prepared activations, products of every batch, encoded windows,
 //! and the logits of small models. Products are compared with a sum in double precision too, so that a mistake common to device and CPU
 //! shows.
 
@@ -9,18 +9,21 @@ pub mod synthetic;
 use std::mem::discriminant;
 use std::sync::Arc;
 
+use qp_codegen::kernels::Span;
+use qp_codegen::kernels::embed_packed::EmbedPacked;
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::prepare::Prepare;
 use qp_codegen::kernels::product::Launch;
 use qp_codegen::layout::COLUMN_PAD;
-use qp_codegen::reference::{self, Activations};
+use qp_codegen::reference::{self, Activations, Rotator};
 use qp_codegen::spec::{Quantizer, Shape};
 
 use crate::codec::viterbi::{Scratch, Trellis};
 use crate::codec::{Decoder, Gaussian, PackedMatrix};
-use crate::device::ops::{DeviceActivations, DeviceMatrix, GemvKernel, PrepareKernel};
+use crate::device::ops::{DeviceActivations, DeviceMatrix, EmbedPackedKernel, GemvKernel, PrepareKernel};
 use crate::device::{DeviceError, DeviceTrellis, Executor};
 use crate::engine::{CpuEngine, CudaEngine, Engine, Logits};
+use crate::model::weights::EMBEDDING;
 
 /// Epsilon of the norms that are checked.
 const EPS: f32 = 1e-5;
@@ -87,7 +90,7 @@ fn same_floats(what: &str, device: &[f32], cpu: &[f32]) -> Result<(), Failure> {
     same(what, device, cpu, |v| v.to_bits())
 }
 
-/// Compares what `on` computes with matrices of `q` with what the CPU does: a decoded matrix, and for each batch
+/// Compares what `on` computes with matrices of `q` with what the CPU does: a decoded matrix, rows of it, and for each batch
 /// prepared activations and products, of the best launch of each kernel and of one that splits columns, each twice. Gives
 /// the number of comparisons.
 ///
@@ -104,11 +107,36 @@ pub fn quantizer(on: &Executor, q: &Quantizer, shape: Shape, batches: &[u32]) ->
     let matrix = DeviceMatrix::upload(on, q, shape.cols, &parts).map_err(Failure::of(&what))?;
     let decoded = matrix.dequantize(on, q).map_err(Failure::of(&what))?;
     same_floats(&what, &decoded, &weights)?;
-    let mut done = 1;
+    same_rows(on, &name, &decoder, &packed, &matrix)?;
+    let mut done = 2;
     for &batch in batches {
         done += products(on, &name, &decoder, &packed, &weights, &matrix, batch)?;
     }
     Ok(done)
+}
+
+/// Compares rows that are looked up in a matrix, as in an embedding.
+fn same_rows(
+    on: &Executor,
+    name: &str,
+    decoder: &Decoder,
+    packed: &PackedMatrix,
+    matrix: &DeviceMatrix,
+) -> Result<(), Failure> {
+    let (q, shape) = (decoder.quantizer(), packed.layout.shape);
+    let what = format!("{name}: rows looked up");
+    let tokens = [shape.rows - 1, 0, shape.rows / 2];
+    let mut rows = decoder.rows(packed, &tokens);
+    let back = Rotator::inverse(q.rotation, shape.cols);
+    rows.chunks_exact_mut(shape.cols as usize).for_each(|row| back.apply(row));
+    let run = || {
+        let op = EmbedPacked { quantizer: q, shape, batch: tokens.len() as u32, y: Span::rows(shape.cols) };
+        let kernel = EmbedPackedKernel::load(on, &op)?;
+        let mut y = on.zeroed::<f32>(rows.len())?;
+        kernel.launch(on, matrix, &on.upload(&tokens.map(u32::cast_signed))?, &mut y)?;
+        y.to_vec()
+    };
+    same_floats(&what, &run().map_err(Failure::of(&what))?, &rows)
 }
 
 /// Compares the windows that `on` finds for Gaussian weights, with outliers and zeros among them, with the CPU's, for
@@ -191,7 +219,7 @@ fn products(
     for launch in launches {
         let what = format!("{what}: product with {launch:?}");
         let run = || {
-            let mut kernel = GemvKernel::load(on, &op, Some(launch))?;
+            let mut kernel = GemvKernel::load(on, &op, &launch)?;
             let mut y = on.zeroed::<f32>(stride * batch as usize)?;
             // The second run finds what the first left where blocks meet.
             for _ in 0..2 {
@@ -352,9 +380,10 @@ pub fn shapes() -> Vec<(&'static str, synthetic::Shapes)> {
 /// Which quantizer, if any, the layer of a name gets.
 pub type Choose = Box<dyn Fn(&str) -> Option<Quantizer> + Sync>;
 
-/// The quantizers of the small models' layers: none at all, one everywhere, or several and none side by side.
+/// The quantizers of the small models' layers: none at all, one everywhere, several and none side by side, or one of the
+/// embedding, which serves a tied output layer too.
 pub fn choices(a: &Quantizer, b: &Quantizer) -> Vec<(&'static str, Choose)> {
-    let (one, a, b) = (a.clone(), a.clone(), b.clone());
+    let (one, embedding, a, b) = (a.clone(), a.clone(), a.clone(), b.clone());
     vec![
         ("unquantized", Box::new(|_| None)),
         ("quantized", Box::new(move |_| Some(one.clone()))),
@@ -371,6 +400,7 @@ pub fn choices(a: &Quantizer, b: &Quantizer) -> Vec<(&'static str, Choose)> {
                 }
             }),
         ),
+        ("quantized embedding", Box::new(move |name| (name == EMBEDDING).then(|| embedding.clone()))),
     ]
 }
 

@@ -8,6 +8,7 @@ use qp_codegen::layout::Packed;
 use qp_codegen::spec::{Quantizer, Shape};
 
 use crate::codec::{PackedMatrix, scale_count};
+use crate::model::weights::EMBEDDING;
 use crate::model::{Config, Error, Source, Tensor, Weight, Weights};
 
 /// Pseudo-random numbers (SplitMix64), the same everywhere.
@@ -81,7 +82,7 @@ pub struct Shapes {
     pub tied: bool,
 }
 
-/// Its configuration, and weights quantized by what `choose` gives for the name of each linear layer.
+/// Its configuration, and weights quantized by what `choose` gives for the name of each layer.
 ///
 /// # Errors
 /// Shapes that no configuration may have.
@@ -106,9 +107,8 @@ struct Synthetic<'a> {
 
 impl Source for Synthetic<'_> {
     fn tensor(&self, name: &str) -> Result<Tensor, Error> {
-        let Shapes { hidden, inner, heads, head_dim, vocab, .. } = self.shapes;
+        let Shapes { hidden, inner, heads, head_dim, .. } = self.shapes;
         let shape = match name {
-            _ if name.ends_with("embed_tokens.weight") => vec![vocab, hidden],
             _ if name.ends_with("q_proj.bias") => vec![heads * head_dim],
             _ if name.ends_with("k_proj.bias") || name.ends_with("v_proj.bias") => vec![heads / 2 * head_dim],
             _ if name.ends_with("gate_proj.bias") || name.ends_with("up_proj.bias") => vec![inner],
@@ -119,12 +119,16 @@ impl Source for Synthetic<'_> {
 
     fn linear(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, Error> {
         Ok(match (self.choose)(name) {
-            None => Weight::Dense(tensor(name, &[rows, cols], 0.2)),
+            None => Weight::Dense(tensor(name, &[rows, cols], if name == EMBEDDING { 1.0 } else { 0.2 })),
             Some(quantizer) => {
                 let matrix = matrix(name, &quantizer, Shape { rows: rows as u32, cols: cols as u32 });
                 Weight::Quantized { quantizer: Arc::new(quantizer), matrix: Arc::new(matrix) }
             }
         })
+    }
+
+    fn is_quantized(&self, name: &str) -> bool {
+        (self.choose)(name).is_some()
     }
 }
 

@@ -1,22 +1,26 @@
 //! `qp bench`: measurements to publish.
 
-use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::product::{Launch, MAX_BATCH};
+use qp_codegen::kernels::read::{self, Read};
 use qp_codegen::layout::Packed;
 use qp_codegen::reference::{self, Activations};
 use qp_codegen::spec::{self, Quantizer, Shape};
 
 use super::Error;
 use super::bench_encode::EncodeBench;
+use super::bench_jit::JitBench;
+use super::bench_roofline::RooflineBench;
 use super::distortion::DistortionBench;
+use super::results::{Fp16, Kernel, Results};
 use crate::check::synthetic::{self, Random};
 use crate::codec;
 use crate::device::ops::{DeviceActivations, DeviceMatrix, GemvKernel};
-use crate::device::{Buffer, Executor};
+use crate::device::tune::{self, Product};
+use crate::device::{Buffer, Executor, launches};
 
 /// Measure kernels and codes.
 #[derive(Args)]
@@ -29,13 +33,18 @@ pub struct Bench {
 enum What {
     Distortion(DistortionBench),
     Encode(EncodeBench),
+    Jit(JitBench),
     Kernels(Kernels),
+    Roofline(RooflineBench),
 }
 
 /// Time matrix-vector products with packed weights on a GPU.
 ///
 /// Each kernel is first compared with the CPU's decoder. Then a graph of launches rotates over copies of the weights
 /// that together exceed the L2 cache; the time is that of the graph over its launches, the best of several runs.
+///
+/// Measured are the launch that an engine uses, chosen by a short measurement of a few (or remembered from one; see
+/// QP_LAUNCHES), and the cost model's own choice. `model` is the time of that over the best.
 #[derive(Args)]
 struct Kernels {
     /// Quantizers: names of the palette or spec files.
@@ -50,8 +59,11 @@ struct Kernels {
           value_parser = clap::value_parser!(u32).range(1..=MAX_BATCH as i64))]
     batch: Vec<u32>,
     /// Try this many launch shapes, the best by the cost model first, and print each.
-    #[arg(long, default_value_t = 1)]
-    launches: usize,
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    launches: u16,
+    /// What scripts/fp16-matmul printed on this GPU, to compare with and to keep with the results.
+    #[arg(long, value_name = "FILE")]
+    fp16: Option<PathBuf>,
     /// Which GPU.
     #[arg(long, default_value_t = 0)]
     gpu: usize,
@@ -66,7 +78,9 @@ impl Bench {
         match self.what {
             What::Distortion(d) => d.run(),
             What::Encode(e) => e.run(),
+            What::Jit(j) => j.run(),
             What::Kernels(k) => k.run(),
+            What::Roofline(r) => r.run(),
         }
     }
 }
@@ -79,112 +93,202 @@ fn shape(text: &str) -> Result<Shape, String> {
 
 /// Bytes over which a graph rotates: several times any L2 cache.
 const ROTATE: usize = 400 << 20;
-
-/// One measurement.
-pub(super) struct Row {
-    spec: String,
-    rate: f64,
-    shape: Shape,
-    batch: u32,
-    launch: Launch,
-    registers: u32,
-    /// Seconds that the cost model expected, and that passed.
-    expected: f64,
-    pub(super) seconds: f64,
-    bytes: usize,
-}
+/// Copies of a matrix, at most.
+const COPIES: usize = 200;
+/// Launches of a graph, at least.
+const LAUNCHES: usize = 256;
+/// Runs of a graph, of which the fastest counts.
+const ROUNDS: usize = 7;
 
 impl Kernels {
     fn run(self) -> Result<(), Error> {
+        let fp16 = self.fp16.as_deref().map(Fp16::read).transpose()?.unwrap_or_default();
         let on = Executor::cuda(self.gpu)?;
         let gpu = on.gpu().ok_or("no GPU")?;
-        let peak = on.device().bandwidth;
-        println!("{} ({} SMs, {:.2} TB/s by its memory clock)", gpu.name, gpu.sms, peak / 1e12);
+        let (peak, read) = (on.device().bandwidth, bandwidth(&on, ROTATE)?);
         println!(
-            "{:>10} {:>13} {:>2} {:>9} {:>9} {:>6} {:>9}  launch",
-            "spec", "shape", "b", "us", "GB/s", "peak", "model us"
+            "{} ({} SMs); memory: {:.2} TB/s by its clock, {:.2} TB/s reading alone",
+            gpu.name,
+            gpu.sms,
+            peak / 1e12,
+            read / 1e12
         );
-        let mut rows = Vec::new();
+        println!(
+            "{:>10} {:>13} {:>2} {:>9} {:>9} {:>7} {:>8} {:>9} {:>6}  launch",
+            "spec", "shape", "b", "us", "GB/s", "reading", "fp16", "expected", "model"
+        );
+        let mut results = Results {
+            gpu: gpu.name.clone(),
+            peak_bytes_per_second: peak.round(),
+            read_bytes_per_second: Some(read.round()),
+            fp16,
+            kernels: Vec::new(),
+        };
+        let mut worst = Worst::default();
         for name in &self.spec {
             let q = spec::resolve(name).map_err(|d| d.to_string())?;
             for &shape in &self.shape {
                 for &batch in &self.batch {
-                    for row in measure(&on, &q, shape, batch, self.launches)? {
-                        let (kernel, fields) = row.launch.fields();
-                        let fields: Vec<String> = fields.iter().map(|(name, n)| format!("{name} {n}")).collect();
-                        println!(
-                            "{:>10} {:>13} {:>2} {:>9.2} {:>9.0} {:>5.0}% {:>9.2}  {kernel}: {}, registers {}",
-                            row.spec,
-                            format!("{}x{}", shape.rows, shape.cols),
-                            batch,
-                            row.seconds * 1e6,
-                            row.bytes as f64 / row.seconds / 1e9,
-                            row.bytes as f64 / row.seconds / peak * 100.0,
-                            row.expected * 1e6,
-                            fields.join(", "),
-                            row.registers,
-                        );
-                        rows.push(row);
+                    let rows = measure(&on, &q, shape, batch, self.launches.into())?;
+                    let ratio = model_over_best(&rows);
+                    worst.add(ratio, &rows[0]);
+                    // Unless many are asked for, the model's choice is seen in the ratio.
+                    for row in rows.iter().filter(|r| self.launches > 1 || r.used) {
+                        print_row(&results, row, ratio);
                     }
+                    results.kernels.extend(rows);
                 }
             }
         }
+        println!("\n{worst}");
         if let Some(path) = &self.json {
-            std::fs::write(path, json(&gpu.name, peak, &rows)).map_err(|e| format!("{}: {e}", path.display()))?;
+            results.write(path)?;
         }
         Ok(())
     }
 }
 
-/// Times the `tried` best launches of a product with random weights, after comparing each with the CPU's decoder.
+fn print_row(results: &Results, row: &Kernel, ratio: f64) {
+    let fp16 = results.fp16_us(row.rows, row.cols).filter(|_| row.batch == 1);
+    let share = results.read_bytes_per_second.map_or(f64::NAN, |read| row.gb_per_s * 1e9 / read * 100.0);
+    println!(
+        "{:>10} {:>13} {:>2} {:>9.2} {:>9.0} {:>6.0}% {:>8} {:>9.2} {:>6.3}  {}registers {}{}",
+        row.spec,
+        format!("{}x{}", row.rows, row.cols),
+        row.batch,
+        row.us,
+        row.gb_per_s,
+        share,
+        fp16.map_or("-".to_owned(), |us| format!("{:.2}x", us / row.us)),
+        row.model_us,
+        ratio,
+        row.launch.iter().map(|(name, value)| format!("{name} {value}, ")).collect::<String>(),
+        row.registers,
+        if row.used { ", used" } else { "" },
+    );
+}
+
+/// Time of the model's own choice, which is among `rows`, over the best.
+fn model_over_best(rows: &[Kernel]) -> f64 {
+    let best = rows.iter().map(|r| r.us).fold(f64::INFINITY, f64::min);
+    rows.iter().find(|r| r.rank == 0).map_or(f64::NAN, |r| r.us / best)
+}
+
+/// How far the cost model's choices are from the best that was measured.
+#[derive(Default)]
+struct Worst {
+    cases: usize,
+    logarithms: f64,
+    most: f64,
+    of: String,
+}
+
+impl Worst {
+    fn add(&mut self, ratio: f64, row: &Kernel) {
+        self.cases += 1;
+        self.logarithms += ratio.ln();
+        if ratio > self.most {
+            self.most = ratio;
+            self.of = format!("{} {}x{}, {} token(s)", row.spec, row.rows, row.cols, row.batch);
+        }
+    }
+}
+
+impl std::fmt::Display for Worst {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mean = (self.logarithms / self.cases.max(1) as f64).exp();
+        write!(
+            f,
+            "the cost model's choice over the best measured, {} cases: {mean:.3} on average, {:.3} at most ({})",
+            self.cases, self.most, self.of
+        )
+    }
+}
+
+/// Bytes a second that a kernel reads which does nothing else, from a buffer of about `bytes`.
+fn bandwidth(on: &Executor, bytes: usize) -> Result<f64, Error> {
+    let blocks = 2 * on.device().sms;
+    let round = Read { blocks, rounds: 1 }.words() as usize * 4;
+    let op = Read { blocks, rounds: bytes.div_ceil(round) as u32 };
+    let kernel = on.load::<launches::Read<'_>>(read::lower(&op))?;
+    let (x, mut y) = (on.zeroed(op.words() as usize)?, on.zeroed(op.threads() as usize)?);
+    let mut graph = on.record();
+    const LAUNCHES: usize = 4;
+    for _ in 0..LAUNCHES {
+        graph.launch(&kernel, launches::Read { x: &x, y: &mut y })?;
+    }
+    let graph = graph.finish()?;
+    let mut best = f64::INFINITY;
+    for _ in 0..ROUNDS {
+        best = best.min(on.time(|| graph.launch())? / LAUNCHES as f64);
+    }
+    Ok(x.bytes() as f64 / best)
+}
+
+/// Times the launch of a product that an engine uses and the model's first `tried`, with random weights, after comparing
+/// each with the CPU's decoder; in the model's order.
 ///
 /// # Errors
 /// Those of the executor, or a result that differs.
-pub(super) fn measure(on: &Executor, q: &Quantizer, shape: Shape, batch: u32, tried: usize) -> Result<Vec<Row>, Error> {
+pub(super) fn measure(
+    on: &Executor,
+    q: &Quantizer,
+    shape: Shape,
+    batch: u32,
+    tried: usize,
+) -> Result<Vec<Kernel>, Error> {
     let name = format!("{}, {} x {}", q.name, shape.rows, shape.cols);
     let packed = synthetic::matrix(&name, q, shape);
     let layout = &packed.layout;
-    let bytes = packed.words.len() * 4;
-    let copies = (ROTATE / bytes).clamp(2, 200);
-    let matrices: Vec<DeviceMatrix> = (0..copies)
-        .map(|_| DeviceMatrix::upload(on, q, shape.cols, &[(shape.rows, &packed.words, &packed.scales)]))
-        .collect::<Result<_, _>>()?;
+    let first = DeviceMatrix::upload(on, q, shape.cols, &[(shape.rows, &packed.words, &packed.scales)])?;
+    let copies = tune::copies(on, &[&first], ROTATE, COPIES)?;
+    let matrices: Vec<&DeviceMatrix> = std::iter::once(&first).chain(&copies).collect();
     let mut random = Random::of(&name);
     let inputs: Vec<Activations> =
         (0..batch).map(|_| reference::quantize_activations(&random.values(shape.cols as usize, 1.0))).collect();
     let products = codec::linear(q, &packed, &inputs);
     let x = DeviceActivations::upload(on, &inputs, shape.cols)?;
+    let mut y = on.zeroed((layout.padded_rows() * batch) as usize)?;
     let op = Gemv { quantizer: q, shape, batch, accumulate: false };
+    let used = tune::load(on, &[Product { op, hash: &q.hash(), matrices: matrices.clone() }])?;
+    let used = used.first().map(|(launch, _)| *launch).ok_or("no kernel")?;
     let ranked = Launch::ranked(&op, &on.device());
-    let mut rows = Vec::new();
-    for &(expected, launch) in ranked.iter().take(tried.max(1)) {
-        let mut kernel = GemvKernel::load(on, &op, Some(launch))?;
-        let mut y = on.zeroed((layout.padded_rows() * batch) as usize)?;
-        kernel.launch(on, &matrices[0], &x, &mut y)?;
+    let wanted = ranked.iter().enumerate().filter(|(rank, (_, launch))| *rank < tried || *launch == used);
+    let mut kernels = Vec::new();
+    for (rank, &(expected, launch)) in wanted {
+        let mut kernel = GemvKernel::load(on, &op, &launch)?;
+        kernel.launch(on, &first, &x, &mut y)?;
         check(q, layout, &y, &products)?;
-        let mut graph = on.record();
-        let launches = copies * (256 / copies).max(1);
-        for i in 0..launches {
-            kernel.record(&mut graph, &matrices[i % copies], &x, &mut y)?;
-        }
-        let graph = graph.finish()?;
-        let mut best = f64::INFINITY;
-        for _ in 0..7 {
-            best = best.min(on.time(|| graph.launch())? / launches as f64);
-        }
-        rows.push(Row {
-            spec: q.name.clone(),
-            rate: q.rate(),
-            shape,
-            batch,
-            launch,
-            registers: kernel.loaded().usage().map_or(0, |u| u.registers),
-            expected,
-            seconds: best,
-            bytes,
-        });
+        kernels.push((rank, expected, launch, kernel));
     }
-    Ok(rows)
+    let times = tune::time(on, kernels.iter_mut().map(|k| &mut k.3), &matrices, &x, &mut y, LAUNCHES, ROUNDS)?;
+    let bytes = packed.words.len() as f64 * 4.0;
+    let row = |((rank, expected, launch, kernel), seconds): ((usize, f64, Launch, GemvKernel), f64)| Kernel {
+        spec: q.name.clone(),
+        rate: q.rate(),
+        rows: shape.rows,
+        cols: shape.cols,
+        batch,
+        us: rounded(seconds * 1e6, 1e3),
+        gb_per_s: rounded(bytes / seconds / 1e9, 10.0),
+        model_us: rounded(expected * 1e6, 1e3),
+        rank,
+        used: launch == used,
+        launch: named(&launch),
+        registers: kernel.loaded().usage().map_or(0, |u| u.registers),
+    };
+    Ok(kernels.into_iter().zip(times).map(row).collect())
+}
+
+/// A launch's kernel and numbers by name.
+fn named(launch: &Launch) -> serde_json::Map<String, serde_json::Value> {
+    let (kernel, fields) = launch.fields();
+    let fields = fields.into_iter().map(|(name, n)| (name.to_owned(), n.into()));
+    std::iter::once(("kernel".to_owned(), kernel.into())).chain(fields).collect()
+}
+
+fn rounded(x: f64, parts: f64) -> f64 {
+    (x * parts).round() / parts
 }
 
 /// Compares a launch's result, tokens × padded rows, with the CPU's, tokens × rows, to the bit.
@@ -202,30 +306,6 @@ fn check(q: &Quantizer, layout: &Packed, y: &Buffer<f32>, expected: &[f32]) -> R
     Ok(())
 }
 
-fn json(gpu: &str, peak: f64, rows: &[Row]) -> String {
-    let mut out = format!("{{\n  \"gpu\": {gpu:?},\n  \"peak_bytes_per_second\": {peak:.0},\n  \"kernels\": [\n");
-    for (i, r) in rows.iter().enumerate() {
-        let (kernel, fields) = r.launch.fields();
-        let fields: String = fields.iter().map(|(name, n)| format!("\"{name}\": {n}, ")).collect();
-        let _ = writeln!(
-            out,
-            "    {{\"spec\": {:?}, \"rate\": {}, \"rows\": {}, \"cols\": {}, \"batch\": {}, \"us\": {:.3}, \
-             \"gb_per_s\": {:.1}, \"model_us\": {:.3}, \"kernel\": {kernel:?}, {fields}\"registers\": {}}}{}",
-            r.spec,
-            r.rate,
-            r.shape.rows,
-            r.shape.cols,
-            r.batch,
-            r.seconds * 1e6,
-            r.bytes as f64 / r.seconds / 1e9,
-            r.expected * 1e6,
-            r.registers,
-            if i + 1 < rows.len() { "," } else { "" },
-        );
-    }
-    out + "  ]\n}\n"
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -234,9 +314,11 @@ mod tests {
     fn what_is_measured_is_compared_with_the_cpu() {
         let q = spec::resolve("htcq_2.25").expect("of the palette");
         let shape = Shape { rows: 24, cols: 300 };
-        let rows = measure(&Executor::interpreter(), &q, shape, 2, 1).unwrap_or_else(|e| panic!("{e}"));
-        assert_eq!((rows.len(), rows[0].batch), (1, 2));
         let on = Executor::interpreter();
+        let rows = measure(&on, &q, shape, 2, 2).unwrap_or_else(|e| panic!("{e}"));
+        let seen: Vec<_> = rows.iter().map(|r| (r.batch, r.rank, r.used)).collect();
+        assert_eq!(seen, [(2, 0, true), (2, 1, false)]);
+        assert!(model_over_best(&rows) >= 1.0);
         let y = on.upload(&[1.0f32; 32]).expect("memory");
         let layout = Packed::new(&q, Shape { rows: 24, cols: 300 });
         let mut expected = [1.0f32; 24];
@@ -244,5 +326,22 @@ mod tests {
         expected[23] = -1.0;
         let message = check(&q, &layout, &y, &expected).expect_err("a row differs").to_string();
         assert_eq!(message, "htcq_2.25: row 23, token 0 is 1, but must be -1");
+    }
+
+    #[test]
+    fn reading_alone_is_timed() {
+        assert!(bandwidth(&Executor::interpreter(), 1).unwrap_or_else(|e| panic!("{e}")) > 0.0);
+    }
+
+    #[test]
+    fn the_model_is_judged_by_its_worst_case() {
+        let mut worst = Worst::default();
+        let on = Executor::interpreter();
+        let q = spec::resolve("nuq_3").expect("of the palette");
+        let rows = measure(&on, &q, Shape { rows: 16, cols: 128 }, 1, 1).unwrap_or_else(|e| panic!("{e}"));
+        worst.add(1.21, &rows[0]);
+        worst.add(1.0, &rows[0]);
+        let text = worst.to_string();
+        assert!(text.ends_with("2 cases: 1.100 on average, 1.210 at most (nuq_3 16x128, 1 token(s))"), "{text}");
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use clap::ValueEnum;
 
 use crate::device::{DeviceError, Executor};
-use crate::engine::{CpuEngine, CudaEngine, Engine};
+use crate::engine::{self, Engine};
 use crate::model::Model;
 
 /// Where a model runs.
@@ -26,10 +26,7 @@ pub enum Device {
 /// # Errors
 /// If the device is not there or the model does not fit.
 pub fn open_engine(model: Model, device: Device, context: usize) -> Result<Box<dyn Engine>, super::Error> {
-    Ok(match open(device)? {
-        Some(executor) => Box::new(CudaEngine::new(executor, &model.config, &model.weights, context)?),
-        None => Box::new(CpuEngine::new(&model.config, Arc::new(model.weights), context)?),
-    })
+    Ok(engine::open(open(device)?.as_ref(), &model.config, &Arc::new(model.weights), context)?)
 }
 
 /// The executor that `device` means; `None` for the CPU.

@@ -8,11 +8,15 @@ use qp_codegen::palette;
 use qp_codegen::spec::{self, Code, Quantizer};
 
 use super::Error;
+use super::device::{Device, open};
+use super::distortion_plot::{self, Series};
 use super::train_codebook::write;
 use crate::codec::distortion::{self, Distortion};
 
 /// The errors of Q-Palette's quantizers, by the names of the same rates here.
 const Q_PALETTE: &str = include_str!("../../../benches/qpalette_distortion.toml");
+/// The errors of EXL3's codes, by bits.
+const EXL3: &str = include_str!("../../../benches/exl3_distortion.toml");
 
 /// Measure the error of quantizers on unit-variance Gaussian samples.
 #[derive(Args)]
@@ -29,9 +33,12 @@ pub struct DistortionBench {
     /// Seed of the samples.
     #[arg(long, default_value_t = 0x5eed_0000_0000)]
     seed: u64,
-    /// Write benches/results/distortion.md and specs/distortion.toml, in the current folder.
+    /// Write benches/results/distortion.md and distortion.svg and specs/distortion.toml, in the current folder.
     #[arg(long, requires = "all")]
     write: bool,
+    /// Where samples are encoded; the figures are the same.
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    device: Device,
 }
 
 struct Row<'a> {
@@ -51,19 +58,17 @@ impl DistortionBench {
         let mut known: Vec<(&Code, Distortion)> = vec![];
         let mut rows = vec![];
         println!("{HEADER}");
+        let device = open(self.device)?;
         for quantizer in &quantizers {
-            let parts: Vec<Distortion> = quantizer
-                .codes
-                .iter()
-                .map(|code| match known.iter().find(|k| k.0 == code) {
+            let mut parts: Vec<Distortion> = vec![];
+            for code in &quantizer.codes {
+                let d = match known.iter().find(|k| k.0 == code) {
                     Some(k) => k.1,
-                    None => {
-                        let d = distortion::measure_code(code, self.samples, self.seed);
-                        known.push((code, d));
-                        d
-                    }
-                })
-                .collect();
+                    None => distortion::measure_on(device.as_ref(), code, self.samples, self.seed)?,
+                };
+                known.push((code, d));
+                parts.push(d);
+            }
             let q_palette = q_palette.get(&quantizer.name).and_then(toml::Value::as_float);
             let row = Row { quantizer, distortion: distortion::combine(&parts), q_palette };
             println!("{}", row.line());
@@ -71,6 +76,7 @@ impl DistortionBench {
         }
         if self.write {
             write(Path::new("benches/results/distortion.md"), &self.page(&rows))?;
+            write(Path::new("benches/results/distortion.svg"), &plot(&rows)?)?;
             write(Path::new("specs/distortion.toml"), &values(&rows))?;
         }
         Ok(())
@@ -102,7 +108,7 @@ impl Row<'_> {
     fn line(&self) -> String {
         let (rate, d) = (self.quantizer.rate(), self.distortion.mean);
         let bound = 2f64.powf(-2.0 * rate);
-        let lost = 0.5 * (d / bound).log2();
+        let lost = lost(rate, d);
         let (theirs, ratio) = match self.q_palette {
             Some(q) => (figure(q), format!("{:.3}", d / q)),
             None => Default::default(),
@@ -115,6 +121,39 @@ impl Row<'_> {
             figure(d)
         )
     }
+}
+
+/// Distance of the error `d` to the bound, in bits a weight.
+fn lost(rate: f64, d: f64) -> f64 {
+    0.5 * (d / 2f64.powf(-2.0 * rate)).log2()
+}
+
+/// The rows by kind, what a name begins with, each with Q-Palette's of the same kind, and EXL3's.
+fn plot(rows: &[Row]) -> Result<String, Error> {
+    let kind = |row: &Row| row.quantizer.name.split('_').next().unwrap_or_default().to_owned();
+    let mut kinds: Vec<String> = rows.iter().map(kind).collect();
+    kinds.dedup();
+    let mut series = vec![];
+    for name in kinds {
+        let of_kind = || rows.iter().filter(|r| kind(r) == name);
+        let by_bits = |mut points: Vec<(f64, f64)>| {
+            points.sort_by(|a, b| a.0.total_cmp(&b.0));
+            points
+        };
+        let point = |row: &Row, d: f64| (row.quantizer.rate(), lost(row.quantizer.rate(), d));
+        let theirs: Vec<_> = of_kind().filter_map(|r| Some(point(r, r.q_palette?))).collect();
+        let ours = of_kind().map(|r| point(r, r.distortion.mean)).collect();
+        let published = (!theirs.is_empty()).then(|| (format!("{name}, Q-Palette"), theirs));
+        series.push(Series { name, points: by_bits(ours), published: false });
+        series.extend(published.map(|(name, points)| Series { name, points: by_bits(points), published: true }));
+    }
+    let exl3: toml::Table = EXL3.parse()?;
+    let point = |(bits, d): (&String, &toml::Value)| {
+        let bits = bits.parse().ok()?;
+        Some((bits, lost(bits, d.as_float()?)))
+    };
+    series.push(Series { name: "EXL3".into(), points: exl3.iter().filter_map(point).collect(), published: false });
+    Ok(distortion_plot::svg(&series))
 }
 
 /// Four significant digits.

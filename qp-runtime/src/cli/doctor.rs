@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::Error;
 use crate::device;
+use crate::jit::launches::{Choice, VARIABLE as LAUNCHES_VARIABLE};
 use crate::jit::{Cache, Nvrtc};
 
 /// Show what was found: CUDA driver, NVRTC, GPUs and the cache of compiled kernels.
@@ -16,7 +17,7 @@ pub struct Doctor {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    /// Remove all compiled kernels from the cache.
+    /// Remove all compiled kernels and measured launches from the cache.
     #[arg(long)]
     clear_cache: bool,
 }
@@ -56,7 +57,7 @@ impl Doctor {
         } else {
             let mut text = table(&findings(&cache));
             if let Some(n) = cleared {
-                let _ = writeln!(text, "\nremoved {n} compiled kernels from the cache");
+                let _ = writeln!(text, "\nremoved {n} compiled kernels and measured launches from the cache");
             }
             text
         };
@@ -110,11 +111,23 @@ fn findings(cache: &Cache) -> Vec<Finding> {
     };
     let status = cache.status();
     let folder = status.folder.as_ref().map_or_else(|| "none".to_owned(), |f| f.display().to_string());
-    let problem = status.problem.map(|p| format!("it cannot be written, so kernels are compiled anew each time: {p}"));
+    let problem = status.problem.map(|p| {
+        format!("it cannot be written, so kernels are compiled anew each time, and launches not measured: {p}")
+    });
     out.push(Finding {
         what: "kernel cache".into(),
-        found: format!("{folder} ({} kernels, {:.1} MiB)", status.entries, status.bytes as f64 / f64::from(1 << 20)),
+        found: format!(
+            "{folder} ({} kernels, {} measured launches, {:.1} MiB)",
+            status.entries,
+            status.launches,
+            status.bytes as f64 / f64::from(1 << 20)
+        ),
         cure: problem,
+    });
+    out.push(match Choice::of_user() {
+        Ok(Choice::Measured) => Finding::new("launches", "measured at first use on a GPU"),
+        Ok(Choice::Model) => Finding::new("launches", format!("as the cost model chooses ({LAUNCHES_VARIABLE}=model)")),
+        Err(e) => Finding { what: "launches".into(), found: "undecided".into(), cure: Some(e.to_string()) },
     });
     let can = match (gpu, nvrtc) {
         (true, true) => "the CPU and the GPU",
@@ -169,6 +182,7 @@ fn report_json(cache: &Cache) -> Value {
         "cache": {
             "folder": status.folder,
             "entries": status.entries,
+            "launches": status.launches,
             "bytes": status.bytes,
             "problem": status.problem,
         },

@@ -22,6 +22,9 @@ pub struct Eval {
     /// Tokens of a window. Each window's tokens but the first are scored, from that window alone.
     #[arg(long, value_name = "TOKENS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(2..))]
     window: u32,
+    /// Score the beginning of the text alone, so many tokens
+    #[arg(long, value_name = "TOKENS")]
+    limit: Option<usize>,
     /// Print one line of JSON.
     #[arg(long)]
     json: bool,
@@ -38,7 +41,8 @@ impl Eval {
     pub fn run(self) -> Result<(), super::Error> {
         let text = read_text(&self.text)?;
         let model = Model::open(&self.model)?;
-        let tokens = model.tokenizer.encode(&text)?;
+        let mut tokens = model.tokenizer.encode(&text)?;
+        tokens.truncate(self.limit.unwrap_or(tokens.len()));
         let window = self.window as usize;
         let mut engine = open_engine(model, self.device, window)?;
 

@@ -2,9 +2,12 @@
 
 mod bench;
 mod bench_encode;
+mod bench_jit;
+mod bench_roofline;
 mod check_gpu;
 mod device;
 mod distortion;
+mod distortion_plot;
 mod doctor;
 mod eval;
 mod generate;
@@ -12,6 +15,7 @@ mod inspect;
 mod plan;
 mod profile;
 mod quantize;
+mod results;
 mod sensitivity;
 mod train_codebook;
 

@@ -13,6 +13,7 @@ use crate::allocate::profile::{Origin, Profile, femtoseconds};
 use crate::allocate::report::{self, Budget};
 use crate::allocate::sensitivity::Sensitivities;
 use crate::allocate::{Allocation, Candidate, Core, Effort, Freedom, Layer, Problem, Role, frontier, heatmap};
+use crate::model::weights::{EMBEDDING, HEAD};
 
 /// Choose a quantizer for every layer, and which layers share a launch, so that the predicted loss is least.
 ///
@@ -47,6 +48,10 @@ pub struct Plan {
     /// Plan for the output layer too; without this it is left as it is
     #[arg(long)]
     lm_head: bool,
+    /// Plan for the embedding too; without this it is left as it is. If the output layer is tied to it, one matrix is
+    /// planned for both
+    #[arg(long)]
+    embedding: bool,
     /// One launch a layer
     #[arg(long)]
     no_fusion: bool,
@@ -144,9 +149,19 @@ impl Plan {
     fn problem(&self) -> Result<Problem, Error> {
         let measured = Sensitivities::read(&self.sensitivity)?;
         let mut layers = measured.layers();
-        if !self.lm_head {
-            layers.retain(|l| l.role != Role::Alone);
+        if self.embedding && !layers.iter().any(|l| l.name == EMBEDDING) {
+            let path = self.sensitivity.display();
+            return Err(
+                format!("{path} has no sensitivity of the embedding: add it with `qp sensitivity --resume`").into()
+            );
         }
+        // One matrix serves as embedding and output layer.
+        let both = measured.tied && self.embedding;
+        layers.retain(|l| match l.role {
+            Role::Block { .. } => true,
+            Role::Alone if l.name == EMBEDDING => self.embedding,
+            Role::Alone => self.lm_head && !both,
+        });
         if layers.is_empty() {
             return Err(format!("{} has no layers to plan for", self.sensitivity.display()).into());
         }
@@ -165,9 +180,17 @@ impl Plan {
         let names: Vec<String> = list.iter().map(|c| c.name.clone()).collect();
         let table = profile.as_ref().map(Profile::table);
         // An output layer that is left as it is takes its time all the same.
-        let kept = if self.lm_head { 0.0 } else { profile.as_ref().map_or(0.0, Profile::kept_seconds) };
+        let kept = if self.lm_head || both { 0.0 } else { profile.as_ref().map_or(0.0, Profile::kept_seconds) };
         let constant = profile.as_ref().map_or(0, |p| femtoseconds(p.rest_seconds + kept));
-        let times = |layers: &[&Layer], c: usize, core: Core| table.as_ref()?.get(layers, &names[c], core);
+        let times = |layers: &[&Layer], c: usize, core: Core| match layers {
+            // A look-up is among what the profile calls the rest, whatever the quantizer.
+            [layer] if layer.name == EMBEDDING && !both => (core == Core::Tensor).then_some(0),
+            [layer] if layer.name == EMBEDDING => {
+                let head = Layer { name: HEAD.to_owned(), ..(*layer).clone() };
+                table.as_ref()?.get(&[&head], &names[c], core)
+            }
+            layers => table.as_ref()?.get(layers, &names[c], core),
+        };
         let times: Option<Times> = if table.is_some() { Some(&times) } else { None };
         Ok(Problem::new(layers, list, freedom, constant, &bytes, times)?)
     }

@@ -6,7 +6,6 @@ use indicatif::{ProgressBar, ProgressStyle};
 use qp_codegen::cuda::{self, Target};
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::product::Launch;
-use qp_codegen::layout::Packed;
 use qp_codegen::palette;
 use qp_codegen::spec::{Quantizer, Shape};
 
@@ -16,6 +15,7 @@ use crate::allocate::problem::{Layer, groups};
 use crate::allocate::profile::{FORMAT, KEEP, Kernel, Origin, Profile};
 use crate::allocate::{Core, Role};
 use crate::device::Executor;
+use crate::device::ops::stacked;
 use crate::model::{self, Config};
 
 /// Time every kernel that a plan for a model could use, fused launches included.
@@ -141,22 +141,12 @@ fn layers(config: &Config) -> Vec<Layer> {
     blocks.chain([layer("lm_head".to_owned(), (config.vocab, config.hidden))]).collect()
 }
 
-/// The shape of matrices stored one below the other: of several, each is padded to whole tiles.
-fn stacked(q: &Quantizer, shapes: &[Shape]) -> Shape {
-    match shapes {
-        [one] => *one,
-        several => {
-            Shape { rows: several.iter().map(|&s| Packed::new(q, s).padded_rows()).sum(), cols: several[0].cols }
-        }
-    }
-}
-
 /// Time of a launch for one token.
 fn seconds(on: Option<&Executor>, device: &cuda::Device, q: &Quantizer, shape: Shape) -> Result<f64, Error> {
     match on {
         Some(on) => {
-            let rows = bench::measure(on, q, shape, 1, 1)?;
-            rows.first().map(|r| r.seconds).ok_or_else(|| format!("{} was not measured", q.name).into())
+            let rows = bench::measure(on, q, shape, 1, 0)?;
+            rows.first().map(|r| r.us * 1e-6).ok_or_else(|| format!("{} was not measured", q.name).into())
         }
         None => {
             let op = Gemv { quantizer: q, shape, batch: 1, accumulate: false };

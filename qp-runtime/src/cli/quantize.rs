@@ -10,11 +10,12 @@ use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 use super::Error;
 use super::device::{Device, open};
 use crate::checkpoint::{Begin, LayerEntry};
+use crate::model::weights::{EMBEDDING, HEAD};
 use crate::plan::Plan;
 use crate::quantize::calibrate::{Calibrate, Texts};
 use crate::quantize::{Job, Progress};
 
-/// Quantize a model: encode every linear layer and write a checkpoint that explains itself.
+/// Quantize a model: encode every linear layer of the blocks, or what a plan names, and write a checkpoint that explains itself.
 ///
 /// The work may be interrupted at any time and continued with --resume; the result is the same, byte for byte. The
 /// output appears only when it is whole.
@@ -28,6 +29,12 @@ pub struct Quantize {
     /// A TOML file that gives each layer its quantizer (see docs/checkpoint.md)
     #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
+    /// Quantize the output layer too, whatever the plan says of it. If it is tied to the embedding, that stays as it is
+    #[arg(long, value_name = "SPEC")]
+    lm_head: Option<String>,
+    /// Quantize the embedding too, whatever the plan says of it. If the output layer is tied to it, one matrix serves both
+    #[arg(long, value_name = "SPEC")]
+    embedding: Option<String>,
     /// Directory of the checkpoint
     #[arg(short, long, value_name = "DIR")]
     out: PathBuf,
@@ -58,11 +65,16 @@ pub struct Quantize {
 impl Quantize {
     /// Runs the command.
     pub fn run(self) -> Result<(), Error> {
-        let plan = match (&self.spec, &self.plan) {
+        let mut plan = match (&self.spec, &self.plan) {
             (Some(spec), _) => Plan::uniform(spec),
             (None, Some(path)) => Plan::read(path)?,
             (None, None) => return Err("give --spec or --plan".into()),
         };
+        for (option, name, spec) in [("--lm-head", HEAD, &self.lm_head), ("--embedding", EMBEDDING, &self.embedding)] {
+            if let Some(spec) = spec {
+                plan.set(option, name, spec);
+            }
+        }
         let mut job = Job::new(self.model, plan, &self.out);
         job.calibrate = self.calibrate.map(|texts| Calibrate {
             texts: if texts == Path::new("self") { Texts::Own } else { Texts::File(texts) },

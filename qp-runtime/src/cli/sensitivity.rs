@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::device::{Device, open};
 use crate::allocate::sensitivity::{self, Progress, Sensitivities, Settings, measure};
 use crate::model::Model;
 
-/// Measure how much the predictions of a model suffer from noise in each of its linear layers.
+/// Measure how much the predictions of a model suffer from noise in each of its linear layers and in its embedding.
 ///
 /// Needs no data: the model writes the texts itself. `qp plan` reads the result.
 #[derive(Debug, clap::Args)]
@@ -35,6 +36,9 @@ pub struct Sensitivity {
     /// A rough estimate: two texts, one level. Overrides the counts above
     #[arg(long)]
     quick: bool,
+    /// Where to run; sensitivities differ by rounding
+    #[arg(long, value_enum, default_value = "auto")]
+    device: Device,
     /// Continue an unfinished run of the same model and settings
     #[arg(long)]
     resume: bool,
@@ -61,6 +65,7 @@ impl Sensitivity {
             false => None,
         };
         let model = Model::open(&self.model)?;
+        let on = open(self.device)?;
         let name = std::fs::canonicalize(&self.model)
             .ok()
             .and_then(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()))
@@ -71,7 +76,7 @@ impl Sensitivity {
                 .expect("a valid template"),
         );
         let mut shown = Bar { bar, out: &self.out };
-        let done = measure(&name, &model.config, &model.weights, settings, earlier, &mut shown)?;
+        let done = measure(on.as_ref(), &name, &model.config, &model.weights, settings, earlier, &mut shown)?;
         shown.bar.finish_and_clear();
         done.write(&self.out)?;
         println!("{}: {} layers", self.out.display(), done.layers.len());

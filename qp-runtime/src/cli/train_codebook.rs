@@ -7,7 +7,9 @@ use clap::Args;
 use qp_codegen::spec::{self, Quantizer, TableSource, table_file};
 
 use super::Error;
+use super::device::{Device, open};
 use crate::codec::{distortion, train};
+use crate::device::Executor;
 
 /// Weights on which a new table is measured. They are not those it was trained on.
 const CHECK_SAMPLES: u64 = 1 << 20;
@@ -29,6 +31,9 @@ pub struct TrainCodebook {
     /// Leave tables alone that have their file.
     #[arg(long)]
     missing: bool,
+    /// Where samples are encoded; the tables are the same.
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    device: Device,
 }
 
 impl TrainCodebook {
@@ -44,13 +49,14 @@ impl TrainCodebook {
         }
         // Codes that several mixes share are trained once.
         let mut written: Vec<PathBuf> = vec![];
+        let device = open(self.device)?;
         for q in &quantizers {
-            self.train(q, &mut written)?;
+            self.train(q, device.as_ref(), &mut written)?;
         }
         Ok(())
     }
 
-    fn train(&self, q: &Quantizer, written: &mut Vec<PathBuf>) -> Result<(), Error> {
+    fn train(&self, q: &Quantizer, device: Option<&Executor>, written: &mut Vec<PathBuf>) -> Result<(), Error> {
         for code in &q.codes {
             let files: Vec<(usize, &PathBuf)> = code
                 .tables
@@ -66,13 +72,13 @@ impl TrainCodebook {
             }
             let failed = |e| format!("{}: {e}", q.name);
             let training = train::training(code).ok_or(train::TrainError::NoTable).map_err(failed)?;
-            let values = train::train(code, training, &mut |round, error| {
+            let values = train::train(code, training, device, &mut |round, error| {
                 eprintln!("{}: round {} of {}, mean squared error {error:.6}", q.name, round + 1, training.rounds);
             })
             .map_err(failed)?;
             let mut code = code.clone();
             code.tables.iter_mut().zip(values).for_each(|(t, v)| t.values = v);
-            let d = distortion::measure_code(&code, CHECK_SAMPLES, CHECK_SEED);
+            let d = distortion::measure_on(device, &code, CHECK_SAMPLES, CHECK_SEED)?;
             let note = format!(
                 "mean squared error {:.6} on a Gaussian source (standard error {:.6})",
                 d.mean, d.standard_error

@@ -105,6 +105,24 @@ impl Decoder {
         }
     }
 
+    /// The rows `rows` of the matrix in rotated space, one below the other: each weight a [`reference::weight`].
+    pub fn rows(&self, m: &PackedMatrix, rows: &[u32]) -> Vec<f32> {
+        let (columns, tile) = (m.layout.shape.cols as usize, m.layout.tile.rows);
+        let stride = m.layout.padded_cols() as usize;
+        let code = &self.quantizer.codes[0];
+        let mut out = vec![0f32; rows.len() * columns];
+        out.par_chunks_exact_mut(columns).zip(rows).for_each_init(
+            || vec![0i16; tile as usize * stride],
+            |entries, (out, &row)| {
+                self.row_tile(m, row / tile, entries);
+                let scale = m.scale(row as usize);
+                let entries = &entries[(row % tile) as usize * stride..];
+                out.iter_mut().zip(entries).for_each(|(w, &e)| *w = reference::weight(code, e, scale));
+            },
+        );
+        out
+    }
+
     /// All weights, `rows × columns`, in rotated space: each [`reference::weight`].
     pub fn weights(&self, m: &PackedMatrix) -> Vec<f32> {
         let (columns, tile) = (m.layout.shape.cols as usize, m.layout.tile.rows as usize);

@@ -1,7 +1,6 @@
 //! Rotated weights → packed words.
 
 use std::ops::Range;
-use std::sync::Mutex;
 
 use half::bf16;
 use qp_codegen::layout::{self, BLOCKS_PER_TILE, Packed};
@@ -10,9 +9,9 @@ use qp_codegen::spec::{Code, Quantizer, ScaleKind, Shape};
 use rayon::prelude::*;
 
 use super::feedback::Feedback;
-use super::viterbi::{Scratch, Trellis};
+use super::search::Search;
 use super::{PackedMatrix, scale_count};
-use crate::device::{DeviceError, DeviceTrellis, Executor};
+use crate::device::{DeviceError, Executor};
 
 /// Why a matrix cannot be encoded.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -40,19 +39,11 @@ pub enum EncodeError {
 /// A quantizer made ready to encode. Make it once, use it for every matrix.
 pub struct Encoder {
     quantizer: Quantizer,
-    search: Search,
+    /// For each code.
+    searches: Vec<Search>,
     /// For each weight of block 0's stream, its (row, column) in the tile.
     positions: Vec<(u32, u32)>,
 }
-
-/// Who looks for windows; for each code.
-enum Search {
-    Cpu(Vec<Trellis>, Mutex<Vec<Scratch>>),
-    Device(Vec<DeviceTrellis>),
-}
-
-/// Weights that a device is given at once: enough to keep it busy, and a bound on the memory that they take.
-const DEVICE_WEIGHTS: usize = 1 << 23;
 
 /// A block's place: row tile, column tile, block in the tile.
 type Place = (u32, u32, u32);
@@ -61,7 +52,7 @@ impl Encoder {
     /// Prepares `q`, whose tables must be filled.
     pub fn new(q: &Quantizer) -> Self {
         assert!(q.is_trained(), "{} has untrained tables", q.name);
-        Self::with(q, Search::Cpu(q.codes.iter().map(Trellis::new).collect(), Mutex::default()))
+        Self::with(q, q.codes.iter().map(Search::cpu).collect())
     }
 
     /// Prepares `q`, whose tables must be filled, to be searched on a device. The result is that of the CPU.
@@ -69,14 +60,14 @@ impl Encoder {
     /// # Errors
     /// A code that needs more memory than the device has, a failing compiler or driver.
     pub fn on(executor: &Executor, q: &Quantizer) -> Result<Self, DeviceError> {
-        let codes = q.codes.iter().map(|c| DeviceTrellis::new(executor, c));
-        Ok(Self::with(q, Search::Device(codes.collect::<Result<_, _>>()?)))
+        let searches = q.codes.iter().map(|c| Search::on(executor, c));
+        Ok(Self::with(q, searches.collect::<Result<_, _>>()?))
     }
 
-    fn with(q: &Quantizer, search: Search) -> Self {
+    fn with(q: &Quantizer, searches: Vec<Search>) -> Self {
         let block = q.block();
         let positions = (0..block.len()).map(|p| layout::position(block, 0, p)).collect();
-        Encoder { quantizer: q.clone(), search, positions }
+        Encoder { quantizer: q.clone(), searches, positions }
     }
 
     /// The quantizer.
@@ -169,11 +160,7 @@ impl Encoder {
                 .flat_map(|(rt, ct)| (0..BLOCKS_PER_TILE).map(move |g| (rt, ct, g)))
                 .filter(|&place| self.inside(l, place).next().is_some());
             let blocks: Vec<Place> = blocks.collect();
-            let at_once = match &self.search {
-                Search::Cpu(trellises, _) => trellises[code].blocks_at_once(),
-                Search::Device(_) => (DEVICE_WEIGHTS / self.positions.len()).max(1),
-            };
-            groups.extend(blocks.chunks(at_once).map(|c| (code, c.to_vec())));
+            groups.extend(blocks.chunks(self.searches[code].blocks_at_once()).map(|c| (code, c.to_vec())));
         }
         let run = |(code, places): &(usize, Vec<Place>)| {
             let (windows, more) = encode(out, *code, places)?;
@@ -182,10 +169,10 @@ impl Encoder {
             let windows = windows.par_chunks_exact(code.steps_per_block() as usize);
             Ok((windows.flat_map_iter(|w| stream(code, w)).collect::<Vec<u32>>(), more))
         };
-        // A device takes one group after the other.
-        let encoded: Vec<(Vec<u32>, T)> = match &self.search {
-            Search::Cpu(..) => groups.par_iter().map(run).collect::<Result<_, EncodeError>>()?,
-            Search::Device(_) => groups.iter().map(run).collect::<Result<_, EncodeError>>()?,
+        let encoded: Vec<(Vec<u32>, T)> = if self.searches.iter().all(Search::is_parallel) {
+            groups.par_iter().map(run).collect::<Result<_, EncodeError>>()?
+        } else {
+            groups.iter().map(run).collect::<Result<_, EncodeError>>()?
         };
         let stride = out.layout.row_stride();
         let mut rest = vec![];
@@ -263,22 +250,7 @@ impl Encoder {
 
     /// The windows of blocks of one code, whose scaled weights are `weights`; one block after the other.
     fn windows(&self, code: usize, weights: &[f32]) -> Result<Vec<u32>, EncodeError> {
-        match &self.search {
-            Search::Cpu(trellises, pool) => {
-                let trellis = &trellises[code];
-                let mut windows = vec![0; weights.len() / trellis.block_len() * trellis.steps()];
-                let mut scratch = pool.lock().map(|mut s| s.pop()).ok().flatten().unwrap_or_default();
-                trellis.encode(weights, &mut windows, &mut scratch);
-                if let Ok(mut pool) = pool.lock() {
-                    pool.push(scratch);
-                }
-                Ok(windows)
-            }
-            Search::Device(codes) => {
-                let found = codes[code].encode(weights).map_err(|e| EncodeError::Device { message: e.to_string() })?;
-                Ok(found.0)
-            }
-        }
+        self.searches[code].windows(weights).map_err(|e| EncodeError::Device { message: e.to_string() })
     }
 
     /// Root mean square of each row, or of the matrix; 0 if it has no other weights.

@@ -17,6 +17,7 @@ mod encode;
 pub mod feedback;
 pub mod gaussian;
 pub mod plain;
+pub mod search;
 mod simd;
 pub mod train;
 pub mod viterbi;

@@ -6,14 +6,17 @@
 //! For a code without memory this is the classical Lloyd algorithm (k-means).
 
 use qp_codegen::spec::{Code, Table, TableSource, Training};
-use rayon::prelude::*;
 
 use super::Gaussian;
-use super::viterbi::{Scratch, Trellis};
+use super::search::Search;
+use crate::device::{DeviceError, Executor};
 
 /// Why a code's tables cannot be trained.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum TrainError {
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// Nothing to train.
     #[error("the code has no table that the spec calls `trained(..)`")]
     NoTable,
@@ -48,15 +51,21 @@ pub fn training(code: &Code) -> Option<Training> {
 }
 
 /// Trains those tables of `code` whose source is [`TableSource::Trained`] on `training.samples` Gaussian samples a
-/// round; returns the values of all tables.
+/// round; returns the values of all tables. Samples are encoded on `device`, or on the CPU if there is none; the result
+/// is the same.
 ///
 /// The trained tables' present values, if any, do not matter. `progress` is called in each round with its number and
 /// the mean squared error that the values *before* the round have on the samples; rounds are counted anew if training
 /// starts from several first tables, of which the best result is taken.
 ///
 /// # Errors
-/// A code that has no such table, or whose expression cannot be inverted.
-pub fn train(code: &Code, training: Training, progress: &mut dyn FnMut(u32, f64)) -> Result<Vec<Vec<i16>>, TrainError> {
+/// A code that has no such table, or whose expression cannot be inverted; a failing device.
+pub fn train(
+    code: &Code,
+    training: Training,
+    device: Option<&Executor>,
+    progress: &mut dyn FnMut(u32, f64),
+) -> Result<Vec<Vec<i16>>, TrainError> {
     if self::training(code).is_none() {
         return Err(TrainError::NoTable);
     }
@@ -77,59 +86,52 @@ pub fn train(code: &Code, training: Training, progress: &mut dyn FnMut(u32, f64)
     for &start in starts(code, &sources) {
         let mut code = code.clone();
         initialise(&mut code, &sources, start, &quantiles);
-        let error = descend(&mut code, &sources, &samples, width, training.rounds, progress);
-        if best.as_ref().is_none_or(|b| error < b.0) {
-            best = Some((error, code));
+        let mut last = f64::INFINITY;
+        for round in 0..training.rounds {
+            let windows = Search::roomy(device, &code)?.windows(&samples)?;
+            last = improve(&mut code, &sources, &samples, &windows, width);
+            progress(round, last);
+        }
+        if best.as_ref().is_none_or(|b| last < b.0) {
+            best = Some((last, code));
         }
     }
     let (_, code) = best.expect("at least one start");
     Ok(code.tables.into_iter().map(|t| t.values).collect())
 }
 
-/// Lloyd's iteration; returns the mean squared error of the last values but one.
-fn descend(
-    code: &mut Code,
-    sources: &[Source],
-    samples: &[f32],
-    width: f64,
-    rounds: u32,
-    progress: &mut dyn FnMut(u32, f64),
-) -> f64 {
+/// One round of Lloyd's iteration: every trained value moves to the mean of the samples that `windows` map to it. Returns
+/// the mean squared error of the values before.
+fn improve(code: &mut Code, sources: &[Source], samples: &[f32], windows: &[u32], width: f64) -> f64 {
     let v = code.vector as usize;
     let offset = if code.half_offset { 0.5 } else { 0.0 };
     let (min, max) = code.value.range();
-    let mut last = f64::INFINITY;
-    for round in 0..rounds {
-        let windows = encode(code, samples);
-        let values: Vec<i16> = code.tables.iter().flat_map(|t| t.values.iter().copied()).collect();
-        let mut sums = vec![(0f64, 0f64); values.len()];
-        let mut error = 0.0;
-        for (&w, x) in windows.iter().zip(samples.chunks_exact(v)) {
-            let weight = if code.is_memoryless() { likelihood_ratio(x, width) } else { 1.0 };
-            for (source, &x) in sources[w as usize * v..].iter().zip(x) {
-                // The value, a real number here, that would give `x`.
-                let x = f64::from(x) / f64::from(code.unit) - offset;
-                let ideal = if source.complement { -1.0 - x } else { x };
-                let (sum, count) = &mut sums[source.value as usize];
-                *sum += weight * ideal;
-                *count += weight;
-                error += weight * (ideal - f64::from(values[source.value as usize])).powi(2);
-            }
-        }
-        last = error / samples.len() as f64 * f64::from(code.unit).powi(2);
-        progress(round, last);
-        let mut new = sums.iter().zip(&values).map(|(&(sum, count), &old)| {
-            // What no sample chose stays where it is.
-            if count == 0.0 { old } else { (sum / count).round().clamp(min.into(), max.into()) as i16 }
-        });
-        for t in &mut code.tables {
-            let new: Vec<i16> = new.by_ref().take(t.values.len()).collect();
-            if is_trained_here(t) {
-                t.values = new;
-            }
+    let values: Vec<i16> = code.tables.iter().flat_map(|t| t.values.iter().copied()).collect();
+    let mut sums = vec![(0f64, 0f64); values.len()];
+    let mut error = 0.0;
+    for (&w, x) in windows.iter().zip(samples.chunks_exact(v)) {
+        let weight = if code.is_memoryless() { likelihood_ratio(x, width) } else { 1.0 };
+        for (source, &x) in sources[w as usize * v..].iter().zip(x) {
+            // The value, a real number here, that would give `x`.
+            let x = f64::from(x) / f64::from(code.unit) - offset;
+            let ideal = if source.complement { -1.0 - x } else { x };
+            let (sum, count) = &mut sums[source.value as usize];
+            *sum += weight * ideal;
+            *count += weight;
+            error += weight * (ideal - f64::from(values[source.value as usize])).powi(2);
         }
     }
-    last
+    let mut new = sums.iter().zip(&values).map(|(&(sum, count), &old)| {
+        // What no sample chose stays where it is.
+        if count == 0.0 { old } else { (sum / count).round().clamp(min.into(), max.into()) as i16 }
+    });
+    for t in &mut code.tables {
+        let new: Vec<i16> = new.by_ref().take(t.values.len()).collect();
+        if is_trained_here(t) {
+            t.values = new;
+        }
+    }
+    error / samples.len() as f64 * f64::from(code.unit).powi(2)
 }
 
 /// Standard deviation of the density that the best entries of a code without memory have: the source's density to the
@@ -147,18 +149,6 @@ pub(super) fn likelihood_ratio(x: &[f32], width: f64) -> f64 {
 
 fn is_trained_here(t: &Table) -> bool {
     matches!(t.source, TableSource::Trained { .. })
-}
-
-/// The windows of whole blocks of samples, block after block.
-pub(super) fn encode(code: &Code, samples: &[f32]) -> Vec<u32> {
-    let trellis = Trellis::new(code);
-    let group = trellis.block_len() * trellis.blocks_at_once();
-    let mut windows = vec![0; samples.len() / trellis.block_len() * trellis.steps()];
-    windows
-        .par_chunks_mut(trellis.steps() * trellis.blocks_at_once())
-        .zip(samples.par_chunks(group))
-        .for_each_init(Scratch::default, |scratch, (windows, samples)| trellis.encode(samples, windows, scratch));
-    windows
 }
 
 /// For each window its V sources.

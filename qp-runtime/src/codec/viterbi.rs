@@ -34,8 +34,8 @@ use super::simd::{LANES, Lanes, Register, dot, for_each_instruction_set};
 /// More than any cost that a state can have.
 const INFINITE: Lanes = Lanes([UNREACHABLE + LARGEST_COST; LANES]);
 
-/// Costs that are kept for the way back, in bytes a thread. Where a search needs more, only some boundaries are kept
-/// and the steps between them are run again.
+/// Costs that are kept for the way back, in bytes a thread, unless [`Trellis::with_history`] says otherwise. Where a
+/// search needs more, only some boundaries are kept and the steps between them are run again.
 const HISTORY_BYTES: usize = 48 << 20;
 
 /// A code made ready to encode.
@@ -51,6 +51,8 @@ pub struct Trellis {
     memoryless: bool,
     /// Steps on each side of the seam in the first search.
     reach: usize,
+    /// Bytes of costs that a thread keeps.
+    history: usize,
 }
 
 /// Memory of one search, to be used again by the next.
@@ -109,7 +111,21 @@ impl Trellis {
             book.push(metric.energy(entry));
         }
         let reach = code.reach(bits.len() as u32) as usize;
-        Trellis { window: code.window, vector, bits, metric, book, memoryless: code.is_memoryless(), reach }
+        Trellis {
+            window: code.window,
+            vector,
+            bits,
+            metric,
+            book,
+            memoryless: code.is_memoryless(),
+            reach,
+            history: HISTORY_BYTES,
+        }
+    }
+
+    /// Keeps up to `bytes` of costs a thread: the more, the fewer steps of codes of large windows are run again.
+    pub fn with_history(self, bytes: usize) -> Self {
+        Trellis { history: bytes, ..self }
     }
 
     /// Weights of a block.
@@ -207,7 +223,7 @@ impl Trellis {
         let boundary = size_of::<Lanes>() << (self.window - self.bits.iter().min().expect("at least one step"));
         // Halving the path needs a boundary each time, and two to work with.
         let least = path.len().ilog2() as usize + 3;
-        let count = (HISTORY_BYTES / boundary).max(least).min(path.len() + 1);
+        let count = (self.history / boundary).max(least).min(path.len() + 1);
         let history = &mut scratch.history;
         history.resize_with(history.len().max(count), Vec::new);
         let costs = &mut history[0];

@@ -262,6 +262,15 @@ impl Memory {
         self.context.synchronize()
     }
 
+    /// Copies all of `from`, of the same context and as long.
+    pub fn copy_from(&self, from: &Memory) -> Result<(), DeviceError> {
+        assert_eq!(self.bytes, from.bytes, "buffers of one length");
+        self.context.bind()?;
+        // SAFETY: both allocations have these bytes; freeing waits for the stream.
+        unsafe { result::memcpy_dtod_async(self.pointer, from.pointer, self.bytes, self.context.stream) }
+            .map_err(fail("copying within the GPU"))
+    }
+
     pub fn pointer(&self) -> u64 {
         self.pointer
     }

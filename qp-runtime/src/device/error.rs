@@ -1,6 +1,7 @@
 //! What can go wrong between a kernel and a device.
 
 use crate::jit::JitError;
+use crate::jit::launches::UnknownChoice;
 
 use super::args::Mismatch;
 
@@ -60,6 +61,9 @@ pub enum DeviceError {
         /// What is wrong.
         reason: String,
     },
+    /// A wish about launches that is none.
+    #[error(transparent)]
+    Launches(#[from] UnknownChoice),
     /// More shared memory than a block of this GPU may have.
     #[error("kernel `{kernel}` needs {needs} bytes of shared memory a block; this GPU allows {allowed}")]
     SharedMemory {

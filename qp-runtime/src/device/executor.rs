@@ -110,6 +110,24 @@ impl Executor {
         Ok(buffer)
     }
 
+    /// A buffer that holds a copy of another one, which lies on this executor.
+    ///
+    /// # Errors
+    /// A full GPU, a buffer of another device.
+    pub fn copy<T: Element>(&self, of: &Buffer<T>) -> Result<Buffer<T>, DeviceError> {
+        let buffer = self.zeroed(of.len)?;
+        match (&buffer.raw, &of.raw) {
+            (RawBuffer::Host(to), RawBuffer::Host(from)) => write_lock(to).copy_from_slice(&read_lock(from)),
+            (RawBuffer::Cuda(to), RawBuffer::Cuda(from)) if Arc::ptr_eq(to.context(), from.context()) => {
+                to.copy_from(from)?;
+            }
+            (RawBuffer::Host(_) | RawBuffer::Cuda(_), _) => {
+                return Err(DeviceError::Buffer("a buffer of another device cannot be copied".to_owned()));
+            }
+        }
+        Ok(buffer)
+    }
+
     /// A buffer of the elements whose little-endian bytes are `bytes`, wherever those lie (in a mapped file).
     ///
     /// # Errors

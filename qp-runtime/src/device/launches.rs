@@ -102,3 +102,12 @@ pub struct Argmax<'a> {
     /// One a row.
     pub best: &'a mut Buffer<i32>,
 }
+
+/// Of [`qp_codegen::kernels::read`].
+#[derive(LaunchArgs)]
+pub struct Read<'a> {
+    /// What is read.
+    pub x: &'a Buffer<u32>,
+    /// Sums.
+    pub y: &'a mut Buffer<u32>,
+}

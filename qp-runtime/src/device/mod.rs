@@ -16,6 +16,7 @@ pub mod launches;
 pub mod ops;
 #[cfg(test)]
 mod tests;
+pub mod tune;
 
 pub use args::{Arg, ArgField, Element, LaunchArgs, Mismatch, ParamDecl, check};
 pub use driver::Gpu;

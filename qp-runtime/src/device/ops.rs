@@ -4,11 +4,13 @@ use half::bf16;
 use qp_codegen::ir::Elem;
 use qp_codegen::kernels::decode::pack_tables;
 use qp_codegen::kernels::dequantize::{self, Dequantize};
+use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::prepare::{self, Prepare};
 use qp_codegen::kernels::product::Launch;
+use qp_codegen::kernels::rotate;
 use qp_codegen::layout::{COLUMN_PAD, Packed};
-use qp_codegen::reference::{Activations, split_activation};
+use qp_codegen::reference::{Activations, Hadamard, split_activation};
 use qp_codegen::spec::{Quantizer, Rotation, Shape};
 
 use super::{Buffer, DeviceError, Executor, LaunchArgs, Loaded, Recorder};
@@ -46,6 +48,18 @@ pub struct PrepareArgs<'a> {
     x: &'a mut Buffer<i8>,
     x_scale: &'a mut Buffer<f32>,
     x_sum: &'a mut Buffer<i32>,
+}
+
+/// Arguments of [`embed_packed::lower`]'s kernels.
+#[derive(LaunchArgs)]
+pub struct EmbedPackedArgs<'a> {
+    tables: &'a Buffer<u32>,
+    weights: &'a Buffer<u32>,
+    scales: &'a Buffer<bf16>,
+    tokens: &'a Buffer<i32>,
+    flips: &'a Buffer<u32>,
+    base: &'a Buffer<u32>,
+    y: &'a mut Buffer<f32>,
 }
 
 /// A packed matrix, or several that share an input stored one below the other, on a device.
@@ -94,6 +108,19 @@ impl DeviceMatrix {
         self.tables.bytes() + self.weights.bytes() + self.scales.bytes()
     }
 
+    /// Another matrix of the same contents.
+    ///
+    /// # Errors
+    /// A full GPU.
+    pub fn copy(&self, on: &Executor) -> Result<Self, DeviceError> {
+        Ok(DeviceMatrix {
+            layout: self.layout.clone(),
+            tables: on.copy(&self.tables)?,
+            weights: on.copy(&self.weights)?,
+            scales: on.copy(&self.scales)?,
+        })
+    }
+
     /// Decodes the matrix: rows × columns, row-major, in the rotated space.
     ///
     /// # Errors
@@ -105,6 +132,16 @@ impl DeviceMatrix {
         let args = DequantizeArgs { tables: &self.tables, weights: &self.weights, scales: &self.scales, y: &mut y };
         on.launch(&kernel, args)?;
         y.to_vec()
+    }
+}
+
+/// The shape of matrices stored one below the other: of several, each is padded to whole tiles.
+pub fn stacked(q: &Quantizer, shapes: &[Shape]) -> Shape {
+    match shapes {
+        [one] => *one,
+        several => {
+            Shape { rows: several.iter().map(|&s| Packed::new(q, s).padded_rows()).sum(), cols: several[0].cols }
+        }
     }
 }
 
@@ -166,12 +203,11 @@ pub struct GemvKernel {
 }
 
 impl GemvKernel {
-    /// Makes the kernel; `launch` overrides the choice of the cost model.
+    /// Makes the kernel.
     ///
     /// # Errors
     /// Those of the executor.
-    pub fn load(on: &Executor, op: &Gemv, launch: Option<Launch>) -> Result<Self, DeviceError> {
-        let launch = launch.unwrap_or_else(|| Launch::choose(op, &on.device()));
+    pub fn load(on: &Executor, op: &Gemv, launch: &Launch) -> Result<Self, DeviceError> {
         let (partial, arrived) = launch.meeting_place(op);
         Ok(GemvKernel {
             kernel: on.load::<GemvArgs>(launch.lower(op))?,
@@ -243,10 +279,10 @@ impl PrepareKernel {
     /// # Errors
     /// Those of the executor.
     pub fn load(on: &Executor, op: &Prepare) -> Result<Self, DeviceError> {
-        let base = if op.rotation == Rotation::None { vec![0] } else { prepare::base(op.columns) };
+        let base = if op.rotation == Rotation::None { vec![0] } else { rotate::base(&Hadamard::new(op.columns)) };
         Ok(PrepareKernel {
             kernel: on.load::<PrepareArgs>(prepare::lower(op))?,
-            flips: on.upload(&prepare::flips(op.rotation, op.columns))?,
+            flips: on.upload(&rotate::flips(op.rotation, op.columns))?,
             base: on.upload(&base)?,
         })
     }
@@ -294,6 +330,62 @@ impl PrepareKernel {
             x_scale: &mut out.scale,
             x_sum: &mut out.sum,
         }
+    }
+}
+
+/// Rows of a packed matrix, decoded and rotated back, loaded.
+pub struct EmbedPackedKernel {
+    kernel: Loaded,
+    flips: Buffer<u32>,
+    base: Buffer<u32>,
+}
+
+impl EmbedPackedKernel {
+    /// Makes the kernel.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn load(on: &Executor, op: &EmbedPacked) -> Result<Self, DeviceError> {
+        let (rotation, columns) = (op.quantizer.rotation, op.shape.cols);
+        let base = if rotation == Rotation::None { vec![0] } else { embed_packed::base(columns) };
+        Ok(EmbedPackedKernel {
+            kernel: on.load::<EmbedPackedArgs>(embed_packed::lower(op))?,
+            flips: on.upload(&rotate::flips(rotation, columns))?,
+            base: on.upload(&base)?,
+        })
+    }
+
+    /// Adds the launch to a graph: `y` gets the rows `tokens` of `m`.
+    ///
+    /// # Errors
+    /// A kernel of other parameters.
+    pub fn record(
+        &self,
+        to: &mut Recorder,
+        m: &DeviceMatrix,
+        tokens: &Buffer<i32>,
+        y: &mut Buffer<f32>,
+    ) -> Result<(), DeviceError> {
+        to.launch(&self.kernel, self.args(m, tokens, y))
+    }
+
+    /// Launches it.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn launch(
+        &self,
+        on: &Executor,
+        m: &DeviceMatrix,
+        tokens: &Buffer<i32>,
+        y: &mut Buffer<f32>,
+    ) -> Result<(), DeviceError> {
+        on.launch(&self.kernel, self.args(m, tokens, y))
+    }
+
+    fn args<'a>(&'a self, m: &'a DeviceMatrix, tokens: &'a Buffer<i32>, y: &'a mut Buffer<f32>) -> EmbedPackedArgs<'a> {
+        let (flips, base) = (&self.flips, &self.base);
+        EmbedPackedArgs { tables: &m.tables, weights: &m.weights, scales: &m.scales, tokens, flips, base, y }
     }
 }
 

@@ -57,12 +57,7 @@ impl CpuEngine {
 
     /// The embeddings of `tokens`: tokens × hidden.
     pub fn embed(&self, tokens: &[u32]) -> Vec<f32> {
-        let hidden = self.config.hidden;
-        let mut x = vec![0f32; tokens.len() * hidden];
-        for (row, &t) in x.chunks_exact_mut(hidden).zip(tokens) {
-            self.weights.embed.read(t as usize * hidden, row);
-        }
-        x
+        self.linears.look_up(&self.weights.embed, tokens)
     }
 
     /// Decoder layer `i` on the residual stream `x` (tokens × hidden) of tokens that follow the sequence so far, whose

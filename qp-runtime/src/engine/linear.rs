@@ -21,6 +21,8 @@ const FEW_TOKENS: usize = 4;
 pub struct Linears {
     decoders: Vec<(Arc<Quantizer>, Decoder)>,
     rotators: Vec<(Rotation, usize, Rotator)>,
+    /// Turns the rows of a quantized embedding back.
+    back: Option<Rotator>,
 }
 
 impl Linears {
@@ -28,7 +30,13 @@ impl Linears {
     pub fn new(weights: &Weights) -> Self {
         let mut out = Linears::default();
         let layers = weights.layers.iter().flat_map(|layer| Role::ALL.map(|role| &layer[role]));
-        layers.chain([&weights.head]).for_each(|layer| out.add(layer));
+        layers.chain([&weights.head, &weights.embed]).for_each(|layer| out.add(layer));
+        out.back = match &weights.embed.weight {
+            Weight::Dense(_) => None,
+            Weight::Quantized { quantizer, .. } => {
+                Some(Rotator::inverse(quantizer.rotation, weights.embed.cols as u32))
+            }
+        };
         out
     }
 
@@ -54,6 +62,25 @@ impl Linears {
 
     fn rotator(&self, rotation: Rotation, cols: usize) -> Option<&Rotator> {
         self.rotators.iter().find(|(r, n, _)| (*r, *n) == (rotation, cols)).map(|(_, _, r)| r)
+    }
+
+    /// The embeddings of `tokens`, which lie within `embed`: tokens × columns.
+    pub fn look_up(&self, embed: &Linear, tokens: &[u32]) -> Vec<f32> {
+        match &embed.weight {
+            Weight::Dense(table) => {
+                let mut x = vec![0f32; tokens.len() * embed.cols];
+                for (row, &t) in x.chunks_exact_mut(embed.cols).zip(tokens) {
+                    table.read(t as usize * embed.cols, row);
+                }
+                x
+            }
+            Weight::Quantized { quantizer, matrix } => {
+                let mut x = self.decoder(quantizer).expect("added by new").rows(matrix, tokens);
+                let back = self.back.as_ref().expect("made by new");
+                x.par_chunks_exact_mut(embed.cols).for_each(|row| back.apply(row));
+                x
+            }
+        }
     }
 
     /// Several linear layers of one input `x` (tokens × columns): tokens × rows each. The input is rotated and rounded

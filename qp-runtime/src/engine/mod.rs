@@ -10,10 +10,31 @@ pub mod linear;
 pub mod sampling;
 pub mod texts;
 
+use std::sync::Arc;
+
 pub use cpu::CpuEngine;
 pub use cuda::CudaEngine;
 pub use generate::{Generated, Stop, generate};
 pub use sampling::{Sampler, Sampling};
+
+use crate::device::Executor;
+use crate::model::{Config, Weights};
+
+/// An engine for sequences of up to `context` tokens, on the CPU without an executor.
+///
+/// # Errors
+/// If the model has fewer positions or does not fit the device.
+pub fn open(
+    on: Option<&Executor>,
+    config: &Config,
+    weights: &Arc<Weights>,
+    context: usize,
+) -> Result<Box<dyn Engine>, Error> {
+    Ok(match on {
+        Some(on) => Box::new(CudaEngine::new(on.clone(), config, weights, context)?),
+        None => Box::new(CpuEngine::new(config, weights.clone(), context)?),
+    })
+}
 
 /// Tokens that an engine is given at once when there are many: bounds its memory.
 pub const PREFILL: usize = 256;

@@ -3,16 +3,26 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use super::{CpuEngine, Error, Sampler, Sampling, generate};
+use super::{Error, Sampler, Sampling, generate};
+use crate::device::Executor;
+use crate::engine;
 use crate::model::{Config, Weights};
 
-/// A text of `tokens` tokens: number `i` of those with `seed`. Where the model ends it, it goes on with whatever follows.
+/// A text of `tokens` tokens: number `i` of those with `seed`, the same on every device. Where the model ends it, it goes
+/// on with whatever follows.
 ///
 /// # Errors
 /// If the model has no first token, or cannot run.
-pub fn write(config: &Config, weights: &Arc<Weights>, tokens: usize, seed: u64, i: usize) -> Result<Vec<u32>, Error> {
+pub fn write(
+    on: Option<&Executor>,
+    config: &Config,
+    weights: &Arc<Weights>,
+    tokens: usize,
+    seed: u64,
+    i: usize,
+) -> Result<Vec<u32>, Error> {
     let first = config.bos.ok_or(Error::NoFirstToken)?;
-    let mut engine = CpuEngine::new(config, weights.clone(), tokens)?;
+    let mut engine = engine::open(on, config, weights, tokens)?;
     // Tokens far out in the tail would make texts unlike any that the model was made for.
     let sampling = Sampling {
         temperature: 1.0,
@@ -22,6 +32,6 @@ pub fn write(config: &Config, weights: &Arc<Weights>, tokens: usize, seed: u64, 
     };
     let mut sampler = Sampler::new(sampling);
     let go_on = |_| Ok::<_, Error>(ControlFlow::Continue(()));
-    let written = generate(&mut engine, &[first], tokens - 1, &[], &mut sampler, go_on)?;
+    let written = generate(engine.as_mut(), &[first], tokens - 1, &[], &mut sampler, go_on)?;
     Ok([vec![first], written.tokens].concat())
 }

@@ -1,4 +1,4 @@
-//! Compiled kernels on disk.
+//! Compiled kernels on disk, and launches chosen by measurement.
 //!
 //! One file an entry, named by the SHA-256 of all that determines its content. A file is believed only if its header,
 //! lengths and checksum agree, so a truncated or foreign one is compiled anew and replaced. Files are written
@@ -20,10 +20,36 @@ const MAGIC: &[u8; 8] = b"qp-cubin";
 const VERSION: u32 = 1;
 /// Magic, version, length of the log, length of the code, checksum.
 const HEADER: usize = 8 + 4 + 4 + 8 + 32;
-const SUFFIX: &str = ".cubin";
 const TEMPORARY: &str = ".qp-cubin-";
 /// Entries used less recently than others are removed beyond this many bytes.
 const BOUND: u64 = 512 << 20;
+
+/// What an entry holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A compiled kernel.
+    Cubin,
+    /// A launch chosen by measurement.
+    Launch,
+}
+
+impl Kind {
+    const ALL: [Kind; 2] = [Kind::Cubin, Kind::Launch];
+
+    /// How names of its files end.
+    fn suffix(self) -> &'static str {
+        match self {
+            Kind::Cubin => ".cubin",
+            Kind::Launch => ".launch",
+        }
+    }
+
+    /// What a file of this name holds; `None` for files that are none of ours.
+    fn of(name: &str) -> Option<Kind> {
+        let hash = |n: &str| n.len() == 64 && n.bytes().all(|b| b.is_ascii_hexdigit());
+        Kind::ALL.into_iter().find(|k| name.strip_suffix(k.suffix()).is_some_and(hash))
+    }
+}
 
 /// The folder of compiled kernels.
 #[derive(Clone, Debug)]
@@ -37,28 +63,41 @@ pub struct Cache {
 pub struct Status {
     /// The folder; `None` if neither `QP_CACHE_DIR`, `XDG_CACHE_HOME` nor `HOME` is set.
     pub folder: Option<PathBuf>,
-    /// Entries.
+    /// Compiled kernels.
     pub entries: usize,
+    /// Launches chosen by measurement.
+    pub launches: usize,
     /// Bytes of all entries.
     pub bytes: u64,
     /// Why it cannot be written, if so.
     pub problem: Option<String>,
 }
 
+/// A file of the folder.
+struct Entry {
+    kind: Kind,
+    path: PathBuf,
+    bytes: u64,
+    used: SystemTime,
+}
+
 /// Names an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Key(String);
+pub(super) struct Key {
+    kind: Kind,
+    hash: String,
+}
 
 impl Key {
-    /// The key of a compilation; each part is hashed with its length.
-    pub fn new<'a>(parts: impl IntoIterator<Item = &'a str>) -> Key {
+    /// The key of what follows from `parts`; each is hashed with its length.
+    pub fn new<'a>(kind: Kind, parts: impl IntoIterator<Item = &'a str>) -> Key {
         let mut hash = Sha256::new();
         hash.update(VERSION.to_le_bytes());
         for part in parts {
             hash.update((part.len() as u64).to_le_bytes());
             hash.update(part.as_bytes());
         }
-        Key(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+        Key { kind, hash: hash.finalize().iter().map(|b| format!("{b:02x}")).collect() }
     }
 }
 
@@ -83,7 +122,7 @@ impl Cache {
     }
 
     fn file(&self, key: &Key) -> Option<PathBuf> {
-        Some(self.folder.as_ref()?.join(format!("{}{SUFFIX}", key.0)))
+        Some(self.folder.as_ref()?.join(format!("{}{}", key.hash, key.kind.suffix())))
     }
 
     /// Log and code of an entry, if it is there and whole.
@@ -111,32 +150,32 @@ impl Cache {
         Ok(())
     }
 
-    /// The entries: path, bytes, last use.
-    fn entries(&self) -> Vec<(PathBuf, u64, SystemTime)> {
+    /// The entries, the least recently used first.
+    fn entries(&self) -> Vec<Entry> {
         let Some(folder) = &self.folder else { return Vec::new() };
         let mut out: Vec<_> = fs::read_dir(folder)
             .into_iter()
             .flatten()
             .flatten()
-            .filter(|e| is_entry(&e.file_name().to_string_lossy()))
             .filter_map(|e| {
+                let kind = Kind::of(&e.file_name().to_string_lossy())?;
                 let data = e.metadata().ok()?;
-                Some((e.path(), data.len(), data.modified().ok()?))
+                Some(Entry { kind, path: e.path(), bytes: data.len(), used: data.modified().ok()? })
             })
             .collect();
-        out.sort_by(|a, b| (a.2, &a.0).cmp(&(b.2, &b.0)));
+        out.sort_by(|a, b| (a.used, &a.path).cmp(&(b.used, &b.path)));
         out
     }
 
     fn evict(&self) {
         let entries = self.entries();
-        let mut bytes: u64 = entries.iter().map(|e| e.1).sum();
-        for (path, size, _) in entries {
+        let mut bytes: u64 = entries.iter().map(|e| e.bytes).sum();
+        for entry in entries {
             if bytes <= self.bound {
                 break;
             }
-            if fs::remove_file(path).is_ok() {
-                bytes -= size;
+            if fs::remove_file(entry.path).is_ok() {
+                bytes -= entry.bytes;
             }
         }
     }
@@ -157,7 +196,7 @@ impl Cache {
             let entry = entry?;
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            if is_entry(&name) {
+            if Kind::of(&name).is_some() {
                 fs::remove_file(entry.path())?;
                 removed += 1;
             } else if name.starts_with(TEMPORARY) {
@@ -170,27 +209,27 @@ impl Cache {
     /// What lies there, and whether it can be written.
     pub fn status(&self) -> Status {
         let entries = self.entries();
-        let problem = match &self.folder {
-            None => Some("neither QP_CACHE_DIR, XDG_CACHE_HOME nor HOME is set".to_owned()),
-            Some(folder) => fs::create_dir_all(folder)
-                .and_then(|()| {
-                    let mut probe = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(folder)?;
-                    probe.write_all(&[0; 4096])
-                })
-                .err()
-                .map(|e| e.to_string()),
-        };
+        let of = |kind| entries.iter().filter(|e| e.kind == kind).count();
         Status {
             folder: self.folder.clone(),
-            entries: entries.len(),
-            bytes: entries.iter().map(|e| e.1).sum(),
-            problem,
+            entries: of(Kind::Cubin),
+            launches: of(Kind::Launch),
+            bytes: entries.iter().map(|e| e.bytes).sum(),
+            problem: self.problem(),
         }
     }
-}
 
-fn is_entry(name: &str) -> bool {
-    name.strip_suffix(SUFFIX).is_some_and(|n| n.len() == 64 && n.bytes().all(|b| b.is_ascii_hexdigit()))
+    /// Why the folder cannot be written, if so.
+    pub(super) fn problem(&self) -> Option<String> {
+        let Some(folder) = &self.folder else {
+            return Some("neither QP_CACHE_DIR, XDG_CACHE_HOME nor HOME is set".to_owned());
+        };
+        let probe = || {
+            fs::create_dir_all(folder)?;
+            tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(folder)?.write_all(&[0; 4096])
+        };
+        probe().err().map(|e| e.to_string())
+    }
 }
 
 /// Marks an entry as used, so that it outlives others; once a day is enough.
@@ -240,7 +279,7 @@ mod tests {
     fn filled() -> (tempfile::TempDir, Cache, Key, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::at(dir.path().join("new/folder"));
-        let key = Key::new(["source", "sm_80"]);
+        let key = Key::new(Kind::Cubin, ["source", "sm_80"]);
         cache.put(&key, "a log", b"code");
         let file = cache.file(&key).unwrap();
         (dir, cache, key, file)
@@ -250,7 +289,7 @@ mod tests {
     fn what_was_put_comes_back() {
         let (_dir, cache, key, _) = filled();
         assert_eq!(cache.get(&key), Some(("a log".into(), b"code".to_vec())));
-        assert_eq!(cache.get(&Key::new(["source", "sm_90a"])), None);
+        assert_eq!(cache.get(&Key::new(Kind::Cubin, ["source", "sm_90a"])), None);
         let status = cache.status();
         assert_eq!((status.entries, status.problem), (1, None));
         assert_eq!(cache.clear().unwrap(), 1);
@@ -259,8 +298,8 @@ mod tests {
 
     #[test]
     fn parts_do_not_run_together() {
-        assert_ne!(Key::new(["ab", "c"]), Key::new(["a", "bc"]));
-        assert_ne!(Key::new(["ab"]), Key::new(["ab", ""]));
+        assert_ne!(Key::new(Kind::Cubin, ["ab", "c"]), Key::new(Kind::Cubin, ["a", "bc"]));
+        assert_ne!(Key::new(Kind::Cubin, ["ab"]), Key::new(Kind::Cubin, ["ab", ""]));
     }
 
     #[test]
@@ -298,7 +337,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("file"), "").unwrap();
         let cache = Cache::at(dir.path().join("file/below"));
-        let key = Key::new(["x"]);
+        let key = Key::new(Kind::Cubin, ["x"]);
         cache.put(&key, "", b"code");
         assert_eq!(cache.get(&key), None);
         assert!(cache.status().problem.is_some());
@@ -309,7 +348,7 @@ mod tests {
     fn the_least_recently_used_go_first() {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache { folder: Some(dir.path().into()), bound: 3 * (HEADER as u64 + 100) };
-        let keys: Vec<Key> = (0..5).map(|i| Key::new([format!("{i}").as_str()])).collect();
+        let keys: Vec<Key> = (0..5).map(|i| Key::new(Kind::Cubin, [format!("{i}").as_str()])).collect();
         for (age, key) in (1..=4).rev().zip(&keys) {
             cache.put(key, "", &[0; 100]);
             let file = fs::File::options().append(true).open(cache.file(key).unwrap()).unwrap();
@@ -328,7 +367,7 @@ mod tests {
     fn many_threads_write_and_read_one_entry() {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::at(dir.path());
-        let key = Key::new(["shared"]);
+        let key = Key::new(Kind::Cubin, ["shared"]);
         let code = vec![7u8; 100_000];
         std::thread::scope(|s| {
             for _ in 0..4 {
@@ -350,7 +389,7 @@ mod tests {
     #[test]
     fn one_of_many_processes() {
         let Some(folder) = std::env::var_os("QP_TEST_SHARED_CACHE") else { return };
-        let (cache, key) = (Cache::at(folder), Key::new(["shared"]));
+        let (cache, key) = (Cache::at(folder), Key::new(Kind::Cubin, ["shared"]));
         let code = vec![7u8; 100_000];
         for _ in 0..100 {
             if let Some((_, got)) = cache.get(&key) {
@@ -373,7 +412,7 @@ mod tests {
         };
         let mut children: Vec<_> = (0..4).map(child).collect();
         assert!(children.iter_mut().all(|c| c.wait().unwrap().success()));
-        assert_eq!(Cache::at(dir.path()).get(&Key::new(["shared"])).unwrap().1.len(), 100_000);
+        assert_eq!(Cache::at(dir.path()).get(&Key::new(Kind::Cubin, ["shared"])).unwrap().1.len(), 100_000);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
     }
 }

@@ -1,13 +1,15 @@
-//! Machine code of kernels, compiled once: NVRTC ([`qp_codegen::nvrtc`]) behind a cache on disk.
+//! Machine code of kernels, compiled once: NVRTC ([`qp_codegen::nvrtc`]) behind a cache on disk; and the launches that
+//! were measured to be best, kept in the same folder ([`launches`]).
 
 mod cache;
+pub mod launches;
 
 pub use cache::{Cache, Status as CacheStatus, VARIABLE as CACHE_VARIABLE};
 pub use qp_codegen::nvrtc::{
     CompileError as JitError, Cubin, Nvrtc, Options, Usage, VARIABLE as NVRTC_VARIABLE, for_tests as nvrtc_for_tests,
 };
 
-use cache::Key;
+use cache::{Key, Kind};
 use qp_codegen::nvrtc;
 
 /// Compiles `source` for `target` (`sm_90a`), or takes it from the user's cache. `name` is for messages.
@@ -23,16 +25,21 @@ pub fn compile(source: &str, name: &str, target: &str, options: &Options) -> Res
 /// # Errors
 /// As [`compile`].
 pub fn compile_in(cache: &Cache, source: &str, name: &str, target: &str, options: &Options) -> Result<Cubin, JitError> {
-    let version = Nvrtc::get()?.version();
-    let version = format!("{}.{}", version.0, version.1);
+    let version = nvrtc_version()?;
     let flags = nvrtc::flags(target, options);
-    let key = Key::new([source, &version].into_iter().chain(flags.iter().map(String::as_str)));
+    let key = Key::new(Kind::Cubin, [source, &version].into_iter().chain(flags.iter().map(String::as_str)));
     if let Some((log, code)) = cache.get(&key) {
         return Ok(Cubin::new(code, log));
     }
     let cubin = nvrtc::compile(source, name, target, options)?;
     cache.put(&key, &cubin.log, &cubin.bytes);
     Ok(cubin)
+}
+
+/// What enters keys: another NVRTC makes other code.
+fn nvrtc_version() -> Result<String, JitError> {
+    let (major, minor) = Nvrtc::get()?.version();
+    Ok(format!("{major}.{minor}"))
 }
 
 #[cfg(test)]

@@ -9,6 +9,11 @@ use super::config::{Config, Role};
 use super::{Error, Tensor, TensorDir};
 use crate::codec::PackedMatrix;
 
+/// Name of the output layer.
+pub const HEAD: &str = "lm_head";
+/// Name of the embedding.
+pub const EMBEDDING: &str = "model.embed_tokens";
+
 /// Where tensors come from: a plain model directory or a quantized checkpoint.
 pub trait Source {
     /// The dense tensor `name`.
@@ -23,7 +28,7 @@ pub trait Source {
     /// If it is missing, damaged or of another shape.
     fn linear(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, Error>;
 
-    /// True if the linear layer `name` is quantized. So may be an output layer that is tied to the embedding.
+    /// True if the layer `name` is quantized by itself. So may be an output layer that is tied to the embedding.
     fn is_quantized(&self, name: &str) -> bool {
         let _ = name;
         false
@@ -40,7 +45,7 @@ impl Source for TensorDir {
     }
 }
 
-/// The matrix of a linear layer.
+/// The matrix of a layer.
 #[derive(Clone, Debug)]
 pub enum Weight {
     /// Floats, rows × columns.
@@ -55,6 +60,15 @@ pub enum Weight {
 }
 
 impl Weight {
+    /// True if both are one matrix in memory.
+    pub fn is(&self, other: &Weight) -> bool {
+        match (self, other) {
+            (Weight::Dense(a), Weight::Dense(b)) => a.bytes().as_ptr() == b.bytes().as_ptr(),
+            (Weight::Quantized { matrix: a, .. }, Weight::Quantized { matrix: b, .. }) => Arc::ptr_eq(a, b),
+            (Weight::Dense(_), Weight::Quantized { .. }) | (Weight::Quantized { .. }, Weight::Dense(_)) => false,
+        }
+    }
+
     /// The matrix itself, unless it is quantized.
     pub fn dense(&self) -> Option<&Tensor> {
         match self {
@@ -64,7 +78,7 @@ impl Weight {
     }
 }
 
-/// A linear layer: `y = W·x + bias`.
+/// A linear layer: `y = W·x + bias`. Also an embedding, of which rows are looked up.
 #[derive(Clone, Debug)]
 pub struct Linear {
     /// Full name, without `.weight`.
@@ -106,13 +120,13 @@ impl IndexMut<Role> for Layer {
 /// All tensors of a model.
 #[derive(Clone, Debug)]
 pub struct Weights {
-    /// Token embeddings, vocab × hidden.
-    pub embed: Tensor,
+    /// Token embeddings, vocab × hidden, a row a token.
+    pub embed: Linear,
     /// Decoder layers.
     pub layers: Vec<Layer>,
     /// Weight of the last RMS norm, `hidden` values.
     pub norm: Vec<f32>,
-    /// Output layer, vocab × hidden; shares its data with `embed` if they are tied.
+    /// Output layer, vocab × hidden. If it is tied and not quantized by itself, its matrix is that of `embed`.
     pub head: Linear,
 }
 
@@ -138,13 +152,14 @@ impl Weights {
             })
         });
         let layers = layers.collect::<Result<Vec<_>, Error>>()?;
-        let embed = shaped(source, "model.embed_tokens.weight", &[config.vocab, config.hidden])?;
-        let weight = if config.tied && !source.is_quantized("lm_head") {
-            Weight::Dense(embed.clone())
-        } else {
-            source.linear("lm_head", config.vocab, config.hidden)?
+        let (rows, cols) = (config.vocab, config.hidden);
+        let of_tokens = |name: &str, weight| Linear { name: name.to_owned(), rows, cols, weight, bias: None };
+        let embed = of_tokens(EMBEDDING, source.linear(EMBEDDING, rows, cols)?);
+        let weight = match config.tied && !source.is_quantized(HEAD) {
+            true => embed.weight.clone(),
+            false => source.linear(HEAD, rows, cols)?,
         };
-        let head = Linear { name: "lm_head".to_owned(), rows: config.vocab, cols: config.hidden, weight, bias: None };
+        let head = of_tokens(HEAD, weight);
         Ok(Weights { embed, layers, norm: vector("model.norm.weight", config.hidden)?, head })
     }
 }

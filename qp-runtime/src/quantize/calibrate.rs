@@ -73,7 +73,7 @@ impl Calibration {
                 let mut all = Vec::new();
                 for i in 0..wanted {
                     progress(i, wanted);
-                    all.push(texts::write(config, weights, window, 0, i)?);
+                    all.push(texts::write(None, config, weights, window, 0, i)?);
                 }
                 ("self", all)
             }
@@ -107,7 +107,7 @@ impl Calibration {
     }
 
     /// What linear layer number `layer` (in the order of the plan) needs to be encoded by `q`; `None` if its inputs are
-    /// all zero. `rotations` tells of each linear layer by what rotation it is still to be encoded, if at all; layers
+    /// all zero. `rotations` tells of each layer by what rotation it is still to be encoded, if at all; layers
     /// are asked for in their order.
     ///
     /// # Errors

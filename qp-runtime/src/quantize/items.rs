@@ -1,4 +1,4 @@
-//! What there is to do: the linear layers of a model, and the list of items in the order of work.
+//! What there is to do: the layers of a model, and the list of items in the order of work.
 
 use std::collections::BTreeSet;
 
@@ -9,10 +9,11 @@ use safetensors::Dtype;
 use crate::checkpoint::reader::tensor_names;
 use crate::checkpoint::weights::Planned;
 use crate::codec::scale_count;
+use crate::model::weights::{EMBEDDING, HEAD};
 use crate::model::{Config, Error, Role, TensorDir};
 use crate::plan::{Layer, Resolved};
 
-/// A linear layer and the tensor that holds its weights.
+/// A layer and the tensor that holds its weights.
 pub struct Place {
     /// As the plan sees it.
     pub layer: Layer,
@@ -43,8 +44,8 @@ pub enum Work {
     },
 }
 
-/// All linear layers of a model, in the order of execution. The output layer comes last and is not covered by a plan's
-/// default; if it is tied to the embedding, quantizing it leaves the embedding as it is.
+/// All linear layers of a model in the order of execution, then the embedding. The output layer and the embedding are not
+/// covered by a plan's default. If they are tied, both are made from the embedding's tensor.
 pub fn layers(config: &Config) -> Vec<Place> {
     let place = |name: String, tensor: String, (rows, cols): (usize, usize), by_default| Place {
         layer: Layer { name, shape: Shape { rows: rows as u32, cols: cols as u32 }, by_default },
@@ -58,9 +59,20 @@ pub fn layers(config: &Config) -> Vec<Place> {
             place(name, tensor, config.shape(role), true)
         })
         .collect();
-    let head = if config.tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
-    all.push(place("lm_head".to_owned(), head.to_owned(), (config.vocab, config.hidden), false));
+    for (name, tensor) in [(HEAD, if config.tied { EMBEDDING } else { HEAD }), (EMBEDDING, EMBEDDING)] {
+        all.push(place(name.to_owned(), format!("{tensor}.weight"), (config.vocab, config.hidden), false));
+    }
     all
+}
+
+/// If the output layer is tied to the embedding and `plan` gives both the same quantizer, one matrix serves both: only
+/// the embedding is left to encode.
+pub fn join_tied(config: &Config, plan: &mut Resolved) {
+    let [.., head, embedding] = &mut plan.layers[..] else { return };
+    let fused = plan.groups.iter().flatten().any(|l| *l == config.layers * Role::ALL.len());
+    if config.tied && *head == *embedding && !fused {
+        *head = None;
+    }
 }
 
 /// The items of a checkpoint: every tensor of the model, a quantized layer's weight replaced by its packed form.

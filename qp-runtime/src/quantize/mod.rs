@@ -23,10 +23,11 @@ use crate::checkpoint::{self, Begin, Draft, Head, LayerEntry, Manifest, ModelId,
 use crate::codec::{Decoder, EncodeError, Encoder};
 use crate::device::{DeviceError, Executor};
 use crate::engine;
+use crate::model::weights::EMBEDDING;
 use crate::model::{self, Config, Files, TensorDir, Weights};
 use crate::plan::{Plan, Resolved};
 use calibrate::{Calibrate, Calibration};
-use items::{Item, Work, items, layers};
+use items::{Item, Work, items, join_tied, layers};
 
 /// Files of a model directory that a checkpoint takes along, where they exist.
 const COPIED: [&str; 11] = [
@@ -219,9 +220,13 @@ impl Job {
         // Whatever is missing or misshapen is found now and not after hours.
         let weights = Arc::new(Weights::load(&config, &source)?);
         let layers = layers(&config);
-        let plan = self.plan.resolve(&layers.iter().map(|l| l.layer.clone()).collect::<Vec<_>>())?;
+        let mut plan = self.plan.resolve(&layers.iter().map(|l| l.layer.clone()).collect::<Vec<_>>())?;
+        join_tied(&config, &mut plan);
         let items = items(&source, &layers, &plan)?;
 
+        // Nothing enters an embedding. If its matrix is the output layer's too, what a fit to that would gain there is
+        // lost here.
+        let has_inputs = |i: usize| layers[i].layer.name != EMBEDDING;
         let spec_of = |i: usize| plan.layers[i].map(|s| &plan.specs[s]);
         let chosen: Vec<(String, String)> = layers
             .iter()
@@ -251,7 +256,9 @@ impl Job {
         // What is still to be encoded, by which rotation.
         let mut rotations: Vec<Option<Rotation>> = vec![None; layers.len()];
         for item in items.iter().filter(|i| draft.record(&i.name).is_none()) {
-            if let Work::Encode { layer, .. } = item.work {
+            if let Work::Encode { layer, .. } = item.work
+                && has_inputs(layer)
+            {
                 rotations[layer] = spec_of(layer).map(|q| q.rotation);
             }
         }
@@ -289,6 +296,7 @@ impl Job {
                     }
                     let (encoder, decoder) = coders[spec].as_ref().expect("just made");
                     let feedback = match &mut calibration {
+                        Some(_) if !has_inputs(*layer) => None,
                         None => None,
                         Some(c) => c.feedback(*layer, &item.name, q, &rotations)?,
                     };

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use qp_codegen::ir::Elem;
-use qp_codegen::spec::Quantizer;
+use qp_codegen::layout::Packed;
+use qp_codegen::spec::{Quantizer, Shape};
 
 use crate::codec::PackedMatrix;
 use crate::device::ops::{DeviceMatrix, first_rows};
@@ -43,7 +44,8 @@ impl Floats {
     }
 }
 
-/// The matrix of a product.
+/// The matrix of a product or of an embedding.
+#[derive(Clone)]
 pub enum Matrix {
     /// Packed; of several layers one below the other.
     Quantized {
@@ -52,10 +54,20 @@ pub enum Matrix {
         /// Its content hash.
         hash: String,
         /// The words.
-        matrix: DeviceMatrix,
+        matrix: Arc<DeviceMatrix>,
     },
     /// Rows × columns.
     Dense(Arc<Floats>),
+}
+
+impl Matrix {
+    /// Uploads the matrix of one layer.
+    pub fn upload(executor: &Executor, layer: &Linear) -> Result<Matrix, DeviceError> {
+        match &layer.weight {
+            Weight::Dense(tensor) => Ok(Matrix::Dense(Arc::new(Floats::upload(executor, tensor)?))),
+            Weight::Quantized { quantizer, matrix } => packed(executor, quantizer, &[(0, layer, &**matrix)]),
+        }
+    }
 }
 
 /// A matrix that computes one layer, or several.
@@ -98,9 +110,9 @@ impl Group {
                 continue;
             }
             let product = match &layer.weight {
-                Weight::Dense(tensor) => {
+                Weight::Dense(_) => {
                     places[i] = Some((products.len(), 0));
-                    dense(executor, layer, Arc::new(Floats::upload(executor, tensor)?))?
+                    Product::of(executor, layer, Matrix::upload(executor, layer)?)?
                 }
                 Weight::Quantized { quantizer, .. } => {
                     let alike = layers.iter().enumerate().skip(i).filter_map(|(j, l)| match &l.weight {
@@ -123,11 +135,30 @@ impl Group {
     }
 }
 
-/// One unquantized layer, whose weights are on the device.
-pub fn dense(executor: &Executor, layer: &Linear, weights: Arc<Floats>) -> Result<Product, DeviceError> {
-    let rows = layer.rows as u32;
-    let bias = layer.bias.as_ref().map(|b| executor.upload(b)).transpose()?;
-    Ok(Product { matrix: Matrix::Dense(weights), stride: rows, parts: vec![Part { first: 0, rows, bias }] })
+impl Product {
+    /// One layer, whose matrix is on the device.
+    pub fn of(executor: &Executor, layer: &Linear, matrix: Matrix) -> Result<Product, DeviceError> {
+        let rows = layer.rows as u32;
+        let stride = match &matrix {
+            Matrix::Dense(_) => rows,
+            Matrix::Quantized { matrix, .. } => matrix.layout.padded_rows(),
+        };
+        let bias = layer.bias.as_ref().map(|b| executor.upload(b)).transpose()?;
+        Ok(Product { matrix, stride, parts: vec![Part { first: 0, rows, bias }] })
+    }
+}
+
+/// Layers of one quantizer and input, one below the other.
+fn packed(
+    executor: &Executor,
+    quantizer: &Arc<Quantizer>,
+    layers: &[(usize, &Linear, &PackedMatrix)],
+) -> Result<Matrix, DeviceError> {
+    let cols = layers[0].1.cols as u32;
+    let data: Vec<_> =
+        layers.iter().map(|(_, l, m)| (l.rows as u32, m.words.as_slice(), m.scales.as_slice())).collect();
+    let matrix = Arc::new(DeviceMatrix::upload(executor, quantizer, cols, &data)?);
+    Ok(Matrix::Quantized { quantizer: quantizer.clone(), hash: quantizer.hash(), matrix })
 }
 
 fn quantized(
@@ -137,18 +168,12 @@ fn quantized(
 ) -> Result<Product, DeviceError> {
     let cols = layers[0].1.cols as u32;
     let rows: Vec<u32> = layers.iter().map(|l| l.1.rows as u32).collect();
-    let data: Vec<_> =
-        layers.iter().zip(&rows).map(|(l, r)| (*r, l.2.words.as_slice(), l.2.scales.as_slice())).collect();
-    let matrix = DeviceMatrix::upload(executor, quantizer, cols, &data)?;
+    let matrix = packed(executor, quantizer, layers)?;
     let parts = first_rows(quantizer, cols, &rows).into_iter().zip(layers).map(|(first, (_, l, _))| {
         let bias = l.bias.as_ref().map(|b| executor.upload(b)).transpose()?;
         Ok(Part { first, rows: l.rows as u32, bias })
     });
     let parts = parts.collect::<Result<_, DeviceError>>()?;
-    let stride = matrix.layout.padded_rows();
-    Ok(Product {
-        matrix: Matrix::Quantized { quantizer: quantizer.clone(), hash: quantizer.hash(), matrix },
-        stride,
-        parts,
-    })
+    let stride = rows.iter().map(|&rows| Packed::new(quantizer, Shape { rows, cols }).padded_rows()).sum();
+    Ok(Product { matrix, stride, parts })
 }

@@ -5,15 +5,16 @@
 //! Everything stays on the device between steps; a step takes the tokens and their position and gives logits. Tokens
 //! are taken up to 64 at once. A quantized model gives the same bits as on the CPU, however its tokens are cut.
 //!
+//! * [`kernels`]: what a step launches, without a model at hand.
 //! * [`linear`]: matrices on the device.
 //! * [`step`]: one launch: kernel, inputs, output.
 
+pub mod kernels;
 mod linear;
 mod step;
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::sync::Arc;
 
 use qp_codegen::ir::Elem;
 use qp_codegen::kernels::Span;
@@ -23,6 +24,7 @@ use qp_codegen::kernels::argmax::Argmax;
 use qp_codegen::kernels::attention::Attention;
 use qp_codegen::kernels::dense::Dense;
 use qp_codegen::kernels::embed::Embed;
+use qp_codegen::kernels::embed_packed::EmbedPacked;
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::glu::Glu;
 use qp_codegen::kernels::norm::Norm;
@@ -31,12 +33,13 @@ use qp_codegen::kernels::product::MAX_BATCH;
 use qp_codegen::spec::Shape;
 use rayon::prelude::*;
 
-use self::linear::{Floats, Group, Matrix};
+use self::linear::{Group, Matrix, Product};
 use self::step::{Angles, Hand, Ready, State, Step};
 use super::{Engine, Error, Logits, check_tokens};
 use crate::device::ops::DeviceActivations;
+use crate::device::tune;
 use crate::device::{Buffer, DeviceError, Executor, Graph};
-use crate::model::{Config, Role, Weight, Weights, rope_tables};
+use crate::model::{Config, Role, Weights, rope_tables};
 
 /// Numbers of tokens that steps are made for. Any number is a sum of few of them.
 const BATCHES: [usize; 7] = [MAX_BATCH as usize, 32, 16, 8, 4, 2, 1];
@@ -73,7 +76,7 @@ struct Network {
     eps: f32,
     /// Distance from one token to the next in the residual stream.
     stride: u32,
-    embed: Arc<Floats>,
+    embed: Matrix,
     layers: Vec<Layer>,
     norm: Buffer<f32>,
     head: Group,
@@ -132,8 +135,22 @@ impl CudaEngine {
         let steps = network.steps(batch as u32, wanted);
         let mut needed: BTreeMap<String, &Step<'_>> = steps.iter().map(|s| (s.key(), s)).collect();
         needed.retain(|key, _| !kernels.contains_key(key));
-        let loaded = needed.into_par_iter().map(|(key, s)| Ok((key, s.load(executor)?)));
-        kernels.extend(loaded.collect::<Result<Vec<_>, DeviceError>>()?);
+        let mut products: BTreeMap<String, tune::Product<'_>> = BTreeMap::new();
+        for step in &steps {
+            if let (Step::Gemv { op, hash, matrix, .. }, key) = (step, step.key())
+                && needed.contains_key(&key)
+            {
+                let product = || tune::Product { op: *op, hash, matrices: Vec::new() };
+                products.entry(key).or_insert_with(product).matrices.push(matrix);
+            }
+        }
+        needed.retain(|key, _| !products.contains_key(key));
+        let (keys, products): (Vec<_>, Vec<_>) = products.into_iter().unzip();
+        let others = needed.into_par_iter().map(|(key, s)| Ok((key, s.load(executor)?)));
+        let (others, products) =
+            rayon::join(|| others.collect::<Result<Vec<_>, DeviceError>>(), || tune::load(executor, &products));
+        kernels.extend(others?);
+        kernels.extend(keys.into_iter().zip(products?.into_iter().map(|(_, kernel)| Ready::Gemv(kernel))));
         let mut recorder = executor.record();
         for step in &steps {
             let kernel = kernels.get_mut(&step.key()).expect("loaded above");
@@ -236,14 +253,13 @@ impl Network {
                 down: group(layer, &[Role::Down])?,
             });
         }
-        let embed = Arc::new(Floats::upload(on, &weights.embed)?);
-        let head = match &weights.head.weight {
-            // The same data twice would be a waste of the device's memory.
-            Weight::Dense(_) if config.tied => {
-                let product = linear::dense(on, &weights.head, embed.clone())?;
-                Group { cols: config.hidden as u32, products: vec![product], places: vec![(0, 0)] }
-            }
-            Weight::Dense(_) | Weight::Quantized { .. } => Group::upload(on, &[&weights.head])?,
+        let embed = Matrix::upload(on, &weights.embed)?;
+        // The same data twice would be a waste of the device's memory.
+        let head = if weights.head.weight.is(&weights.embed.weight) {
+            let product = Product::of(on, &weights.head, embed.clone())?;
+            Group { cols: config.hidden as u32, products: vec![product], places: vec![(0, 0)] }
+        } else {
+            Group::upload(on, &[&weights.head])?
         };
         let tables = rope_tables(config, context);
         let hidden = config.hidden as u32;
@@ -314,8 +330,16 @@ impl Network {
         let mut steps = Vec::new();
         let residual = Span::rows(self.stride);
         let (d, context, cache) = (self.head_dim, self.context as u32, Elem::F32);
-        let op = Embed { columns: self.hidden, elem: self.embed.elem(), batch, y: residual };
-        steps.push(Step::Embed { op, table: &self.embed, y: Hand::Residual });
+        steps.push(match &self.embed {
+            Matrix::Dense(table) => {
+                let op = Embed { columns: self.hidden, elem: table.elem(), batch, y: residual };
+                Step::Embed { op, table, y: Hand::Residual }
+            }
+            Matrix::Quantized { quantizer, hash, matrix } => {
+                let op = EmbedPacked { quantizer, shape: matrix.layout.shape, batch, y: residual };
+                Step::EmbedPacked { op, hash, matrix, y: Hand::Residual }
+            }
+        });
         for (i, layer) in self.layers.iter().enumerate() {
             let input = Input { hand: Hand::Residual, rows: residual, norm: Some(&layer.input_norm) };
             self.linear(&mut steps, &layer.qkv, batch, input, None);

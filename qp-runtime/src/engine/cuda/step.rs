@@ -8,13 +8,14 @@ use qp_codegen::kernels::argmax::{self, Argmax};
 use qp_codegen::kernels::attention::{self, Attention};
 use qp_codegen::kernels::dense::{self, Dense};
 use qp_codegen::kernels::embed::{self, Embed};
+use qp_codegen::kernels::embed_packed::EmbedPacked;
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::glu::{self, Glu};
 use qp_codegen::kernels::norm::{self, Norm};
 use qp_codegen::kernels::prepare::Prepare;
 
 use super::linear::Floats;
-use crate::device::ops::{DeviceActivations, DeviceMatrix, GemvKernel, PrepareKernel};
+use crate::device::ops::{DeviceActivations, DeviceMatrix, EmbedPackedKernel, GemvKernel, PrepareKernel};
 use crate::device::{Buffer, DeviceError, Executor, Loaded, Recorder, launches};
 
 /// A buffer of `f32` that launches hand on to each other, a row a token.
@@ -93,6 +94,8 @@ fn split(hands: &mut [Buffer<f32>], written: Hand) -> (&mut Buffer<f32>, Others<
 pub enum Step<'n> {
     /// The tokens' embeddings.
     Embed { op: Embed, table: &'n Floats, y: Hand },
+    /// The same from a quantized matrix.
+    EmbedPacked { op: EmbedPacked<'n>, hash: &'n str, matrix: &'n DeviceMatrix, y: Hand },
     /// A norm before unquantized layers.
     Norm { op: Norm, x: Hand, norm: &'n Buffer<f32>, y: Hand },
     /// Activations to integers; `norm` is any buffer if the operation has none.
@@ -123,6 +126,8 @@ pub enum Ready {
     Gemv(GemvKernel),
     /// The rotation.
     Prepare(PrepareKernel),
+    /// The rotation's inverse.
+    EmbedPacked(EmbedPackedKernel),
 }
 
 /// Cosines and sines of all positions.
@@ -141,6 +146,7 @@ impl Step<'_> {
             Step::Prepare { .. }
             | Step::Norm { .. }
             | Step::Embed { .. }
+            | Step::EmbedPacked { .. }
             | Step::Add { .. }
             | Step::Append { .. }
             | Step::Attention { .. }
@@ -153,6 +159,7 @@ impl Step<'_> {
     pub fn key(&self) -> String {
         match self {
             Step::Embed { op, .. } => format!("{op:?}"),
+            Step::EmbedPacked { op, hash, .. } => format!("embed {hash} {:?} {} {:?}", op.shape, op.batch, op.y),
             Step::Norm { op, .. } => format!("{op:?}"),
             Step::Prepare { op, .. } => format!("{op:?}"),
             Step::Gemv { op, hash, .. } => format!("gemv {hash} {:?} {} {}", op.shape, op.batch, op.accumulate),
@@ -165,15 +172,19 @@ impl Step<'_> {
         }
     }
 
-    /// Makes its kernel ready.
+    /// Makes its kernel ready, unless it is a product: see [`tune::load`](crate::device::tune::load).
     ///
     /// # Errors
     /// Those of the executor.
+    ///
+    /// # Panics
+    /// If it is a product.
     pub fn load(&self, on: &Executor) -> Result<Ready, DeviceError> {
         use launches as args;
         Ok(Ready::Plain(match self {
             Step::Prepare { op, .. } => return PrepareKernel::load(on, op).map(Ready::Prepare),
-            Step::Gemv { op, .. } => return GemvKernel::load(on, op, None).map(Ready::Gemv),
+            Step::Gemv { .. } => unreachable!("products are loaded with all their matrices at hand"),
+            Step::EmbedPacked { op, .. } => return EmbedPackedKernel::load(on, op).map(Ready::EmbedPacked),
             Step::Embed { op, table: Floats::F16(_), .. } => on.load::<args::Embed<'_, half::f16>>(embed::lower(op))?,
             Step::Embed { op, table: Floats::Bf16(_), .. } => {
                 on.load::<args::Embed<'_, half::bf16>>(embed::lower(op))?
@@ -218,11 +229,14 @@ impl Step<'_> {
             (Step::Gemv { matrix, y, .. }, Ready::Gemv(kernel)) => {
                 return kernel.record(to, matrix, activations, &mut hands[y.index()]);
             }
+            (Step::EmbedPacked { matrix, y, .. }, Ready::EmbedPacked(kernel)) => {
+                return kernel.record(to, matrix, tokens, &mut hands[y.index()]);
+            }
             (_, Ready::Plain(kernel)) => kernel,
-            (_, Ready::Gemv(_) | Ready::Prepare(_)) => unreachable!("a kernel of another step"),
+            (_, Ready::Gemv(_) | Ready::Prepare(_) | Ready::EmbedPacked(_)) => unreachable!("a kernel of another step"),
         };
         match *self {
-            Step::Prepare { .. } | Step::Gemv { .. } => unreachable!("recorded above"),
+            Step::Prepare { .. } | Step::Gemv { .. } | Step::EmbedPacked { .. } => unreachable!("recorded above"),
             Step::Embed { table, y, .. } => {
                 let (tokens, y) = (&*tokens, &mut hands[y.index()]);
                 match table {

@@ -1,0 +1,318 @@
+//! `qp bench jit`: how long it takes from a quantizer to machine code.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Instant;
+
+use clap::Args;
+use qp_codegen::cuda::{Target, print};
+use qp_codegen::ir::{Elem, validate};
+use qp_codegen::spec::{Quantizer, Shape};
+use rayon::prelude::*;
+use serde::Serialize;
+
+use super::Error;
+use super::train_codebook::write;
+use crate::engine::cuda::kernels::{DecodeStep, Lowering, product};
+use crate::jit::{self, Cache};
+use crate::model::{Config, Role};
+use crate::plan::{Layer, Plan};
+
+/// Time the making of kernels: lowering, validating, printing, compiling. Needs NVRTC, but no GPU.
+///
+/// Each kernel of a decode step, and each product of a single matrix, is made on its own, without a cache. Then a fresh
+/// process makes all kernels of the step on all cores: once into an empty cache, then from what that left.
+#[derive(Args)]
+pub struct JitBench {
+    /// Model directory or GGUF file, of which the configuration is read [default: Llama 3.1 8B's]
+    #[arg(long, value_name = "MODEL")]
+    model: Option<PathBuf>,
+    /// Quantizer of every matrix: a name of the palette, a spec file, or FILE:NAME.
+    #[arg(long, default_value = "tcq_3", conflicts_with = "plan")]
+    spec: String,
+    /// A plan in place of one quantizer.
+    #[arg(long, value_name = "FILE")]
+    plan: Option<PathBuf>,
+    /// What to compile for.
+    #[arg(long, default_value = "sm_90a")]
+    target: Target,
+    /// Times that each kernel is made, of which the fastest counts.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
+    /// Also write the table to this file.
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Also write the results as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Only make all kernels of the step, in the cache of the environment, and print the seconds.
+    #[arg(long, hide = true)]
+    once: bool,
+}
+
+/// What matters of Llama 3.1 8B's `config.json`.
+const LLAMA: &str = r#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 500000.0}"#;
+/// Longest sequence, if the model has as many positions.
+const CONTEXT: usize = 4096;
+/// Warm starts, of which the fastest counts.
+const STARTS: usize = 3;
+
+/// Milliseconds that one kernel took.
+#[derive(Clone, Debug, Serialize)]
+struct Row {
+    kernel: String,
+    lower: f64,
+    validate: f64,
+    print: f64,
+    nvrtc: f64,
+    all: f64,
+    /// Of these on a core, not waiting for one; `None` where the system does not say.
+    on_core: Option<f64>,
+    registers: u32,
+}
+
+impl Row {
+    /// What to judge by on a busy machine.
+    fn cost(&self) -> f64 {
+        self.on_core.unwrap_or(self.all)
+    }
+}
+
+/// Milliseconds that this thread has spent on a core so far, as Linux counts them.
+fn on_core() -> Option<f64> {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    text.split(' ').next()?.parse::<f64>().ok().map(|nanoseconds| nanoseconds / 1e6)
+}
+
+/// Everything that was measured.
+#[derive(Debug, Serialize)]
+struct Report {
+    target: String,
+    nvrtc: String,
+    cores: usize,
+    quantizers: String,
+    kernels: Vec<Row>,
+    /// Milliseconds of a fresh process for all kernels of a step.
+    step: Step,
+}
+
+#[derive(Debug, Serialize)]
+struct Step {
+    kernels: usize,
+    cold: f64,
+    warm: f64,
+}
+
+impl JitBench {
+    /// Runs it.
+    ///
+    /// # Errors
+    /// No NVRTC, a model, quantizer or plan that cannot be read, a kernel that does not compile.
+    pub(super) fn run(self) -> Result<(), Error> {
+        if self.once {
+            // What a process of an engine does before it can launch: from here on, all of it counts.
+            let start = Instant::now();
+            let step = self.step()?.kernels();
+            self.compile_all(&step)?;
+            println!("{} {}", step.len(), start.elapsed().as_secs_f64());
+            return Ok(());
+        }
+        let version = jit::Nvrtc::get()?.version();
+        let step = self.step()?;
+        let (all, alone) = (step.kernels(), step.alone());
+        let named = all.iter().map(|k| (k, "")).chain(alone.iter().map(|k| (k, " (unfused)")));
+        let mut rows = Vec::new();
+        for (kernel, note) in named {
+            let rounds = (0..self.rounds).map(|_| self.make(kernel)).collect::<Result<Vec<_>, _>>()?;
+            let best = rounds.into_iter().min_by(|a, b| a.cost().total_cmp(&b.cost()));
+            rows.extend(best.map(|row| Row { kernel: row.kernel + note, ..row }));
+        }
+        rows.sort_by(|a, b| b.cost().total_cmp(&a.cost()));
+        let report = Report {
+            target: self.target.to_string(),
+            nvrtc: format!("{}.{}", version.0, version.1),
+            cores: std::thread::available_parallelism().map_or(1, usize::from),
+            quantizers: self.plan.as_ref().map_or(self.spec.clone(), |p| p.display().to_string()),
+            kernels: rows,
+            step: starts()?,
+        };
+        let text = table(&report);
+        print!("{text}");
+        if let Some(path) = &self.out {
+            write(path, &text)?;
+        }
+        if let Some(path) = &self.json {
+            write(path, &(serde_json::to_string_pretty(&report)? + "\n"))?;
+        }
+        Ok(())
+    }
+
+    fn step(&self) -> Result<Model, Error> {
+        let config = match &self.model {
+            Some(model) => Config::read(model)?,
+            None => Config::parse(Path::new("Llama 3.1 8B"), LLAMA)?,
+        };
+        let plan = self.plan.as_deref().map_or_else(|| Ok(Plan::uniform(&self.spec)), Plan::read)?;
+        let layer = |name: String, (rows, cols): (usize, usize), by_default| Layer {
+            name,
+            shape: Shape { rows: rows as u32, cols: cols as u32 },
+            by_default,
+        };
+        let blocks = (0..config.layers).flat_map(|l| Role::ALL.map(|role| (l, role)));
+        let mut layers: Vec<Layer> =
+            blocks.map(|(l, role)| layer(config.linear_name(l, role), config.shape(role), true)).collect();
+        layers.push(layer("lm_head".to_owned(), (config.vocab, config.hidden), false));
+        let resolved = plan.resolve(&layers)?;
+        let quantizers = resolved.layers.iter().map(|of| of.map(|i| resolved.specs[i].clone())).collect();
+        Ok(Model { config, quantizers })
+    }
+
+    /// Makes a kernel, without a cache.
+    fn make(&self, kernel: &Lowering) -> Result<Row, Error> {
+        let (start, before) = (Instant::now(), on_core());
+        let mut last = 0.0;
+        let mut lap = || {
+            let now = start.elapsed().as_secs_f64() * 1e3;
+            now - std::mem::replace(&mut last, now)
+        };
+        let kernel = kernel(&self.target.device());
+        let lower = lap();
+        validate(&kernel).map_err(|e| e.to_string())?;
+        let validate = lap();
+        let source = print(&kernel, self.target);
+        let print = lap();
+        let cubin = self.compile(&Cache::none(), &source, &kernel.name)?;
+        let nvrtc = lap();
+        let registers = cubin.usage.map_or(0, |u| u.registers);
+        let all = lower + validate + print + nvrtc;
+        let on_core = on_core().zip(before).map(|(now, before)| now - before);
+        Ok(Row { kernel: kernel.name, lower, validate, print, nvrtc, all, on_core, registers })
+    }
+
+    fn compile(&self, cache: &Cache, source: &str, name: &str) -> Result<jit::Cubin, jit::JitError> {
+        jit::compile_in(cache, source, name, self.target.nvrtc_arch(), &jit::Options::default())
+    }
+
+    /// Makes kernels as an engine does: in parallel, with the cache.
+    fn compile_all(&self, kernels: &[Lowering]) -> Result<(), Error> {
+        let (device, cache) = (self.target.device(), Cache::of_user());
+        kernels.par_iter().try_for_each(|kernel| {
+            let kernel = kernel(&device);
+            validate(&kernel).map_err(|e| e.to_string())?;
+            self.compile(&cache, &print(&kernel, self.target), &kernel.name)?;
+            Ok(())
+        })
+    }
+}
+
+/// A model without weights.
+struct Model {
+    config: Config,
+    /// Of each layer, in order, the head last.
+    quantizers: Vec<Option<Arc<Quantizer>>>,
+}
+
+impl Model {
+    fn quantizer(&self, layer: usize, role: Role) -> Option<Arc<Quantizer>> {
+        self.quantizers[layer * Role::ALL.len() + role as usize].clone()
+    }
+
+    /// The kernels of a decode step.
+    fn kernels(&self) -> Vec<Lowering> {
+        let step = DecodeStep {
+            config: &self.config,
+            context: CONTEXT.min(self.config.max_positions) as u32,
+            elem: Elem::BF16,
+            quantizer: &|layer, role| self.quantizer(layer, role),
+            head: self.quantizers.last().cloned().flatten(),
+        };
+        step.kernels()
+    }
+
+    /// Products of single matrices of the first layer that a step joins with others.
+    fn alone(&self) -> Vec<Lowering> {
+        let mut seen: Vec<(Arc<Quantizer>, Shape)> = Vec::new();
+        for role in [Role::Q, Role::K, Role::Gate] {
+            let (rows, cols) = self.config.shape(role);
+            let shape = Shape { rows: rows as u32, cols: cols as u32 };
+            if let Some(q) = self.quantizer(0, role).filter(|q| !seen.iter().any(|s| (&s.0, s.1) == (q, shape))) {
+                seen.push((q, shape));
+            }
+        }
+        seen.into_iter().map(|(q, shape)| product(q, shape, false)).collect()
+    }
+}
+
+/// All kernels of a step in fresh processes: into an empty cache, then out of it.
+fn starts() -> Result<Step, Error> {
+    let folder = tempfile::tempdir()?;
+    let once = || -> Result<(usize, f64), Error> {
+        let mut command = Command::new(std::env::current_exe()?);
+        let output = command.args(std::env::args_os().skip(1)).arg("--once").env(jit::CACHE_VARIABLE, folder.path());
+        let output = output.output()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let numbers = text.trim().split_once(' ').and_then(|(n, s)| Some((n.parse().ok()?, s.parse::<f64>().ok()?)));
+        let failed = || format!("a process of its own failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+        numbers.map(|(n, s)| (n, s * 1e3)).ok_or_else(|| failed().into())
+    };
+    let (kernels, cold) = once()?;
+    let mut warm = f64::INFINITY;
+    for _ in 0..STARTS {
+        warm = warm.min(once()?.1);
+    }
+    Ok(Step { kernels, cold, warm })
+}
+
+fn table(report: &Report) -> String {
+    let mut text = String::from("| kernel | lower | validate | print | NVRTC | all, ms | on a core | registers |\n");
+    text += "|---|---|---|---|---|---|---|---|\n";
+    for r in &report.kernels {
+        let _ = writeln!(
+            text,
+            "| {} | {:.2} | {:.2} | {:.2} | {:.1} | {:.1} | {} | {} |",
+            r.kernel,
+            r.lower,
+            r.validate,
+            r.print,
+            r.nvrtc,
+            r.all,
+            r.on_core.map_or("-".to_owned(), |ms| format!("{ms:.1}")),
+            r.registers
+        );
+    }
+    let range = |of: Vec<f64>| {
+        let mut of = of;
+        of.sort_by(f64::total_cmp);
+        let at = |i: usize| of.get(i).copied().unwrap_or(f64::NAN);
+        format!(
+            "{:.0} ms at least, {:.0} in the middle, {:.0} at most",
+            at(0),
+            at(of.len() / 2),
+            at(of.len().wrapping_sub(1))
+        )
+    };
+    let _ = write!(
+        text,
+        "\n{} for {}, NVRTC {}, {} cores. A kernel, cold: {}",
+        report.quantizers,
+        report.target,
+        report.nvrtc,
+        report.cores,
+        range(report.kernels.iter().map(|r| r.all).collect())
+    );
+    let on_core: Vec<f64> = report.kernels.iter().filter_map(|r| r.on_core).collect();
+    if !on_core.is_empty() {
+        let _ = write!(text, "; on a core, without waiting for one: {}", range(on_core));
+    }
+    text += ".\n";
+    let _ = writeln!(
+        text,
+        "The {} kernels of a decode step, by a fresh process on all cores: {:.0} ms cold, {:.1} ms from the cache.",
+        report.step.kernels, report.step.cold, report.step.warm
+    );
+    text
+}

@@ -1,0 +1,163 @@
+//! Products whose launches are measured on the GPU that is to run them: what [`jit::launches`](crate::jit::launches)
+//! needs to know of a device.
+
+use qp_codegen::kernels::gemv::Gemv;
+use qp_codegen::kernels::product::Launch;
+use rayon::prelude::*;
+
+use super::ops::{DeviceActivations, DeviceMatrix, GemvKernel};
+use super::{Buffer, DeviceError, Executor};
+use crate::jit::launches::{self, Choice, Wanted};
+use crate::jit::{Cache, Usage};
+
+/// A product to be loaded.
+pub struct Product<'a> {
+    /// What it computes.
+    pub op: Gemv<'a>,
+    /// Content hash of its quantizer.
+    pub hash: &'a str,
+    /// Matrices that it will be launched with; one at least.
+    pub matrices: Vec<&'a DeviceMatrix>,
+}
+
+/// Launches of a timed run, at least.
+const LAUNCHES: usize = 24;
+/// Runs, of which the fastest counts.
+const ROUNDS: usize = 5;
+/// Bytes of matrices that launches go through in turn, in sizes of the L2 cache: in a model, too, other matrices come
+/// between.
+const CACHES: usize = 2;
+/// Matrices that launches go through, at most.
+const MATRICES: usize = 64;
+
+/// The kernel of each product, with its launch: on a GPU as the user wants it chosen ([`Choice`]), elsewhere the model's.
+///
+/// # Errors
+/// Those of the executor; a wish that is none.
+pub fn load(on: &Executor, products: &[Product<'_>]) -> Result<Vec<(Launch, GemvKernel)>, DeviceError> {
+    let (target, device) = (on.target(), on.device());
+    let gpu = match on.gpu() {
+        Some(gpu) if Choice::of_user()? == Choice::Measured => gpu,
+        Some(_) | None => {
+            let load = |p: &Product<'_>| {
+                let launch = Launch::choose(&p.op, &device);
+                Ok((launch, GemvKernel::load(on, &p.op, &launch)?))
+            };
+            return products.par_iter().map(load).collect();
+        }
+    };
+    let wanted = products.iter().map(|p| {
+        let ranked = Launch::ranked(&p.op, &device);
+        Wanted::new(&p.op, p.hash, target, (&gpu.name, gpu.sms), &ranked)
+    });
+    let wanted = wanted.collect::<Result<Vec<_>, _>>()?;
+    launches::choose(
+        &Cache::of_user(),
+        &wanted,
+        |i, launch| GemvKernel::load(on, &products[i].op, &launch),
+        |kernel| kernel.loaded().usage().is_some_and(spills),
+        |i, kernels| in_turn(on, &products[i], kernels),
+    )
+}
+
+fn spills(usage: Usage) -> bool {
+    usage.spill_stores > 0 || usage.spill_loads > 0
+}
+
+/// Times a product's candidates over its matrices, and copies of them where they are small and few.
+fn in_turn(
+    on: &Executor,
+    product: &Product<'_>,
+    kernels: &mut [(Launch, GemvKernel)],
+) -> Result<Vec<f64>, DeviceError> {
+    let bytes = on.device().l2_bytes as usize * CACHES;
+    let copies = copies(on, &product.matrices, bytes, MATRICES)?;
+    let matrices: Vec<_> = product.matrices.iter().copied().chain(&copies).take(MATRICES).collect();
+    let layout = &matrices[0].layout;
+    let x = DeviceActivations::new(on, layout.shape.cols, product.op.batch)?;
+    let mut y = on.zeroed((layout.padded_rows() * product.op.batch) as usize)?;
+    time(on, kernels.iter_mut().map(|k| &mut k.1), &matrices, &x, &mut y, LAUNCHES, ROUNDS)
+}
+
+/// Copies of `matrices` that together with them take `bytes` or more, but no more than `most` in all.
+///
+/// # Errors
+/// A full GPU.
+pub fn copies(
+    on: &Executor,
+    matrices: &[&DeviceMatrix],
+    bytes: usize,
+    most: usize,
+) -> Result<Vec<DeviceMatrix>, DeviceError> {
+    let (mut out, mut all) = (Vec::new(), matrices.iter().map(|m| m.bytes()).sum::<usize>());
+    for of in matrices.iter().cycle().take(most.saturating_sub(matrices.len())) {
+        if all >= bytes {
+            break;
+        }
+        all += of.bytes();
+        out.push(of.copy(on)?);
+    }
+    Ok(out)
+}
+
+/// Seconds of a launch of each kernel: a graph of at least `launches`, going through the matrices in turn, the fastest of
+/// `rounds` runs. Runs of the kernels alternate, so that a change of the clock meets all of them.
+///
+/// # Errors
+/// Those of the executor.
+pub fn time<'k>(
+    on: &Executor,
+    kernels: impl Iterator<Item = &'k mut GemvKernel>,
+    matrices: &[&DeviceMatrix],
+    x: &DeviceActivations,
+    y: &mut Buffer<f32>,
+    launches: usize,
+    rounds: usize,
+) -> Result<Vec<f64>, DeviceError> {
+    let launches = launches.next_multiple_of(matrices.len());
+    let mut graphs = Vec::new();
+    for kernel in kernels {
+        let mut graph = on.record();
+        for i in 0..launches {
+            kernel.record(&mut graph, matrices[i % matrices.len()], x, y)?;
+        }
+        graphs.push(graph.finish()?);
+    }
+    let mut best = vec![f64::INFINITY; graphs.len()];
+    for _ in 0..rounds {
+        for (graph, best) in graphs.iter().zip(&mut best) {
+            *best = best.min(on.time(|| graph.launch())? / launches as f64);
+        }
+    }
+    Ok(best)
+}
+
+#[cfg(test)]
+mod tests {
+    use qp_codegen::spec::Shape;
+
+    use super::*;
+    use crate::check::synthetic;
+
+    #[test]
+    fn on_the_interpreter_the_model_chooses_and_copies_are_alike() {
+        let on = Executor::interpreter();
+        let q = qp_codegen::palette::get("nuq_3").expect("of the palette");
+        let shape = Shape { rows: 40, cols: 320 };
+        let packed = synthetic::matrix("tune", &q, shape);
+        let upload = || DeviceMatrix::upload(&on, &q, 320, &[(40, &packed.words, &packed.scales)]).unwrap();
+        let (a, b) = (upload(), upload());
+        let op = Gemv { quantizer: &q, shape, batch: 2, accumulate: false };
+        let product = Product { op, hash: &q.hash(), matrices: vec![&a, &b] };
+        let mut loaded = load(&on, std::slice::from_ref(&product)).unwrap();
+        assert_eq!(loaded[0].0, Launch::choose(&op, &on.device()));
+        let times = in_turn(&on, &product, &mut loaded).unwrap();
+        assert!(times.len() == 1 && times[0] > 0.0, "{times:?}");
+
+        let made = copies(&on, &product.matrices, 5 * a.bytes(), 10).unwrap();
+        assert_eq!(made.len(), 3);
+        assert_eq!(copies(&on, &product.matrices, usize::MAX, 4).unwrap().len(), 2);
+        assert!(copies(&on, &product.matrices, a.bytes(), 10).unwrap().is_empty());
+        assert_eq!(made[0].dequantize(&on, &q).unwrap(), a.dequantize(&on, &q).unwrap());
+    }
+}

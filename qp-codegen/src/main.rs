@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use qp_codegen::cuda::{Target, print};
 use qp_codegen::ir::{Elem, Kernel};
-use qp_codegen::kernels::{Span, dequantize, embed_packed, encode, gemv, prepare};
+use qp_codegen::kernels::{Span, dequantize, embed_packed, encode, gemv, prepare, product};
 use qp_codegen::nvrtc;
 use qp_codegen::spec::{self, Matrix, Quantizer, Shape};
 use qp_codegen::syntax::{self, Diagnostics};
@@ -75,7 +75,7 @@ struct Emit {
     #[arg(long, default_value = "4096x4096", value_parser = shape)]
     shape: Shape,
     /// Tokens
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=gemv::MAX_BATCH as i64))]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=product::MAX_BATCH as i64))]
     batch: u32,
     /// What to compile for
     #[arg(long, default_value = "sm_90a")]
@@ -109,7 +109,7 @@ enum Operation {
     Embed,
     /// Search for the windows of weights (of a mix, the first code's)
     Encode,
-    /// Matrix-vector product with packed weights
+    /// Product of packed weights with the activations of a few tokens, or of many
     Gemv,
     /// Rotation and rounding of activations
     Rotate,
@@ -288,7 +288,7 @@ fn kernel(e: &Emit) -> Result<Kernel, Failure> {
         }
         Operation::Gemv => {
             let op = gemv::Gemv { quantizer: &q, shape: e.shape, batch: e.batch, accumulate };
-            gemv::lower(&op, &gemv::Launch::choose(&op, &device))
+            product::Launch::choose(&op, &device).lower(&op)
         }
         Operation::Rotate => {
             let columns = e.shape.cols;

@@ -82,6 +82,11 @@ fn everything() -> Kernel {
         acc = b.mma_i8(signed, a, [first.lane(0), first.lane(1)], acc);
     }
 
+    let row = (lane & 7) * 4 + (lane >> 3) * 32;
+    let four = b.load_matrix(table, row, 4);
+    let two = b.load_matrix(table, (lane & 15) * 4, 2);
+    let near = near ^ (four.lane(0) + four.lane(3) + two.lane(1)).bits(Scalar::I32);
+
     b.comment("Variables and loops.");
     let total = b.named_var("total", zero);
     let late = b.named_var("late", zero);

@@ -132,7 +132,12 @@ impl Folder<'_> {
                 self.plan.form[i] = Form::Inline;
                 return;
             }
-            Op::LoopIndex | Op::Load { .. } | Op::AtomicAdd { .. } | Op::Shuffle { .. } | Op::MmaI8 { .. } => false,
+            Op::LoopIndex
+            | Op::Load { .. }
+            | Op::LoadMatrix { .. }
+            | Op::AtomicAdd { .. }
+            | Op::Shuffle { .. }
+            | Op::MmaI8 { .. } => false,
             Op::Extract(base, _) => {
                 if !self.fold(v, here, stmts) {
                     // A component of a named vector is as short as a name.

@@ -27,6 +27,9 @@ pub(super) enum Helper {
     CopyAsync {
         bytes: u8,
     },
+    LoadMatrix {
+        lanes: u8,
+    },
     Mma {
         signed_a: bool,
     },
@@ -78,6 +81,7 @@ impl Helper {
             }
             Helper::Store { elem, lanes } => format!("qp_store_{}", vector(elem, lanes)),
             Helper::CopyAsync { bytes } => format!("qp_copy_async_{bytes}"),
+            Helper::LoadMatrix { lanes } => format!("qp_load_matrix_x{lanes}"),
             Helper::Mma { signed_a: true } => "qp_mma_s8".into(),
             Helper::Mma { signed_a: false } => "qp_mma_u8".into(),
         }
@@ -103,6 +107,7 @@ impl Helper {
             | Helper::RoundToI64
             | Helper::Permute
             | Helper::CopyAsync { .. }
+            | Helper::LoadMatrix { .. }
             | Helper::Mma { .. } => None,
         }
     }
@@ -149,6 +154,18 @@ impl Helper {
                      :: \"r\"((unsigned)__cvta_generic_to_shared(to)), \"l\"(from) : \"memory\");"
                 );
                 ("void".into(), "void* to, const void* from".into(), body)
+            }
+            Helper::LoadMatrix { lanes } => {
+                let components: Vec<String> = "xyzw".chars().take(lanes.into()).map(|c| format!("y.{c}")).collect();
+                let places: Vec<String> = (0..lanes).map(|i| format!("%{i}")).collect();
+                let outputs: Vec<String> = components.iter().map(|c| format!("\"=r\"({c})")).collect();
+                let body = format!(
+                    "uint{lanes} y;\nasm volatile(\"ldmatrix.sync.aligned.m8n8.x{lanes}.shared.b16 {{{}}}, [%{lanes}];\"\n             \
+                     : {} : \"r\"((unsigned)__cvta_generic_to_shared(from)));\nreturn y;",
+                    places.join(", "),
+                    outputs.join(", "),
+                );
+                (format!("uint{lanes}"), "const void* from".into(), body)
             }
             Helper::Mma { signed_a } => {
                 let a = if signed_a { "s8" } else { "u8" };

@@ -466,6 +466,11 @@ impl<'k, 'h> Printer<'k, 'h> {
                 Expr::atom(format!("{a}.{}", COMPONENTS[*i as usize]))
             }
             Op::Load { mem, index, elem, lanes, cache } => self.load(*mem, *index, *elem, *lanes, *cache),
+            Op::LoadMatrix { mem, row, lanes } => {
+                let name = self.helper(Helper::LoadMatrix { lanes: *lanes as u8 });
+                let from = self.address(*mem, *row, Elem::U32);
+                Expr::atom(format!("{name}({from})"))
+            }
             Op::AtomicAdd { mem, index, value } => {
                 let elem = if ty.scalar == Scalar::I32 { Elem::I32 } else { Elem::U32 };
                 let (to, x) = (self.address(*mem, *index, elem), self.expr(*value).text);

@@ -53,6 +53,9 @@ pub struct Device {
     pub bandwidth: f64,
     /// Highest clock of the SMs, Hz.
     pub clock: f64,
+    /// Products of signed bytes that the tensor cores of one SM sum in a cycle through `mma.sync`, which on Hopper and
+    /// later reaches less than all of their rate.
+    pub int8_products: f64,
 }
 
 /// A name that is no target.
@@ -118,6 +121,7 @@ impl Target {
             l2_bytes: 40 * MIB,
             bandwidth: 2.039e12,
             clock: 1.41e9,
+            int8_products: 2048.0,
         };
         let small = Device {
             name: "RTX 3090",
@@ -130,6 +134,7 @@ impl Target {
             l2_bytes: 6 * MIB,
             bandwidth: 0.936e12,
             clock: 1.70e9,
+            int8_products: 1024.0,
         };
         let hopper = Device {
             name: "H100 SXM",
@@ -139,6 +144,7 @@ impl Target {
             l2_bytes: 50 * MIB,
             bandwidth: 3.35e12,
             clock: 1.98e9,
+            int8_products: 2600.0,
             ..large
         };
         match self {
@@ -155,7 +161,8 @@ impl Target {
             },
             Target::Sm90a => hopper,
             Target::Sm100 => {
-                Device { name: "B200", sms: 148, l2_bytes: 126 * MIB, bandwidth: 8.0e12, clock: 1.965e9, ..hopper }
+                let (name, sms, l2_bytes) = ("B200", 148, 126 * MIB);
+                Device { name, sms, l2_bytes, bandwidth: 8.0e12, clock: 1.965e9, int8_products: 2048.0, ..hopper }
             }
             Target::Sm120 => Device {
                 name: "RTX 5090",

@@ -244,6 +244,12 @@ impl Builder {
         self.emit(Op::Load { mem, index: index.val, elem, lanes, cache }, Type { scalar: elem.scalar(), lanes })
     }
 
+    /// Reads 2 or 4 matrices of 8 × 16 bytes, the lanes naming rows; see [`Op::LoadMatrix`].
+    pub fn load_matrix<'b>(&'b self, mem: Mem, row: V<'b>, lanes: u32) -> V<'b> {
+        assert_eq!(row.ty(), Type::I32, "an index");
+        self.emit(Op::LoadMatrix { mem, row: row.val, lanes }, Type { scalar: Scalar::U32, lanes })
+    }
+
     /// Writes one element or vector.
     pub fn store(&self, mem: Mem, index: V<'_>, value: V<'_>, elem: Elem) {
         assert_eq!(index.ty(), Type::I32, "an index");

@@ -21,7 +21,8 @@
 //! (the interpreter traps); `U32` wraps. `U32` and `I32` shifts by 32 or more are traps.
 //!
 //! **Lanes.** A value is *block-uniform*, *warp-uniform* or *divergent* (see `validate`). [`Stmt::Barrier`] stands only
-//! under block-uniform control flow, [`Op::Shuffle`] and the tensor-core products only under warp-uniform. Threads of
+//! under block-uniform control flow, [`Op::Shuffle`], [`Op::LoadMatrix`] and the tensor-core products only under
+//! warp-uniform. Threads of
 //! a block may see each other's shared writes only across a barrier (or, within a warp, [`Stmt::WarpSync`]); the
 //! interpreter reports a race otherwise. Blocks run in any order and meet only in atomics.
 //!
@@ -360,6 +361,17 @@ pub enum Op {
         /// Caching; `Default` for shared memory.
         cache: Cache,
     },
+    /// PTX `ldmatrix`: `lanes` (2 or 4) matrices of 8 rows of 16 bytes, from shared memory. Lane `8·j + i` names row
+    /// `i` of matrix `j`; component `j` of lane `l` is word `l mod 4` of row `l / 4` of matrix `j`: as a product takes
+    /// its second operand. `U32`.
+    LoadMatrix {
+        /// A shared array.
+        mem: Mem,
+        /// First word of the row that this lane names, a multiple of 4 (`I32`). Of 2 matrices, lanes 16 and up name none.
+        row: Val,
+        /// 2 or 4.
+        lanes: u32,
+    },
     /// Adds to memory atomically and gives the old value. `I32`, `U32`.
     AtomicAdd {
         /// Where.
@@ -410,6 +422,7 @@ impl Op {
             }
             Op::Vector(parts) => parts.iter().copied().for_each(f),
             Op::Load { index, .. } => f(*index),
+            Op::LoadMatrix { mem: _, row, lanes: _ } => f(*row),
             Op::AtomicAdd { mem: _, index, value } => [*index, *value].into_iter().for_each(f),
             Op::Shuffle { mode: _, value, arg } => [*value, *arg].into_iter().for_each(f),
             Op::MmaI8 { signed_a: _, a, b, acc } => a.iter().chain(b).chain([acc]).copied().for_each(f),

@@ -91,6 +91,9 @@ fn operation(kernel: &Kernel, v: Val) -> String {
                 Cache::Stream => " stream",
             }
         ),
+        Op::LoadMatrix { mem, row, lanes } => {
+            format!("load_matrix {}[{}] x{lanes}", MemText(kernel, *mem), value(row))
+        }
         Op::AtomicAdd { mem, index, value: v } => {
             format!("atomic_add {}[{}] += {}", MemText(kernel, *mem), value(index), value(v))
         }

@@ -110,7 +110,7 @@ impl Uniformity {
                 ParamKind::Buffer { writable: true, .. } => Level::Divergent,
                 ParamKind::Buffer { writable: false, .. } | ParamKind::Scalar(_) => worst,
             },
-            Op::AtomicAdd { .. } | Op::MmaI8 { .. } => Level::Divergent,
+            Op::LoadMatrix { .. } | Op::AtomicAdd { .. } | Op::MmaI8 { .. } => Level::Divergent,
             Op::Shuffle { mode, value, arg } => match mode {
                 ShuffleMode::Index if self.value(*arg) <= Level::Warp => self.value(*value).min(Level::Warp),
                 ShuffleMode::Index | ShuffleMode::Xor => self.value(*value),

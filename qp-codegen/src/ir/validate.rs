@@ -491,6 +491,16 @@ impl<'k> Validator<'k> {
                 }
                 Ok(Type { scalar: elem.scalar(), lanes: *lanes })
             }
+            Op::LoadMatrix { mem, row, lanes } => {
+                if matches!(mem, Mem::Global(_)) {
+                    return Err(Invalid::NoMemory);
+                }
+                if !matches!(lanes, 2 | 4) {
+                    return Err(Invalid::Width { lanes: *lanes, elem: Elem::U32 });
+                }
+                self.access(*mem, *row, Elem::U32, 4)?;
+                Ok(Type { scalar: Scalar::U32, lanes: *lanes })
+            }
             Op::AtomicAdd { mem, index, value } => {
                 self.access(*mem, *index, Elem::U32, 1)?;
                 self.written(*mem)?;
@@ -648,7 +658,8 @@ impl<'k> Validator<'k> {
                 Stmt::Barrier if control > Level::Block => self.problem(Invalid::Divergent("block")),
                 Stmt::WarpSync if control > Level::Warp => self.problem(Invalid::Divergent("warp")),
                 Stmt::Let(v) => {
-                    let together = matches!(self.kernel.value(*v).op, Op::Shuffle { .. } | Op::MmaI8 { .. });
+                    let op = &self.kernel.value(*v).op;
+                    let together = matches!(op, Op::Shuffle { .. } | Op::LoadMatrix { .. } | Op::MmaI8 { .. });
                     if together && control > Level::Warp {
                         self.problem(Invalid::Divergent("warp"));
                     }

@@ -163,12 +163,15 @@ impl<'b, 'q> Decoder<'b, 'q> {
     }
 }
 
-/// How often to repeat a table: as often as fits into `budget` words, or somewhat less often if an index `x >> k` then
-/// needs no shift to become an address.
+/// How often to repeat a table: so often that no two lanes meet in a bank if that fits into `budget` words; otherwise as
+/// often as fits, or somewhat less often if an index `x >> k` then needs no shift to become an address.
 fn copies(code: &Code, table: &Table, budget: u32) -> u32 {
     let words = entry_words(code);
     let most = (budget / (table.entries * words)).clamp(1, 32 / words);
     let most = 1 << most.ilog2();
+    if most * words == 32 {
+        return most;
+    }
     let shifts = code.decode.nodes.iter().filter_map(|op| match op {
         Op::Lookup { table: t, index } if code.tables[*t as usize].name == table.name => match code.decode.op(*index) {
             Op::Binary(WordOp::Shr, _, k) => match code.decode.op(*k) {

@@ -1,8 +1,9 @@
-//! Products with an unquantized matrix, for 1 to 8 tokens: the head, and layers that a plan leaves as they are.
+//! Products with an unquantized matrix: the head, and layers that a plan leaves as they are.
 //!
 //! A warp computes one row: each lane multiplies runs of 4 columns, a sum a column of the run, and the sums meet in a
 //! tree. Products are not fused with the sums, so that a CPU without such an instruction keeps up ([`reference`]).
-//! Bound by the bytes of the matrix, which each warp reads once for all tokens.
+//! Bound by the bytes of the matrix, which each warp reads once for up to 8 tokens; more tokens have blocks of their own,
+//! which find the matrix in the L2 cache.
 
 use super::math::{across_lanes, across_lanes_reference};
 use super::span::Span;
@@ -17,7 +18,7 @@ pub struct Dense {
     pub cols: u32,
     /// Its element type: `F16`, `BF16` or `F32`.
     pub elem: Elem,
-    /// Tokens, 1..=8.
+    /// Tokens.
     pub batch: u32,
     /// Inputs.
     pub x: Span,
@@ -30,6 +31,9 @@ pub struct Dense {
 /// Warps of a block.
 const WARPS: u32 = 8;
 
+/// Most tokens of a block.
+const TOKENS: u32 = 8;
+
 /// Columns that a lane takes at once, part of the order of operations.
 fn width(cols: u32) -> u32 {
     [4, 2].into_iter().find(|w| cols.is_multiple_of(*w)).unwrap_or(1)
@@ -41,7 +45,9 @@ fn width(cols: u32) -> u32 {
 /// * `x`, `y`: `f32`.
 pub fn lower(op: &Dense) -> Kernel {
     let name = format!("dense_{}x{}_b{}", op.rows, op.cols, op.batch);
-    let b = Builder::new(&name, [op.rows.div_ceil(WARPS), 1], WARPS * 32);
+    let parts = op.batch.div_ceil(TOKENS);
+    let tokens = op.batch.div_ceil(parts);
+    let b = Builder::new(&name, [op.rows.div_ceil(WARPS), parts], WARPS * 32);
     b.doc(format!("{} × {} unquantized weights, {} token(s).", op.rows, op.cols, op.batch));
     b.dependent_launch();
     let weights = b.buffer("weights", op.elem, false);
@@ -51,25 +57,31 @@ pub fn lower(op: &Dense) -> Kernel {
     b.grid_wait();
     b.grid_launch();
     let row = b.special(Special::BlockX) * WARPS + warp;
+    let exact = tokens * parts == op.batch;
     let width = width(op.cols);
     assert!(op.x.first.is_multiple_of(width) && op.x.stride.is_multiple_of(width), "vectors of inputs are aligned");
+    let first = if parts == 1 { b.i32(0) } else { b.special(Special::BlockY) * tokens };
     b.if_(row.lt(op.rows), || {
-        let sums: Vec<Vec<_>> = (0..op.batch).map(|_| (0..width).map(|_| b.var(b.f32(0.0))).collect()).collect();
+        let sums: Vec<Vec<_>> = (0..tokens).map(|_| (0..width).map(|_| b.var(b.f32(0.0))).collect()).collect();
         b.for_(lane * width, op.cols, 32 * width, |i| {
             let w = b.load_as(weights, row * op.cols + i, op.elem, width, Cache::Stream).lanes();
-            for (t, sums) in (0..op.batch).zip(&sums) {
-                let x = b.load_as(x, i + op.x.first + t * op.x.stride, Elem::F32, width, Cache::Default).lanes();
+            for (t, sums) in (0..tokens).zip(&sums) {
+                // The last block may have fewer tokens: it repeats the last.
+                let token = if exact { first + t } else { (first + t).min(op.batch - 1) };
+                let x = b.load_as(x, i + op.x.at(token), Elem::F32, width, Cache::Default).lanes();
                 for (sum, (w, x)) in sums.iter().zip(w.iter().zip(x)) {
                     b.set(*sum, b.get(*sum) + *w * x);
                 }
             }
         });
-        for (t, sums) in (0..op.batch).zip(sums) {
+        for (t, sums) in (0..tokens).zip(sums) {
+            let token = first + t;
             let sums: Vec<V> = sums.into_iter().map(|s| b.get(s)).collect();
             let own = sums.chunks(2).map(|p| p.iter().copied().reduce(|a, b| a + b).expect("a pair"));
             let sum = across_lanes(own.reduce(|a, b| a + b).expect("at least one"), |a: V, b| a + b);
-            b.if_(lane.eq(0), || {
-                let at = row + op.y.first + t * op.y.stride;
+            let writes = if exact { lane.eq(0) } else { lane.eq(0) & token.lt(op.batch) };
+            b.if_(writes, || {
+                let at = row + op.y.at(token);
                 let sum = if op.accumulate { b.load(y, at, Elem::F32) + sum } else { sum };
                 b.store(y, at, sum, Elem::F32);
             });

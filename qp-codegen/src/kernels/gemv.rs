@@ -14,23 +14,24 @@
 //! Matrices that share an input run as one: their row tiles are simply stored one below the other.
 
 use super::c_name;
-use super::decode::{Decoder, flatten, load_words};
+use super::decode::flatten;
 pub use super::launch::Launch;
-use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Scalar, Special, V, Var};
+use super::product::{self, Operands, TokenScale, Words};
+use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var};
 use crate::layout::{COLUMN_PAD, Packed};
-use crate::spec::{Quantizer, Shape, Value};
+use crate::spec::{Quantizer, Shape};
 
-/// Most tokens of one launch.
+/// Most tokens of one launch of this kernel.
 pub const MAX_BATCH: u32 = 8;
 
-/// What to compute.
+/// What to compute: here, or for more tokens in [`super::gemm`].
 #[derive(Clone, Copy, Debug)]
 pub struct Gemv<'q> {
     /// The quantizer of the weights.
     pub quantizer: &'q Quantizer,
     /// Rows × columns; rows of a fused group are those of all its matrices, each padded to whole tiles.
     pub shape: Shape,
-    /// Tokens, 1..=8.
+    /// Tokens, 1..=[`product::MAX_BATCH`].
     pub batch: u32,
     /// Add to `y` instead of overwriting it (a residual stream).
     pub accumulate: bool,
@@ -54,7 +55,7 @@ pub(super) struct Plan {
     /// Rows of the block that has most.
     most_rows: u32,
     /// Each warp stores its sums in a place of its own, instead of adding them to the block's.
-    own_sums: bool,
+    pub(super) own_sums: bool,
 }
 
 /// Shared memory that warps may take for sums of their own.
@@ -66,10 +67,7 @@ impl Plan {
         let codes = op.quantizer.codes.len() as u32;
         let planes = 2 * op.batch;
         let groups = planes.div_ceil(8);
-        let products = match op.quantizer.value() {
-            Value::I8 => 1,
-            Value::I16 => 2,
-        };
+        let products = product::products(op.quantizer);
         let exact = layout.col_tiles().div_ceil(launch.warps * launch.split).next_multiple_of(codes);
         let fragments = layout.tile.cols / 32 * 2 * groups;
         let resident = exact <= 4 && exact * fragments <= 32;
@@ -134,16 +132,7 @@ pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
     let q = op.quantizer;
     let name = format!("gemv_{}_{}x{}_b{}", c_name(&q.name), op.shape.rows, op.shape.cols, op.batch);
     let b = Builder::new(&name, [launch.blocks * launch.split, 1], launch.warps * 32);
-    b.doc(format!(
-        "y[token, row] {}= W[row, :] . x[token, :] with W {} x {} in {} ({:.2} bits a weight), {} token{}.",
-        if op.accumulate { "+" } else { "" },
-        op.shape.rows,
-        op.shape.cols,
-        q.name,
-        q.rate(),
-        op.batch,
-        if op.batch == 1 { "" } else { "s" },
-    ));
+    b.doc(product::doc(op));
     b.min_blocks(launch.min_blocks);
     b.dependent_launch();
     Emit::new(&b, op, launch, &Plan::new(op, launch)).kernel();
@@ -165,15 +154,7 @@ struct Emit<'b, 'a> {
     op: &'a Gemv<'a>,
     launch: &'a Launch,
     plan: &'a Plan,
-    decoder: Decoder<'b, 'a>,
-    weights: Mem,
-    scales: Mem,
-    x: Mem,
-    x_scale: Mem,
-    x_sum: Mem,
-    y: Mem,
-    partial: Mem,
-    arrived: Mem,
+    operands: Operands<'b, 'a>,
     sums: Mem,
     /// Activations of the block's columns, if they do not stay in registers.
     staged: Option<Mem>,
@@ -195,27 +176,15 @@ struct Emit<'b, 'a> {
 struct Scaling<'b> {
     row: V<'b>,
     scale: V<'b>,
-    /// For each token its scale and, for codes with an offset, the sum of its activations.
-    tokens: Vec<(V<'b>, Option<V<'b>>)>,
+    tokens: Vec<TokenScale<'b>>,
 }
-
-/// Prefetched words: by tile of the group, by chunk.
-type Buffer = Vec<Vec<Var>>;
 
 /// Activation operands kept in registers: by tile, by 32 columns, by group of planes.
 type Fragments<'b> = Option<Vec<Vec<Vec<[V<'b>; 2]>>>>;
 
 impl<'b, 'a> Emit<'b, 'a> {
     fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
-        let decoder = Decoder::new(b, op.quantizer, launch.table_bytes);
-        let weights = b.buffer("weights", Elem::U32, false);
-        let scales = b.buffer("scales", Elem::BF16, false);
-        let x = b.buffer("x", Elem::I8, false);
-        let x_scale = b.buffer("x_scale", Elem::F32, false);
-        let x_sum = b.buffer("x_sum", Elem::I32, false);
-        let y = b.buffer("y", Elem::F32, true);
-        let partial = b.buffer("partial", Elem::I32, true);
-        let arrived = b.buffer("arrived", Elem::I32, true);
+        let operands = Operands::new(b, op, &plan.layout, launch.table_bytes);
         let sums = b.shared("sums", Elem::I32, plan.most_rows * plan.slots() * plan.sum_places(launch));
         let staged = (!plan.resident).then(|| b.shared("staged", Elem::U32, plan.planes * plan.plane_words(launch)));
 
@@ -234,15 +203,7 @@ impl<'b, 'a> Emit<'b, 'a> {
             op,
             launch,
             plan,
-            decoder,
-            weights,
-            scales,
-            x,
-            x_scale,
-            x_sum,
-            y,
-            partial,
-            arrived,
+            operands,
             sums,
             staged,
             thread,
@@ -259,14 +220,14 @@ impl<'b, 'a> Emit<'b, 'a> {
     fn kernel(&self) {
         let (b, plan) = (self.b, self.plan);
         b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
-        let buffers: Vec<Buffer> = (0..self.launch.ahead).map(|_| self.buffer()).collect();
+        let buffers: Vec<Words> = (0..self.launch.ahead).map(|_| self.operands.words(plan.depth)).collect();
         for (p, buffer) in buffers.iter().enumerate() {
             let at = b.i32(p as i32);
             b.if_(at.lt(self.steps), || self.fetch(at, buffer));
         }
         b.comment("Tables into shared memory.");
         let threads = self.launch.warps * 32;
-        self.decoder.fill(threads);
+        self.operands.decoder.fill(threads);
         let zero = b.i32(0);
         if !plan.own_sums {
             b.for_(self.thread, self.rows * (plan.layout.tile.rows * plan.slots()), threads, |i| {
@@ -307,18 +268,6 @@ impl<'b, 'a> Emit<'b, 'a> {
         }
     }
 
-    /// Registers for the words of one group of tiles.
-    fn buffer(&self) -> Buffer {
-        let zero = self.b.u32(0);
-        let chunk = |&(_, width): &(u32, u32)| {
-            self.b.var(if width == 1 { zero } else { self.b.vector(&vec![zero; width as usize]) })
-        };
-        let lane_words = &self.plan.layout.lane_words;
-        (0..self.plan.depth as usize)
-            .map(|d| crate::layout::chunks(lane_words[d % lane_words.len()]).iter().map(chunk).collect())
-            .collect()
-    }
-
     /// Row tile (within the block) and column tile of the first tile of a step.
     fn place(&self, step: V<'b>) -> (V<'b>, V<'b>) {
         let per_row = self.plan.per_warp / self.plan.depth;
@@ -329,26 +278,13 @@ impl<'b, 'a> Emit<'b, 'a> {
     }
 
     /// Starts loading the words of a step's tiles.
-    fn fetch(&self, step: V<'b>, buffer: &Buffer) {
-        let (b, layout) = (self.b, &self.plan.layout);
-        let codes = layout.lane_words.len() as u32;
-        let period = layout.lane_words.iter().sum::<u32>() * 32;
+    fn fetch(&self, step: V<'b>, buffer: &Words) {
+        let codes = self.plan.layout.lane_words.len() as u32;
+        let period = self.operands.period();
         let (row, col) = self.place(step);
-        let row_words = u32::try_from(layout.row_stride()).expect("a row tile is below 2^32 words");
-        let base = (self.first_row + row) * row_words + if codes == 1 { col * period } else { col / codes * period };
-        for (d, chunks) in buffer.iter().enumerate() {
-            let d = d as u32;
-            let lane_words = layout.lane_words[(d % codes) as usize];
-            let ahead = d / codes * period + layout.lane_words[..(d % codes) as usize].iter().sum::<u32>() * 32;
-            let load = || {
-                for (var, words) in chunks.iter().zip(load_words(b, self.weights, base + ahead, self.lane, lane_words))
-                {
-                    b.set(*var, words);
-                }
-            };
-            // Beyond the last column any words do: their activations are zero.
-            if self.covers_exactly() { load() } else { b.if_((col + d).lt(layout.col_tiles()), load) }
-        }
+        let first = (self.first_row + row) * self.operands.row_words()
+            + if codes == 1 { col * period } else { col / codes * period };
+        self.operands.fetch(first, col, buffer, !self.covers_exactly(), self.lane);
     }
 
     /// True if warps and splits divide the column tiles evenly.
@@ -370,7 +306,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                     let col = self.block_col * plan.layout.tile.cols + i * 16;
                     let load = || {
                         let at = col / 4 + plane * (stride / 4);
-                        b.set(value, b.load_as(self.x, at, Elem::U32, 4, Cache::ReadOnly));
+                        b.set(value, b.load_as(self.operands.x, at, Elem::U32, 4, Cache::ReadOnly));
                     };
                     if covered <= stride {
                         load()
@@ -389,7 +325,7 @@ impl<'b, 'a> Emit<'b, 'a> {
             let plane = (column + group * 8).min(plan.planes - 1);
             [0, 16].map(|half| {
                 let col = (self.warp_col + d) * plan.layout.tile.cols + quad * 4 + (kt * 32 + half);
-                let load = || b.load_as(self.x, plane * (stride / 4) + col / 4, Elem::U32, 1, Cache::ReadOnly);
+                let load = || b.load_as(self.operands.x, plane * (stride / 4) + col / 4, Elem::U32, 1, Cache::ReadOnly);
                 if covered <= stride {
                     return load();
                 }
@@ -412,7 +348,7 @@ impl<'b, 'a> Emit<'b, 'a> {
     }
 
     /// Decodes and multiplies one group of tiles, and fetches the group that takes its place.
-    fn step(&self, step: V<'b>, buffer: &Buffer, fragments: &Fragments<'b>, acc: &[Var]) {
+    fn step(&self, step: V<'b>, buffer: &Words, fragments: &Fragments<'b>, acc: &[Var]) {
         let (b, plan) = (self.b, self.plan);
         let (row, col) = self.place(step);
         let words: Vec<Vec<V>> =
@@ -422,7 +358,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let mut sums: Vec<V> = acc.iter().map(|&v| b.get(v)).collect();
         let parts = plan.layout.tile.cols / 32;
         for (d, words) in words.iter().enumerate() {
-            let registers = self.decoder.tile(d % plan.layout.lane_words.len(), words);
+            let registers = self.operands.decoder.tile(d % plan.layout.lane_words.len(), words);
             for kt in 0..parts {
                 for group in 0..plan.groups {
                     let x = match (fragments, self.staged) {
@@ -434,11 +370,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                         let first = ((part * parts + kt) * 4) as usize;
                         let a = &registers[first..first + 4];
                         let slot = ((part * plan.groups + group) * plan.products) as usize;
-                        let low = [a[0].low, a[1].low, a[2].low, a[3].low];
-                        sums[slot] = b.mma_i8(plan.products == 1, low, x, sums[slot]);
-                        if let [Some(h0), Some(h1), Some(h2), Some(h3)] = [a[0].high, a[1].high, a[2].high, a[3].high] {
-                            sums[slot + 1] = b.mma_i8(true, [h0, h1, h2, h3], x, sums[slot + 1]);
-                        }
+                        product::multiply(b, a, x, &mut sums[slot..]);
                     }
                 }
             }
@@ -511,33 +443,17 @@ impl<'b, 'a> Emit<'b, 'a> {
 
     /// What the sums of the block's row `i` are multiplied with.
     fn scaling(&self, i: V<'b>) -> Scaling<'b> {
-        let b = self.b;
         let row = self.first_row * self.plan.layout.tile.rows + i;
-        let scale = b.load_as(self.scales, row, Elem::BF16, 1, Cache::ReadOnly);
-        let token = |token: u32| {
-            let at = b.i32(token as i32);
-            let sum = || b.load_as(self.x_sum, at, Elem::I32, 1, Cache::ReadOnly);
-            let offset = self.op.quantizer.codes[0].half_offset.then(sum);
-            (b.load_as(self.x_scale, at, Elem::F32, 1, Cache::ReadOnly), offset)
-        };
+        let scale = self.operands.row_scale(row);
+        let token = |token: u32| self.operands.token_scale(self.b.i32(token as i32));
         Scaling { row, scale, tokens: (0..self.op.batch).map(token).collect() }
     }
 
     /// Scales and stores the block's row `i`; `sums(i, token)` are those that belong to a token.
     fn write(&self, i: V<'b>, by: &Scaling<'b>, sums: &dyn Fn(V<'b>, u32) -> Vec<V<'b>>) {
-        let (b, plan, code) = (self.b, self.plan, &self.op.quantizer.codes[0]);
-        let unit = if code.half_offset { code.unit * 0.5 } else { code.unit };
-        for (token, &(x_scale, x_sum)) in by.tokens.iter().enumerate() {
+        for (token, &scale) in by.tokens.iter().enumerate() {
             let token = token as u32;
-            let sums = sums(i, token);
-            let wide = |slot: u32| sums[slot as usize].to(Scalar::I64);
-            let plane = |product: u32| wide(product) * 128 + wide(plan.products + product);
-            let total = if plan.products == 1 { plane(0) } else { plane(1) * 256 + plane(0) };
-            let total = x_sum.map_or(total, |sum| total * 2 + sum.to(Scalar::I64));
-            let value = total.to(Scalar::F32) * by.scale * (x_scale * unit);
-            let at = by.row + token * plan.layout.padded_rows();
-            let value = if self.op.accumulate { b.load(self.y, at, Elem::F32) + value } else { value };
-            b.store(self.y, at, value, Elem::F32);
+            self.operands.write(by.row, self.b.i32(token as i32), &sums(i, token), by.scale, scale);
         }
     }
 
@@ -550,7 +466,7 @@ impl<'b, 'a> Emit<'b, 'a> {
     /// The blocks that share row tiles add up in global memory; the last to arrive writes, and leaves zeros.
     fn meet(&self) {
         let (b, plan, threads) = (self.b, self.plan, self.launch.warps * 32);
-        let (partial, arrived) = (self.partial, self.arrived);
+        let partial = self.operands.partial;
         let first = self.first_row * (plan.layout.tile.rows * plan.slots());
         let len = self.rows * (plan.layout.tile.rows * plan.slots());
         b.for_(self.thread, len, threads, |i| {
@@ -558,25 +474,14 @@ impl<'b, 'a> Emit<'b, 'a> {
             let sum = (1..plan.sum_places(self.launch)).fold(place(0), |sum, p| sum + place(p));
             b.atomic_add(partial, first + i, sum);
         });
-        let last = b.shared("last", Elem::I32, 1);
-        let zero = b.i32(0);
-        b.fence();
-        b.barrier();
-        b.if_(self.thread.eq(0), || {
-            let before = b.atomic_add(arrived, self.block, b.i32(1));
-            b.store(last, zero, before.eq(self.launch.split - 1).select(b.i32(1), 0), Elem::I32);
-        });
-        b.barrier();
-        b.if_(b.load(last, zero, Elem::I32).eq(1), || {
-            b.fence();
+        self.operands.when_all_arrived(self.block, self.launch.split, self.thread, || {
             let of_token = 2 * plan.products;
             self.write_rows(&|i, token| {
                 let at = first + i * plan.slots() + token * of_token;
                 b.load_as(partial, at, Elem::I32, of_token, Cache::Default).lanes()
             });
             b.barrier();
-            b.for_(self.thread, len, threads, |i| b.store(partial, first + i, zero, Elem::I32));
-            b.if_(self.thread.eq(0), || b.store(arrived, self.block, zero, Elem::I32));
+            b.for_(self.thread, len, threads, |i| b.store(partial, first + i, b.i32(0), Elem::I32));
         });
     }
 }

@@ -1,9 +1,7 @@
-//! How a matrix-vector product is laid over a GPU: a cost model that knows the target, and what fits it.
+//! How a product is laid over a GPU: a cost model that knows the target, and what fits it.
 
-use std::collections::HashSet;
-
-use super::decode;
 use super::gemv::{Gemv, Plan};
+use super::{decode, gemm, product};
 use crate::cuda::Device;
 use crate::layout::Packed;
 use crate::spec::Quantizer;
@@ -27,6 +25,12 @@ pub struct Launch {
 
 /// Registers that a thread needs beside prefetched words, activations and sums: addresses, and a tile being decoded.
 const WORKING_REGISTERS: u32 = 36;
+/// Of them, for the operands of one tile; and as many for whatever else a second tile needs while it is decoded.
+const TILE_REGISTERS: u32 = 16;
+/// Registers of [`gemm`] for operands of activations on their way from shared memory, and for where they lie.
+const FRAGMENT_REGISTERS: u32 = 28;
+/// Registers of [`gemm`] for each further code of a mix, whose row tiles are decoded while the words of the next wait.
+const CODE_REGISTERS: u32 = 36;
 /// Seconds from one launch to the next in a chain of dependent kernels.
 const LAUNCH: f64 = 1.7e-6;
 /// Seconds that meeting in global memory takes.
@@ -37,27 +41,20 @@ const AHEAD: f64 = 0.1e-6;
 const LATENCY: f64 = 0.9e-6;
 /// Share of an SM's issue slots that 16 resident warps can fill, and that many can.
 const ISSUE: (f64, f64) = (0.72, 0.77);
+/// Cycles that a warp's addition to shared memory takes an SM, for each lane that meets in a bank.
+const ATOMIC: f64 = 1.3;
 /// Bytes of tables that an SM writes in a cycle at the start, when all wait for it.
 const FILL: f64 = 40.0;
 /// Share of the peak bandwidth that reading can reach.
 const BANDWIDTH: f64 = 0.9;
 
 impl Launch {
-    /// The launch that the cost model likes best on `device`.
-    ///
-    /// # Panics
-    /// If no launch fits, which no checked code and no device of [`crate::cuda::Target`] brings about.
-    pub fn choose(op: &Gemv, device: &Device) -> Launch {
-        Launch::ranked(op, device).first().expect("some launch fits every device").1
-    }
-
     /// All launches worth trying, with the seconds that the model expects, best first.
     pub fn ranked(op: &Gemv, device: &Device) -> Vec<(f64, Launch)> {
         let layout = Packed::new(op.quantizer, op.shape);
         let codes = op.quantizer.codes.len() as u32;
         let (rows, cols) = (layout.row_tiles(), layout.col_tiles());
-        let mut tables: Vec<Tables> = TABLES.map(|bytes| Tables::new(op.quantizer, bytes)).into();
-        tables.dedup_by_key(|t| t.shared);
+        let tables = Tables::candidates(op.quantizer);
         let mut out = Vec::new();
         for split in (1..=16).filter(|s| *s == 1 || s * 2 * codes <= cols) {
             let share = cols.div_ceil(split).next_multiple_of(codes);
@@ -80,8 +77,6 @@ impl Launch {
         }
         // Equal estimates keep the order above, so the choice is a function of the input alone.
         out.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let mut seen = HashSet::new();
-        out.retain(|x| seen.insert(x.1));
         out
     }
 }
@@ -106,6 +101,13 @@ struct TileCost {
 }
 
 impl Tables {
+    /// Those of different sizes.
+    fn candidates(q: &Quantizer) -> Vec<Tables> {
+        let mut tables: Vec<Tables> = TABLES.map(|bytes| Tables::new(q, bytes)).into();
+        tables.dedup_by_key(|t| t.shared);
+        tables
+    }
+
     fn new(q: &Quantizer, budget: u32) -> Tables {
         let costs: Vec<_> = (0..q.codes.len()).map(|c| decode::tile_cost(q, c, budget)).collect();
         let mean = |f: &dyn Fn(&decode::Cost) -> f64| costs.iter().map(f).sum::<f64>() / costs.len() as f64;
@@ -128,17 +130,13 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let fragments =
         if plan.resident { plan.depth * plan.layout.tile.cols / 32 * 2 * plan.groups } else { 4 * plan.groups };
     let prefetched = (f64::from(launch.ahead * plan.depth) * lane_words) as u32;
-    // Each further code of a mix keeps masks and addresses of its own alive, each further hash its products.
-    let hashes = op.quantizer.codes.iter().map(|c| c.decode.multiplications()).max().unwrap_or(0);
-    let working = WORKING_REGISTERS * plan.products.min(2)
-        + 8 * (op.quantizer.codes.len() as u32 - 1)
-        + 4 * hashes.saturating_sub(1);
+    let working = working_registers(op.quantizer);
     let sums = 4 * plan.row_parts() * plan.groups * plan.products;
     let registers = prefetched + fragments + sums + working;
-    let available = device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks);
-    // They are given out in eights.
-    let available = (available / 8 * 8).min(255);
-    if !resident || registers > available || threads * launch.min_blocks > device.threads_per_sm {
+    if !resident
+        || registers > available_registers(device, threads, launch.min_blocks)
+        || threads * launch.min_blocks > device.threads_per_sm
+    {
         return None;
     }
 
@@ -153,7 +151,7 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let products = f64::from(plan.layout.tile.cols / 32 * plan.row_parts() * plan.groups * plan.products);
     let staged = if plan.resident { 0.0 } else { products * 3.0 };
     let cost = tables.cost;
-    let share = ISSUE.0 + (ISSUE.1 - ISSUE.0) * ((warps - 16.0) / 16.0).clamp(-1.0, 1.0);
+    let share = issue_share(warps);
     // Four schedulers; the pipe of integer operations takes one every other cycle of each.
     let alu = tiles * (cost.alu + 20.0) / 2.0;
     let slots = tiles * (cost.alu + cost.multiply + cost.lookup + products + staged + 30.0) / 4.0;
@@ -161,7 +159,165 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let issue = alu.max(slots).max(lookups) / (share * device.clock);
     let memory = bytes / bandwidth;
     let fill = f64::from(blocks.min(launch.min_blocks) * tables.shared) / FILL / device.clock;
+    // Sums that are added to the block's: the lanes of a tensor-core tile meet in its banks.
+    let planes_of_bank = f64::from((plan.slots() / 4).clamp(1, 4) * plan.groups) - 1.0;
+    let row_tiles = f64::from(blocks * plan.layout.row_tiles().div_ceil(launch.blocks) * launch.warps);
+    let adds = row_tiles * f64::from(4 * plan.row_parts() * plan.products) * planes_of_bank;
+    let sums = if plan.own_sums { 0.0 } else { adds * ATOMIC / device.clock };
     let meeting = if launch.split > 1 { MEETING } else { 0.0 };
     let ahead = AHEAD * f64::from(launch.ahead - 1);
-    Some(LAUNCH + fill + meeting + ahead + memory.max(issue) + 0.1 * memory.min(issue))
+    Some(LAUNCH + fill + sums + meeting + ahead + memory.max(issue) + 0.1 * memory.min(issue))
+}
+
+/// Share of the issue slots that resident warps can fill.
+fn issue_share(warps: f64) -> f64 {
+    ISSUE.0 + (ISSUE.1 - ISSUE.0) * ((warps - 16.0) / 16.0).clamp(-1.0, 1.0)
+}
+
+/// Registers for addresses and for a tile being decoded.
+fn working_registers(q: &Quantizer) -> u32 {
+    // Each further code of a mix keeps masks and addresses of its own alive, each further hash its products.
+    let hashes = q.codes.iter().map(|c| c.decode.multiplications()).max().unwrap_or(0);
+    WORKING_REGISTERS * product::products(q) + 8 * (q.codes.len() as u32 - 1) + 4 * hashes.saturating_sub(1)
+}
+
+/// Registers that a thread may have.
+fn available_registers(device: &Device, threads: u32, min_blocks: u32) -> u32 {
+    // They are given out in eights.
+    let share = device.registers_per_sm / (threads.next_multiple_of(128) * min_blocks);
+    (share / 8 * 8).min(255)
+}
+
+/// Warps of a block of [`gemm`].
+const GEMM_WARPS: [u32; 6] = [4, 6, 8, 10, 12, 16];
+/// Row tiles of a warp, groups of tiles of a chunk, and blocks on an SM to try.
+const GEMM_CHOICES: [(u32, u32, u32); 9] =
+    [(1, 1, 1), (1, 2, 1), (1, 4, 1), (2, 1, 1), (2, 2, 1), (2, 4, 1), (2, 8, 1), (1, 2, 2), (2, 2, 2)];
+/// Seconds that set launches whose registers spill behind all others: they are for codes of which nothing else fits.
+const SPILLS: f64 = 1e3;
+/// Bytes that an SM reads from the L2 cache in a cycle.
+const L2: f64 = 40.0;
+/// Cycles that warps wait for each other at a chunk of activations.
+const CHUNK: f64 = 120.0;
+/// Cycles that scaling and storing a row of 32 results takes an SM.
+const RESULTS: f64 = 8.0;
+/// Bytes a second that all blocks together add in global memory.
+const ATOMICS: f64 = 2.0e12;
+
+impl gemm::Launch {
+    /// All launches worth trying, with the seconds that the model expects, best first.
+    pub fn ranked(op: &Gemv, device: &Device) -> Vec<(f64, gemm::Launch)> {
+        let layout = Packed::new(op.quantizer, op.shape);
+        let groups = layout.col_tiles().div_ceil(op.quantizer.codes.len() as u32);
+        let tables = Tables::candidates(op.quantizer);
+        let warps = GEMM_WARPS.into_iter().flat_map(|w| [1, 2, 4, 8, 16].map(|c| (w, c)));
+        let warps: Vec<_> = warps.filter(|(w, c)| w.is_multiple_of(*c) && *c <= groups).collect();
+        let mut out = Vec::new();
+        for token_parts in [1, 2, 4, 8, 16].into_iter().filter(|p| *p <= op.batch.div_ceil(4)) {
+            for &(warps, col_warps) in &warps {
+                for (row_tiles, chunk, min_blocks) in GEMM_CHOICES {
+                    for split in [1, 2, 4, 8].into_iter().filter(|s| *s == 1 || s * chunk * col_warps <= groups) {
+                        let row_warps = warps / col_warps;
+                        let most = (device.sms * min_blocks / (token_parts * split)).max(1);
+                        let blocks = layout.row_tiles().div_ceil(row_tiles).min(most);
+                        if split > 1 && layout.row_tiles().div_ceil(blocks) > row_warps * row_tiles {
+                            continue;
+                        }
+                        for tables in &tables {
+                            let table_bytes = tables.budget;
+                            let launch = gemm::Launch {
+                                row_warps,
+                                col_warps,
+                                row_tiles,
+                                chunk,
+                                token_parts,
+                                split,
+                                blocks,
+                                min_blocks,
+                                table_bytes,
+                            };
+                            out.extend(estimate_gemm(op, &launch, device, tables).map(|t| (t, launch)));
+                        }
+                    }
+                }
+            }
+        }
+        // Equal estimates keep the order above, so the choice is a function of the input alone.
+        out.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let fit = out.iter().take_while(|l| l.0 < SPILLS).count();
+        out.truncate(if fit > 0 { fit } else { 1 });
+        out
+    }
+}
+
+/// Seconds of a launch for many tokens; `None` if it does not fit the device.
+fn estimate_gemm(op: &Gemv, launch: &gemm::Launch, device: &Device, tables: &Tables) -> Option<f64> {
+    let plan = gemm::Plan::new(op, launch);
+    let tile = plan.layout.tile;
+    let codes = plan.layout.lane_words.len() as u32;
+    let period = plan.layout.lane_words.iter().sum::<u32>();
+    let threads = launch.warps() * 32;
+
+    // What fits.
+    let shared = tables.shared + plan.shared_bytes(launch);
+    let resident = launch.min_blocks * (shared + 1024) <= device.shared_per_sm && shared <= device.shared_per_block;
+    let operands = tile.rows * tile.cols / 128 * plan.products;
+    let registers = 4 * plan.accumulators(launch)
+        + launch.row_tiles * period
+        + (launch.row_tiles * operands).saturating_sub(TILE_REGISTERS)
+        + (launch.row_tiles - 1) * TILE_REGISTERS
+        + working_registers(op.quantizer)
+        + (codes - 1) * CODE_REGISTERS
+        + FRAGMENT_REGISTERS;
+    let spills = registers > available_registers(device, threads, launch.min_blocks);
+    if !resident || threads * launch.min_blocks > device.threads_per_sm {
+        return None;
+    }
+
+    // The busiest SM, and of its schedulers the one that has most warps.
+    let per_sm = (launch.blocks * launch.split * launch.token_parts).div_ceil(device.sms);
+    let resident = per_sm.min(launch.min_blocks);
+    let rows = plan.layout.row_tiles().div_ceil(launch.blocks);
+    let takers = rows.div_ceil(launch.row_tiles);
+    let schedule = |row_warps: u32| (resident * row_warps * launch.col_warps).div_ceil(4);
+    let last = schedule(takers % launch.row_warps);
+    let of_scheduler = takers / launch.row_warps * schedule(launch.row_warps) + last;
+    let at_once = f64::from(if takers < launch.row_warps { last } else { schedule(launch.row_warps) });
+    let steps = plan.steps(launch) * codes * per_sm.div_ceil(resident);
+    let of_scheduler = f64::from(of_scheduler * steps * launch.row_tiles);
+    let tiles = f64::from(per_sm * rows * plan.steps(launch) * launch.col_warps * codes);
+
+    let cost = tables.cost;
+    let kt = f64::from(tile.cols / 32 * plan.groups);
+    let products = kt * f64::from(plan.row_parts() * plan.products);
+    // An operand of activations is two passes through shared memory, and half an instruction.
+    let fragments = kt / f64::from(launch.row_tiles);
+    let staged = f64::from(per_sm * plan.rounds * plan.chunks) * f64::from(plan.chunk_units * plan.groups * 8 * 16);
+    let tensor = of_scheduler * products * 4096.0 * 4.0 / device.int8_products;
+    let alu = of_scheduler * (cost.alu + 12.0) * 2.0;
+    let slots = of_scheduler * (cost.alu + cost.multiply + cost.lookup + products + fragments / 2.0 + 25.0)
+        + staged / 512.0 * 3.0 / 4.0;
+    let banks = tiles * (cost.lookup + fragments * 2.0) + staged / 128.0;
+    let memory = tiles * f64::from(period) / f64::from(codes) * 128.0 / (device.bandwidth * BANDWIDTH)
+        * f64::from(device.sms)
+        * device.clock
+        / f64::from(launch.token_parts);
+    let pipes = [tensor, alu, slots, banks, memory, staged / L2];
+    let fullest = pipes.into_iter().fold(0.0, f64::max);
+    // The fewer warps a scheduler has, the less of the other pipes' time is hidden; one warp decodes or multiplies.
+    let rest = tensor + alu + banks - tensor.max(alu).max(banks);
+    let work = (fullest + rest / at_once.powf(1.5)) / issue_share(4.0 * at_once);
+    // When warps have waited for each other they all decode, and at the end all multiply.
+    let apart = alu.min(tensor) / of_scheduler * f64::from(launch.row_tiles);
+    let chunks = f64::from(plan.rounds * plan.chunks * per_sm.div_ceil(resident)) * (CHUNK + apart);
+    let results = f64::from(per_sm * rows * tile.rows * plan.tokens) / 32.0 * RESULTS;
+    let sums = f64::from(plan.accumulators(launch) * launch.warps() * 128 * per_sm * plan.rounds);
+    let meeting = match (launch.split, launch.col_warps) {
+        (1, 1) => 0.0,
+        (1, _) => sums / 32.0 * 2.0 * ATOMIC / device.clock,
+        _ => MEETING + sums * 4.0 * f64::from(device.sms) / ATOMICS,
+    };
+    let fill = f64::from(resident * tables.shared) / FILL;
+    let spills = if spills { SPILLS } else { 0.0 };
+    Some(LAUNCH + meeting + (fill + work + chunks + results) / device.clock + spills)
 }

@@ -120,7 +120,9 @@ fn add_takes_rows_or_one_for_all() {
 #[test]
 fn dense_equals_the_reference_and_is_near_the_exact_product() {
     // Rows that do not fill a block, columns that do not fill a warp or a vector.
-    for (rows, cols, batch, accumulate) in [(20, 256, 1, false), (9, 130, 3, true), (3, 37, 8, false)] {
+    for (rows, cols, batch, accumulate) in
+        [(20, 256, 1, false), (9, 130, 3, true), (3, 37, 8, false), (3, 40, 16, true), (9, 33, 19, false)]
+    {
         let x = random(7, cols * batch);
         let (w, exact) = halves(&random(8, rows * cols));
         let old = random(9, rows * batch);

@@ -3,9 +3,10 @@
 use super::decode::pack_tables;
 use super::dequantize::{self, Dequantize};
 use super::embed_packed::{self, EmbedPacked};
-use super::gemv::{self, Gemv, Launch};
+use super::gemv::{self, Gemv};
 use super::prepare::{self, Prepare};
-use super::{Span, rotate};
+use super::product::Launch;
+use super::{Span, gemm, rotate};
 use crate::ir::interpret::{Arg, Options, run};
 use crate::ir::{Elem, Kernel};
 use crate::layout::{BLOCKS_PER_TILE, COLUMN_PAD, Packed, position};
@@ -296,7 +297,7 @@ fn planes(a: &[Activations], columns: u32) -> [Vec<u8>; 3] {
     [x, scale, sum]
 }
 
-fn check_gemv(q: &Quantizer, shape: Shape, batch: u32, launches: &[Launch]) {
+fn check_product(q: &Quantizer, shape: Shape, batch: u32, launches: &[Launch]) {
     let m = Matrix::random(q, shape);
     let entries = m.entries(q);
     let a = activations(shape.cols, batch);
@@ -312,13 +313,13 @@ fn check_gemv(q: &Quantizer, shape: Shape, batch: u32, launches: &[Launch]) {
     }
     let op = Gemv { quantizer: q, shape, batch, accumulate: true };
     for l in launches {
-        let kernel = gemv::lower(&op, l);
+        let kernel = l.lower(&op);
         let tables = bytes(&pack_tables(q), u32::to_le_bytes);
         let words = bytes(&m.words, u32::to_le_bytes);
         let scales = bytes(&m.scales, u16::to_le_bytes);
         let [x, x_scale, x_sum] = planes(&a, shape.cols);
         let mut y = bytes(&vec![0.5f32; rows * batch as usize], f32::to_le_bytes);
-        let meeting_place = gemv::meeting_place(&op, l);
+        let meeting_place = l.meeting_place(&op);
         let (mut partial, mut arrived) = (vec![0u8; meeting_place.0 * 4], vec![0u8; meeting_place.1 * 4]);
         let mut args: Vec<Arg> = [&tables, &words, &scales, &x, &x_scale, &x_sum].map(|b| Arg::ReadOnly(b)).into();
         args.extend([&mut y, &mut partial, &mut arrived].map(|b| Arg::Buffer(b)));
@@ -337,7 +338,7 @@ fn gemv_is_exact_for_every_code() {
     for q in quantizers() {
         let shape = Shape { rows: 48, cols: 1024 };
         let op = Gemv { quantizer: &q, shape, batch: 1, accumulate: true };
-        check_gemv(&q, shape, 1, &[Launch::choose(&op, &crate::cuda::Target::Sm90a.device())]);
+        check_product(&q, shape, 1, &[Launch::choose(&op, &crate::cuda::Target::Sm90a.device())]);
     }
 }
 
@@ -345,15 +346,66 @@ fn gemv_is_exact_for_every_code() {
 fn gemv_is_exact_for_every_shape_batch_and_launch() {
     let q = &quantizers();
     let named = |name: &str| q.iter().find(|q| q.name == name).expect("a quantizer");
-    let launch =
-        |warps, split, blocks, ahead| Launch { warps, split, blocks, ahead, min_blocks: 1, table_bytes: 32 << 10 };
+    let launch = |warps, split, blocks, ahead| {
+        Launch::Gemv(gemv::Launch { warps, split, blocks, ahead, min_blocks: 1, table_bytes: 32 << 10 })
+    };
     for name in ["v4_k8", "v2_k5_i16", "square", "mix2"] {
         for (rows, cols) in [(16, 128), (70, 300), (33, 2560)] {
             let shape = Shape { rows, cols };
             for batch in [1, 3, 4, 5, 8] {
                 let tiles = Packed::new(named(name), shape).row_tiles();
                 let launches = [launch(1, 1, 1, 1), launch(4, 1, tiles, 2), launch(3, 2, 1, 2), launch(2, 3, tiles, 3)];
-                check_gemv(named(name), shape, batch, &launches);
+                check_product(named(name), shape, batch, &launches);
+            }
+        }
+    }
+}
+
+/// Shared memory of a block on the largest target.
+const MAX_SHARED: u32 = 227 << 10;
+
+#[test]
+fn gemm_is_exact_for_every_code() {
+    for q in quantizers() {
+        for (shape, batch) in [(Shape { rows: 40, cols: 600 }, 11), (Shape { rows: 24, cols: 300 }, 64)] {
+            let op = Gemv { quantizer: &q, shape, batch, accumulate: true };
+            check_product(&q, shape, batch, &[Launch::choose(&op, &crate::cuda::Target::Sm86.device())]);
+        }
+    }
+}
+
+#[test]
+fn gemm_is_exact_for_every_shape_batch_and_launch() {
+    let q = &quantizers();
+    let named = |name: &str| q.iter().find(|q| q.name == name).expect("a quantizer");
+    let base = gemm::Launch {
+        row_warps: 2,
+        col_warps: 1,
+        row_tiles: 1,
+        chunk: 1,
+        token_parts: 1,
+        split: 1,
+        blocks: 1,
+        min_blocks: 1,
+        table_bytes: 32 << 10,
+    };
+    for name in ["v4_k8", "v2_k5_i16", "square", "mix2"] {
+        for (rows, cols) in [(16, 128), (70, 300), (100, 1100)] {
+            let shape = Shape { rows, cols };
+            let tiles = Packed::new(named(name), shape).row_tiles();
+            for batch in [2, 9, 33, 64] {
+                let launches = [
+                    // Several rounds of one block; warps and second row tiles without rows.
+                    gemm::Launch { row_tiles: 2, chunk: if batch < 64 { 2 } else { 1 }, ..base },
+                    gemm::Launch { row_warps: 1, col_warps: 3, blocks: tiles, ..base },
+                    gemm::Launch { row_warps: 2, col_warps: 2, token_parts: 3.min(batch), chunk: 2, ..base },
+                    gemm::Launch { row_warps: tiles, split: 2, token_parts: 2, ..base },
+                    gemm::Launch { row_tiles: 2, col_warps: 2, split: 3, blocks: tiles.div_ceil(2), ..base },
+                ];
+                let op = Gemv { quantizer: named(name), shape, batch, accumulate: true };
+                let launches: Vec<Launch> = launches.map(Launch::Gemm).into();
+                let fit = launches.into_iter().filter(|l| l.lower(&op).shared_bytes() <= MAX_SHARED);
+                check_product(named(name), shape, batch, &fit.collect::<Vec<_>>());
             }
         }
     }

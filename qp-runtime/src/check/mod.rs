@@ -6,12 +6,14 @@
 
 pub mod synthetic;
 
+use std::mem::discriminant;
 use std::sync::Arc;
 
 use qp_codegen::kernels::Span;
 use qp_codegen::kernels::embed_packed::EmbedPacked;
-use qp_codegen::kernels::gemv::{Gemv, Launch};
+use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::prepare::Prepare;
+use qp_codegen::kernels::product::Launch;
 use qp_codegen::layout::COLUMN_PAD;
 use qp_codegen::reference::{self, Activations, Rotator};
 use qp_codegen::spec::{Quantizer, Shape};
@@ -89,8 +91,8 @@ fn same_floats(what: &str, device: &[f32], cpu: &[f32]) -> Result<(), Failure> {
 }
 
 /// Compares what `on` computes with matrices of `q` with what the CPU does: a decoded matrix, rows of it, and for each batch
-/// prepared activations and products, of the launch that is chosen and of one that splits columns, each twice. Gives the
-/// number of comparisons.
+/// prepared activations and products, of the best launch of each kernel and of one that splits columns, each twice. Gives
+/// the number of comparisons.
 ///
 /// # Errors
 /// The first difference.
@@ -204,9 +206,17 @@ fn products(
     exact_products(&what, weights, columns, &tokens, &expected)?;
     let op = Gemv { quantizer: q, shape, batch, accumulate: false };
     let ranked = Launch::ranked(&op, &on.device());
-    let other = ranked.iter().map(|l| l.1).find(|l| (l.split == 1) != (ranked[0].1.split == 1));
+    // The best of each kernel, with and without columns split between those whose sums meet.
+    let mut launches: Vec<Launch> = Vec::new();
+    for &(_, launch) in &ranked {
+        let alike =
+            |l: &Launch| discriminant(l) == discriminant(&launch) && l.splits_columns() == launch.splits_columns();
+        if !launches.iter().any(alike) {
+            launches.push(launch);
+        }
+    }
     let stride = packed.layout.padded_rows() as usize;
-    for launch in [Some(ranked[0].1), other].into_iter().flatten() {
+    for launch in launches {
         let what = format!("{what}: product with {launch:?}");
         let run = || {
             let mut kernel = GemvKernel::load(on, &op, &launch)?;

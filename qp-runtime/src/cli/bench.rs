@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use qp_codegen::kernels::gemv::{Gemv, Launch};
+use qp_codegen::kernels::gemv::Gemv;
+use qp_codegen::kernels::product::{Launch, MAX_BATCH};
 use qp_codegen::kernels::read::{self, Read};
 use qp_codegen::layout::Packed;
 use qp_codegen::reference::{self, Activations};
@@ -53,8 +54,9 @@ struct Kernels {
     #[arg(long, value_delimiter = ',', value_parser = shape,
           default_value = "28672x4096,14336x4096,4096x14336,6144x4096,4096x4096,1024x4096")]
     shape: Vec<Shape>,
-    /// Tokens at once (1 to 8).
-    #[arg(long, value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=8))]
+    /// Tokens at once (1 to 64).
+    #[arg(long, value_delimiter = ',', default_value = "1",
+          value_parser = clap::value_parser!(u32).range(1..=MAX_BATCH as i64))]
     batch: Vec<u32>,
     /// Try this many launch shapes, the best by the cost model first, and print each.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
@@ -278,12 +280,11 @@ pub(super) fn measure(
     Ok(kernels.into_iter().zip(times).map(row).collect())
 }
 
-/// A launch's numbers by name.
+/// A launch's kernel and numbers by name.
 fn named(launch: &Launch) -> serde_json::Map<String, serde_json::Value> {
-    let &Launch { warps, split, blocks, ahead, min_blocks, table_bytes } = launch;
-    let fields = [("warps", warps), ("split", split), ("blocks", blocks), ("ahead", ahead)];
-    let fields = fields.into_iter().chain([("min_blocks", min_blocks), ("table_bytes", table_bytes)]);
-    fields.map(|(name, n)| (name.to_owned(), n.into())).collect()
+    let (kernel, fields) = launch.fields();
+    let fields = fields.into_iter().map(|(name, n)| (name.to_owned(), n.into()));
+    std::iter::once(("kernel".to_owned(), kernel.into())).chain(fields).collect()
 }
 
 fn rounded(x: f64, parts: f64) -> f64 {

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use qp_codegen::cuda::{self, Target};
-use qp_codegen::kernels::gemv::{Gemv, Launch};
+use qp_codegen::kernels::gemv::Gemv;
+use qp_codegen::kernels::product::Launch;
 use qp_codegen::palette;
 use qp_codegen::spec::{Quantizer, Shape};
 

@@ -5,8 +5,9 @@ use qp_codegen::ir::Elem;
 use qp_codegen::kernels::decode::pack_tables;
 use qp_codegen::kernels::dequantize::{self, Dequantize};
 use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
-use qp_codegen::kernels::gemv::{self, Gemv, Launch};
+use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::prepare::{self, Prepare};
+use qp_codegen::kernels::product::Launch;
 use qp_codegen::kernels::rotate;
 use qp_codegen::layout::{COLUMN_PAD, Packed};
 use qp_codegen::reference::{Activations, Hadamard, split_activation};
@@ -14,7 +15,7 @@ use qp_codegen::spec::{Quantizer, Rotation, Shape};
 
 use super::{Buffer, DeviceError, Executor, LaunchArgs, Loaded, Recorder};
 
-/// Arguments of [`gemv::lower`]'s kernels.
+/// Arguments of [`Launch::lower`]'s kernels.
 #[derive(LaunchArgs)]
 pub struct GemvArgs<'a> {
     tables: &'a Buffer<u32>,
@@ -194,7 +195,7 @@ impl DeviceActivations {
     }
 }
 
-/// A matrix-vector product, loaded.
+/// A product of a packed matrix with the activations of some tokens, loaded.
 pub struct GemvKernel {
     kernel: Loaded,
     partial: Buffer<i32>,
@@ -207,9 +208,9 @@ impl GemvKernel {
     /// # Errors
     /// Those of the executor.
     pub fn load(on: &Executor, op: &Gemv, launch: &Launch) -> Result<Self, DeviceError> {
-        let (partial, arrived) = gemv::meeting_place(op, launch);
+        let (partial, arrived) = launch.meeting_place(op);
         Ok(GemvKernel {
-            kernel: on.load::<GemvArgs>(gemv::lower(op, launch))?,
+            kernel: on.load::<GemvArgs>(launch.lower(op))?,
             partial: on.zeroed(partial)?,
             arrived: on.zeroed(arrived)?,
         })

@@ -1,7 +1,8 @@
 //! Products whose launches are measured on the GPU that is to run them: what [`jit::launches`](crate::jit::launches)
 //! needs to know of a device.
 
-use qp_codegen::kernels::gemv::{Gemv, Launch};
+use qp_codegen::kernels::gemv::Gemv;
+use qp_codegen::kernels::product::Launch;
 use rayon::prelude::*;
 
 use super::ops::{DeviceActivations, DeviceMatrix, GemvKernel};

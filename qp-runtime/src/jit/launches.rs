@@ -8,7 +8,8 @@
 //! what was decided and why.
 
 use qp_codegen::cuda::Target;
-use qp_codegen::kernels::gemv::{Gemv, Launch};
+use qp_codegen::kernels::gemv::Gemv;
+use qp_codegen::kernels::product::Launch;
 use rayon::prelude::*;
 
 use super::cache::{Cache, Key, Kind};
@@ -105,8 +106,10 @@ fn written(launch: &Launch) -> String {
 }
 
 /// How a launch lays the work out, but for tables and prefetching.
-fn laid_out(l: &Launch) -> [u32; 3] {
-    [l.warps, l.split, l.blocks]
+fn laid_out(l: &Launch) -> (&'static str, Vec<(&'static str, u32)>) {
+    let (kernel, mut fields) = l.fields();
+    fields.retain(|(name, _)| !["ahead", "min_blocks", "table_bytes"].contains(name));
+    (kernel, fields)
 }
 
 /// The launches worth measuring, of those that [`Launch::ranked`] gives: the best, and others that are expected to take
@@ -194,6 +197,7 @@ fn fastest(times: &[f64]) -> usize {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
+    use qp_codegen::kernels::gemv;
     use qp_codegen::spec::Shape;
 
     use super::super::nvrtc_for_tests;
@@ -240,7 +244,9 @@ mod tests {
 
     #[test]
     fn candidates_are_few_near_and_differ() {
-        let launch = |warps, ahead| Launch { warps, split: 1, blocks: 132, ahead, min_blocks: 1, table_bytes: 1 };
+        let launch = |warps, ahead| {
+            Launch::Gemv(gemv::Launch { warps, split: 1, blocks: 132, ahead, min_blocks: 1, table_bytes: 1 })
+        };
         let ranked = [
             (10.0, launch(16, 1)),
             (10.1, launch(16, 2)),
@@ -322,7 +328,8 @@ mod tests {
         std::fs::write(&file, b"not an entry").unwrap();
         again("not an entry");
         // Whole, but not a launch, or none that fits.
-        let huge = Launch { warps: 1000, ..best };
+        let Launch::Gemv(huge) = best else { panic!("one token is no matter of gemm") };
+        let huge = Launch::Gemv(gemv::Launch { warps: 1000, ..huge });
         for text in ["", "Launch", &written(&best).replace("warps", "wraps"), &written(&huge)] {
             cache.put(&product.key, text, &[]);
             again(text);

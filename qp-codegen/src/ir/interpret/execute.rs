@@ -250,6 +250,7 @@ impl<'p, 'a> Machine<'p, 'a> {
                     }
                 }
             }
+            Code::LoadMatrix { mem, row, at, d } => self.load_matrix(m, *mem, [*row, *at], d)?,
             Code::Store { mem, elem, index, value } => {
                 let e = *elem;
                 match e {
@@ -719,6 +720,25 @@ impl<'p, 'a> Machine<'p, 'a> {
                 self.report.shared_loaded += total;
                 self.report.shared_stored += total;
             }
+        }
+        Ok(())
+    }
+
+    /// Component by component: each lane's word of the row that another lane names.
+    fn load_matrix(&mut self, m: &Mask, mem: Mem, [row, at]: [Reg; 2], d: &[Reg]) -> Result<(), Stop> {
+        for (j, d) in d.iter().enumerate() {
+            for warp in m.warps()? {
+                for lane in 0..32 {
+                    let named = warp * 32 + 8 * j + lane / 4;
+                    let first = self.words[row as usize][named];
+                    if !first.is_multiple_of(4) {
+                        let place = self.place(mem, Elem::U32, 4);
+                        return Err(Stop::at(named, place.fault(self.name(mem), first)));
+                    }
+                    self.words[at as usize][warp * 32 + lane] = first.wrapping_add(lane as u32 % 4);
+                }
+            }
+            self.load(m, mem, (Elem::U32, 4), at, &[*d], |p| u32::from_le_bytes([p[0], p[1], p[2], p[3]]))?;
         }
         Ok(())
     }

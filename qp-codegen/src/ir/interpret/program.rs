@@ -93,6 +93,13 @@ pub(super) enum Code {
         index: Reg,
         value: Vec<Reg>,
     },
+    LoadMatrix {
+        mem: Mem,
+        row: Reg,
+        /// Where each lane's word lies.
+        at: Reg,
+        d: Vec<Reg>,
+    },
     AtomicAdd {
         mem: Mem,
         ty: Scalar,
@@ -420,6 +427,11 @@ impl Compiler<'_> {
                 push(Code::Load { mem: *mem, elem: *elem, unit, index: self.one(*index), d: d.clone() }, kind);
                 d
             }
+            Op::LoadMatrix { mem, row, lanes: _ } => {
+                let (d, at) = (self.fresh(*ty, false), self.fresh(Type::I32, false)[0]);
+                push(Code::LoadMatrix { mem: *mem, row: self.one(*row), at, d: d.clone() }, OpKind::SharedLoad);
+                d
+            }
             Op::AtomicAdd { mem, index, value } => {
                 let d = self.fresh(*ty, false);
                 let (index, value) = (self.one(*index), self.one(*value));
@@ -483,6 +495,11 @@ impl Code {
             }
             Code::Load { index, d, .. } => {
                 f(index, Use);
+                d.iter_mut().for_each(|d| f(d, Def));
+            }
+            Code::LoadMatrix { row, at, d, .. } => {
+                f(row, Use);
+                f(at, Def);
                 d.iter_mut().for_each(|d| f(d, Def));
             }
             Code::Store { index, value, .. } => {

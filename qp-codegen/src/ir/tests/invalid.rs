@@ -118,6 +118,8 @@ refused! {
         let x = add(k, Op::Const(Const::U32(4)), Type::U32);
         add(k, Op::MmaI8 { signed_a: true, a: [x; 4], b: [x; 2], acc: x }, Type::I32X4);
     };
+    matrix_of_global: |k| { let i = number(k, 0); add(k, Op::LoadMatrix { mem: Mem::Global(1), row: i, lanes: 4 }, Type { scalar: Scalar::U32, lanes: 4 }) };
+    three_matrices: |k| { let i = number(k, 0); add(k, Op::LoadMatrix { mem: Mem::Shared(0), row: i, lanes: 3 }, Type { scalar: Scalar::U32, lanes: 3 }) };
     zero_divisor: |k| { let x = number(k, 0); add(k, Op::Binary(BinaryOp::Div, x, x), Type::I32) };
     far_shift: |k| { let x = number(k, 32); add(k, Op::Binary(BinaryOp::Shr, x, x), Type::I32) };
     store_to_read_only: |k| { let i = number(k, 0); k.body.push(Stmt::Store { mem: Mem::Global(1), index: i, value: i, elem: Elem::I32 }) };

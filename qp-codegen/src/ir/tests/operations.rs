@@ -380,6 +380,34 @@ fn products() {
 }
 
 #[test]
+fn matrices_whose_rows_lanes_name() {
+    for lanes in [2, 4] {
+        let b = Builder::new("matrices", [1, 1], 64);
+        let x = b.buffer("x", Elem::U32, false);
+        let y = b.buffer("y", Elem::U32, true);
+        let s = b.shared("s", Elem::U32, 64 * 4);
+        let t = b.special(Special::Thread);
+        b.store(s, t * 4, b.load_as(x, t * 4, Elem::U32, 4, Cache::ReadOnly), Elem::U32);
+        b.barrier();
+        // Rows in no order: lane l of both warps names row 63 − 2·l mod 64, where l names one at all.
+        let row = ((t * -2 + 63) & 63) * 4;
+        b.store(y, t * lanes, b.load_matrix(s, row, lanes), Elem::U32);
+        let kernel = b.finish();
+        let mut r = Random(6);
+        let input: Vec<u32> = (0..64 * 4).map(|_| r.word()).collect();
+        let mut out = vec![0; 64 * 4 * lanes as usize];
+        run(&kernel, &mut [Arg::ReadOnly(&bytes(input.iter().copied())), Arg::Buffer(&mut out)], &Options::default())
+            .unwrap();
+        for (at, got) in words(&out).into_iter().enumerate() {
+            let (t, matrix) = (at / lanes as usize, at % lanes as usize);
+            let namer = t / 32 * 32 + 8 * matrix + t % 32 / 4;
+            let row = (64 + 63 - 2 * namer as i32).rem_euclid(64) as usize;
+            assert_eq!(got, input[row * 4 + t % 4], "thread {t}, matrix {matrix}");
+        }
+    }
+}
+
+#[test]
 fn memory_of_every_element_and_width() {
     use Elem::{BF16, F16, F32, I8, I16, I32, U8, U16, U32};
     let mut r = Random(5);

@@ -35,6 +35,11 @@ traps! {
     store_outside: |b, x, _, t| b.store(x, t * 100, t, Elem::I32);
     shared_outside: |b, _, s, t| b.store(s, t + 1, t, Elem::I32);
     misaligned: |b, x, _, t| b.load_as(x, t + 1 - 1, Elem::I32, 2, Cache::Default);
+    misaligned_row: |b, _, s, t| {
+        b.store(s, t, t, Elem::I32);
+        b.barrier();
+        b.load_matrix(s, (t & 7) * 4 + t / 63, 4)
+    };
     sum: |b, _, _, t| { let big = b.i32(i32::MAX - 40); t + big };
     difference: |b, _, _, t| { let small = b.i32(i32::MIN + 40); small - t };
     product: |b, x, _, t| b.load(x, t, Elem::I32) * 100_000_000;

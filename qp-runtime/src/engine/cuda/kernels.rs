@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use qp_codegen::cuda::Device;
 use qp_codegen::ir::{Elem, Kernel};
-use qp_codegen::kernels::gemv::{self, Gemv, Launch};
+use qp_codegen::kernels::gemv::Gemv;
+use qp_codegen::kernels::product::Launch;
 use qp_codegen::kernels::{
     Span, add, append, argmax, attention, dense, embed, glu, norm,
     prepare::{self, Prepare},
@@ -72,7 +73,7 @@ impl Kernels {
 pub fn product(quantizer: Arc<Quantizer>, shape: Shape, accumulate: bool) -> Lowering {
     Box::new(move |device| {
         let op = Gemv { quantizer: &quantizer, shape, batch: 1, accumulate };
-        gemv::lower(&op, &Launch::choose(&op, device))
+        Launch::choose(&op, device).lower(&op)
     })
 }
 

@@ -3,7 +3,7 @@
 //! It runs on an [`Executor`], so on the interpreter too, launch by launch: that is how it is tested without a GPU
 //! ([`crate::check`]).
 //! Everything stays on the device between steps; a step takes the tokens and their position and gives logits. Tokens
-//! are taken up to 8 at once. A quantized model gives the same bits as on the CPU, however its tokens are cut.
+//! are taken up to 64 at once. A quantized model gives the same bits as on the CPU, however its tokens are cut.
 //!
 //! * [`kernels`]: what a step launches, without a model at hand.
 //! * [`linear`]: matrices on the device.
@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
 use qp_codegen::ir::Elem;
+use qp_codegen::kernels::Span;
 use qp_codegen::kernels::add::Add;
 use qp_codegen::kernels::append::Append;
 use qp_codegen::kernels::argmax::Argmax;
@@ -28,7 +29,7 @@ use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::glu::Glu;
 use qp_codegen::kernels::norm::Norm;
 use qp_codegen::kernels::prepare::Prepare;
-use qp_codegen::kernels::{Span, gemv};
+use qp_codegen::kernels::product::MAX_BATCH;
 use qp_codegen::spec::Shape;
 use rayon::prelude::*;
 
@@ -41,7 +42,7 @@ use crate::device::{Buffer, DeviceError, Executor, Graph};
 use crate::model::{Config, Role, Weights, rope_tables};
 
 /// Numbers of tokens that steps are made for. Any number is a sum of few of them.
-const BATCHES: [usize; 4] = [gemv::MAX_BATCH as usize, 4, 2, 1];
+const BATCHES: [usize; 7] = [MAX_BATCH as usize, 32, 16, 8, 4, 2, 1];
 
 /// A model on a device, with the keys and values of one sequence.
 pub struct CudaEngine {

@@ -1,0 +1,487 @@
+//! Products of packed weights with the activations of many tokens, up to 64 in one launch.
+//!
+//! # How it works
+//!
+//! A block takes a run of row tiles, and its warps have row tiles of their own, [`Launch::row_tiles`] each. Together
+//! they go over the columns in *chunks*: the planes of a chunk (`reference::split_activation`, two a token) pass by in
+//! shared memory, brought by asynchronous copies a chunk ahead, with one barrier a chunk. A warp decodes a column of
+//! its tiles into tensor-core operands, once, and multiplies them with all planes, eight a product; sums stay in
+//! registers until the last column. Each operand of activations that is read from shared memory serves all row tiles
+//! of the warp, for reading them is what fills shared memory's time.
+//!
+//! A matrix with few row tiles leaves warps without work. Then the columns are shared, by [`Launch::col_warps`] warps
+//! of a block, whose sums meet in shared memory, or by [`Launch::split`] blocks, whose sums meet in global memory; or
+//! the tokens are, by [`Launch::token_parts`] blocks that each decode all weights. The last is also for sums that would
+//! not fit the registers.
+//!
+//! All sums are exact integers, so nothing of this changes the result, which is that of [`super::gemv`] to the bit.
+
+use super::c_name;
+use super::decode::{Register, flatten};
+use super::gemv::Gemv;
+use super::product::{self, Operands, TokenScale, Words};
+use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var};
+use crate::layout::{COLUMN_PAD, Packed};
+
+/// Most tokens of one launch.
+pub const MAX_BATCH: u32 = 64;
+
+/// Chunks of activations in shared memory: one is read while the next arrives.
+const STAGES: u32 = 2;
+
+/// How the work is laid over the GPU. The result does not depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Launch {
+    /// Warps one below the other, each with row tiles of its own.
+    pub row_warps: u32,
+    /// Warps that share the columns of the same row tiles.
+    pub col_warps: u32,
+    /// Row tiles that a warp takes at once.
+    pub row_tiles: u32,
+    /// Groups of tiles (one of each code of a mix) that a warp takes of a chunk.
+    pub chunk: u32,
+    /// Parts of the tokens, each with blocks of its own.
+    pub token_parts: u32,
+    /// Parts of the columns, each with blocks of its own.
+    pub split: u32,
+    /// Blocks that share the row tiles (the grid has `blocks · split · token_parts`).
+    pub blocks: u32,
+    /// Blocks an SM must hold at once.
+    pub min_blocks: u32,
+    /// Shared memory that the copies of tables may take, in bytes.
+    pub table_bytes: u32,
+}
+
+impl Launch {
+    /// Warps of a block.
+    pub fn warps(&self) -> u32 {
+        self.row_warps * self.col_warps
+    }
+
+    /// True if warps add their sums up.
+    fn meets(&self) -> bool {
+        self.col_warps * self.split > 1
+    }
+}
+
+/// Sizes that follow from the operation and its launch.
+pub(super) struct Plan {
+    pub(super) layout: Packed,
+    /// Tokens of a part; the last may have fewer.
+    pub(super) tokens: u32,
+    /// Tensor-core products side by side to hold all planes of a part.
+    pub(super) groups: u32,
+    /// Products a register: 2 for 16-bit entries.
+    pub(super) products: u32,
+    /// Chunks of a part of the columns.
+    pub(super) chunks: u32,
+    /// Times that the warps take row tiles, in the block that has most.
+    pub(super) rounds: u32,
+    /// Columns of a chunk, in units of 16 bytes.
+    pub(super) chunk_units: u32,
+}
+
+impl Plan {
+    pub(super) fn new(op: &Gemv, launch: &Launch) -> Plan {
+        let layout = Packed::new(op.quantizer, op.shape);
+        let codes = layout.lane_words.len() as u32;
+        let tokens = op.batch.div_ceil(launch.token_parts);
+        let tiles = launch.col_warps * launch.chunk * codes;
+        Plan {
+            tokens,
+            groups: (2 * tokens).div_ceil(8),
+            products: product::products(op.quantizer),
+            chunks: layout.col_tiles().div_ceil(tiles).div_ceil(launch.split),
+            rounds: layout.row_tiles().div_ceil(launch.blocks).div_ceil(launch.row_warps * launch.row_tiles),
+            chunk_units: tiles * layout.tile.cols / 16,
+            layout,
+        }
+    }
+
+    /// Tensor-core tiles of 16 rows in a tile.
+    pub(super) fn row_parts(&self) -> u32 {
+        self.layout.tile.rows / 16
+    }
+
+    /// Steps of a warp through the columns: groups of tiles.
+    pub(super) fn steps(&self, launch: &Launch) -> u32 {
+        self.chunks * launch.chunk
+    }
+
+    /// From one staged plane to the next, in units of 16 bytes: an odd number, so that the planes of a product start in
+    /// different banks.
+    fn plane_units(&self) -> u32 {
+        self.chunk_units + 1
+    }
+
+    fn stage_units(&self) -> u32 {
+        self.groups * 8 * self.plane_units()
+    }
+
+    /// Accumulators of a warp, each of 16 rows and 8 planes.
+    pub(super) fn accumulators(&self, launch: &Launch) -> u32 {
+        launch.row_tiles * self.row_parts() * self.groups * self.products
+    }
+
+    /// Sums of a block's row tiles.
+    fn block_sums(&self, launch: &Launch) -> u32 {
+        self.accumulators(launch) * launch.row_warps * 128
+    }
+
+    /// Bytes of shared memory beside the tables.
+    pub(super) fn shared_bytes(&self, launch: &Launch) -> u32 {
+        let sums = if launch.meets() && launch.split == 1 { self.block_sums(launch) * 4 } else { 16 };
+        STAGES * self.stage_units() * 16 + sums
+    }
+}
+
+/// Makes the kernel; its parameters are those of [`super::gemv::lower`].
+///
+/// # Panics
+/// For launches that are none: columns split over blocks whose warps take row tiles several times, more blocks than row
+/// tiles.
+pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
+    assert!((1..=MAX_BATCH).contains(&op.batch), "batch");
+    let plan = Plan::new(op, launch);
+    assert!(launch.split == 1 || plan.rounds == 1, "sums of several rounds have no place to meet");
+    assert!(launch.blocks <= plan.layout.row_tiles(), "a block without rows");
+    let name = format!("gemm_{}_{}x{}_b{}", c_name(&op.quantizer.name), op.shape.rows, op.shape.cols, op.batch);
+    let b = Builder::new(&name, [launch.blocks * launch.split * launch.token_parts, 1], launch.warps() * 32);
+    b.doc(product::doc(op));
+    b.min_blocks(launch.min_blocks);
+    b.dependent_launch();
+    Emit::new(&b, op, launch, &plan).kernel();
+    b.finish()
+}
+
+/// Elements of `partial` and `arrived` that a launch needs, at least 1 each.
+pub fn meeting_place(op: &Gemv, launch: &Launch) -> (usize, usize) {
+    if launch.split == 1 {
+        return (1, 1);
+    }
+    let places = (launch.blocks * launch.token_parts) as usize;
+    (Plan::new(op, launch).block_sums(launch) as usize * places, places)
+}
+
+/// A lowering in progress.
+struct Emit<'b, 'a> {
+    b: &'b Builder,
+    op: &'a Gemv<'a>,
+    launch: &'a Launch,
+    plan: &'a Plan,
+    operands: Operands<'b, 'a>,
+    /// Activations: [`STAGES`] chunks of all planes.
+    staged: Mem,
+    /// Where sums meet, and where in it those of this block begin.
+    sums: Option<(Mem, V<'b>)>,
+    thread: V<'b>,
+    lane: V<'b>,
+    row_warp: V<'b>,
+    col_warp: V<'b>,
+    /// Which of the places where blocks meet is this block's.
+    place: V<'b>,
+    /// First row tile, and how many, of this block.
+    first_row: V<'b>,
+    rows: V<'b>,
+    /// First chunk, first token.
+    first_chunk: V<'b>,
+    first_token: V<'b>,
+    rounds: V<'b>,
+}
+
+impl<'b, 'a> Emit<'b, 'a> {
+    fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
+        let operands = Operands::new(b, op, &plan.layout, launch.table_bytes);
+        let staged = b.shared("staged", Elem::U32, STAGES * plan.stage_units() * 4);
+        let (thread, lane, warp) = (b.special(Special::Thread), b.special(Special::Lane), b.special(Special::Warp));
+        // The blocks of the same weights are neighbours, so that those are read from memory once.
+        let id = b.special(Special::BlockX);
+        let (place, token_part) = divide(b, id, launch.token_parts);
+        let (block, part) = divide(b, place, launch.split);
+        let place = block * launch.token_parts + token_part;
+        let sums = if !launch.meets() {
+            None
+        } else if launch.split == 1 {
+            Some((b.shared("sums", Elem::I32, plan.block_sums(launch)), b.i32(0)))
+        } else {
+            Some((operands.partial, place * plan.block_sums(launch)))
+        };
+        let (row_warp, col_warp) = divide(b, warp, launch.col_warps);
+        let row_tiles = plan.layout.row_tiles();
+        let first_row = block * row_tiles / launch.blocks;
+        let rows = (block + 1) * row_tiles / launch.blocks - first_row;
+        let at_once = launch.row_warps * launch.row_tiles;
+        let rounds = if plan.rounds == 1 { b.i32(1) } else { (rows + (at_once - 1)) / at_once };
+        let first_chunk = part * plan.chunks;
+        let first_token = token_part * plan.tokens;
+        Emit {
+            b,
+            op,
+            launch,
+            plan,
+            operands,
+            staged,
+            sums,
+            thread,
+            lane,
+            row_warp,
+            col_warp,
+            place,
+            first_row,
+            rows,
+            first_chunk,
+            first_token,
+            rounds,
+        }
+    }
+
+    fn kernel(&self) {
+        let (b, plan, launch) = (self.b, self.plan, self.launch);
+        b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
+        let words: Vec<Words> =
+            (0..launch.row_tiles).map(|_| self.operands.words(plan.layout.lane_words.len() as u32)).collect();
+        let zero = b.i32(0);
+        self.fetch(zero, &words);
+        b.comment("Tables into shared memory.");
+        self.operands.decoder.fill(launch.warps() * 32);
+        if let (Some((sums, _)), 1) = (self.sums, launch.split) {
+            b.for_(self.thread, plan.block_sums(launch), launch.warps() * 32, |i| {
+                b.store(sums, i, zero, Elem::I32);
+            });
+        }
+        b.grid_wait();
+        for ahead in 0..STAGES - 1 {
+            self.stage(b.i32(ahead as i32));
+        }
+        b.grid_launch();
+
+        b.comment("Row tiles, chunks of columns, groups of tiles.");
+        let none = b.vector(&[zero; 4]);
+        let acc: Vec<Var> = (0..plan.accumulators(launch)).map(|_| b.var(none)).collect();
+        b.for_(0, self.rounds, 1, |round| {
+            b.for_(0, plan.chunks, 1, |chunk| {
+                let chunk = round * plan.chunks + chunk;
+                b.async_wait(STAGES - 2);
+                b.barrier();
+                self.stage(chunk + (STAGES - 1));
+                let slot = chunk % STAGES * plan.stage_units();
+                let step = |i: V<'b>| {
+                    let next = chunk * launch.chunk + i + 1;
+                    self.busy(round, || self.step(slot, i, next, &words, &acc));
+                };
+                if launch.chunk == 1 { step(zero) } else { b.for_(0, launch.chunk, 1, step) }
+            });
+            self.finish(round, &acc);
+        });
+    }
+
+    /// Runs `work` in the warps that have row tiles in this round.
+    fn busy(&self, round: V<'b>, work: impl FnOnce()) {
+        let at_once = self.launch.row_warps * self.launch.row_tiles;
+        let all = self.plan.layout.row_tiles() == self.launch.blocks * self.plan.rounds * at_once;
+        if all { work() } else { self.b.if_(self.row_tile(round, 0).lt(self.rows), work) }
+    }
+
+    /// Row tile `m` of the warp in a round, within the block.
+    fn row_tile(&self, round: V<'b>, m: u32) -> V<'b> {
+        (round * self.launch.row_warps + self.row_warp) * self.launch.row_tiles + m
+    }
+
+    /// Starts loading the words of step `step` (steps of all rounds count on), if there is one.
+    fn fetch(&self, step: V<'b>, words: &[Words]) {
+        let (b, plan) = (self.b, self.plan);
+        let per_round = plan.steps(self.launch);
+        let (round, within) = if plan.rounds == 1 { (b.i32(0), step) } else { divide(b, step, per_round) };
+        let group = (self.first_chunk * self.launch.chunk + within) * self.launch.col_warps + self.col_warp;
+        let codes = plan.layout.lane_words.len() as u32;
+        let covered = self.launch.split * per_round * self.launch.col_warps * codes;
+        let load = || {
+            for (m, words) in words.iter().enumerate() {
+                // A warp's last row tiles may lie beyond the block's: their sums are not written.
+                let row = self.first_row + self.row_tile(round, m as u32).min(self.rows - 1);
+                let first = row * self.operands.row_words() + group * self.operands.period();
+                self.operands.fetch(first, group * codes, words, covered != plan.layout.col_tiles(), self.lane);
+            }
+        };
+        if step.as_const().is_some() { load() } else { b.if_(step.lt(self.rounds * per_round), load) }
+    }
+
+    /// Starts copying the activations of a chunk (chunks of all rounds count on), if there is one.
+    fn stage(&self, chunk: V<'b>) {
+        let (b, plan) = (self.b, self.plan);
+        let stride = self.op.shape.cols.next_multiple_of(COLUMN_PAD) / 16;
+        let covered = plan.chunks * self.launch.split * plan.chunk_units <= stride;
+        let slot = chunk % STAGES * plan.stage_units();
+        let first = (self.first_chunk + chunk % plan.chunks) * plan.chunk_units;
+        // Neighbouring threads copy neighbouring columns, as many as divide a chunk.
+        let across = 1 << plan.chunk_units.trailing_zeros().min(5);
+        let (from_plane, unit) = divide(b, self.thread, across);
+        b.if_(chunk.lt(self.rounds * plan.chunks), || {
+            b.for_(from_plane, plan.groups * 8, self.launch.warps() * 32 / across, |plane| {
+                // Planes that fill up the last product repeat the last token's; their sums are not read.
+                let source = (self.first_token * 2 + plane).min(2 * self.op.batch - 1) * stride;
+                for run in 0..plan.chunk_units / across {
+                    let unit = unit + run * across;
+                    let (from, to) = (first + unit, slot + plane * plan.plane_units() + unit);
+                    let copy = || b.async_copy(self.staged, to, self.operands.x, source + from, 16);
+                    if covered {
+                        copy();
+                    } else {
+                        let zeros = || b.store(self.staged, to * 4, b.vector(&[b.u32(0); 4]), Elem::U32);
+                        b.if_else(from.lt(stride), copy, zeros);
+                    }
+                }
+            });
+        });
+        b.async_commit();
+    }
+
+    /// Decodes and multiplies group `i` of a chunk that lies at `slot`, after fetching the words of step `next`.
+    fn step(&self, slot: V<'b>, i: V<'b>, next: V<'b>, words: &[Words], acc: &[Var]) {
+        let (b, plan) = (self.b, self.plan);
+        let current: Vec<Vec<Vec<V>>> = words
+            .iter()
+            .map(|tiles| tiles.iter().map(|t| flatten(&t.iter().map(|&v| b.get(v)).collect::<Vec<_>>())).collect())
+            .collect();
+        self.fetch(next, words);
+        let mut sums: Vec<V> = acc.iter().map(|&v| b.get(v)).collect();
+        let codes = plan.layout.lane_words.len() as u32;
+        let tile_units = plan.layout.tile.cols / 16;
+        // Lane 8j + i names row i of matrix j: of planes 0 to 8 the first 16 columns, the second, of planes 8 to 16 …
+        let plane = (self.lane & 7) + (self.lane >> 4) * 8;
+        let lane_units = plane * plan.plane_units() + ((self.lane >> 3) & 1);
+        let group = i * self.launch.col_warps + self.col_warp;
+        let first = (slot + lane_units + group * (codes * tile_units)) * 4;
+        for code in 0..codes {
+            let decoder = &self.operands.decoder;
+            let tiles: Vec<Vec<Register>> =
+                current.iter().map(|words| decoder.tile(code as usize, &words[code as usize])).collect();
+            for kt in 0..tile_units / 2 {
+                for pair in (0..plan.groups).step_by(2) {
+                    let two = pair + 1 < plan.groups;
+                    let at = first + 4 * (code * tile_units + kt * 2 + pair * 8 * plan.plane_units());
+                    let x = b.load_matrix(self.staged, at, if two { 4 } else { 2 }).lanes();
+                    for (group, x) in (pair..).zip(x.chunks_exact(2)) {
+                        self.multiply(&tiles, kt, group, [x[0], x[1]], &mut sums);
+                    }
+                }
+            }
+        }
+        for (&var, &sum) in acc.iter().zip(&sums) {
+            b.set(var, sum);
+        }
+    }
+
+    /// Multiplies 32 columns of the warp's tiles with a group of planes.
+    fn multiply(&self, tiles: &[Vec<Register<'b>>], kt: u32, group: u32, x: [V<'b>; 2], sums: &mut [V<'b>]) {
+        let plan = self.plan;
+        for (m, registers) in (0..).zip(tiles) {
+            for part in 0..plan.row_parts() {
+                let first = ((part * plan.layout.tile.cols / 32 + kt) * 4) as usize;
+                let slot = self.slot(m, part, group);
+                product::multiply(self.b, &registers[first..first + 4], x, &mut sums[slot..]);
+            }
+        }
+    }
+
+    /// The first accumulator of a part of a row tile and a group of planes.
+    fn slot(&self, m: u32, part: u32, group: u32) -> usize {
+        (((m * self.plan.row_parts() + part) * self.plan.groups + group) * self.plan.products) as usize
+    }
+
+    /// Writes the results of a round's row tiles and clears the sums.
+    fn finish(&self, round: V<'b>, acc: &[Var]) {
+        let (b, plan, launch) = (self.b, self.plan, self.launch);
+        let Some((sums, first)) = self.sums else {
+            self.busy(round, || {
+                for group in 0..plan.groups {
+                    self.of_tokens(b.i32(group as i32), |token, scale| {
+                        for m in 0..launch.row_tiles {
+                            for part in 0..plan.row_parts() {
+                                let slot = self.slot(m, part, group);
+                                let sums = acc[slot..][..plan.products as usize].iter().map(|&v| b.get(v).lanes());
+                                let tile = self.row_tile(round, m);
+                                self.write(tile, b.i32(part as i32), token, scale, &sums.collect::<Vec<_>>());
+                            }
+                        }
+                    });
+                }
+            });
+            return self.clear(acc);
+        };
+        // An accumulator's components lie apart, the lanes side by side.
+        let place = |accumulator: V<'b>, component: u32| first + (accumulator * 4 + component) * 32 + self.lane;
+        self.busy(round, || {
+            for (k, &var) in (0..).zip(acc) {
+                for (i, value) in (0..).zip(b.get(var).lanes()) {
+                    let accumulator = self.row_warp * plan.accumulators(launch) + k;
+                    b.atomic_add(sums, place(accumulator, i), value);
+                }
+            }
+        });
+        self.clear(acc);
+        let write = || {
+            let warps = launch.warps();
+            let items = launch.row_warps * plan.accumulators(launch) / plan.products;
+            b.for_(b.special(Special::Warp), items, warps, |item| {
+                let load = |product: u32| {
+                    let load = |i: u32| {
+                        let at = place(item * plan.products + product, i);
+                        let sum = b.load_as(sums, at, Elem::I32, 1, Cache::Default);
+                        b.store(sums, at, b.i32(0), Elem::I32);
+                        sum
+                    };
+                    (0..4).map(load).collect::<Vec<_>>()
+                };
+                let of_item: Vec<_> = (0..plan.products).map(load).collect();
+                let (tile, group) = divide(b, item, plan.groups);
+                let (tile, part) = divide(b, tile, plan.row_parts());
+                let tile = round * (launch.row_warps * launch.row_tiles) + tile;
+                self.of_tokens(group, |token, scale| self.write(tile, part, token, scale, &of_item));
+            });
+        };
+        if launch.split == 1 {
+            b.barrier();
+            write();
+        } else {
+            self.operands.when_all_arrived(self.place, launch.split, self.thread, write);
+        }
+    }
+
+    fn clear(&self, acc: &[Var]) {
+        let none = self.b.vector(&[self.b.i32(0); 4]);
+        acc.iter().for_each(|&v| self.b.set(v, none));
+    }
+
+    /// Runs `work` with the token, if there is one, whose planes of a group the lane holds: 2t and 2t + 1.
+    fn of_tokens(&self, group: V<'b>, work: impl FnOnce(V<'b>, TokenScale<'b>)) {
+        let within = group * 4 + (self.lane & 3);
+        let token = self.first_token + within;
+        let work = || work(token, self.operands.token_scale(token));
+        let (tokens, batch) = (self.plan.tokens, self.op.batch);
+        if tokens.is_multiple_of(4) && tokens * self.launch.token_parts == batch {
+            work();
+        } else {
+            self.b.if_(within.lt(tokens) & token.lt(batch), work);
+        }
+    }
+
+    /// Writes the two rows that the lane holds of 16, if the block has the row tile.
+    fn write(&self, tile: V<'b>, part: V<'b>, token: V<'b>, scale: TokenScale<'b>, sums: &[Vec<V<'b>>]) {
+        let rows = self.plan.layout.tile.rows;
+        self.b.if_(tile.lt(self.rows), || {
+            for half in 0..2 {
+                let row = (self.first_row + tile) * rows + part * 16 + (self.lane >> 2) + half * 8;
+                // Component 2·half is of the high plane, the next of the low.
+                let of_plane = |low: u32| sums.iter().map(move |s| s[(2 * half + low) as usize]);
+                let sums: Vec<V> = of_plane(0).chain(of_plane(1)).collect();
+                self.operands.write(row, token, &sums, self.operands.row_scale(row), scale);
+            }
+        });
+    }
+}
+
+/// Quotient and remainder by a constant.
+fn divide<'b>(b: &'b Builder, v: V<'b>, by: u32) -> (V<'b>, V<'b>) {
+    if by == 1 { (v, b.i32(0)) } else { (v / by, v % by) }
+}

@@ -19,6 +19,7 @@ use crate::engine::cuda::kernels::{DecodeStep, Lowering, product};
 use crate::jit::{self, Cache};
 use crate::model::{Config, Role};
 use crate::plan::{Layer, Plan};
+use crate::quantize::items::{join_tied, layers};
 
 /// Time the making of kernels: lowering, validating, printing, compiling. Needs NVRTC, but no GPU.
 ///
@@ -157,16 +158,9 @@ impl JitBench {
             None => Config::parse(Path::new("Llama 3.1 8B"), LLAMA)?,
         };
         let plan = self.plan.as_deref().map_or_else(|| Ok(Plan::uniform(&self.spec)), Plan::read)?;
-        let layer = |name: String, (rows, cols): (usize, usize), by_default| Layer {
-            name,
-            shape: Shape { rows: rows as u32, cols: cols as u32 },
-            by_default,
-        };
-        let blocks = (0..config.layers).flat_map(|l| Role::ALL.map(|role| (l, role)));
-        let mut layers: Vec<Layer> =
-            blocks.map(|(l, role)| layer(config.linear_name(l, role), config.shape(role), true)).collect();
-        layers.push(layer("lm_head".to_owned(), (config.vocab, config.hidden), false));
-        let resolved = plan.resolve(&layers)?;
+        let layers: Vec<Layer> = layers(&config).into_iter().map(|place| place.layer).collect();
+        let mut resolved = plan.resolve(&layers)?;
+        join_tied(&config, &mut resolved);
         let quantizers = resolved.layers.iter().map(|of| of.map(|i| resolved.specs[i].clone())).collect();
         Ok(Model { config, quantizers })
     }
@@ -212,7 +206,7 @@ impl JitBench {
 /// A model without weights.
 struct Model {
     config: Config,
-    /// Of each layer, in order, the head last.
+    /// Of each layer, in order, then of the output layer and the embedding.
     quantizers: Vec<Option<Arc<Quantizer>>>,
 }
 
@@ -223,12 +217,14 @@ impl Model {
 
     /// The kernels of a decode step.
     fn kernels(&self) -> Vec<Lowering> {
+        let [.., head, embedding] = &self.quantizers[..] else { unreachable!("every model has both") };
         let step = DecodeStep {
             config: &self.config,
             context: CONTEXT.min(self.config.max_positions) as u32,
             elem: Elem::BF16,
             quantizer: &|layer, role| self.quantizer(layer, role),
-            head: self.quantizers.last().cloned().flatten(),
+            head: head.clone().or(embedding.clone().filter(|_| self.config.tied)),
+            embedding: embedding.clone(),
         };
         step.kernels()
     }

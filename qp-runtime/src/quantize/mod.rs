@@ -4,7 +4,7 @@
 //! stays finished: see [`crate::checkpoint::draft`].
 
 pub mod calibrate;
-mod items;
+pub mod items;
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};

@@ -10,7 +10,9 @@ use qp_codegen::ir::{Elem, Kernel};
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::product::Launch;
 use qp_codegen::kernels::{
-    Span, add, append, argmax, attention, dense, embed, glu, norm,
+    Span, add, append, argmax, attention, dense, embed,
+    embed_packed::{self, EmbedPacked},
+    glu, norm,
     prepare::{self, Prepare},
 };
 use qp_codegen::layout::Packed;
@@ -32,7 +34,9 @@ pub struct DecodeStep<'a> {
     pub elem: Elem,
     /// Quantizer of a layer's matrix; `None` if it is left as it is.
     pub quantizer: &'a dyn Fn(usize, Role) -> Option<Arc<Quantizer>>,
-    /// Quantizer of the head.
+    /// Quantizer of the embedding.
+    pub embedding: Option<Arc<Quantizer>>,
+    /// Quantizer of the output layer; that of the embedding where one matrix serves both.
     pub head: Option<Arc<Quantizer>>,
 }
 
@@ -88,7 +92,16 @@ impl DecodeStep<'_> {
         let onto = layers().flat_map(|l| [self.products(l, &[Role::O]), self.products(l, &[Role::Down])]);
         let residual = Span::rows(onto.flatten().map(|p| p.stride).fold(hidden, u32::max));
         let mut out = Kernels::default();
-        out.plain(embed::Embed { columns: hidden, elem, batch, y: residual }, embed::lower);
+        match self.embedding.clone() {
+            None => out.plain(embed::Embed { columns: hidden, elem, batch, y: residual }, embed::lower),
+            Some(q) => {
+                let shape = Shape { rows: config.vocab as u32, cols: hidden };
+                let lower = move |_: &Device| {
+                    embed_packed::lower(&EmbedPacked { quantizer: &q, shape, batch, y: residual })
+                };
+                out.0.insert("embedding".to_owned(), Box::new(lower));
+            }
+        }
         for layer in layers() {
             let input = Input { cols: hidden, rows: residual, norm: true };
             let places = self.linear(&mut out, layer, &[Role::Q, Role::K, Role::V], input, None);
@@ -215,12 +228,14 @@ mod tests {
                 let mut engine = CudaEngine::new(on.clone(), &config, &weights, config.max_positions).unwrap();
                 let graph = engine.graph(1, Wanted::Best).unwrap();
                 let mut launched: Vec<String> = graph.kernels().map(|k| k.kernel().to_string()).collect();
+                let embedding = choose("model.embed_tokens").map(Arc::new);
                 let step = DecodeStep {
                     config: &config,
                     context: config.max_positions as u32,
                     elem: Elem::F32,
                     quantizer: &|layer, role| choose(&config.linear_name(layer, role)).map(Arc::new),
-                    head: choose("lm_head").filter(|_| !config.tied).map(Arc::new),
+                    head: choose("lm_head").map(Arc::new).or(embedding.clone().filter(|_| config.tied)),
+                    embedding,
                 };
                 let mut known: Vec<String> = step.kernels().iter().map(|k| k(&on.device()).to_string()).collect();
                 for list in [&mut launched, &mut known] {

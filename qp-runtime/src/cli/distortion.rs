@@ -90,7 +90,8 @@ impl DistortionBench {
              figures are those of its repository for the same rate and kind (`benches/qpalette_distortion.toml`); one\n\
              below 1.000 in the last column is in favour of this project. For codes without memory the samples are drawn from\n\
              a wider Gaussian and weighted, which leaves the mean as it is and lessens its error.\n\n\
-             Made by `cargo run --release -- bench distortion --all --samples {} --write`.\n\n{HEADER}\n",
+             Made by `cargo run --release -- bench distortion --all --samples {} --write`.\n\n\
+             ![bits lost over bits a weight](distortion.svg)\n\n{HEADER}\n",
             self.samples, self.seed, self.samples
         );
         for row in rows {

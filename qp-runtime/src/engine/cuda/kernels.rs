@@ -96,9 +96,8 @@ impl DecodeStep<'_> {
             None => out.plain(embed::Embed { columns: hidden, elem, batch, y: residual }, embed::lower),
             Some(q) => {
                 let shape = Shape { rows: config.vocab as u32, cols: hidden };
-                let lower = move |_: &Device| {
-                    embed_packed::lower(&EmbedPacked { quantizer: &q, shape, batch, y: residual })
-                };
+                let lower =
+                    move |_: &Device| embed_packed::lower(&EmbedPacked { quantizer: &q, shape, batch, y: residual });
                 out.0.insert("embedding".to_owned(), Box::new(lower));
             }
         }

@@ -76,8 +76,7 @@ impl Plan {
     /// Adds a rule that wins over all others: the layer `name` gets `spec`, a palette name or a path relative to the
     /// working directory. `option` is what the user gave it by, for messages.
     pub fn set(&mut self, option: &str, name: &str, spec: &str) {
-        let is_path = spec.contains(".qspec") || spec.contains(['/', '\\']);
-        let absolute = is_path.then(|| std::path::absolute(spec).ok()).flatten();
+        let absolute = is_path(spec).then(|| std::path::absolute(spec).ok()).flatten();
         let text = absolute.map_or(spec.to_owned(), |p| p.to_string_lossy().into_owned());
         let span = place(self.sources.add(option, spec), 0..spec.len());
         self.rules.push((Text { text: name.to_owned(), span }, Text { text, span }));
@@ -284,7 +283,7 @@ impl Plan {
 
     /// Paths are relative to the plan's folder; all else is a name of the palette.
     fn load(&self, name: &str) -> Result<Quantizer, Diagnostics> {
-        if name.contains(".qspec") || name.contains(['/', '\\']) {
+        if is_path(name) {
             return resolve(&self.folder.join(name).to_string_lossy());
         }
         resolve(name)
@@ -500,4 +499,9 @@ impl Pattern {
         let mut out = Vec::new();
         go(&self.0, name, &mut out).then_some(out)
     }
+}
+
+/// True if a quantizer is named by a file, not by its name in the palette.
+fn is_path(spec: &str) -> bool {
+    spec.contains(".qspec") || spec.contains(['/', '\\'])
 }

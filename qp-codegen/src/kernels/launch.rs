@@ -49,8 +49,8 @@ const FILL: f64 = 40.0;
 const BANDWIDTH: f64 = 0.9;
 
 impl Launch {
-    /// All launches worth trying, with the seconds that the model expects, best first.
-    pub fn ranked(op: &Gemv, device: &Device) -> Vec<(f64, Launch)> {
+    /// All launches worth trying, with the seconds that the model expects, in no order.
+    pub fn estimated(op: &Gemv, device: &Device) -> Vec<(f64, Launch)> {
         let layout = Packed::new(op.quantizer, op.shape);
         let codes = op.quantizer.codes.len() as u32;
         let (rows, cols) = (layout.row_tiles(), layout.col_tiles());
@@ -75,8 +75,6 @@ impl Launch {
                 }
             }
         }
-        // Equal estimates keep the order above, so the choice is a function of the input alone.
-        out.sort_by(|a, b| a.0.total_cmp(&b.0));
         out
     }
 }
@@ -205,8 +203,8 @@ const RESULTS: f64 = 8.0;
 const ATOMICS: f64 = 2.0e12;
 
 impl gemm::Launch {
-    /// All launches worth trying, with the seconds that the model expects, best first.
-    pub fn ranked(op: &Gemv, device: &Device) -> Vec<(f64, gemm::Launch)> {
+    /// All launches worth trying, with the seconds that the model expects, in no order.
+    pub fn estimated(op: &Gemv, device: &Device) -> Vec<(f64, gemm::Launch)> {
         let layout = Packed::new(op.quantizer, op.shape);
         let groups = layout.col_tiles().div_ceil(op.quantizer.codes.len() as u32);
         let tables = Tables::candidates(op.quantizer);
@@ -242,11 +240,9 @@ impl gemm::Launch {
                 }
             }
         }
-        // Equal estimates keep the order above, so the choice is a function of the input alone.
-        out.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let fit = out.iter().take_while(|l| l.0 < SPILLS).count();
-        out.truncate(if fit > 0 { fit } else { 1 });
-        out
+        // Of those whose registers spill, at most the best, and only if nothing else fits.
+        let (fit, spill): (Vec<_>, Vec<_>) = out.into_iter().partition(|(t, _)| *t < SPILLS);
+        if fit.is_empty() { spill.into_iter().min_by(|a, b| a.0.total_cmp(&b.0)).into_iter().collect() } else { fit }
     }
 }
 

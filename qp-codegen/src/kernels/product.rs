@@ -45,10 +45,10 @@ impl Launch {
     pub fn ranked(op: &Gemv, device: &Device) -> Vec<(f64, Launch)> {
         let mut out: Vec<(f64, Launch)> = Vec::new();
         if op.batch <= gemv::MAX_BATCH {
-            out.extend(gemv::Launch::ranked(op, device).into_iter().map(|(t, l)| (t, Launch::Gemv(l))));
+            out.extend(gemv::Launch::estimated(op, device).into_iter().map(|(t, l)| (t, Launch::Gemv(l))));
         }
         if op.batch > ONE_PRODUCT {
-            out.extend(gemm::Launch::ranked(op, device).into_iter().map(|(t, l)| (t, Launch::Gemm(l))));
+            out.extend(gemm::Launch::estimated(op, device).into_iter().map(|(t, l)| (t, Launch::Gemm(l))));
         }
         // Equal estimates keep the order above, so the choice is a function of the input alone.
         out.sort_by(|a, b| a.0.total_cmp(&b.0));

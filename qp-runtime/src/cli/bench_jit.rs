@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::Error;
-use super::train_codebook::write;
+use super::output::write;
 use crate::engine::cuda::kernels::{DecodeStep, Lowering, product};
 use crate::jit::{self, Cache};
 use crate::model::{Config, Role};
@@ -223,8 +223,8 @@ impl Model {
             context: CONTEXT.min(self.config.max_positions) as u32,
             elem: Elem::BF16,
             quantizer: &|layer, role| self.quantizer(layer, role),
-            head: head.clone().or(embedding.clone().filter(|_| self.config.tied)),
             embedding: embedding.clone(),
+            head: head.clone(),
         };
         step.kernels()
     }

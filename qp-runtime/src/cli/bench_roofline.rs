@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::Error;
+use super::output::write;
 use super::results::{Kernel, Results};
-use super::train_codebook::write;
 use crate::svg::{self, Picture, escape};
 
 /// Draw what `qp bench kernels --json` measured: packed weights read a second over bits a weight, under the bandwidth of

@@ -10,7 +10,7 @@ use qp_codegen::spec::{self, Code, Quantizer};
 use super::Error;
 use super::device::{Device, open};
 use super::distortion_plot::{self, Series};
-use super::train_codebook::write;
+use super::output::write;
 use crate::codec::distortion::{self, Distortion};
 
 /// The errors of Q-Palette's quantizers, by the names of the same rates here.
@@ -64,9 +64,12 @@ impl DistortionBench {
             for code in &quantizer.codes {
                 let d = match known.iter().find(|k| k.0 == code) {
                     Some(k) => k.1,
-                    None => distortion::measure_on(device.as_ref(), code, self.samples, self.seed)?,
+                    None => {
+                        let d = distortion::measure_on(device.as_ref(), code, self.samples, self.seed)?;
+                        known.push((code, d));
+                        d
+                    }
                 };
-                known.push((code, d));
                 parts.push(d);
             }
             let q_palette = q_palette.get(&quantizer.name).and_then(toml::Value::as_float);

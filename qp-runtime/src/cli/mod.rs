@@ -12,6 +12,7 @@ mod doctor;
 mod eval;
 mod generate;
 mod inspect;
+mod output;
 mod plan;
 mod profile;
 mod quantize;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::Error;
-use super::train_codebook::write;
+use super::output::write;
 
 /// Measurements of one GPU.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -36,7 +36,7 @@ pub struct DecodeStep<'a> {
     pub quantizer: &'a dyn Fn(usize, Role) -> Option<Arc<Quantizer>>,
     /// Quantizer of the embedding.
     pub embedding: Option<Arc<Quantizer>>,
-    /// Quantizer of the output layer; that of the embedding where one matrix serves both.
+    /// Quantizer of the output layer, if it has one of its own.
     pub head: Option<Arc<Quantizer>>,
 }
 
@@ -117,7 +117,9 @@ impl DecodeStep<'_> {
             let input = Input { cols: inner, rows: Span::rows(inner), norm: false };
             self.linear(&mut out, layer, &[Role::Down], input, Some(residual));
         }
-        let head = joined(self.head.clone(), &[(0, config.vocab as u32)], hidden);
+        // An output layer that is tied and has no quantizer of its own is the embedding.
+        let head = self.head.clone().or(self.embedding.clone().filter(|_| config.tied));
+        let head = joined(head, &[(0, config.vocab as u32)], hidden);
         let input = Input { cols: hidden, rows: residual, norm: true };
         let logits = Span::rows(head.stride);
         self.products_of(&mut out, &[head], input, None, &[false]);
@@ -227,14 +229,13 @@ mod tests {
                 let mut engine = CudaEngine::new(on.clone(), &config, &weights, config.max_positions).unwrap();
                 let graph = engine.graph(1, Wanted::Best).unwrap();
                 let mut launched: Vec<String> = graph.kernels().map(|k| k.kernel().to_string()).collect();
-                let embedding = choose("model.embed_tokens").map(Arc::new);
                 let step = DecodeStep {
                     config: &config,
                     context: config.max_positions as u32,
                     elem: Elem::F32,
                     quantizer: &|layer, role| choose(&config.linear_name(layer, role)).map(Arc::new),
-                    head: choose("lm_head").map(Arc::new).or(embedding.clone().filter(|_| config.tied)),
-                    embedding,
+                    embedding: choose("model.embed_tokens").map(Arc::new),
+                    head: choose("lm_head").map(Arc::new),
                 };
                 let mut known: Vec<String> = step.kernels().iter().map(|k| k(&on.device()).to_string()).collect();
                 for list in [&mut launched, &mut known] {

@@ -239,7 +239,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let (b, plan, launch) = (self.b, self.plan, self.launch);
         b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
         let words: Vec<Words> =
-            (0..launch.row_tiles).map(|_| self.operands.words(plan.layout.lane_words.len() as u32)).collect();
+            (0..launch.row_tiles).map(|_| self.operands.words(0..plan.layout.lane_words.len() as u32)).collect();
         let zero = b.i32(0);
         self.fetch(zero, &words);
         b.comment("Tables into shared memory.");
@@ -300,7 +300,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                 // A warp's last row tiles may lie beyond the block's: their sums are not written.
                 let row = self.first_row + self.row_tile(round, m as u32).min(self.rows - 1);
                 let first = row * self.operands.row_words() + group * self.operands.period();
-                self.operands.fetch(first, group * codes, words, covered != plan.layout.col_tiles(), self.lane);
+                self.operands.fetch(first, group * codes, 0, words, covered != plan.layout.col_tiles(), self.lane);
             }
         };
         if step.as_const().is_some() { load() } else { b.if_(step.lt(self.rounds * per_round), load) }
@@ -475,7 +475,8 @@ impl<'b, 'a> Emit<'b, 'a> {
                 // Component 2·half is of the high plane, the next of the low.
                 let of_plane = |low: u32| sums.iter().map(move |s| s[(2 * half + low) as usize]);
                 let sums: Vec<V> = of_plane(0).chain(of_plane(1)).collect();
-                self.operands.write(row, token, &sums, self.operands.row_scale(row), scale);
+                let (by, before) = (self.operands.row_scale(row), self.operands.before(row, token));
+                self.operands.write(row, token, &sums, by, scale, before);
             }
         });
     }

@@ -13,8 +13,10 @@
 //!
 //! Matrices that share an input run as one: their row tiles are simply stored one below the other.
 
+use std::collections::VecDeque;
+
 use super::c_name;
-use super::decode::flatten;
+use super::decode::{Register, flatten};
 pub use super::launch::Launch;
 use super::product::{self, Operands, TokenScale, Words};
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var};
@@ -48,8 +50,12 @@ pub(super) struct Plan {
     pub(super) products: u32,
     /// Column tiles of a warp.
     pub(super) per_warp: u32,
-    /// Column tiles decoded between two steps of the loop.
+    /// Column tiles decoded in a step of the loop.
     pub(super) depth: u32,
+    /// Of a step, the tiles whose words are on their way before it begins.
+    pub(super) early: u32,
+    /// Steps whose words are on their way.
+    pub(super) buffers: u32,
     /// Activations stay in registers.
     pub(super) resident: bool,
     /// Rows of the block that has most.
@@ -59,7 +65,13 @@ pub(super) struct Plan {
 }
 
 /// Shared memory that warps may take for sums of their own.
-const SUM_BYTES: u32 = 24 << 10;
+const SUM_BYTES: u32 = 32 << 10;
+/// Most tokens whose scales are loaded before the weights are decoded.
+const EARLY: u32 = 2;
+/// Words of a plane that a thread has on their way to shared memory at once, at most.
+const STAGED: u32 = 8;
+/// Most column tiles of a step, which is unrolled, where activations pass by in shared memory.
+const DEPTH: u32 = 8;
 
 impl Plan {
     pub(super) fn new(op: &Gemv, launch: &Launch) -> Plan {
@@ -75,13 +87,15 @@ impl Plan {
             exact
         } else {
             // Whole groups of tiles: the depth that wastes least, the deeper of equals.
-            let depths = (1..=4).filter(|d| d % codes == 0).map(|d| (exact.next_multiple_of(d), std::cmp::Reverse(d)));
+            let depths = (1..=DEPTH).filter(|d| d % codes == 0);
+            let depths = depths.map(|d| (exact.next_multiple_of(d), std::cmp::Reverse(d)));
             depths.min().map_or(codes, |(_, d)| d.0)
         };
+        let (buffers, early) = if resident { (launch.ahead, depth) } else { (1, depth.min(launch.ahead * codes)) };
         let most_rows = layout.row_tiles().div_ceil(launch.blocks) * layout.tile.rows;
         let own_sums = 4 * most_rows * planes * products * launch.warps <= SUM_BYTES;
         let per_warp = exact.next_multiple_of(depth);
-        Plan { layout, planes, groups, products, per_warp, depth, resident, most_rows, own_sums }
+        Plan { layout, planes, groups, products, per_warp, depth, early, buffers, resident, most_rows, own_sums }
     }
 
     /// Sums kept for a row: one a plane and product.
@@ -172,14 +186,14 @@ struct Emit<'b, 'a> {
     steps: V<'b>,
 }
 
-/// What turns the sums of a row into its results.
+/// What turns the sums of a row into its results: of each token its scale and what the result is added to.
 struct Scaling<'b> {
     row: V<'b>,
     scale: V<'b>,
-    tokens: Vec<TokenScale<'b>>,
+    tokens: Vec<(TokenScale<'b>, Option<V<'b>>)>,
 }
 
-/// Activation operands kept in registers: by tile, by 32 columns, by group of planes.
+/// Activation operands kept in registers: by tile, by group of planes, by 32 columns.
 type Fragments<'b> = Option<Vec<Vec<Vec<[V<'b>; 2]>>>>;
 
 impl<'b, 'a> Emit<'b, 'a> {
@@ -220,10 +234,10 @@ impl<'b, 'a> Emit<'b, 'a> {
     fn kernel(&self) {
         let (b, plan) = (self.b, self.plan);
         b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
-        let buffers: Vec<Words> = (0..self.launch.ahead).map(|_| self.operands.words(plan.depth)).collect();
+        let buffers: Vec<Words> = (0..plan.buffers).map(|_| self.operands.words(0..plan.early)).collect();
         for (p, buffer) in buffers.iter().enumerate() {
             let at = b.i32(p as i32);
-            b.if_(at.lt(self.steps), || self.fetch(at, buffer));
+            b.if_(at.lt(self.steps), || self.fetch(at, 0, buffer));
         }
         b.comment("Tables into shared memory.");
         let threads = self.launch.warps * 32;
@@ -234,32 +248,48 @@ impl<'b, 'a> Emit<'b, 'a> {
                 b.store(self.sums, i, zero, Elem::I32);
             });
         }
+        b.grid_launch();
+        let mut ready = Vec::new();
+        if plan.resident {
+            b.barrier();
+            if self.launch.ready > 0 {
+                b.comment("First tiles, while earlier kernels end.");
+                ready = buffers[0].iter().take(self.launch.ready as usize).map(|tile| self.words(tile)).collect();
+            }
+        }
+        let ready: Vec<_> = (0..).zip(&ready).map(|(d, words)| self.decode(d, words)).collect();
         b.grid_wait();
         let fragments = self.activations();
-        b.barrier();
-        b.grid_launch();
+        if !plan.resident {
+            b.barrier();
+        }
+
+        // Where each thread has at most one row, what its sums are scaled by is on its way, too: now if that takes few
+        // registers, or while it waits for the sums.
+        let rows = self.rows * plan.layout.tile.rows;
+        let one_each = self.launch.split == 1 && plan.most_rows <= threads;
+        let scaling = || one_each.then(|| self.scaling(self.thread.min(rows - 1)));
+        let early = (self.op.batch <= EARLY).then(scaling).flatten();
 
         b.comment("Down the row tiles.");
         let none = b.vector(&[zero; 4]);
         let acc: Vec<Var> = (0..plan.row_parts() * plan.groups * plan.products).map(|_| b.var(none)).collect();
-        b.for_(0, self.steps, self.launch.ahead, |first| {
-            for (p, buffer) in buffers.iter().enumerate() {
-                let step = first + p as u32;
-                if p == 0 {
-                    self.step(step, buffer, &fragments, &acc);
-                } else {
-                    b.if_(step.lt(self.steps), || self.step(step, buffer, &fragments, &acc));
-                }
+        let first = u32::from(!ready.is_empty());
+        if first == 1 {
+            self.step(zero, &buffers[0], &fragments, &acc, ready);
+        }
+        b.for_(first, self.steps, plan.buffers, |first_step| {
+            for p in 0..plan.buffers {
+                let (step, buffer) = (first_step + p, &buffers[((first + p) % plan.buffers) as usize]);
+                let run = || self.step(step, buffer, &fragments, &acc, Vec::new());
+                if p == 0 { run() } else { b.if_(step.lt(self.steps), run) }
             }
         });
         let sums = |i, token| self.block_sums(i, token);
         if self.launch.split > 1 {
             b.barrier();
             self.meet();
-        } else if plan.most_rows <= threads {
-            // Each thread has at most one row, whose scales are on their way while it waits for the sums.
-            let rows = self.rows * plan.layout.tile.rows;
-            let scaling = self.scaling(self.thread.min(rows - 1));
+        } else if let Some(scaling) = early.or_else(scaling) {
             b.barrier();
             b.if_(self.thread.lt(rows), || self.write(self.thread, &scaling, &sums));
         } else {
@@ -277,14 +307,14 @@ impl<'b, 'a> Emit<'b, 'a> {
         }
     }
 
-    /// Starts loading the words of a step's tiles.
-    fn fetch(&self, step: V<'b>, buffer: &Words) {
+    /// Starts loading the words of a step's tiles from the `tile`th on.
+    fn fetch(&self, step: V<'b>, tile: u32, words: &[Vec<Var>]) {
         let codes = self.plan.layout.lane_words.len() as u32;
         let period = self.operands.period();
         let (row, col) = self.place(step);
         let first = (self.first_row + row) * self.operands.row_words()
             + if codes == 1 { col * period } else { col / codes * period };
-        self.operands.fetch(first, col, buffer, !self.covers_exactly(), self.lane);
+        self.operands.fetch(first, col, tile, words, !self.covers_exactly(), self.lane);
     }
 
     /// True if warps and splits divide the column tiles evenly.
@@ -296,26 +326,9 @@ impl<'b, 'a> Emit<'b, 'a> {
     fn activations(&self) -> Fragments<'b> {
         let (b, plan) = (self.b, self.plan);
         let stride = self.op.shape.cols.next_multiple_of(COLUMN_PAD);
-        let covered = plan.per_warp * self.launch.warps * self.launch.split * plan.layout.tile.cols;
+        let covered = self.covered();
         if let Some(staged) = self.staged {
-            let quads = plan.block_cols(self.launch) / 16;
-            for plane in 0..plan.planes {
-                b.for_(self.thread, quads, self.launch.warps * 32, |i| {
-                    let zero = b.u32(0);
-                    let value = b.var(b.vector(&[zero; 4]));
-                    let col = self.block_col * plan.layout.tile.cols + i * 16;
-                    let load = || {
-                        let at = col / 4 + plane * (stride / 4);
-                        b.set(value, b.load_as(self.operands.x, at, Elem::U32, 4, Cache::ReadOnly));
-                    };
-                    if covered <= stride {
-                        load()
-                    } else {
-                        b.if_(col.lt(stride), load)
-                    }
-                    b.store(staged, i * 4 + plane * plan.plane_words(self.launch), b.get(value), Elem::U32);
-                });
-            }
+            self.stage(staged, stride);
             return None;
         }
         let quad = self.lane & 3;
@@ -335,37 +348,105 @@ impl<'b, 'a> Emit<'b, 'a> {
             })
         };
         let parts = plan.layout.tile.cols / 32;
-        let groups = |d, kt| (0..plan.groups).map(|group| fragment(d, kt, group)).collect();
-        Some((0..plan.depth).map(|d| (0..parts).map(|kt| groups(d, kt)).collect()).collect())
+        let of_tile = |d, group| (0..parts).map(|kt| fragment(d, kt, group)).collect();
+        Some((0..plan.depth).map(|d| (0..plan.groups).map(|group| of_tile(d, group)).collect()).collect())
     }
 
-    /// The activation operand of 32 columns, from shared memory.
-    fn staged_fragment(&self, staged: Mem, col: V<'b>, kt: u32, group: u32) -> [V<'b>; 2] {
+    /// Brings the activations of the block's columns into shared memory, planes of `stride` columns. Of a tile, the words
+    /// that a lane of a quad takes lie side by side, so that it reads them at once.
+    fn stage(&self, staged: Mem, stride: u32) {
+        let (b, plan) = (self.b, self.plan);
+        let threads = self.launch.warps * 32;
+        let of_tile = plan.layout.tile.cols / 4;
+        let of_lane = of_tile / 4;
+        let words = plan.block_cols(self.launch) / 4;
+        let rounds = (1..=STAGED).rev().find(|r| words.is_multiple_of(r * threads)).unwrap_or(1);
+        for plane in 0..plan.planes {
+            b.for_(self.thread, words, rounds * threads, |first| {
+                let at: Vec<V> = (0..rounds).map(|r| first + r * threads).collect();
+                let load = |&i: &V<'b>| {
+                    let word = self.block_col * of_tile + i;
+                    let load = || {
+                        let at = word + plane * (stride / 4);
+                        b.load_as(self.operands.x, at, Elem::U32, 1, Cache::ReadOnly)
+                    };
+                    if self.covered() <= stride {
+                        return load();
+                    }
+                    let value = b.var(b.u32(0));
+                    b.if_(word.lt(stride / 4), || b.set(value, load()));
+                    b.get(value)
+                };
+                let loaded: Vec<V> = at.iter().map(load).collect();
+                for (&i, value) in at.iter().zip(loaded) {
+                    // Word 4j + q of a tile is the jth of lane q.
+                    let (tile, word) = (i / of_tile, i % of_tile);
+                    let to = tile * of_tile + word % 4 * of_lane + word / 4;
+                    b.store(staged, to + plane * plan.plane_words(self.launch), value, Elem::U32);
+                }
+            });
+        }
+    }
+
+    /// Columns that all warps of all parts cover.
+    fn covered(&self) -> u32 {
+        let plan = self.plan;
+        plan.per_warp * self.launch.warps * self.launch.split * plan.layout.tile.cols
+    }
+
+    /// The activation operands of a column tile, from shared memory: see [`Emit::stage`].
+    fn staged_fragments(&self, staged: Mem, col: V<'b>, group: u32) -> Vec<[V<'b>; 2]> {
         let plane = ((self.lane >> 2) + group * 8).min(self.plan.planes - 1);
-        let words = self.plan.layout.tile.cols / 4;
-        let base = plane * self.plan.plane_words(self.launch) + (col - self.block_col) * words + (self.lane & 3);
-        [0, 4].map(|half| self.b.load(staged, base + (kt * 8 + half), Elem::U32))
+        let of_tile = self.plan.layout.tile.cols / 4;
+        let of_lane = of_tile / 4;
+        let first = plane * self.plan.plane_words(self.launch) + (col - self.block_col) * of_tile;
+        let first = first + (self.lane & 3) * of_lane;
+        let wide = of_lane.min(4);
+        let load = |i: u32| self.b.load_as(staged, first + i, Elem::U32, wide, Cache::Default).lanes();
+        let words: Vec<V> = (0..of_lane).step_by(wide as usize).flat_map(load).collect();
+        words.chunks_exact(2).map(|two| [two[0], two[1]]).collect()
     }
 
-    /// Decodes and multiplies one group of tiles, and fetches the group that takes its place.
-    fn step(&self, step: V<'b>, buffer: &Words, fragments: &Fragments<'b>, acc: &[Var]) {
+    /// Decodes and multiplies the tiles of a step. Where a tile's words were, those of the tile that is due as many tiles
+    /// later are on their way meanwhile: of this step, or of the one that has the buffer next.
+    /// The first tiles may be decoded already.
+    fn step(&self, step: V<'b>, buffer: &Words, fragments: &Fragments<'b>, acc: &[Var], ready: Vec<Vec<Register<'b>>>) {
         let (b, plan) = (self.b, self.plan);
         let (row, col) = self.place(step);
-        let words: Vec<Vec<V>> =
-            buffer.iter().map(|t| flatten(&t.iter().map(|&v| b.get(v)).collect::<Vec<_>>())).collect();
-        let next = step + self.launch.ahead;
-        b.if_(next.lt(self.steps), || self.fetch(next, buffer));
-        let mut sums: Vec<V> = acc.iter().map(|&v| b.get(v)).collect();
+        let mut current: VecDeque<Vec<V>> = buffer.iter().map(|tile| self.words(tile)).collect();
+        let mut ready = ready.into_iter();
+        let next = step + plan.buffers;
+        if plan.early == plan.depth {
+            b.if_(next.lt(self.steps), || self.fetch(next, 0, buffer));
+        }
+        let whole_row = plan.per_warp == plan.depth;
+        let none = || b.vector(&[b.i32(0); 4]);
+        let mut sums: Vec<V> = acc.iter().map(|&v| if whole_row { none() } else { b.get(v) }).collect();
         let parts = plan.layout.tile.cols / 32;
-        for (d, words) in words.iter().enumerate() {
-            let registers = self.operands.decoder.tile(d % plan.layout.lane_words.len(), words);
-            for kt in 0..parts {
-                for group in 0..plan.groups {
-                    let x = match (fragments, self.staged) {
-                        (Some(f), _) => f[d][kt as usize][group as usize],
-                        (None, Some(staged)) => self.staged_fragment(staged, col + d as u32, kt, group),
-                        (None, None) => unreachable!("activations are resident or staged"),
-                    };
+        for d in 0..plan.depth {
+            if plan.early < plan.depth {
+                let ahead = d + plan.early;
+                match ahead.checked_sub(plan.depth) {
+                    None => {
+                        let tile = self.operands.words(ahead..ahead + 1);
+                        self.fetch(step, ahead, &tile);
+                        current.push_back(self.words(&tile[0]));
+                    }
+                    Some(tile) => {
+                        let range = tile as usize..tile as usize + 1;
+                        b.if_(next.lt(self.steps), || self.fetch(next, tile, &buffer[range]));
+                    }
+                }
+            }
+            let words = current.pop_front().expect("words of each tile");
+            let registers = ready.next().unwrap_or_else(|| self.decode(d, &words));
+            for group in 0..plan.groups {
+                let x = match (fragments, self.staged) {
+                    (Some(f), _) => f[d as usize][group as usize].clone(),
+                    (None, Some(staged)) => self.staged_fragments(staged, col + d, group),
+                    (None, None) => unreachable!("activations are resident or staged"),
+                };
+                for (kt, &x) in (0..parts).zip(&x) {
                     for part in 0..plan.row_parts() {
                         let first = ((part * parts + kt) * 4) as usize;
                         let a = &registers[first..first + 4];
@@ -375,22 +456,31 @@ impl<'b, 'a> Emit<'b, 'a> {
                 }
             }
         }
-        for (&var, &sum) in acc.iter().zip(&sums) {
-            b.set(var, sum);
+        if whole_row {
+            return self.flush(row, &sums);
         }
+        acc.iter().zip(&sums).for_each(|(&var, &sum)| b.set(var, sum));
         let per_row = plan.per_warp / plan.depth;
-        if per_row == 1 {
-            self.flush(row, acc);
-        } else {
-            b.if_((step % per_row).eq(per_row - 1), || self.flush(row, acc));
-        }
+        b.if_((step % per_row).eq(per_row - 1), || {
+            self.flush(row, &sums);
+            acc.iter().for_each(|&v| b.set(v, none()));
+        });
     }
 
-    /// Stores the warp's sums of a row tile, or adds them to the block's, and clears them.
-    fn flush(&self, row: V<'b>, acc: &[Var]) {
+    /// The words of a tile.
+    fn words(&self, tile: &[Var]) -> Vec<V<'b>> {
+        flatten(&tile.iter().map(|&v| self.b.get(v)).collect::<Vec<_>>())
+    }
+
+    /// Decodes the `d`th tile of a step.
+    fn decode(&self, d: u32, words: &[V<'b>]) -> Vec<Register<'b>> {
+        self.operands.decoder.tile(d as usize % self.plan.layout.lane_words.len(), words)
+    }
+
+    /// Stores the warp's sums of a row tile, or adds them to the block's.
+    fn flush(&self, row: V<'b>, sums: &[V<'b>]) {
         let (b, plan) = (self.b, self.plan);
         let (g, t) = (self.lane >> 2, self.lane & 3);
-        let zero = b.i32(0);
         let warp_first = b.special(Special::Warp) * plan.most_rows;
         for part in 0..plan.row_parts() {
             for group in 0..plan.groups {
@@ -399,8 +489,8 @@ impl<'b, 'a> Emit<'b, 'a> {
                     // Planes 2t and 2t + 1 of rows g and g + 8, the products of a plane side by side.
                     for half in 0..2 {
                         let slots = (0..2 * plan.products).map(|s| {
-                            let var = acc[((part * plan.groups + group) * plan.products + s % plan.products) as usize];
-                            b.get(var).lane(2 * half + s / plan.products)
+                            let first = (part * plan.groups + group) * plan.products;
+                            sums[(first + s % plan.products) as usize].lane(2 * half + s / plan.products)
                         });
                         let tile_row = g + (part * 16 + half * 8);
                         let first = (warp_first + tile_row) * plan.slots() + plane * plan.products;
@@ -410,8 +500,8 @@ impl<'b, 'a> Emit<'b, 'a> {
                 };
                 let add = || {
                     for product in 0..plan.products {
-                        let var = acc[((part * plan.groups + group) * plan.products + product) as usize];
-                        for (i, value) in b.get(var).lanes().into_iter().enumerate() {
+                        let sum = sums[((part * plan.groups + group) * plan.products + product) as usize];
+                        for (i, value) in sum.lanes().into_iter().enumerate() {
                             let i = i as u32;
                             let tile_row = g + (part * 16 + i / 2 * 8);
                             let at = (row * plan.layout.tile.rows + tile_row) * plan.slots();
@@ -424,8 +514,6 @@ impl<'b, 'a> Emit<'b, 'a> {
                 if plan.planes >= (group + 1) * 8 { out() } else { b.if_(plane.lt(plan.planes), out) }
             }
         }
-        let none = b.vector(&[zero; 4]);
-        acc.iter().for_each(|&v| b.set(v, none));
     }
 
     /// The sums of the block's row `i` that belong to a token, over all warps.
@@ -441,19 +529,22 @@ impl<'b, 'a> Emit<'b, 'a> {
             .fold(first, |sums, p| sums.into_iter().zip(place(p)).map(|(a, b)| a + b).collect())
     }
 
-    /// What the sums of the block's row `i` are multiplied with.
+    /// What the sums of the block's row `i` are multiplied with and added to.
     fn scaling(&self, i: V<'b>) -> Scaling<'b> {
         let row = self.first_row * self.plan.layout.tile.rows + i;
         let scale = self.operands.row_scale(row);
-        let token = |token: u32| self.operands.token_scale(self.b.i32(token as i32));
+        let token = |token: u32| {
+            let token = self.b.i32(token as i32);
+            (self.operands.token_scale(token), self.operands.before(row, token))
+        };
         Scaling { row, scale, tokens: (0..self.op.batch).map(token).collect() }
     }
 
     /// Scales and stores the block's row `i`; `sums(i, token)` are those that belong to a token.
     fn write(&self, i: V<'b>, by: &Scaling<'b>, sums: &dyn Fn(V<'b>, u32) -> Vec<V<'b>>) {
-        for (token, &scale) in by.tokens.iter().enumerate() {
+        for (token, &(scale, before)) in by.tokens.iter().enumerate() {
             let token = token as u32;
-            self.operands.write(by.row, self.b.i32(token as i32), &sums(i, token), by.scale, scale);
+            self.operands.write(by.row, self.b.i32(token as i32), &sums(i, token), by.scale, scale, before);
         }
     }
 

@@ -15,8 +15,10 @@ pub struct Launch {
     pub split: u32,
     /// Blocks that share the row tiles (the grid has `blocks · split`).
     pub blocks: u32,
-    /// Groups of tiles that a warp keeps in flight.
+    /// Steps of a warp whose words are in flight; where activations are staged, groups of tiles.
     pub ahead: u32,
+    /// Tiles that each warp decodes before it waits for the kernel before. Pays where blocks of both fit an SM at once.
+    pub ready: u32,
     /// Blocks an SM must hold at once.
     pub min_blocks: u32,
     /// Shared memory that the copies of tables may take, in bytes.
@@ -39,6 +41,8 @@ const MEETING: f64 = 2.0e-6;
 const AHEAD: f64 = 0.1e-6;
 /// Seconds from asking for a word to having it, under load.
 const LATENCY: f64 = 0.9e-6;
+/// Seconds that activations come later if tiles are decoded first.
+const LATE: f64 = 0.4e-6;
 /// Share of an SM's issue slots that 16 resident warps can fill, and that many can.
 const ISSUE: (f64, f64) = (0.72, 0.77);
 /// Cycles that a warp's addition to shared memory takes an SM, for each lane that meets in a bank.
@@ -61,12 +65,12 @@ impl Launch {
             for most in [4, 8, 16] {
                 let per_warp = share.div_ceil(most).next_multiple_of(codes);
                 let warps = share.div_ceil(per_warp);
-                for min_blocks in [1, 2, 3, 4] {
+                for (of_sm, min_blocks, ready) in BLOCKS {
                     for ahead in [1, 2, 4] {
                         for tables in &tables {
-                            let blocks = rows.min((device.sms * min_blocks / split).max(1));
+                            let blocks = rows.min((device.sms * of_sm / split).max(1));
                             let table_bytes = tables.budget;
-                            let launch = Launch { warps, split, blocks, ahead, min_blocks, table_bytes };
+                            let launch = Launch { warps, split, blocks, ahead, ready, min_blocks, table_bytes };
                             if let Some(t) = estimate(op, &launch, device, tables) {
                                 out.push((t, launch));
                             }
@@ -78,6 +82,11 @@ impl Launch {
         out
     }
 }
+
+/// Blocks of an SM, blocks that fit it at once, and tiles decoded early, to try. Where twice as many fit, those of the next
+/// kernel begin while the last of this one end.
+const BLOCKS: [(u32, u32, u32); 8] =
+    [(1, 1, 0), (2, 2, 0), (3, 3, 0), (4, 4, 0), (1, 2, 0), (1, 2, 1), (1, 2, 2), (2, 4, 2)];
 
 /// Sizes of tables to try: the more copies, the fewer lanes meet in a bank.
 const TABLES: [u32; 3] = [32 << 10, 64 << 10, 128 << 10];
@@ -118,6 +127,10 @@ impl Tables {
 /// Seconds of a launch; `None` if it does not fit the device.
 fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Option<f64> {
     let plan = Plan::new(op, launch);
+    // Decoding early is for activations that stay in registers.
+    if launch.ready > 0 && !(plan.resident && launch.ready <= plan.depth) {
+        return None;
+    }
     // Of a tile, on average: a group of tiles holds each code of a mix equally often.
     let lane_words = f64::from(plan.layout.lane_words.iter().sum::<u32>()) / plan.layout.lane_words.len() as f64;
     let threads = launch.warps * 32;
@@ -125,12 +138,17 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     // What fits.
     let shared = tables.shared + plan.shared_bytes(launch);
     let resident = launch.min_blocks * (shared + 1024) <= device.shared_per_sm && shared <= device.shared_per_block;
-    let fragments =
-        if plan.resident { plan.depth * plan.layout.tile.cols / 32 * 2 * plan.groups } else { 4 * plan.groups };
-    let prefetched = (f64::from(launch.ahead * plan.depth) * lane_words) as u32;
+    let fragments = plan.layout.tile.cols / 32 * 2 * if plan.resident { plan.depth * plan.groups } else { 1 };
+    let waiting = plan.buffers * plan.early + u32::from(plan.early < plan.depth);
+    let prefetched = (f64::from(waiting) * lane_words) as u32;
     let working = working_registers(op.quantizer);
     let sums = 4 * plan.row_parts() * plan.groups * plan.products;
-    let registers = prefetched + fragments + sums + working;
+    // While the tiles decoded early are multiplied, the words of the others wait, and the next ones come.
+    let ready = match launch.ready {
+        0 => 0,
+        n => n * TILE_REGISTERS * plan.row_parts() * plan.products + (f64::from(plan.depth - n) * lane_words) as u32,
+    };
+    let registers = prefetched + fragments + sums + working + ready;
     if !resident
         || registers > available_registers(device, threads, launch.min_blocks)
         || threads * launch.min_blocks > device.threads_per_sm
@@ -141,13 +159,14 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     // The busiest SM.
     let grid = launch.blocks * launch.split;
     let blocks = grid.div_ceil(device.sms);
-    let tiles = f64::from(blocks * plan.layout.row_tiles().div_ceil(launch.blocks) * plan.per_warp * launch.warps);
+    let rows = plan.layout.row_tiles().div_ceil(launch.blocks);
+    let tiles = f64::from(blocks * rows * plan.per_warp * launch.warps);
     let warps = f64::from(blocks.min(launch.min_blocks) * launch.warps);
     let bytes = tiles * lane_words * 128.0;
     let in_flight = warps * f64::from(prefetched * 128);
     let bandwidth = (device.bandwidth * BANDWIDTH / f64::from(device.sms)).min(in_flight / LATENCY);
     let products = f64::from(plan.layout.tile.cols / 32 * plan.row_parts() * plan.groups * plan.products);
-    let staged = if plan.resident { 0.0 } else { products * 3.0 };
+    let staged = if plan.resident { 0.0 } else { products * 0.5 };
     let cost = tables.cost;
     let share = issue_share(warps);
     // Four schedulers; the pipe of integer operations takes one every other cycle of each.
@@ -156,15 +175,22 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let lookups = tiles * cost.lookup;
     let issue = alu.max(slots).max(lookups) / (share * device.clock);
     let memory = bytes / bandwidth;
-    let fill = f64::from(blocks.min(launch.min_blocks) * tables.shared) / FILL / device.clock;
+    // What is done while the kernel before ends.
+    let beside = 2 * blocks <= launch.min_blocks;
+    let done = if beside { f64::from(launch.ready) / f64::from(rows * plan.per_warp) } else { 0.0 };
+    let fill =
+        if beside { 0.0 } else { f64::from(blocks.min(launch.min_blocks) * tables.shared) / FILL / device.clock };
     // Sums that are added to the block's: the lanes of a tensor-core tile meet in its banks.
     let planes_of_bank = f64::from((plan.slots() / 4).clamp(1, 4) * plan.groups) - 1.0;
-    let row_tiles = f64::from(blocks * plan.layout.row_tiles().div_ceil(launch.blocks) * launch.warps);
+    let row_tiles = f64::from(blocks * rows * launch.warps);
     let adds = row_tiles * f64::from(4 * plan.row_parts() * plan.products) * planes_of_bank;
     let sums = if plan.own_sums { 0.0 } else { adds * ATOMIC / device.clock };
     let meeting = if launch.split > 1 { MEETING } else { 0.0 };
     let ahead = AHEAD * f64::from(launch.ahead - 1);
-    Some(LAUNCH + fill + sums + meeting + ahead + memory.max(issue) + 0.1 * memory.min(issue))
+    // Where early decoding helps no earlier kernel's end, it only puts activations off.
+    let late = if launch.ready > 0 && !beside { LATE } else { 0.0 };
+    let work = memory.max(issue * (1.0 - done)) + 0.1 * memory.min(issue);
+    Some(LAUNCH + fill + sums + meeting + ahead + late + work)
 }
 
 /// Share of the issue slots that resident warps can fill.

@@ -8,6 +8,7 @@
 //! matter of time alone: [`Launch::choose`] asks the cost model.
 
 use std::collections::HashSet;
+use std::ops::Range;
 
 use super::decode::{Decoder, Register, load_words};
 use super::gemv::Gemv;
@@ -76,12 +77,13 @@ impl Launch {
     /// Its name and numbers, for those who read measurements.
     pub fn fields(&self) -> (&'static str, Vec<(&'static str, u32)>) {
         match *self {
-            Launch::Gemv(gemv::Launch { warps, split, blocks, ahead, min_blocks, table_bytes }) => {
+            Launch::Gemv(gemv::Launch { warps, split, blocks, ahead, ready, min_blocks, table_bytes }) => {
                 let fields = vec![
                     ("warps", warps),
                     ("split", split),
                     ("blocks", blocks),
                     ("ahead", ahead),
+                    ("ready", ready),
                     ("min_blocks", min_blocks),
                     ("table_bytes", table_bytes),
                 ];
@@ -197,24 +199,23 @@ impl<'b, 'a> Operands<'b, 'a> {
         u32::try_from(self.layout.row_stride()).expect("a row tile is below 2^32 words")
     }
 
-    /// Registers for the words of `depth` tiles, the first of the mix's first code.
-    pub(super) fn words(&self, depth: u32) -> Words {
+    /// Registers for the words of some `tiles` of a run, which begins with one of the mix's first code.
+    pub(super) fn words(&self, tiles: Range<u32>) -> Words {
         let zero = self.b.u32(0);
         let chunk = |&(_, width): &(u32, u32)| {
             self.b.var(if width == 1 { zero } else { self.b.vector(&vec![zero; width as usize]) })
         };
         let lane_words = &self.layout.lane_words;
-        (0..depth as usize)
-            .map(|d| layout::chunks(lane_words[d % lane_words.len()]).iter().map(chunk).collect())
-            .collect()
+        tiles.map(|d| layout::chunks(lane_words[d as usize % lane_words.len()]).iter().map(chunk).collect()).collect()
     }
 
-    /// Starts loading the words of the tiles from column tile `col` on, the first word of which is `first`. Tiles beyond
-    /// the last column are not loaded if `guarded`: any words do, since their activations are zero.
-    pub(super) fn fetch(&self, first: V<'b>, col: V<'b>, words: &Words, guarded: bool, lane: V<'b>) {
+    /// Starts loading the words of a run's tiles from the `tile`th on. The run begins at column tile `col`, the first word
+    /// of which is `first`. Tiles beyond the last column are not loaded if `guarded`: any words do, since their
+    /// activations are zero.
+    pub(super) fn fetch(&self, first: V<'b>, col: V<'b>, tile: u32, words: &[Vec<Var>], guarded: bool, lane: V<'b>) {
         let (b, lane_words) = (self.b, &self.layout.lane_words);
         let codes = lane_words.len();
-        for (d, chunks) in words.iter().enumerate() {
+        for (d, chunks) in (tile as usize..).zip(words) {
             let of_tile = lane_words[d % codes];
             let ahead = (d / codes) as u32 * self.period() + lane_words[..d % codes].iter().sum::<u32>() * 32;
             let load = || {
@@ -238,8 +239,22 @@ impl<'b, 'a> Operands<'b, 'a> {
         (self.b.load_as(self.x_scale, token, Elem::F32, 1, Cache::ReadOnly), offset)
     }
 
+    /// What the result of a row and a token is added to, if to anything.
+    pub(super) fn before(&self, row: V<'b>, token: V<'b>) -> Option<V<'b>> {
+        let at = row + token * self.layout.padded_rows();
+        self.op.accumulate.then(|| self.b.load(self.y, at, Elem::F32))
+    }
+
     /// Scales and stores the sums of a row and a token: those of the high plane, a product each, then of the low plane.
-    pub(super) fn write(&self, row: V<'b>, token: V<'b>, sums: &[V<'b>], row_scale: V<'b>, by: TokenScale<'b>) {
+    pub(super) fn write(
+        &self,
+        row: V<'b>,
+        token: V<'b>,
+        sums: &[V<'b>],
+        row_scale: V<'b>,
+        by: TokenScale<'b>,
+        before: Option<V<'b>>,
+    ) {
         let (b, code) = (self.b, self.code());
         let unit = if code.half_offset { code.unit * 0.5 } else { code.unit };
         let (x_scale, x_sum) = by;
@@ -250,7 +265,7 @@ impl<'b, 'a> Operands<'b, 'a> {
         let total = x_sum.map_or(total, |sum| total * 2 + sum.to(Scalar::I64));
         let value = total.to(Scalar::F32) * row_scale * (x_scale * unit);
         let at = row + token * self.layout.padded_rows();
-        let value = if self.op.accumulate { b.load(self.y, at, Elem::F32) + value } else { value };
+        let value = before.map_or(value, |before| before + value);
         b.store(self.y, at, value, Elem::F32);
     }
 

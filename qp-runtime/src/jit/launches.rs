@@ -245,7 +245,7 @@ mod tests {
     #[test]
     fn candidates_are_few_near_and_differ() {
         let launch = |warps, ahead| {
-            Launch::Gemv(gemv::Launch { warps, split: 1, blocks: 132, ahead, min_blocks: 1, table_bytes: 1 })
+            Launch::Gemv(gemv::Launch { warps, split: 1, blocks: 132, ahead, ready: 0, min_blocks: 1, table_bytes: 1 })
         };
         let ranked = [
             (10.0, launch(16, 1)),

@@ -1,5 +1,6 @@
 //! `qp profile`: times of every kernel that a plan could use.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -9,13 +10,14 @@ use qp_codegen::kernels::product::Launch;
 use qp_codegen::palette;
 use qp_codegen::spec::{Quantizer, Shape};
 
+use super::Error;
 use super::plan::choose;
-use super::{Error, bench};
 use crate::allocate::problem::{Layer, groups};
 use crate::allocate::profile::{FORMAT, KEEP, Kernel, Origin, Profile};
 use crate::allocate::{Core, Role};
 use crate::device::Executor;
 use crate::device::ops::stacked;
+use crate::device::tune;
 use crate::model::{self, Config};
 
 /// Time every kernel that a plan for a model could use, fused launches included.
@@ -44,6 +46,8 @@ pub struct ProfileCommand {
 const SMALL_KERNELS: f64 = 7.0;
 /// Seconds of a small kernel in a graph of dependent launches.
 const SMALL: f64 = 2e-6;
+/// Products whose kernels are compiled together, on all cores.
+const AT_ONCE: usize = 16;
 /// Share of the peak bandwidth that reading reaches.
 const BANDWIDTH: f64 = 0.9;
 
@@ -82,26 +86,26 @@ impl ProfileCommand {
         );
         let mut kernels = Vec::new();
         // Launches of different names may have the same shape.
-        let mut known: Vec<(Shape, usize, f64)> = Vec::new();
+        let mut known: HashMap<(Shape, usize), f64> = HashMap::new();
         for (names, shapes) in &wanted {
-            for (i, q) in quantizers.iter().enumerate() {
-                bar.set_message(format!("{} {}", names.join("+"), q.name));
-                let shape = stacked(q, shapes);
-                let seconds = match known.iter().find(|k| (k.0, k.1) == (shape, i)) {
-                    Some(k) => k.2,
-                    None => seconds(on.as_ref(), &device, q, shape)?,
-                };
-                known.push((shape, i, seconds));
-                kernels.push(Kernel {
-                    layers: names.clone(),
-                    rows: shapes.iter().map(|s| s.rows).sum(),
-                    cols: shapes[0].cols,
-                    quantizer: q.name.clone(),
-                    core: Core::Tensor,
-                    seconds,
-                });
-                bar.inc(1);
+            let numbered = || quantizers.iter().enumerate().map(|(i, q)| (stacked(q, shapes), i));
+            let new: Vec<(Shape, usize)> = numbered().filter(|key| !known.contains_key(key)).collect();
+            for some in new.chunks(AT_ONCE) {
+                bar.set_message(format!("{} {}", names.join("+"), quantizers[some[0].1].name));
+                let products: Vec<_> = some.iter().map(|&(shape, i)| (&quantizers[i], shape)).collect();
+                let times = seconds(on.as_ref(), &device, &products)?;
+                known.extend(some.iter().copied().zip(times));
+                bar.inc(some.len() as u64);
             }
+            bar.inc((quantizers.len() - new.len()) as u64);
+            kernels.extend(numbered().map(|key| Kernel {
+                layers: names.clone(),
+                rows: shapes.iter().map(|s| s.rows).sum(),
+                cols: shapes[0].cols,
+                quantizer: quantizers[key.1].name.clone(),
+                core: Core::Tensor,
+                seconds: known[&key],
+            }));
         }
         bar.finish_and_clear();
         let head = layers.iter().find(|l| l.role == Role::Alone);
@@ -141,17 +145,15 @@ fn layers(config: &Config) -> Vec<Layer> {
     blocks.chain([layer("lm_head".to_owned(), (config.vocab, config.hidden))]).collect()
 }
 
-/// Time of a launch for one token.
-fn seconds(on: Option<&Executor>, device: &cuda::Device, q: &Quantizer, shape: Shape) -> Result<f64, Error> {
-    match on {
-        Some(on) => {
-            let rows = bench::measure(on, q, shape, 1, 0)?;
-            rows.first().map(|r| r.us * 1e-6).ok_or_else(|| format!("{} was not measured", q.name).into())
-        }
-        None => {
-            let op = Gemv { quantizer: q, shape, batch: 1, accumulate: false };
-            let best = Launch::ranked(&op, device).first().map(|(t, _)| *t);
-            best.ok_or_else(|| format!("no launch of {} fits {}", q.name, device.name).into())
-        }
+/// Times of a launch of each product for one token.
+fn seconds(on: Option<&Executor>, device: &cuda::Device, products: &[(&Quantizer, Shape)]) -> Result<Vec<f64>, Error> {
+    if let Some(on) = on {
+        return Ok(tune::seconds(on, products)?);
     }
+    let predicted = |&(quantizer, shape): &(&Quantizer, Shape)| {
+        let op = Gemv { quantizer, shape, batch: 1, accumulate: false };
+        let best = Launch::ranked(&op, device).first().map(|(t, _)| *t);
+        best.ok_or_else(|| format!("no launch of {} fits {}", quantizer.name, device.name).into())
+    };
+    products.iter().map(predicted).collect()
 }

@@ -3,10 +3,12 @@
 
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::product::Launch;
+use qp_codegen::spec::{Quantizer, Shape};
 use rayon::prelude::*;
 
 use super::ops::{DeviceActivations, DeviceMatrix, GemvKernel};
 use super::{Buffer, DeviceError, Executor};
+use crate::check::synthetic;
 use crate::jit::launches::{self, Choice, Wanted};
 use crate::jit::{Cache, Usage};
 
@@ -79,6 +81,33 @@ fn in_turn(
     time(on, kernels.iter_mut().map(|k| &mut k.1), &matrices, &x, &mut y, LAUNCHES, ROUNDS)
 }
 
+/// Seconds of each product for one token, on random weights of its shape and with the launch that [`load`] chooses.
+///
+/// # Errors
+/// Those of [`load`].
+pub fn seconds(on: &Executor, products: &[(&Quantizer, Shape)]) -> Result<Vec<f64>, DeviceError> {
+    let matrix = |&(q, shape): &(&Quantizer, Shape)| {
+        let packed = synthetic::matrix(&q.name, q, shape);
+        DeviceMatrix::upload(on, q, shape.cols, &[(shape.rows, &packed.words, &packed.scales)])
+    };
+    let matrices = products.iter().map(matrix).collect::<Result<Vec<_>, _>>()?;
+    let hashes: Vec<String> = products.iter().map(|(q, _)| q.hash()).collect();
+    let named = products.iter().zip(&hashes);
+    let products: Vec<Product> = named
+        .zip(&matrices)
+        .map(|((&(quantizer, shape), hash), matrix)| Product {
+            op: Gemv { quantizer, shape, batch: 1, accumulate: false },
+            hash,
+            matrices: vec![matrix],
+        })
+        .collect();
+    let mut loaded = load(on, &products)?;
+    let time = |(product, kernel): (&Product<'_>, &mut (Launch, GemvKernel))| {
+        in_turn(on, product, std::slice::from_mut(kernel)).map(|times| times[0])
+    };
+    products.iter().zip(&mut loaded).map(time).collect()
+}
+
 /// Copies of `matrices` that together with them take `bytes` or more, but no more than `most` in all.
 ///
 /// # Errors
@@ -134,10 +163,7 @@ pub fn time<'k>(
 
 #[cfg(test)]
 mod tests {
-    use qp_codegen::spec::Shape;
-
     use super::*;
-    use crate::check::synthetic;
 
     #[test]
     fn on_the_interpreter_the_model_chooses_and_copies_are_alike() {
@@ -153,6 +179,9 @@ mod tests {
         assert_eq!(loaded[0].0, Launch::choose(&op, &on.device()));
         let times = in_turn(&on, &product, &mut loaded).unwrap();
         assert!(times.len() == 1 && times[0] > 0.0, "{times:?}");
+
+        let alone = seconds(&on, &[(&q, shape), (&q, Shape { rows: 16, cols: 64 })]).unwrap();
+        assert!(alone.len() == 2 && alone.iter().all(|&s| s > 0.0), "{alone:?}");
 
         let made = copies(&on, &product.matrices, 5 * a.bytes(), 10).unwrap();
         assert_eq!(made.len(), 3);

@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 use super::problem::{Layer, Role};
 use crate::codec::gaussian::Gaussian;
 use crate::device::Executor;
-use crate::engine::{self, Logits, PREFILL};
+use crate::engine::{self, Logits, PREFILL, Relatives};
 use crate::model::{self, Config, Linear, Tensor, Weight, Weights};
 
 /// Version of the file format.
@@ -223,7 +223,8 @@ pub fn measure(
         }
         known = earlier.layers;
     }
-    let expected = predictions(on, config, &base, &texts)?;
+    let mut engines = Relatives::on(on);
+    let expected = predictions(&mut engines, config, &base, &texts)?;
     let blocks = (0..config.layers).flat_map(|b| model::config::Role::ALL.map(|r| Place::Block(b, r)));
     let places: Vec<Place> = blocks.chain([Place::Head, Place::Embedding]).collect();
     let trials = settings.levels * settings.draws;
@@ -242,7 +243,7 @@ pub fn measure(
             let (noisy, noise) = disturb(linear, level, seed)?;
             let mut changed = weights.clone();
             put(&mut changed, place, noisy, config.tied);
-            let divergence = divergence(on, config, &Arc::new(changed), &texts, &expected)?;
+            let divergence = divergence(&mut engines, config, &Arc::new(changed), &texts, &expected)?;
             if !divergence.is_finite() {
                 return Err(Error::NotANumber(linear.name.clone()));
             }
@@ -313,13 +314,13 @@ fn disturb(linear: &Linear, level: f64, seed: u64) -> Result<(Linear, f64), Erro
 
 /// Log-probabilities of every next token of every text: one row of `vocab` a token.
 fn predictions(
-    on: Option<&Executor>,
+    engines: &mut Relatives<'_>,
     config: &Config,
     weights: &Arc<Weights>,
     texts: &[Vec<u32>],
 ) -> Result<Vec<Vec<f32>>, Error> {
     let mut out = Vec::new();
-    each_row_block(on, config, weights, texts, |logits, vocab| {
+    each_row_block(engines, config, weights, texts, |logits, vocab| {
         let mut rows = logits.to_vec();
         rows.par_chunks_exact_mut(vocab).for_each(log_softmax);
         out.push(rows);
@@ -329,14 +330,14 @@ fn predictions(
 
 /// Mean divergence, in nats a token, of a model's predictions from `expected`.
 fn divergence(
-    on: Option<&Executor>,
+    engines: &mut Relatives<'_>,
     config: &Config,
     weights: &Arc<Weights>,
     texts: &[Vec<u32>],
     expected: &[Vec<f32>],
 ) -> Result<f64, Error> {
     let (mut total, mut count, mut blocks) = (0.0, 0, expected.iter());
-    each_row_block(on, config, weights, texts, |logits, vocab| {
+    each_row_block(engines, config, weights, texts, |logits, vocab| {
         let Some(expected) = blocks.next() else { return };
         let rows = logits.par_chunks_exact(vocab).zip(expected.par_chunks_exact(vocab));
         let each: Vec<f64> = rows
@@ -354,14 +355,14 @@ fn divergence(
 
 /// Runs the model over all texts and shows the logits as they come, some rows at a time.
 fn each_row_block(
-    on: Option<&Executor>,
+    engines: &mut Relatives<'_>,
     config: &Config,
     weights: &Arc<Weights>,
     texts: &[Vec<u32>],
     mut see: impl FnMut(&[f32], usize),
 ) -> Result<(), Error> {
     let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
-    let mut engine = engine::open(on, config, weights, longest)?;
+    let mut engine = engines.open(config, weights, longest)?;
     let mut logits = Vec::new();
     for text in texts {
         engine.truncate(0);

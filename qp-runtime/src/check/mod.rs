@@ -449,6 +449,34 @@ mod tests {
     }
 
     #[test]
+    fn a_relative_runs_on_its_own_weights_and_shares_the_rest() {
+        use crate::engine::Relatives;
+        use crate::model::{Role, Tensor, Weight};
+        let (_, shapes) = &shapes()[0];
+        let (config, weights) = synthetic::model(shapes, &|_| None).unwrap();
+        let mut changed = weights.clone();
+        let o = &changed.layers[0][Role::O];
+        let (rows, cols) = (o.rows, o.cols);
+        let zeros = Tensor::from_f32(&[rows, cols], &vec![0.0; rows * cols]).unwrap();
+        changed.layers[0][Role::O].weight = Weight::Dense(zeros);
+        let logits = |engine: &mut dyn Engine| {
+            let mut out = Vec::new();
+            engine.forward(&[1, 2, 3], Logits::Last, &mut out).unwrap();
+            out
+        };
+        let on = interpreter();
+        let mut family = Relatives::on(Some(&on));
+        let mut seen = Vec::new();
+        for weights in [&weights, &changed, &weights] {
+            let weights = Arc::new(weights.clone());
+            let shared = logits(&mut *family.open(&config, &weights, 8).unwrap());
+            assert_eq!(shared, logits(&mut CudaEngine::new(on.clone(), &config, &weights, 8).unwrap()));
+            seen.push(shared);
+        }
+        assert!(seen[0] != seen[1] && seen[0] == seen[2]);
+    }
+
+    #[test]
     fn quantizers_on_the_interpreter() {
         for name in ["nuq_3", "fast_1.5"] {
             let shape = Shape { rows: 40, cols: 320 };

@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 pub use cpu::CpuEngine;
 pub use cuda::CudaEngine;
+use cuda::Uploads;
 pub use generate::{Generated, Stop, generate};
 pub use sampling::{Sampler, Sampling};
 
@@ -30,10 +31,31 @@ pub fn open(
     weights: &Arc<Weights>,
     context: usize,
 ) -> Result<Box<dyn Engine>, Error> {
-    Ok(match on {
-        Some(on) => Box::new(CudaEngine::new(on.clone(), config, weights, context)?),
-        None => Box::new(CpuEngine::new(config, weights.clone(), context)?),
-    })
+    Relatives::on(on).open(config, weights, context)
+}
+
+/// Opens engines of models that have most of their tensors in common with the first: on a device these lie once.
+pub struct Relatives<'e> {
+    on: Option<&'e Executor>,
+    uploads: Uploads,
+}
+
+impl<'e> Relatives<'e> {
+    /// Engines on an executor, or on the CPU.
+    pub fn on(on: Option<&'e Executor>) -> Self {
+        Relatives { on, uploads: Uploads::default() }
+    }
+
+    /// See [`open`].
+    ///
+    /// # Errors
+    /// As [`open`].
+    pub fn open(&mut self, config: &Config, weights: &Arc<Weights>, context: usize) -> Result<Box<dyn Engine>, Error> {
+        Ok(match self.on {
+            Some(on) => Box::new(CudaEngine::sharing(on.clone(), config, weights, context, &mut self.uploads)?),
+            None => Box::new(CpuEngine::new(config, weights.clone(), context)?),
+        })
+    }
 }
 
 /// Tokens that an engine is given at once when there are many: bounds its memory.

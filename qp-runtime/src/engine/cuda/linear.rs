@@ -1,5 +1,6 @@
 //! Linear layers on a device: those of one input together, equal quantizers fused into one matrix.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use half::{bf16, f16};
@@ -60,11 +61,40 @@ pub enum Matrix {
     Dense(Arc<Floats>),
 }
 
+/// The unquantized matrices of the first model that was uploaded: later ones that share tensors with it share them on the
+/// device, too.
+#[derive(Default)]
+pub struct Uploads {
+    /// By address of the tensors, which are kept so that nothing else comes to lie there.
+    first: Option<HashMap<usize, (Tensor, Arc<Floats>)>>,
+    /// Those of the model that is being uploaded.
+    now: HashMap<usize, (Tensor, Arc<Floats>)>,
+}
+
+impl Uploads {
+    fn dense(&mut self, executor: &Executor, tensor: &Tensor) -> Result<Arc<Floats>, DeviceError> {
+        let address = tensor.bytes().as_ptr().addr();
+        if let Some((_, there)) = self.first.as_ref().unwrap_or(&self.now).get(&address) {
+            return Ok(there.clone());
+        }
+        let new = Arc::new(Floats::upload(executor, tensor)?);
+        if self.first.is_none() {
+            self.now.insert(address, (tensor.clone(), new.clone()));
+        }
+        Ok(new)
+    }
+
+    /// A whole model has been uploaded.
+    pub fn done(&mut self) {
+        self.first.get_or_insert_with(|| std::mem::take(&mut self.now));
+    }
+}
+
 impl Matrix {
     /// Uploads the matrix of one layer.
-    pub fn upload(executor: &Executor, layer: &Linear) -> Result<Matrix, DeviceError> {
+    pub fn upload(executor: &Executor, layer: &Linear, uploads: &mut Uploads) -> Result<Matrix, DeviceError> {
         match &layer.weight {
-            Weight::Dense(tensor) => Ok(Matrix::Dense(Arc::new(Floats::upload(executor, tensor)?))),
+            Weight::Dense(tensor) => Ok(Matrix::Dense(uploads.dense(executor, tensor)?)),
             Weight::Quantized { quantizer, matrix } => packed(executor, quantizer, &[(0, layer, &**matrix)]),
         }
     }
@@ -102,7 +132,7 @@ pub struct Group {
 
 impl Group {
     /// Uploads layers of one input.
-    pub fn upload(executor: &Executor, layers: &[&Linear]) -> Result<Group, DeviceError> {
+    pub fn upload(executor: &Executor, layers: &[&Linear], uploads: &mut Uploads) -> Result<Group, DeviceError> {
         let mut products: Vec<Product> = Vec::new();
         let mut places = vec![None; layers.len()];
         for (i, layer) in layers.iter().enumerate() {
@@ -112,7 +142,7 @@ impl Group {
             let product = match &layer.weight {
                 Weight::Dense(_) => {
                     places[i] = Some((products.len(), 0));
-                    Product::of(executor, layer, Matrix::upload(executor, layer)?)?
+                    Product::of(executor, layer, Matrix::upload(executor, layer, uploads)?)?
                 }
                 Weight::Quantized { quantizer, .. } => {
                     let alike = layers.iter().enumerate().skip(i).filter_map(|(j, l)| match &l.weight {

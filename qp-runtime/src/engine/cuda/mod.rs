@@ -33,6 +33,7 @@ use qp_codegen::kernels::product::MAX_BATCH;
 use qp_codegen::spec::Shape;
 use rayon::prelude::*;
 
+pub use self::linear::Uploads;
 use self::linear::{Group, Matrix, Product};
 use self::step::{Angles, Hand, Ready, State, Step};
 use super::{Engine, Error, Logits, check_tokens};
@@ -110,10 +111,24 @@ impl CudaEngine {
     /// # Errors
     /// If the model has fewer positions or does not fit the device.
     pub fn new(executor: Executor, config: &Config, weights: &Weights, context: usize) -> Result<Self, Error> {
+        Self::sharing(executor, config, weights, context, &mut Uploads::default())
+    }
+
+    /// As [`CudaEngine::new`], with the matrices that are there already.
+    ///
+    /// # Errors
+    /// As [`CudaEngine::new`].
+    pub fn sharing(
+        executor: Executor,
+        config: &Config,
+        weights: &Weights,
+        context: usize,
+        uploads: &mut Uploads,
+    ) -> Result<Self, Error> {
         if context > config.max_positions {
             return Err(Error::Positions { wanted: context, max: config.max_positions });
         }
-        let network = Network::upload(&executor, config, weights, context)?;
+        let network = Network::upload(&executor, config, weights, context, uploads)?;
         let state = network.state(&executor)?;
         let on_gpu = executor.gpu().is_some();
         let (kernels, graphs) = (BTreeMap::new(), BTreeMap::new());
@@ -238,9 +253,15 @@ impl From<DeviceError> for Error {
 }
 
 impl Network {
-    fn upload(on: &Executor, config: &Config, weights: &Weights, context: usize) -> Result<Network, DeviceError> {
-        let group = |layer: &crate::model::Layer, roles: &[Role]| {
-            Group::upload(on, &roles.iter().map(|r| &layer[*r]).collect::<Vec<_>>())
+    fn upload(
+        on: &Executor,
+        config: &Config,
+        weights: &Weights,
+        context: usize,
+        uploads: &mut Uploads,
+    ) -> Result<Network, DeviceError> {
+        let mut group = |layer: &crate::model::Layer, roles: &[Role]| {
+            Group::upload(on, &roles.iter().map(|r| &layer[*r]).collect::<Vec<_>>(), uploads)
         };
         let mut layers = Vec::with_capacity(config.layers);
         for layer in &weights.layers {
@@ -253,14 +274,15 @@ impl Network {
                 down: group(layer, &[Role::Down])?,
             });
         }
-        let embed = Matrix::upload(on, &weights.embed)?;
+        let embed = Matrix::upload(on, &weights.embed, uploads)?;
         // The same data twice would be a waste of the device's memory.
         let head = if weights.head.weight.is(&weights.embed.weight) {
             let product = Product::of(on, &weights.head, embed.clone())?;
             Group { cols: config.hidden as u32, products: vec![product], places: vec![(0, 0)] }
         } else {
-            Group::upload(on, &[&weights.head])?
+            Group::upload(on, &[&weights.head], uploads)?
         };
+        uploads.done();
         let tables = rope_tables(config, context);
         let hidden = config.hidden as u32;
         let residual = layers.iter().flat_map(|l| l.o.products.iter().chain(&l.down.products));

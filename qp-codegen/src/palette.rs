@@ -75,7 +75,8 @@ mod tests {
             assert_eq!(l.warnings.to_string(), "");
         }
         let count = |prefix: &str| names().iter().filter(|n| n.starts_with(prefix)).count();
-        assert_eq!((count("tcq_"), count("htcq_"), count("nuq_"), count("vq2_"), count("fast_")), (8, 7, 7, 10, 4));
+        let kinds = ["tcq_", "htcq_", "fine_", "nuq_", "vq2_", "fast_", "lean_"];
+        assert_eq!(kinds.map(count), [8, 7, 15, 7, 10, 5, 2]);
         let mut sorted = names();
         sorted.sort_unstable();
         sorted.dedup();

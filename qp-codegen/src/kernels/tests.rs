@@ -203,15 +203,17 @@ fn dequantize_equals_the_reference() {
     for q in quantizers() {
         for shape in [Shape { rows: 32, cols: 512 }, Shape { rows: 23, cols: 130 }] {
             let m = Matrix::random(&q, shape);
-            let kernel = dequantize::lower(&Dequantize { quantizer: &q, shape, output: Elem::F32 }, 2);
             let tables = bytes(&pack_tables(&q), u32::to_le_bytes);
             let words = bytes(&m.words, u32::to_le_bytes);
             let scales = bytes(&m.scales, u16::to_le_bytes);
-            let mut y = vec![0xff; shape.len() as usize * 4];
-            launch(
-                &kernel,
-                vec![Arg::ReadOnly(&tables), Arg::ReadOnly(&words), Arg::ReadOnly(&scales), Arg::Buffer(&mut y)],
-            );
+            let decoded = |output: Elem| {
+                let kernel = dequantize::lower(&Dequantize { quantizer: &q, shape, output }, 2);
+                let mut y = vec![0xff; (shape.len() * output.bytes()) as usize];
+                let mut args: Vec<Arg> = [&tables, &words, &scales].map(|b| Arg::ReadOnly(b)).into();
+                args.push(Arg::Buffer(&mut y));
+                launch(&kernel, args);
+                y
+            };
             let expect: Vec<f32> = m
                 .entries(&q)
                 .iter()
@@ -222,7 +224,9 @@ fn dequantize_equals_the_reference() {
                     reference::weight(code, e, m.scale(row as usize))
                 })
                 .collect();
-            assert_eq!(floats(&y), expect, "{} {shape:?}", q.name);
+            assert_eq!(floats(&decoded(Elem::F32)), expect, "{} {shape:?}", q.name);
+            let halves = bytes(&expect, |v| half::f16::from_f32(v).to_le_bytes());
+            assert_eq!(decoded(Elem::F16), halves, "{} {shape:?}", q.name);
         }
     }
 }

@@ -134,4 +134,5 @@ fn cuda_of_representative_members() {
     let op =
         Prepare { columns: 768, stride: 768, batch: 1, rotation: Rotation::Hadamard { seed: 0 }, norm: Some(1e-5) };
     insta::assert_snapshot!("prepare_768_sm_90a", print(&prepare::lower(&op), Target::Sm90a));
+    insta::assert_snapshot!("prepare_half_768_sm_90a", print(&prepare::lower_half(&op), Target::Sm90a));
 }

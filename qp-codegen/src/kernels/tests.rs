@@ -427,30 +427,39 @@ fn prepare_equals_the_reference() {
         (4864, rotations[1], None),
         (200, rotations[1], None),
         (6, rotations[1], Some(0.1)),
+        (7, rotations[0], Some(0.1)),
     ] {
         let (batch, stride) = (2u32, columns + 12);
         let mut r = Random(u64::from(columns));
         let input: Vec<f32> = (0..batch * stride).map(|_| r.unit()).collect();
         let weight: Vec<f32> = (0..columns).map(|_| r.unit()).collect();
-        let expect: Vec<Activations> = (0..batch)
+        let rotated: Vec<Vec<f32>> = (0..batch)
             .map(|t| {
                 let x = &input[(t * stride) as usize..][..columns as usize];
                 let mut x = norm.map_or(x.to_vec(), |eps| reference::rms_norm(x, &weight, eps));
                 reference::rotate(rotation, &mut x);
-                reference::quantize_activations(&x)
+                x
             })
             .collect();
+        let expect: Vec<Activations> = rotated.iter().map(|x| reference::quantize_activations(x)).collect();
         let expect = planes(&expect, columns);
+        let halves = bytes(&rotated.concat(), |v| half::f16::from_f32(v).to_le_bytes());
 
-        let kernel = prepare::lower(&Prepare { columns, stride, batch, rotation, norm });
+        let op = Prepare { columns, stride, batch, rotation, norm };
         let (input, weight) = (bytes(&input, f32::to_le_bytes), bytes(&weight, f32::to_le_bytes));
         let flips = bytes(&rotate::flips(rotation, columns), u32::to_le_bytes);
         let base = bytes(&rotate::base(&Hadamard::new(columns)), u32::to_le_bytes);
+        let run = |kernel: &Kernel, out: &mut [Vec<u8>]| {
+            let mut args: Vec<Arg> = [&input, &weight, &flips, &base].map(|b| Arg::ReadOnly(b)).into();
+            args.extend(out.iter_mut().map(|o| Arg::Buffer(o)));
+            launch(kernel, args);
+        };
         let mut out = expect.each_ref().map(|e| vec![0xee; e.len()]);
-        let mut args: Vec<Arg> = [&input, &weight, &flips, &base].map(|b| Arg::ReadOnly(b)).into();
-        args.extend(out.iter_mut().map(|o| Arg::Buffer(o)));
-        launch(&kernel, args);
+        run(&prepare::lower(&op), &mut out);
         assert_eq!(out, expect, "{columns} {rotation:?} {norm:?}");
+        let mut out = [vec![0xee; halves.len()]];
+        run(&prepare::lower_half(&op), &mut out);
+        assert_eq!(out, [halves], "{columns} {rotation:?} {norm:?} in half precision");
     }
 }
 

@@ -11,10 +11,11 @@
 //! 7. [`nvrtc`]: CUDA source to machine code, where the compiler library is found.
 //!
 //! Beside the way: [`palette`], the quantizers built in; [`explain`], a quantizer for people; [`reference`], the arithmetic
-//! that every engine shares; [`metric`], that of every encoder.
+//! that every engine shares; [`metric`], that of every encoder; [`find`], where NVIDIA's libraries may lie.
 
 pub mod cuda;
 pub mod explain;
+pub mod find;
 pub mod ir;
 pub mod kernels;
 pub mod layout;

@@ -42,8 +42,8 @@ fn many_tokens_run_on_the_interpreter_as_on_the_cpu() {
     work.par_iter().for_each(|(name, (shape, batches))| {
         let q = palette::get(name).expect("of the palette");
         let done = check::quantizer(&on, &q, *shape, batches).unwrap_or_else(|e| panic!("{e}"));
-        // The matrix, rows of it, and for each batch its activations and products with and without columns split.
-        assert_eq!(done, 2 + batches.len() * 3, "{name}");
+        // The matrix twice, rows of it, and for each batch its activations twice, products with and without columns split.
+        assert_eq!(done, 3 + batches.len() * 4, "{name}");
     });
 }
 
@@ -134,4 +134,5 @@ fn cuda_of_representative_members() {
     let op =
         Prepare { columns: 768, stride: 768, batch: 1, rotation: Rotation::Hadamard { seed: 0 }, norm: Some(1e-5) };
     insta::assert_snapshot!("prepare_768_sm_90a", print(&prepare::lower(&op), Target::Sm90a));
+    insta::assert_snapshot!("prepare_half_768_sm_90a", print(&prepare::lower_half(&op), Target::Sm90a));
 }

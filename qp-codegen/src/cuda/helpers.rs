@@ -95,17 +95,13 @@ impl Helper {
                 Elem::BF16 => Some(Helper::FromBf16),
                 Elem::I8 | Elem::U8 | Elem::I16 | Elem::U16 | Elem::I32 | Elem::U32 | Elem::F32 => None,
             },
-            Helper::Store { elem, .. } => match ELEMS[elem as usize] {
-                Elem::F16 => Some(Helper::ToF16),
-                Elem::BF16 => Some(Helper::ToBf16),
-                Elem::I8 | Elem::U8 | Elem::I16 | Elem::U16 | Elem::I32 | Elem::U32 | Elem::F32 => None,
-            },
             Helper::FromF16
             | Helper::FromBf16
             | Helper::ToF16
             | Helper::ToBf16
             | Helper::RoundToI64
             | Helper::Permute
+            | Helper::Store { .. }
             | Helper::CopyAsync { .. }
             | Helper::LoadMatrix { .. }
             | Helper::Mma { .. } => None,
@@ -244,17 +240,39 @@ fn load(cache: Cache, coherent: bool, elem: Elem, lanes: u32) -> (String, String
 
 /// Result, parameters and body of a store of several narrow elements.
 fn store(elem: Elem, lanes: u32) -> (String, String, String) {
+    if let Some(half) = half_type(elem) {
+        return store_halves(half, lanes);
+    }
     let ty = memory_vector(elem, lanes);
-    let narrowed = |c: char| match elem {
-        Elem::F16 => format!("qp_to_f16(x.{c})"),
-        Elem::BF16 => format!("qp_to_bf16(x.{c})"),
-        Elem::I8 | Elem::U8 | Elem::I16 | Elem::U16 | Elem::I32 | Elem::U32 | Elem::F32 => {
-            format!("({})x.{c}", memory_type(elem))
-        }
-    };
-    let parts: Vec<String> = "xyzw".chars().take(lanes as usize).map(narrowed).collect();
+    let parts: Vec<String> =
+        "xyzw".chars().take(lanes as usize).map(|c| format!("({})x.{c}", memory_type(elem))).collect();
     let value = vector_type(elem.scalar(), lanes);
     ("void".into(), format!("void* to, {value} x"), format!("*({ty}*)to = make_{ty}({});", parts.join(", ")))
+}
+
+/// PTX's name of a half-precision type.
+fn half_type(elem: Elem) -> Option<&'static str> {
+    match elem {
+        Elem::F16 => Some("f16"),
+        Elem::BF16 => Some("bf16"),
+        Elem::I8 | Elem::U8 | Elem::I16 | Elem::U16 | Elem::I32 | Elem::U32 | Elem::F32 => None,
+    }
+}
+
+/// A store of 2 or 4 halves: one conversion makes a word of two.
+fn store_halves(half: &str, lanes: u32) -> (String, String, String) {
+    let convert = |word: &str, low: char, high: char| {
+        format!("asm(\"cvt.rn.{half}x2.f32 %0, %1, %2;\" : \"=r\"({word}) : \"f\"(x.{high}), \"f\"(x.{low}));\n")
+    };
+    let body = match lanes {
+        2 => format!("unsigned a;\n{}*(unsigned*)to = a;", convert("a", 'x', 'y')),
+        _ => format!(
+            "unsigned a, b;\n{}{}*(uint2*)to = make_uint2(a, b);",
+            convert("a", 'x', 'y'),
+            convert("b", 'z', 'w')
+        ),
+    };
+    ("void".into(), format!("void* to, float{lanes} x"), body)
 }
 
 /// CUDA's vector of narrow elements.

@@ -17,18 +17,27 @@ pub struct Dequantize<'q> {
     pub output: Elem,
 }
 
+/// Warps of a block.
 const WARPS: u32 = 8;
+/// Blocks that an SM is to hold: enough warps that some write while others wait for words and look-ups.
+const RESIDENT: u32 = 4;
 
-/// Makes the kernel, for a GPU of `sms` multiprocessors. Its parameters, in order: `tables`, `weights`, `scales` (bfloat16, one a padded row) as in [`super::gemv`], and `y`, rows × columns.
+/// Makes the kernel, for a GPU of `sms` multiprocessors. Its parameters, in order: `tables`, `weights`, `scales`
+/// (bfloat16, one a padded row) as in [`super::gemv`], and `y`, rows × columns.
 ///
 /// An element is [`crate::reference::weight`] of its entry, rounded to the output type.
+///
+/// What bounds it is writing. A lane has four neighbours of a row at a time: with halves, a store of 8 bytes, of which
+/// the lanes of a block's row fill a whole sector of memory.
 pub fn lower(op: &Dequantize, sms: u32) -> Kernel {
     let (q, layout) = (op.quantizer, Packed::new(op.quantizer, op.shape));
     let tiles = layout.row_tiles() * layout.col_tiles();
     let name = format!("dequantize_{}_{}x{}", c_name(&q.name), op.shape.rows, op.shape.cols);
-    let grid = tiles.div_ceil(WARPS).min(2 * sms);
+    let grid = tiles.div_ceil(WARPS).min(RESIDENT * sms);
     let b = Builder::new(&name, [grid, 1], WARPS * 32);
     b.doc(format!("The {} x {} matrix of {}, decoded.", op.shape.rows, op.shape.cols, q.name));
+    b.min_blocks(RESIDENT);
+    b.dependent_launch();
     emit(&b, op, &layout, grid);
     b.finish()
 }
@@ -40,27 +49,34 @@ fn emit(b: &Builder, op: &Dequantize, layout: &Packed, grid: u32) {
     let y = b.buffer("y", op.output, true);
     decoder.fill(WARPS * 32);
     b.barrier();
+    b.grid_wait();
+    b.grid_launch();
 
     let (rows, cols) = (op.shape.rows, op.shape.cols);
+    let (whole_rows, whole_cols) = (rows == layout.padded_rows(), cols == layout.padded_cols());
     let tiles = layout.row_tiles() * layout.col_tiles();
     let first = b.special(Special::BlockX) * WARPS + b.special(Special::Warp);
+    let group = b.special(Special::Lane) >> 2;
     b.for_(first, tiles, grid * WARPS, |tile| {
-        let at = (tile / layout.col_tiles(), tile % layout.col_tiles());
-        each_four(&decoder, layout, weights, at, |four| {
+        let (row_tile, col_tile) = (tile / layout.col_tiles(), tile % layout.col_tiles());
+        let row = row_tile * layout.tile.rows + group;
+        let scale = |line: u32| b.load_as(scales, row + line * 8, Elem::BF16, 1, Cache::ReadOnly);
+        let of_lines: Vec<V> = (0..layout.tile.rows / 8).map(scale).collect();
+        each_four(&decoder, layout, weights, (row_tile, col_tile), |four| {
             let (row, col) = (four.row, four.col);
-            b.if_(row.lt(rows), || {
-                let step = four.step(b.load_as(scales, row, Elem::BF16, 1, Cache::ReadOnly));
+            let write = || {
+                let all = four.weights(of_lines[four.line as usize]);
                 let at = row * cols + col;
                 if cols.is_multiple_of(4) {
-                    let all = [0, 1, 2, 3].map(|k| four.weight(k, step));
-                    b.if_(col.lt(cols), || b.store(y, at, b.vector(&all), op.output));
+                    let store = || b.store(y, at, b.vector(&all), op.output);
+                    if whole_cols { store() } else { b.if_(col.lt(cols), store) }
                 } else {
-                    for k in 0..4 {
-                        let v = four.weight(k, step);
+                    for (k, v) in (0..4).zip(all) {
                         b.if_((col + k).lt(cols), || b.store(y, at + k, v, op.output));
                     }
                 }
-            });
+            };
+            if whole_rows { write() } else { b.if_(row.lt(rows), write) }
         });
     });
 }
@@ -71,26 +87,37 @@ pub(super) struct Four<'b, 'q> {
     pub row: V<'b>,
     /// The column of the first, padding included.
     pub col: V<'b>,
+    /// Which of the lane's rows of the tile theirs is: each is 8 below the one before.
+    pub line: u32,
+    b: &'b Builder,
     register: Register<'b>,
     code: &'q Code,
 }
 
 impl<'b> Four<'b, '_> {
-    /// What [`Four::weight`] multiplies with, for a row of scale `scale`.
-    pub fn step(&self, scale: V<'b>) -> V<'b> {
+    /// The weights, [`crate::reference::weight`] each, in a row of scale `scale`.
+    ///
+    /// Entries become floats by permutes and a difference, both exact: put into the lowest bits of 2^23, a whole number is
+    /// added to it.
+    pub fn weights(&self, scale: V<'b>) -> [V<'b>; 4] {
+        const FLOAT: u32 = 0x4b00_0000;
+        const { assert!(f32::from_bits(FLOAT) == 8_388_608.0) };
         let Code { half_offset, unit, .. } = *self.code;
-        scale * if half_offset { unit * 0.5 } else { unit }
-    }
-
-    /// Weight `k` of them: [`crate::reference::weight`].
-    pub fn weight(&self, k: u32, step: V<'b>) -> V<'b> {
-        let byte = |v: V<'b>| (v << (24 - 8 * k)).bits(Scalar::I32) >> 24_u32;
-        let entry = match self.register.high {
-            None => byte(self.register.low),
-            Some(high) => byte(high) * 256 + (byte(self.register.low) & 0xff),
+        let step = scale * if half_offset { unit * 0.5 } else { unit };
+        let (b, unsigned) = (self.b, |v: V<'b>| v ^ 0x8080_8080_u32);
+        let entry = |k: usize| match self.register.high {
+            None => {
+                let bits = unsigned(self.register.low).permute(b.u32(FLOAT), [0x7440, 0x7441, 0x7442, 0x7443][k]);
+                bits.bits(Scalar::F32) - (8_388_608.0 + 128.0)
+            }
+            Some(high) => {
+                // Low and high bytes of two entries side by side, then each of them.
+                let pair = self.register.low.permute(unsigned(high), [0x5140, 0x7362][k / 2]);
+                let bits = pair.permute(b.u32(FLOAT), [0x7410, 0x7432][k % 2]);
+                bits.bits(Scalar::F32) - (8_388_608.0 + 32_768.0)
+            }
         };
-        let entry = if self.code.half_offset { entry * 2 + 1 } else { entry };
-        entry.to(Scalar::F32) * step
+        [0, 1, 2, 3].map(|k| if half_offset { entry(k).fma(2.0, 1.0) * step } else { entry(k) * step })
     }
 }
 
@@ -118,9 +145,10 @@ pub(super) fn each_four<'b>(
             for (i, register) in decoder.tile(c, &words).into_iter().enumerate() {
                 // The place of a register's four weights: see `layout`.
                 let (m, a) = (i as u32 / 4, i as u32 % 4);
-                let row = row_tile * layout.tile.rows + group + (m / parts * 16 + a % 2 * 8);
+                let line = m / parts * 2 + a % 2;
+                let row = row_tile * layout.tile.rows + group + line * 8;
                 let col = col_tile * layout.tile.cols + quad * 4 + (m % parts * 32 + a / 2 * 16);
-                see(&Four { row, col, register, code });
+                see(&Four { row, col, line, b, register, code });
             }
         };
         if codes == 1 {

@@ -79,9 +79,7 @@ fn emit(b: &Builder, op: &EmbedPacked, layout: &Packed, threads: u32) {
     b.for_(b.special(Special::Warp), layout.col_tiles(), threads / 32, |col_tile| {
         each_four(&decoder, layout, weights, (wanted / layout.tile.rows, col_tile), |four| {
             b.if_(four.row.eq(wanted), || {
-                let step = four.step(scale);
-                for k in 0..4 {
-                    let v = four.weight(k, step);
+                for (k, v) in (0..4).zip(four.weights(scale)) {
                     let set = || values.set(four.col + k, v);
                     if n == layout.padded_cols() { set() } else { b.if_((four.col + k).lt(n), set) }
                 }

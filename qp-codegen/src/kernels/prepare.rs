@@ -1,4 +1,5 @@
-//! Preparing activations for a quantized layer: (norm), rotation, rounding to two planes of signed bytes.
+//! Preparing activations for a quantized layer: (norm), rotation, rounding to two planes of signed bytes, or to half
+//! precision for products with a decoded matrix.
 //!
 //! One block a token. The rotation is that of [`super::rotate`].
 
@@ -23,7 +24,7 @@ pub struct Prepare {
     pub norm: Option<f32>,
 }
 
-/// Makes the kernel. Its parameters, in order:
+/// Makes the kernel that rounds to integers. Its parameters, in order:
 ///
 /// * `input`: `f32`, `batch × stride`;
 /// * `norm`: `f32`, `columns` weights (read with a norm only);
@@ -31,10 +32,20 @@ pub struct Prepare {
 /// * `base`: the dense part's signs, if larger than the program may unroll; see [`rotate::base`];
 /// * `x`, `x_scale`, `x_sum`: see [`super::gemv::lower`].
 pub fn lower(op: &Prepare) -> Kernel {
+    kernel(op, "prepare", "as signed bytes", planes)
+}
+
+/// Makes the kernel that rounds to half precision, for [many tokens](super::dequantize). Its parameters, in order: `input`,
+/// `norm`, `flips` and `base` as those of [`lower`], and `x`: `f16`, `batch × columns`.
+pub fn lower_half(op: &Prepare) -> Kernel {
+    kernel(op, "prepare_half", "in half precision", halves)
+}
+
+fn kernel(op: &Prepare, name: &str, form: &str, emit: fn(&Builder, &Prepare, u32)) -> Kernel {
     let threads = (op.columns >> RADIX_BITS).next_power_of_two().clamp(MEAN_LANES as u32, 1024);
-    let b = Builder::new(&format!("prepare_{}_b{}", op.columns, op.batch), [op.batch, 1], threads);
+    let b = Builder::new(&format!("{name}_{}_b{}", op.columns, op.batch), [op.batch, 1], threads);
     b.doc(format!(
-        "{} columns of {} token(s){}{}, as signed bytes.",
+        "{} columns of {} token(s){}{}, {form}.",
         op.columns,
         op.batch,
         if op.norm.is_some() { ", normed" } else { "" },
@@ -45,47 +56,88 @@ pub fn lower(op: &Prepare) -> Kernel {
     b.finish()
 }
 
-fn emit(b: &Builder, op: &Prepare, threads: u32) {
-    let n = op.columns;
-    let rotated = op.rotation != Rotation::None;
-    let h = Hadamard::new(n);
-    let input = b.buffer("input", Elem::F32, false);
-    let weights = b.buffer("norm", Elem::F32, false);
-    let flips = b.buffer("flips", Elem::U32, false);
-    let base = b.buffer("base", Elem::U32, false);
+/// What both kernels read.
+struct Inputs {
+    input: Mem,
+    weights: Mem,
+    flips: Mem,
+    base: Mem,
+}
+
+impl Inputs {
+    /// Declares them.
+    fn new(b: &Builder) -> Inputs {
+        Inputs {
+            input: b.buffer("input", Elem::F32, false),
+            weights: b.buffer("norm", Elem::F32, false),
+            flips: b.buffer("flips", Elem::U32, false),
+            base: b.buffer("base", Elem::U32, false),
+        }
+    }
+
+    /// The values of the block's token, normed and transformed, still to be multiplied with [`factor`]. A barrier stands
+    /// behind the last that was set.
+    fn transformed<'b>(&self, b: &'b Builder, op: &Prepare, threads: u32) -> Values<'b> {
+        let n = op.columns;
+        let rotated = op.rotation != Rotation::None;
+        let values = Values::new(b, "values", n);
+        let (thread, token) = (b.special(Special::Thread), b.special(Special::BlockX));
+        b.grid_wait();
+        b.grid_launch();
+
+        let inverse = op.norm.map(|eps| inverse_norm(b, n, self.input, token * op.stride, eps));
+        b.for_(thread, n, threads, |i| {
+            let v = b.load(self.input, token * op.stride + i, Elem::F32);
+            let v = match inverse {
+                None => v,
+                Some(inverse) => v * inverse * b.load_as(self.weights, i, Elem::F32, 1, Cache::ReadOnly),
+            };
+            let v = if rotated { rotate::flip(b, self.flips, i, v) } else { v };
+            values.set(i, v);
+        });
+        b.barrier();
+        if rotated {
+            rotate::transform(&values, &Hadamard::new(n), self.base, threads);
+        }
+        values
+    }
+}
+
+/// What transformed values are multiplied with, if anything.
+fn factor(op: &Prepare) -> Option<f32> {
+    (op.rotation != Rotation::None).then(|| Hadamard::new(op.columns).norm())
+}
+
+fn halves(b: &Builder, op: &Prepare, threads: u32) {
+    let (n, inputs) = (op.columns, Inputs::new(b));
+    let x = b.buffer("x", Elem::F16, true);
+    let values = inputs.transformed(b, op, threads);
+    let value = |i| factor(op).map_or(values.get(i), |factor| values.get(i) * factor);
+    let first = b.special(Special::BlockX) * n;
+    let width = [4, 2, 1].into_iter().find(|w| n.is_multiple_of(*w)).unwrap_or(1);
+    b.for_(b.special(Special::Thread), n / width, threads, |run| {
+        let i = run * width;
+        let all: Vec<V> = (0..width).map(|k| value(i + k)).collect();
+        b.store(x, first + i, if width == 1 { all[0] } else { b.vector(&all) }, Elem::F16);
+    });
+}
+
+fn planes(b: &Builder, op: &Prepare, threads: u32) {
+    let (n, inputs) = (op.columns, Inputs::new(b));
     let x = b.buffer("x", Elem::I8, true);
     let x_scale = b.buffer("x_scale", Elem::F32, true);
     let x_sum = b.buffer("x_sum", Elem::I32, true);
-    let values = Values::new(b, "values", n);
-    let thread = b.special(Special::Thread);
-    let token = b.special(Special::BlockX);
+    let values = inputs.transformed(b, op, threads);
+    let (thread, token) = (b.special(Special::Thread), b.special(Special::BlockX));
     let warps = threads / 32;
-    b.grid_wait();
-    b.grid_launch();
-
-    let inverse = op.norm.map(|eps| inverse_norm(b, n, input, token * op.stride, eps));
-    b.for_(thread, n, threads, |i| {
-        let v = b.load(input, token * op.stride + i, Elem::F32);
-        let v = match inverse {
-            None => v,
-            Some(inverse) => v * inverse * b.load_as(weights, i, Elem::F32, 1, Cache::ReadOnly),
-        };
-        let v = if rotated { rotate::flip(b, flips, i, v) } else { v };
-        values.set(i, v);
-    });
-    b.barrier();
-    if rotated {
-        rotate::transform(&values, &h, base, threads);
-    }
 
     b.comment("Largest magnitude, then whole numbers.");
-    let norm = if rotated { h.norm() } else { 1.0 };
     let largest = b.var(b.f32(0.0));
     b.for_(thread, n, threads, |i| {
         let v = values.get(i);
-        let v = if rotated { v * norm } else { v };
-        b.set(largest, b.get(largest).max(v.abs()));
-        if rotated {
+        let scaled = factor(op).map(|factor| v * factor);
+        b.set(largest, b.get(largest).max(scaled.unwrap_or(v).abs()));
+        if let Some(v) = scaled {
             values.set(i, v);
         }
     });

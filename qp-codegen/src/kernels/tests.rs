@@ -203,15 +203,17 @@ fn dequantize_equals_the_reference() {
     for q in quantizers() {
         for shape in [Shape { rows: 32, cols: 512 }, Shape { rows: 23, cols: 130 }] {
             let m = Matrix::random(&q, shape);
-            let kernel = dequantize::lower(&Dequantize { quantizer: &q, shape, output: Elem::F32 }, 2);
             let tables = bytes(&pack_tables(&q), u32::to_le_bytes);
             let words = bytes(&m.words, u32::to_le_bytes);
             let scales = bytes(&m.scales, u16::to_le_bytes);
-            let mut y = vec![0xff; shape.len() as usize * 4];
-            launch(
-                &kernel,
-                vec![Arg::ReadOnly(&tables), Arg::ReadOnly(&words), Arg::ReadOnly(&scales), Arg::Buffer(&mut y)],
-            );
+            let decoded = |output: Elem| {
+                let kernel = dequantize::lower(&Dequantize { quantizer: &q, shape, output }, 2);
+                let mut y = vec![0xff; (shape.len() * output.bytes()) as usize];
+                let mut args: Vec<Arg> = [&tables, &words, &scales].map(|b| Arg::ReadOnly(b)).into();
+                args.push(Arg::Buffer(&mut y));
+                launch(&kernel, args);
+                y
+            };
             let expect: Vec<f32> = m
                 .entries(&q)
                 .iter()
@@ -222,7 +224,9 @@ fn dequantize_equals_the_reference() {
                     reference::weight(code, e, m.scale(row as usize))
                 })
                 .collect();
-            assert_eq!(floats(&y), expect, "{} {shape:?}", q.name);
+            assert_eq!(floats(&decoded(Elem::F32)), expect, "{} {shape:?}", q.name);
+            let halves = bytes(&expect, |v| half::f16::from_f32(v).to_le_bytes());
+            assert_eq!(decoded(Elem::F16), halves, "{} {shape:?}", q.name);
         }
     }
 }
@@ -429,30 +433,39 @@ fn prepare_equals_the_reference() {
         (4864, rotations[1], None),
         (200, rotations[1], None),
         (6, rotations[1], Some(0.1)),
+        (7, rotations[0], Some(0.1)),
     ] {
         let (batch, stride) = (2u32, columns + 12);
         let mut r = Random(u64::from(columns));
         let input: Vec<f32> = (0..batch * stride).map(|_| r.unit()).collect();
         let weight: Vec<f32> = (0..columns).map(|_| r.unit()).collect();
-        let expect: Vec<Activations> = (0..batch)
+        let rotated: Vec<Vec<f32>> = (0..batch)
             .map(|t| {
                 let x = &input[(t * stride) as usize..][..columns as usize];
                 let mut x = norm.map_or(x.to_vec(), |eps| reference::rms_norm(x, &weight, eps));
                 reference::rotate(rotation, &mut x);
-                reference::quantize_activations(&x)
+                x
             })
             .collect();
+        let expect: Vec<Activations> = rotated.iter().map(|x| reference::quantize_activations(x)).collect();
         let expect = planes(&expect, columns);
+        let halves = bytes(&rotated.concat(), |v| half::f16::from_f32(v).to_le_bytes());
 
-        let kernel = prepare::lower(&Prepare { columns, stride, batch, rotation, norm });
+        let op = Prepare { columns, stride, batch, rotation, norm };
         let (input, weight) = (bytes(&input, f32::to_le_bytes), bytes(&weight, f32::to_le_bytes));
         let flips = bytes(&rotate::flips(rotation, columns), u32::to_le_bytes);
         let base = bytes(&rotate::base(&Hadamard::new(columns)), u32::to_le_bytes);
+        let run = |kernel: &Kernel, out: &mut [Vec<u8>]| {
+            let mut args: Vec<Arg> = [&input, &weight, &flips, &base].map(|b| Arg::ReadOnly(b)).into();
+            args.extend(out.iter_mut().map(|o| Arg::Buffer(o)));
+            launch(kernel, args);
+        };
         let mut out = expect.each_ref().map(|e| vec![0xee; e.len()]);
-        let mut args: Vec<Arg> = [&input, &weight, &flips, &base].map(|b| Arg::ReadOnly(b)).into();
-        args.extend(out.iter_mut().map(|o| Arg::Buffer(o)));
-        launch(&kernel, args);
+        run(&prepare::lower(&op), &mut out);
         assert_eq!(out, expect, "{columns} {rotation:?} {norm:?}");
+        let mut out = [vec![0xee; halves.len()]];
+        run(&prepare::lower_half(&op), &mut out);
+        assert_eq!(out, [halves], "{columns} {rotation:?} {norm:?} in half precision");
     }
 }
 

@@ -10,7 +10,16 @@ use std::sync::OnceLock;
 use libloading::Library;
 
 use super::CompileError;
-use super::find::{self, Candidate};
+use crate::find::{self, Candidate, Wanted};
+
+/// The environment variable that names the library's file or folder; nothing else is searched if it is set.
+pub const VARIABLE: &str = "QP_NVRTC";
+
+const WANTED: Wanted = Wanted {
+    stem: "libnvrtc.so",
+    variable: VARIABLE,
+    names: &["libnvrtc.so.14", "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11.2", "libnvrtc.so"],
+};
 
 type Program = *mut std::ffi::c_void;
 type Size = unsafe extern "C" fn(Program, *mut usize) -> c_int;
@@ -62,30 +71,13 @@ impl Nvrtc {
     }
 
     fn open() -> Result<Nvrtc, CompileError> {
-        let mut broken = None;
-        for deep in [false, true] {
-            for candidate in find::candidates(deep) {
-                match Nvrtc::open_one(&candidate) {
-                    Ok(nvrtc) => return Ok(nvrtc),
-                    // The loader not knowing a bare name is the common case and says nothing.
-                    Err(e) => match candidate {
-                        Candidate::Name(_) => (),
-                        Candidate::File(_) => broken = broken.or(Some(e)),
-                    },
-                }
-            }
-            if find::given().is_some() {
-                break;
-            }
-        }
-        Err(broken.unwrap_or(CompileError::Missing { given: find::given() }))
+        WANTED
+            .open(Nvrtc::open_one)
+            .map_err(|broken| broken.unwrap_or_else(|| CompileError::Missing { given: WANTED.given() }))
     }
 
     fn open_one(candidate: &Candidate) -> Result<Nvrtc, CompileError> {
-        let path = match candidate {
-            Candidate::Name(n) => PathBuf::from(n),
-            Candidate::File(f) => f.clone(),
-        };
+        let path = candidate.path().to_owned();
         let fail = |e: libloading::Error| {
             // The loader's own words are in the source.
             let reason = std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string);
@@ -241,7 +233,7 @@ impl Drop for Guard<'_> {
 /// NVRTC opens `libnvrtc-builtins` by its bare name, which the loader finds in a folder that is not on its path only
 /// if it is in the process already.
 fn preload_builtins(nvrtc: &Path) {
-    let Some(file) = nvrtc.parent().and_then(find::builtins_in) else { return };
+    let Some(file) = nvrtc.parent().and_then(|folder| find::newest_in(folder, "libnvrtc-builtins.so")) else { return };
     // SAFETY: a data library of NVRTC, without initialisers of consequence.
     if let Ok(library) = unsafe { Library::new(file) } {
         std::mem::forget(library);

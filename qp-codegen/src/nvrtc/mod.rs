@@ -1,14 +1,12 @@
 //! From CUDA source to machine code, or PTX for people to read: NVIDIA's run-time compiler, opened when it is first
 //! needed ([`Nvrtc::get`]). It needs no GPU.
 
-mod find;
 mod library;
 mod ptxas;
 
 use std::path::PathBuf;
 
-pub use find::VARIABLE;
-pub use library::Nvrtc;
+pub use library::{Nvrtc, VARIABLE};
 pub use ptxas::Usage;
 
 /// How to compile, beside the target.

@@ -13,6 +13,7 @@ use qp_codegen::spec::{self, Quantizer, Shape};
 use super::Error;
 use super::bench_encode::EncodeBench;
 use super::bench_jit::JitBench;
+use super::bench_prefill::PrefillBench;
 use super::bench_roofline::RooflineBench;
 use super::distortion::DistortionBench;
 use super::results::{Fp16, Kernel, Results};
@@ -35,6 +36,7 @@ enum What {
     Encode(EncodeBench),
     Jit(JitBench),
     Kernels(Kernels),
+    Prefill(PrefillBench),
     Roofline(RooflineBench),
 }
 
@@ -80,21 +82,22 @@ impl Bench {
             What::Encode(e) => e.run(),
             What::Jit(j) => j.run(),
             What::Kernels(k) => k.run(),
+            What::Prefill(p) => p.run(),
             What::Roofline(r) => r.run(),
         }
     }
 }
 
-fn shape(text: &str) -> Result<Shape, String> {
+pub(super) fn shape(text: &str) -> Result<Shape, String> {
     let (rows, cols) = text.split_once('x').ok_or("rows x columns, as in 4096x14336")?;
     let number = |s: &str| s.trim().parse().ok().filter(|n| *n > 0).ok_or(format!("`{s}` is no positive number"));
     Ok(Shape { rows: number(rows)?, cols: number(cols)? })
 }
 
 /// Bytes over which a graph rotates: several times any L2 cache.
-const ROTATE: usize = 400 << 20;
+pub(super) const ROTATE: usize = 400 << 20;
 /// Copies of a matrix, at most.
-const COPIES: usize = 200;
+pub(super) const COPIES: usize = 200;
 /// Launches of a graph, at least.
 const LAUNCHES: usize = 256;
 /// Runs of a graph, of which the fastest counts.
@@ -287,7 +290,7 @@ fn named(launch: &Launch) -> serde_json::Map<String, serde_json::Value> {
     std::iter::once(("kernel".to_owned(), kernel.into())).chain(fields).collect()
 }
 
-fn rounded(x: f64, parts: f64) -> f64 {
+pub(super) fn rounded(x: f64, parts: f64) -> f64 {
     (x * parts).round() / parts
 }
 

@@ -3,6 +3,7 @@
 mod bench;
 mod bench_encode;
 mod bench_jit;
+mod bench_prefill;
 mod bench_roofline;
 mod check_gpu;
 mod device;

@@ -185,9 +185,15 @@ impl Context {
         }
     }
 
-    fn bind(&self) -> Result<(), DeviceError> {
+    /// Makes the context that of this thread.
+    pub fn bind(&self) -> Result<(), DeviceError> {
         // SAFETY: the context lives as long as `self`.
         unsafe { result::ctx::set_current(self.context) }.map_err(fail("cuCtxSetCurrent"))
+    }
+
+    /// The stream, as C functions take it.
+    pub fn stream(&self) -> *mut c_void {
+        self.stream.cast()
     }
 
     /// Waits for all work of the stream.

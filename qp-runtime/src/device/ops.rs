@@ -1,7 +1,8 @@
 //! The operations on quantized matrices, ready to launch: argument structs and the buffers that go with them.
 
-use half::bf16;
-use qp_codegen::ir::Elem;
+use std::marker::PhantomData;
+
+use half::{bf16, f16};
 use qp_codegen::kernels::decode::pack_tables;
 use qp_codegen::kernels::dequantize::{self, Dequantize};
 use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
@@ -13,7 +14,7 @@ use qp_codegen::layout::{COLUMN_PAD, Packed};
 use qp_codegen::reference::{Activations, Hadamard, split_activation};
 use qp_codegen::spec::{Quantizer, Rotation, Shape};
 
-use super::{Buffer, DeviceError, Executor, LaunchArgs, Loaded, Recorder};
+use super::{Buffer, DeviceError, Element, Executor, LaunchArgs, Loaded, Recorder};
 
 /// Arguments of [`Launch::lower`]'s kernels.
 #[derive(LaunchArgs)]
@@ -29,13 +30,13 @@ pub struct GemvArgs<'a> {
     arrived: &'a mut Buffer<i32>,
 }
 
-/// Arguments of [`dequantize::lower`]'s kernels with `f32` output.
+/// Arguments of [`dequantize::lower`]'s kernels.
 #[derive(LaunchArgs)]
-pub struct DequantizeArgs<'a> {
+pub struct DequantizeArgs<'a, T: Element> {
     tables: &'a Buffer<u32>,
     weights: &'a Buffer<u32>,
     scales: &'a Buffer<bf16>,
-    y: &'a mut Buffer<f32>,
+    y: &'a mut Buffer<T>,
 }
 
 /// Arguments of [`prepare::lower`]'s kernels.
@@ -48,6 +49,16 @@ pub struct PrepareArgs<'a> {
     x: &'a mut Buffer<i8>,
     x_scale: &'a mut Buffer<f32>,
     x_sum: &'a mut Buffer<i32>,
+}
+
+/// Arguments of [`prepare::lower_half`]'s kernels.
+#[derive(LaunchArgs)]
+pub struct PrepareHalfArgs<'a> {
+    input: &'a Buffer<f32>,
+    norm: &'a Buffer<f32>,
+    flips: &'a Buffer<u32>,
+    base: &'a Buffer<u32>,
+    x: &'a mut Buffer<f16>,
 }
 
 /// Arguments of [`embed_packed::lower`]'s kernels.
@@ -126,11 +137,9 @@ impl DeviceMatrix {
     /// # Errors
     /// Those of the executor.
     pub fn dequantize(&self, on: &Executor, q: &Quantizer) -> Result<Vec<f32>, DeviceError> {
-        let op = Dequantize { quantizer: q, shape: self.layout.shape, output: Elem::F32 };
-        let kernel = on.load::<DequantizeArgs>(dequantize::lower(&op, on.device().sms))?;
+        let kernel = DecodeKernel::load(on, q, self.layout.shape)?;
         let mut y = on.zeroed(self.layout.shape.len() as usize)?;
-        let args = DequantizeArgs { tables: &self.tables, weights: &self.weights, scales: &self.scales, y: &mut y };
-        on.launch(&kernel, args)?;
+        kernel.launch(on, self, &mut y)?;
         y.to_vec()
     }
 }
@@ -266,11 +275,65 @@ impl GemvKernel {
     }
 }
 
-/// Norm, rotation and rounding of activations, loaded.
-pub struct PrepareKernel {
+/// The decoding of packed matrices of one quantizer and shape to `f16`, `bf16` or `f32`, loaded: rows × columns, row-major,
+/// in the rotated space.
+pub struct DecodeKernel<T> {
     kernel: Loaded,
+    element: PhantomData<T>,
+}
+
+impl<T: Element> DecodeKernel<T> {
+    /// Makes the kernel.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn load(on: &Executor, q: &Quantizer, shape: Shape) -> Result<Self, DeviceError> {
+        let op = Dequantize { quantizer: q, shape, output: T::ELEM };
+        let kernel = on.load::<DequantizeArgs<'_, T>>(dequantize::lower(&op, on.device().sms))?;
+        Ok(DecodeKernel { kernel, element: PhantomData })
+    }
+
+    /// Launches it: `y` gets the weights of `m`.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn launch(&self, on: &Executor, m: &DeviceMatrix, y: &mut Buffer<T>) -> Result<(), DeviceError> {
+        on.launch(&self.kernel, Self::args(m, y))
+    }
+
+    fn args<'a>(m: &'a DeviceMatrix, y: &'a mut Buffer<T>) -> DequantizeArgs<'a, T> {
+        DequantizeArgs { tables: &m.tables, weights: &m.weights, scales: &m.scales, y }
+    }
+}
+
+/// The signs of a rotation on a device.
+struct Signs {
     flips: Buffer<u32>,
     base: Buffer<u32>,
+}
+
+impl Signs {
+    /// Those of `rotation` of `columns`, whose dense part's signs `base` gives.
+    fn upload(
+        on: &Executor,
+        rotation: Rotation,
+        columns: u32,
+        base: impl FnOnce() -> Vec<u32>,
+    ) -> Result<Self, DeviceError> {
+        let base = if rotation == Rotation::None { vec![0] } else { base() };
+        Ok(Signs { flips: on.upload(&rotate::flips(rotation, columns))?, base: on.upload(&base)? })
+    }
+
+    /// Those that preparing activations takes.
+    fn of_activations(on: &Executor, op: &Prepare) -> Result<Self, DeviceError> {
+        Signs::upload(on, op.rotation, op.columns, || rotate::base(&Hadamard::new(op.columns)))
+    }
+}
+
+/// Norm, rotation and rounding of activations to integers, loaded.
+pub struct PrepareKernel {
+    kernel: Loaded,
+    signs: Signs,
 }
 
 impl PrepareKernel {
@@ -279,12 +342,8 @@ impl PrepareKernel {
     /// # Errors
     /// Those of the executor.
     pub fn load(on: &Executor, op: &Prepare) -> Result<Self, DeviceError> {
-        let base = if op.rotation == Rotation::None { vec![0] } else { rotate::base(&Hadamard::new(op.columns)) };
-        Ok(PrepareKernel {
-            kernel: on.load::<PrepareArgs>(prepare::lower(op))?,
-            flips: on.upload(&rotate::flips(op.rotation, op.columns))?,
-            base: on.upload(&base)?,
-        })
+        let kernel = on.load::<PrepareArgs>(prepare::lower(op))?;
+        Ok(PrepareKernel { kernel, signs: Signs::of_activations(on, op)? })
     }
 
     /// Adds the launch to a graph. `norm` is read only by a kernel with a norm.
@@ -321,23 +380,57 @@ impl PrepareKernel {
         norm: &'a Buffer<f32>,
         out: &'a mut DeviceActivations,
     ) -> PrepareArgs<'a> {
-        PrepareArgs {
-            input,
-            norm,
-            flips: &self.flips,
-            base: &self.base,
-            x: &mut out.x,
-            x_scale: &mut out.scale,
-            x_sum: &mut out.sum,
-        }
+        let Signs { flips, base } = &self.signs;
+        let DeviceActivations { x, scale, sum } = out;
+        PrepareArgs { input, norm, flips, base, x, x_scale: scale, x_sum: sum }
+    }
+}
+
+/// Norm, rotation and rounding of activations to half precision, loaded.
+pub struct PrepareHalfKernel {
+    kernel: Loaded,
+    signs: Signs,
+}
+
+impl PrepareHalfKernel {
+    /// Makes the kernel.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn load(on: &Executor, op: &Prepare) -> Result<Self, DeviceError> {
+        let kernel = on.load::<PrepareHalfArgs>(prepare::lower_half(op))?;
+        Ok(PrepareHalfKernel { kernel, signs: Signs::of_activations(on, op)? })
+    }
+
+    /// Launches it: `x` gets tokens × columns. `norm` is read only by a kernel with a norm.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn launch(
+        &self,
+        on: &Executor,
+        input: &Buffer<f32>,
+        norm: &Buffer<f32>,
+        x: &mut Buffer<f16>,
+    ) -> Result<(), DeviceError> {
+        on.launch(&self.kernel, self.args(input, norm, x))
+    }
+
+    fn args<'a>(
+        &'a self,
+        input: &'a Buffer<f32>,
+        norm: &'a Buffer<f32>,
+        x: &'a mut Buffer<f16>,
+    ) -> PrepareHalfArgs<'a> {
+        let Signs { flips, base } = &self.signs;
+        PrepareHalfArgs { input, norm, flips, base, x }
     }
 }
 
 /// Rows of a packed matrix, decoded and rotated back, loaded.
 pub struct EmbedPackedKernel {
     kernel: Loaded,
-    flips: Buffer<u32>,
-    base: Buffer<u32>,
+    signs: Signs,
 }
 
 impl EmbedPackedKernel {
@@ -347,12 +440,9 @@ impl EmbedPackedKernel {
     /// Those of the executor.
     pub fn load(on: &Executor, op: &EmbedPacked) -> Result<Self, DeviceError> {
         let (rotation, columns) = (op.quantizer.rotation, op.shape.cols);
-        let base = if rotation == Rotation::None { vec![0] } else { embed_packed::base(columns) };
-        Ok(EmbedPackedKernel {
-            kernel: on.load::<EmbedPackedArgs>(embed_packed::lower(op))?,
-            flips: on.upload(&rotate::flips(rotation, columns))?,
-            base: on.upload(&base)?,
-        })
+        let kernel = on.load::<EmbedPackedArgs>(embed_packed::lower(op))?;
+        let signs = Signs::upload(on, rotation, columns, || embed_packed::base(columns))?;
+        Ok(EmbedPackedKernel { kernel, signs })
     }
 
     /// Adds the launch to a graph: `y` gets the rows `tokens` of `m`.
@@ -384,7 +474,7 @@ impl EmbedPackedKernel {
     }
 
     fn args<'a>(&'a self, m: &'a DeviceMatrix, tokens: &'a Buffer<i32>, y: &'a mut Buffer<f32>) -> EmbedPackedArgs<'a> {
-        let (flips, base) = (&self.flips, &self.base);
+        let Signs { flips, base } = &self.signs;
         EmbedPackedArgs { tables: &m.tables, weights: &m.weights, scales: &m.scales, tokens, flips, base, y }
     }
 }

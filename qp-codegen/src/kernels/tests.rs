@@ -379,6 +379,7 @@ fn gemm_is_exact_for_every_shape_batch_and_launch() {
     let q = &quantizers();
     let named = |name: &str| q.iter().find(|q| q.name == name).expect("a quantizer");
     let base = gemm::Launch {
+        group: false,
         row_warps: 2,
         col_warps: 1,
         row_tiles: 1,
@@ -401,6 +402,43 @@ fn gemm_is_exact_for_every_shape_batch_and_launch() {
                     gemm::Launch { row_warps: 2, col_warps: 2, token_parts: 3.min(batch), chunk: 2, ..base },
                     gemm::Launch { row_warps: tiles, split: 2, token_parts: 2, ..base },
                     gemm::Launch { row_tiles: 2, col_warps: 2, split: 3, blocks: tiles.div_ceil(2), ..base },
+                ];
+                let op = Gemv { quantizer: named(name), shape, batch, accumulate: true };
+                let launches: Vec<Launch> = launches.map(Launch::Gemm).into();
+                let fit = launches.into_iter().filter(|l| l.lower(&op).shared_bytes() <= MAX_SHARED);
+                check_product(named(name), shape, batch, &fit.collect::<Vec<_>>());
+            }
+        }
+    }
+}
+
+#[test]
+fn gemm_in_groups_of_warps_is_exact_for_every_shape_batch_and_launch() {
+    let q = &quantizers();
+    let named = |name: &str| q.iter().find(|q| q.name == name).expect("a quantizer");
+    let base = gemm::Launch {
+        group: true,
+        row_warps: 4,
+        col_warps: 1,
+        row_tiles: 1,
+        chunk: 1,
+        token_parts: 1,
+        split: 1,
+        blocks: 1,
+        min_blocks: 1,
+        table_bytes: 32 << 10,
+    };
+    for name in ["v4_k8", "v2_k5_i16", "square", "mix2"] {
+        for (rows, cols) in [(70, 300), (100, 1100)] {
+            let shape = Shape { rows, cols };
+            let tiles = Packed::new(named(name), shape).row_tiles();
+            for batch in [5, 9, 16, 20, 33, 64] {
+                let launches = [
+                    // Several rounds of one block; warps and second row tiles without rows.
+                    gemm::Launch { row_tiles: 2, ..base },
+                    gemm::Launch { row_warps: 8, chunk: 2, blocks: tiles.min(2), ..base },
+                    gemm::Launch { col_warps: 2, token_parts: 2, ..base },
+                    gemm::Launch { row_warps: tiles.next_multiple_of(4), split: 2, token_parts: 3, ..base },
                 ];
                 let op = Gemv { quantizer: named(name), shape, batch, accumulate: true };
                 let launches: Vec<Launch> = launches.map(Launch::Gemm).into();

@@ -8,7 +8,7 @@ use qp_codegen::kernels::dequantize::{self, Dequantize};
 use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::prepare::{self, Prepare};
-use qp_codegen::kernels::product::Launch;
+use qp_codegen::kernels::product::{Launch, Way};
 use qp_codegen::kernels::{Span, encode};
 use qp_codegen::palette;
 use qp_codegen::spec::{Quantizer, Rotation, Shape};
@@ -42,8 +42,9 @@ fn many_tokens_run_on_the_interpreter_as_on_the_cpu() {
     work.par_iter().for_each(|(name, (shape, batches))| {
         let q = palette::get(name).expect("of the palette");
         let done = check::quantizer(&on, &q, *shape, batches).unwrap_or_else(|e| panic!("{e}"));
-        // The matrix, rows of it, and for each batch its activations and products with and without columns split.
-        assert_eq!(done, 2 + batches.len() * 3, "{name}");
+        // The matrix, rows of it, and for each batch its activations and products, by warps and by groups of them, with and
+        // without columns split.
+        assert_eq!(done, 2 + batches.len() * 5, "{name}");
     });
 }
 
@@ -63,7 +64,15 @@ fn kernels(q: &Quantizer, target: Target) -> Vec<Kernel> {
     if target == Target::Sm90a {
         out.push(embed(q, 4096));
         out.extend([gemv(28672, 4096, 1, false), gemv(4096, 14336, 8, true), gemv(1536, 576, 3, false)]);
-        out.push(gemv(28672, 4096, 64, false));
+        // By groups of warps, and by warps each for itself, as everywhere else.
+        for (shape, batch) in [(Shape { rows: 28672, cols: 4096 }, 64), (Shape { rows: 4096, cols: 14336 }, 16)] {
+            let op = Gemv { quantizer: q, shape, batch, accumulate: false };
+            let ranked = Launch::ranked(&op, &device);
+            for way in [Way::Groups, Way::Gemm] {
+                let (_, launch) = ranked.iter().find(|r| r.1.way() == way).expect("a launch of each way");
+                out.push(Kernel { name: format!("{way:?}_{}", launch.lower(&op).name), ..launch.lower(&op) });
+            }
+        }
     } else if ["fast_2", "tcq_3", "htcq_3.25", "nuq_4"].contains(&q.name.as_str()) {
         out.push(gemv(3584, 18944, 64, true));
     }

@@ -75,6 +75,12 @@ impl Launch {
         self.row_warps * self.col_warps
     }
 
+    /// Steps whose words a warp has on their way: groups, which decode and multiply in turn, wait for none; the steps of a
+    /// chunk take the registers for them in turn.
+    pub(super) fn ahead(&self) -> u32 {
+        if self.group && self.chunk.is_multiple_of(2) { 2 } else { 1 }
+    }
+
     /// True if warps add their sums up.
     fn meets(&self) -> bool {
         self.col_warps * self.split > 1
@@ -264,10 +270,11 @@ impl<'b, 'a> Emit<'b, 'a> {
     fn kernel(&self) {
         let (b, plan, launch) = (self.b, self.plan, self.launch);
         b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
-        let words: Vec<Words> =
-            (0..launch.row_tiles).map(|_| self.operands.words(plan.layout.lane_words.len() as u32)).collect();
+        let of_tile = || self.operands.words(plan.layout.lane_words.len() as u32);
+        let of_step = || (0..launch.row_tiles).map(|_| of_tile()).collect();
+        let words: Vec<Vec<Words>> = (0..launch.ahead()).map(|_| of_step()).collect();
         let zero = b.i32(0);
-        self.fetch(zero, &words);
+        (0..).zip(&words).for_each(|(step, words)| self.fetch(b.i32(step), 0, words));
         b.comment("Tables into shared memory.");
         self.operands.decoder.fill(launch.warps() * 32);
         if let (Some((sums, _)), 1) = (self.sums, launch.split) {
@@ -294,12 +301,16 @@ impl<'b, 'a> Emit<'b, 'a> {
                 b.barrier();
                 self.stage(chunk + (STAGES - 1));
                 let slot = chunk % STAGES * plan.stage_units;
-                let step = |i: V<'b>| {
-                    let next = chunk * launch.chunk + i + 1;
-                    let step = || self.step(slot, i, next, &words, &acc);
-                    if launch.group { step() } else { self.busy(round, step) }
+                let steps = |first: V<'b>| {
+                    for (i, words) in (0..).zip(&words) {
+                        let i = first + i;
+                        let next = chunk * launch.chunk + i + launch.ahead();
+                        let step = || self.step(slot, i, next, words, &acc);
+                        if launch.group { step() } else { self.busy(round, step) }
+                    }
                 };
-                if launch.chunk == 1 { step(zero) } else { b.for_(0, launch.chunk, 1, step) }
+                let ahead = launch.ahead();
+                if launch.chunk == ahead { steps(zero) } else { b.for_(0, launch.chunk, ahead, steps) }
             });
             self.finish(round, &acc);
         });
@@ -317,8 +328,9 @@ impl<'b, 'a> Emit<'b, 'a> {
         (round * self.launch.row_warps + self.row_warp) * self.launch.row_tiles + m
     }
 
-    /// Starts loading the words of step `step` (steps of all rounds count on), if there is one.
-    fn fetch(&self, step: V<'b>, words: &[Words]) {
+    /// Starts loading the words of step `step` (steps of all rounds count on), if there is one, for row tiles from
+    /// `first_tile` on.
+    fn fetch(&self, step: V<'b>, first_tile: u32, words: &[Words]) {
         let (b, plan) = (self.b, self.plan);
         let per_round = plan.steps(self.launch);
         let (round, within) = if plan.rounds == 1 { (b.i32(0), step) } else { divide(b, step, per_round) };
@@ -326,9 +338,9 @@ impl<'b, 'a> Emit<'b, 'a> {
         let codes = plan.layout.lane_words.len() as u32;
         let covered = self.launch.split * per_round * self.launch.col_warps * codes;
         let load = || {
-            for (m, words) in words.iter().enumerate() {
+            for (m, words) in (first_tile..).zip(words) {
                 // A warp's last row tiles may lie beyond the block's: their sums are not written.
-                let row = self.first_row + self.row_tile(round, m as u32).min(self.rows - 1);
+                let row = self.first_row + self.row_tile(round, m).min(self.rows - 1);
                 let first = row * self.operands.row_words() + group * self.operands.period();
                 self.operands.fetch(first, group * codes, words, covered != plan.layout.col_tiles(), self.lane);
             }
@@ -384,20 +396,25 @@ impl<'b, 'a> Emit<'b, 'a> {
             .iter()
             .map(|tiles| tiles.iter().map(|t| flatten(&t.iter().map(|&v| b.get(v)).collect::<Vec<_>>())).collect())
             .collect();
-        self.fetch(next, words);
         let group = i * self.launch.col_warps + self.col_warp;
         let codes = plan.layout.lane_words.len() as u32;
         let tile_units = plan.layout.tile.cols / 16;
         let first = slot + group * (codes * tile_units * plan.unit_step);
         if self.launch.group {
             for code in 0..codes {
-                for (m, words) in (0..).zip(&current) {
-                    let registers = self.operands.decoder.tile(code as usize, &words[code as usize]);
+                for (m, (words, current)) in (0..).zip(words.chunks(1).zip(&current)) {
+                    let registers = self.operands.decoder.tile(code as usize, &current[code as usize]);
+                    if code + 1 == codes {
+                        self.fetch(next, m, words);
+                        // Behind which the assembler does not put the loads off.
+                        b.warp_sync();
+                    }
                     self.multiply_in_groups(&registers, m, first + code * tile_units * plan.unit_step, acc);
                 }
             }
             return;
         }
+        self.fetch(next, 0, words);
         let mut sums: Vec<V> = acc.iter().map(|&v| b.get(v)).collect();
         // Lane 8j + i names row i of matrix j: of planes 0 to 8 the first 16 columns, the second, of planes 8 to 16 …
         let plane = (self.lane & 7) + (self.lane >> 4) * 8;

@@ -194,12 +194,25 @@ const GEMM_WARPS: [u32; 6] = [4, 6, 8, 10, 12, 16];
 const GEMM_CHOICES: [(u32, u32, u32); 9] =
     [(1, 1, 1), (1, 2, 1), (1, 4, 1), (2, 1, 1), (2, 2, 1), (2, 4, 1), (2, 8, 1), (1, 2, 2), (2, 2, 2)];
 /// The same for groups of warps.
-const GROUP_CHOICES: [(u32, u32, u32); 10] =
-    [(1, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 2), (1, 2, 2), (1, 4, 2), (1, 2, 3), (2, 1, 1), (2, 2, 1), (2, 4, 1)];
+const GROUP_CHOICES: [(u32, u32, u32); 12] = [
+    (1, 1, 1),
+    (1, 2, 1),
+    (1, 4, 1),
+    (1, 8, 1),
+    (1, 2, 2),
+    (1, 4, 2),
+    (1, 8, 2),
+    (1, 4, 3),
+    (2, 1, 1),
+    (2, 2, 1),
+    (2, 4, 1),
+    (2, 8, 1),
+];
 /// Seconds that set launches whose registers spill behind all others: they are for codes of which nothing else fits.
 const SPILLS: f64 = 1e3;
-/// Share of the shorter of decoding and multiplying that two groups of warps or more do not hide behind the longer.
-const GROUP_REST: f64 = 0.3;
+/// Share of the shorter of decoding and multiplying that groups of warps, divided by their number, do not hide behind the
+/// longer.
+const GROUP_REST: f64 = 0.6;
 /// Cycles from the beginning of a group's product to its end, beyond the tensor cores' time.
 const GROUP_LATENCY: f64 = 60.0;
 /// Bytes that an SM reads from the L2 cache in a cycle.
@@ -275,7 +288,7 @@ fn estimate_gemm(op: &Gemv, launch: &gemm::Launch, device: &Device, tables: &Tab
     // Warps decode all their row tiles and then multiply, groups tile by tile.
     let decoded = if launch.group { 1 } else { launch.row_tiles };
     let registers = 4 * plan.accumulators(launch)
-        + launch.row_tiles * period
+        + launch.row_tiles * period * launch.ahead()
         + (decoded * operands).saturating_sub(TILE_REGISTERS)
         + (decoded - 1) * TILE_REGISTERS
         + working_registers(op.quantizer)
@@ -332,9 +345,10 @@ fn estimate_gemm(op: &Gemv, launch: &gemm::Launch, device: &Device, tables: &Tab
     let work = if launch.group {
         // A scheduler has a warp of each group.
         let decode = [alu, slots, banks].into_iter().fold(0.0, f64::max) / issue_share(4.0 * at_once);
-        let waits = of_scheduler * f64::from(plan.row_parts() * plan.products) * GROUP_LATENCY;
-        let multiply = tensor + waits / at_once;
-        let hidden = if at_once < 2.0 { 1.0 } else { GROUP_REST };
+        let words = if launch.ahead() > 1 { 0.0 } else { LATENCY * device.clock / f64::from(launch.row_tiles) };
+        let product = f64::from(plan.row_parts() * plan.products) * GROUP_LATENCY;
+        let multiply = tensor + of_scheduler * (words + product) / at_once;
+        let hidden = if at_once < 2.0 { 1.0 } else { GROUP_REST / at_once };
         memory.max(staged / L2).max(decode.max(multiply) + hidden * decode.min(multiply))
     } else {
         (fullest + rest / at_once.powf(1.5)) / issue_share(4.0 * at_once)

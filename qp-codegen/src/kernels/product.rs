@@ -32,6 +32,17 @@ pub enum Launch {
     Gemm(gemm::Launch),
 }
 
+/// Ways of multiplying, of which a [`Launch`] takes one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// [`gemv`].
+    Gemv,
+    /// [`gemm`], each warp for itself.
+    Gemm,
+    /// [`gemm`], warps in groups of four (Hopper).
+    Groups,
+}
+
 impl Launch {
     /// The launch that the cost model likes best on `device`.
     ///
@@ -116,11 +127,12 @@ impl Launch {
         }
     }
 
-    /// True if groups of four warps multiply together (Hopper).
-    pub fn in_groups(&self) -> bool {
+    /// How it multiplies.
+    pub fn way(&self) -> Way {
         match self {
-            Launch::Gemv(_) => false,
-            Launch::Gemm(launch) => launch.group,
+            Launch::Gemv(_) => Way::Gemv,
+            Launch::Gemm(launch) if launch.group => Way::Groups,
+            Launch::Gemm(_) => Way::Gemm,
         }
     }
 

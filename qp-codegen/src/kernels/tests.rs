@@ -437,7 +437,7 @@ fn gemm_in_groups_of_warps_is_exact_for_every_shape_batch_and_launch() {
                     // Several rounds of one block; warps and second row tiles without rows.
                     gemm::Launch { row_tiles: 2, ..base },
                     gemm::Launch { row_warps: 8, chunk: 2, blocks: tiles.min(2), ..base },
-                    gemm::Launch { col_warps: 2, token_parts: 2, ..base },
+                    gemm::Launch { col_warps: 2, chunk: 2, token_parts: 2, ..base },
                     gemm::Launch { row_warps: tiles.next_multiple_of(4), split: 2, token_parts: 3, ..base },
                 ];
                 let op = Gemv { quantizer: named(name), shape, batch, accumulate: true };

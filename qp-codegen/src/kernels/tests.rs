@@ -5,7 +5,7 @@ use super::dequantize::{self, Dequantize};
 use super::embed_packed::{self, EmbedPacked};
 use super::gemv::{self, Gemv};
 use super::prepare::{self, Prepare};
-use super::product::Launch;
+use super::product::{Launch, Way};
 use super::{Span, gemm, rotate};
 use crate::ir::interpret::{Arg, Options, run};
 use crate::ir::{Elem, Kernel};
@@ -369,7 +369,9 @@ fn gemm_is_exact_for_every_code() {
     for q in quantizers() {
         for (shape, batch) in [(Shape { rows: 40, cols: 600 }, 11), (Shape { rows: 24, cols: 300 }, 64)] {
             let op = Gemv { quantizer: &q, shape, batch, accumulate: true };
-            check_product(&q, shape, batch, &[Launch::choose(&op, &crate::cuda::Target::Sm86.device())]);
+            let ranked = Launch::ranked(&op, &crate::cuda::Target::Sm90a.device());
+            let groups = ranked.iter().find(|r| r.1.way() == Way::Groups).expect("for every code and batch").1;
+            check_product(&q, shape, batch, &[Launch::choose(&op, &crate::cuda::Target::Sm86.device()), groups]);
         }
     }
 }
@@ -497,5 +499,21 @@ fn launches_are_ranked_once_each() {
         let different: std::collections::HashSet<_> = ranked.iter().map(|r| r.1).collect();
         assert_eq!(different.len(), ranked.len(), "{rows} x {cols}");
         assert!(ranked.is_sorted_by_key(|r| r.0));
+    }
+}
+
+#[test]
+fn only_hopper_multiplies_in_groups_of_warps() {
+    let q = crate::palette::get("fast_3").expect("of the palette");
+    for target in crate::cuda::Target::ALL {
+        for batch in [4, 8, 16, 64] {
+            let op = Gemv { quantizer: &q, shape: Shape { rows: 28672, cols: 4096 }, batch, accumulate: false };
+            let ranked = Launch::ranked(&op, &target.device());
+            let any = ranked.iter().any(|r| r.1.way() == Way::Groups);
+            assert_eq!(any, target.has_wgmma() && batch > 4, "{target}, {batch} tokens");
+            if batch >= 16 {
+                assert_eq!(ranked[0].1.way() == Way::Groups, target.has_wgmma(), "{target}, {batch} tokens");
+            }
+        }
     }
 }

@@ -137,6 +137,54 @@ fn everything() -> Kernel {
     b.finish()
 }
 
+/// Products of groups of warps, with bytes of either kind and two steps, which only some targets have.
+fn groups() -> Kernel {
+    let b = Builder::new("groups", [1, 1], 256);
+    let words = b.buffer("words", Elem::U32, false);
+    let out = b.buffer("out", Elem::I32, true);
+    let staged = b.shared("staged", Elem::U32, 2 * 4 * 20 * 4);
+    let (thread, warp) = (b.special(Special::Thread), b.special(Special::Warp));
+    b.if_(thread.lt(160), || b.async_copy(staged, thread, words, thread, 16));
+    b.async_commit();
+    b.async_wait(0);
+    b.group_fence();
+    b.barrier();
+    let a: [V<'_>; 4] = b.load_as(words, thread * 4, Elem::U32, 4, Cache::ReadOnly).lanes().try_into().ok().unwrap();
+    let none = b.vector(&[b.i32(0); 4]);
+    let acc = [b.named_var("low", none), b.named_var("high", none)];
+    for signed in [false, true] {
+        b.mma_group(signed, &[a, a], &acc, staged, warp / 4 * 80, 20);
+    }
+    b.mma_group(true, &[a], &acc[..1], staged, b.i32(8), 20);
+    for (i, var) in acc.into_iter().enumerate() {
+        b.store(out, (thread * 2 + i as i32) * 4, b.get(var), Elem::I32);
+    }
+    b.finish()
+}
+
+#[test]
+fn products_of_warp_groups_are_printed_and_compile_where_there_are_any() {
+    let kernel = groups();
+    let targets: Vec<Target> = Target::ALL.into_iter().filter(|t| t.has_wgmma()).collect();
+    assert_eq!(targets, [Target::Sm90a]);
+    let source = print(&kernel, Target::Sm90a);
+    insta::assert_snapshot!("groups_sm_90a", source);
+    insta::assert_snapshot!("groups_ir", kernel.to_string());
+    if jit::nvrtc_for_tests().is_none() {
+        return;
+    }
+    let (arch, options) = (Target::Sm90a.nvrtc_arch(), jit::Options::default());
+    let cubin = jit::compile_in(&jit::Cache::none(), &source, "groups", arch, &options);
+    let usage = cubin.unwrap_or_else(|e| panic!("{e}")).usage.expect("the compiler says");
+    assert_eq!((usage.spill_stores, usage.spill_loads, usage.stack), (0, 0, 0));
+}
+
+#[test]
+#[should_panic(expected = "groups: sm_100 has no products of warp groups")]
+fn products_of_warp_groups_are_not_printed_where_there_are_none() {
+    print(&groups(), Target::Sm100);
+}
+
 #[test]
 fn everything_is_printed() {
     for target in [Target::Sm80, Target::Sm90a] {

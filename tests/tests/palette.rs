@@ -8,7 +8,7 @@ use qp_codegen::kernels::dequantize::{self, Dequantize};
 use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::prepare::{self, Prepare};
-use qp_codegen::kernels::product::Launch;
+use qp_codegen::kernels::product::{Launch, Way};
 use qp_codegen::kernels::{Span, encode};
 use qp_codegen::palette;
 use qp_codegen::spec::{Quantizer, Rotation, Shape};
@@ -63,7 +63,15 @@ fn kernels(q: &Quantizer, target: Target) -> Vec<Kernel> {
     if target == Target::Sm90a {
         out.push(embed(q, 4096));
         out.extend([gemv(28672, 4096, 1, false), gemv(4096, 14336, 8, true), gemv(1536, 576, 3, false)]);
-        out.push(gemv(28672, 4096, 64, false));
+        // By groups of warps, and by warps each for itself, as everywhere else.
+        for (shape, batch) in [(Shape { rows: 28672, cols: 4096 }, 64), (Shape { rows: 4096, cols: 14336 }, 16)] {
+            let op = Gemv { quantizer: q, shape, batch, accumulate: false };
+            let ranked = Launch::ranked(&op, &device);
+            for way in [Way::Groups, Way::Gemm] {
+                let (_, launch) = ranked.iter().find(|r| r.1.way() == way).expect("a launch of each way");
+                out.push(Kernel { name: format!("{way:?}_{}", launch.lower(&op).name), ..launch.lower(&op) });
+            }
+        }
     } else if ["fast_2", "tcq_3", "htcq_3.25", "nuq_4"].contains(&q.name.as_str()) {
         out.push(gemv(3584, 18944, 64, true));
     }

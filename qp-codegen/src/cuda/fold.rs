@@ -104,11 +104,15 @@ impl Folder<'_> {
                     self.used(*dst_index, user);
                     self.used(*src_index, user);
                 }
+                Stmt::MmaGroup { signed_a: _, a, acc: _, mem: _, first, stride: _ } => {
+                    a.iter().flatten().chain([first]).for_each(|v| self.used(*v, user));
+                }
                 Stmt::Barrier
                 | Stmt::WarpSync
                 | Stmt::Fence
                 | Stmt::AsyncCommit
                 | Stmt::AsyncWait { .. }
+                | Stmt::GroupFence
                 | Stmt::GridWait
                 | Stmt::GridLaunch
                 | Stmt::Comment(_) => {}
@@ -205,7 +209,12 @@ impl Folder<'_> {
 }
 
 fn writes(s: &Stmt, var: Var) -> bool {
-    matches!(s, Stmt::Set(x, _) if *x == var) || s.nested().flatten().any(|s| writes(s, var))
+    let itself = match s {
+        Stmt::Set(x, _) => *x == var,
+        Stmt::MmaGroup { acc, .. } => acc.contains(&var),
+        _ => false,
+    };
+    itself || s.nested().flatten().any(|s| writes(s, var))
 }
 
 /// A variable can be declared by its first `Set` if all else about it lies in the block that holds that.
@@ -220,16 +229,17 @@ fn declarations(kernel: &Kernel) -> Vec<bool> {
         *next += 1;
         let block = open[open.len() - 1];
         for s in stmts {
-            let mention = match s {
-                Stmt::Set(x, _) => Some((*x, true)),
-                Stmt::Let(v) => match kernel.value(*v).op {
-                    Op::Get(x) => Some((x, false)),
-                    _ => None,
+            let (mentions, set): (&[Var], bool) = match s {
+                Stmt::Set(x, _) => (std::slice::from_ref(x), true),
+                Stmt::Let(v) => match &kernel.value(*v).op {
+                    Op::Get(x) => (std::slice::from_ref(x), false),
+                    _ => (&[], false),
                 },
-                _ => None,
+                Stmt::MmaGroup { acc, .. } => (acc, false),
+                _ => (&[], false),
             };
             s.nested().for_each(|b| walk(kernel, b, next, open, seen));
-            if let Some((x, set)) = mention {
+            for x in mentions {
                 match &mut seen[x.0 as usize] {
                     Some(s) => s.good &= open.contains(&s.block),
                     first => *first = Some(Seen { block, good: set }),

@@ -33,6 +33,12 @@ pub(super) enum Helper {
     Mma {
         signed_a: bool,
     },
+    /// `groups` accumulators of 8 columns, `steps` of 32 bytes of K.
+    MmaGroup {
+        signed_a: bool,
+        groups: u8,
+        steps: u8,
+    },
 }
 
 const ELEMS: [Elem; 9] =
@@ -84,6 +90,10 @@ impl Helper {
             Helper::LoadMatrix { lanes } => format!("qp_load_matrix_x{lanes}"),
             Helper::Mma { signed_a: true } => "qp_mma_s8".into(),
             Helper::Mma { signed_a: false } => "qp_mma_u8".into(),
+            Helper::MmaGroup { signed_a, groups, steps } => {
+                let a = if signed_a { "s8" } else { "u8" };
+                format!("qp_mma_group_{a}_n{}_k{}", u32::from(groups) * 8, u32::from(steps) * 32)
+            }
         }
     }
 
@@ -104,7 +114,8 @@ impl Helper {
             | Helper::Store { .. }
             | Helper::CopyAsync { .. }
             | Helper::LoadMatrix { .. }
-            | Helper::Mma { .. } => None,
+            | Helper::Mma { .. }
+            | Helper::MmaGroup { .. } => None,
         }
     }
 
@@ -174,11 +185,48 @@ impl Helper {
                 let parameters = "unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, int4 acc";
                 ("int4".into(), parameters.into(), body)
             }
+            Helper::MmaGroup { signed_a, groups, steps } => mma_group(signed_a, groups.into(), steps.into()),
         };
         let (result, parameters, body): (String, String, String) = (result, parameters, body);
         let body = body.replace('\n', "\n    ");
         format!("static __device__ __forceinline__ {result} {}({parameters}) {{\n    {body}\n}}\n", self.name())
     }
+}
+
+/// Result, parameters and body of products of warp groups.
+///
+/// B's descriptor holds, in units of 16 bytes: in bits 0 to 13 the address, from 16 on the distance of two units along K,
+/// from 32 on that of two groups of 8 columns; zeros above: no swizzling. Fence, products and wait are one text, so that
+/// the assembler sees that nothing touches the registers while the products run.
+fn mma_group(signed_a: bool, groups: u32, steps: u32) -> (String, String, String) {
+    let a = if signed_a { "s8" } else { "u8" };
+    let list = |f: &dyn Fn(u32) -> String, n: u32| (0..n).map(f).collect::<Vec<_>>().join(", ");
+    let sums = list(&|i| format!("%{i}"), 4 * groups);
+    let mut text = vec!["wgmma.fence.sync.aligned;".to_string()];
+    for step in 0..steps {
+        let fragment = list(&|i| format!("%{}", 4 * (groups + step) + i), 4);
+        let descriptor = 4 * (groups + steps) + step;
+        text.push(format!("wgmma.mma_async.sync.aligned.m64n{}k32.s32.{a}.s8", 8 * groups));
+        text.push(format!("    {{{sums}}},"));
+        text.push(format!("    {{{fragment}}}, %{descriptor}, 1;"));
+    }
+    text.extend(["wgmma.commit_group.sync.aligned;".into(), "wgmma.wait_group.sync.aligned 0;".into()]);
+    let text: Vec<String> = text.iter().map(|line| format!("\"{line}\\n\"")).collect();
+    let outputs = list(&|i| format!("\"+r\"(d{}.{})", i / 4, ["x", "y", "z", "w"][i as usize % 4]), 4 * groups);
+    let inputs = list(&|i| format!("\"r\"(a{i})"), 4 * steps);
+    let descriptors = list(&|i| format!("\"l\"(b + {i} * stride)", i = 2 * i), steps);
+    let body = format!(
+        "const unsigned first = (unsigned)__cvta_generic_to_shared(from) >> 4;\n\
+         const unsigned long long b = 8ull << 32 | stride << 16 | first;\n\
+         asm volatile({}\n             : {outputs}\n             : {inputs}, {descriptors} : \"memory\");",
+        text.join("\n             "),
+    );
+    let parameters = [
+        list(&|i| format!("int4& d{i}"), groups),
+        list(&|i| format!("unsigned a{i}"), 4 * steps),
+        "const void* from, unsigned stride".into(),
+    ];
+    ("void".into(), parameters.join(", "), body)
 }
 
 fn elem_index(elem: Elem) -> u8 {

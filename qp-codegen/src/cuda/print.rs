@@ -17,6 +17,9 @@ use crate::ir::*;
 const WIDTH: usize = 110;
 
 /// The CUDA source of one kernel that the validator accepts.
+///
+/// # Panics
+/// If the kernel has a [`Stmt::MmaGroup`] and the target has not ([`Target::has_wgmma`]): a mistake of its lowering.
 pub fn print(kernel: &Kernel, target: Target) -> String {
     print_module(&[kernel], target)
 }
@@ -332,6 +335,23 @@ impl<'k, 'h> Printer<'k, 'h> {
             Stmt::AsyncCommit => self.line("asm volatile(\"cp.async.commit_group;\" ::: \"memory\");"),
             Stmt::AsyncWait { pending } => {
                 self.line(&format!("asm volatile(\"cp.async.wait_group {pending};\" ::: \"memory\");"));
+            }
+            Stmt::GroupFence => self.line("asm volatile(\"fence.proxy.async.shared::cta;\" ::: \"memory\");"),
+            Stmt::MmaGroup { signed_a, a, acc, mem, first, stride } => {
+                assert!(
+                    self.target.has_wgmma(),
+                    "{}: {} has no products of warp groups",
+                    self.kernel.name,
+                    self.target
+                );
+                let (groups, steps) = (acc.len() as u8, a.len() as u8);
+                let h = self.helper(Helper::MmaGroup { signed_a: *signed_a, groups, steps });
+                let mut args: Vec<String> = acc.iter().map(|x| self.vars[x.0 as usize].clone()).collect();
+                args.extend(a.iter().flatten().map(|v| self.expr(*v).text).collect::<Vec<_>>());
+                let from = self.expr(*first).within(Binds::Product);
+                let line =
+                    format!("{h}({}, (uint4*){} + {from}, {stride}u);", args.join(", "), self.shared[*mem as usize]);
+                self.line(&line);
             }
             Stmt::GridWait => {
                 self.grid_control("wait");

@@ -56,6 +56,8 @@ pub struct Device {
     /// Products of signed bytes that the tensor cores of one SM sum in a cycle through `mma.sync`, which on Hopper and
     /// later reaches less than all of their rate.
     pub int8_products: f64,
+    /// The same through Hopper's products of warp groups (`wgmma`); 0 where there are none.
+    pub group_products: f64,
 }
 
 /// A name that is no target.
@@ -122,6 +124,7 @@ impl Target {
             bandwidth: 2.039e12,
             clock: 1.41e9,
             int8_products: 2048.0,
+            group_products: 0.0,
         };
         let small = Device {
             name: "RTX 3090",
@@ -135,6 +138,7 @@ impl Target {
             bandwidth: 0.936e12,
             clock: 1.70e9,
             int8_products: 1024.0,
+            group_products: 0.0,
         };
         let hopper = Device {
             name: "H100 SXM",
@@ -145,6 +149,7 @@ impl Target {
             bandwidth: 3.35e12,
             clock: 1.98e9,
             int8_products: 2600.0,
+            group_products: 4096.0,
             ..large
         };
         match self {
@@ -162,7 +167,9 @@ impl Target {
             Target::Sm90a => hopper,
             Target::Sm100 => {
                 let (name, sms, l2_bytes) = ("B200", 148, 126 * MIB);
-                Device { name, sms, l2_bytes, bandwidth: 8.0e12, clock: 1.965e9, int8_products: 2048.0, ..hopper }
+                let (bandwidth, clock) = (8.0e12, 1.965e9);
+                let (int8_products, group_products) = (2048.0, 0.0);
+                Device { name, sms, l2_bytes, bandwidth, clock, int8_products, group_products, ..hopper }
             }
             Target::Sm120 => Device {
                 name: "RTX 5090",
@@ -186,9 +193,9 @@ impl Target {
         self >= Target::Sm90a
     }
 
-    /// Hopper's warp-group products (`wgmma`).
+    /// Hopper's products of warp groups (`wgmma`).
     pub fn has_wgmma(self) -> bool {
-        self == Target::Sm90a
+        self.device().group_products > 0.0
     }
 
     /// Blocks of `threads` threads, `registers` a thread and `shared` bytes a block that fit on one SM at once; 0 if

@@ -341,6 +341,18 @@ impl Builder {
         self.push(Stmt::AsyncWait { pending });
     }
 
+    /// Shows this thread's shared writes to products of warp groups; see [`Stmt::GroupFence`].
+    pub fn group_fence(&self) {
+        self.push(Stmt::GroupFence);
+    }
+
+    /// Products of warp groups; see [`Stmt::MmaGroup`].
+    pub fn mma_group(&self, signed_a: bool, a: &[[V<'_>; 4]], acc: &[Var], mem: Mem, first: V<'_>, stride: u32) {
+        let Mem::Shared(mem) = mem else { panic!("from shared memory") };
+        let a = a.iter().map(|a| a.map(|v| v.val)).collect();
+        self.push(Stmt::MmaGroup { signed_a, a, acc: acc.to_vec(), mem, first: first.val, stride });
+    }
+
     /// Waits for the kernels before this one.
     pub fn grid_wait(&self) {
         self.push(Stmt::GridWait);
@@ -618,11 +630,15 @@ fn sweep(kernel: &mut Kernel) {
                     used[dst_index.0 as usize] = true;
                     used[src_index.0 as usize] = true;
                 }
+                Stmt::MmaGroup { signed_a: _, a, acc: _, mem: _, first, stride: _ } => {
+                    a.iter().flatten().chain([&*first]).for_each(|v| used[v.0 as usize] = true);
+                }
                 Stmt::Barrier
                 | Stmt::WarpSync
                 | Stmt::Fence
                 | Stmt::AsyncCommit
                 | Stmt::AsyncWait { .. }
+                | Stmt::GroupFence
                 | Stmt::GridWait
                 | Stmt::GridLaunch
                 | Stmt::Comment(_) => {}

@@ -21,10 +21,9 @@
 //! (the interpreter traps); `U32` wraps. `U32` and `I32` shifts by 32 or more are traps.
 //!
 //! **Lanes.** A value is *block-uniform*, *warp-uniform* or *divergent* (see `validate`). [`Stmt::Barrier`] stands only
-//! under block-uniform control flow, [`Op::Shuffle`], [`Op::LoadMatrix`] and the tensor-core products only under
-//! warp-uniform. Threads of
-//! a block may see each other's shared writes only across a barrier (or, within a warp, [`Stmt::WarpSync`]); the
-//! interpreter reports a race otherwise. Blocks run in any order and meet only in atomics.
+//! under block-uniform control flow, as does [`Stmt::MmaGroup`]; [`Op::Shuffle`], [`Op::LoadMatrix`] and [`Op::MmaI8`]
+//! only under warp-uniform. Threads of a block may see each other's shared writes only across a barrier (or, within a
+//! warp, [`Stmt::WarpSync`]); the interpreter reports a race otherwise. Blocks run in any order and meet only in atomics.
 //!
 //! The validator accepts ⇒ the printer does not fail, and the interpreter fails only on bad data
 //! (an index out of bounds, an overflow, a race), with the place.
@@ -430,6 +429,14 @@ impl Op {
     }
 }
 
+/// The fewest columns, `columns` or more, that a [`Stmt::MmaGroup`] can have: 8, 16, 24, 32, then whole 16s.
+pub fn group_columns(columns: u32) -> u32 {
+    columns.max(1).next_multiple_of(if columns <= 32 { 8 } else { 16 })
+}
+
+/// Most columns of a [`Stmt::MmaGroup`].
+pub const MAX_GROUP_COLUMNS: u32 = 256;
+
 /// A list of statements.
 pub type Block = Vec<Stmt>;
 
@@ -502,6 +509,30 @@ pub enum Stmt {
         /// Groups that may still be in flight.
         pending: u32,
     },
+    /// Shows what this thread has written to shared memory, copies that it has waited for included, to
+    /// [`Stmt::MmaGroup`], which reads it past the thread's own path. It takes effect at the next barrier: PTX
+    /// `fence.proxy.async`.
+    GroupFence,
+    /// PTX `wgmma.m64nNk32.s32`, and the wait for it: each four warps multiply 64 rows, 16 a warp, with N columns onto
+    /// `acc`, once for each of `a`, which lie one behind the other along K. Only for targets that have it.
+    ///
+    /// Warp `w` of four holds rows `16·w..` of A and of the sums, as the operands and accumulators of [`Op::MmaI8`].
+    /// B lies in shared memory in cells of 16 bytes: bytes `16·u..` of column `n` in cell `first + u·stride + n`. All of
+    /// it must have been shown ([`Stmt::GroupFence`]) before a barrier.
+    MmaGroup {
+        /// True if A's bytes are signed; B's are.
+        signed_a: bool,
+        /// For each 32 bytes of K: the A fragment, four `U32`.
+        a: Vec<[Val; 4]>,
+        /// For each 8 of the N columns: the accumulator, `I32 × 4`. N is [`group_columns`] of itself.
+        acc: Vec<Var>,
+        /// The shared array of B.
+        mem: u32,
+        /// First cell (`I32`), the same for the four warps.
+        first: Val,
+        /// Cells from one 16 bytes of K to the next.
+        stride: u32,
+    },
     /// Waits until the kernels this one depends on have finished (programmatic dependent launch). Without the
     /// feature, or below `sm_90`, nothing.
     GridWait,
@@ -526,6 +557,8 @@ impl Stmt {
             | Stmt::AsyncCopy { .. }
             | Stmt::AsyncCommit
             | Stmt::AsyncWait { .. }
+            | Stmt::GroupFence
+            | Stmt::MmaGroup { .. }
             | Stmt::GridWait
             | Stmt::GridLaunch
             | Stmt::Comment(_) => (None, None),

@@ -36,6 +36,15 @@ pub fn statement(kernel: &Kernel, s: &Stmt) -> String {
         ),
         Stmt::AsyncCommit => "async_commit".into(),
         Stmt::AsyncWait { pending } => format!("async_wait {pending}"),
+        Stmt::GroupFence => "group_fence".into(),
+        Stmt::MmaGroup { signed_a, a, acc, mem: m, first, stride } => format!(
+            "mma_group_{}8s8 [{}] by {}[{} + {stride} u + n] onto [{}]",
+            if *signed_a { "s" } else { "u" },
+            a.iter().map(|a| list(kernel, a)).collect::<Vec<_>>().join(", "),
+            mem(Mem::Shared(*m)),
+            value(*first),
+            acc.iter().map(|x| var(*x).to_string()).collect::<Vec<_>>().join(", ")
+        ),
         Stmt::GridWait => "grid_wait".into(),
         Stmt::GridLaunch => "grid_launch".into(),
         Stmt::Comment(text) => text.lines().map(|l| format!("; {l}")).collect::<Vec<_>>().join("\n"),
@@ -250,6 +259,8 @@ fn block(f: &mut Formatter<'_>, kernel: &Kernel, stmts: &[Stmt], depth: usize) -
             | Stmt::AsyncCopy { .. }
             | Stmt::AsyncCommit
             | Stmt::AsyncWait { .. }
+            | Stmt::GroupFence
+            | Stmt::MmaGroup { .. }
             | Stmt::GridWait
             | Stmt::GridLaunch
             | Stmt::Comment(_) => writeln!(f)?,

@@ -57,12 +57,8 @@ impl Uniformity {
                     let level = self.operation(kernel, *v);
                     self.raise(*v, level);
                 }
-                Stmt::Set(x, v) => {
-                    let level = self.value(*v).max(control);
-                    let old = &mut self.vars[x.0 as usize];
-                    self.changed |= level > *old;
-                    *old = level.max(*old);
-                }
+                Stmt::Set(x, v) => self.assign(*x, self.value(*v).max(control)),
+                Stmt::MmaGroup { acc, .. } => acc.iter().for_each(|x| self.assign(*x, Level::Divergent)),
                 Stmt::If { cond, then, els } => {
                     let control = control.max(self.value(*cond));
                     self.block(kernel, then, control);
@@ -81,11 +77,18 @@ impl Uniformity {
                 | Stmt::AsyncCopy { .. }
                 | Stmt::AsyncCommit
                 | Stmt::AsyncWait { .. }
+                | Stmt::GroupFence
                 | Stmt::GridWait
                 | Stmt::GridLaunch
                 | Stmt::Comment(_) => {}
             }
         }
+    }
+
+    fn assign(&mut self, x: Var, level: Level) {
+        let old = &mut self.vars[x.0 as usize];
+        self.changed |= level > *old;
+        *old = level.max(*old);
     }
 
     fn raise(&mut self, v: Val, level: Level) {

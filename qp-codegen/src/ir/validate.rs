@@ -136,6 +136,15 @@ pub enum Invalid {
     /// A permute selector beyond 16 bits.
     #[error("selector {0:#x} has more than four nibbles")]
     Selector(u32),
+    /// A product of warp groups that does not exist.
+    #[error("products of groups of four warps take 8, 16, 24 or 32 columns, or multiples of 16 up to 256: not {0}")]
+    GroupColumns(u64),
+    /// A block that is not made of groups of four warps.
+    #[error("{0} threads are not whole groups of four warps")]
+    GroupThreads(u32),
+    /// A variable that is an accumulator twice.
+    #[error("${} is an accumulator twice", .0.0)]
+    SameAccumulator(Var),
     /// Something that threads must reach together where they may not.
     #[error("threads may not all be here: the control flow is not uniform over the {0}")]
     Divergent(&'static str),
@@ -297,6 +306,10 @@ impl<'k> Validator<'k> {
                     let result = self.copy((*dst, *dst_index), (*src, *src_index), *bytes);
                     self.check(result);
                 }
+                Stmt::MmaGroup { signed_a: _, a, acc, mem, first, stride } => {
+                    let result = self.group(a, acc, (*mem, *first), *stride);
+                    self.check(result);
+                }
                 Stmt::GridWait => {
                     if self.kernel.dependent_launch && (!top || self.waited) {
                         self.problem(Invalid::GridWait);
@@ -308,6 +321,7 @@ impl<'k> Validator<'k> {
                 | Stmt::Fence
                 | Stmt::AsyncCommit
                 | Stmt::AsyncWait { .. }
+                | Stmt::GroupFence
                 | Stmt::GridLaunch
                 | Stmt::Comment(_) => {}
             }
@@ -649,6 +663,43 @@ impl<'k> Validator<'k> {
         }
     }
 
+    fn group(&self, a: &[[Val; 4]], acc: &[Var], b: (u32, Val), stride: u32) -> Check {
+        if !self.kernel.threads.is_multiple_of(128) {
+            return Err(Invalid::GroupThreads(self.kernel.threads));
+        }
+        let columns = acc.len() as u64 * 8;
+        if acc.is_empty() || columns > MAX_GROUP_COLUMNS.into() || u64::from(group_columns(columns as u32)) != columns {
+            return Err(Invalid::GroupColumns(columns));
+        }
+        a.iter().flatten().try_for_each(|v| self.of(*v, Type::U32, "u32"))?;
+        for (i, x) in acc.iter().enumerate() {
+            if self.var(*x)? != Type::I32X4 {
+                return Err(Invalid::NoOperation(self.var(*x)?));
+            }
+            if !self.set[x.0 as usize] {
+                return Err(Invalid::Unset(*x));
+            }
+            if acc[..i].contains(x) {
+                return Err(Invalid::SameAccumulator(*x));
+            }
+        }
+        self.of(b.1, Type::I32, "i32")?;
+        let array = self.kernel.shared.get(b.0 as usize).ok_or(Invalid::NoMemory)?;
+        let Some(units) = (2 * a.len() as u64).checked_sub(1) else { return Err(Invalid::Operand(0)) };
+        // It is told in 14 bits.
+        if stride == 0 || stride >= 1 << 14 {
+            return Err(Invalid::Operand(stride.into()));
+        }
+        let (cells, size) =
+            (units * u64::from(stride) + columns, u64::from(array.len) * u64::from(array.elem.bytes()) / 16);
+        match self.constant(b.1) {
+            Some(at) if at < 0 || at as u64 + cells > size => {
+                Err(Invalid::Index { memory: array.name.clone(), index: at })
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+
     /// Looks for what needs threads together where they may have parted.
     fn control(&mut self, stmts: &'k [Stmt], control: Level, uniform: &Uniformity) {
         for s in stmts {
@@ -657,6 +708,10 @@ impl<'k> Validator<'k> {
             match s {
                 Stmt::Barrier if control > Level::Block => self.problem(Invalid::Divergent("block")),
                 Stmt::WarpSync if control > Level::Warp => self.problem(Invalid::Divergent("warp")),
+                Stmt::MmaGroup { .. } if control > Level::Block => self.problem(Invalid::Divergent("block")),
+                Stmt::MmaGroup { first, .. } if uniform.value(*first) > Level::Warp => {
+                    self.problem(Invalid::Divergent("warp"));
+                }
                 Stmt::Let(v) => {
                     let op = &self.kernel.value(*v).op;
                     let together = matches!(op, Op::Shuffle { .. } | Op::LoadMatrix { .. } | Op::MmaI8 { .. });
@@ -680,6 +735,8 @@ impl<'k> Validator<'k> {
                 | Stmt::AsyncCopy { .. }
                 | Stmt::AsyncCommit
                 | Stmt::AsyncWait { .. }
+                | Stmt::GroupFence
+                | Stmt::MmaGroup { .. }
                 | Stmt::GridWait
                 | Stmt::GridLaunch
                 | Stmt::Comment(_) => {}

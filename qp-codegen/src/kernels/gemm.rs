@@ -9,6 +9,17 @@
 //! registers until the last column. Each operand of activations that is read from shared memory serves all row tiles
 //! of the warp, for reading them is what fills shared memory's time.
 //!
+//! On Hopper, groups of four warps can multiply together ([`Launch::group`], `wgmma`): at its full rate, and without
+//! reading the activations through the warps, which only decode. Then the planes of 16 columns lie together:
+//!
+//! ```text
+//! warps:   plane 0: 16 columns, 16 columns, … pad     groups:   16 columns: plane 0, plane 1, … pad
+//!          plane 1: …                                           16 columns: …
+//! ```
+//!
+//! One group decodes while another multiplies. All warps of a block go through all steps; those that have no row tile
+//! of their own take the block's last, and write nothing.
+//!
 //! A matrix with few row tiles leaves warps without work. Then the columns are shared, by [`Launch::col_warps`] warps
 //! of a block, whose sums meet in shared memory, or by [`Launch::split`] blocks, whose sums meet in global memory; or
 //! the tokens are, by [`Launch::token_parts`] blocks that each decode all weights. The last is also for sums that would
@@ -20,7 +31,7 @@ use super::c_name;
 use super::decode::{Register, flatten};
 use super::gemv::Gemv;
 use super::product::{self, Operands, TokenScale, Words};
-use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var};
+use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var, group_columns};
 use crate::layout::{COLUMN_PAD, Packed};
 
 /// Most tokens of one launch.
@@ -29,9 +40,15 @@ pub const MAX_BATCH: u32 = 64;
 /// Chunks of activations in shared memory: one is read while the next arrives.
 const STAGES: u32 = 2;
 
+/// Units of 16 bytes between the staged planes of 16 columns and those of the next 16, for groups of warps: eight
+/// neighbouring threads copy two such units of four planes each, which then lie in different banks.
+const GROUP_PAD: u32 = 4;
+
 /// How the work is laid over the GPU. The result does not depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Launch {
+    /// Groups of four warps, one below the other, multiply together: only where there is `wgmma`.
+    pub group: bool,
     /// Warps one below the other, each with row tiles of its own.
     pub row_warps: u32,
     /// Warps that share the columns of the same row tiles.
@@ -58,6 +75,12 @@ impl Launch {
         self.row_warps * self.col_warps
     }
 
+    /// Steps whose words a warp has on their way: groups, which decode and multiply in turn, wait for none; the steps of a
+    /// chunk take the registers for them in turn.
+    pub(super) fn ahead(&self) -> u32 {
+        if self.group && self.chunk.is_multiple_of(2) { 2 } else { 1 }
+    }
+
     /// True if warps add their sums up.
     fn meets(&self) -> bool {
         self.col_warps * self.split > 1
@@ -69,7 +92,7 @@ pub(super) struct Plan {
     pub(super) layout: Packed,
     /// Tokens of a part; the last may have fewer.
     pub(super) tokens: u32,
-    /// Tensor-core products side by side to hold all planes of a part.
+    /// Tensor-core products side by side, of 8 planes each, to hold all planes of a part.
     pub(super) groups: u32,
     /// Products a register: 2 for 16-bit entries.
     pub(super) products: u32,
@@ -79,6 +102,11 @@ pub(super) struct Plan {
     pub(super) rounds: u32,
     /// Columns of a chunk, in units of 16 bytes.
     pub(super) chunk_units: u32,
+    /// In a staged chunk, in units of 16 bytes: from one plane to the next, from one unit of columns to the next, and
+    /// its size.
+    plane_step: u32,
+    unit_step: u32,
+    stage_units: u32,
 }
 
 impl Plan {
@@ -87,13 +115,20 @@ impl Plan {
         let codes = layout.lane_words.len() as u32;
         let tokens = op.batch.div_ceil(launch.token_parts);
         let tiles = launch.col_warps * launch.chunk * codes;
+        let chunk_units = tiles * layout.tile.cols / 16;
+        let planes = if launch.group { group_columns(2 * tokens) } else { (2 * tokens).next_multiple_of(8) };
+        // An odd number from plane to plane, so that the planes of a product start in different banks.
+        let (plane_step, unit_step) = if launch.group { (1, planes + GROUP_PAD) } else { (chunk_units + 1, 1) };
         Plan {
             tokens,
-            groups: (2 * tokens).div_ceil(8),
+            groups: planes / 8,
             products: product::products(op.quantizer),
             chunks: layout.col_tiles().div_ceil(tiles).div_ceil(launch.split),
             rounds: layout.row_tiles().div_ceil(launch.blocks).div_ceil(launch.row_warps * launch.row_tiles),
-            chunk_units: tiles * layout.tile.cols / 16,
+            chunk_units,
+            plane_step,
+            unit_step,
+            stage_units: if launch.group { chunk_units * unit_step } else { planes * plane_step },
             layout,
         }
     }
@@ -106,16 +141,6 @@ impl Plan {
     /// Steps of a warp through the columns: groups of tiles.
     pub(super) fn steps(&self, launch: &Launch) -> u32 {
         self.chunks * launch.chunk
-    }
-
-    /// From one staged plane to the next, in units of 16 bytes: an odd number, so that the planes of a product start in
-    /// different banks.
-    fn plane_units(&self) -> u32 {
-        self.chunk_units + 1
-    }
-
-    fn stage_units(&self) -> u32 {
-        self.groups * 8 * self.plane_units()
     }
 
     /// Accumulators of a warp, each of 16 rows and 8 planes.
@@ -131,18 +156,19 @@ impl Plan {
     /// Bytes of shared memory beside the tables.
     pub(super) fn shared_bytes(&self, launch: &Launch) -> u32 {
         let sums = if launch.meets() && launch.split == 1 { self.block_sums(launch) * 4 } else { 16 };
-        STAGES * self.stage_units() * 16 + sums
+        STAGES * self.stage_units * 16 + sums
     }
 }
 
 /// Makes the kernel; its parameters are those of [`super::gemv::lower`].
 ///
 /// # Panics
-/// For launches that are none: columns split over blocks whose warps take row tiles several times, more blocks than row
+/// For launches that are none: groups of other than whole four warps, columns split over blocks whose warps take row tiles several times, more blocks than row
 /// tiles.
 pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
     assert!((1..=MAX_BATCH).contains(&op.batch), "batch");
     let plan = Plan::new(op, launch);
+    assert!(!launch.group || launch.row_warps.is_multiple_of(4), "groups of four warps");
     assert!(launch.split == 1 || plan.rounds == 1, "sums of several rounds have no place to meet");
     assert!(launch.blocks <= plan.layout.row_tiles(), "a block without rows");
     let name = format!("gemm_{}_{}x{}_b{}", c_name(&op.quantizer.name), op.shape.rows, op.shape.cols, op.batch);
@@ -192,7 +218,7 @@ struct Emit<'b, 'a> {
 impl<'b, 'a> Emit<'b, 'a> {
     fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
         let operands = Operands::new(b, op, &plan.layout, launch.table_bytes);
-        let staged = b.shared("staged", Elem::U32, STAGES * plan.stage_units() * 4);
+        let staged = b.shared("staged", Elem::U32, STAGES * plan.stage_units * 4);
         let (thread, lane, warp) = (b.special(Special::Thread), b.special(Special::Lane), b.special(Special::Warp));
         // The blocks of the same weights are neighbours, so that those are read from memory once.
         let id = b.special(Special::BlockX);
@@ -206,7 +232,13 @@ impl<'b, 'a> Emit<'b, 'a> {
         } else {
             Some((operands.partial, place * plan.block_sums(launch)))
         };
-        let (row_warp, col_warp) = divide(b, warp, launch.col_warps);
+        let (row_warp, col_warp) = if launch.group && launch.col_warps > 1 {
+            // Warps of a group have the same columns.
+            let (col_warp, row_warp) = divide(b, warp, launch.row_warps);
+            (row_warp, col_warp)
+        } else {
+            divide(b, warp, launch.col_warps)
+        };
         let row_tiles = plan.layout.row_tiles();
         let first_row = block * row_tiles / launch.blocks;
         let rows = (block + 1) * row_tiles / launch.blocks - first_row;
@@ -238,10 +270,11 @@ impl<'b, 'a> Emit<'b, 'a> {
     fn kernel(&self) {
         let (b, plan, launch) = (self.b, self.plan, self.launch);
         b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
-        let words: Vec<Words> =
-            (0..launch.row_tiles).map(|_| self.operands.words(0..plan.layout.lane_words.len() as u32)).collect();
+        let of_tile = || self.operands.words(0..plan.layout.lane_words.len() as u32);
+        let of_step = || (0..launch.row_tiles).map(|_| of_tile()).collect();
+        let words: Vec<Vec<Words>> = (0..launch.ahead()).map(|_| of_step()).collect();
         let zero = b.i32(0);
-        self.fetch(zero, &words);
+        (0..).zip(&words).for_each(|(step, words)| self.fetch(b.i32(step), 0, words));
         b.comment("Tables into shared memory.");
         self.operands.decoder.fill(launch.warps() * 32);
         if let (Some((sums, _)), 1) = (self.sums, launch.split) {
@@ -262,14 +295,22 @@ impl<'b, 'a> Emit<'b, 'a> {
             b.for_(0, plan.chunks, 1, |chunk| {
                 let chunk = round * plan.chunks + chunk;
                 b.async_wait(STAGES - 2);
+                if launch.group {
+                    b.group_fence();
+                }
                 b.barrier();
                 self.stage(chunk + (STAGES - 1));
-                let slot = chunk % STAGES * plan.stage_units();
-                let step = |i: V<'b>| {
-                    let next = chunk * launch.chunk + i + 1;
-                    self.busy(round, || self.step(slot, i, next, &words, &acc));
+                let slot = chunk % STAGES * plan.stage_units;
+                let steps = |first: V<'b>| {
+                    for (i, words) in (0..).zip(&words) {
+                        let i = first + i;
+                        let next = chunk * launch.chunk + i + launch.ahead();
+                        let step = || self.step(slot, i, next, words, &acc);
+                        if launch.group { step() } else { self.busy(round, step) }
+                    }
                 };
-                if launch.chunk == 1 { step(zero) } else { b.for_(0, launch.chunk, 1, step) }
+                let ahead = launch.ahead();
+                if launch.chunk == ahead { steps(zero) } else { b.for_(0, launch.chunk, ahead, steps) }
             });
             self.finish(round, &acc);
         });
@@ -287,8 +328,9 @@ impl<'b, 'a> Emit<'b, 'a> {
         (round * self.launch.row_warps + self.row_warp) * self.launch.row_tiles + m
     }
 
-    /// Starts loading the words of step `step` (steps of all rounds count on), if there is one.
-    fn fetch(&self, step: V<'b>, words: &[Words]) {
+    /// Starts loading the words of step `step` (steps of all rounds count on), if there is one, for row tiles from
+    /// `first_tile` on.
+    fn fetch(&self, step: V<'b>, first_tile: u32, words: &[Words]) {
         let (b, plan) = (self.b, self.plan);
         let per_round = plan.steps(self.launch);
         let (round, within) = if plan.rounds == 1 { (b.i32(0), step) } else { divide(b, step, per_round) };
@@ -296,9 +338,9 @@ impl<'b, 'a> Emit<'b, 'a> {
         let codes = plan.layout.lane_words.len() as u32;
         let covered = self.launch.split * per_round * self.launch.col_warps * codes;
         let load = || {
-            for (m, words) in words.iter().enumerate() {
+            for (m, words) in (first_tile..).zip(words) {
                 // A warp's last row tiles may lie beyond the block's: their sums are not written.
-                let row = self.first_row + self.row_tile(round, m as u32).min(self.rows - 1);
+                let row = self.first_row + self.row_tile(round, m).min(self.rows - 1);
                 let first = row * self.operands.row_words() + group * self.operands.period();
                 self.operands.fetch(first, group * codes, 0, words, covered != plan.layout.col_tiles(), self.lane);
             }
@@ -311,25 +353,36 @@ impl<'b, 'a> Emit<'b, 'a> {
         let (b, plan) = (self.b, self.plan);
         let stride = self.op.shape.cols.next_multiple_of(COLUMN_PAD) / 16;
         let covered = plan.chunks * self.launch.split * plan.chunk_units <= stride;
-        let slot = chunk % STAGES * plan.stage_units();
+        let slot = chunk % STAGES * plan.stage_units;
         let first = (self.first_chunk + chunk % plan.chunks) * plan.chunk_units;
-        // Neighbouring threads copy neighbouring columns, as many as divide a chunk.
-        let across = 1 << plan.chunk_units.trailing_zeros().min(5);
-        let (from_plane, unit) = divide(b, self.thread, across);
+        // Neighbouring threads copy neighbouring columns, as many as divide a chunk, of several planes; for groups of warps
+        // two units of columns, and where threads are left the next two.
+        let (planes, threads) = (plan.groups * 8, self.launch.warps() * 32);
+        let across = if self.launch.group { 2 } else { 1 << plan.chunk_units.trailing_zeros().min(5) };
+        let (rest, unit) = divide(b, self.thread, across);
+        let down = threads / across;
+        let beside = if self.launch.group { (down / planes.next_power_of_two()).max(1) } else { 1 };
+        let down = down / beside;
+        let (beyond, from_plane) = if beside == 1 { (b.i32(0), rest) } else { divide(b, rest, down) };
+        let runs = plan.chunk_units / across;
         b.if_(chunk.lt(self.rounds * plan.chunks), || {
-            b.for_(from_plane, plan.groups * 8, self.launch.warps() * 32 / across, |plane| {
+            b.for_(from_plane, planes, down, |plane| {
                 // Planes that fill up the last product repeat the last token's; their sums are not read.
                 let source = (self.first_token * 2 + plane).min(2 * self.op.batch - 1) * stride;
-                for run in 0..plan.chunk_units / across {
+                for run in (0..runs).step_by(beside as usize) {
+                    let run = beyond + run;
                     let unit = unit + run * across;
-                    let (from, to) = (first + unit, slot + plane * plan.plane_units() + unit);
+                    let (from, to) = (first + unit, slot + plane * plan.plane_step + unit * plan.unit_step);
                     let copy = || b.async_copy(self.staged, to, self.operands.x, source + from, 16);
-                    if covered {
-                        copy();
-                    } else {
-                        let zeros = || b.store(self.staged, to * 4, b.vector(&[b.u32(0); 4]), Elem::U32);
-                        b.if_else(from.lt(stride), copy, zeros);
-                    }
+                    let copy = || {
+                        if covered {
+                            copy();
+                        } else {
+                            let zeros = || b.store(self.staged, to * 4, b.vector(&[b.u32(0); 4]), Elem::U32);
+                            b.if_else(from.lt(stride), copy, zeros);
+                        }
+                    };
+                    if runs.is_multiple_of(beside) { copy() } else { b.if_(run.lt(runs), copy) }
                 }
             });
         });
@@ -343,15 +396,29 @@ impl<'b, 'a> Emit<'b, 'a> {
             .iter()
             .map(|tiles| tiles.iter().map(|t| flatten(&t.iter().map(|&v| b.get(v)).collect::<Vec<_>>())).collect())
             .collect();
-        self.fetch(next, words);
-        let mut sums: Vec<V> = acc.iter().map(|&v| b.get(v)).collect();
+        let group = i * self.launch.col_warps + self.col_warp;
         let codes = plan.layout.lane_words.len() as u32;
         let tile_units = plan.layout.tile.cols / 16;
+        let first = slot + group * (codes * tile_units * plan.unit_step);
+        if self.launch.group {
+            for code in 0..codes {
+                for (m, (words, current)) in (0..).zip(words.chunks(1).zip(&current)) {
+                    let registers = self.operands.decoder.tile(code as usize, &current[code as usize]);
+                    if code + 1 == codes {
+                        self.fetch(next, m, words);
+                        // Behind which the assembler does not put the loads off.
+                        b.warp_sync();
+                    }
+                    self.multiply_in_groups(&registers, m, first + code * tile_units * plan.unit_step, acc);
+                }
+            }
+            return;
+        }
+        self.fetch(next, 0, words);
+        let mut sums: Vec<V> = acc.iter().map(|&v| b.get(v)).collect();
         // Lane 8j + i names row i of matrix j: of planes 0 to 8 the first 16 columns, the second, of planes 8 to 16 …
         let plane = (self.lane & 7) + (self.lane >> 4) * 8;
-        let lane_units = plane * plan.plane_units() + ((self.lane >> 3) & 1);
-        let group = i * self.launch.col_warps + self.col_warp;
-        let first = (slot + lane_units + group * (codes * tile_units)) * 4;
+        let first = (first + plane * plan.plane_step + ((self.lane >> 3) & 1)) * 4;
         for code in 0..codes {
             let decoder = &self.operands.decoder;
             let tiles: Vec<Vec<Register>> =
@@ -359,7 +426,7 @@ impl<'b, 'a> Emit<'b, 'a> {
             for kt in 0..tile_units / 2 {
                 for pair in (0..plan.groups).step_by(2) {
                     let two = pair + 1 < plan.groups;
-                    let at = first + 4 * (code * tile_units + kt * 2 + pair * 8 * plan.plane_units());
+                    let at = first + 4 * (code * tile_units + kt * 2 + pair * 8 * plan.plane_step);
                     let x = b.load_matrix(self.staged, at, if two { 4 } else { 2 }).lanes();
                     for (group, x) in (pair..).zip(x.chunks_exact(2)) {
                         self.multiply(&tiles, kt, group, [x[0], x[1]], &mut sums);
@@ -369,6 +436,20 @@ impl<'b, 'a> Emit<'b, 'a> {
         }
         for (&var, &sum) in acc.iter().zip(&sums) {
             b.set(var, sum);
+        }
+    }
+
+    /// Multiplies row tile `m`, decoded, with all planes, which lie at `first`.
+    fn multiply_in_groups(&self, registers: &[Register<'b>], m: u32, first: V<'b>, acc: &[Var]) {
+        let plan = self.plan;
+        let of_part = (plan.layout.tile.cols / 32 * 4) as usize;
+        for (part, registers) in (0..).zip(registers.chunks_exact(of_part)) {
+            let steps: Vec<_> = registers.chunks_exact(4).map(product::operands).collect();
+            for product in 0..plan.products as usize {
+                let a: Vec<[V; 4]> = steps.iter().map(|s| s[product].1).collect();
+                let sums: Vec<Var> = (0..plan.groups).map(|group| acc[self.slot(m, part, group) + product]).collect();
+                self.b.mma_group(steps[0][product].0, &a, &sums, self.staged, first, plan.unit_step);
+            }
         }
     }
 
@@ -394,7 +475,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let (b, plan, launch) = (self.b, self.plan, self.launch);
         let Some((sums, first)) = self.sums else {
             self.busy(round, || {
-                for group in 0..plan.groups {
+                for group in 0..plan.tokens.div_ceil(4) {
                     self.of_tokens(b.i32(group as i32), |token, scale| {
                         for m in 0..launch.row_tiles {
                             for part in 0..plan.row_parts() {
@@ -459,7 +540,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let token = self.first_token + within;
         let work = || work(token, self.operands.token_scale(token));
         let (tokens, batch) = (self.plan.tokens, self.op.batch);
-        if tokens.is_multiple_of(4) && tokens * self.launch.token_parts == batch {
+        if tokens == self.plan.groups * 4 && tokens * self.launch.token_parts == batch {
             work();
         } else {
             self.b.if_(within.lt(tokens) & token.lt(batch), work);

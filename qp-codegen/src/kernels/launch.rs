@@ -31,6 +31,8 @@ const WORKING_REGISTERS: u32 = 36;
 const TILE_REGISTERS: u32 = 16;
 /// Registers of [`gemm`] for operands of activations on their way from shared memory, and for where they lie.
 const FRAGMENT_REGISTERS: u32 = 28;
+/// Registers of [`gemm`] for the descriptors of a group's products.
+const GROUP_REGISTERS: u32 = 12;
 /// Registers of [`gemm`] for each further code of a mix, whose row tiles are decoded while the words of the next wait.
 const CODE_REGISTERS: u32 = 36;
 /// Seconds from one launch to the next in a chain of dependent kernels.
@@ -217,8 +219,28 @@ const GEMM_WARPS: [u32; 6] = [4, 6, 8, 10, 12, 16];
 /// Row tiles of a warp, groups of tiles of a chunk, and blocks on an SM to try.
 const GEMM_CHOICES: [(u32, u32, u32); 9] =
     [(1, 1, 1), (1, 2, 1), (1, 4, 1), (2, 1, 1), (2, 2, 1), (2, 4, 1), (2, 8, 1), (1, 2, 2), (2, 2, 2)];
+/// The same for groups of warps.
+const GROUP_CHOICES: [(u32, u32, u32); 12] = [
+    (1, 1, 1),
+    (1, 2, 1),
+    (1, 4, 1),
+    (1, 8, 1),
+    (1, 2, 2),
+    (1, 4, 2),
+    (1, 8, 2),
+    (1, 4, 3),
+    (2, 1, 1),
+    (2, 2, 1),
+    (2, 4, 1),
+    (2, 8, 1),
+];
 /// Seconds that set launches whose registers spill behind all others: they are for codes of which nothing else fits.
 const SPILLS: f64 = 1e3;
+/// Share of the shorter of decoding and multiplying that groups of warps, divided by their number, do not hide behind the
+/// longer.
+const GROUP_REST: f64 = 0.6;
+/// Cycles from the beginning of a group's product to its end, beyond the tensor cores' time.
+const GROUP_LATENCY: f64 = 60.0;
 /// Bytes that an SM reads from the L2 cache in a cycle.
 const L2: f64 = 40.0;
 /// Cycles that warps wait for each other at a chunk of activations.
@@ -239,7 +261,11 @@ impl gemm::Launch {
         let mut out = Vec::new();
         for token_parts in [1, 2, 4, 8, 16].into_iter().filter(|p| *p <= op.batch.div_ceil(4)) {
             for &(warps, col_warps) in &warps {
-                for (row_tiles, chunk, min_blocks) in GEMM_CHOICES {
+                let in_warps = GEMM_CHOICES.into_iter().map(|c| (false, c));
+                let in_groups = GROUP_CHOICES.into_iter().map(|c| (true, c));
+                let groups_fit = device.group_products > 0.0 && (warps / col_warps).is_multiple_of(4);
+                for (group, choice) in in_warps.chain(in_groups.filter(|_| groups_fit)) {
+                    let (row_tiles, chunk, min_blocks) = choice;
                     for split in [1, 2, 4, 8].into_iter().filter(|s| *s == 1 || s * chunk * col_warps <= groups) {
                         let row_warps = warps / col_warps;
                         let most = (device.sms * min_blocks / (token_parts * split)).max(1);
@@ -250,6 +276,7 @@ impl gemm::Launch {
                         for tables in &tables {
                             let table_bytes = tables.budget;
                             let launch = gemm::Launch {
+                                group,
                                 row_warps,
                                 col_warps,
                                 row_tiles,
@@ -284,13 +311,15 @@ fn estimate_gemm(op: &Gemv, launch: &gemm::Launch, device: &Device, tables: &Tab
     let shared = tables.shared + plan.shared_bytes(launch);
     let resident = launch.min_blocks * (shared + 1024) <= device.shared_per_sm && shared <= device.shared_per_block;
     let operands = tile.rows * tile.cols / 128 * plan.products;
+    // Warps decode all their row tiles and then multiply, groups tile by tile.
+    let decoded = if launch.group { 1 } else { launch.row_tiles };
     let registers = 4 * plan.accumulators(launch)
-        + launch.row_tiles * period
-        + (launch.row_tiles * operands).saturating_sub(TILE_REGISTERS)
-        + (launch.row_tiles - 1) * TILE_REGISTERS
+        + launch.row_tiles * period * launch.ahead()
+        + (decoded * operands).saturating_sub(TILE_REGISTERS)
+        + (decoded - 1) * TILE_REGISTERS
         + working_registers(op.quantizer)
         + (codes - 1) * CODE_REGISTERS
-        + FRAGMENT_REGISTERS;
+        + if launch.group { GROUP_REGISTERS } else { FRAGMENT_REGISTERS };
     let spills = registers > available_registers(device, threads, launch.min_blocks);
     if !resident || threads * launch.min_blocks > device.threads_per_sm {
         return None;
@@ -301,25 +330,36 @@ fn estimate_gemm(op: &Gemv, launch: &gemm::Launch, device: &Device, tables: &Tab
     let resident = per_sm.min(launch.min_blocks);
     let rows = plan.layout.row_tiles().div_ceil(launch.blocks);
     let takers = rows.div_ceil(launch.row_tiles);
+    // Of a group all warps decode, whether they have rows or not.
+    let takers = if launch.group { takers.next_multiple_of(launch.row_warps) } else { takers };
     let schedule = |row_warps: u32| (resident * row_warps * launch.col_warps).div_ceil(4);
     let last = schedule(takers % launch.row_warps);
     let of_scheduler = takers / launch.row_warps * schedule(launch.row_warps) + last;
     let at_once = f64::from(if takers < launch.row_warps { last } else { schedule(launch.row_warps) });
     let steps = plan.steps(launch) * codes * per_sm.div_ceil(resident);
     let of_scheduler = f64::from(of_scheduler * steps * launch.row_tiles);
-    let tiles = f64::from(per_sm * rows * plan.steps(launch) * launch.col_warps * codes);
+    let taken = if launch.group { takers * launch.row_tiles } else { rows };
+    let tiles = f64::from(per_sm * taken * plan.steps(launch) * launch.col_warps * codes);
 
     let cost = tables.cost;
     let kt = f64::from(tile.cols / 32 * plan.groups);
     let products = kt * f64::from(plan.row_parts() * plan.products);
     // An operand of activations is two passes through shared memory, and half an instruction.
-    let fragments = kt / f64::from(launch.row_tiles);
+    let fragments = if launch.group { 0.0 } else { kt / f64::from(launch.row_tiles) };
     let staged = f64::from(per_sm * plan.rounds * plan.chunks) * f64::from(plan.chunk_units * plan.groups * 8 * 16);
-    let tensor = of_scheduler * products * 4096.0 * 4.0 / device.int8_products;
+    // What a product of four warps takes the tensor cores does not fall below that of 32 planes.
+    let (issued, tensor, read) = if launch.group {
+        let steps = products / f64::from(plan.groups);
+        let planes = f64::from(plan.groups * 8);
+        let tensor = tiles / 4.0 * steps * planes.max(32.0) * 64.0 * 32.0 / device.group_products;
+        (steps, tensor, tiles / 4.0 * steps * planes / 4.0)
+    } else {
+        (products, of_scheduler * products * 4096.0 * 4.0 / device.int8_products, 0.0)
+    };
     let alu = of_scheduler * (cost.alu + 12.0) * 2.0;
-    let slots = of_scheduler * (cost.alu + cost.multiply + cost.lookup + products + fragments / 2.0 + 25.0)
+    let slots = of_scheduler * (cost.alu + cost.multiply + cost.lookup + issued + fragments / 2.0 + 25.0)
         + staged / 512.0 * 3.0 / 4.0;
-    let banks = tiles * (cost.lookup + fragments * 2.0) + staged / 128.0;
+    let banks = tiles * (cost.lookup + fragments * 2.0) + read + staged / 128.0;
     let memory = tiles * f64::from(period) / f64::from(codes) * 128.0 / (device.bandwidth * BANDWIDTH)
         * f64::from(device.sms)
         * device.clock
@@ -328,7 +368,17 @@ fn estimate_gemm(op: &Gemv, launch: &gemm::Launch, device: &Device, tables: &Tab
     let fullest = pipes.into_iter().fold(0.0, f64::max);
     // The fewer warps a scheduler has, the less of the other pipes' time is hidden; one warp decodes or multiplies.
     let rest = tensor + alu + banks - tensor.max(alu).max(banks);
-    let work = (fullest + rest / at_once.powf(1.5)) / issue_share(4.0 * at_once);
+    let work = if launch.group {
+        // A scheduler has a warp of each group.
+        let decode = [alu, slots, banks].into_iter().fold(0.0, f64::max) / issue_share(4.0 * at_once);
+        let words = if launch.ahead() > 1 { 0.0 } else { LATENCY * device.clock / f64::from(launch.row_tiles) };
+        let product = f64::from(plan.row_parts() * plan.products) * GROUP_LATENCY;
+        let multiply = tensor + of_scheduler * (words + product) / at_once;
+        let hidden = if at_once < 2.0 { 1.0 } else { GROUP_REST / at_once };
+        memory.max(staged / L2).max(decode.max(multiply) + hidden * decode.min(multiply))
+    } else {
+        (fullest + rest / at_once.powf(1.5)) / issue_share(4.0 * at_once)
+    };
     // When warps have waited for each other they all decode, and at the end all multiply.
     let apart = alu.min(tensor) / of_scheduler * f64::from(launch.row_tiles);
     let chunks = f64::from(plan.rounds * plan.chunks * per_sm.div_ceil(resident)) * (CHUNK + apart);

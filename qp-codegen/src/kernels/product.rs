@@ -33,6 +33,17 @@ pub enum Launch {
     Gemm(gemm::Launch),
 }
 
+/// Ways of multiplying, of which a [`Launch`] takes one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// [`gemv`].
+    Gemv,
+    /// [`gemm`], each warp for itself.
+    Gemm,
+    /// [`gemm`], warps in groups of four (Hopper).
+    Groups,
+}
+
 impl Launch {
     /// The launch that the cost model likes best on `device`.
     ///
@@ -90,6 +101,7 @@ impl Launch {
                 ("gemv", fields)
             }
             Launch::Gemm(gemm::Launch {
+                group,
                 row_warps,
                 col_warps,
                 row_tiles,
@@ -101,6 +113,7 @@ impl Launch {
                 table_bytes,
             }) => {
                 let fields = vec![
+                    ("group", group.into()),
                     ("row_warps", row_warps),
                     ("col_warps", col_warps),
                     ("row_tiles", row_tiles),
@@ -113,6 +126,15 @@ impl Launch {
                 ];
                 ("gemm", fields)
             }
+        }
+    }
+
+    /// How it multiplies.
+    pub fn way(&self) -> Way {
+        match self {
+            Launch::Gemv(_) => Way::Gemv,
+            Launch::Gemm(launch) if launch.group => Way::Groups,
+            Launch::Gemm(_) => Way::Gemm,
         }
     }
 
@@ -290,13 +312,19 @@ impl<'b, 'a> Operands<'b, 'a> {
     }
 }
 
+/// The operands of tensor-core products that four registers of weights make, and whether their bytes are signed: those
+/// of 8-bit entries, or the low bytes of 16-bit entries, which have no sign, and the high.
+pub(super) fn operands<'b>(a: &[Register<'b>]) -> Vec<(bool, [V<'b>; 4])> {
+    let low = [a[0].low, a[1].low, a[2].low, a[3].low];
+    match [a[0].high, a[1].high, a[2].high, a[3].high] {
+        [Some(h0), Some(h1), Some(h2), Some(h3)] => vec![(false, low), (true, [h0, h1, h2, h3])],
+        _ => vec![(true, low)],
+    }
+}
+
 /// Multiplies four registers of weights with a group of planes onto `sums`, of which each product has one.
 pub(super) fn multiply<'b>(b: &'b Builder, a: &[Register<'b>], x: [V<'b>; 2], sums: &mut [V<'b>]) {
-    let low = [a[0].low, a[1].low, a[2].low, a[3].low];
-    // The low bytes of 16-bit entries have no sign.
-    let signed = a[0].high.is_none();
-    sums[0] = b.mma_i8(signed, low, x, sums[0]);
-    if let [Some(h0), Some(h1), Some(h2), Some(h3)] = [a[0].high, a[1].high, a[2].high, a[3].high] {
-        sums[1] = b.mma_i8(true, [h0, h1, h2, h3], x, sums[1]);
+    for ((signed, a), sum) in operands(a).into_iter().zip(sums) {
+        *sum = b.mma_i8(signed, a, x, *sum);
     }
 }

@@ -5,7 +5,7 @@ use super::dequantize::{self, Dequantize};
 use super::embed_packed::{self, EmbedPacked};
 use super::gemv::{self, Gemv};
 use super::prepare::{self, Prepare};
-use super::product::Launch;
+use super::product::{Launch, Way};
 use super::{Span, gemm, rotate};
 use crate::ir::interpret::{Arg, Options, run};
 use crate::ir::{Elem, Kernel};
@@ -379,7 +379,9 @@ fn gemm_is_exact_for_every_code() {
     for q in quantizers() {
         for (shape, batch) in [(Shape { rows: 40, cols: 600 }, 11), (Shape { rows: 24, cols: 300 }, 64)] {
             let op = Gemv { quantizer: &q, shape, batch, accumulate: true };
-            check_product(&q, shape, batch, &[Launch::choose(&op, &crate::cuda::Target::Sm86.device())]);
+            let ranked = Launch::ranked(&op, &crate::cuda::Target::Sm90a.device());
+            let groups = ranked.iter().find(|r| r.1.way() == Way::Groups).expect("for every code and batch").1;
+            check_product(&q, shape, batch, &[Launch::choose(&op, &crate::cuda::Target::Sm86.device()), groups]);
         }
     }
 }
@@ -389,6 +391,7 @@ fn gemm_is_exact_for_every_shape_batch_and_launch() {
     let q = &quantizers();
     let named = |name: &str| q.iter().find(|q| q.name == name).expect("a quantizer");
     let base = gemm::Launch {
+        group: false,
         row_warps: 2,
         col_warps: 1,
         row_tiles: 1,
@@ -411,6 +414,43 @@ fn gemm_is_exact_for_every_shape_batch_and_launch() {
                     gemm::Launch { row_warps: 2, col_warps: 2, token_parts: 3.min(batch), chunk: 2, ..base },
                     gemm::Launch { row_warps: tiles, split: 2, token_parts: 2, ..base },
                     gemm::Launch { row_tiles: 2, col_warps: 2, split: 3, blocks: tiles.div_ceil(2), ..base },
+                ];
+                let op = Gemv { quantizer: named(name), shape, batch, accumulate: true };
+                let launches: Vec<Launch> = launches.map(Launch::Gemm).into();
+                let fit = launches.into_iter().filter(|l| l.lower(&op).shared_bytes() <= MAX_SHARED);
+                check_product(named(name), shape, batch, &fit.collect::<Vec<_>>());
+            }
+        }
+    }
+}
+
+#[test]
+fn gemm_in_groups_of_warps_is_exact_for_every_shape_batch_and_launch() {
+    let q = &quantizers();
+    let named = |name: &str| q.iter().find(|q| q.name == name).expect("a quantizer");
+    let base = gemm::Launch {
+        group: true,
+        row_warps: 4,
+        col_warps: 1,
+        row_tiles: 1,
+        chunk: 1,
+        token_parts: 1,
+        split: 1,
+        blocks: 1,
+        min_blocks: 1,
+        table_bytes: 32 << 10,
+    };
+    for name in ["v4_k8", "v2_k5_i16", "square", "mix2"] {
+        for (rows, cols) in [(70, 300), (100, 1100)] {
+            let shape = Shape { rows, cols };
+            let tiles = Packed::new(named(name), shape).row_tiles();
+            for batch in [5, 9, 16, 20, 33, 64] {
+                let launches = [
+                    // Several rounds of one block; warps and second row tiles without rows.
+                    gemm::Launch { row_tiles: 2, ..base },
+                    gemm::Launch { row_warps: 8, chunk: 2, blocks: tiles.min(2), ..base },
+                    gemm::Launch { col_warps: 2, chunk: 2, token_parts: 2, ..base },
+                    gemm::Launch { row_warps: tiles.next_multiple_of(4), split: 2, token_parts: 3, ..base },
                 ];
                 let op = Gemv { quantizer: named(name), shape, batch, accumulate: true };
                 let launches: Vec<Launch> = launches.map(Launch::Gemm).into();
@@ -478,5 +518,21 @@ fn launches_are_ranked_once_each() {
         let different: std::collections::HashSet<_> = ranked.iter().map(|r| r.1).collect();
         assert_eq!(different.len(), ranked.len(), "{rows} x {cols}");
         assert!(ranked.is_sorted_by_key(|r| r.0));
+    }
+}
+
+#[test]
+fn only_hopper_multiplies_in_groups_of_warps() {
+    let q = crate::palette::get("fast_3").expect("of the palette");
+    for target in crate::cuda::Target::ALL {
+        for batch in [4, 8, 16, 64] {
+            let op = Gemv { quantizer: &q, shape: Shape { rows: 28672, cols: 4096 }, batch, accumulate: false };
+            let ranked = Launch::ranked(&op, &target.device());
+            let any = ranked.iter().any(|r| r.1.way() == Way::Groups);
+            assert_eq!(any, target.has_wgmma() && batch > 4, "{target}, {batch} tokens");
+            if batch >= 16 {
+                assert_eq!(ranked[0].1.way() == Way::Groups, target.has_wgmma(), "{target}, {batch} tokens");
+            }
+        }
     }
 }

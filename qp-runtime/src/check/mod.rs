@@ -6,7 +6,6 @@
 
 pub mod synthetic;
 
-use std::mem::discriminant;
 use std::sync::Arc;
 
 use half::f16;
@@ -232,11 +231,10 @@ fn products(
     exact_products(&what, weights, columns, &tokens, &expected)?;
     let op = Gemv { quantizer: q, shape, batch, accumulate: false };
     let ranked = Launch::ranked(&op, &on.device());
-    // The best of each kernel, with and without columns split between those whose sums meet.
+    // The best of each way of multiplying, with and without columns split between those whose sums meet.
     let mut launches: Vec<Launch> = Vec::new();
     for &(_, launch) in &ranked {
-        let alike =
-            |l: &Launch| discriminant(l) == discriminant(&launch) && l.splits_columns() == launch.splits_columns();
+        let alike = |l: &Launch| l.way() == launch.way() && l.splits_columns() == launch.splits_columns();
         if !launches.iter().any(alike) {
             launches.push(launch);
         }

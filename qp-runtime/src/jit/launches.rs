@@ -24,6 +24,9 @@ const MOST: usize = 5;
 const ALIKE: usize = 2;
 /// Expected to take at most this many times what the best does.
 const WITHIN: f64 = 1.15;
+/// The best of each way of multiplying is measured too if it is expected to take at most this many times what the best
+/// of all does: the model compares launches of one way better than different ways.
+const OTHER_WAY: f64 = 2.0;
 /// A launch that the model likes less must take less than this share of the other's time: timing is not that exact.
 const CLEARLY: f64 = 0.99;
 
@@ -112,8 +115,8 @@ fn laid_out(l: &Launch) -> (&'static str, Vec<(&'static str, u32)>) {
     (kernel, fields)
 }
 
-/// The launches worth measuring, of those that [`Launch::ranked`] gives: the best, and others that are expected to take
-/// little longer and are laid out differently.
+/// The launches worth measuring, of those that [`Launch::ranked`] gives: the best, others that are expected to take
+/// little longer and are laid out differently, and the best of each other way of multiplying.
 pub fn candidates(ranked: &[(f64, Launch)]) -> Vec<Launch> {
     let mut out: Vec<Launch> = Vec::new();
     let Some(&(best, _)) = ranked.first() else { return out };
@@ -122,6 +125,11 @@ pub fn candidates(ranked: &[(f64, Launch)]) -> Vec<Launch> {
             break;
         }
         if out.iter().filter(|l| laid_out(l) == laid_out(launch)).count() < ALIKE {
+            out.push(*launch);
+        }
+    }
+    for (_, launch) in ranked.iter().take_while(|r| r.0 <= best * OTHER_WAY) {
+        if !out.iter().any(|l| l.way() == launch.way()) {
             out.push(*launch);
         }
     }

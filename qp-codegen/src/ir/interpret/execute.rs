@@ -59,7 +59,7 @@ pub(super) struct Stop {
 }
 
 impl Stop {
-    fn at(thread: usize, fault: Fault) -> Stop {
+    pub(super) fn at(thread: usize, fault: Fault) -> Stop {
         Stop { thread: thread as u32, fault: Box::new(fault), at: 0 }
     }
 }
@@ -68,9 +68,9 @@ pub(super) struct Machine<'p, 'a> {
     kernel: &'p Kernel,
     program: &'p Program,
     threads: usize,
-    words: Vec<Vec<u32>>,
+    pub(super) words: Vec<Vec<u32>>,
     longs: Vec<Vec<i64>>,
-    shared: SharedMemory,
+    pub(super) shared: SharedMemory,
     buffers: Vec<Buffer<'a>>,
     pub report: Report,
 }
@@ -287,6 +287,12 @@ impl<'p, 'a> Machine<'p, 'a> {
                     self.mma(warp * 32, *signed_a, a, b, acc, d)?;
                 }
             }
+            Code::MmaGroup { signed_a, a, acc, array, first, stride } => {
+                self.everyone(m)?;
+                for group in 0..self.threads / 128 {
+                    self.mma_group(group * 128, *signed_a, (a, acc), (*array, *first, *stride))?;
+                }
+            }
             Code::Copy { ty, d, a } => match ty {
                 Scalar::Bool | Scalar::I32 | Scalar::U32 | Scalar::F32 => {
                     let mut out = take(&mut self.words[*d as usize]);
@@ -305,10 +311,7 @@ impl<'p, 'a> Machine<'p, 'a> {
             },
             Code::If { .. } | Code::For { .. } => unreachable!("run apart"),
             Code::Barrier => {
-                if m.count as usize != self.threads {
-                    let missing = Fault::Divergent { active: m.count, all: self.threads as u32 };
-                    return Err(Stop::at(m.lo, missing));
-                }
+                self.everyone(m)?;
                 self.shared.barrier();
             }
             Code::WarpSync => {
@@ -321,8 +324,17 @@ impl<'p, 'a> Machine<'p, 'a> {
             }
             Code::AsyncCommit => m.active().for_each(|t| self.shared.commit(t)),
             Code::AsyncWait { pending } => m.active().for_each(|t| self.shared.wait(*pending, t)),
+            Code::GroupFence => m.active().for_each(|t| self.shared.group_fence(t)),
         }
         Ok(())
+    }
+
+    /// That all threads of the block are here.
+    fn everyone(&self, m: &Mask) -> Result<(), Stop> {
+        if m.count as usize == self.threads {
+            return Ok(());
+        }
+        Err(Stop::at(m.lo, Fault::Divergent { active: m.count, all: self.threads as u32 }))
     }
 
     fn word1(&mut self, m: &Mask, [d, a]: [Reg; 2], f: impl Fn(u32) -> u32) {
@@ -604,7 +616,7 @@ impl<'p, 'a> Machine<'p, 'a> {
         Place { elem, lanes: lanes as u32, unit: elem.bytes(), size }
     }
 
-    fn name(&self, mem: Mem) -> &str {
+    pub(super) fn name(&self, mem: Mem) -> &str {
         self.kernel.mem(mem).0
     }
 
@@ -761,55 +773,6 @@ impl<'p, 'a> Machine<'p, 'a> {
         }
         self.report.global_loaded += u64::from(bytes) * u64::from(m.count);
         self.report.shared_stored += u64::from(bytes) * u64::from(m.count);
-        Ok(())
-    }
-
-    /// One warp's `mma.m16n8k32`, whose first thread is `first`.
-    fn mma(
-        &mut self,
-        first: usize,
-        signed_a: bool,
-        a: &[Reg; 4],
-        b: &[Reg; 2],
-        acc: &[Reg; 4],
-        d: &[Reg; 4],
-    ) -> Result<(), Stop> {
-        // Sixteen bits, so that the CPU multiplies and adds pairs in one instruction.
-        let (mut rows, mut columns) = ([[0i16; 32]; 16], [[0i16; 32]; 8]);
-        for lane in 0..32 {
-            let (group, four) = (lane / 4, lane % 4 * 4);
-            for (i, r) in a.iter().enumerate() {
-                let bytes = self.words[*r as usize][first + lane].to_le_bytes();
-                // Registers 0 and 2 hold row `group`, 1 and 3 row `group + 8`; 2 and 3 the upper columns.
-                let row = &mut rows[group + 8 * (i % 2)][four + 16 * (i / 2)..][..4];
-                for (x, byte) in row.iter_mut().zip(bytes) {
-                    *x = if signed_a { (byte as i8).into() } else { byte.into() };
-                }
-            }
-            for (i, r) in b.iter().enumerate() {
-                let bytes = self.words[*r as usize][first + lane].to_le_bytes();
-                for (x, byte) in columns[group][four + 16 * i..][..4].iter_mut().zip(bytes) {
-                    *x = (byte as i8).into();
-                }
-            }
-        }
-        let mut products = [[0i32; 8]; 16];
-        for (row, out) in rows.iter().zip(&mut products) {
-            for (column, out) in columns.iter().zip(out) {
-                *out = row.iter().zip(column).map(|(x, y)| i32::from(*x) * i32::from(*y)).sum();
-            }
-        }
-        for lane in 0..32 {
-            let (group, two) = (lane / 4, lane % 4 * 2);
-            for i in 0..4 {
-                let dot = products[group + 8 * (i / 2)][two + i % 2];
-                let old = self.words[acc[i] as usize][first + lane] as i32;
-                let Some(x) = old.checked_add(dot) else {
-                    return Err(Stop::at(first + lane, Fault::Overflow(old.into(), dot.into())));
-                };
-                self.words[d[i] as usize][first + lane] = x as u32;
-            }
-        }
         Ok(())
     }
 }

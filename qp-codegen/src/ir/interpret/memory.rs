@@ -90,6 +90,8 @@ enum How {
 struct Cell {
     write_epoch: u32,
     write_warp_epoch: u32,
+    /// Fences for warp groups that the writer had made before.
+    write_fences: u32,
     read_epoch: u32,
     read_warp_epoch: u32,
     writer: u16,
@@ -137,6 +139,8 @@ pub(super) struct SharedMemory {
     start: u32,
     warp_epochs: Vec<u32>,
     copies: Vec<Copies>,
+    /// The epochs of each thread's fences for warp groups in this block.
+    fences: Vec<Vec<u32>>,
 }
 
 impl SharedMemory {
@@ -170,6 +174,7 @@ impl SharedMemory {
             start: 1,
             warp_epochs: vec![1; (kernel.threads / 32) as usize],
             copies: (0..kernel.threads).map(|_| Copies::default()).collect(),
+            fences: vec![Vec::new(); kernel.threads as usize],
         }
     }
 
@@ -180,6 +185,7 @@ impl SharedMemory {
                 self.set_flight(&c, 0);
             }
             self.copies[thread].committed = 0;
+            self.fences[thread].clear();
         }
         self.barrier();
         self.start = self.epoch;
@@ -192,6 +198,10 @@ impl SharedMemory {
 
     pub(super) fn warp_sync(&mut self, warp: usize) {
         self.warp_epochs[warp] += 1;
+    }
+
+    pub(super) fn group_fence(&mut self, thread: usize) {
+        self.fences[thread].push(self.epoch);
     }
 
     pub(super) fn size(&self, array: u32) -> usize {
@@ -235,10 +245,39 @@ impl SharedMemory {
             epoch: self.epoch,
             start: self.start,
             warp_epoch: self.warp_epochs[thread / 32],
+            fences: self.fences[thread].len() as u32,
             thread: thread as u16,
         };
         for (i, cell) in self.cells[a.first_cell + first..=a.first_cell + last].iter_mut().enumerate() {
             now.note(cell, how).map_err(|kind| Bad { byte: ((first + i) << a.grain) as u32, kind })?;
+        }
+        Ok(())
+    }
+
+    /// A product of warp groups reads. It must find what was written, and shown to it, before the last barrier.
+    pub(super) fn note_group_read(&mut self, array: u32, offset: usize, len: usize) -> Result<(), Bad> {
+        if !self.watch {
+            return Ok(());
+        }
+        let a = &self.arrays[array as usize];
+        let (first, last) = (offset >> a.grain, (offset + len - 1) >> a.grain);
+        for (i, cell) in self.cells[a.first_cell + first..=a.first_cell + last].iter_mut().enumerate() {
+            let fences = self.fences.get(usize::from(cell.writer));
+            let shown = fences.and_then(|f| f.get(cell.write_fences as usize));
+            let kind = if cell.flight != 0 {
+                BadKind::InFlight(u32::from(cell.flight) - 1)
+            } else if cell.write_epoch < self.start {
+                BadKind::Uninitialised
+            } else if cell.write_epoch == self.epoch {
+                BadKind::WrittenBy(cell.writer, How::Read)
+            } else if shown.is_none_or(|epoch| *epoch == self.epoch) {
+                BadKind::Hidden(cell.writer)
+            } else {
+                cell.read_epoch = self.epoch;
+                (cell.read_warp, cell.reader) = (MANY, MANY);
+                continue;
+            };
+            return Err(Bad { byte: ((first + i) << a.grain) as u32, kind });
         }
         Ok(())
     }
@@ -301,6 +340,7 @@ enum BadKind {
     InFlight(u32),
     WrittenBy(u16, How),
     ReadBy(u16, How),
+    Hidden(u16),
 }
 
 impl Bad {
@@ -314,6 +354,7 @@ impl Bad {
         };
         match self.kind {
             BadKind::Uninitialised => Fault::Uninitialised { memory, byte },
+            BadKind::Hidden(writer) => Fault::Hidden { memory, byte, writer: writer.into() },
             BadKind::InFlight(owner) => Fault::InFlight { memory, byte, owner },
             BadKind::WrittenBy(t, how) => {
                 let what = format!("written by {}, then {} without a barrier between", who(t), verb(how));
@@ -332,6 +373,7 @@ struct Now {
     epoch: u32,
     start: u32,
     warp_epoch: u32,
+    fences: u32,
     thread: u16,
 }
 
@@ -370,6 +412,7 @@ impl Now {
         cell.atomic = how == How::Atomic;
         cell.write_epoch = self.epoch;
         cell.write_warp_epoch = self.warp_epoch;
+        cell.write_fences = self.fences;
         Ok(())
     }
 

@@ -7,6 +7,7 @@
 //! - a signed overflow, a division by zero, a shift by the width or more;
 //! - in shared memory, a read of what was never written, of what another thread wrote (or the reverse) without a
 //!   barrier between, or of an asynchronous copy that was not waited for; two unordered writes trap even if equal;
+//! - a product of warp groups that reads what was not shown to it;
 //! - a barrier that not all threads of the block reach; a shuffle, product or `warp_sync` that not all lanes reach.
 //!
 //! ```
@@ -33,6 +34,7 @@ mod execute;
 mod float;
 mod memory;
 mod program;
+mod tensor;
 
 use std::borrow::Cow;
 
@@ -256,6 +258,21 @@ pub enum Fault {
         /// Threads that should.
         all: u32,
     },
+    /// A product of warp groups reads what its writer did not show to it.
+    #[error(
+        "byte {byte} of `{memory}` is read by warp groups, but thread {writer} has not shown it (group_fence) before a barrier"
+    )]
+    Hidden {
+        /// The array.
+        memory: String,
+        /// Byte in it.
+        byte: u32,
+        /// Who wrote it.
+        writer: u32,
+    },
+    /// Threads of a warp group that name different operands.
+    #[error("not all threads of the four warps name the same place")]
+    Parted,
     /// A loop whose step is not positive.
     #[error("loop step {0}")]
     Step(i32),

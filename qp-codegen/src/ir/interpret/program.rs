@@ -120,7 +120,15 @@ pub(super) enum Code {
         acc: [Reg; 4],
         d: [Reg; 4],
     },
-    /// Active lanes only: the one way a register is written twice.
+    MmaGroup {
+        signed_a: bool,
+        a: Vec<[Reg; 4]>,
+        acc: Vec<[Reg; 4]>,
+        array: u32,
+        first: Reg,
+        stride: u32,
+    },
+    /// Active lanes only: but for sums of warp groups, the one way a register is written twice.
     Copy {
         ty: Scalar,
         d: Reg,
@@ -151,6 +159,7 @@ pub(super) enum Code {
     AsyncWait {
         pending: u32,
     },
+    GroupFence,
 }
 
 /// An operation with what reports need.
@@ -299,6 +308,18 @@ impl Compiler<'_> {
             }
             Stmt::AsyncCommit => push(Code::AsyncCommit, OpKind::Sync),
             Stmt::AsyncWait { pending } => push(Code::AsyncWait { pending: *pending }, OpKind::Sync),
+            Stmt::GroupFence => push(Code::GroupFence, OpKind::Sync),
+            Stmt::MmaGroup { signed_a, a, acc, mem, first, stride } => {
+                let code = Code::MmaGroup {
+                    signed_a: *signed_a,
+                    a: a.iter().map(|a| a.map(|v| self.one(v))).collect(),
+                    acc: acc.iter().map(|x| four(&self.vars[x.0 as usize])).collect(),
+                    array: *mem,
+                    first: self.one(*first),
+                    stride: *stride,
+                };
+                push(code, OpKind::Mma);
+            }
             // Blocks run one after the other, kernels too.
             Stmt::Fence | Stmt::GridWait | Stmt::GridLaunch | Stmt::Comment(_) => {}
         }
@@ -446,7 +467,6 @@ impl Compiler<'_> {
             }
             Op::MmaI8 { signed_a, a, b, acc } => {
                 let d = self.fresh(*ty, false);
-                let four = |r: &[Reg]| <[Reg; 4]>::try_from(r).expect("four components");
                 let (a, b) = (a.map(|v| self.one(v)), b.map(|v| self.one(v)));
                 let code = Code::Mma { signed_a: *signed_a, a, b, acc: four(self.of(*acc)), d: four(&d) };
                 push(code, OpKind::Mma);
@@ -454,6 +474,10 @@ impl Compiler<'_> {
             }
         }
     }
+}
+
+fn four(r: &[Reg]) -> [Reg; 4] {
+    r.try_into().expect("four components")
 }
 
 fn arithmetic(ty: Scalar) -> OpKind {
@@ -520,6 +544,10 @@ impl Code {
                 a.iter_mut().chain(b).chain(acc).for_each(|r| f(r, Use));
                 d.iter_mut().for_each(|d| f(d, Def));
             }
+            // Accumulators are registers of variables, which live throughout.
+            Code::MmaGroup { a, acc, first, .. } => {
+                a.iter_mut().chain(acc).flatten().chain([first]).for_each(|r| f(r, Use));
+            }
             Code::AsyncCopy { dst_index, src_index, .. } => {
                 f(dst_index, Use);
                 f(src_index, Use);
@@ -531,7 +559,7 @@ impl Code {
                 f(step, Use);
                 f(index, Def);
             }
-            Code::Barrier | Code::WarpSync | Code::AsyncCommit | Code::AsyncWait { .. } => {}
+            Code::Barrier | Code::WarpSync | Code::AsyncCommit | Code::AsyncWait { .. } | Code::GroupFence => {}
         }
     }
 }

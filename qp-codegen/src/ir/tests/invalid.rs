@@ -31,6 +31,18 @@ fn number(k: &mut Kernel, x: i32) -> Val {
     add(k, Op::Const(Const::I32(x)), Type::I32)
 }
 
+/// Adds a product of warp groups that takes 16 cells of the shared array, spoiled by `f`.
+fn group(k: &mut Kernel, f: impl FnOnce(&mut Vec<Var>, &mut u32)) {
+    let (first, x) = (number(k, 0), add(k, Op::Const(Const::U32(4)), Type::U32));
+    let sum = add(k, Op::Vector(vec![first; 4]), Type::I32X4);
+    k.vars.push(Variable { ty: Type::I32X4, name: None });
+    let var = Var(k.vars.len() as u32 - 1);
+    k.body.push(Stmt::Set(var, sum));
+    let (mut acc, mut stride) = (vec![var], 8);
+    f(&mut acc, &mut stride);
+    k.body.push(Stmt::MmaGroup { signed_a: true, a: vec![[x; 4]], acc, mem: 0, first, stride });
+}
+
 macro_rules! refused {
     ($($name:ident: |$k:ident| $body:expr;)*) => {
         #[test]
@@ -117,6 +129,36 @@ refused! {
     fragment: |k| {
         let x = add(k, Op::Const(Const::U32(4)), Type::U32);
         add(k, Op::MmaI8 { signed_a: true, a: [x; 4], b: [x; 2], acc: x }, Type::I32X4);
+    };
+    group_threads: |k| group(k, |_, _| ());
+    group_columns: |k| { k.threads = 128; group(k, |acc, _| { let more = [acc[0]; 5]; *acc = more.into() }) };
+    group_without_columns: |k| { k.threads = 128; group(k, |acc, _| acc.clear()) };
+    group_accumulator: |k| { k.threads = 128; group(k, |acc, _| acc[0] = Var(0)) };
+    group_same_accumulator: |k| { k.threads = 128; group(k, |acc, _| { acc.push(acc[0]) }) };
+    group_unset: |k| {
+        k.threads = 128;
+        k.vars.push(Variable { ty: Type::I32X4, name: None });
+        let late = Var(k.vars.len() as u32 - 1);
+        group(k, |acc, _| acc[0] = late);
+    };
+    group_outside: |k| { k.threads = 128; group(k, |_, stride| *stride = 9) };
+    group_stride: |k| { k.threads = 128; group(k, |_, stride| *stride = 1 << 14) };
+    group_by_warp: |k| {
+        k.threads = 128;
+        group(k, |_, _| ());
+        let product = k.body.pop().expect("the product");
+        let w = add(k, Op::Special(Special::Warp), Type::I32);
+        let cond = add(k, Op::Compare(CompareOp::Lt, w, w), Type::BOOL);
+        k.body.push(Stmt::If { cond, then: vec![product], els: vec![] });
+    };
+    group_of_lanes: |k| {
+        k.threads = 128;
+        group(k, |_, _| ());
+        let t = add(k, DIVERGENT, Type::I32);
+        let at = k.body.iter().position(|s| matches!(s, Stmt::MmaGroup { .. })).expect("the product");
+        let mut product = k.body.remove(at);
+        if let Stmt::MmaGroup { first, .. } = &mut product { *first = t }
+        k.body.push(product);
     };
     matrix_of_global: |k| { let i = number(k, 0); add(k, Op::LoadMatrix { mem: Mem::Global(1), row: i, lanes: 4 }, Type { scalar: Scalar::U32, lanes: 4 }) };
     three_matrices: |k| { let i = number(k, 0); add(k, Op::LoadMatrix { mem: Mem::Shared(0), row: i, lanes: 3 }, Type { scalar: Scalar::U32, lanes: 3 }) };
@@ -225,6 +267,14 @@ fn uniform_control_flow_is_accepted() {
         b.for_(0, first, 1, |_| b.warp_sync());
     });
     assert_eq!(validate(&b.finish()), Ok(()));
+}
+
+#[test]
+fn the_product_of_warp_groups_was_sound() {
+    let mut kernel = sound();
+    kernel.threads = 128;
+    group(&mut kernel, |_, _| ());
+    assert_eq!(validate(&kernel), Ok(()));
 }
 
 #[test]

@@ -379,6 +379,66 @@ fn products() {
     }
 }
 
+/// Two warp groups, each with a place of its own in B, against sums over where the PTX manual puts the operands.
+#[test]
+fn products_of_warp_groups() {
+    let mut r = Random(9);
+    for (signed_a, groups, steps) in [(true, 2, 1), (false, 1, 3), (true, 6, 2)] {
+        let columns = 8 * groups;
+        // Sixteen bytes of K take `stride` cells, those of the second group begin 3 cells later.
+        let (stride, later) = (columns + 5, 3);
+        let cells = 2 * steps * stride + later;
+        let b = Builder::new("group", [1, 1], 256);
+        let x = b.buffer("x", Elem::U32, false);
+        let w = b.buffer("w", Elem::U32, false);
+        let y = b.buffer("y", Elem::I32, true);
+        let s = b.shared("s", Elem::U32, cells * 4);
+        let (t, warp) = (b.special(Special::Thread), b.special(Special::Warp));
+        b.for_(t, cells, 256, |i| b.async_copy(s, i, x, i, 16));
+        b.async_commit();
+        b.async_wait(0);
+        b.group_fence();
+        b.barrier();
+        let a: Vec<[V; 4]> = (0..steps)
+            .map(|k| b.load_as(w, (t * steps + k) * 4, Elem::U32, 4, Cache::ReadOnly).lanes().try_into().ok().unwrap())
+            .collect();
+        let load = |j| b.load_as(y, (t * groups + j) * 4, Elem::I32, 4, Cache::Default);
+        let acc: Vec<Var> = (0..groups).map(|j| b.var(load(j))).collect();
+        b.mma_group(signed_a, &a, &acc, s, warp / 4 * later, stride);
+        acc.iter().zip(0u32..).for_each(|(&v, j)| b.store(y, (t * groups + j) * 4, b.get(v), Elem::I32));
+        let kernel = b.finish();
+
+        let xs: Vec<u8> = bytes((0..cells * 4).map(|_| r.word()));
+        let ws: Vec<u8> = bytes((0..256 * steps * 4).map(|_| r.word()));
+        let before: Vec<i32> = (0..256 * groups * 4).map(|_| r.word() as i32 >> 4).collect();
+        let mut after = bytes(before.iter().map(|x| *x as u32));
+        let mut args = [Arg::ReadOnly(&xs), Arg::ReadOnly(&ws), Arg::Buffer(&mut after)];
+        run(&kernel, &mut args, &Options::default()).unwrap_or_else(|t| panic!("{t}\n{kernel}"));
+        let after = words(&after);
+        let byte_of_a = |group: u32, row: u32, k: u32| {
+            // Register a0 is row g, bytes 4t; a1 row g + 8; a2, a3 the same 16 bytes on.
+            let (warp, g, step, k) = (group * 4 + row / 16, row % 8, k / 32, k % 32);
+            let (register, lane) = (row % 16 / 8 + k / 16 * 2, g * 4 + k % 16 / 4);
+            let byte = ws[((((warp * 32 + lane) * steps + step) * 4 + register) * 4 + k % 4) as usize];
+            if signed_a { i32::from(byte as i8) } else { byte.into() }
+        };
+        let byte_of_b = |group: u32, column: u32, k: u32| {
+            let cell = group * later + k / 16 * stride + column;
+            i32::from(xs[(cell * 16 + k % 16) as usize] as i8)
+        };
+        for group in 0..2 {
+            for (row, column) in (0..64).flat_map(|row| (0..columns).map(move |column| (row, column))) {
+                let lane = row % 8 * 4 + column % 8 / 2;
+                let thread = (group * 4 + row / 16) * 32 + lane;
+                let component = column % 2 + row % 16 / 8 * 2;
+                let at = ((thread * groups + column / 8) * 4 + component) as usize;
+                let sum: i32 = (0..32 * steps).map(|k| byte_of_a(group, row, k) * byte_of_b(group, column, k)).sum();
+                assert_eq!(after[at] as i32, before[at] + sum, "group {group}, row {row}, column {column}");
+            }
+        }
+    }
+}
+
 #[test]
 fn matrices_whose_rows_lanes_name() {
     for lanes in [2, 4] {

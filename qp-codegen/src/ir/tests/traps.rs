@@ -215,3 +215,44 @@ fn arguments_are_checked() {
         .join("\n")
     );
 }
+
+/// Four warps write B, do `between`, and multiply with it, from the cell that `first` makes of the thread's index.
+fn attempt_group(between: impl Fn(&Builder), first: impl for<'b> Fn(V<'b>) -> V<'b>) -> Result<(), String> {
+    let b = Builder::new("attempt", [1, 1], 128);
+    let s = b.shared("s", Elem::U32, 128);
+    let t = b.special(Special::Thread);
+    let acc = b.var(b.vector(&[b.i32(0); 4]));
+    b.store(s, t, t.to(Scalar::U32), Elem::U32);
+    between(&b);
+    b.mma_group(true, &[[b.u32(1); 4]], &[acc], s, first(b.special(Special::Warp)), 16);
+    b.store(s, t, b.u32(7), Elem::U32);
+    run(&b.finish(), &mut [], &Options::default()).map(|_| ()).map_err(|t| t.to_string())
+}
+
+#[test]
+fn what_warp_groups_read_must_be_shown() {
+    let shown = |b: &Builder| {
+        b.group_fence();
+        b.barrier();
+    };
+    let fail = |between: &dyn Fn(&Builder), first: fn(V) -> V| attempt_group(between, first).unwrap_err();
+    insta::assert_snapshot!(
+        [
+            // The write after the product meets the product's reading.
+            fail(&shown, |w| w * 0),
+            fail(&|b| b.barrier(), |w| w * 0),
+            fail(&|b| b.group_fence(), |w| w * 0),
+            // Shown to nobody: the fence takes effect at the next barrier.
+            fail(
+                &|b| {
+                    b.barrier();
+                    b.group_fence();
+                },
+                |w| w * 0
+            ),
+            fail(&shown, |w| w),
+            fail(&shown, |w| w * 0 + 9),
+        ]
+        .join("\n")
+    );
+}

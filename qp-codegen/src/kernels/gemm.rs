@@ -389,40 +389,46 @@ impl<'b, 'a> Emit<'b, 'a> {
         b.async_commit();
     }
 
-    /// Decodes and multiplies group `i` of a chunk that lies at `slot`, after fetching the words of step `next`.
+    /// Decodes and multiplies group `i` of a chunk that lies at `slot`, and fetches the words of step `next`.
     fn step(&self, slot: V<'b>, i: V<'b>, next: V<'b>, words: &[Words], acc: &[Var]) {
         let (b, plan) = (self.b, self.plan);
         let current: Vec<Vec<Vec<V>>> = words
             .iter()
             .map(|tiles| tiles.iter().map(|t| flatten(&t.iter().map(|&v| b.get(v)).collect::<Vec<_>>())).collect())
             .collect();
-        let group = i * self.launch.col_warps + self.col_warp;
-        let codes = plan.layout.lane_words.len() as u32;
+        let codes = plan.layout.lane_words.len();
         let tile_units = plan.layout.tile.cols / 16;
-        let first = slot + group * (codes * tile_units * plan.unit_step);
-        if self.launch.group {
-            for code in 0..codes {
-                for (m, (words, current)) in (0..).zip(words.chunks(1).zip(&current)) {
-                    let registers = self.operands.decoder.tile(code as usize, &current[code as usize]);
-                    if code + 1 == codes {
-                        self.fetch(next, m, words);
-                        // Behind which the assembler does not put the loads off.
-                        b.warp_sync();
-                    }
-                    self.multiply_in_groups(&registers, m, first + code * tile_units * plan.unit_step, acc);
-                }
-            }
-            return;
+        let group = i * self.launch.col_warps + self.col_warp;
+        let first = slot + group * (codes as u32 * tile_units * plan.unit_step);
+        if !self.launch.group {
+            self.fetch(next, 0, words);
+            return self.multiply_by_warps(&current, first, acc);
         }
-        self.fetch(next, 0, words);
+        for code in 0..codes {
+            for (m, current) in current.iter().enumerate() {
+                let registers = self.operands.decoder.tile(code, &current[code]);
+                if code + 1 == codes {
+                    self.fetch(next, m as u32, &words[m..=m]);
+                    // The assembler would put the loads off, but not beyond this.
+                    b.warp_sync();
+                }
+                self.multiply_by_groups(&registers, m as u32, first + code as u32 * tile_units * plan.unit_step, acc);
+            }
+        }
+    }
+
+    /// Decodes row tiles from their words, by row tile and code, and multiplies them with all planes, which lie at `first`.
+    fn multiply_by_warps(&self, words: &[Vec<Vec<V<'b>>>], first: V<'b>, acc: &[Var]) {
+        let (b, plan) = (self.b, self.plan);
         let mut sums: Vec<V> = acc.iter().map(|&v| b.get(v)).collect();
+        let tile_units = plan.layout.tile.cols / 16;
         // Lane 8j + i names row i of matrix j: of planes 0 to 8 the first 16 columns, the second, of planes 8 to 16 …
         let plane = (self.lane & 7) + (self.lane >> 4) * 8;
         let first = (first + plane * plan.plane_step + ((self.lane >> 3) & 1)) * 4;
-        for code in 0..codes {
+        for code in 0..plan.layout.lane_words.len() as u32 {
             let decoder = &self.operands.decoder;
             let tiles: Vec<Vec<Register>> =
-                current.iter().map(|words| decoder.tile(code as usize, &words[code as usize])).collect();
+                words.iter().map(|words| decoder.tile(code as usize, &words[code as usize])).collect();
             for kt in 0..tile_units / 2 {
                 for pair in (0..plan.groups).step_by(2) {
                     let two = pair + 1 < plan.groups;
@@ -440,7 +446,7 @@ impl<'b, 'a> Emit<'b, 'a> {
     }
 
     /// Multiplies row tile `m`, decoded, with all planes, which lie at `first`.
-    fn multiply_in_groups(&self, registers: &[Register<'b>], m: u32, first: V<'b>, acc: &[Var]) {
+    fn multiply_by_groups(&self, registers: &[Register<'b>], m: u32, first: V<'b>, acc: &[Var]) {
         let plan = self.plan;
         let of_part = (plan.layout.tile.cols / 32 * 4) as usize;
         for (part, registers) in (0..).zip(registers.chunks_exact(of_part)) {

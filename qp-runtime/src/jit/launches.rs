@@ -205,7 +205,7 @@ fn fastest(times: &[f64]) -> usize {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    use qp_codegen::kernels::gemv;
+    use qp_codegen::kernels::{gemm, gemv};
     use qp_codegen::spec::Shape;
 
     use super::super::nvrtc_for_tests;
@@ -266,6 +266,23 @@ mod tests {
         assert_eq!(candidates(&ranked), [launch(16, 1), launch(16, 2), launch(8, 1), launch(4, 1)]);
         let many: Vec<_> = (1..=20).map(|w| (10.0, launch(w, 1))).collect();
         assert_eq!(candidates(&many).len(), MOST);
+        let other = |group, row_warps| {
+            Launch::Gemm(gemm::Launch {
+                group,
+                row_warps,
+                col_warps: 1,
+                row_tiles: 1,
+                chunk: 1,
+                token_parts: 1,
+                split: 1,
+                blocks: 132,
+                min_blocks: 1,
+                table_bytes: 1,
+            })
+        };
+        let ways = [(15.0, other(true, 4)), (16.0, other(true, 8)), (20.1, other(false, 4))];
+        let with_ways: Vec<_> = many.iter().copied().chain(ways).collect();
+        assert_eq!(candidates(&with_ways)[MOST..], [other(true, 4)], "the best of each way that is not far behind");
         assert_eq!(candidates(&[]), []);
     }
 

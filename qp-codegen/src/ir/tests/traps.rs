@@ -239,19 +239,19 @@ fn what_warp_groups_read_must_be_shown() {
     insta::assert_snapshot!(
         [
             // The write after the product meets the product's reading.
-            fail(&shown, |w| w * 0),
-            fail(&|b| b.barrier(), |w| w * 0),
-            fail(&|b| b.group_fence(), |w| w * 0),
+            fail(&shown, |w| w / 4),
+            fail(&|b| b.barrier(), |w| w / 4),
+            fail(&|b| b.group_fence(), |w| w / 4),
             // Shown to nobody: the fence takes effect at the next barrier.
             fail(
                 &|b| {
                     b.barrier();
                     b.group_fence();
                 },
-                |w| w * 0
+                |w| w / 4
             ),
             fail(&shown, |w| w),
-            fail(&shown, |w| w * 0 + 9),
+            fail(&shown, |w| w / 4 + 9),
         ]
         .join("\n")
     );

@@ -37,7 +37,7 @@ fn every_kernel_of_a_step_is_timed() {
 fn a_picture_of_stored_results() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("roofline.svg");
-    let stored = format!("{ROOT}/benches/results/kernels-h200.json");
+    let stored = format!("{ROOT}/benches/results/kernels-h100.json");
     let draw = |file: &str, more: &[&str]| bench(&[&["roofline", file, "-o", out.to_str().unwrap()], more].concat());
     assert!(draw(&stored, &[]).status.success());
     let drawn = std::fs::read_to_string(&out).unwrap();

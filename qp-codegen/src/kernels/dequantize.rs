@@ -19,7 +19,8 @@ pub struct Dequantize<'q> {
 
 /// Warps of a block.
 const WARPS: u32 = 8;
-/// Blocks that an SM is to hold: enough warps that some write while others wait for words and look-ups.
+/// Blocks that an SM is to hold, of tiles of 16 rows: enough warps that some write while others wait for words and look-ups.
+/// Larger tiles take more registers, and fewer blocks.
 const RESIDENT: u32 = 4;
 
 /// Makes the kernel, for a GPU of `sms` multiprocessors. Its parameters, in order: `tables`, `weights`, `scales`
@@ -33,10 +34,11 @@ pub fn lower(op: &Dequantize, sms: u32) -> Kernel {
     let (q, layout) = (op.quantizer, Packed::new(op.quantizer, op.shape));
     let tiles = layout.row_tiles() * layout.col_tiles();
     let name = format!("dequantize_{}_{}x{}", c_name(&q.name), op.shape.rows, op.shape.cols);
-    let grid = tiles.div_ceil(WARPS).min(RESIDENT * sms);
+    let resident = (RESIDENT * 16 / layout.tile.rows).max(1);
+    let grid = tiles.div_ceil(WARPS).min(resident * sms);
     let b = Builder::new(&name, [grid, 1], WARPS * 32);
     b.doc(format!("The {} x {} matrix of {}, decoded.", op.shape.rows, op.shape.cols, q.name));
-    b.min_blocks(RESIDENT);
+    b.min_blocks(resident);
     b.dependent_launch();
     emit(&b, op, &layout, grid);
     b.finish()

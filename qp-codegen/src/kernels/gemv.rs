@@ -16,7 +16,7 @@
 use std::collections::VecDeque;
 
 use super::c_name;
-use super::decode::{Register, flatten};
+use super::decode::flatten;
 pub use super::launch::Launch;
 use super::product::{self, Operands, TokenScale, Words};
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var};
@@ -67,7 +67,7 @@ pub(super) struct Plan {
 /// Shared memory that warps may take for sums of their own.
 const SUM_BYTES: u32 = 32 << 10;
 /// Most tokens whose scales are loaded before the weights are decoded.
-const EARLY: u32 = 2;
+pub(super) const EARLY: u32 = 2;
 /// Words of a plane that a thread has on their way to shared memory at once, at most.
 const STAGED: u32 = 8;
 /// Most column tiles of a step, which is unrolled, where activations pass by in shared memory.
@@ -249,15 +249,9 @@ impl<'b, 'a> Emit<'b, 'a> {
             });
         }
         b.grid_launch();
-        let mut ready = Vec::new();
         if plan.resident {
             b.barrier();
-            if self.launch.ready > 0 {
-                b.comment("First tiles, while earlier kernels end.");
-                ready = buffers[0].iter().take(self.launch.ready as usize).map(|tile| self.words(tile)).collect();
-            }
         }
-        let ready: Vec<_> = (0..).zip(&ready).map(|(d, words)| self.decode(d, words)).collect();
         b.grid_wait();
         let fragments = self.activations();
         if !plan.resident {
@@ -274,14 +268,10 @@ impl<'b, 'a> Emit<'b, 'a> {
         b.comment("Down the row tiles.");
         let none = b.vector(&[zero; 4]);
         let acc: Vec<Var> = (0..plan.row_parts() * plan.groups * plan.products).map(|_| b.var(none)).collect();
-        let first = u32::from(!ready.is_empty());
-        if first == 1 {
-            self.step(zero, &buffers[0], &fragments, &acc, ready);
-        }
-        b.for_(first, self.steps, plan.buffers, |first_step| {
-            for p in 0..plan.buffers {
-                let (step, buffer) = (first_step + p, &buffers[((first + p) % plan.buffers) as usize]);
-                let run = || self.step(step, buffer, &fragments, &acc, Vec::new());
+        b.for_(0, self.steps, plan.buffers, |first| {
+            for (p, buffer) in (0..).zip(&buffers) {
+                let step = first + p;
+                let run = || self.step(step, buffer, &fragments, &acc);
                 if p == 0 { run() } else { b.if_(step.lt(self.steps), run) }
             }
         });
@@ -409,12 +399,10 @@ impl<'b, 'a> Emit<'b, 'a> {
 
     /// Decodes and multiplies the tiles of a step. Where a tile's words were, those of the tile that is due as many tiles
     /// later are on their way meanwhile: of this step, or of the one that has the buffer next.
-    /// The first tiles may be decoded already.
-    fn step(&self, step: V<'b>, buffer: &Words, fragments: &Fragments<'b>, acc: &[Var], ready: Vec<Vec<Register<'b>>>) {
+    fn step(&self, step: V<'b>, buffer: &Words, fragments: &Fragments<'b>, acc: &[Var]) {
         let (b, plan) = (self.b, self.plan);
         let (row, col) = self.place(step);
         let mut current: VecDeque<Vec<V>> = buffer.iter().map(|tile| self.words(tile)).collect();
-        let mut ready = ready.into_iter();
         let next = step + plan.buffers;
         if plan.early == plan.depth {
             b.if_(next.lt(self.steps), || self.fetch(next, 0, buffer));
@@ -439,7 +427,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                 }
             }
             let words = current.pop_front().expect("words of each tile");
-            let registers = ready.next().unwrap_or_else(|| self.decode(d, &words));
+            let registers = self.operands.decoder.tile(d as usize % plan.layout.lane_words.len(), &words);
             for group in 0..plan.groups {
                 let x = match (fragments, self.staged) {
                     (Some(f), _) => f[d as usize][group as usize].clone(),
@@ -470,11 +458,6 @@ impl<'b, 'a> Emit<'b, 'a> {
     /// The words of a tile.
     fn words(&self, tile: &[Var]) -> Vec<V<'b>> {
         flatten(&tile.iter().map(|&v| self.b.get(v)).collect::<Vec<_>>())
-    }
-
-    /// Decodes the `d`th tile of a step.
-    fn decode(&self, d: u32, words: &[V<'b>]) -> Vec<Register<'b>> {
-        self.operands.decoder.tile(d as usize % self.plan.layout.lane_words.len(), words)
     }
 
     /// Stores the warp's sums of a row tile, or adds them to the block's.

@@ -1,6 +1,6 @@
 //! How a product is laid over a GPU: a cost model that knows the target, and what fits it.
 
-use super::gemv::{Gemv, Plan};
+use super::gemv::{EARLY, Gemv, Plan};
 use super::{decode, gemm, product};
 use crate::cuda::Device;
 use crate::layout::Packed;
@@ -17,8 +17,6 @@ pub struct Launch {
     pub blocks: u32,
     /// Steps of a warp whose words are in flight; where activations are staged, groups of tiles.
     pub ahead: u32,
-    /// Tiles that each warp decodes before it waits for the kernel before. Pays where blocks of both fit an SM at once.
-    pub ready: u32,
     /// Blocks an SM must hold at once.
     pub min_blocks: u32,
     /// Shared memory that the copies of tables may take, in bytes.
@@ -43,14 +41,14 @@ const MEETING: f64 = 2.0e-6;
 const AHEAD: f64 = 0.1e-6;
 /// Seconds from asking for a word to having it, under load.
 const LATENCY: f64 = 0.9e-6;
-/// Seconds that activations come later if tiles are decoded first.
-const LATE: f64 = 0.4e-6;
 /// Share of an SM's issue slots that 16 resident warps can fill, and that many can.
 const ISSUE: (f64, f64) = (0.72, 0.77);
 /// Cycles that a warp's addition to shared memory takes an SM, for each lane that meets in a bank.
 const ATOMIC: f64 = 1.3;
 /// Bytes of tables that an SM writes in a cycle at the start, when all wait for it.
-const FILL: f64 = 40.0;
+const FILL: f64 = 100.0;
+/// Share of that which is left where the blocks of the next kernel find room.
+const BESIDE: f64 = 0.5;
 /// Share of the peak bandwidth that reading can reach.
 const BANDWIDTH: f64 = 0.9;
 
@@ -67,12 +65,12 @@ impl Launch {
             for most in [4, 8, 16] {
                 let per_warp = share.div_ceil(most).next_multiple_of(codes);
                 let warps = share.div_ceil(per_warp);
-                for (of_sm, min_blocks, ready) in BLOCKS {
+                for (of_sm, min_blocks) in BLOCKS.into_iter().filter(|b| b.0 == b.1 || warps >= MANY) {
                     for ahead in [1, 2, 4] {
                         for tables in &tables {
                             let blocks = rows.min((device.sms * of_sm / split).max(1));
                             let table_bytes = tables.budget;
-                            let launch = Launch { warps, split, blocks, ahead, ready, min_blocks, table_bytes };
+                            let launch = Launch { warps, split, blocks, ahead, min_blocks, table_bytes };
                             if let Some(t) = estimate(op, &launch, device, tables) {
                                 out.push((t, launch));
                             }
@@ -85,10 +83,11 @@ impl Launch {
     }
 }
 
-/// Blocks of an SM, blocks that fit it at once, and tiles decoded early, to try. Where twice as many fit, those of the next
-/// kernel begin while the last of this one end.
-const BLOCKS: [(u32, u32, u32); 8] =
-    [(1, 1, 0), (2, 2, 0), (3, 3, 0), (4, 4, 0), (1, 2, 0), (1, 2, 1), (1, 2, 2), (2, 4, 2)];
+/// Blocks of an SM, and blocks that fit it at once, to try. Where more fit, those of the next kernel begin while the last of
+/// this one end.
+const BLOCKS: [(u32, u32); 5] = [(1, 1), (2, 2), (3, 3), (4, 4), (1, 2)];
+/// Warps that keep an SM busy alone.
+const MANY: u32 = 12;
 
 /// Sizes of tables to try: the more copies, the fewer lanes meet in a bank.
 const TABLES: [u32; 3] = [32 << 10, 64 << 10, 128 << 10];
@@ -129,10 +128,6 @@ impl Tables {
 /// Seconds of a launch; `None` if it does not fit the device.
 fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Option<f64> {
     let plan = Plan::new(op, launch);
-    // Decoding early is for activations that stay in registers.
-    if launch.ready > 0 && !(plan.resident && launch.ready <= plan.depth) {
-        return None;
-    }
     // Of a tile, on average: a group of tiles holds each code of a mix equally often.
     let lane_words = f64::from(plan.layout.lane_words.iter().sum::<u32>()) / plan.layout.lane_words.len() as f64;
     let threads = launch.warps * 32;
@@ -145,12 +140,9 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let prefetched = (f64::from(waiting) * lane_words) as u32;
     let working = working_registers(op.quantizer);
     let sums = 4 * plan.row_parts() * plan.groups * plan.products;
-    // While the tiles decoded early are multiplied, the words of the others wait, and the next ones come.
-    let ready = match launch.ready {
-        0 => 0,
-        n => n * TILE_REGISTERS * plan.row_parts() * plan.products + (f64::from(plan.depth - n) * lane_words) as u32,
-    };
-    let registers = prefetched + fragments + sums + working + ready;
+    // Larger tiles are decoded in one go, too; a few tokens' scales are loaded early.
+    let tile = (TILE_REGISTERS + 8) * (plan.row_parts() - 1) + if op.batch <= EARLY { 4 + 4 * op.batch } else { 0 };
+    let registers = prefetched + fragments + sums + working + tile;
     if !resident
         || registers > available_registers(device, threads, launch.min_blocks)
         || threads * launch.min_blocks > device.threads_per_sm
@@ -175,13 +167,12 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let alu = tiles * (cost.alu + 20.0) / 2.0;
     let slots = tiles * (cost.alu + cost.multiply + cost.lookup + products + staged + 30.0) / 4.0;
     let lookups = tiles * cost.lookup;
-    let issue = alu.max(slots).max(lookups) / (share * device.clock);
+    // A scheduler has one of every four warps; the one that has most is the last.
+    let uneven = f64::from(launch.warps.next_multiple_of(4)) / f64::from(launch.warps);
+    let issue = (alu.max(slots) * uneven).max(lookups) / (share * device.clock);
     let memory = bytes / bandwidth;
-    // What is done while the kernel before ends.
-    let beside = 2 * blocks <= launch.min_blocks;
-    let done = if beside { f64::from(launch.ready) / f64::from(rows * plan.per_warp) } else { 0.0 };
-    let fill =
-        if beside { 0.0 } else { f64::from(blocks.min(launch.min_blocks) * tables.shared) / FILL / device.clock };
+    let beside = if blocks < launch.min_blocks { BESIDE } else { 1.0 };
+    let fill = f64::from(blocks.min(launch.min_blocks) * tables.shared) / FILL / device.clock * beside;
     // Sums that are added to the block's: the lanes of a tensor-core tile meet in its banks.
     let planes_of_bank = f64::from((plan.slots() / 4).clamp(1, 4) * plan.groups) - 1.0;
     let row_tiles = f64::from(blocks * rows * launch.warps);
@@ -189,10 +180,7 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let sums = if plan.own_sums { 0.0 } else { adds * ATOMIC / device.clock };
     let meeting = if launch.split > 1 { MEETING } else { 0.0 };
     let ahead = AHEAD * f64::from(launch.ahead - 1);
-    // Where early decoding helps no earlier kernel's end, it only puts activations off.
-    let late = if launch.ready > 0 && !beside { LATE } else { 0.0 };
-    let work = memory.max(issue * (1.0 - done)) + 0.1 * memory.min(issue);
-    Some(LAUNCH + fill + sums + meeting + ahead + late + work)
+    Some(LAUNCH + fill + sums + meeting + ahead + memory.max(issue) + 0.1 * memory.min(issue))
 }
 
 /// Share of the issue slots that resident warps can fill.
@@ -236,9 +224,8 @@ const GROUP_CHOICES: [(u32, u32, u32); 12] = [
 ];
 /// Seconds that set launches whose registers spill behind all others: they are for codes of which nothing else fits.
 const SPILLS: f64 = 1e3;
-/// Share of the shorter of decoding and multiplying that groups of warps, divided by their number, do not hide behind the
-/// longer.
-const GROUP_REST: f64 = 0.6;
+/// Share of the shorter of decoding and multiplying that groups of warps do not hide behind the longer.
+const GROUP_REST: f64 = 0.7;
 /// Cycles from the beginning of a group's product to its end, beyond the tensor cores' time.
 const GROUP_LATENCY: f64 = 60.0;
 /// Bytes that an SM reads from the L2 cache in a cycle.
@@ -374,8 +361,8 @@ fn estimate_gemm(op: &Gemv, launch: &gemm::Launch, device: &Device, tables: &Tab
         let words = if launch.ahead() > 1 { 0.0 } else { LATENCY * device.clock / f64::from(launch.row_tiles) };
         let product = f64::from(plan.row_parts() * plan.products) * GROUP_LATENCY;
         let multiply = tensor + of_scheduler * (words + product) / at_once;
-        let hidden = if at_once < 2.0 { 1.0 } else { GROUP_REST / at_once };
-        memory.max(staged / L2).max(decode.max(multiply) + hidden * decode.min(multiply))
+        let rest = if at_once < 2.0 { 1.0 } else { GROUP_REST };
+        memory.max(staged / L2).max(decode.max(multiply) + rest * decode.min(multiply))
     } else {
         (fullest + rest / at_once.powf(1.5)) / issue_share(4.0 * at_once)
     };

@@ -88,13 +88,12 @@ impl Launch {
     /// Its name and numbers, for those who read measurements.
     pub fn fields(&self) -> (&'static str, Vec<(&'static str, u32)>) {
         match *self {
-            Launch::Gemv(gemv::Launch { warps, split, blocks, ahead, ready, min_blocks, table_bytes }) => {
+            Launch::Gemv(gemv::Launch { warps, split, blocks, ahead, min_blocks, table_bytes }) => {
                 let fields = vec![
                     ("warps", warps),
                     ("split", split),
                     ("blocks", blocks),
                     ("ahead", ahead),
-                    ("ready", ready),
                     ("min_blocks", min_blocks),
                     ("table_bytes", table_bytes),
                 ];

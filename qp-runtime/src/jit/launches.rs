@@ -19,9 +19,11 @@ use super::{JitError, nvrtc_version};
 pub const VARIABLE: &str = "QP_LAUNCHES";
 
 /// Candidates measured for a product.
-const MOST: usize = 5;
+const MOST: usize = 6;
 /// Candidates that differ in tables and prefetching only.
-const ALIKE: usize = 2;
+const ALIKE: usize = 3;
+/// Candidates that differ in prefetching only.
+const SAME_TABLES: usize = 2;
 /// Expected to take at most this many times what the best does.
 const WITHIN: f64 = 1.15;
 /// The best of each way of multiplying is measured too if it is expected to take at most this many times what the best
@@ -108,11 +110,12 @@ fn written(launch: &Launch) -> String {
     format!("{launch:?}")
 }
 
-/// How a launch lays the work out, but for tables and prefetching.
-fn laid_out(l: &Launch) -> (&'static str, Vec<(&'static str, u32)>) {
+/// How a launch lays the work out, but for tables and prefetching; and the bytes of its tables.
+fn laid_out(l: &Launch) -> ((&'static str, Vec<(&'static str, u32)>), u32) {
     let (kernel, mut fields) = l.fields();
+    let tables = fields.iter().find(|(name, _)| *name == "table_bytes").map_or(0, |f| f.1);
     fields.retain(|(name, _)| !["ahead", "min_blocks", "table_bytes"].contains(name));
-    (kernel, fields)
+    ((kernel, fields), tables)
 }
 
 /// The launches worth measuring, of those that [`Launch::ranked`] gives: the best, others that are expected to take
@@ -124,7 +127,9 @@ pub fn candidates(ranked: &[(f64, Launch)]) -> Vec<Launch> {
         if out.len() == MOST {
             break;
         }
-        if out.iter().filter(|l| laid_out(l) == laid_out(launch)).count() < ALIKE {
+        let (layout, tables) = laid_out(launch);
+        let alike: Vec<u32> = out.iter().map(laid_out).filter(|l| l.0 == layout).map(|l| l.1).collect();
+        if alike.len() < ALIKE && alike.iter().filter(|t| **t == tables).count() < SAME_TABLES {
             out.push(*launch);
         }
     }
@@ -252,18 +257,21 @@ mod tests {
 
     #[test]
     fn candidates_are_few_near_and_differ() {
-        let launch = |warps, ahead| {
-            Launch::Gemv(gemv::Launch { warps, split: 1, blocks: 132, ahead, ready: 0, min_blocks: 1, table_bytes: 1 })
+        let with = |warps, ahead, table_bytes| {
+            Launch::Gemv(gemv::Launch { warps, split: 1, blocks: 132, ahead, min_blocks: 1, table_bytes })
         };
+        let launch = |warps, ahead| with(warps, ahead, 1);
         let ranked = [
             (10.0, launch(16, 1)),
             (10.1, launch(16, 2)),
             (10.2, launch(16, 4)),
+            (10.2, with(16, 1, 2)),
+            (10.2, with(16, 2, 2)),
             (10.3, launch(8, 1)),
             (11.0, launch(4, 1)),
             (11.6, launch(2, 1)),
         ];
-        assert_eq!(candidates(&ranked), [launch(16, 1), launch(16, 2), launch(8, 1), launch(4, 1)]);
+        assert_eq!(candidates(&ranked), [launch(16, 1), launch(16, 2), with(16, 1, 2), launch(8, 1), launch(4, 1)]);
         let many: Vec<_> = (1..=20).map(|w| (10.0, launch(w, 1))).collect();
         assert_eq!(candidates(&many).len(), MOST);
         let other = |group, row_warps| {

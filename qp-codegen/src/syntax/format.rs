@@ -320,7 +320,7 @@ impl<'a> Writer<'a> {
         let fraction = |k: usize| self.lexed.tokens[k].kind == K::Slash && k > 0 && number(k - 1) && number(k + 1);
         let tight = match (a.kind, b.kind) {
             (K::LParen | K::LBracket, _) | (_, K::RParen | K::RBracket | K::Comma) => true,
-            (K::Name | K::RParen | K::RBracket, K::LBracket) => {
+            (K::Name | K::Number(_) | K::RParen | K::RBracket, K::LBracket) => {
                 touch || (i > 1 && self.str(self.lexed.tokens[i - 2]) == "table")
             }
             (K::Name, K::LParen) => touch,
@@ -388,5 +388,10 @@ mod tests {
             decode w { t[w] }
         }
         ");
+    }
+
+    #[test]
+    fn an_index_stays_where_it_is() {
+        assert!(formatted("quantizer q { decode w { t2 ** 126[w] } }").contains("t2 ** 126[w]"));
     }
 }

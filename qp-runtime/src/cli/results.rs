@@ -153,7 +153,7 @@ mod tests {
         assert_eq!(again.fp16_us(28672, 4096), Some(55.8));
         assert_eq!(again.fp16_us(4096, 4096), None);
         let old = r#"{"gpu": "it", "peak_bytes_per_second": 1e12, "kernels": [{"spec": "a_2", "rate": 2, "rows": 1,
-            "cols": 2, "batch": 1, "us": 3, "gb_per_s": 4, "model_us": 5, "warps": 6}]}"#;
+            "cols": 2, "batch": 1, "us": 3, "gb_per_s": 4, "model_us": 5, "registers": 7, "warps": 6}]}"#;
         std::fs::write(&path, old).unwrap();
         let read = Results::read(&path).unwrap();
         assert!(read.kernels[0].used && read.kernels[0].rank == 0 && read.fp16.is_empty());

@@ -110,8 +110,11 @@ fn written(launch: &Launch) -> String {
     format!("{launch:?}")
 }
 
+/// A launch's kernel and numbers by name.
+type Layout = (&'static str, Vec<(&'static str, u32)>);
+
 /// How a launch lays the work out, but for tables and prefetching; and the bytes of its tables.
-fn laid_out(l: &Launch) -> ((&'static str, Vec<(&'static str, u32)>), u32) {
+fn laid_out(l: &Launch) -> (Layout, u32) {
     let (kernel, mut fields) = l.fields();
     let tables = fields.iter().find(|(name, _)| *name == "table_bytes").map_or(0, |f| f.1);
     fields.retain(|(name, _)| !["ahead", "min_blocks", "table_bytes"].contains(name));

@@ -85,6 +85,11 @@ impl Packed {
         Packed { shape, tile: tile(q.block()), lane_words: q.codes.iter().map(lane_words).collect() }
     }
 
+    /// Tensor-core tiles of 16 rows in a tile.
+    pub fn row_parts(&self) -> u32 {
+        self.tile.rows / 16
+    }
+
     /// Tiles from top to bottom.
     pub fn row_tiles(&self) -> u32 {
         self.shape.rows.div_ceil(self.tile.rows)

@@ -30,7 +30,7 @@
 use super::c_name;
 use super::decode::{Register, flatten};
 use super::gemv::Gemv;
-use super::product::{self, Operands, TokenScale, Words};
+use super::product::{self, Operands, TokenScale, Words, divide};
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var, group_columns};
 use crate::layout::{COLUMN_PAD, Packed};
 
@@ -133,11 +133,6 @@ impl Plan {
         }
     }
 
-    /// Tensor-core tiles of 16 rows in a tile.
-    pub(super) fn row_parts(&self) -> u32 {
-        self.layout.tile.rows / 16
-    }
-
     /// Steps of a warp through the columns: groups of tiles.
     pub(super) fn steps(&self, launch: &Launch) -> u32 {
         self.chunks * launch.chunk
@@ -145,7 +140,7 @@ impl Plan {
 
     /// Accumulators of a warp, each of 16 rows and 8 planes.
     pub(super) fn accumulators(&self, launch: &Launch) -> u32 {
-        launch.row_tiles * self.row_parts() * self.groups * self.products
+        launch.row_tiles * self.layout.row_parts() * self.groups * self.products
     }
 
     /// Sums of a block's row tiles.
@@ -463,7 +458,7 @@ impl<'b, 'a> Emit<'b, 'a> {
     fn multiply(&self, tiles: &[Vec<Register<'b>>], kt: u32, group: u32, x: [V<'b>; 2], sums: &mut [V<'b>]) {
         let plan = self.plan;
         for (m, registers) in (0..).zip(tiles) {
-            for part in 0..plan.row_parts() {
+            for part in 0..plan.layout.row_parts() {
                 let first = ((part * plan.layout.tile.cols / 32 + kt) * 4) as usize;
                 let slot = self.slot(m, part, group);
                 product::multiply(self.b, &registers[first..first + 4], x, &mut sums[slot..]);
@@ -473,7 +468,7 @@ impl<'b, 'a> Emit<'b, 'a> {
 
     /// The first accumulator of a part of a row tile and a group of planes.
     fn slot(&self, m: u32, part: u32, group: u32) -> usize {
-        (((m * self.plan.row_parts() + part) * self.plan.groups + group) * self.plan.products) as usize
+        (((m * self.plan.layout.row_parts() + part) * self.plan.groups + group) * self.plan.products) as usize
     }
 
     /// Writes the results of a round's row tiles and clears the sums.
@@ -484,7 +479,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                 for group in 0..plan.tokens.div_ceil(4) {
                     self.of_tokens(b.i32(group as i32), |token, scale| {
                         for m in 0..launch.row_tiles {
-                            for part in 0..plan.row_parts() {
+                            for part in 0..plan.layout.row_parts() {
                                 let slot = self.slot(m, part, group);
                                 let sums = acc[slot..][..plan.products as usize].iter().map(|&v| b.get(v).lanes());
                                 let tile = self.row_tile(round, m);
@@ -522,7 +517,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                 };
                 let of_item: Vec<_> = (0..plan.products).map(load).collect();
                 let (tile, group) = divide(b, item, plan.groups);
-                let (tile, part) = divide(b, tile, plan.row_parts());
+                let (tile, part) = divide(b, tile, plan.layout.row_parts());
                 let tile = round * (launch.row_warps * launch.row_tiles) + tile;
                 self.of_tokens(group, |token, scale| self.write(tile, part, token, scale, &of_item));
             });
@@ -567,9 +562,4 @@ impl<'b, 'a> Emit<'b, 'a> {
             }
         });
     }
-}
-
-/// Quotient and remainder by a constant.
-fn divide<'b>(b: &'b Builder, v: V<'b>, by: u32) -> (V<'b>, V<'b>) {
-    if by == 1 { (v, b.i32(0)) } else { (v / by, v % by) }
 }

@@ -103,11 +103,6 @@ impl Plan {
         self.planes * self.products
     }
 
-    /// Tensor-core tiles of 16 rows in a tile.
-    pub(super) fn row_parts(&self) -> u32 {
-        self.layout.tile.rows / 16
-    }
-
     /// Columns that a block's warps cover together.
     fn block_cols(&self, launch: &Launch) -> u32 {
         launch.warps * self.per_warp * self.layout.tile.cols
@@ -205,7 +200,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let thread = b.special(Special::Thread);
         let lane = b.special(Special::Lane);
         let id = b.special(Special::BlockX);
-        let (block, part) = if launch.split == 1 { (id, b.i32(0)) } else { (id / launch.split, id % launch.split) };
+        let (block, part) = product::divide(b, id, launch.split);
         let row_tiles = plan.layout.row_tiles();
         let first_row = block * row_tiles / launch.blocks;
         let rows = (block + 1) * row_tiles / launch.blocks - first_row;
@@ -267,7 +262,7 @@ impl<'b, 'a> Emit<'b, 'a> {
 
         b.comment("Down the row tiles.");
         let none = b.vector(&[zero; 4]);
-        let acc: Vec<Var> = (0..plan.row_parts() * plan.groups * plan.products).map(|_| b.var(none)).collect();
+        let acc: Vec<Var> = (0..plan.layout.row_parts() * plan.groups * plan.products).map(|_| b.var(none)).collect();
         b.for_(0, self.steps, plan.buffers, |first| {
             for (p, buffer) in (0..).zip(&buffers) {
                 let step = first + p;
@@ -435,7 +430,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                     (None, None) => unreachable!("activations are resident or staged"),
                 };
                 for (kt, &x) in (0..parts).zip(&x) {
-                    for part in 0..plan.row_parts() {
+                    for part in 0..plan.layout.row_parts() {
                         let first = ((part * parts + kt) * 4) as usize;
                         let a = &registers[first..first + 4];
                         let slot = ((part * plan.groups + group) * plan.products) as usize;
@@ -465,7 +460,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let (b, plan) = (self.b, self.plan);
         let (g, t) = (self.lane >> 2, self.lane & 3);
         let warp_first = b.special(Special::Warp) * plan.most_rows;
-        for part in 0..plan.row_parts() {
+        for part in 0..plan.layout.row_parts() {
             for group in 0..plan.groups {
                 let plane = t * 2 + group * 8;
                 let store = || {

@@ -139,9 +139,10 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let waiting = plan.buffers * plan.early + u32::from(plan.early < plan.depth);
     let prefetched = (f64::from(waiting) * lane_words) as u32;
     let working = working_registers(op.quantizer);
-    let sums = 4 * plan.row_parts() * plan.groups * plan.products;
+    let sums = 4 * plan.layout.row_parts() * plan.groups * plan.products;
     // Larger tiles are decoded in one go, too; a few tokens' scales are loaded early.
-    let tile = (TILE_REGISTERS + 8) * (plan.row_parts() - 1) + if op.batch <= EARLY { 4 + 4 * op.batch } else { 0 };
+    let tile =
+        (TILE_REGISTERS + 8) * (plan.layout.row_parts() - 1) + if op.batch <= EARLY { 4 + 4 * op.batch } else { 0 };
     let registers = prefetched + fragments + sums + working + tile;
     if !resident
         || registers > available_registers(device, threads, launch.min_blocks)
@@ -159,7 +160,7 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let bytes = tiles * lane_words * 128.0;
     let in_flight = warps * f64::from(prefetched * 128);
     let bandwidth = (device.bandwidth * BANDWIDTH / f64::from(device.sms)).min(in_flight / LATENCY);
-    let products = f64::from(plan.layout.tile.cols / 32 * plan.row_parts() * plan.groups * plan.products);
+    let products = f64::from(plan.layout.tile.cols / 32 * plan.layout.row_parts() * plan.groups * plan.products);
     let staged = if plan.resident { 0.0 } else { products * 0.5 };
     let cost = tables.cost;
     let share = issue_share(warps);
@@ -176,7 +177,7 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     // Sums that are added to the block's: the lanes of a tensor-core tile meet in its banks.
     let planes_of_bank = f64::from((plan.slots() / 4).clamp(1, 4) * plan.groups) - 1.0;
     let row_tiles = f64::from(blocks * rows * launch.warps);
-    let adds = row_tiles * f64::from(4 * plan.row_parts() * plan.products) * planes_of_bank;
+    let adds = row_tiles * f64::from(4 * plan.layout.row_parts() * plan.products) * planes_of_bank;
     let sums = if plan.own_sums { 0.0 } else { adds * ATOMIC / device.clock };
     let meeting = if launch.split > 1 { MEETING } else { 0.0 };
     let ahead = AHEAD * f64::from(launch.ahead - 1);
@@ -330,7 +331,7 @@ fn estimate_gemm(op: &Gemv, launch: &gemm::Launch, device: &Device, tables: &Tab
 
     let cost = tables.cost;
     let kt = f64::from(tile.cols / 32 * plan.groups);
-    let products = kt * f64::from(plan.row_parts() * plan.products);
+    let products = kt * f64::from(plan.layout.row_parts() * plan.products);
     // An operand of activations is two passes through shared memory, and half an instruction.
     let fragments = if launch.group { 0.0 } else { kt / f64::from(launch.row_tiles) };
     let staged = f64::from(per_sm * plan.rounds * plan.chunks) * f64::from(plan.chunk_units * plan.groups * 8 * 16);
@@ -359,7 +360,7 @@ fn estimate_gemm(op: &Gemv, launch: &gemm::Launch, device: &Device, tables: &Tab
         // A scheduler has a warp of each group.
         let decode = [alu, slots, banks].into_iter().fold(0.0, f64::max) / issue_share(4.0 * at_once);
         let words = if launch.ahead() > 1 { 0.0 } else { LATENCY * device.clock / f64::from(launch.row_tiles) };
-        let product = f64::from(plan.row_parts() * plan.products) * GROUP_LATENCY;
+        let product = f64::from(plan.layout.row_parts() * plan.products) * GROUP_LATENCY;
         let multiply = tensor + of_scheduler * (words + product) / at_once;
         let rest = if at_once < 2.0 { 1.0 } else { GROUP_REST };
         memory.max(staged / L2).max(decode.max(multiply) + rest * decode.min(multiply))

@@ -327,3 +327,8 @@ pub(super) fn multiply<'b>(b: &'b Builder, a: &[Register<'b>], x: [V<'b>; 2], su
         *sum = b.mma_i8(signed, a, x, *sum);
     }
 }
+
+/// Quotient and remainder by a constant.
+pub(super) fn divide<'b>(b: &'b Builder, v: V<'b>, by: u32) -> (V<'b>, V<'b>) {
+    if by == 1 { (v, b.i32(0)) } else { (v / by, v % by) }
+}

@@ -46,8 +46,8 @@ pub struct ProfileCommand {
 const SMALL_KERNELS: f64 = 7.0;
 /// Seconds of a small kernel in a graph of dependent launches.
 const SMALL: f64 = 2e-6;
-/// Products whose kernels are compiled together, on all cores.
-const AT_ONCE: usize = 16;
+/// Products whose kernels are compiled together, on all cores, before they are timed.
+const AT_ONCE: usize = 64;
 /// Share of the peak bandwidth that reading reaches.
 const BANDWIDTH: f64 = 0.9;
 
@@ -93,9 +93,10 @@ impl ProfileCommand {
             for some in new.chunks(AT_ONCE) {
                 bar.set_message(format!("{} {}", names.join("+"), quantizers[some[0].1].name));
                 let products: Vec<_> = some.iter().map(|&(shape, i)| (&quantizers[i], shape)).collect();
-                let times = seconds(on.as_ref(), &device, &products)?;
+                let before = bar.position();
+                let times = seconds(on.as_ref(), &device, &products, || bar.inc(1))?;
+                bar.set_position(before + some.len() as u64);
                 known.extend(some.iter().copied().zip(times));
-                bar.inc(some.len() as u64);
             }
             bar.inc((quantizers.len() - new.len()) as u64);
             kernels.extend(numbered().map(|key| Kernel {
@@ -145,10 +146,15 @@ fn layers(config: &Config) -> Vec<Layer> {
     blocks.chain([layer("lm_head".to_owned(), (config.vocab, config.hidden))]).collect()
 }
 
-/// Times of a launch of each product for one token.
-fn seconds(on: Option<&Executor>, device: &cuda::Device, products: &[(&Quantizer, Shape)]) -> Result<Vec<f64>, Error> {
+/// Times of a launch of each product for one token; `done` is called after each.
+fn seconds(
+    on: Option<&Executor>,
+    device: &cuda::Device,
+    products: &[(&Quantizer, Shape)],
+    done: impl Fn(),
+) -> Result<Vec<f64>, Error> {
     if let Some(on) = on {
-        return Ok(tune::seconds(on, products)?);
+        return Ok(tune::seconds(on, products, done)?);
     }
     let predicted = |&(quantizer, shape): &(&Quantizer, Shape)| {
         let op = Gemv { quantizer, shape, batch: 1, accumulate: false };

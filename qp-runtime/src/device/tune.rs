@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::ops::{DeviceActivations, DeviceMatrix, GemvKernel};
 use super::{Buffer, DeviceError, Executor};
 use crate::check::synthetic;
-use crate::jit::launches::{self, Choice, Wanted};
+use crate::jit::launches::{self, Choice, Chosen, Wanted};
 use crate::jit::{Cache, Usage};
 
 /// A product to be loaded.
@@ -37,28 +37,39 @@ const MATRICES: usize = 64;
 /// # Errors
 /// Those of the executor; a wish that is none.
 pub fn load(on: &Executor, products: &[Product<'_>]) -> Result<Vec<(Launch, GemvKernel)>, DeviceError> {
+    let ops: Vec<_> = products.iter().map(|p| (p.op, p.hash)).collect();
+    let chosen = choose(on, &ops, |i, kernels| in_turn(on, &products[i].op, &products[i].matrices, kernels))?;
+    Ok(chosen.into_iter().map(|c| (c.launch, c.kernel)).collect())
+}
+
+/// [`load`] for products and their quantizers' hashes; `time` gives the seconds of a product's candidates.
+fn choose(
+    on: &Executor,
+    ops: &[(Gemv<'_>, &str)],
+    time: impl FnMut(usize, &mut [(Launch, GemvKernel)]) -> Result<Vec<f64>, DeviceError>,
+) -> Result<Vec<Chosen<GemvKernel>>, DeviceError> {
     let (target, device) = (on.target(), on.device());
     let gpu = match on.gpu() {
         Some(gpu) if Choice::of_user()? == Choice::Measured => gpu,
         Some(_) | None => {
-            let load = |p: &Product<'_>| {
-                let launch = Launch::choose(&p.op, &device);
-                Ok((launch, GemvKernel::load(on, &p.op, &launch)?))
+            let load = |(op, _): &(Gemv<'_>, &str)| {
+                let launch = Launch::choose(op, &device);
+                Ok(Chosen { launch, kernel: GemvKernel::load(on, op, &launch)?, seconds: None })
             };
-            return products.par_iter().map(load).collect();
+            return ops.par_iter().map(load).collect();
         }
     };
-    let wanted = products.iter().map(|p| {
-        let ranked = Launch::ranked(&p.op, &device);
-        Wanted::new(&p.op, p.hash, target, (&gpu.name, gpu.sms), &ranked)
+    let wanted = ops.iter().map(|(op, hash)| {
+        let ranked = Launch::ranked(op, &device);
+        Wanted::new(op, hash, target, (&gpu.name, gpu.sms), &ranked)
     });
     let wanted = wanted.collect::<Result<Vec<_>, _>>()?;
     launches::choose(
         &Cache::of_user(),
         &wanted,
-        |i, launch| GemvKernel::load(on, &products[i].op, &launch),
+        |i, launch| GemvKernel::load(on, &ops[i].0, &launch),
         |kernel| kernel.loaded().usage().is_some_and(spills),
-        |i, kernels| in_turn(on, &products[i], kernels),
+        time,
     )
 }
 
@@ -69,43 +80,48 @@ fn spills(usage: Usage) -> bool {
 /// Times a product's candidates over its matrices, and copies of them where they are small and few.
 fn in_turn(
     on: &Executor,
-    product: &Product<'_>,
+    op: &Gemv<'_>,
+    matrices: &[&DeviceMatrix],
     kernels: &mut [(Launch, GemvKernel)],
 ) -> Result<Vec<f64>, DeviceError> {
     let bytes = on.device().l2_bytes as usize * CACHES;
-    let copies = copies(on, &product.matrices, bytes, MATRICES)?;
-    let matrices: Vec<_> = product.matrices.iter().copied().chain(&copies).take(MATRICES).collect();
+    let copies = copies(on, matrices, bytes, MATRICES)?;
+    let matrices: Vec<_> = matrices.iter().copied().chain(&copies).take(MATRICES).collect();
     let layout = &matrices[0].layout;
-    let x = DeviceActivations::new(on, layout.shape.cols, product.op.batch)?;
-    let mut y = on.zeroed((layout.padded_rows() * product.op.batch) as usize)?;
+    let x = DeviceActivations::new(on, layout.shape.cols, op.batch)?;
+    let mut y = on.zeroed((layout.padded_rows() * op.batch) as usize)?;
     time(on, kernels.iter_mut().map(|k| &mut k.1), &matrices, &x, &mut y, LAUNCHES, ROUNDS)
 }
 
 /// Seconds of each product for one token, on random weights of its shape and with the launch that [`load`] chooses.
+/// `done` is called after each.
 ///
 /// # Errors
 /// Those of [`load`].
-pub fn seconds(on: &Executor, products: &[(&Quantizer, Shape)]) -> Result<Vec<f64>, DeviceError> {
-    let matrix = |&(q, shape): &(&Quantizer, Shape)| {
-        let packed = synthetic::matrix(&q.name, q, shape);
-        DeviceMatrix::upload(on, q, shape.cols, &[(shape.rows, &packed.words, &packed.scales)])
-    };
-    let matrices = products.iter().map(matrix).collect::<Result<Vec<_>, _>>()?;
+pub fn seconds(
+    on: &Executor,
+    products: &[(&Quantizer, Shape)],
+    mut done: impl FnMut(),
+) -> Result<Vec<f64>, DeviceError> {
     let hashes: Vec<String> = products.iter().map(|(q, _)| q.hash()).collect();
-    let named = products.iter().zip(&hashes);
-    let products: Vec<Product> = named
-        .zip(&matrices)
-        .map(|((&(quantizer, shape), hash), matrix)| Product {
-            op: Gemv { quantizer, shape, batch: 1, accumulate: false },
-            hash,
-            matrices: vec![matrix],
-        })
-        .collect();
-    let mut loaded = load(on, &products)?;
-    let time = |(product, kernel): (&Product<'_>, &mut (Launch, GemvKernel))| {
-        in_turn(on, product, std::slice::from_mut(kernel)).map(|times| times[0])
+    let op = |&(quantizer, shape)| Gemv { quantizer, shape, batch: 1, accumulate: false };
+    let ops: Vec<_> = products.iter().zip(&hashes).map(|(p, hash)| (op(p), hash.as_str())).collect();
+    let time = |i: usize, kernels: &mut [(Launch, GemvKernel)]| {
+        let Gemv { quantizer: q, shape, .. } = ops[i].0;
+        let packed = synthetic::matrix(&q.name, q, shape);
+        let matrix = DeviceMatrix::upload(on, q, shape.cols, &[(shape.rows, &packed.words, &packed.scales)])?;
+        in_turn(on, &ops[i].0, &[&matrix], kernels)
     };
-    products.iter().zip(&mut loaded).map(time).collect()
+    let chosen = choose(on, &ops, |i, kernels| {
+        let times = time(i, kernels);
+        done();
+        times
+    })?;
+    let seconds = chosen.into_iter().enumerate().map(|(i, c)| match c.seconds {
+        Some(seconds) => Ok(seconds),
+        None => time(i, &mut [(c.launch, c.kernel)]).map(|times| times[0]),
+    });
+    seconds.collect()
 }
 
 /// Copies of `matrices` that together with them take `bytes` or more, but no more than `most` in all.
@@ -177,10 +193,10 @@ mod tests {
         let product = Product { op, hash: &q.hash(), matrices: vec![&a, &b] };
         let mut loaded = load(&on, std::slice::from_ref(&product)).unwrap();
         assert_eq!(loaded[0].0, Launch::choose(&op, &on.device()));
-        let times = in_turn(&on, &product, &mut loaded).unwrap();
+        let times = in_turn(&on, &product.op, &product.matrices, &mut loaded).unwrap();
         assert!(times.len() == 1 && times[0] > 0.0, "{times:?}");
 
-        let alone = seconds(&on, &[(&q, shape), (&q, Shape { rows: 16, cols: 64 })]).unwrap();
+        let alone = seconds(&on, &[(&q, shape), (&q, Shape { rows: 16, cols: 64 })], || ()).unwrap();
         assert!(alone.len() == 2 && alone.iter().all(|&s| s > 0.0), "{alone:?}");
 
         let made = copies(&on, &product.matrices, 5 * a.bytes(), 10).unwrap();

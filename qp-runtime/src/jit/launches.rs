@@ -144,6 +144,16 @@ pub fn candidates(ranked: &[(f64, Launch)]) -> Vec<Launch> {
     out
 }
 
+/// A product's kernel.
+pub struct Chosen<K> {
+    /// How it is laid out.
+    pub launch: Launch,
+    /// What was loaded.
+    pub kernel: K,
+    /// Its time, if it was measured now.
+    pub seconds: Option<f64>,
+}
+
 /// A kernel for each product, with its launch: the one remembered, or the fastest candidate, which is then remembered.
 ///
 /// `load` makes the kernel of product `i`, many at once on all cores; `spills` tells whether it ran out of registers;
@@ -158,7 +168,7 @@ pub fn choose<K: Send, E: Send>(
     load: impl Fn(usize, Launch) -> Result<K, E> + Sync,
     spills: impl Fn(&K) -> bool,
     mut time: impl FnMut(usize, &mut [(Launch, K)]) -> Result<Vec<f64>, E>,
-) -> Result<Vec<(Launch, K)>, E> {
+) -> Result<Vec<Chosen<K>>, E> {
     let remembered: Vec<Option<Launch>> = wanted.iter().map(|w| w.remembered(cache)).collect();
     let measure = remembered.contains(&None) && cache.problem().is_none();
     let tried = wanted.iter().zip(&remembered).map(|(wanted, remembered)| match remembered {
@@ -173,15 +183,15 @@ pub fn choose<K: Send, E: Send>(
     for (i, wanted) in wanted.iter().enumerate() {
         let own = std::iter::from_fn(|| loaded.next_if(|((of, _), _)| *of == i));
         let mut kernels = usable(own.map(|((_, launch), kernel)| Ok((launch, kernel?))), |(_, k)| spills(k))?;
-        let best = match &kernels[..] {
-            [_] => Some(0),
-            _ => time(i, &mut kernels).ok().map(|times| fastest(&times)),
-        };
-        let (launch, kernel) = kernels.swap_remove(best.unwrap_or(0));
-        if measure && remembered[i].is_none() && best.is_some() {
+        let times = if kernels.len() == 1 { None } else { Some(time(i, &mut kernels)) };
+        let failed = matches!(times, Some(Err(_)));
+        let times = times.and_then(Result::ok);
+        let best = times.as_deref().map_or(0, fastest);
+        let (launch, kernel) = kernels.swap_remove(best);
+        if measure && remembered[i].is_none() && !failed {
             cache.put(&wanted.key, &written(&launch), &[]);
         }
-        out.push((launch, kernel));
+        out.push(Chosen { launch, kernel, seconds: times.map(|t| t[best]) });
     }
     Ok(out)
 }
@@ -244,8 +254,9 @@ mod tests {
             timed += kernels.len();
             kernels.iter().map(|(launch, _)| time(launch)).collect()
         })?;
-        assert!(chosen.iter().all(|(launch, kernel)| launch == kernel), "each launch with its kernel");
-        Ok((chosen.into_iter().map(|c| c.0).collect(), loaded.into_inner(), timed))
+        assert!(chosen.iter().all(|c| c.launch == c.kernel), "each launch with its kernel");
+        assert!(chosen.iter().all(|c| c.seconds.is_none_or(|s| time(&c.launch) == Ok(s))), "each with its time");
+        Ok((chosen.into_iter().map(|c| c.launch).collect(), loaded.into_inner(), timed))
     }
 
     /// The second candidate is fastest.

@@ -14,6 +14,7 @@
 use std::cmp::Ordering;
 use std::collections::HashMap;
 
+use super::copy_all;
 use crate::ir::{self, BinaryOp, Builder, Cache, Elem, Mem, Scalar, Special, V};
 use crate::layout;
 use crate::spec::expr::{Node, Op, VectorOp, WordOp};
@@ -22,8 +23,8 @@ use crate::spec::{Code, Quantizer, Table, Value, mask};
 /// Shared memory for the copies of all tables of a kernel for which speed is not everything.
 pub const TABLE_BYTES: u32 = 32 << 10;
 
-/// Entries of a table that a thread loads at once.
-const FILL: u32 = 8;
+/// Entries of a table that a thread loads at once, at most.
+pub const FILL: u32 = 16;
 
 /// Words of one table entry in shared memory: V entries, padded to 4 bytes.
 fn entry_words(code: &Code) -> u32 {
@@ -62,6 +63,18 @@ struct SharedTable<'b> {
     words: u32,
     /// Byte offset of the lane's copy.
     bank: V<'b>,
+}
+
+impl SharedTable<'_> {
+    /// Copies of an entry that one store writes: several words, if an entry is one.
+    fn wide(&self) -> u32 {
+        if self.words == 1 { self.copies.min(4) } else { 1 }
+    }
+
+    /// Stores of whole entries that fill it.
+    fn stores(&self) -> u32 {
+        self.entries * self.copies / self.wide()
+    }
 }
 
 /// Decoders of all codes of a quantizer within one kernel.
@@ -126,28 +139,19 @@ impl<'b, 'q> Decoder<'b, 'q> {
         let b = self.b;
         let thread = b.special(Special::Thread);
         for t in self.tables.iter().flatten() {
-            // One store of four words holds four copies of a one-word entry.
-            let wide = t.words == 1 && t.copies >= 4;
-            let per_entry = if wide { t.copies / 4 } else { t.copies };
-            let len = t.entries * per_entry;
+            let (wide, per_entry) = (t.wide(), t.copies / t.wide());
             let load = |i: V<'b>| -> Vec<V<'b>> {
                 let first = i / per_entry * t.words + t.first;
                 (0..t.words).map(|w| b.load_as(self.buffer, first + w, Elem::U32, 1, Cache::ReadOnly)).collect()
             };
-            let store = |i: V<'b>, words: &[V<'b>]| {
-                if wide {
-                    b.store(t.mem, i * 4, b.vector(&[words[0]; 4]), Elem::U32);
+            let store = |i: V<'b>, words: &Vec<V<'b>>| {
+                if wide > 1 {
+                    b.store(t.mem, i * wide, b.vector(&vec![words[0]; wide as usize]), Elem::U32);
                 } else {
                     words.iter().enumerate().for_each(|(w, &v)| b.store(t.mem, i * t.words + w as u32, v, Elem::U32));
                 }
             };
-            // Several loads are on their way before the first is stored.
-            let rounds = (1..=FILL).rev().find(|r| len.is_multiple_of(r * threads)).unwrap_or(1);
-            b.for_(thread, len, rounds * threads, |first| {
-                let at: Vec<V> = (0..rounds).map(|r| first + r * threads).collect();
-                let loaded: Vec<_> = at.iter().map(|&i| load(i)).collect();
-                at.iter().zip(&loaded).for_each(|(&i, words)| store(i, words));
-            });
+            copy_all(b, thread, [t.stores(), threads, FILL], load, store);
         }
     }
 
@@ -453,6 +457,12 @@ pub fn shared_bytes(q: &Quantizer, table_bytes: u32) -> u32 {
     let b = Builder::new("tables", [1, 1], 32);
     Decoder::new(&b, q, table_bytes);
     b.finish().shared_bytes()
+}
+
+/// Stores that fill each of the tables; a thread waits for [`FILL`] of its loads at a time.
+pub fn table_stores(q: &Quantizer, table_bytes: u32) -> Vec<u32> {
+    let b = Builder::new("tables", [1, 1], 32);
+    Decoder::new(&b, q, table_bytes).tables.iter().flatten().map(SharedTable::stores).collect()
 }
 
 /// Loads a lane's words of one tile: chunk by chunk, each a coalesced vector. `at` is the tile's first word.

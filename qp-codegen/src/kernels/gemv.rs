@@ -15,10 +15,10 @@
 
 use std::collections::VecDeque;
 
-use super::c_name;
 use super::decode::flatten;
 pub use super::launch::Launch;
 use super::product::{self, Operands, TokenScale, Words};
+use super::{c_name, copy_all};
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var};
 use crate::layout::{COLUMN_PAD, Packed};
 use crate::spec::{Quantizer, Shape};
@@ -68,8 +68,8 @@ pub(super) struct Plan {
 const SUM_BYTES: u32 = 32 << 10;
 /// Most tokens whose scales are loaded before the weights are decoded.
 pub(super) const EARLY: u32 = 2;
-/// Words of a plane that a thread has on their way to shared memory at once, at most.
-const STAGED: u32 = 8;
+/// Words of activations that a thread has on their way to shared memory at once, at most.
+const STAGED: u32 = 16;
 /// Most column tiles of a step, which is unrolled, where activations pass by in shared memory.
 const DEPTH: u32 = 8;
 
@@ -113,10 +113,31 @@ impl Plan {
         if self.own_sums { launch.warps } else { 1 }
     }
 
+    /// Sums of a block. Those of a row lie side by side where each warp has a place of its own: they are stored and read
+    /// at once. Where warps add, those of a slot do, [`Plan::slot_words`] apart: lanes that add together meet in no bank.
+    fn sum_words(&self, launch: &Launch) -> u32 {
+        if self.own_sums {
+            self.most_rows * self.slots() * self.sum_places(launch)
+        } else {
+            self.most_rows / self.layout.tile.rows * self.tile_sums()
+        }
+    }
+
+    /// Words from the sums of a row tile that belong to a slot to those of the next slot: lanes of a quad are two planes
+    /// apart, and must be eight banks apart, as the quads are one.
+    fn slot_words(&self) -> u32 {
+        self.layout.tile.rows + 4 / self.products
+    }
+
+    /// Words of a row tile's sums, where warps add.
+    fn tile_sums(&self) -> u32 {
+        self.slots() * self.slot_words()
+    }
+
     /// Bytes of shared memory beside the tables.
     pub(super) fn shared_bytes(&self, launch: &Launch) -> u32 {
         let staged = if self.resident { 0 } else { self.planes * self.plane_words(launch) };
-        4 * (self.most_rows * self.slots() * self.sum_places(launch) + staged)
+        4 * (self.sum_words(launch) + staged)
     }
 
     /// Words from one staged plane to the next: 4 more than the columns take, so that planes start in other banks.
@@ -194,7 +215,7 @@ type Fragments<'b> = Option<Vec<Vec<Vec<[V<'b>; 2]>>>>;
 impl<'b, 'a> Emit<'b, 'a> {
     fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
         let operands = Operands::new(b, op, &plan.layout, launch.table_bytes);
-        let sums = b.shared("sums", Elem::I32, plan.most_rows * plan.slots() * plan.sum_places(launch));
+        let sums = b.shared("sums", Elem::I32, plan.sum_words(launch));
         let staged = (!plan.resident).then(|| b.shared("staged", Elem::U32, plan.planes * plan.plane_words(launch)));
 
         let thread = b.special(Special::Thread);
@@ -239,7 +260,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         self.operands.decoder.fill(threads);
         let zero = b.i32(0);
         if !plan.own_sums {
-            b.for_(self.thread, self.rows * (plan.layout.tile.rows * plan.slots()), threads, |i| {
+            b.for_(self.thread, self.rows * plan.tile_sums(), threads, |i| {
                 b.store(self.sums, i, zero, Elem::I32);
             });
         }
@@ -345,32 +366,25 @@ impl<'b, 'a> Emit<'b, 'a> {
         let of_tile = plan.layout.tile.cols / 4;
         let of_lane = of_tile / 4;
         let words = plan.block_cols(self.launch) / 4;
-        let rounds = (1..=STAGED).rev().find(|r| words.is_multiple_of(r * threads)).unwrap_or(1);
-        for plane in 0..plan.planes {
-            b.for_(self.thread, words, rounds * threads, |first| {
-                let at: Vec<V> = (0..rounds).map(|r| first + r * threads).collect();
-                let load = |&i: &V<'b>| {
-                    let word = self.block_col * of_tile + i;
-                    let load = || {
-                        let at = word + plane * (stride / 4);
-                        b.load_as(self.operands.x, at, Elem::U32, 1, Cache::ReadOnly)
-                    };
-                    if self.covered() <= stride {
-                        return load();
-                    }
-                    let value = b.var(b.u32(0));
-                    b.if_(word.lt(stride / 4), || b.set(value, load()));
-                    b.get(value)
-                };
-                let loaded: Vec<V> = at.iter().map(load).collect();
-                for (&i, value) in at.iter().zip(loaded) {
-                    // Word 4j + q of a tile is the jth of lane q.
-                    let (tile, word) = (i / of_tile, i % of_tile);
-                    let to = tile * of_tile + word % 4 * of_lane + word / 4;
-                    b.store(staged, to + plane * plan.plane_words(self.launch), value, Elem::U32);
-                }
-            });
-        }
+        let load = |i: V<'b>| {
+            let (plane, i) = product::divide(b, i, words);
+            let word = self.block_col * of_tile + i;
+            let load = || b.load_as(self.operands.x, word + plane * (stride / 4), Elem::U32, 1, Cache::ReadOnly);
+            if self.covered() <= stride {
+                return load();
+            }
+            let value = b.var(b.u32(0));
+            b.if_(word.lt(stride / 4), || b.set(value, load()));
+            b.get(value)
+        };
+        // Word 4j + q of a tile is the jth of lane q.
+        let store = |i: V<'b>, &value: &V<'b>| {
+            let (plane, i) = product::divide(b, i, words);
+            let (tile, word) = (i / of_tile, i % of_tile);
+            let to = tile * of_tile + word % 4 * of_lane + word / 4;
+            b.store(staged, to + plane * plan.plane_words(self.launch), value, Elem::U32);
+        };
+        copy_all(b, self.thread, [plan.planes * words, threads, STAGED], load, store);
     }
 
     /// Columns that all warps of all parts cover.
@@ -481,10 +495,8 @@ impl<'b, 'a> Emit<'b, 'a> {
                         let sum = sums[((part * plan.groups + group) * plan.products + product) as usize];
                         for (i, value) in sum.lanes().into_iter().enumerate() {
                             let i = i as u32;
-                            let tile_row = g + (part * 16 + i / 2 * 8);
-                            let at = (row * plan.layout.tile.rows + tile_row) * plan.slots();
                             let slot = (plane + i % 2) * plan.products + product;
-                            b.atomic_add(self.sums, at + slot, value);
+                            b.atomic_add(self.sums, self.added(row, g + (part * 16 + i / 2 * 8), slot), value);
                         }
                     }
                 };
@@ -494,10 +506,20 @@ impl<'b, 'a> Emit<'b, 'a> {
         }
     }
 
+    /// Where warps add the sums of a row tile's row that belong to a slot.
+    fn added(&self, row_tile: V<'b>, row: V<'b>, slot: V<'b>) -> V<'b> {
+        row_tile * self.plan.tile_sums() + (slot * self.plan.slot_words() + row)
+    }
+
     /// The sums of the block's row `i` that belong to a token, over all warps.
     fn block_sums(&self, i: V<'b>, token: u32) -> Vec<V<'b>> {
         let (b, plan) = (self.b, self.plan);
         let of_token = 2 * plan.products;
+        if !plan.own_sums {
+            let (tile, row) = (i / plan.layout.tile.rows, i % plan.layout.tile.rows);
+            let slot = |s: u32| b.i32((token * of_token + s) as i32);
+            return (0..of_token).map(|s| b.load(self.sums, self.added(tile, row, slot(s)), Elem::I32)).collect();
+        }
         let place = |p: u32| {
             let at = (i + p * plan.most_rows) * plan.slots() + token * of_token;
             b.load_as(self.sums, at, Elem::I32, of_token, Cache::Default).lanes()
@@ -540,7 +562,13 @@ impl<'b, 'a> Emit<'b, 'a> {
         let len = self.rows * (plan.layout.tile.rows * plan.slots());
         b.for_(self.thread, len, threads, |i| {
             let place = |p: u32| b.load(self.sums, i + p * (plan.most_rows * plan.slots()), Elem::I32);
-            let sum = (1..plan.sum_places(self.launch)).fold(place(0), |sum, p| sum + place(p));
+            let sum = if plan.own_sums {
+                (1..plan.sum_places(self.launch)).fold(place(0), |sum, p| sum + place(p))
+            } else {
+                let (row, slot) = (i / plan.slots(), i % plan.slots());
+                let at = self.added(row / plan.layout.tile.rows, row % plan.layout.tile.rows, slot);
+                b.load(self.sums, at, Elem::I32)
+            };
             b.atomic_add(partial, first + i, sum);
         });
         self.operands.when_all_arrived(self.block, self.launch.split, self.thread, || {

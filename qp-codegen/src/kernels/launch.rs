@@ -34,21 +34,23 @@ const GROUP_REGISTERS: u32 = 12;
 /// Registers of [`gemm`] for each further code of a mix, whose row tiles are decoded while the words of the next wait.
 const CODE_REGISTERS: u32 = 36;
 /// Seconds from one launch to the next in a chain of dependent kernels.
-const LAUNCH: f64 = 1.7e-6;
+const LAUNCH: f64 = 1.4e-6;
 /// Seconds that meeting in global memory takes.
-const MEETING: f64 = 2.0e-6;
-/// Seconds that each group of tiles in flight beyond the first costs: a longer beginning, more registers.
-const AHEAD: f64 = 0.1e-6;
+const MEETING: f64 = 1.7e-6;
+/// Seconds until activations are in shared memory, where they do not go to registers.
+const STAGING: f64 = 0.9e-6;
 /// Seconds from asking for a word to having it, under load.
 const LATENCY: f64 = 0.9e-6;
-/// Share of an SM's issue slots that 16 resident warps can fill, and that many can.
-const ISSUE: (f64, f64) = (0.72, 0.77);
-/// Cycles that a warp's addition to shared memory takes an SM, for each lane that meets in a bank.
-const ATOMIC: f64 = 1.3;
-/// Bytes of tables that an SM writes in a cycle at the start, when all wait for it.
-const FILL: f64 = 100.0;
-/// Share of that which is left where the blocks of the next kernel find room.
-const BESIDE: f64 = 0.5;
+/// Share of an SM's issue slots that many warps can fill; and the number of warps that fill 1 - 1/e of that.
+const ISSUE: (f64, f64) = (0.79, 4.3);
+/// Cycles that a warp's addition to shared memory takes an SM.
+const ATOMIC: f64 = 2.8;
+/// Bytes of tables that an SM writes in a cycle at the start.
+const FILL: f64 = 286.0;
+/// Seconds of each further round of loads of tables.
+const FILL_ROUND: f64 = 0.12e-6;
+/// Decoding and reading take longer than the longer of both, as sums with this exponent do.
+const TOGETHER: f64 = 4.8;
 /// Share of the peak bandwidth that reading can reach.
 const BANDWIDTH: f64 = 0.9;
 
@@ -97,6 +99,8 @@ struct Tables {
     budget: u32,
     /// Bytes they take.
     shared: u32,
+    /// [`decode::table_stores`].
+    stores: Vec<u32>,
     cost: TileCost,
 }
 
@@ -121,7 +125,8 @@ impl Tables {
         let mean = |f: &dyn Fn(&decode::Cost) -> f64| costs.iter().map(f).sum::<f64>() / costs.len() as f64;
         let (alu, multiply) = (mean(&|c| c.alu.into()), mean(&|c| c.multiply.into()));
         let cost = TileCost { alu, multiply, lookup: mean(&|c| c.lookup) };
-        Tables { budget, shared: decode::shared_bytes(q, budget), cost }
+        let (shared, stores) = (decode::shared_bytes(q, budget), decode::table_stores(q, budget));
+        Tables { budget, shared, stores, cost }
     }
 }
 
@@ -161,32 +166,32 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let in_flight = warps * f64::from(prefetched * 128);
     let bandwidth = (device.bandwidth * BANDWIDTH / f64::from(device.sms)).min(in_flight / LATENCY);
     let products = f64::from(plan.layout.tile.cols / 32 * plan.layout.row_parts() * plan.groups * plan.products);
-    let staged = if plan.resident { 0.0 } else { products * 0.5 };
+    let (staged, staging) = if plan.resident { (0.0, 0.0) } else { (products * 0.5, STAGING) };
     let cost = tables.cost;
     let share = issue_share(warps);
     // Four schedulers; the pipe of integer operations takes one every other cycle of each.
-    let alu = tiles * (cost.alu + 20.0) / 2.0;
-    let slots = tiles * (cost.alu + cost.multiply + cost.lookup + products + staged + 30.0) / 4.0;
+    let alu = tiles * (cost.alu + 12.0) / 2.0;
+    let slots = tiles * (cost.alu + cost.multiply + cost.lookup + products + staged + 18.0) / 4.0;
     let lookups = tiles * cost.lookup;
     // A scheduler has one of every four warps; the one that has most is the last.
     let uneven = f64::from(launch.warps.next_multiple_of(4)) / f64::from(launch.warps);
     let issue = (alu.max(slots) * uneven).max(lookups) / (share * device.clock);
     let memory = bytes / bandwidth;
-    let beside = if blocks < launch.min_blocks { BESIDE } else { 1.0 };
-    let fill = f64::from(blocks.min(launch.min_blocks) * tables.shared) / FILL / device.clock * beside;
-    // Sums that are added to the block's: the lanes of a tensor-core tile meet in its banks.
-    let planes_of_bank = f64::from((plan.slots() / 4).clamp(1, 4) * plan.groups) - 1.0;
+    let rounds: u32 = tables.stores.iter().map(|s| s.div_ceil(threads).div_ceil(decode::FILL)).sum();
+    let rounds = f64::from(rounds.saturating_sub(1));
+    let fill = f64::from(blocks.min(launch.min_blocks) * tables.shared) / FILL / device.clock + rounds * FILL_ROUND;
+    // Sums that are added to the block's.
     let row_tiles = f64::from(blocks * rows * launch.warps);
-    let adds = row_tiles * f64::from(4 * plan.layout.row_parts() * plan.products) * planes_of_bank;
+    let adds = row_tiles * f64::from(4 * plan.layout.row_parts() * plan.products * plan.groups);
     let sums = if plan.own_sums { 0.0 } else { adds * ATOMIC / device.clock };
     let meeting = if launch.split > 1 { MEETING } else { 0.0 };
-    let ahead = AHEAD * f64::from(launch.ahead - 1);
-    Some(LAUNCH + fill + sums + meeting + ahead + memory.max(issue) + 0.1 * memory.min(issue))
+    let work = (memory.powf(TOGETHER) + issue.powf(TOGETHER)).powf(1.0 / TOGETHER);
+    Some(LAUNCH + fill + staging + sums + meeting + work)
 }
 
 /// Share of the issue slots that resident warps can fill.
 fn issue_share(warps: f64) -> f64 {
-    ISSUE.0 + (ISSUE.1 - ISSUE.0) * ((warps - 16.0) / 16.0).clamp(-1.0, 1.0)
+    ISSUE.0 * (1.0 - (-warps / ISSUE.1).exp())
 }
 
 /// Registers for addresses and for a tile being decoded.

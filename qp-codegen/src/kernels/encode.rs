@@ -3,14 +3,16 @@
 //! # The search
 //!
 //! As on the CPU (`qp-runtime`'s `codec::viterbi`, which explains trellis, states and tail-biting), with the same
-//! integers ([`crate::metric`]) and the same rule for ties, so the windows are the same. A block of threads searches
-//! `lanes` blocks of weights at once, which share every entry of the codebook that is read:
+//! integers ([`crate::metric`]) and the same rule for ties, so the windows are the same. A block of threads, or a cluster
+//! of them, searches `lanes` blocks of weights at once, which share every entry of the codebook that is read:
 //!
 //! * Costs of all states at all boundaries lie in the *history*, in global memory, `lanes` side by side; those of the
 //!   last boundary are still in the caches when they are read. A thread takes the 2^α states that differ in their
 //!   highest α bits only: they have the same predecessors, so a cost that is loaded serves 2^α · `lanes` transitions, each
 //!   an addition onto a dot product and a minimum.
 //! * Where states are few, several lanes of a warp share one such task; each takes a part of its predecessors.
+//! * Where the states are so many that the costs of all searches in flight leave the L2 cache, the blocks of a cluster
+//!   share one search, so that fewer are in flight: each takes its part of the tasks of a step, and they meet after it.
 //! * On the way back a warp for each block of weights finds the best of a state's 2^KV predecessors again, so no
 //!   decision is kept.
 //!
@@ -72,6 +74,8 @@ pub struct Plan {
     alpha: u32,
     /// Blocks of threads that fit on one multiprocessor at once.
     pub resident: u32,
+    /// Blocks of threads that share a search.
+    pub cluster: u32,
 }
 
 /// One step of the pattern.
@@ -101,7 +105,8 @@ impl Plan {
         let states = code.window - least;
         if code.is_memoryless() {
             let resident = RESIDENT / 256;
-            return Ok(Plan { code: code.clone(), metric, reach: 0, lanes: 1, threads: 256, alpha: 0, resident });
+            let code = code.clone();
+            return Ok(Plan { code, metric, reach: 0, lanes: 1, threads: 256, alpha: 0, resident, cluster: 1 });
         }
         if states > MOST_STATES {
             return Err(Refused::Window { window: code.window });
@@ -109,7 +114,35 @@ impl Plan {
         let alpha = ALPHA.min(least).min(code.window - most);
         let threads = (1u32 << (states - alpha)).clamp(32, THREADS);
         let resident = (RESIDENT / threads).clamp(1, device.blocks_per_sm);
-        Ok(Plan { code: code.clone(), metric, reach: code.reach(steps), lanes: LANES, threads, alpha, resident })
+        let (code, reach) = (code.clone(), code.reach(steps));
+        let mut plan = Plan { code, metric, reach, lanes: LANES, threads, alpha, resident, cluster: 1 };
+        while !plan.fits(device) && plan.can_grow(device) {
+            plan.cluster *= 2;
+        }
+        Ok(plan)
+    }
+
+    /// Whether the costs that a step of all searches in flight reads and writes stay in the L2 cache, beside the book.
+    fn fits(&self, device: &Device) -> bool {
+        let book = self.phases().iter().map(|p| p.book).max().expect("a step") + self.book_words();
+        let costs = u64::from(self.searches(device)) * 2 * u64::from(self.stride());
+        4 * (costs + u64::from(book)) <= device.l2_bytes
+    }
+
+    /// Whether a cluster of twice as many blocks exists and would leave no thread idle.
+    fn can_grow(&self, device: &Device) -> bool {
+        let busy = |p: &Phase| p.tasks << p.bits.min(5) >= 2 * self.team();
+        2 * self.cluster <= device.cluster && self.phases().iter().all(busy)
+    }
+
+    /// Threads that share a search.
+    fn team(&self) -> u32 {
+        self.threads * self.cluster
+    }
+
+    /// Searches that `device` runs at once.
+    pub fn searches(&self, device: &Device) -> u32 {
+        device.sms * self.resident / self.cluster
     }
 
     /// Steps of a block of weights.
@@ -122,9 +155,18 @@ impl Plan {
         self.code.vector.div_ceil(2)
     }
 
-    /// Costs of a block of threads' history: `(steps + 1) × states × lanes`.
+    /// Costs of a search's history, `(steps + 1) × states × lanes`, and behind them the seams where a cluster shares them.
     pub fn history(&self) -> u64 {
-        if self.code.is_memoryless() { 1 } else { u64::from(self.steps() + 1) * u64::from(self.stride()) }
+        if self.code.is_memoryless() {
+            return 1;
+        }
+        let seams = if self.cluster > 1 { self.lanes } else { 0 };
+        self.costs() + u64::from(seams)
+    }
+
+    /// Costs of all boundaries.
+    fn costs(&self) -> u64 {
+        u64::from(self.steps() + 1) * u64::from(self.stride())
     }
 
     /// The costs of one boundary.
@@ -170,7 +212,7 @@ impl Plan {
         let phase = |i: usize| {
             let bits = c.steps[i];
             let tasks = 1 << (c.window - bits - self.alpha);
-            let split = (self.threads / tasks).clamp(1, 32.min(1 << bits));
+            let split = (self.team() / tasks).clamp(1, 32.min(1 << bits));
             let kind = kinds.iter().position(|&k| k == bits).unwrap_or_else(|| {
                 kinds.push(bits);
                 kinds.len() - 1
@@ -222,19 +264,20 @@ impl Plan {
         (((b / p.split * p.tasks + task) * p.split + b % p.split) << self.alpha) + set
     }
 
-    /// Makes the kernel, for `grid` blocks of threads. Its parameters, in order:
+    /// Makes the kernel, for `searches` at once. Its parameters, in order:
     ///
     /// * `weights`: `u32`, groups of blocks as [`Plan::weights`] makes them (of a code without memory, steps);
     /// * `book`: `u32`, [`Plan::book`];
-    /// * `history`: `i32`, grid × [`Plan::history`], for the kernel's own use;
+    /// * `history`: `i32`, `searches` × [`Plan::history`], for the kernel's own use;
     /// * `windows`: `u32`, blocks × steps;
     /// * `groups`: `i32`, the number of groups.
-    pub fn lower(&self, grid: u32) -> Kernel {
+    pub fn lower(&self, searches: u32) -> Kernel {
         let c = &self.code;
         let kind = if c.is_memoryless() { "nearest" } else { "encode" };
         let steps: Vec<String> = c.steps.iter().map(u32::to_string).collect();
         let name = format!("{kind}_l{}_k{}_v{}", c.window, steps.join("_"), c.vector);
-        let b = Builder::new(&c_name(&name), [grid, 1], self.threads);
+        let b = Builder::new(&c_name(&name), [searches * self.cluster, 1], self.threads);
+        b.cluster(self.cluster);
         let steps = steps.join(", ");
         b.doc(format!("Windows of {} bits for vectors of {}, steps of {steps} bits.", c.window, c.vector));
         b.min_blocks(self.resident);
@@ -245,9 +288,9 @@ impl Plan {
         let groups = b.scalar("groups", Scalar::I32);
         let e = Emit { b: &b, plan: self, weights, book, history, windows };
         if c.is_memoryless() {
-            e.nearest(groups, grid)
+            e.nearest(groups, searches)
         } else {
-            e.search(groups, grid)
+            e.search(groups, searches)
         }
         b.finish()
     }
@@ -274,7 +317,9 @@ struct Entry<'b> {
 /// What the threads that search together know.
 #[derive(Clone, Copy)]
 struct Search<'b> {
-    /// First cost of this block of threads in the history.
+    /// Among them.
+    thread: V<'b>,
+    /// First cost of theirs in the history.
     history: V<'b>,
     /// Index of the group's first word of weights.
     weights: V<'b>,
@@ -361,15 +406,27 @@ impl<'b> Emit<'b> {
         }
     }
 
-    fn search(&self, groups: V<'b>, grid: u32) {
+    /// The threads of a search meet.
+    fn meet(&self) {
+        if self.plan.cluster > 1 { self.b.cluster_barrier() } else { self.b.barrier() }
+    }
+
+    fn search(&self, groups: V<'b>, searches: u32) {
         let (b, plan) = (self.b, self.plan);
         let (steps, reach, lanes) = (plan.steps(), plan.reach, plan.lanes);
         let first_phase = plan.phases()[0];
-        let seams = b.shared("seams", Elem::I32, lanes);
-        let (thread, block) = (b.special(Special::Thread), b.special(Special::BlockX));
-        let history = block * plan.history() as u32;
-        b.for_(block, groups, grid, |group| {
-            let search = Search { history, weights: group * (steps * lanes * plan.weight_words()) };
+        let alone = plan.cluster == 1;
+        let shared = alone.then(|| b.shared("seams", Elem::I32, lanes));
+        let (thread, rank) = (b.special(Special::Thread), if alone { b.i32(0) } else { b.special(Special::Rank) });
+        let thread = rank * plan.threads + thread;
+        let first = b.special(if alone { Special::BlockX } else { Special::Cluster });
+        let history = first * plan.history() as u32;
+        let (seams, first_seam) = match shared {
+            Some(seams) => (seams, b.i32(0)),
+            None => (self.history, history + plan.costs() as u32),
+        };
+        b.for_(first, groups, searches, |group| {
+            let search = Search { thread, history, weights: group * (steps * lanes * plan.weight_words()) };
             b.comment("First freely across the seam, to find the state there; then from it to it.");
             b.for_(0, 2, 1, |pass| {
                 let free = pass.eq(0);
@@ -380,22 +437,23 @@ impl<'b> Emit<'b> {
                     s.lt(steps).select(s, s - steps)
                 };
                 let seam = b.var(b.i32(-1));
-                b.if_(pass.eq(1), || b.set(seam, b.load(seams, thread % lanes, Elem::I32)));
-                b.for_(thread, lanes << first_phase.before, plan.threads, |i| {
+                b.if_(pass.eq(1), || b.set(seam, b.load(seams, first_seam + thread % lanes, Elem::I32)));
+                b.for_(thread, lanes << first_phase.before, plan.team(), |i| {
                     let state = i / lanes;
                     let reachable = free | state.eq(b.get(seam));
                     let cost = reachable.select(b.i32(0), UNREACHABLE);
                     b.store(self.history, history + i, cost, Elem::I32);
                 });
-                b.barrier();
+                self.meet();
                 b.for_(0, count, 1, |i| {
                     let s = step_of(i);
                     self.each_phase(i, |p| self.forward(p, search, i, s));
                 });
                 b.comment("Back: a warp for each block of weights.");
-                b.for_(b.special(Special::Warp), lanes, plan.threads / 32, |m| {
+                let warp = b.special(Special::Warp) * plan.cluster + rank;
+                b.for_(warp, lanes, plan.team() / 32, |m| {
                     let state = b.var(b.i32(0));
-                    let at_seam = || b.set(state, b.load(seams, m, Elem::I32));
+                    let at_seam = || b.set(state, b.load(seams, first_seam + m, Elem::I32));
                     b.if_else(free, || self.best_end(search, m, count, state), at_seam);
                     let back = count - free.select(b.i32(reach as i32), 0);
                     b.for_(0, back, 1, |j| {
@@ -410,9 +468,11 @@ impl<'b> Emit<'b> {
                             });
                         });
                     });
-                    b.if_(free & b.special(Special::Lane).eq(0), || b.store(seams, m, b.get(state), Elem::I32));
+                    b.if_(free & b.special(Special::Lane).eq(0), || {
+                        b.store(seams, first_seam + m, b.get(state), Elem::I32)
+                    });
                 });
-                b.barrier();
+                self.meet();
             });
         });
     }
@@ -424,7 +484,7 @@ impl<'b> Emit<'b> {
         let stride = plan.stride();
         let from = search.history + i * stride;
         let weights = self.load_weights(search.weights + s * (lanes * plan.weight_words()));
-        let thread = b.special(Special::Thread);
+        let thread = search.thread;
         let (share, index) = (thread % p.split, thread / p.split);
         let run = |task: V<'b>, here: Option<V<'b>>| {
             let best = self.best(p, &weights, from, task, share);
@@ -443,13 +503,13 @@ impl<'b> Emit<'b> {
             }
         };
         let busy = p.tasks * p.split;
-        match busy.cmp(&plan.threads) {
+        match busy.cmp(&plan.team()) {
             // All lanes must be there for the shuffles: the others do what is done already.
             Ordering::Less => run(index % p.tasks, Some(thread.lt(busy))),
             Ordering::Equal => run(index, None),
-            Ordering::Greater => b.for_(index, p.tasks, plan.threads, |task| run(task, None)),
+            Ordering::Greater => b.for_(index, p.tasks, plan.team(), |task| run(task, None)),
         }
-        b.barrier();
+        self.meet();
     }
 
     /// The least costs of a task's states, by state and lane.
@@ -546,11 +606,11 @@ impl<'b> Emit<'b> {
     }
 
     /// Codes without memory: every step alone.
-    fn nearest(&self, groups: V<'b>, grid: u32) {
+    fn nearest(&self, groups: V<'b>, blocks: u32) {
         let (b, plan) = (self.b, self.plan);
         let (per, all) = (plan.weight_words(), groups * plan.steps());
         let first = (b.special(Special::BlockX) * plan.threads + b.special(Special::Thread)) * STEPS;
-        b.for_(first, all, grid * plan.threads * STEPS, |first| {
+        b.for_(first, all, blocks * plan.threads * STEPS, |first| {
             // Steps come in multiples of 32.
             let weights: Vec<Vec<V<'b>>> = (0..STEPS)
                 .map(|k| {
@@ -589,4 +649,26 @@ fn least<'b>(mut v: V<'b>, mut i: V<'b>) -> (V<'b>, V<'b>) {
         (v, i) = (take.select(other, v), take.select(j, i));
     }
     (v, i)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::Target;
+    use crate::palette;
+
+    #[test]
+    fn clusters_are_as_small_as_the_cache_allows() {
+        let cluster = |name: &str, device: &Device| {
+            let code = &palette::get(name).expect("of the palette").codes[0];
+            Plan::new(code, device).expect("few states").cluster
+        };
+        let hopper = Target::Sm90a.device();
+        let chosen = ["tcq_2", "fast_2", "fine_5", "fine_4", "fine_2"].map(|name| cluster(name, &hopper));
+        assert_eq!(chosen, [1, 1, 4, 8, 8]);
+        // 2^16 states: a MiB for each boundary.
+        assert_eq!(cluster("fine_4", &Device { l2_bytes: 1 << 28, ..hopper }), 2);
+        assert_eq!(cluster("fine_4", &Device { cluster: 4, ..hopper }), 4);
+        assert_eq!(cluster("fine_4", &Target::Sm80.device()), 1);
+    }
 }

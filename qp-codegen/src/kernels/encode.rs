@@ -150,6 +150,15 @@ impl Plan {
         self.code.steps_per_block()
     }
 
+    /// Whether the history holds costs doubled. A metric's shift by one bit then waits for the minimum, which saves an
+    /// instruction a transition: `min(old + (d >> 1)) = min(2 old + d) >> 1`. Sums do not overflow: on any path 2 old is
+    /// within 2^30, and from a state that is [`UNREACHABLE`], which counts half as much now, no path is much longer than a
+    /// window, since then all states are reached.
+    fn doubles(&self) -> bool {
+        let fewest = *self.code.steps.iter().min().expect("a step");
+        self.metric.shift == 1 && 4 * (self.code.window.div_ceil(fewest) + 1) <= self.steps()
+    }
+
     /// Words that the weights of a step take.
     pub fn weight_words(&self) -> u32 {
         self.code.vector.div_ceil(2)
@@ -373,6 +382,11 @@ impl<'b> Emit<'b> {
     }
 
     fn metric(&self, weights: &[V<'b>], entry: &Entry<'b>) -> V<'b> {
+        let d = self.unshifted(weights, entry);
+        if self.plan.metric.shift > 0 { d >> self.plan.metric.shift as i32 } else { d }
+    }
+
+    fn unshifted(&self, weights: &[V<'b>], entry: &Entry<'b>) -> V<'b> {
         let mut d = entry.energy;
         for (i, &x) in weights.iter().enumerate() {
             d = match self.plan.code.value {
@@ -380,7 +394,7 @@ impl<'b> Emit<'b> {
                 Value::I16 => d + x * entry.parts[i],
             };
         }
-        if self.plan.metric.shift > 0 { d >> self.plan.metric.shift as i32 } else { d }
+        d
     }
 
     /// The weights of `lanes` blocks from word `at` on.
@@ -516,6 +530,7 @@ impl<'b> Emit<'b> {
     fn best(&self, p: &Phase, weights: &[Vec<V<'b>>], from: V<'b>, task: V<'b>, share: V<'b>) -> Vec<Vec<V<'b>>> {
         let (b, plan) = (self.b, self.plan);
         let (lanes, sets) = (plan.lanes, 1u32 << plan.alpha);
+        let doubled = plan.doubles();
         let new = |_| (0..lanes).map(|_| b.var(b.i32(UNREACHABLE + LARGEST_COST))).collect::<Vec<Var>>();
         let best: Vec<Vec<Var>> = (0..sets).map(new).collect();
         let rounds = (1 << p.bits) / p.split;
@@ -533,8 +548,8 @@ impl<'b> Emit<'b> {
             for (old, entries) in loaded {
                 for (entry, best) in entries.iter().zip(&best) {
                     for (m, (&best, weights)) in best.iter().zip(weights).enumerate() {
-                        let cost = self.metric(weights, entry) + old.lane(m as u32);
-                        b.set(best, b.get(best).min(cost));
+                        let d = if doubled { self.unshifted(weights, entry) } else { self.metric(weights, entry) };
+                        b.set(best, b.get(best).min(d + old.lane(m as u32)));
                     }
                 }
             }
@@ -546,7 +561,7 @@ impl<'b> Emit<'b> {
                 cost = cost.min(cost.shuffle_xor(apart as i32));
                 apart *= 2;
             }
-            cost
+            if doubled { cost & -2 } else { cost }
         };
         best.iter().map(|lanes| lanes.iter().map(joined).collect()).collect()
     }
@@ -592,6 +607,7 @@ impl<'b> Emit<'b> {
                 let entry = self.entries(p.book, place, 1).remove(0);
                 let window = (state << p.bits as i32) + low;
                 let old = b.load(self.history, from + (window & mask(p.before) as i32) * plan.lanes, Elem::I32);
+                let old = if plan.doubles() { old >> 1 } else { old };
                 (self.metric(&weights, &entry) + old, window)
             };
             let all: Vec<_> = (0..at_once).map(metric).collect();
@@ -656,6 +672,18 @@ mod tests {
     use super::*;
     use crate::cuda::Target;
     use crate::palette;
+
+    #[test]
+    fn costs_of_512_weights_are_doubled() {
+        let doubles = |name: &str| {
+            let code = &palette::get(name).expect("of the palette").codes[0];
+            Plan::new(code, &Target::Sm90a.device()).expect("few states").doubles()
+        };
+        assert_eq!(
+            ["fine_1.75", "fine_2", "fine_3", "fine_4", "tcq_2", "fast_2"].map(doubles),
+            [true, true, true, false, false, false]
+        );
+    }
 
     #[test]
     fn clusters_are_as_small_as_the_cache_allows() {

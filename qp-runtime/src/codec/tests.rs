@@ -554,6 +554,8 @@ fn codes_for_kernels() -> Vec<Code> {
         short(code(8, &[4], 2, Value::I16, 32, hashed(27, &[19, 18])), 2, 64),
         short(code(8, &[5], 4, Value::I16, 256, direct()), 2, 64),
         short(trellis(14, &[3], 2), 2, 32),
+        // Metrics are shifted by a bit.
+        short(trellis(10, &[4, 3], 2), 4, 128),
         code(6, &[6], 2, Value::I16, 64, direct()),
         code(5, &[5], 1, Value::I8, 32, direct()),
     ]
@@ -577,9 +579,13 @@ fn same_windows(plan: Plan, count: usize) {
 #[test]
 fn the_kernel_finds_the_same_windows() {
     let device = Executor::interpreter().device();
+    let mut shifts = BTreeSet::new();
     for code in codes_for_kernels() {
-        same_windows(Plan::new(&code, &device).expect("few states"), 9);
+        let plan = Plan::new(&code, &device).expect("few states");
+        shifts.insert(plan.metric.shift);
+        same_windows(plan, 9);
     }
+    assert!(shifts.contains(&0) && shifts.contains(&1), "{shifts:?}");
 }
 
 #[test]

@@ -33,11 +33,13 @@ use crate::spec::{Code, Value, mask};
 const LANES: u32 = 4;
 /// Most that α can be.
 const ALPHA: u32 = 3;
+/// The same in a cluster, where loads of costs from the L2 cache are what is scarce.
+const CLUSTER_ALPHA: u32 = 4;
 /// Most threads of a block.
 const THREADS: u32 = 512;
 /// Threads of one multiprocessor: each may have its part of the registers.
 const RESIDENT: u32 = 512;
-/// Predecessors that a thread looks at in one round of its loop.
+/// Predecessors that a thread looks at in one round of its loop, if α is at most [`ALPHA`].
 const AHEAD: u32 = 4;
 /// log2 of the most states that are worth it.
 const MOST_STATES: u32 = 18;
@@ -116,8 +118,13 @@ impl Plan {
         let resident = (RESIDENT / threads).clamp(1, device.blocks_per_sm);
         let (code, reach) = (code.clone(), code.reach(steps));
         let mut plan = Plan { code, metric, reach, lanes: LANES, threads, alpha, resident, cluster: 1 };
-        while !plan.fits(device) && plan.can_grow(device) {
-            plan.cluster *= 2;
+        let larger = |plan: &Plan| Plan { cluster: 2 * plan.cluster, ..plan.clone() };
+        while !plan.fits(device) && 2 * plan.cluster <= device.cluster && larger(&plan).is_busy() {
+            plan = larger(&plan);
+        }
+        if plan.cluster > 1 {
+            let more = Plan { alpha: CLUSTER_ALPHA.min(least).min(plan.code.window - most), ..plan.clone() };
+            plan = if more.is_busy() { more } else { plan };
         }
         Ok(plan)
     }
@@ -129,10 +136,9 @@ impl Plan {
         4 * (costs + u64::from(book)) <= device.l2_bytes
     }
 
-    /// Whether a cluster of twice as many blocks exists and would leave no thread idle.
-    fn can_grow(&self, device: &Device) -> bool {
-        let busy = |p: &Phase| p.tasks << p.bits.min(5) >= 2 * self.team();
-        2 * self.cluster <= device.cluster && self.phases().iter().all(busy)
+    /// Whether every step has work for all threads.
+    fn is_busy(&self) -> bool {
+        self.phases().iter().all(|p| p.tasks << p.bits.min(5) >= self.team())
     }
 
     /// Threads that share a search.
@@ -164,18 +170,16 @@ impl Plan {
         self.code.vector.div_ceil(2)
     }
 
-    /// Costs of a search's history, `(steps + 1) × states × lanes`, and behind them the seams where a cluster shares them.
+    /// Costs of a search's history: boundaries × states × lanes.
     pub fn history(&self) -> u64 {
-        if self.code.is_memoryless() {
-            return 1;
-        }
-        let seams = if self.cluster > 1 { self.lanes } else { 0 };
-        self.costs() + u64::from(seams)
+        if self.code.is_memoryless() { 1 } else { u64::from(self.boundaries()) * u64::from(self.stride()) }
     }
 
-    /// Costs of all boundaries.
-    fn costs(&self) -> u64 {
-        u64::from(self.steps() + 1) * u64::from(self.stride())
+    /// Boundaries that have costs: all, or all but the last. That is not looked at when a path starts and ends at a known
+    /// state; without it, histories of as many large searches as a GPU can run at once just fit the index.
+    fn boundaries(&self) -> u32 {
+        let to_spare = self.cluster > 1 && 2 * self.reach < self.steps();
+        self.steps() + u32::from(!to_spare)
     }
 
     /// The costs of one boundary.
@@ -435,11 +439,16 @@ impl<'b> Emit<'b> {
         let thread = rank * plan.threads + thread;
         let first = b.special(if alone { Special::BlockX } else { Special::Cluster });
         let history = first * plan.history() as u32;
-        let (seams, first_seam) = match shared {
-            Some(seams) => (seams, b.i32(0)),
-            None => (self.history, history + plan.costs() as u32),
-        };
         b.for_(first, groups, searches, |group| {
+            // Other blocks must see it: where the first window will lie.
+            let seam = |m: V<'b>| match shared {
+                Some(seams) => (seams, m),
+                None => (self.windows, (group * lanes + m) * steps),
+            };
+            let load_seam = |m| {
+                let (seams, at) = seam(m);
+                b.load(seams, at, Elem::I32)
+            };
             let search = Search { thread, history, weights: group * (steps * lanes * plan.weight_words()) };
             b.comment("First freely across the seam, to find the state there; then from it to it.");
             b.for_(0, 2, 1, |pass| {
@@ -450,16 +459,17 @@ impl<'b> Emit<'b> {
                     let s = first + i;
                     s.lt(steps).select(s, s - steps)
                 };
-                let seam = b.var(b.i32(-1));
-                b.if_(pass.eq(1), || b.set(seam, b.load(seams, first_seam + thread % lanes, Elem::I32)));
+                let end = b.var(b.i32(-1));
+                b.if_(pass.eq(1), || b.set(end, load_seam(thread % lanes)));
                 b.for_(thread, lanes << first_phase.before, plan.team(), |i| {
                     let state = i / lanes;
-                    let reachable = free | state.eq(b.get(seam));
+                    let reachable = free | state.eq(b.get(end));
                     let cost = reachable.select(b.i32(0), UNREACHABLE);
                     b.store(self.history, history + i, cost, Elem::I32);
                 });
                 self.meet();
-                b.for_(0, count, 1, |i| {
+                let forward = if plan.boundaries() > steps { count } else { choose(2 * reach, steps - 1) };
+                b.for_(0, forward, 1, |i| {
                     let s = step_of(i);
                     self.each_phase(i, |p| self.forward(p, search, i, s));
                 });
@@ -467,7 +477,7 @@ impl<'b> Emit<'b> {
                 let warp = b.special(Special::Warp) * plan.cluster + rank;
                 b.for_(warp, lanes, plan.team() / 32, |m| {
                     let state = b.var(b.i32(0));
-                    let at_seam = || b.set(state, b.load(seams, first_seam + m, Elem::I32));
+                    let at_seam = || b.set(state, load_seam(m));
                     b.if_else(free, || self.best_end(search, m, count, state), at_seam);
                     let back = count - free.select(b.i32(reach as i32), 0);
                     b.for_(0, back, 1, |j| {
@@ -483,7 +493,8 @@ impl<'b> Emit<'b> {
                         });
                     });
                     b.if_(free & b.special(Special::Lane).eq(0), || {
-                        b.store(seams, first_seam + m, b.get(state), Elem::I32)
+                        let (seams, at) = seam(m);
+                        b.store(seams, at, b.get(state), Elem::I32);
                     });
                 });
                 self.meet();
@@ -534,7 +545,7 @@ impl<'b> Emit<'b> {
         let new = |_| (0..lanes).map(|_| b.var(b.i32(UNREACHABLE + LARGEST_COST))).collect::<Vec<Var>>();
         let best: Vec<Vec<Var>> = (0..sets).map(new).collect();
         let rounds = (1 << p.bits) / p.split;
-        let ahead = AHEAD.min(rounds);
+        let ahead = (AHEAD >> plan.alpha.saturating_sub(ALPHA)).min(rounds);
         let slot = task * p.split + share;
         b.for_(0, rounds, ahead, |round| {
             let load = |k: u32| {
@@ -694,6 +705,12 @@ mod tests {
         let hopper = Target::Sm90a.device();
         let chosen = ["tcq_2", "fast_2", "fine_5", "fine_4", "fine_2"].map(|name| cluster(name, &hopper));
         assert_eq!(chosen, [1, 1, 4, 8, 8]);
+        // In clusters a cost serves 2^4 states where a step has the bits for it; costs of 2^17 states just fit the index.
+        for (name, alpha) in [("fine_1.75", 3), ("fine_2", 4), ("fine_4", 4)] {
+            let plan = Plan::new(&palette::get(name).expect("of the palette").codes[0], &hopper).expect("few states");
+            assert_eq!((plan.alpha, plan.searches(&hopper)), (alpha, 16), "{name}");
+            assert!(16 * plan.history() <= 1 << 31, "{name}");
+        }
         // 2^16 states: a MiB for each boundary.
         assert_eq!(cluster("fine_4", &Device { l2_bytes: 1 << 28, ..hopper }), 2);
         assert_eq!(cluster("fine_4", &Device { cluster: 4, ..hopper }), 4);

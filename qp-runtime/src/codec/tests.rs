@@ -592,10 +592,13 @@ fn the_kernel_finds_the_same_windows() {
 fn clusters_find_the_same_windows() {
     // No cache at all: clusters grow as far as they can.
     let device = |cluster| Device { cluster, l2_bytes: 0, ..Target::Sm90a.device() };
-    let mut alternating = trellis(12, &[3, 4], 2);
-    alternating.block = Shape { rows: 2, cols: 64 };
+    // Of 2^9 and 2^8 states, those of a task 8 and 16.
+    let larger = [trellis(12, &[3, 4], 2), trellis(12, &[4], 2)].map(|mut code| {
+        code.block = Shape { rows: 2, cols: 64 };
+        code
+    });
     let mut clusters = BTreeSet::new();
-    for code in codes_for_kernels().into_iter().chain([alternating]) {
+    for code in codes_for_kernels().into_iter().chain(larger) {
         for most in [2, 4, 8] {
             let plan = Plan::new(&code, &device(most)).expect("few states");
             if plan.cluster == most {
@@ -605,7 +608,7 @@ fn clusters_find_the_same_windows() {
         }
     }
     // Lanes share tasks in all but the last.
-    for expected in [(vec![2, 3], 2), (vec![3, 4], 4), (vec![3, 4], 8), (vec![3], 8)] {
+    for expected in [(vec![2, 3], 2), (vec![4, 3], 4), (vec![3, 4], 8), (vec![4], 8), (vec![3], 8)] {
         assert!(clusters.contains(&expected), "{clusters:?}");
     }
 }

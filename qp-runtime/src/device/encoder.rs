@@ -17,7 +17,7 @@ struct EncodeArgs<'a> {
 }
 
 /// Most costs of all searches together: indices are signed words.
-const HISTORY: u64 = i32::MAX as u64;
+const HISTORY: u64 = 1 << 31;
 
 /// A code made ready to encode on a device: what [`crate::codec::viterbi::Trellis`] is on the CPU, with the same results.
 pub struct DeviceTrellis {

@@ -284,7 +284,7 @@ fn kernel(e: &Emit) -> Result<Kernel, Failure> {
         }
         Operation::Encode => {
             let plan = encode::Plan::new(&q.codes[0], &device).map_err(|e| Failure::Other(e.to_string()))?;
-            plan.lower(device.sms * plan.resident)
+            plan.lower(plan.searches(&device))
         }
         Operation::Gemv => {
             let op = gemv::Gemv { quantizer: &q, shape: e.shape, batch: e.batch, accumulate };

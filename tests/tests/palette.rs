@@ -58,7 +58,8 @@ fn kernels(q: &Quantizer, target: Target) -> Vec<Kernel> {
     let mut out = vec![gemv(4096, 4096, 1, false), dequantize::lower(&dequantize, device.sms)];
     // Those of a mix are members themselves.
     if let [code] = &q.codes[..] {
-        out.push(encode::Plan::new(code, &device).expect("few states").lower(132));
+        let plan = encode::Plan::new(code, &device).expect("few states");
+        out.push(plan.lower(plan.searches(&device)));
     }
     if target == Target::Sm90a {
         out.push(embed(q, 4096));

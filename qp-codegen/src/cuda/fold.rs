@@ -108,6 +108,7 @@ impl Folder<'_> {
                     a.iter().flatten().chain([first]).for_each(|v| self.used(*v, user));
                 }
                 Stmt::Barrier
+                | Stmt::ClusterBarrier
                 | Stmt::WarpSync
                 | Stmt::Fence
                 | Stmt::AsyncCommit

@@ -19,7 +19,8 @@ const WIDTH: usize = 110;
 /// The CUDA source of one kernel that the validator accepts.
 ///
 /// # Panics
-/// If the kernel has a [`Stmt::MmaGroup`] and the target has not ([`Target::has_wgmma`]): a mistake of its lowering.
+/// If the kernel has a [`Stmt::MmaGroup`] or clusters and the target has not ([`Target::has_wgmma`],
+/// [`Target::has_clusters`]): a mistake of its lowering.
 pub fn print(kernel: &Kernel, target: Target) -> String {
     print_module(&[kernel], target)
 }
@@ -163,10 +164,17 @@ impl<'k, 'h> Printer<'k, 'h> {
         }
         let [x, y] = k.grid;
         self.line(&format!("// Grid {x} x {y}, {} threads, {} bytes of shared memory.", k.threads, k.shared_bytes()));
+        let cluster = match k.cluster {
+            1 => String::new(),
+            n => {
+                assert!(self.target.has_clusters(), "{}: {} has no clusters", k.name, self.target);
+                format!("__cluster_dims__({n}, 1, 1) ")
+            }
+        };
         let dependent = k.dependent_launch && self.target.has_dependent_launch();
         let waits = dependent && contains_wait(&k.body);
         self.line(&format!(
-            "extern \"C\" __global__ void __launch_bounds__({}, {}) {}(",
+            "extern \"C\" __global__ void {cluster}__launch_bounds__({}, {}) {}(",
             k.threads,
             k.min_blocks.max(1),
             k.name
@@ -198,11 +206,13 @@ impl<'k, 'h> Printer<'k, 'h> {
         for s in SPECIALS {
             if k.values.iter().zip(&self.plan.uses).any(|(v, n)| v.op == Op::Special(s) && *n > 0) {
                 let from = match s {
-                    Special::Thread => "(int)threadIdx.x",
-                    Special::Lane => "(int)(threadIdx.x & 31u)",
-                    Special::Warp => "(int)(threadIdx.x >> 5)",
-                    Special::BlockX => "(int)blockIdx.x",
-                    Special::BlockY => "(int)blockIdx.y",
+                    Special::Thread => "(int)threadIdx.x".into(),
+                    Special::Lane => "(int)(threadIdx.x & 31u)".into(),
+                    Special::Warp => "(int)(threadIdx.x >> 5)".into(),
+                    Special::BlockX => "(int)blockIdx.x".into(),
+                    Special::BlockY => "(int)blockIdx.y".into(),
+                    Special::Cluster => format!("(int)(blockIdx.x / {}u)", k.cluster),
+                    Special::Rank => format!("(int)(blockIdx.x % {}u)", k.cluster),
                 };
                 self.line(&format!("const int {} = {from};", special_name(s)));
             }
@@ -319,6 +329,10 @@ impl<'k, 'h> Printer<'k, 'h> {
                 self.names.close();
             }
             Stmt::Barrier => self.line("__syncthreads();"),
+            Stmt::ClusterBarrier => {
+                self.line("asm volatile(\"barrier.cluster.arrive.release.aligned;\" ::: \"memory\");");
+                self.line("asm volatile(\"barrier.cluster.wait.acquire.aligned;\" ::: \"memory\");");
+            }
             Stmt::WarpSync => self.line("__syncwarp();"),
             Stmt::Fence => self.line("__threadfence();"),
             Stmt::AsyncCopy { dst, dst_index, src, src_index, bytes } => {
@@ -593,7 +607,8 @@ impl<'k, 'h> Printer<'k, 'h> {
     }
 }
 
-const SPECIALS: [Special; 5] = [Special::Thread, Special::Lane, Special::Warp, Special::BlockX, Special::BlockY];
+const SPECIALS: [Special; 7] =
+    [Special::Thread, Special::Lane, Special::Warp, Special::BlockX, Special::BlockY, Special::Cluster, Special::Rank];
 
 fn special_name(s: Special) -> &'static str {
     match s {
@@ -602,6 +617,8 @@ fn special_name(s: Special) -> &'static str {
         Special::Warp => "warp",
         Special::BlockX => "block_x",
         Special::BlockY => "block_y",
+        Special::Cluster => "cluster",
+        Special::Rank => "rank",
     }
 }
 

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::ir::MAX_CLUSTER;
+
 /// A GPU architecture that code is generated for.
 ///
 /// ```
@@ -47,6 +49,8 @@ pub struct Device {
     pub threads_per_sm: u32,
     /// Resident blocks of one SM.
     pub blocks_per_sm: u32,
+    /// Most blocks of a cluster; 1: no clusters.
+    pub cluster: u32,
     /// Bytes of L2 cache.
     pub l2_bytes: u64,
     /// Peak memory bandwidth, bytes a second.
@@ -120,6 +124,7 @@ impl Target {
             registers_per_sm: 65536,
             threads_per_sm: 2048,
             blocks_per_sm: 32,
+            cluster: 1,
             l2_bytes: 40 * MIB,
             bandwidth: 2.039e12,
             clock: 1.41e9,
@@ -134,6 +139,7 @@ impl Target {
             registers_per_sm: 65536,
             threads_per_sm: 1536,
             blocks_per_sm: 16,
+            cluster: 1,
             l2_bytes: 6 * MIB,
             bandwidth: 0.936e12,
             clock: 1.70e9,
@@ -145,6 +151,7 @@ impl Target {
             sms: 132,
             shared_per_block: 227 * KIB,
             shared_per_sm: 228 * KIB,
+            cluster: MAX_CLUSTER,
             l2_bytes: 50 * MIB,
             bandwidth: 3.35e12,
             clock: 1.98e9,
@@ -175,6 +182,7 @@ impl Target {
                 name: "RTX 5090",
                 sms: 170,
                 blocks_per_sm: 24,
+                cluster: MAX_CLUSTER,
                 l2_bytes: 96 * MIB,
                 bandwidth: 1.792e12,
                 clock: 2.41e9,
@@ -191,6 +199,11 @@ impl Target {
     /// Bulk asynchronous copies with memory barriers (`cp.async.bulk`).
     pub fn has_bulk_copy(self) -> bool {
         self >= Target::Sm90a
+    }
+
+    /// Clusters of blocks, with a barrier of their own.
+    pub fn has_clusters(self) -> bool {
+        self.device().cluster > 1
     }
 
     /// Hopper's products of warp groups (`wgmma`).

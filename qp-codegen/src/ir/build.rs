@@ -90,6 +90,7 @@ impl Builder {
             shared: Vec::new(),
             grid,
             threads,
+            cluster: 1,
             min_blocks: 1,
             dependent_launch: false,
             values: Vec::new(),
@@ -102,6 +103,11 @@ impl Builder {
     /// Sets the text at the kernel's head.
     pub fn doc(&self, text: impl Into<String>) {
         self.kernel.borrow_mut().doc = text.into();
+    }
+
+    /// Joins each `n` blocks along x in a cluster.
+    pub fn cluster(&self, n: u32) {
+        self.kernel.borrow_mut().cluster = n;
     }
 
     /// Asks that `n` blocks fit on one SM.
@@ -313,6 +319,11 @@ impl Builder {
     /// All threads of the block meet.
     pub fn barrier(&self) {
         self.push(Stmt::Barrier);
+    }
+
+    /// All threads of the cluster meet.
+    pub fn cluster_barrier(&self) {
+        self.push(Stmt::ClusterBarrier);
     }
 
     /// The lanes of each warp meet.
@@ -634,6 +645,7 @@ fn sweep(kernel: &mut Kernel) {
                     a.iter().flatten().chain([&*first]).for_each(|v| used[v.0 as usize] = true);
                 }
                 Stmt::Barrier
+                | Stmt::ClusterBarrier
                 | Stmt::WarpSync
                 | Stmt::Fence
                 | Stmt::AsyncCommit

@@ -3,6 +3,7 @@
 //! # The model
 //!
 //! A [`Kernel`] is the program of one thread, run by `grid.x × grid.y` blocks of `threads` threads (a multiple of 32).
+//! Each `cluster` blocks that lie side by side along x form a cluster: they run at the same time and can wait for each other.
 //! Shapes, batch and target are constants of the kernel; at launch it takes only [`Param`]s: buffers and scalars.
 //!
 //! **Values** ([`Val`]) are immutable and defined once, by the statement [`Stmt::Let`] that evaluates their [`Op`]. A
@@ -20,10 +21,12 @@
 //! approximation: the interpreter and every GPU give the same bits. Index arithmetic is `I32` and must not overflow
 //! (the interpreter traps); `U32` wraps. `U32` and `I32` shifts by 32 or more are traps.
 //!
-//! **Lanes.** A value is *block-uniform*, *warp-uniform* or *divergent* (see `validate`). [`Stmt::Barrier`] stands only
-//! under block-uniform control flow, as does [`Stmt::MmaGroup`]; [`Op::Shuffle`], [`Op::LoadMatrix`] and [`Op::MmaI8`]
-//! only under warp-uniform. Threads of a block may see each other's shared writes only across a barrier (or, within a
-//! warp, [`Stmt::WarpSync`]); the interpreter reports a race otherwise. Blocks run in any order and meet only in atomics.
+//! **Lanes.** A value is *cluster-uniform*, *block-uniform*, *warp-uniform* or *divergent* (see `validate`).
+//! [`Stmt::ClusterBarrier`] stands only under cluster-uniform control flow; [`Stmt::Barrier`] and [`Stmt::MmaGroup`] only
+//! under block-uniform; [`Op::Shuffle`], [`Op::LoadMatrix`] and [`Op::MmaI8`] only under warp-uniform. Threads of a block
+//! may see each other's shared writes only across a barrier (or, within a warp, [`Stmt::WarpSync`]); the interpreter
+//! reports a race otherwise. Blocks of a cluster may see each other's global writes across a cluster barrier. Clusters run
+//! in any order and meet only in atomics.
 //!
 //! The validator accepts ⇒ the printer does not fail, and the interpreter fails only on bad data
 //! (an index out of bounds, an overflow, a race), with the place.
@@ -188,8 +191,12 @@ pub enum Special {
     Warp,
     /// Block in the grid, first axis; block-uniform.
     BlockX,
-    /// Block in the grid, second axis; block-uniform.
+    /// Block in the grid, second axis; cluster-uniform.
     BlockY,
+    /// Cluster in the grid, first axis; cluster-uniform.
+    Cluster,
+    /// Block in its cluster; block-uniform.
+    Rank,
 }
 
 /// Operations on one value, component by component.
@@ -434,6 +441,9 @@ pub fn group_columns(columns: u32) -> u32 {
     columns.max(1).next_multiple_of(if columns <= 32 { 8 } else { 16 })
 }
 
+/// Most blocks of a cluster that every GPU with clusters takes.
+pub const MAX_CLUSTER: u32 = 8;
+
 /// Most columns of a [`Stmt::MmaGroup`].
 pub const MAX_GROUP_COLUMNS: u32 = 256;
 
@@ -484,6 +494,9 @@ pub enum Stmt {
     },
     /// All threads of the block meet; shared and global writes before are visible after.
     Barrier,
+    /// All threads of the cluster meet; global writes before, and shared writes within each block, are visible after. Only
+    /// in kernels with clusters.
+    ClusterBarrier,
     /// The lanes of each warp meet; shared writes before are visible to the warp after.
     WarpSync,
     /// Orders this thread's global writes before its later ones, for all blocks.
@@ -552,6 +565,7 @@ impl Stmt {
             | Stmt::Set(..)
             | Stmt::Store { .. }
             | Stmt::Barrier
+            | Stmt::ClusterBarrier
             | Stmt::WarpSync
             | Stmt::Fence
             | Stmt::AsyncCopy { .. }
@@ -602,6 +616,8 @@ pub struct Kernel {
     pub grid: [u32; 2],
     /// Threads of a block, a multiple of 32, at most 1024.
     pub threads: u32,
+    /// Blocks of a cluster, which lie side by side along x; 1: no clusters. Only for targets that have them.
+    pub cluster: u32,
     /// Blocks that must fit on one SM at once (a bound on registers).
     pub min_blocks: u32,
     /// True if launched with programmatic stream serialization.

@@ -25,6 +25,7 @@ pub fn statement(kernel: &Kernel, s: &Stmt) -> String {
             if *unroll { " unrolled" } else { "" }
         ),
         Stmt::Barrier => "barrier".into(),
+        Stmt::ClusterBarrier => "cluster_barrier".into(),
         Stmt::WarpSync => "warp_sync".into(),
         Stmt::Fence => "fence".into(),
         Stmt::AsyncCopy { dst, dst_index, src, src_index, bytes } => format!(
@@ -69,6 +70,8 @@ fn operation(kernel: &Kernel, v: Val) -> String {
             Special::Warp => "warp".into(),
             Special::BlockX => "block.x".into(),
             Special::BlockY => "block.y".into(),
+            Special::Cluster => "cluster".into(),
+            Special::Rank => "rank".into(),
         },
         Op::LoopIndex => "loop index".into(),
         Op::Get(x) => format!("get {}", VarText(kernel, *x)),
@@ -207,6 +210,9 @@ impl Display for Kernel {
         writeln!(f, "kernel {}", self.name)?;
         let [x, y] = self.grid;
         writeln!(f, "  grid {x} x {y}, threads {}, min_blocks {}", self.threads, self.min_blocks)?;
+        if self.cluster > 1 {
+            writeln!(f, "  cluster {}", self.cluster)?;
+        }
         if self.dependent_launch {
             writeln!(f, "  dependent_launch")?;
         }
@@ -254,6 +260,7 @@ fn block(f: &mut Formatter<'_>, kernel: &Kernel, stmts: &[Stmt], depth: usize) -
             | Stmt::Set(..)
             | Stmt::Store { .. }
             | Stmt::Barrier
+            | Stmt::ClusterBarrier
             | Stmt::WarpSync
             | Stmt::Fence
             | Stmt::AsyncCopy { .. }

@@ -1,4 +1,4 @@
-//! Which values and which control flow are the same for all threads of a block, or of a warp.
+//! Which values and which control flow are the same for all threads of a cluster, of a block, or of a warp.
 //!
 //! Levels only rise: a variable is as divergent as the worst that is written to it and the worst control flow that
 //! writes it, so the analysis walks the program until nothing changes. Structured control flow meets again after each
@@ -9,6 +9,8 @@ use super::*;
 /// How far a value or the control flow agrees; later is worse.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
+    /// The same for all threads of a cluster.
+    Cluster,
     /// The same for all threads of a block.
     Block,
     /// The same for all lanes of a warp.
@@ -29,13 +31,13 @@ impl Uniformity {
     /// Analyses a kernel whose indices are all in range.
     pub(super) fn of(kernel: &Kernel) -> Self {
         let mut u = Uniformity {
-            values: vec![Level::Block; kernel.values.len()],
-            vars: vec![Level::Block; kernel.vars.len()],
+            values: vec![Level::Cluster; kernel.values.len()],
+            vars: vec![Level::Cluster; kernel.vars.len()],
             changed: true,
         };
         while u.changed {
             u.changed = false;
-            u.block(kernel, &kernel.body, Level::Block);
+            u.block(kernel, &kernel.body, Level::Cluster);
         }
         u
     }
@@ -72,6 +74,7 @@ impl Uniformity {
                 }
                 Stmt::Store { .. }
                 | Stmt::Barrier
+                | Stmt::ClusterBarrier
                 | Stmt::WarpSync
                 | Stmt::Fence
                 | Stmt::AsyncCopy { .. }
@@ -99,13 +102,14 @@ impl Uniformity {
 
     fn operation(&self, kernel: &Kernel, v: Val) -> Level {
         let op = &kernel.value(v).op;
-        let mut worst = Level::Block;
+        let mut worst = Level::Cluster;
         op.operands(&mut |a| worst = worst.max(self.value(a)));
         match op {
             Op::Special(s) => match s {
                 Special::Thread | Special::Lane => Level::Divergent,
                 Special::Warp => Level::Warp,
-                Special::BlockX | Special::BlockY => Level::Block,
+                Special::BlockX | Special::Rank => Level::Block,
+                Special::BlockY | Special::Cluster => Level::Cluster,
             },
             Op::Get(x) => self.vars[x.0 as usize],
             Op::Load { mem: Mem::Global(i), .. } => match kernel.params[*i as usize].kind {
@@ -113,6 +117,8 @@ impl Uniformity {
                 ParamKind::Buffer { writable: true, .. } => Level::Divergent,
                 ParamKind::Buffer { writable: false, .. } | ParamKind::Scalar(_) => worst,
             },
+            // Each block has its own.
+            Op::Load { mem: Mem::Shared(_), .. } => worst.max(Level::Block),
             Op::LoadMatrix { .. } | Op::AtomicAdd { .. } | Op::MmaI8 { .. } => Level::Divergent,
             Op::Shuffle { mode, value, arg } => match mode {
                 ShuffleMode::Index if self.value(*arg) <= Level::Warp => self.value(*value).min(Level::Warp),
@@ -133,8 +139,7 @@ impl Uniformity {
             | Op::Dot4 { .. }
             | Op::Dot2 { .. }
             | Op::Vector(_)
-            | Op::Extract(..)
-            | Op::Load { mem: Mem::Shared(_), .. } => worst,
+            | Op::Extract(..) => worst,
         }
     }
 }

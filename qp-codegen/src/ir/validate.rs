@@ -51,6 +51,12 @@ pub enum Invalid {
     /// The grid.
     #[error("a grid of {0} x {1} blocks: both from 1, to 2^31 - 1 and 65535")]
     Grid(u32, u32),
+    /// The clusters.
+    #[error("clusters of {0} blocks: from 1 to {MAX_CLUSTER}, and whole clusters along x")]
+    Cluster(u32),
+    /// A barrier of clusters where there are none.
+    #[error("there are no clusters")]
+    NoCluster,
     /// Resident blocks.
     #[error("{0} resident blocks: from 1, with at most 2048 threads in all")]
     MinBlocks(u32),
@@ -180,7 +186,7 @@ pub fn validate(kernel: &Kernel) -> Result<(), Problems> {
     // Uniformity is only known of what is otherwise in order.
     if v.problems.is_empty() {
         v.next = 0;
-        v.control(&kernel.body, Level::Block, &Uniformity::of(kernel));
+        v.control(&kernel.body, Level::Cluster, &Uniformity::of(kernel));
     }
     if v.problems.is_empty() {
         return Ok(());
@@ -235,6 +241,9 @@ impl<'k> Validator<'k> {
         let [x, y] = k.grid;
         if x == 0 || y == 0 || x > i32::MAX as u32 || y > 65535 {
             self.problem(Invalid::Grid(x, y));
+        }
+        if k.cluster == 0 || k.cluster > MAX_CLUSTER || !x.is_multiple_of(k.cluster) {
+            self.problem(Invalid::Cluster(k.cluster));
         }
         if k.min_blocks == 0 || u64::from(k.min_blocks) * u64::from(k.threads) > 2048 {
             self.problem(Invalid::MinBlocks(k.min_blocks));
@@ -316,7 +325,9 @@ impl<'k> Validator<'k> {
                     }
                     self.waited = true;
                 }
+                Stmt::ClusterBarrier if self.kernel.cluster == 1 => self.problem(Invalid::NoCluster),
                 Stmt::Barrier
+                | Stmt::ClusterBarrier
                 | Stmt::WarpSync
                 | Stmt::Fence
                 | Stmt::AsyncCommit
@@ -706,6 +717,7 @@ impl<'k> Validator<'k> {
             self.at = Some((self.next, s));
             self.next += 1;
             match s {
+                Stmt::ClusterBarrier if control > Level::Cluster => self.problem(Invalid::Divergent("cluster")),
                 Stmt::Barrier if control > Level::Block => self.problem(Invalid::Divergent("block")),
                 Stmt::WarpSync if control > Level::Warp => self.problem(Invalid::Divergent("warp")),
                 Stmt::MmaGroup { .. } if control > Level::Block => self.problem(Invalid::Divergent("block")),
@@ -728,6 +740,7 @@ impl<'k> Validator<'k> {
                     self.control(body, control.max(uniform.trip(*start, *end, *step)), uniform);
                 }
                 Stmt::Barrier
+                | Stmt::ClusterBarrier
                 | Stmt::WarpSync
                 | Stmt::Set(..)
                 | Stmt::Store { .. }

@@ -3,14 +3,16 @@
 //! # The search
 //!
 //! As on the CPU (`qp-runtime`'s `codec::viterbi`, which explains trellis, states and tail-biting), with the same
-//! integers ([`crate::metric`]) and the same rule for ties, so the windows are the same. A block of threads searches
-//! `lanes` blocks of weights at once, which share every entry of the codebook that is read:
+//! integers ([`crate::metric`]) and the same rule for ties, so the windows are the same. A block of threads, or a cluster
+//! of them, searches `lanes` blocks of weights at once, which share every entry of the codebook that is read:
 //!
 //! * Costs of all states at all boundaries lie in the *history*, in global memory, `lanes` side by side; those of the
 //!   last boundary are still in the caches when they are read. A thread takes the 2^α states that differ in their
 //!   highest α bits only: they have the same predecessors, so a cost that is loaded serves 2^α · `lanes` transitions, each
 //!   an addition onto a dot product and a minimum.
 //! * Where states are few, several lanes of a warp share one such task; each takes a part of its predecessors.
+//! * Where the states are so many that the costs of all searches in flight leave the L2 cache, the blocks of a cluster
+//!   share one search, so that fewer are in flight: each takes its part of the tasks of a step, and they meet after it.
 //! * On the way back a warp for each block of weights finds the best of a state's 2^KV predecessors again, so no
 //!   decision is kept.
 //!
@@ -31,11 +33,13 @@ use crate::spec::{Code, Value, mask};
 const LANES: u32 = 4;
 /// Most that α can be.
 const ALPHA: u32 = 3;
+/// The same in a cluster, where loads of costs from the L2 cache are what is scarce.
+const CLUSTER_ALPHA: u32 = 4;
 /// Most threads of a block.
 const THREADS: u32 = 512;
 /// Threads of one multiprocessor: each may have its part of the registers.
 const RESIDENT: u32 = 512;
-/// Predecessors that a thread looks at in one round of its loop.
+/// Predecessors that a thread looks at in one round of its loop, if α is at most [`ALPHA`].
 const AHEAD: u32 = 4;
 /// log2 of the most states that are worth it.
 const MOST_STATES: u32 = 18;
@@ -72,6 +76,8 @@ pub struct Plan {
     alpha: u32,
     /// Blocks of threads that fit on one multiprocessor at once.
     pub resident: u32,
+    /// Blocks of threads that share a search.
+    pub cluster: u32,
 }
 
 /// One step of the pattern.
@@ -101,7 +107,8 @@ impl Plan {
         let states = code.window - least;
         if code.is_memoryless() {
             let resident = RESIDENT / 256;
-            return Ok(Plan { code: code.clone(), metric, reach: 0, lanes: 1, threads: 256, alpha: 0, resident });
+            let code = code.clone();
+            return Ok(Plan { code, metric, reach: 0, lanes: 1, threads: 256, alpha: 0, resident, cluster: 1 });
         }
         if states > MOST_STATES {
             return Err(Refused::Window { window: code.window });
@@ -109,7 +116,39 @@ impl Plan {
         let alpha = ALPHA.min(least).min(code.window - most);
         let threads = (1u32 << (states - alpha)).clamp(32, THREADS);
         let resident = (RESIDENT / threads).clamp(1, device.blocks_per_sm);
-        Ok(Plan { code: code.clone(), metric, reach: code.reach(steps), lanes: LANES, threads, alpha, resident })
+        let (code, reach) = (code.clone(), code.reach(steps));
+        let mut plan = Plan { code, metric, reach, lanes: LANES, threads, alpha, resident, cluster: 1 };
+        let larger = |plan: &Plan| Plan { cluster: 2 * plan.cluster, ..plan.clone() };
+        while !plan.fits(device) && 2 * plan.cluster <= device.cluster && larger(&plan).is_busy() {
+            plan = larger(&plan);
+        }
+        if plan.cluster > 1 {
+            let more = Plan { alpha: CLUSTER_ALPHA.min(least).min(plan.code.window - most), ..plan.clone() };
+            plan = if more.is_busy() { more } else { plan };
+        }
+        Ok(plan)
+    }
+
+    /// Whether the costs that a step of all searches in flight reads and writes stay in the L2 cache, beside the book.
+    fn fits(&self, device: &Device) -> bool {
+        let book = self.phases().iter().map(|p| p.book).max().expect("a step") + self.book_words();
+        let costs = u64::from(self.searches(device)) * 2 * u64::from(self.stride());
+        4 * (costs + u64::from(book)) <= device.l2_bytes
+    }
+
+    /// Whether every step has work for all threads.
+    fn is_busy(&self) -> bool {
+        self.phases().iter().all(|p| p.tasks << p.bits.min(5) >= self.team())
+    }
+
+    /// Threads that share a search.
+    fn team(&self) -> u32 {
+        self.threads * self.cluster
+    }
+
+    /// Searches that `device` runs at once.
+    pub fn searches(&self, device: &Device) -> u32 {
+        device.sms * self.resident / self.cluster
     }
 
     /// Steps of a block of weights.
@@ -117,14 +156,30 @@ impl Plan {
         self.code.steps_per_block()
     }
 
+    /// Whether the history holds costs doubled. A metric's shift by one bit then waits for the minimum, which saves an
+    /// instruction a transition: `min(old + (d >> 1)) = min(2 old + d) >> 1`. Sums do not overflow: on any path 2 old is
+    /// within 2^30, and from a state that is [`UNREACHABLE`], which counts half as much now, no path is much longer than a
+    /// window, since then all states are reached.
+    fn doubles(&self) -> bool {
+        let fewest = *self.code.steps.iter().min().expect("a step");
+        self.metric.shift == 1 && 4 * (self.code.window.div_ceil(fewest) + 1) <= self.steps()
+    }
+
     /// Words that the weights of a step take.
     pub fn weight_words(&self) -> u32 {
         self.code.vector.div_ceil(2)
     }
 
-    /// Costs of a block of threads' history: `(steps + 1) × states × lanes`.
+    /// Costs of a search's history: boundaries × states × lanes.
     pub fn history(&self) -> u64 {
-        if self.code.is_memoryless() { 1 } else { u64::from(self.steps() + 1) * u64::from(self.stride()) }
+        if self.code.is_memoryless() { 1 } else { u64::from(self.boundaries()) * u64::from(self.stride()) }
+    }
+
+    /// Boundaries that have costs: all, or all but the last. That is not looked at when a path starts and ends at a known
+    /// state; without it, histories of as many large searches as a GPU can run at once just fit the index.
+    fn boundaries(&self) -> u32 {
+        let to_spare = self.cluster > 1 && 2 * self.reach < self.steps();
+        self.steps() + u32::from(!to_spare)
     }
 
     /// The costs of one boundary.
@@ -170,7 +225,7 @@ impl Plan {
         let phase = |i: usize| {
             let bits = c.steps[i];
             let tasks = 1 << (c.window - bits - self.alpha);
-            let split = (self.threads / tasks).clamp(1, 32.min(1 << bits));
+            let split = (self.team() / tasks).clamp(1, 32.min(1 << bits));
             let kind = kinds.iter().position(|&k| k == bits).unwrap_or_else(|| {
                 kinds.push(bits);
                 kinds.len() - 1
@@ -222,19 +277,20 @@ impl Plan {
         (((b / p.split * p.tasks + task) * p.split + b % p.split) << self.alpha) + set
     }
 
-    /// Makes the kernel, for `grid` blocks of threads. Its parameters, in order:
+    /// Makes the kernel, for `searches` at once. Its parameters, in order:
     ///
     /// * `weights`: `u32`, groups of blocks as [`Plan::weights`] makes them (of a code without memory, steps);
     /// * `book`: `u32`, [`Plan::book`];
-    /// * `history`: `i32`, grid × [`Plan::history`], for the kernel's own use;
+    /// * `history`: `i32`, `searches` × [`Plan::history`], for the kernel's own use;
     /// * `windows`: `u32`, blocks × steps;
     /// * `groups`: `i32`, the number of groups.
-    pub fn lower(&self, grid: u32) -> Kernel {
+    pub fn lower(&self, searches: u32) -> Kernel {
         let c = &self.code;
         let kind = if c.is_memoryless() { "nearest" } else { "encode" };
         let steps: Vec<String> = c.steps.iter().map(u32::to_string).collect();
         let name = format!("{kind}_l{}_k{}_v{}", c.window, steps.join("_"), c.vector);
-        let b = Builder::new(&c_name(&name), [grid, 1], self.threads);
+        let b = Builder::new(&c_name(&name), [searches * self.cluster, 1], self.threads);
+        b.cluster(self.cluster);
         let steps = steps.join(", ");
         b.doc(format!("Windows of {} bits for vectors of {}, steps of {steps} bits.", c.window, c.vector));
         b.min_blocks(self.resident);
@@ -245,9 +301,9 @@ impl Plan {
         let groups = b.scalar("groups", Scalar::I32);
         let e = Emit { b: &b, plan: self, weights, book, history, windows };
         if c.is_memoryless() {
-            e.nearest(groups, grid)
+            e.nearest(groups, searches)
         } else {
-            e.search(groups, grid)
+            e.search(groups, searches)
         }
         b.finish()
     }
@@ -274,7 +330,9 @@ struct Entry<'b> {
 /// What the threads that search together know.
 #[derive(Clone, Copy)]
 struct Search<'b> {
-    /// First cost of this block of threads in the history.
+    /// Among them.
+    thread: V<'b>,
+    /// First cost of theirs in the history.
     history: V<'b>,
     /// Index of the group's first word of weights.
     weights: V<'b>,
@@ -328,6 +386,11 @@ impl<'b> Emit<'b> {
     }
 
     fn metric(&self, weights: &[V<'b>], entry: &Entry<'b>) -> V<'b> {
+        let d = self.unshifted(weights, entry);
+        if self.plan.metric.shift > 0 { d >> self.plan.metric.shift as i32 } else { d }
+    }
+
+    fn unshifted(&self, weights: &[V<'b>], entry: &Entry<'b>) -> V<'b> {
         let mut d = entry.energy;
         for (i, &x) in weights.iter().enumerate() {
             d = match self.plan.code.value {
@@ -335,7 +398,7 @@ impl<'b> Emit<'b> {
                 Value::I16 => d + x * entry.parts[i],
             };
         }
-        if self.plan.metric.shift > 0 { d >> self.plan.metric.shift as i32 } else { d }
+        d
     }
 
     /// The weights of `lanes` blocks from word `at` on.
@@ -361,15 +424,32 @@ impl<'b> Emit<'b> {
         }
     }
 
-    fn search(&self, groups: V<'b>, grid: u32) {
+    /// The threads of a search meet.
+    fn meet(&self) {
+        if self.plan.cluster > 1 { self.b.cluster_barrier() } else { self.b.barrier() }
+    }
+
+    fn search(&self, groups: V<'b>, searches: u32) {
         let (b, plan) = (self.b, self.plan);
         let (steps, reach, lanes) = (plan.steps(), plan.reach, plan.lanes);
         let first_phase = plan.phases()[0];
-        let seams = b.shared("seams", Elem::I32, lanes);
-        let (thread, block) = (b.special(Special::Thread), b.special(Special::BlockX));
-        let history = block * plan.history() as u32;
-        b.for_(block, groups, grid, |group| {
-            let search = Search { history, weights: group * (steps * lanes * plan.weight_words()) };
+        let alone = plan.cluster == 1;
+        let shared = alone.then(|| b.shared("seams", Elem::I32, lanes));
+        let (thread, rank) = (b.special(Special::Thread), if alone { b.i32(0) } else { b.special(Special::Rank) });
+        let thread = rank * plan.threads + thread;
+        let first = b.special(if alone { Special::BlockX } else { Special::Cluster });
+        let history = first * plan.history() as u32;
+        b.for_(first, groups, searches, |group| {
+            // Other blocks must see it: where the first window will lie.
+            let seam = |m: V<'b>| match shared {
+                Some(seams) => (seams, m),
+                None => (self.windows, (group * lanes + m) * steps),
+            };
+            let load_seam = |m| {
+                let (seams, at) = seam(m);
+                b.load(seams, at, Elem::I32)
+            };
+            let search = Search { thread, history, weights: group * (steps * lanes * plan.weight_words()) };
             b.comment("First freely across the seam, to find the state there; then from it to it.");
             b.for_(0, 2, 1, |pass| {
                 let free = pass.eq(0);
@@ -379,23 +459,25 @@ impl<'b> Emit<'b> {
                     let s = first + i;
                     s.lt(steps).select(s, s - steps)
                 };
-                let seam = b.var(b.i32(-1));
-                b.if_(pass.eq(1), || b.set(seam, b.load(seams, thread % lanes, Elem::I32)));
-                b.for_(thread, lanes << first_phase.before, plan.threads, |i| {
+                let end = b.var(b.i32(-1));
+                b.if_(pass.eq(1), || b.set(end, load_seam(thread % lanes)));
+                b.for_(thread, lanes << first_phase.before, plan.team(), |i| {
                     let state = i / lanes;
-                    let reachable = free | state.eq(b.get(seam));
+                    let reachable = free | state.eq(b.get(end));
                     let cost = reachable.select(b.i32(0), UNREACHABLE);
                     b.store(self.history, history + i, cost, Elem::I32);
                 });
-                b.barrier();
-                b.for_(0, count, 1, |i| {
+                self.meet();
+                let forward = if plan.boundaries() > steps { count } else { choose(2 * reach, steps - 1) };
+                b.for_(0, forward, 1, |i| {
                     let s = step_of(i);
                     self.each_phase(i, |p| self.forward(p, search, i, s));
                 });
                 b.comment("Back: a warp for each block of weights.");
-                b.for_(b.special(Special::Warp), lanes, plan.threads / 32, |m| {
+                let warp = b.special(Special::Warp) * plan.cluster + rank;
+                b.for_(warp, lanes, plan.team() / 32, |m| {
                     let state = b.var(b.i32(0));
-                    let at_seam = || b.set(state, b.load(seams, m, Elem::I32));
+                    let at_seam = || b.set(state, load_seam(m));
                     b.if_else(free, || self.best_end(search, m, count, state), at_seam);
                     let back = count - free.select(b.i32(reach as i32), 0);
                     b.for_(0, back, 1, |j| {
@@ -410,9 +492,12 @@ impl<'b> Emit<'b> {
                             });
                         });
                     });
-                    b.if_(free & b.special(Special::Lane).eq(0), || b.store(seams, m, b.get(state), Elem::I32));
+                    b.if_(free & b.special(Special::Lane).eq(0), || {
+                        let (seams, at) = seam(m);
+                        b.store(seams, at, b.get(state), Elem::I32);
+                    });
                 });
-                b.barrier();
+                self.meet();
             });
         });
     }
@@ -424,7 +509,7 @@ impl<'b> Emit<'b> {
         let stride = plan.stride();
         let from = search.history + i * stride;
         let weights = self.load_weights(search.weights + s * (lanes * plan.weight_words()));
-        let thread = b.special(Special::Thread);
+        let thread = search.thread;
         let (share, index) = (thread % p.split, thread / p.split);
         let run = |task: V<'b>, here: Option<V<'b>>| {
             let best = self.best(p, &weights, from, task, share);
@@ -443,23 +528,24 @@ impl<'b> Emit<'b> {
             }
         };
         let busy = p.tasks * p.split;
-        match busy.cmp(&plan.threads) {
+        match busy.cmp(&plan.team()) {
             // All lanes must be there for the shuffles: the others do what is done already.
             Ordering::Less => run(index % p.tasks, Some(thread.lt(busy))),
             Ordering::Equal => run(index, None),
-            Ordering::Greater => b.for_(index, p.tasks, plan.threads, |task| run(task, None)),
+            Ordering::Greater => b.for_(index, p.tasks, plan.team(), |task| run(task, None)),
         }
-        b.barrier();
+        self.meet();
     }
 
     /// The least costs of a task's states, by state and lane.
     fn best(&self, p: &Phase, weights: &[Vec<V<'b>>], from: V<'b>, task: V<'b>, share: V<'b>) -> Vec<Vec<V<'b>>> {
         let (b, plan) = (self.b, self.plan);
         let (lanes, sets) = (plan.lanes, 1u32 << plan.alpha);
+        let doubled = plan.doubles();
         let new = |_| (0..lanes).map(|_| b.var(b.i32(UNREACHABLE + LARGEST_COST))).collect::<Vec<Var>>();
         let best: Vec<Vec<Var>> = (0..sets).map(new).collect();
         let rounds = (1 << p.bits) / p.split;
-        let ahead = AHEAD.min(rounds);
+        let ahead = (AHEAD >> plan.alpha.saturating_sub(ALPHA)).min(rounds);
         let slot = task * p.split + share;
         b.for_(0, rounds, ahead, |round| {
             let load = |k: u32| {
@@ -473,8 +559,8 @@ impl<'b> Emit<'b> {
             for (old, entries) in loaded {
                 for (entry, best) in entries.iter().zip(&best) {
                     for (m, (&best, weights)) in best.iter().zip(weights).enumerate() {
-                        let cost = self.metric(weights, entry) + old.lane(m as u32);
-                        b.set(best, b.get(best).min(cost));
+                        let d = if doubled { self.unshifted(weights, entry) } else { self.metric(weights, entry) };
+                        b.set(best, b.get(best).min(d + old.lane(m as u32)));
                     }
                 }
             }
@@ -486,7 +572,7 @@ impl<'b> Emit<'b> {
                 cost = cost.min(cost.shuffle_xor(apart as i32));
                 apart *= 2;
             }
-            cost
+            if doubled { cost & -2 } else { cost }
         };
         best.iter().map(|lanes| lanes.iter().map(joined).collect()).collect()
     }
@@ -532,6 +618,7 @@ impl<'b> Emit<'b> {
                 let entry = self.entries(p.book, place, 1).remove(0);
                 let window = (state << p.bits as i32) + low;
                 let old = b.load(self.history, from + (window & mask(p.before) as i32) * plan.lanes, Elem::I32);
+                let old = if plan.doubles() { old >> 1 } else { old };
                 (self.metric(&weights, &entry) + old, window)
             };
             let all: Vec<_> = (0..at_once).map(metric).collect();
@@ -546,11 +633,11 @@ impl<'b> Emit<'b> {
     }
 
     /// Codes without memory: every step alone.
-    fn nearest(&self, groups: V<'b>, grid: u32) {
+    fn nearest(&self, groups: V<'b>, blocks: u32) {
         let (b, plan) = (self.b, self.plan);
         let (per, all) = (plan.weight_words(), groups * plan.steps());
         let first = (b.special(Special::BlockX) * plan.threads + b.special(Special::Thread)) * STEPS;
-        b.for_(first, all, grid * plan.threads * STEPS, |first| {
+        b.for_(first, all, blocks * plan.threads * STEPS, |first| {
             // Steps come in multiples of 32.
             let weights: Vec<Vec<V<'b>>> = (0..STEPS)
                 .map(|k| {
@@ -589,4 +676,44 @@ fn least<'b>(mut v: V<'b>, mut i: V<'b>) -> (V<'b>, V<'b>) {
         (v, i) = (take.select(other, v), take.select(j, i));
     }
     (v, i)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::Target;
+    use crate::palette;
+
+    #[test]
+    fn costs_of_512_weights_are_doubled() {
+        let doubles = |name: &str| {
+            let code = &palette::get(name).expect("of the palette").codes[0];
+            Plan::new(code, &Target::Sm90a.device()).expect("few states").doubles()
+        };
+        assert_eq!(
+            ["fine_1.75", "fine_2", "fine_3", "fine_4", "tcq_2", "fast_2"].map(doubles),
+            [true, true, true, false, false, false]
+        );
+    }
+
+    #[test]
+    fn clusters_are_as_small_as_the_cache_allows() {
+        let cluster = |name: &str, device: &Device| {
+            let code = &palette::get(name).expect("of the palette").codes[0];
+            Plan::new(code, device).expect("few states").cluster
+        };
+        let hopper = Target::Sm90a.device();
+        let chosen = ["tcq_2", "fast_2", "fine_5", "fine_4", "fine_2"].map(|name| cluster(name, &hopper));
+        assert_eq!(chosen, [1, 1, 4, 8, 8]);
+        // In clusters a cost serves 2^4 states where a step has the bits for it; costs of 2^17 states just fit the index.
+        for (name, alpha) in [("fine_1.75", 3), ("fine_2", 4), ("fine_4", 4)] {
+            let plan = Plan::new(&palette::get(name).expect("of the palette").codes[0], &hopper).expect("few states");
+            assert_eq!((plan.alpha, plan.searches(&hopper)), (alpha, 16), "{name}");
+            assert!(16 * plan.history() <= 1 << 31, "{name}");
+        }
+        // 2^16 states: a MiB for each boundary.
+        assert_eq!(cluster("fine_4", &Device { l2_bytes: 1 << 28, ..hopper }), 2);
+        assert_eq!(cluster("fine_4", &Device { cluster: 4, ..hopper }), 4);
+        assert_eq!(cluster("fine_4", &Target::Sm80.device()), 1);
+    }
 }

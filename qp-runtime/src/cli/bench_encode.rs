@@ -27,7 +27,7 @@ pub struct EncodeBench {
     /// Blocks that the fast encoder encodes on each core.
     #[arg(long, default_value_t = 32)]
     blocks: usize,
-    /// Blocks that the GPU encodes.
+    /// Blocks that the GPU encodes, rounded up so that all of it has work to the end.
     #[arg(long, default_value_t = 1 << 14)]
     gpu_blocks: usize,
     /// Only the CPU.
@@ -123,7 +123,8 @@ impl EncodeBench {
 
         let gpu = |on: &Executor| -> Result<(f64, f64), Error> {
             let device = DeviceTrellis::new(on, code)?;
-            let many: Vec<f32> = samples.iter().copied().cycle().take(self.gpu_blocks.max(blocks) * len).collect();
+            let count = self.gpu_blocks.max(blocks).next_multiple_of(device.blocks_at_once());
+            let many: Vec<f32> = samples.iter().copied().cycle().take(count * len).collect();
             let start = Instant::now();
             let (found, seconds) = device.encode(&many)?;
             let all = start.elapsed().as_secs_f64();

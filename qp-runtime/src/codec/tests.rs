@@ -1,7 +1,11 @@
 //! Encode, decode and multiply, against definitions and brute force.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use qp_codegen::cuda::{Device, Target};
+use qp_codegen::ir::interpret::Options;
+use qp_codegen::kernels::encode::Plan;
 use qp_codegen::layout::{BLOCKS_PER_TILE, position};
 use qp_codegen::reference::{self, quantize_activations};
 use qp_codegen::spec::expr::{Decode, Node, Op, VectorOp, WordOp};
@@ -11,6 +15,7 @@ use super::encode::stream;
 use super::feedback::{Feedback, Hessian, Pieces};
 use super::viterbi::{Scratch, Trellis};
 use super::*;
+use crate::device::{DeviceTrellis, Executor};
 
 /// `t[h >> shift] ^ signs(h[..])` with `h = window · odd`.
 pub(super) fn hashed(shift: u32, signs: &[u32]) -> Decode {
@@ -549,26 +554,61 @@ fn codes_for_kernels() -> Vec<Code> {
         short(code(8, &[4], 2, Value::I16, 32, hashed(27, &[19, 18])), 2, 64),
         short(code(8, &[5], 4, Value::I16, 256, direct()), 2, 64),
         short(trellis(14, &[3], 2), 2, 32),
+        // Metrics are shifted by a bit.
+        short(trellis(10, &[4, 3], 2), 4, 128),
         code(6, &[6], 2, Value::I16, 64, direct()),
         code(5, &[5], 1, Value::I8, 32, direct()),
     ]
 }
 
+/// Compares the windows of `count` blocks that a kernel made as `plan` says finds on the interpreter with the CPU's.
+fn same_windows(plan: Plan, count: usize) {
+    let on = Executor::interpreter_with(Options { races: true, reverse: true });
+    let (code, cluster) = (plan.code.clone(), plan.cluster);
+    let trellis = Trellis::new(&code);
+    let mut weights = Gaussian::new(3).samples(count * trellis.block_len());
+    weights[7] = 1e30;
+    weights[trellis.block_len()..][..trellis.block_len()].fill(0.0);
+    let mut expected = vec![0; count * trellis.steps()];
+    trellis.encode(&weights, &mut expected, &mut Scratch::default());
+    let device = DeviceTrellis::with(&on, plan).expect("a kernel");
+    let (windows, _) = device.encode(&weights).unwrap_or_else(|e| panic!("{:?}: {e}", code.steps));
+    assert_eq!(windows, expected, "L = {}, steps {:?}, clusters of {cluster}", code.window, code.steps);
+}
+
 #[test]
 fn the_kernel_finds_the_same_windows() {
-    use crate::device::{DeviceTrellis, Executor};
-    use qp_codegen::ir::interpret::Options;
-    let on = Executor::interpreter_with(Options { races: true, reverse: true });
+    let device = Executor::interpreter().device();
+    let mut shifts = BTreeSet::new();
     for code in codes_for_kernels() {
-        let trellis = Trellis::new(&code);
-        let count = 9;
-        let mut weights = Gaussian::new(3).samples(count * trellis.block_len());
-        weights[7] = 1e30;
-        weights[trellis.block_len()..][..trellis.block_len()].fill(0.0);
-        let mut expected = vec![0; count * trellis.steps()];
-        trellis.encode(&weights, &mut expected, &mut Scratch::default());
-        let device = DeviceTrellis::new(&on, &code).expect("a kernel");
-        let (windows, _) = device.encode(&weights).unwrap_or_else(|e| panic!("{:?}: {e}", code.steps));
-        assert_eq!(windows, expected, "L = {}, steps {:?}", code.window, code.steps);
+        let plan = Plan::new(&code, &device).expect("few states");
+        shifts.insert(plan.metric.shift);
+        same_windows(plan, 9);
+    }
+    assert!(shifts.contains(&0) && shifts.contains(&1), "{shifts:?}");
+}
+
+#[test]
+fn clusters_find_the_same_windows() {
+    // No cache at all: clusters grow as far as they can.
+    let device = |cluster| Device { cluster, l2_bytes: 0, ..Target::Sm90a.device() };
+    // Of 2^9 and 2^8 states, those of a task 8 and 16.
+    let larger = [trellis(12, &[3, 4], 2), trellis(12, &[4], 2)].map(|mut code| {
+        code.block = Shape { rows: 2, cols: 64 };
+        code
+    });
+    let mut clusters = BTreeSet::new();
+    for code in codes_for_kernels().into_iter().chain(larger) {
+        for most in [2, 4, 8] {
+            let plan = Plan::new(&code, &device(most)).expect("few states");
+            if plan.cluster == most {
+                clusters.insert((code.steps.clone(), most));
+                same_windows(plan, 9);
+            }
+        }
+    }
+    // Lanes share tasks in all but the last.
+    for expected in [(vec![2, 3], 2), (vec![4, 3], 4), (vec![3, 4], 8), (vec![4], 8), (vec![3], 8)] {
+        assert!(clusters.contains(&expected), "{clusters:?}");
     }
 }

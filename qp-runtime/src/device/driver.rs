@@ -367,6 +367,33 @@ impl Function {
         .map_err(fail(format!("occupancy of kernel `{}`", self.name)))
     }
 
+    /// Clusters that the whole GPU runs at once, of a kernel that is compiled with them.
+    pub fn resident_clusters(&self) -> Result<u32, DeviceError> {
+        self.context.bind()?;
+        let (mut count, config) = (0, self.config(self.context.stream));
+        // SAFETY: the function is loaded; count and config outlive the call.
+        unsafe { sys::cuOccupancyMaxActiveClusters(&mut count, self.function, &config) }
+            .result()
+            .map_err(fail(format!("occupancy of kernel `{}`", self.name)))?;
+        Ok(count as u32)
+    }
+
+    /// A launch without attributes.
+    fn config(&self, stream: sys::CUstream) -> sys::CUlaunchConfig {
+        sys::CUlaunchConfig {
+            gridDimX: self.shape.grid[0],
+            gridDimY: self.shape.grid[1],
+            gridDimZ: 1,
+            blockDimX: self.shape.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.shape.shared,
+            hStream: stream,
+            attrs: std::ptr::null_mut(),
+            numAttrs: 0,
+        }
+    }
+
     /// Puts a launch into the context's stream, or into a graph. Each word is one parameter: an address, or a scalar
     /// in its low 4 bytes.
     ///
@@ -380,16 +407,9 @@ impl Function {
         attribute.id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
         attribute.value.programmaticStreamSerializationAllowed = 1;
         let config = sys::CUlaunchConfig {
-            gridDimX: self.shape.grid[0],
-            gridDimY: self.shape.grid[1],
-            gridDimZ: 1,
-            blockDimX: self.shape.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: self.shape.shared,
-            hStream: into.map_or(self.context.stream, |c| c.0),
             attrs: &mut attribute,
             numAttrs: self.shape.dependent.into(),
+            ..self.config(into.map_or(self.context.stream, |c| c.0))
         };
         // SAFETY: the caller vouches for the parameters; config and attribute outlive the call.
         unsafe { sys::cuLaunchKernelEx(&config, self.function, pointers.as_mut_ptr(), std::ptr::null_mut()) }

@@ -16,14 +16,16 @@ struct EncodeArgs<'a> {
     groups: i32,
 }
 
-/// Most costs of all blocks of threads together: indices are signed words.
-const HISTORY: u64 = i32::MAX as u64;
+/// Most costs of all searches together: indices are signed words.
+const HISTORY: u64 = 1 << 31;
 
 /// A code made ready to encode on a device: what [`crate::codec::viterbi::Trellis`] is on the CPU, with the same results.
 pub struct DeviceTrellis {
     on: Executor,
     plan: Plan,
     kernel: Loaded,
+    /// That the kernel runs at once.
+    searches: u32,
     book: Buffer<u32>,
 }
 
@@ -34,17 +36,41 @@ impl DeviceTrellis {
     /// A code that needs more memory than a GPU has, a failing compiler or driver.
     pub fn new(on: &Executor, code: &Code) -> Result<DeviceTrellis, DeviceError> {
         let plan = Plan::new(code, &on.device()).map_err(|e| DeviceError::Buffer(e.to_string()))?;
+        DeviceTrellis::with(on, plan)
+    }
+
+    /// Prepares to encode as `plan` says.
+    pub(crate) fn with(on: &Executor, mut plan: Plan) -> Result<DeviceTrellis, DeviceError> {
         // A part of what is free, for the matrix and its result need room too.
         let free = on.free_memory()?.map_or(u64::MAX, |(free, _)| free as u64 / 2 / 4);
         let most = HISTORY.min(free) / plan.history();
         if most == 0 {
-            let reason = "a block of threads' costs need more memory than is free".into();
+            let reason = "a search's costs need more memory than is free".into();
             return Err(DeviceError::Kernel { kernel: "encode".into(), reason });
         }
-        let blocks = if on.gpu().is_some() { on.device().sms * plan.resident } else { 2 };
-        let kernel = on.load::<EncodeArgs<'_>>(plan.lower(blocks.min(most as u32)))?;
+        let wanted = if on.gpu().is_some() { plan.searches(&on.device()) } else { 2 };
+        let mut searches = wanted.min(most.try_into().unwrap_or(u32::MAX));
+        let mut kernel = on.load::<EncodeArgs<'_>>(plan.lower(searches))?;
+        // A cluster's blocks lie near to each other: a few multiprocessors may be left over. A search that has to wait for
+        // another to end would double the time.
+        match kernel.resident_clusters()? {
+            Some(0) => {
+                plan.cluster /= 2;
+                return DeviceTrellis::with(on, plan);
+            }
+            Some(fit) if fit < searches => {
+                searches = fit;
+                kernel = on.load::<EncodeArgs<'_>>(plan.lower(searches))?;
+            }
+            Some(_) | None => {}
+        }
         let book = on.upload(&plan.book())?;
-        Ok(DeviceTrellis { on: on.clone(), plan, kernel, book })
+        Ok(DeviceTrellis { on: on.clone(), plan, kernel, searches, book })
+    }
+
+    /// Blocks of weights that are encoded at once.
+    pub fn blocks_at_once(&self) -> usize {
+        self.searches as usize * self.plan.lanes as usize
     }
 
     /// The kernel.
@@ -67,7 +93,7 @@ impl DeviceTrellis {
             .zip(blocks.par_chunks(len * lanes))
             .for_each(|(words, blocks)| plan.weights(blocks, words));
         let weights = on.upload(&words)?;
-        let working = groups.min(self.kernel.kernel().grid[0] as usize);
+        let working = groups.min(self.searches as usize);
         let mut history = on.zeroed::<i32>(plan.history() as usize * working)?;
         let mut windows = on.zeroed::<u32>(groups * lanes * steps)?;
         let groups = i32::try_from(groups).map_err(|_| DeviceError::Buffer("too many blocks at once".into()))?;

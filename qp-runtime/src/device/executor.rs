@@ -370,6 +370,17 @@ impl Loaded {
         }
     }
 
+    /// Clusters that the whole GPU runs at once; `None` on the interpreter, and of a kernel without them.
+    ///
+    /// # Errors
+    /// A failing driver.
+    pub fn resident_clusters(&self) -> Result<Option<u32>, DeviceError> {
+        match &*self.0 {
+            Code::Cuda { function, kernel, .. } if kernel.cluster > 1 => function.resident_clusters().map(Some),
+            Code::Cuda { .. } | Code::Interpreter { .. } => Ok(None),
+        }
+    }
+
     fn run(&self, args: &[Arg], into: Option<&Capture>) -> Result<(), DeviceError> {
         match &*self.0 {
             Code::Interpreter { prepared, options } => interpret(prepared, options, args),

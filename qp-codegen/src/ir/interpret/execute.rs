@@ -1,54 +1,15 @@
-//! Runs programs: each operation in one loop over the threads of a block.
+//! Runs programs: each operation in one loop over the threads of a cluster, block after block.
 //!
 //! Arithmetic is computed for inactive threads too, within the range that holds the active ones; only what they would
 //! trap on is masked. Memory, variables and everything between lanes touch active threads alone.
 
 use std::mem::take;
 
-use super::memory::{Buffer, Place, SharedMemory};
+use super::mask::Mask;
+use super::memory::{Blocks, Buffer, Place, SharedMemory};
 use super::program::{Code, Instr, Program, Reg};
 use super::{Arg, Fault, Options, Report, float};
 use crate::ir::*;
-
-/// Which threads are active.
-#[derive(Clone)]
-struct Mask {
-    /// All ones or zero for each thread.
-    on: Vec<u32>,
-    /// The range that holds the active threads.
-    lo: usize,
-    hi: usize,
-    count: u32,
-}
-
-impl Mask {
-    fn of(on: Vec<u32>) -> Option<Mask> {
-        let lo = on.iter().position(|m| *m != 0)?;
-        let hi = on.iter().rposition(|m| *m != 0)? + 1;
-        let count = on[lo..hi].iter().map(|m| m & 1).sum();
-        Some(Mask { on, lo, hi, count })
-    }
-
-    fn active(&self) -> impl Iterator<Item = usize> + '_ {
-        (self.lo..self.hi).filter(|t| self.on[*t] != 0)
-    }
-
-    /// The active warps.
-    ///
-    /// # Errors
-    /// The first warp that is active in part.
-    fn warps(&self) -> Result<impl Iterator<Item = usize> + '_, Stop> {
-        for warp in self.lo / 32..self.hi.div_ceil(32) {
-            let lanes = &self.on[warp * 32..warp * 32 + 32];
-            let active: u32 = lanes.iter().map(|m| m & 1).sum();
-            if active != 0 && active != 32 {
-                let first = lanes.iter().position(|m| *m != 0).unwrap_or(0);
-                return Err(Stop::at(warp * 32 + first, Fault::Divergent { active, all: 32 }));
-            }
-        }
-        Ok((self.lo / 32..self.hi.div_ceil(32)).filter(|w| self.on[w * 32] != 0))
-    }
-}
 
 /// A trap without the kernel's names.
 pub(super) struct Stop {
@@ -67,17 +28,21 @@ impl Stop {
 pub(super) struct Machine<'p, 'a> {
     kernel: &'p Kernel,
     program: &'p Program,
+    /// Of the cluster.
     threads: usize,
+    /// Threads of a block.
+    block: usize,
     pub(super) words: Vec<Vec<u32>>,
     longs: Vec<Vec<i64>>,
-    pub(super) shared: SharedMemory,
+    pub(super) shared: Blocks,
     buffers: Vec<Buffer<'a>>,
     pub report: Report,
 }
 
 impl<'p, 'a> Machine<'p, 'a> {
     pub(super) fn new(kernel: &'p Kernel, program: &'p Program, args: &'a mut [Arg<'_>], options: &Options) -> Self {
-        let threads = kernel.threads as usize;
+        let block = kernel.threads as usize;
+        let threads = block * kernel.cluster as usize;
         let mut words = vec![vec![0; threads]; program.words as usize];
         let mut longs = vec![vec![0; threads]; program.longs as usize];
         for (r, x) in &program.word_constants {
@@ -100,30 +65,34 @@ impl<'p, 'a> Machine<'p, 'a> {
             kernel,
             program,
             threads,
+            block,
             words,
             longs,
-            shared: SharedMemory::new(kernel, options.races),
+            shared: Blocks::new(kernel, options.races),
             buffers: args.iter_mut().map(Buffer::of).collect(),
             report: Report::default(),
         }
     }
 
-    /// Runs one block.
-    pub(super) fn block(&mut self, [x, y]: [u32; 2]) -> Result<(), Stop> {
+    /// Runs the cluster whose first block is `x`, `y`.
+    pub(super) fn cluster(&mut self, [x, y]: [u32; 2]) -> Result<(), Stop> {
+        let threads = self.kernel.threads;
         for (r, s) in &self.program.specials {
             for (t, w) in self.words[*r as usize].iter_mut().enumerate() {
-                let t = t as u32;
+                let (rank, t) = (t as u32 / threads, t as u32 % threads);
                 *w = match s {
                     Special::Thread => t,
                     Special::Lane => t % 32,
                     Special::Warp => t / 32,
-                    Special::BlockX => x,
+                    Special::BlockX => x + rank,
                     Special::BlockY => y,
+                    Special::Cluster => x / self.kernel.cluster,
+                    Special::Rank => rank,
                 };
             }
         }
-        self.shared.begin_block();
-        let all = Mask::of(vec![u32::MAX; self.threads]).expect("a block has threads");
+        self.shared.ranks.iter_mut().for_each(SharedMemory::begin_block);
+        let all = Mask::of(vec![u32::MAX; self.threads]).expect("a cluster has threads");
         self.run(&self.program.body, &all)
     }
 
@@ -288,9 +257,10 @@ impl<'p, 'a> Machine<'p, 'a> {
                 }
             }
             Code::MmaGroup { signed_a, a, acc, array, first, stride } => {
-                self.everyone(m)?;
-                for group in 0..self.threads / 128 {
-                    self.mma_group(group * 128, *signed_a, (a, acc), (*array, *first, *stride))?;
+                for rank in m.groups(self.block)? {
+                    for group in (rank * self.block..(rank + 1) * self.block).step_by(128) {
+                        self.mma_group(group, *signed_a, (a, acc), (*array, *first, *stride))?;
+                    }
                 }
             }
             Code::Copy { ty, d, a } => match ty {
@@ -311,30 +281,37 @@ impl<'p, 'a> Machine<'p, 'a> {
             },
             Code::If { .. } | Code::For { .. } => unreachable!("run apart"),
             Code::Barrier => {
-                self.everyone(m)?;
-                self.shared.barrier();
+                for rank in m.groups(self.block)? {
+                    self.shared.ranks[rank].barrier();
+                }
+            }
+            Code::ClusterBarrier => {
+                for _ in m.groups(self.threads)? {
+                    self.shared.ranks.iter_mut().for_each(SharedMemory::barrier);
+                }
             }
             Code::WarpSync => {
                 for warp in m.warps()? {
-                    self.shared.warp_sync(warp);
+                    let (shared, first) = self.shared.of(warp * 32);
+                    shared.warp_sync(first / 32);
                 }
             }
             Code::AsyncCopy { dst, dst_index, src, src_index, bytes } => {
                 self.async_copy(m, (*dst, *dst_index), (*src, *src_index), *bytes)?;
             }
-            Code::AsyncCommit => m.active().for_each(|t| self.shared.commit(t)),
-            Code::AsyncWait { pending } => m.active().for_each(|t| self.shared.wait(*pending, t)),
-            Code::GroupFence => m.active().for_each(|t| self.shared.group_fence(t)),
+            Code::AsyncCommit => self.each_shared(m, SharedMemory::commit),
+            Code::AsyncWait { pending } => self.each_shared(m, |shared, t| shared.wait(*pending, t)),
+            Code::GroupFence => self.each_shared(m, SharedMemory::group_fence),
         }
         Ok(())
     }
 
-    /// That all threads of the block are here.
-    fn everyone(&self, m: &Mask) -> Result<(), Stop> {
-        if m.count as usize == self.threads {
-            return Ok(());
+    /// `f` for each active thread, with its block's shared memory and its number there.
+    fn each_shared(&mut self, m: &Mask, f: impl Fn(&mut SharedMemory, usize)) {
+        for t in m.active() {
+            let (shared, t) = self.shared.of(t);
+            f(shared, t);
         }
-        Err(Stop::at(m.lo, Fault::Divergent { active: m.count, all: self.threads as u32 }))
     }
 
     fn word1(&mut self, m: &Mask, [d, a]: [Reg; 2], f: impl Fn(u32) -> u32) {
@@ -641,9 +618,10 @@ impl<'p, 'a> Machine<'p, 'a> {
             let from = match mem {
                 Mem::Global(b) => self.buffers[b as usize].bytes(),
                 Mem::Shared(s) => {
-                    let noted = self.shared.note_read(s, offset, bytes, t);
+                    let (shared, local) = self.shared.of(t);
+                    let noted = shared.note_read(s, offset, bytes, local);
                     noted.map_err(|bad| Stop::at(t, bad.fault(self.name(mem))))?;
-                    self.shared.array(s)
+                    self.shared.of(t).0.array(s)
                 }
             };
             for (o, p) in out.iter_mut().zip(from[offset..offset + bytes].chunks_exact(width)) {
@@ -681,9 +659,10 @@ impl<'p, 'a> Machine<'p, 'a> {
             let to = match mem {
                 Mem::Global(b) => self.buffers[b as usize].bytes_mut(),
                 Mem::Shared(s) => {
-                    let noted = self.shared.note_write(s, offset, bytes, t);
+                    let (shared, local) = self.shared.of(t);
+                    let noted = shared.note_write(s, offset, bytes, local);
                     noted.map_err(|bad| Stop::at(t, bad.fault(self.name(mem))))?;
-                    self.shared.array_mut(s)
+                    self.shared.of(t).0.array_mut(s)
                 }
             };
             for (v, p) in value.iter().zip(to[offset..offset + bytes].chunks_exact_mut(width)) {
@@ -708,9 +687,10 @@ impl<'p, 'a> Machine<'p, 'a> {
             let to = match mem {
                 Mem::Global(b) => self.buffers[b as usize].bytes_mut(),
                 Mem::Shared(s) => {
-                    let noted = self.shared.note_atomic(s, offset, t);
+                    let (shared, local) = self.shared.of(t);
+                    let noted = shared.note_atomic(s, offset, local);
                     noted.map_err(|bad| Stop::at(t, bad.fault(self.name(mem))))?;
-                    self.shared.array_mut(s)
+                    self.shared.of(t).0.array_mut(s)
                 }
             };
             let cell = &mut to[offset..offset + 4];
@@ -768,7 +748,8 @@ impl<'p, 'a> Machine<'p, 'a> {
             };
             let (to_offset, from_offset) = (offset(to, to_place, dst.1)?, offset(from, from_place, src.1)?);
             let data = &self.buffers[src.0 as usize].bytes()[from_offset..from_offset + bytes as usize];
-            let started = self.shared.start_copy(dst.0, to_offset, data, t);
+            let (shared, local) = self.shared.of(t);
+            let started = shared.start_copy(dst.0, to_offset, data, local);
             started.map_err(|bad| Stop::at(t, bad.fault(self.name(to))))?;
         }
         self.report.global_loaded += u64::from(bytes) * u64::from(m.count);

@@ -128,7 +128,35 @@ struct Copies {
     committed: u32,
 }
 
-/// The shared memory of the block that runs.
+/// The shared memories of the blocks of the cluster that runs.
+pub(super) struct Blocks {
+    pub ranks: Vec<SharedMemory>,
+    /// Threads of a block.
+    threads: usize,
+}
+
+impl Blocks {
+    pub(super) fn new(kernel: &Kernel, watch: bool) -> Self {
+        let ranks = (0..kernel.cluster).map(|_| SharedMemory::new(kernel, watch)).collect();
+        Blocks { ranks, threads: kernel.threads as usize }
+    }
+
+    /// Size of an array, the same in each block.
+    pub(super) fn size(&self, array: u32) -> usize {
+        self.ranks[0].arrays[array as usize].size
+    }
+
+    /// That of a thread of the cluster, and the thread in its block.
+    #[inline]
+    pub(super) fn of(&mut self, thread: usize) -> (&mut SharedMemory, usize) {
+        match &mut self.ranks[..] {
+            [only] => (only, thread),
+            all => (&mut all[thread / self.threads], thread % self.threads),
+        }
+    }
+}
+
+/// The shared memory of a block.
 pub(super) struct SharedMemory {
     bytes: Vec<u8>,
     arrays: Vec<Array>,
@@ -202,10 +230,6 @@ impl SharedMemory {
 
     pub(super) fn group_fence(&mut self, thread: usize) {
         self.fences[thread].push(self.epoch);
-    }
-
-    pub(super) fn size(&self, array: u32) -> usize {
-        self.arrays[array as usize].size
     }
 
     /// The bytes of an array.

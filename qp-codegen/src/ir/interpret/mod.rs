@@ -1,14 +1,15 @@
 //! The interpreter: runs a whole grid on the CPU, lane by lane, and traps on what a GPU would silently get wrong.
 //!
-//! Blocks run one after the other (in either order, [`Options::reverse`]). The threads of a block run in step, each
-//! operation for all active threads before the next; nothing observable depends on that, since what would is a trap:
+//! Clusters (without them, blocks) run one after the other (in either order, [`Options::reverse`]). The threads of a
+//! cluster run in step, each operation for all active threads before the next; nothing observable depends on that, since
+//! what would is a trap, but for races in global memory, which are not watched:
 //!
 //! - an access outside its buffer or array, or a vector not aligned to its size;
 //! - a signed overflow, a division by zero, a shift by the width or more;
 //! - in shared memory, a read of what was never written, of what another thread wrote (or the reverse) without a
 //!   barrier between, or of an asynchronous copy that was not waited for; two unordered writes trap even if equal;
 //! - a product of warp groups that reads what was not shown to it;
-//! - a barrier that not all threads of the block reach; a shuffle, product or `warp_sync` that not all lanes reach.
+//! - a barrier that not all threads of the block, or of the cluster, reach; a shuffle, product or `warp_sync` that not all lanes reach.
 //!
 //! ```
 //! use qp_codegen::ir::interpret::{Arg, Options, run};
@@ -32,6 +33,7 @@
 
 mod execute;
 mod float;
+mod mask;
 mod memory;
 mod program;
 mod tensor;
@@ -62,7 +64,7 @@ pub struct Options {
     /// Watch shared memory for races, reads of what was never written and of copies in flight. Costs about as much as
     /// the accesses themselves.
     pub races: bool,
-    /// Run the blocks last to first.
+    /// Run the clusters last to first.
     pub reverse: bool,
 }
 
@@ -322,14 +324,16 @@ impl<'k> Prepared<'k> {
         check_arguments(kernel, args)
             .map_err(|text| trap(kernel, [0, 0], 0, "launch".into(), Fault::Arguments(text)))?;
         let mut machine = Machine::new(kernel, &self.program, args, options);
-        let [nx, ny] = kernel.grid;
-        let blocks = u64::from(nx) * u64::from(ny);
-        for i in 0..blocks {
-            let i = if options.reverse { blocks - 1 - i } else { i };
-            let block = [(i % u64::from(nx)) as u32, (i / u64::from(nx)) as u32];
-            machine.block(block).map_err(|stop| {
+        let [nx, ny] = kernel.grid.map(u64::from);
+        let nx = nx / u64::from(kernel.cluster);
+        let clusters = nx * ny;
+        for i in 0..clusters {
+            let i = if options.reverse { clusters - 1 - i } else { i };
+            let (x, y) = ((i % nx) as u32 * kernel.cluster, (i / nx) as u32);
+            machine.cluster([x, y]).map_err(|stop| {
                 let s = nth_statement(&kernel.body, &mut { stop.at }).map(|s| statement(kernel, s));
-                trap(kernel, block, stop.thread, s.unwrap_or_default(), *stop.fault)
+                let (rank, thread) = (stop.thread / kernel.threads, stop.thread % kernel.threads);
+                trap(kernel, [x + rank, y], thread, s.unwrap_or_default(), *stop.fault)
             })?;
         }
         Ok(machine.report)

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use super::OpKind;
 use crate::ir::*;
 
-/// A register: one word (or one `i64`) for each thread of a block. Words and `i64`s are numbered apart; an
+/// A register: one word (or one `i64`) for each thread of a cluster. Words and `i64`s are numbered apart; an
 /// operation's type says which is meant.
 pub(super) type Reg = u32;
 
@@ -147,6 +147,7 @@ pub(super) enum Code {
         body: Vec<Instr>,
     },
     Barrier,
+    ClusterBarrier,
     WarpSync,
     AsyncCopy {
         dst: u32,
@@ -301,6 +302,7 @@ impl Compiler<'_> {
                 push(Code::For { index: i, start, end, step, body }, OpKind::Control);
             }
             Stmt::Barrier => push(Code::Barrier, OpKind::Sync),
+            Stmt::ClusterBarrier => push(Code::ClusterBarrier, OpKind::Sync),
             Stmt::WarpSync => push(Code::WarpSync, OpKind::Sync),
             Stmt::AsyncCopy { dst, dst_index, src, src_index, bytes } => {
                 let (dst_index, src_index) = (self.one(*dst_index), self.one(*src_index));
@@ -320,7 +322,7 @@ impl Compiler<'_> {
                 };
                 push(code, OpKind::Mma);
             }
-            // Blocks run one after the other, kernels too.
+            // Clusters run one after the other, kernels too.
             Stmt::Fence | Stmt::GridWait | Stmt::GridLaunch | Stmt::Comment(_) => {}
         }
     }
@@ -559,7 +561,12 @@ impl Code {
                 f(step, Use);
                 f(index, Def);
             }
-            Code::Barrier | Code::WarpSync | Code::AsyncCommit | Code::AsyncWait { .. } | Code::GroupFence => {}
+            Code::Barrier
+            | Code::ClusterBarrier
+            | Code::WarpSync
+            | Code::AsyncCommit
+            | Code::AsyncWait { .. }
+            | Code::GroupFence => {}
         }
     }
 }

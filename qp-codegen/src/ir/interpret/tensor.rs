@@ -59,9 +59,10 @@ impl Machine<'_, '_> {
                     let mem = Mem::Shared(array);
                     let at = place.offset(index);
                     let at = at.ok_or_else(|| Stop::at(first, place.fault(self.name(mem), index)))?;
-                    let noted = self.shared.note_group_read(array, at, 16);
+                    let (shared, _) = self.shared.of(first);
+                    let noted = shared.note_group_read(array, at, 16);
                     noted.map_err(|bad| Stop::at(first, bad.fault(self.name(mem))))?;
-                    for (x, byte) in bytes.iter_mut().zip(&self.shared.array(array)[at..at + 16]) {
+                    for (x, byte) in bytes.iter_mut().zip(&self.shared.of(first).0.array(array)[at..at + 16]) {
                         *x = (*byte as i8).into();
                     }
                 }

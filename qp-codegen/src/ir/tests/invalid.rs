@@ -215,6 +215,32 @@ refused! {
         let index = Val(k.values.len() as u32 - 1);
         k.body.push(Stmt::For { index, start: one, end: t, step: one, unroll: false, body: vec![Stmt::Barrier] });
     };
+    large_cluster: |k| (k.grid, k.cluster) = ([9, 1], 9);
+    cluster_of_none: |k| k.cluster = 0;
+    broken_cluster: |k| (k.grid, k.cluster) = ([6, 1], 4);
+    cluster_barrier_without_clusters: |k| k.body.push(Stmt::ClusterBarrier);
+    cluster_barrier_by_rank: |k| {
+        (k.grid, k.cluster) = ([2, 1], 2);
+        let r = add(k, Op::Special(Special::Rank), Type::I32);
+        let cond = add(k, Op::Compare(CompareOp::Lt, r, r), Type::BOOL);
+        k.body.push(Stmt::If { cond, then: vec![Stmt::Barrier, Stmt::ClusterBarrier], els: vec![] });
+    };
+    cluster_barrier_by_block: |k| {
+        (k.grid, k.cluster) = ([2, 1], 2);
+        let x = add(k, Op::Special(Special::BlockX), Type::I32);
+        let cond = add(k, Op::Compare(CompareOp::Lt, x, x), Type::BOOL);
+        k.body.push(Stmt::If { cond, then: vec![], els: vec![Stmt::ClusterBarrier] });
+    };
+    cluster_barrier_by_shared_memory: |k| {
+        (k.grid, k.cluster) = ([2, 1], 2);
+        let index = number(k, 0);
+        let cache = Cache::Default;
+        let n = add(k, Op::Load { mem: Mem::Shared(0), index, elem: Elem::I32, lanes: 1, cache }, Type::I32);
+        let one = number(k, 1);
+        k.values.push(Value { op: Op::LoopIndex, ty: Type::I32, name: None });
+        let index = Val(k.values.len() as u32 - 1);
+        k.body.push(Stmt::For { index, start: one, end: n, step: one, unroll: false, body: vec![Stmt::ClusterBarrier] });
+    };
     shuffle_in_branch: |k| {
         let t = add(k, DIVERGENT, Type::I32);
         let cond = add(k, Op::Compare(CompareOp::Lt, t, t), Type::BOOL);

@@ -1,5 +1,6 @@
 //! Tests of the IR: every operation against a scalar reference, what traps, what is refused.
 
+mod clusters;
 mod invalid;
 mod operations;
 mod traps;

@@ -30,30 +30,38 @@ pub struct EncodeBench {
     /// Blocks that the GPU encodes, rounded up so that all of it has work to the end.
     #[arg(long, default_value_t = 1 << 14)]
     gpu_blocks: usize,
-    /// Without the plain loop, which takes minutes for the largest codes.
-    #[arg(long)]
-    no_plain: bool,
     /// Only the CPU.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "gpu")]
     cpu: bool,
+    /// Only the GPU: nothing is compared. The CPU takes minutes for the largest codes.
+    #[arg(long)]
+    gpu: bool,
     /// Also write the table to this file.
     #[arg(long)]
     out: Option<PathBuf>,
 }
 
-/// Weights a second.
-struct Row {
-    plain: Option<f64>,
+/// Weights a second on the CPU.
+struct Cpu {
+    plain: f64,
     core: f64,
     cores: f64,
-    /// Of the kernel alone, and in all.
-    gpu: Option<(f64, f64)>,
+}
+
+/// Weights a second on a GPU: of the kernel alone, and in all.
+struct Gpu {
+    kernel: f64,
+    all: f64,
 }
 
 impl EncodeBench {
     /// Runs it.
     pub(super) fn run(self) -> Result<(), Error> {
-        let on = if self.cpu { None } else { Executor::cuda(0).ok() };
+        let on = match (self.cpu, self.gpu) {
+            (true, _) => None,
+            (false, true) => Some(Executor::cuda(0)?),
+            (false, false) => Executor::cuda(0).ok(),
+        };
         let threads = rayon::current_num_threads();
         let gpu = on.as_ref().and_then(|on| Some(on.gpu()?.name.clone()));
         let mut text = format!(
@@ -66,21 +74,21 @@ impl EncodeBench {
         for name in &self.spec {
             let q = synthetic::trained(spec::resolve_untrained(name).map_err(|d| d.to_string())?);
             for code in &q.codes {
-                let row = self.measure(&q, code, on.as_ref())?;
+                let (cpu, gpu) = self.measure(&q, code, on.as_ref())?;
                 let steps: Vec<String> = code.steps.iter().map(u32::to_string).collect();
                 let million = |x: f64| format!("{:.3}", x / 1e6);
-                let (kernel, all) =
-                    row.gpu.map_or(("-".into(), "-".into()), |(kernel, all)| (million(kernel), million(all)));
+                let cpu = cpu.map_or([const { String::new() }; 4], |c| {
+                    [million(c.plain), million(c.core), format!("{:.1}", c.core / c.plain), million(c.cores)]
+                });
+                let gpu = gpu.map_or([const { String::new() }; 2], |g| [million(g.kernel), million(g.all)]);
                 let line = format!(
-                    "| {} | {} | {} | {} | {} | {} | {} | {} | {kernel} | {all} |\n",
+                    "| {} | {} | {} | {} | {} | {} |\n",
                     q.name,
                     code.window,
                     steps.join(" "),
                     code.vector,
-                    row.plain.map_or("-".into(), million),
-                    million(row.core),
-                    row.plain.map_or("-".into(), |plain| format!("{:.1}", row.core / plain)),
-                    million(row.cores),
+                    cpu.join(" | "),
+                    gpu.join(" | "),
                 );
                 print!("{line}");
                 text += &line;
@@ -92,17 +100,38 @@ impl EncodeBench {
         Ok(())
     }
 
-    fn measure(&self, q: &Quantizer, code: &Code, on: Option<&Executor>) -> Result<Row, Error> {
-        let trellis = Trellis::new(code);
-        let (len, steps, at_once) = (trellis.block_len(), trellis.steps(), trellis.blocks_at_once());
+    fn measure(&self, q: &Quantizer, code: &Code, on: Option<&Executor>) -> Result<(Option<Cpu>, Option<Gpu>), Error> {
+        let (len, steps) = (code.block.len() as usize, code.steps_per_block() as usize);
+        let trellis = (!self.gpu).then(|| Trellis::new(code));
+        let at_once = trellis.as_ref().map_or(1, Trellis::blocks_at_once);
         let blocks = self.blocks.next_multiple_of(at_once).max(at_once);
         let samples = Gaussian::new(0xe9c0).samples(blocks * len);
-        let plain = (!self.no_plain).then(|| {
-            let plain = Plain::with_length(code, len);
+        let (cpu, windows) = trellis.map(|t| Self::cpu(q, code, &t, &samples)).transpose()?.unzip();
+        let gpu = |on: &Executor| -> Result<Gpu, Error> {
+            let device = DeviceTrellis::new(on, code)?;
+            let count = self.gpu_blocks.max(blocks).next_multiple_of(device.blocks_at_once());
+            let many: Vec<f32> = samples.iter().copied().cycle().take(count * len).collect();
             let start = Instant::now();
-            let first = plain.encode(&samples[..len]);
-            (first, len as f64 / start.elapsed().as_secs_f64())
-        });
+            let (found, seconds) = device.encode(&many)?;
+            let all = start.elapsed().as_secs_f64();
+            let expected = windows.iter().flatten().cycle();
+            if let Some(at) = found.iter().zip(expected).position(|(a, b)| a != b) {
+                let (block, step) = (at / steps, at % steps);
+                return Err(format!("{}: the GPU's window {step} of block {block} differs", q.name).into());
+            }
+            Ok(Gpu { kernel: many.len() as f64 / seconds, all: many.len() as f64 / all })
+        };
+        Ok((cpu, on.map(gpu).transpose()?))
+    }
+
+    /// The CPU's speed, and the windows of all samples.
+    fn cpu(q: &Quantizer, code: &Code, trellis: &Trellis, samples: &[f32]) -> Result<(Cpu, Vec<u32>), Error> {
+        let (len, steps, at_once) = (trellis.block_len(), trellis.steps(), trellis.blocks_at_once());
+        let blocks = samples.len() / len;
+        let plain = Plain::with_length(code, len);
+        let start = Instant::now();
+        let first = plain.encode(&samples[..len]);
+        let plain = len as f64 / start.elapsed().as_secs_f64();
 
         let encode = |scratch: &mut Scratch, windows: &mut [u32]| {
             let parts = samples.chunks(len * at_once).zip(windows.chunks_mut(steps * at_once));
@@ -115,7 +144,7 @@ impl EncodeBench {
         let start = Instant::now();
         encode(&mut scratch, &mut windows);
         let core = samples.len() as f64 / start.elapsed().as_secs_f64();
-        if plain.as_ref().is_some_and(|(first, _)| windows[..steps] != *first) {
+        if windows[..steps] != first {
             return Err(format!("{}: the plain loop and the fast encoder differ", q.name).into());
         }
         drop(scratch);
@@ -125,21 +154,6 @@ impl EncodeBench {
             encode(&mut Scratch::default(), &mut vec![0; blocks * steps]);
         });
         let cores = (samples.len() * threads) as f64 / start.elapsed().as_secs_f64();
-
-        let gpu = |on: &Executor| -> Result<(f64, f64), Error> {
-            let device = DeviceTrellis::new(on, code)?;
-            let count = self.gpu_blocks.max(blocks).next_multiple_of(device.blocks_at_once());
-            let many: Vec<f32> = samples.iter().copied().cycle().take(count * len).collect();
-            let start = Instant::now();
-            let (found, seconds) = device.encode(&many)?;
-            let all = start.elapsed().as_secs_f64();
-            let expected = windows.iter().cycle();
-            if let Some(at) = found.iter().zip(expected).position(|(a, b)| a != b) {
-                let (block, step) = (at / steps, at % steps);
-                return Err(format!("{}: the GPU's window {step} of block {block} differs", q.name).into());
-            }
-            Ok((many.len() as f64 / seconds, many.len() as f64 / all))
-        };
-        Ok(Row { plain: plain.map(|p| p.1), core, cores, gpu: on.map(gpu).transpose()? })
+        Ok((Cpu { plain, core, cores }, windows))
     }
 }

@@ -34,23 +34,30 @@ const GROUP_REGISTERS: u32 = 12;
 /// Registers of [`gemm`] for each further code of a mix, whose row tiles are decoded while the words of the next wait.
 const CODE_REGISTERS: u32 = 36;
 /// Seconds from one launch to the next in a chain of dependent kernels.
-const LAUNCH: f64 = 1.4e-6;
+const LAUNCH: f64 = 1.2e-6;
 /// Seconds that meeting in global memory takes.
-const MEETING: f64 = 1.7e-6;
+const MEETING: f64 = 1.25e-6;
 /// Seconds until activations are in shared memory, where they do not go to registers.
-const STAGING: f64 = 0.9e-6;
+const STAGING: f64 = 0.5e-6;
 /// Seconds from asking for a word to having it, under load.
-const LATENCY: f64 = 0.9e-6;
-/// Share of an SM's issue slots that many warps can fill; and the number of warps that fill 1 - 1/e of that.
-const ISSUE: (f64, f64) = (0.79, 4.3);
+const LATENCY: f64 = 1.1e-6;
+/// Share of an SM's issue slots that many warps can fill; and the number of warps that fill 1 - 1/e of that, if each decodes
+/// one tile at a time.
+const ISSUE: (f64, f64) = (0.715, 5.0);
+/// Warps that a warp is worth more for each doubling of the tiles that it decodes in one go.
+const DEEPER: f64 = 0.24;
+/// Seconds that each warp of an SM takes at the beginning and at the end.
+const WARP: f64 = 0.018e-6;
+/// Seconds that each doubling of the steps in flight takes at the beginning.
+const AHEAD: f64 = 0.03e-6;
 /// Cycles that a warp's addition to shared memory takes an SM.
-const ATOMIC: f64 = 2.8;
+const ATOMIC: f64 = 2.3;
 /// Bytes of tables that an SM writes in a cycle at the start.
-const FILL: f64 = 286.0;
+const FILL: f64 = 280.0;
 /// Seconds of each further round of loads of tables.
-const FILL_ROUND: f64 = 0.12e-6;
+const FILL_ROUND: f64 = 0.11e-6;
 /// Decoding and reading take longer than the longer of both, as sums with this exponent do.
-const TOGETHER: f64 = 4.8;
+const TOGETHER: f64 = 6.2;
 /// Share of the peak bandwidth that reading can reach.
 const BANDWIDTH: f64 = 0.9;
 
@@ -168,10 +175,10 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let products = f64::from(plan.layout.tile.cols / 32 * plan.layout.row_parts() * plan.groups * plan.products);
     let (staged, staging) = if plan.resident { (0.0, 0.0) } else { (products * 0.5, STAGING) };
     let cost = tables.cost;
-    let share = issue_share(warps);
+    let share = issue_share(warps * (1.0 + DEEPER * f64::from(plan.depth).log2()));
     // Four schedulers; the pipe of integer operations takes one every other cycle of each.
-    let alu = tiles * (cost.alu + 12.0) / 2.0;
-    let slots = tiles * (cost.alu + cost.multiply + cost.lookup + products + staged + 18.0) / 4.0;
+    let alu = tiles * (cost.alu + 4.0) / 2.0;
+    let slots = tiles * (cost.alu + cost.multiply + cost.lookup + products + staged + 6.0) / 4.0;
     let lookups = tiles * cost.lookup;
     // A scheduler has one of every four warps; the one that has most is the last.
     let uneven = f64::from(launch.warps.next_multiple_of(4)) / f64::from(launch.warps);
@@ -186,7 +193,9 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let sums = if plan.own_sums { 0.0 } else { adds * ATOMIC / device.clock };
     let meeting = if launch.split > 1 { MEETING } else { 0.0 };
     let work = (memory.powf(TOGETHER) + issue.powf(TOGETHER)).powf(1.0 / TOGETHER);
-    Some(LAUNCH + fill + staging + sums + meeting + work)
+    let warps = WARP * f64::from(blocks * launch.warps);
+    let ahead = AHEAD * f64::from(launch.ahead).log2();
+    Some(LAUNCH + warps + ahead + fill + staging + sums + meeting + work)
 }
 
 /// Share of the issue slots that resident warps can fill.

@@ -144,6 +144,17 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let lane_words = f64::from(plan.layout.lane_words.iter().sum::<u32>()) / plan.layout.lane_words.len() as f64;
     let threads = launch.warps * 32;
 
+    // Half as many in flight would be all that there are.
+    let rows = plan.layout.row_tiles().div_ceil(launch.blocks);
+    let (all, half) = if plan.resident {
+        (rows * plan.per_warp / plan.depth, launch.ahead / 2)
+    } else {
+        (plan.depth, launch.ahead / 2 * op.quantizer.codes.len() as u32)
+    };
+    if half >= all {
+        return None;
+    }
+
     // What fits.
     let shared = tables.shared + plan.shared_bytes(launch);
     let resident = launch.min_blocks * (shared + 1024) <= device.shared_per_sm && shared <= device.shared_per_block;
@@ -166,7 +177,6 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     // The busiest SM.
     let grid = launch.blocks * launch.split;
     let blocks = grid.div_ceil(device.sms);
-    let rows = plan.layout.row_tiles().div_ceil(launch.blocks);
     let tiles = f64::from(blocks * rows * plan.per_warp * launch.warps);
     let warps = f64::from(blocks.min(launch.min_blocks) * launch.warps);
     let bytes = tiles * lane_words * 128.0;

@@ -145,6 +145,7 @@ pub fn candidates(ranked: &[(f64, Launch)]) -> Vec<Launch> {
 }
 
 /// A product's kernel.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Chosen<K> {
     /// How it is laid out.
     pub launch: Launch,
@@ -417,7 +418,7 @@ mod tests {
             choose(&cache, one, load, |_| false, |_, _| unreachable!("one at most is left"))
         };
         assert_eq!(only(None).unwrap_err(), format!("{first:?}"));
-        assert_eq!(only(Some(last)).unwrap(), [(last, last)]);
+        assert_eq!(only(Some(last)).unwrap(), [Chosen { launch: last, kernel: last, seconds: None }]);
     }
 
     #[test]

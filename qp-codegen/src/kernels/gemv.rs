@@ -98,6 +98,16 @@ impl Plan {
         Plan { layout, planes, groups, products, per_warp, depth, early, buffers, resident, most_rows, own_sums }
     }
 
+    /// Whether a warp handles all its columns of a row tile in one step, so that no sums wait for the next.
+    fn whole_rows(&self) -> bool {
+        self.per_warp == self.depth
+    }
+
+    /// Accumulators of a warp, each of 16 rows and 8 planes.
+    pub(super) fn sums(&self) -> u32 {
+        self.layout.row_parts() * self.groups * self.products
+    }
+
     /// Sums kept for a row: one a plane and product.
     pub(super) fn slots(&self) -> u32 {
         self.planes * self.products
@@ -283,7 +293,8 @@ impl<'b, 'a> Emit<'b, 'a> {
 
         b.comment("Down the row tiles.");
         let none = b.vector(&[zero; 4]);
-        let acc: Vec<Var> = (0..plan.layout.row_parts() * plan.groups * plan.products).map(|_| b.var(none)).collect();
+        let kept = if plan.whole_rows() { 0 } else { plan.sums() };
+        let acc: Vec<Var> = (0..kept).map(|_| b.var(none)).collect();
         b.for_(0, self.steps, plan.buffers, |first| {
             for (p, buffer) in (0..).zip(&buffers) {
                 let step = first + p;
@@ -406,7 +417,8 @@ impl<'b, 'a> Emit<'b, 'a> {
         words.chunks_exact(2).map(|two| [two[0], two[1]]).collect()
     }
 
-    /// Decodes and multiplies the tiles of a step. Where a tile's words were, those of the tile that is due as many tiles
+    /// Decodes and multiplies the tiles of a step; `acc` are the sums of the steps before, unless there are none
+    /// ([`Plan::whole_rows`]). Where a tile's words were, those of the tile that is due as many tiles
     /// later are on their way meanwhile: of this step, or of the one that has the buffer next.
     fn step(&self, step: V<'b>, buffer: &Words, fragments: &Fragments<'b>, acc: &[Var]) {
         let (b, plan) = (self.b, self.plan);
@@ -416,9 +428,12 @@ impl<'b, 'a> Emit<'b, 'a> {
         if plan.early == plan.depth {
             b.if_(next.lt(self.steps), || self.fetch(next, 0, buffer));
         }
-        let whole_row = plan.per_warp == plan.depth;
         let none = || b.vector(&[b.i32(0); 4]);
-        let mut sums: Vec<V> = acc.iter().map(|&v| if whole_row { none() } else { b.get(v) }).collect();
+        let mut sums: Vec<V> = if plan.whole_rows() {
+            (0..plan.sums()).map(|_| none()).collect()
+        } else {
+            acc.iter().map(|&v| b.get(v)).collect()
+        };
         let parts = plan.layout.tile.cols / 32;
         for d in 0..plan.depth {
             if plan.early < plan.depth {
@@ -453,7 +468,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                 }
             }
         }
-        if whole_row {
+        if plan.whole_rows() {
             return self.flush(row, &sums);
         }
         acc.iter().zip(&sums).for_each(|(&var, &sum)| b.set(var, sum));

@@ -162,7 +162,7 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let waiting = plan.buffers * plan.early + u32::from(plan.early < plan.depth);
     let prefetched = (f64::from(waiting) * lane_words) as u32;
     let working = working_registers(op.quantizer);
-    let sums = 4 * plan.layout.row_parts() * plan.groups * plan.products;
+    let sums = 4 * plan.sums();
     // Larger tiles are decoded in one go, too; a few tokens' scales are loaded early.
     let tile =
         (TILE_REGISTERS + 8) * (plan.layout.row_parts() - 1) + if op.batch <= EARLY { 4 + 4 * op.batch } else { 0 };
@@ -182,7 +182,7 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let bytes = tiles * lane_words * 128.0;
     let in_flight = warps * f64::from(prefetched * 128);
     let bandwidth = (device.bandwidth * BANDWIDTH / f64::from(device.sms)).min(in_flight / LATENCY);
-    let products = f64::from(plan.layout.tile.cols / 32 * plan.layout.row_parts() * plan.groups * plan.products);
+    let products = f64::from(plan.layout.tile.cols / 32 * plan.sums());
     let (staged, staging) = if plan.resident { (0.0, 0.0) } else { (products * 0.5, STAGING) };
     let cost = tables.cost;
     let share = issue_share(warps * (1.0 + DEEPER * f64::from(plan.depth).log2()));
@@ -199,7 +199,7 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let fill = f64::from(blocks.min(launch.min_blocks) * tables.shared) / FILL / device.clock + rounds * FILL_ROUND;
     // Sums that are added to the block's.
     let row_tiles = f64::from(blocks * rows * launch.warps);
-    let adds = row_tiles * f64::from(4 * plan.layout.row_parts() * plan.products * plan.groups);
+    let adds = row_tiles * f64::from(4 * plan.sums());
     let sums = if plan.own_sums { 0.0 } else { adds * ATOMIC / device.clock };
     let meeting = if launch.split > 1 { MEETING } else { 0.0 };
     let work = (memory.powf(TOGETHER) + issue.powf(TOGETHER)).powf(1.0 / TOGETHER);

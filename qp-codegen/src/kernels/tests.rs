@@ -134,6 +134,11 @@ fn quantizers() -> Vec<Quantizer> {
     out
 }
 
+/// One of [`quantizers`].
+fn named<'q>(all: &'q [Quantizer], name: &str) -> &'q Quantizer {
+    all.iter().find(|q| q.name == name).expect("a quantizer")
+}
+
 struct Matrix {
     layout: Packed,
     words: Vec<u32>,
@@ -235,7 +240,7 @@ fn dequantize_equals_the_reference() {
 fn embed_packed_equals_the_reference() {
     let all = quantizers();
     let named = |name: &str, rotation| {
-        let q = all.iter().find(|q| q.name == name).expect("a quantizer");
+        let q = named(&all, name);
         Quantizer { rotation, ..q.clone() }
     };
     let rotations = [Rotation::None, Rotation::Hadamard { seed: 5 }];
@@ -349,7 +354,7 @@ fn gemv_is_exact_for_every_code() {
 #[test]
 fn gemv_is_exact_for_every_shape_batch_and_launch() {
     let q = &quantizers();
-    let named = |name: &str| q.iter().find(|q| q.name == name).expect("a quantizer");
+    let named = |name| named(q, name);
     let launch = |warps, split, blocks, ahead| {
         Launch::Gemv(gemv::Launch { warps, split, blocks, ahead, min_blocks: 1, table_bytes: 32 << 10 })
     };
@@ -386,13 +391,11 @@ fn gemm_is_exact_for_every_code() {
     }
 }
 
-#[test]
-fn gemm_is_exact_for_every_shape_batch_and_launch() {
-    let q = &quantizers();
-    let named = |name: &str| q.iter().find(|q| q.name == name).expect("a quantizer");
-    let base = gemm::Launch {
-        group: false,
-        row_warps: 2,
+/// A launch of one block that takes the least of everything.
+fn small(group: bool, row_warps: u32) -> gemm::Launch {
+    gemm::Launch {
+        group,
+        row_warps,
         col_warps: 1,
         row_tiles: 1,
         chunk: 1,
@@ -401,7 +404,14 @@ fn gemm_is_exact_for_every_shape_batch_and_launch() {
         blocks: 1,
         min_blocks: 1,
         table_bytes: 32 << 10,
-    };
+    }
+}
+
+#[test]
+fn gemm_is_exact_for_every_shape_batch_and_launch() {
+    let q = &quantizers();
+    let named = |name| named(q, name);
+    let base = small(false, 2);
     for name in ["v4_k8", "v2_k5_i16", "square", "mix2"] {
         for (rows, cols) in [(16, 128), (70, 300), (100, 1100)] {
             let shape = Shape { rows, cols };
@@ -427,19 +437,8 @@ fn gemm_is_exact_for_every_shape_batch_and_launch() {
 #[test]
 fn gemm_in_groups_of_warps_is_exact_for_every_shape_batch_and_launch() {
     let q = &quantizers();
-    let named = |name: &str| q.iter().find(|q| q.name == name).expect("a quantizer");
-    let base = gemm::Launch {
-        group: true,
-        row_warps: 4,
-        col_warps: 1,
-        row_tiles: 1,
-        chunk: 1,
-        token_parts: 1,
-        split: 1,
-        blocks: 1,
-        min_blocks: 1,
-        table_bytes: 32 << 10,
-    };
+    let named = |name| named(q, name);
+    let base = small(true, 4);
     for name in ["v4_k8", "v2_k5_i16", "square", "mix2"] {
         for (rows, cols) in [(70, 300), (100, 1100)] {
             let shape = Shape { rows, cols };

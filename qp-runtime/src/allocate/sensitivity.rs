@@ -186,8 +186,9 @@ enum Place {
 }
 
 /// Measures every linear layer, the output layer included, and the embedding. An output layer that is tied to the
-/// embedding is measured apart from it first, and then with it, as one matrix for both. The model runs on `on`, by default on the CPU;
-/// each trial has an engine of its own. Layers that `earlier` has are not measured again.
+/// embedding is measured apart from it first, and then with it, as one matrix for both. The model runs on `on`, by default on
+/// the CPU; each trial has an engine of its own, which shares with the others all matrices but one. Layers that `earlier`
+/// has are not measured again.
 ///
 /// # Errors
 /// If the model cannot run, or `earlier` is of another model or of other settings.

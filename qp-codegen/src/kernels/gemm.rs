@@ -29,8 +29,7 @@
 
 use super::c_name;
 use super::decode::{Register, flatten};
-use super::gemv::Gemv;
-use super::product::{self, Operands, TokenScale, Words, divide};
+use super::operands::{self, Gemv, Operands, TokenScale, Words, divide};
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var, group_columns};
 use crate::layout::{COLUMN_PAD, Packed};
 
@@ -122,7 +121,7 @@ impl Plan {
         Plan {
             tokens,
             groups: planes / 8,
-            products: product::products(op.quantizer),
+            products: operands::products(op.quantizer),
             chunks: layout.col_tiles().div_ceil(tiles).div_ceil(launch.split),
             rounds: layout.row_tiles().div_ceil(launch.blocks).div_ceil(launch.row_warps * launch.row_tiles),
             chunk_units,
@@ -168,7 +167,7 @@ pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
     assert!(launch.blocks <= plan.layout.row_tiles(), "a block without rows");
     let name = format!("gemm_{}_{}x{}_b{}", c_name(&op.quantizer.name), op.shape.rows, op.shape.cols, op.batch);
     let b = Builder::new(&name, [launch.blocks * launch.split * launch.token_parts, 1], launch.warps() * 32);
-    b.doc(product::doc(op));
+    b.doc(operands::doc(op));
     b.min_blocks(launch.min_blocks);
     b.dependent_launch();
     Emit::new(&b, op, launch, &plan).kernel();
@@ -445,7 +444,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let plan = self.plan;
         let of_part = (plan.layout.tile.cols / 32 * 4) as usize;
         for (part, registers) in (0..).zip(registers.chunks_exact(of_part)) {
-            let steps: Vec<_> = registers.chunks_exact(4).map(product::operands).collect();
+            let steps: Vec<_> = registers.chunks_exact(4).map(operands::operands).collect();
             for product in 0..plan.products as usize {
                 let a: Vec<[V; 4]> = steps.iter().map(|s| s[product].1).collect();
                 let sums: Vec<Var> = (0..plan.groups).map(|group| acc[self.slot(m, part, group) + product]).collect();
@@ -461,7 +460,7 @@ impl<'b, 'a> Emit<'b, 'a> {
             for part in 0..plan.layout.row_parts() {
                 let first = ((part * plan.layout.tile.cols / 32 + kt) * 4) as usize;
                 let slot = self.slot(m, part, group);
-                product::multiply(self.b, &registers[first..first + 4], x, &mut sums[slot..]);
+                operands::multiply(self.b, &registers[first..first + 4], x, &mut sums[slot..]);
             }
         }
     }

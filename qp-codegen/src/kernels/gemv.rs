@@ -17,27 +17,14 @@ use std::collections::VecDeque;
 
 use super::decode::flatten;
 pub use super::launch::Launch;
-use super::product::{self, Operands, TokenScale, Words};
+pub use super::operands::Gemv;
+use super::operands::{self, Operands, TokenScale, Words, divide};
 use super::{c_name, copy_all};
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var};
 use crate::layout::{COLUMN_PAD, Packed};
-use crate::spec::{Quantizer, Shape};
 
 /// Most tokens of one launch of this kernel.
 pub const MAX_BATCH: u32 = 8;
-
-/// What to compute: here, or for more tokens in [`super::gemm`].
-#[derive(Clone, Copy, Debug)]
-pub struct Gemv<'q> {
-    /// The quantizer of the weights.
-    pub quantizer: &'q Quantizer,
-    /// Rows × columns; rows of a fused group are those of all its matrices, each padded to whole tiles.
-    pub shape: Shape,
-    /// Tokens, 1..=[`product::MAX_BATCH`].
-    pub batch: u32,
-    /// Add to `y` instead of overwriting it (a residual stream).
-    pub accumulate: bool,
-}
 
 /// Sizes that follow from the operation and its launch.
 pub(super) struct Plan {
@@ -79,7 +66,7 @@ impl Plan {
         let codes = op.quantizer.codes.len() as u32;
         let planes = 2 * op.batch;
         let groups = planes.div_ceil(8);
-        let products = product::products(op.quantizer);
+        let products = operands::products(op.quantizer);
         let exact = layout.col_tiles().div_ceil(launch.warps * launch.split).next_multiple_of(codes);
         let fragments = layout.tile.cols / 32 * 2 * groups;
         let resident = exact <= 4 && exact * fragments <= 32;
@@ -172,7 +159,7 @@ pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
     let q = op.quantizer;
     let name = format!("gemv_{}_{}x{}_b{}", c_name(&q.name), op.shape.rows, op.shape.cols, op.batch);
     let b = Builder::new(&name, [launch.blocks * launch.split, 1], launch.warps * 32);
-    b.doc(product::doc(op));
+    b.doc(operands::doc(op));
     b.min_blocks(launch.min_blocks);
     b.dependent_launch();
     Emit::new(&b, op, launch, &Plan::new(op, launch)).kernel();
@@ -231,7 +218,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let thread = b.special(Special::Thread);
         let lane = b.special(Special::Lane);
         let id = b.special(Special::BlockX);
-        let (block, part) = product::divide(b, id, launch.split);
+        let (block, part) = divide(b, id, launch.split);
         let row_tiles = plan.layout.row_tiles();
         let first_row = block * row_tiles / launch.blocks;
         let rows = (block + 1) * row_tiles / launch.blocks - first_row;
@@ -378,7 +365,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let of_lane = of_tile / 4;
         let words = plan.block_cols(self.launch) / 4;
         let load = |i: V<'b>| {
-            let (plane, i) = product::divide(b, i, words);
+            let (plane, i) = divide(b, i, words);
             let word = self.block_col * of_tile + i;
             let load = || b.load_as(self.operands.x, word + plane * (stride / 4), Elem::U32, 1, Cache::ReadOnly);
             if self.covered() <= stride {
@@ -390,7 +377,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         };
         // Word 4j + q of a tile is the jth of lane q.
         let store = |i: V<'b>, &value: &V<'b>| {
-            let (plane, i) = product::divide(b, i, words);
+            let (plane, i) = divide(b, i, words);
             let (tile, word) = (i / of_tile, i % of_tile);
             let to = tile * of_tile + word % 4 * of_lane + word / 4;
             b.store(staged, to + plane * plan.plane_words(self.launch), value, Elem::U32);
@@ -463,7 +450,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                         let first = ((part * parts + kt) * 4) as usize;
                         let a = &registers[first..first + 4];
                         let slot = ((part * plan.groups + group) * plan.products) as usize;
-                        product::multiply(b, a, x, &mut sums[slot..]);
+                        operands::multiply(b, a, x, &mut sums[slot..]);
                     }
                 }
             }

@@ -1,7 +1,8 @@
 //! How a product is laid over a GPU: a cost model that knows the target, and what fits it.
 
-use super::gemv::{EARLY, Gemv, Plan};
-use super::{decode, gemm, product};
+use super::gemv::{EARLY, Plan};
+use super::operands::{self, Gemv};
+use super::{decode, gemm};
 use crate::cuda::Device;
 use crate::layout::Packed;
 use crate::spec::Quantizer;
@@ -217,7 +218,7 @@ fn issue_share(warps: f64) -> f64 {
 fn working_registers(q: &Quantizer) -> u32 {
     // Each further code of a mix keeps masks and addresses of its own alive, each further hash its products.
     let hashes = q.codes.iter().map(|c| c.decode.multiplications()).max().unwrap_or(0);
-    WORKING_REGISTERS * product::products(q) + 8 * (q.codes.len() as u32 - 1) + 4 * hashes.saturating_sub(1)
+    WORKING_REGISTERS * operands::products(q) + 8 * (q.codes.len() as u32 - 1) + 4 * hashes.saturating_sub(1)
 }
 
 /// Registers that a thread may have.

@@ -16,6 +16,7 @@ pub mod glu;
 mod launch;
 pub mod math;
 pub mod norm;
+mod operands;
 pub mod prepare;
 pub mod product;
 pub mod read;

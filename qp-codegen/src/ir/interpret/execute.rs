@@ -8,22 +8,8 @@ use std::mem::take;
 use super::mask::Mask;
 use super::memory::{Blocks, Buffer, Place, SharedMemory};
 use super::program::{Code, Instr, Program, Reg};
-use super::{Arg, Fault, Options, Report, float};
+use super::{Arg, Fault, Options, Report, Stop, float};
 use crate::ir::*;
-
-/// A trap without the kernel's names.
-pub(super) struct Stop {
-    pub thread: u32,
-    pub fault: Box<Fault>,
-    /// Number of the statement.
-    pub at: u32,
-}
-
-impl Stop {
-    pub(super) fn at(thread: usize, fault: Fault) -> Stop {
-        Stop { thread: thread as u32, fault: Box::new(fault), at: 0 }
-    }
-}
 
 pub(super) struct Machine<'p, 'a> {
     kernel: &'p Kernel,

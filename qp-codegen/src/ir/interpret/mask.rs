@@ -1,7 +1,6 @@
 //! Which threads of a cluster are active.
 
-use super::Fault;
-use super::execute::Stop;
+use super::{Fault, Stop};
 
 #[derive(Clone)]
 pub(super) struct Mask {

@@ -280,6 +280,20 @@ pub enum Fault {
     Step(i32),
 }
 
+/// A trap without the kernel's names.
+struct Stop {
+    thread: u32,
+    fault: Box<Fault>,
+    /// Number of the statement.
+    at: u32,
+}
+
+impl Stop {
+    fn at(thread: usize, fault: Fault) -> Stop {
+        Stop { thread: thread as u32, fault: Box::new(fault), at: 0 }
+    }
+}
+
 /// Runs the whole grid.
 ///
 /// # Errors

@@ -1,9 +1,9 @@
 //! Products on tensor cores: of a warp, and of groups of four.
 
-use super::Fault;
-use super::execute::{Machine, Stop};
+use super::execute::Machine;
 use super::memory::Place;
 use super::program::Reg;
+use super::{Fault, Stop};
 use crate::ir::*;
 
 /// Bytes of K that a product takes.

@@ -1,14 +1,8 @@
 //! The `qp` command line: one file a command.
 
 mod bench;
-mod bench_encode;
-mod bench_jit;
-mod bench_prefill;
-mod bench_roofline;
 mod check_gpu;
 mod device;
-mod distortion;
-mod distortion_plot;
 mod doctor;
 mod eval;
 mod generate;
@@ -17,7 +11,6 @@ mod output;
 mod plan;
 mod profile;
 mod quantize;
-mod results;
 mod sensitivity;
 mod train_codebook;
 

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::Error;
-use super::output::write;
 use super::results::{Kernel, Results};
+use crate::cli::Error;
+use crate::cli::output::write;
 use crate::svg::{self, Picture, escape};
 
 /// Draw what `qp bench kernels --json` measured: packed weights read a second over bits a weight, under the bandwidth of

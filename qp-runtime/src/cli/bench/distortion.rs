@@ -7,16 +7,16 @@ use clap::Args;
 use qp_codegen::palette;
 use qp_codegen::spec::{self, Code, Quantizer};
 
-use super::Error;
-use super::device::{Device, open};
 use super::distortion_plot::{self, Series};
-use super::output::write;
+use crate::cli::Error;
+use crate::cli::device::{Device, open};
+use crate::cli::output::write;
 use crate::codec::distortion::{self, Distortion};
 
 /// The errors of Q-Palette's quantizers, by the names of the same rates here.
-const Q_PALETTE: &str = include_str!("../../../benches/qpalette_distortion.toml");
+const Q_PALETTE: &str = include_str!("../../../../benches/qpalette_distortion.toml");
 /// The errors of EXL3's codes, by bits.
-const EXL3: &str = include_str!("../../../benches/exl3_distortion.toml");
+const EXL3: &str = include_str!("../../../../benches/exl3_distortion.toml");
 
 /// Measure the error of quantizers on unit-variance Gaussian samples.
 #[derive(Args)]

@@ -1,8 +1,8 @@
-//! `qp bench`: measurements to publish.
+//! `qp bench kernels`: the speed of products with packed weights.
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::Args;
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::product::{Launch, MAX_BATCH};
 use qp_codegen::kernels::read::{self, Read};
@@ -10,35 +10,14 @@ use qp_codegen::layout::Packed;
 use qp_codegen::reference::{self, Activations};
 use qp_codegen::spec::{self, Quantizer, Shape};
 
-use super::Error;
-use super::bench_encode::EncodeBench;
-use super::bench_jit::JitBench;
-use super::bench_prefill::PrefillBench;
-use super::bench_roofline::RooflineBench;
-use super::distortion::DistortionBench;
 use super::results::{Fp16, Kernel, Results};
+use super::{COPIES, ROTATE, rounded, shape};
 use crate::check::synthetic::{self, Random};
+use crate::cli::Error;
 use crate::codec;
 use crate::device::ops::{DeviceActivations, DeviceMatrix, GemvKernel};
 use crate::device::tune::{self, Product};
 use crate::device::{Buffer, Executor, launches};
-
-/// Measure kernels and codes.
-#[derive(Args)]
-pub struct Bench {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(Subcommand)]
-enum What {
-    Distortion(DistortionBench),
-    Encode(EncodeBench),
-    Jit(JitBench),
-    Kernels(Kernels),
-    Prefill(PrefillBench),
-    Roofline(RooflineBench),
-}
 
 /// Time matrix-vector products with packed weights on a GPU.
 ///
@@ -48,7 +27,7 @@ enum What {
 /// Measured are the launch that an engine uses, chosen by a short measurement of a few (or remembered from one; see
 /// QP_LAUNCHES), and the cost model's own choice. `model` is the time of that over the best.
 #[derive(Args)]
-struct Kernels {
+pub struct KernelBench {
     /// Quantizers: names of the palette or spec files.
     #[arg(long, value_delimiter = ',', default_value = "fast_2,tcq_2,tcq_3,tcq_4")]
     spec: Vec<String>,
@@ -74,37 +53,14 @@ struct Kernels {
     json: Option<PathBuf>,
 }
 
-impl Bench {
-    /// Runs it.
-    pub fn run(self) -> Result<(), Error> {
-        match self.what {
-            What::Distortion(d) => d.run(),
-            What::Encode(e) => e.run(),
-            What::Jit(j) => j.run(),
-            What::Kernels(k) => k.run(),
-            What::Prefill(p) => p.run(),
-            What::Roofline(r) => r.run(),
-        }
-    }
-}
-
-pub(super) fn shape(text: &str) -> Result<Shape, String> {
-    let (rows, cols) = text.split_once('x').ok_or("rows x columns, as in 4096x14336")?;
-    let number = |s: &str| s.trim().parse().ok().filter(|n| *n > 0).ok_or(format!("`{s}` is no positive number"));
-    Ok(Shape { rows: number(rows)?, cols: number(cols)? })
-}
-
-/// Bytes over which a graph rotates: several times any L2 cache.
-pub(super) const ROTATE: usize = 400 << 20;
-/// Copies of a matrix, at most.
-pub(super) const COPIES: usize = 200;
 /// Launches of a graph, at least.
 const LAUNCHES: usize = 256;
 /// Runs of a graph, of which the fastest counts.
 const ROUNDS: usize = 7;
 
-impl Kernels {
-    fn run(self) -> Result<(), Error> {
+impl KernelBench {
+    /// Runs it.
+    pub(super) fn run(self) -> Result<(), Error> {
         let fp16 = self.fp16.as_deref().map(Fp16::read).transpose()?.unwrap_or_default();
         let on = Executor::cuda(self.gpu)?;
         let gpu = on.gpu().ok_or("no GPU")?;
@@ -288,10 +244,6 @@ fn named(launch: &Launch) -> serde_json::Map<String, serde_json::Value> {
     let (kernel, fields) = launch.fields();
     let fields = fields.into_iter().map(|(name, n)| (name.to_owned(), n.into()));
     std::iter::once(("kernel".to_owned(), kernel.into())).chain(fields).collect()
-}
-
-pub(super) fn rounded(x: f64, parts: f64) -> f64 {
-    (x * parts).round() / parts
 }
 
 /// Compares a launch's result, tokens × padded rows, with the CPU's, tokens × rows, to the bit.

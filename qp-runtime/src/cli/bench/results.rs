@@ -5,8 +5,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::Error;
-use super::output::write;
+use crate::cli::Error;
+use crate::cli::output::write;
 
 /// Measurements of one GPU.
 #[derive(Clone, Debug, Serialize, Deserialize)]

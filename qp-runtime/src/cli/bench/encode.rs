@@ -7,8 +7,8 @@ use clap::Args;
 use qp_codegen::spec::{self, Code, Quantizer};
 use rayon::prelude::*;
 
-use super::Error;
 use crate::check::synthetic;
+use crate::cli::Error;
 use crate::codec::Gaussian;
 use crate::codec::plain::Plain;
 use crate::codec::viterbi::{Scratch, Trellis};

@@ -13,8 +13,8 @@ use qp_codegen::spec::{Quantizer, Shape};
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::Error;
-use super::output::write;
+use crate::cli::Error;
+use crate::cli::output::write;
 use crate::engine::cuda::kernels::{DecodeStep, Lowering, product};
 use crate::jit::{self, Cache};
 use crate::model::{Config, Role};

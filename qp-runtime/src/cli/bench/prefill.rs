@@ -9,10 +9,10 @@ use qp_codegen::reference;
 use qp_codegen::spec::{self, Quantizer, Shape};
 use serde::Serialize;
 
-use super::Error;
-use super::bench::{COPIES, ROTATE, rounded, shape};
-use super::output::write;
+use super::{COPIES, ROTATE, rounded, shape};
 use crate::check::synthetic::{self, Random};
+use crate::cli::Error;
+use crate::cli::output::write;
 use crate::codec::{Decoder, PackedMatrix};
 use crate::device::ops::{DecodeKernel, DeviceMatrix, PrepareHalfKernel};
 use crate::device::{Blas, Buffer, DeviceError, Element, Executor, HalfProduct, tune};

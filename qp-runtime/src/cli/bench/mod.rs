@@ -1,0 +1,69 @@
+//! `qp bench`: measurements to publish.
+
+mod distortion;
+mod distortion_plot;
+mod encode;
+mod jit;
+mod kernels;
+mod prefill;
+mod results;
+mod roofline;
+
+use clap::{Args, Subcommand};
+use qp_codegen::spec::Shape;
+
+use super::Error;
+use distortion::DistortionBench;
+use encode::EncodeBench;
+use jit::JitBench;
+use kernels::KernelBench;
+use prefill::PrefillBench;
+use roofline::RooflineBench;
+
+/// Measure kernels and codes.
+#[derive(Args)]
+pub struct Bench {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    Distortion(DistortionBench),
+    Encode(EncodeBench),
+    Jit(JitBench),
+    Kernels(KernelBench),
+    Prefill(PrefillBench),
+    Roofline(RooflineBench),
+}
+
+impl Bench {
+    /// Runs it.
+    pub fn run(self) -> Result<(), Error> {
+        match self.what {
+            What::Distortion(d) => d.run(),
+            What::Encode(e) => e.run(),
+            What::Jit(j) => j.run(),
+            What::Kernels(k) => k.run(),
+            What::Prefill(p) => p.run(),
+            What::Roofline(r) => r.run(),
+        }
+    }
+}
+
+/// Bytes over which a graph rotates: several times any L2 cache.
+const ROTATE: usize = 400 << 20;
+/// Copies of a matrix, at most.
+const COPIES: usize = 200;
+
+/// A shape as people write it.
+fn shape(text: &str) -> Result<Shape, String> {
+    let (rows, cols) = text.split_once('x').ok_or("rows x columns, as in 4096x14336")?;
+    let number = |s: &str| s.trim().parse().ok().filter(|n| *n > 0).ok_or(format!("`{s}` is no positive number"));
+    Ok(Shape { rows: number(rows)?, cols: number(cols)? })
+}
+
+/// `x` to the nearest of `parts` parts of one.
+fn rounded(x: f64, parts: f64) -> f64 {
+    (x * parts).round() / parts
+}

@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use qp_codegen::cuda::{self, Target};
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::product::Launch;
 use qp_codegen::palette;
-use qp_codegen::spec::{Quantizer, Shape};
+use qp_codegen::spec::{Quantizer, Rotation, Shape};
 
 use super::Error;
 use super::plan::choose;
@@ -18,12 +19,13 @@ use crate::allocate::{Core, Role};
 use crate::device::Executor;
 use crate::device::ops::stacked;
 use crate::device::tune;
+use crate::engine::cuda::rest::{self, Rest};
 use crate::model::{self, Config};
 
 /// Time every kernel that a plan for a model could use, fused launches included.
 ///
-/// On a GPU the matrix-vector products are measured. With --target they are predicted by the compiler's cost model,
-/// and the profile says so. The rest of a decode step (norms, rotations, attention) is always predicted.
+/// On a GPU the matrix-vector products are measured, and the rest of a decode step (norms, rotations, attention to 256
+/// tokens). With --target all is predicted, products by the compiler's cost model, and the profile says so.
 #[derive(Debug, clap::Args)]
 pub struct ProfileCommand {
     /// Model directory; only its config.json is read
@@ -109,6 +111,10 @@ impl ProfileCommand {
             }));
         }
         bar.finish_and_clear();
+        let rest = match &on {
+            Some(on) => rest::measure(on, &config, &Arc::new(rotating(&quantizers).clone()))?,
+            None => predicted_rest(&config, &device),
+        };
         let head = layers.iter().find(|l| l.role == Role::Alone);
         kernels.extend(head.map(|l| Kernel {
             layers: vec![l.name.clone()],
@@ -116,20 +122,34 @@ impl ProfileCommand {
             cols: l.shape.cols,
             quantizer: KEEP.to_owned(),
             core: Core::Cuda,
-            seconds: SMALL + 2.0 * l.weights() as f64 / (device.bandwidth * BANDWIDTH),
+            seconds: rest.head,
         }));
         let profile = Profile {
             format: FORMAT,
             device: name,
             origin: if on.is_some() { Origin::Measured } else { Origin::Predicted },
             model: self.model.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
-            // Beside the blocks: embedding, the last norm, the choice of the token.
-            rest_seconds: SMALL * (SMALL_KERNELS * config.layers as f64 + 3.0),
+            rest_seconds: rest.step,
             kernels,
         };
         profile.write(&self.out)?;
         println!("{}: {} kernels, {}", self.out.display(), profile.kernels.len(), profile.device);
         Ok(())
+    }
+}
+
+/// A quantizer that rotates, if one does: the rest of a step depends on nothing else.
+fn rotating(quantizers: &[Quantizer]) -> &Quantizer {
+    quantizers.iter().find(|q| q.rotation != Rotation::None).unwrap_or(&quantizers[0])
+}
+
+/// The rest of a decode step on a typical GPU.
+fn predicted_rest(config: &Config, device: &cuda::Device) -> Rest {
+    let bytes = 2.0 * config.vocab as f64 * config.hidden as f64;
+    Rest {
+        // Beside the blocks: embedding, the last norm, the choice of the token.
+        step: SMALL * (SMALL_KERNELS * config.layers as f64 + 3.0),
+        head: SMALL + bytes / (device.bandwidth * BANDWIDTH),
     }
 }
 

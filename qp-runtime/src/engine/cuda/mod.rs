@@ -8,9 +8,11 @@
 //! * [`kernels`]: what a step launches, without a model at hand.
 //! * [`linear`]: matrices on the device.
 //! * [`step`]: one launch: kernel, inputs, output.
+//! * [`rest`]: times of all but the products, without a model.
 
 pub mod kernels;
 mod linear;
+pub mod rest;
 mod step;
 
 use std::collections::BTreeMap;
@@ -283,6 +285,19 @@ impl Network {
             Group::upload(on, &[&weights.head], uploads)?
         };
         uploads.done();
+        Network::of(on, config, context, embed, layers, on.upload(&weights.norm)?, head)
+    }
+
+    /// The network of a model's parts.
+    fn of(
+        on: &Executor,
+        config: &Config,
+        context: usize,
+        embed: Matrix,
+        layers: Vec<Layer>,
+        norm: Buffer<f32>,
+        head: Group,
+    ) -> Result<Network, DeviceError> {
         let tables = rope_tables(config, context);
         let hidden = config.hidden as u32;
         let residual = layers.iter().flat_map(|l| l.o.products.iter().chain(&l.down.products));
@@ -299,7 +314,7 @@ impl Network {
             stride,
             embed,
             layers,
-            norm: on.upload(&weights.norm)?,
+            norm,
             head,
             angles: Angles { cos: on.upload(&tables.cos)?, sin: on.upload(&tables.sin)? },
             nothing: on.zeroed(1)?,

@@ -35,30 +35,32 @@ const GROUP_REGISTERS: u32 = 12;
 /// Registers of [`gemm`] for each further code of a mix, whose row tiles are decoded while the words of the next wait.
 const CODE_REGISTERS: u32 = 36;
 /// Seconds from one launch to the next in a chain of dependent kernels.
-const LAUNCH: f64 = 1.2e-6;
+const LAUNCH: f64 = 1.14e-6;
 /// Seconds that meeting in global memory takes.
-const MEETING: f64 = 1.25e-6;
+const MEETING: f64 = 1.6e-6;
 /// Seconds until activations are in shared memory, where they do not go to registers.
-const STAGING: f64 = 0.5e-6;
+const STAGING: f64 = 0.35e-6;
 /// Seconds from asking for a word to having it, under load.
-const LATENCY: f64 = 1.1e-6;
+const LATENCY: f64 = 1.18e-6;
 /// Share of an SM's issue slots that many warps can fill; and the number of warps that fill 1 - 1/e of that, if each decodes
 /// one tile at a time.
-const ISSUE: (f64, f64) = (0.715, 5.0);
+const ISSUE: (f64, f64) = (0.743, 3.9);
 /// Warps that a warp is worth more for each doubling of the tiles that it decodes in one go.
-const DEEPER: f64 = 0.24;
+const DEEPER: f64 = 0.11;
 /// Seconds that each warp of an SM takes at the beginning and at the end.
-const WARP: f64 = 0.018e-6;
+const WARP: f64 = 0.019e-6;
 /// Seconds that each doubling of the steps in flight takes at the beginning.
-const AHEAD: f64 = 0.03e-6;
+const AHEAD: f64 = 0.013e-6;
+/// How much longer decoding takes with more than two steps in flight: their code and registers are many.
+const CROWDED: f64 = 1.09;
 /// Cycles that a warp's addition to shared memory takes an SM.
-const ATOMIC: f64 = 2.3;
+const ATOMIC: f64 = 1.7;
 /// Bytes of tables that an SM writes in a cycle at the start.
-const FILL: f64 = 280.0;
+const FILL: f64 = 276.0;
 /// Seconds of each further round of loads of tables.
 const FILL_ROUND: f64 = 0.11e-6;
 /// Decoding and reading take longer than the longer of both, as sums with this exponent do.
-const TOGETHER: f64 = 6.2;
+const TOGETHER: f64 = 5.5;
 /// Share of the peak bandwidth that reading can reach.
 const BANDWIDTH: f64 = 0.9;
 
@@ -188,12 +190,13 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let cost = tables.cost;
     let share = issue_share(warps * (1.0 + DEEPER * f64::from(plan.depth).log2()));
     // Four schedulers; the pipe of integer operations takes one every other cycle of each.
-    let alu = tiles * (cost.alu + 4.0) / 2.0;
-    let slots = tiles * (cost.alu + cost.multiply + cost.lookup + products + staged + 6.0) / 4.0;
+    let alu = tiles * (cost.alu + 8.0) / 2.0;
+    let slots = tiles * (cost.alu + cost.multiply + cost.lookup + products + staged + 12.0) / 4.0;
     let lookups = tiles * cost.lookup;
     // A scheduler has one of every four warps; the one that has most is the last.
     let uneven = f64::from(launch.warps.next_multiple_of(4)) / f64::from(launch.warps);
-    let issue = (alu.max(slots) * uneven).max(lookups) / (share * device.clock);
+    let crowded = if launch.ahead > 2 { CROWDED } else { 1.0 };
+    let issue = crowded * (alu.max(slots) * uneven).max(lookups) / (share * device.clock);
     let memory = bytes / bandwidth;
     let rounds: u32 = tables.stores.iter().map(|s| s.div_ceil(threads).div_ceil(decode::FILL)).sum();
     let rounds = f64::from(rounds.saturating_sub(1));

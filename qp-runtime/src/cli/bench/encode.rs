@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use qp_codegen::spec::{self, Code, Quantizer};
 use rayon::prelude::*;
 
@@ -30,15 +30,21 @@ pub struct EncodeBench {
     /// Blocks that the GPU encodes, rounded up so that all of it has work to the end.
     #[arg(long, default_value_t = 1 << 14)]
     gpu_blocks: usize,
-    /// Only the CPU.
-    #[arg(long, conflicts_with = "gpu")]
-    cpu: bool,
-    /// Only the GPU: nothing is compared. The CPU takes minutes for the largest codes.
+    /// Where to encode: the CPU takes minutes for the largest codes. On one of them alone nothing is compared.
     #[arg(long)]
-    gpu: bool,
+    only: Option<Only>,
     /// Also write the table to this file.
     #[arg(long)]
     out: Option<PathBuf>,
+}
+
+/// A part of the comparison.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Only {
+    /// The CPU.
+    Cpu,
+    /// The first GPU.
+    Gpu,
 }
 
 /// Weights a second on the CPU.
@@ -57,10 +63,10 @@ struct Gpu {
 impl EncodeBench {
     /// Runs it.
     pub(super) fn run(self) -> Result<(), Error> {
-        let on = match (self.cpu, self.gpu) {
-            (true, _) => None,
-            (false, true) => Some(Executor::cuda(0)?),
-            (false, false) => Executor::cuda(0).ok(),
+        let on = match self.only {
+            Some(Only::Cpu) => None,
+            Some(Only::Gpu) => Some(Executor::cuda(0)?),
+            None => Executor::cuda(0).ok(),
         };
         let threads = rayon::current_num_threads();
         let gpu = on.as_ref().and_then(|on| Some(on.gpu()?.name.clone()));
@@ -102,7 +108,7 @@ impl EncodeBench {
 
     fn measure(&self, q: &Quantizer, code: &Code, on: Option<&Executor>) -> Result<(Option<Cpu>, Option<Gpu>), Error> {
         let (len, steps) = (code.block.len() as usize, code.steps_per_block() as usize);
-        let trellis = (!self.gpu).then(|| Trellis::new(code));
+        let trellis = (self.only != Some(Only::Gpu)).then(|| Trellis::new(code));
         let at_once = trellis.as_ref().map_or(1, Trellis::blocks_at_once);
         let blocks = self.blocks.next_multiple_of(at_once).max(at_once);
         let samples = Gaussian::new(0xe9c0).samples(blocks * len);

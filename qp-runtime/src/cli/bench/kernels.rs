@@ -9,6 +9,7 @@ use qp_codegen::kernels::read::{self, Read};
 use qp_codegen::layout::Packed;
 use qp_codegen::reference::{self, Activations};
 use qp_codegen::spec::{self, Quantizer, Shape};
+use rayon::prelude::*;
 
 use super::results::{Fp16, Kernel, Results};
 use super::{COPIES, ROTATE, rounded, shape};
@@ -17,7 +18,7 @@ use crate::cli::Error;
 use crate::codec;
 use crate::device::ops::{DeviceActivations, DeviceMatrix, GemvKernel};
 use crate::device::tune::{self, Product};
-use crate::device::{Buffer, Executor, launches};
+use crate::device::{Buffer, DeviceError, Executor, launches};
 
 /// Time matrix-vector products with packed weights on a GPU.
 ///
@@ -213,12 +214,14 @@ pub(super) fn measure(
     let used = used.first().map(|(launch, _)| *launch).ok_or("no kernel")?;
     let ranked = Launch::ranked(&op, &on.device());
     let wanted = ranked.iter().enumerate().filter(|(rank, (_, launch))| *rank < tried || *launch == used);
-    let mut kernels = Vec::new();
-    for (rank, &(expected, launch)) in wanted {
-        let mut kernel = GemvKernel::load(on, &op, &launch)?;
+    let wanted: Vec<(usize, f64, Launch)> =
+        wanted.map(|(rank, &(expected, launch))| (rank, expected, launch)).collect();
+    // On all cores: compiling takes longer than everything else.
+    let load = |&(rank, expected, launch): &_| Ok((rank, expected, launch, GemvKernel::load(on, &op, &launch)?));
+    let mut kernels = wanted.par_iter().map(load).collect::<Result<Vec<_>, DeviceError>>()?;
+    for (.., kernel) in &mut kernels {
         kernel.launch(on, &first, &x, &mut y)?;
         check(q, layout, &y, &products)?;
-        kernels.push((rank, expected, launch, kernel));
     }
     let times = tune::time(on, kernels.iter_mut().map(|k| &mut k.3), &matrices, &x, &mut y, LAUNCHES, ROUNDS)?;
     let bytes = packed.words.len() as f64 * 4.0;

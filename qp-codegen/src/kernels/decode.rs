@@ -452,17 +452,12 @@ fn wavefronts(copies: u32) -> f64 {
     }
 }
 
-/// Bytes of shared memory that the tables of a quantizer take, of `table_bytes` that they may.
-pub fn shared_bytes(q: &Quantizer, table_bytes: u32) -> u32 {
+/// Bytes of shared memory that the tables of a quantizer take, of `table_bytes` that they may; and for each table the
+/// stores that fill it, of which a thread has [`FILL`] loads on their way at a time.
+pub fn shared_tables(q: &Quantizer, table_bytes: u32) -> (u32, Vec<u32>) {
     let b = Builder::new("tables", [1, 1], 32);
-    Decoder::new(&b, q, table_bytes);
-    b.finish().shared_bytes()
-}
-
-/// Stores that fill each of the tables; a thread waits for [`FILL`] of its loads at a time.
-pub fn table_stores(q: &Quantizer, table_bytes: u32) -> Vec<u32> {
-    let b = Builder::new("tables", [1, 1], 32);
-    Decoder::new(&b, q, table_bytes).tables.iter().flatten().map(SharedTable::stores).collect()
+    let stores = Decoder::new(&b, q, table_bytes).tables.iter().flatten().map(SharedTable::stores).collect();
+    (b.finish().shared_bytes(), stores)
 }
 
 /// Loads a lane's words of one tile: chunk by chunk, each a coalesced vector. `at` is the tile's first word.

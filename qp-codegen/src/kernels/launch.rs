@@ -109,7 +109,7 @@ struct Tables {
     budget: u32,
     /// Bytes they take.
     shared: u32,
-    /// [`decode::table_stores`].
+    /// Stores that fill each of them.
     stores: Vec<u32>,
     cost: TileCost,
 }
@@ -135,7 +135,7 @@ impl Tables {
         let mean = |f: &dyn Fn(&decode::Cost) -> f64| costs.iter().map(f).sum::<f64>() / costs.len() as f64;
         let (alu, multiply) = (mean(&|c| c.alu.into()), mean(&|c| c.multiply.into()));
         let cost = TileCost { alu, multiply, lookup: mean(&|c| c.lookup) };
-        let (shared, stores) = (decode::shared_bytes(q, budget), decode::table_stores(q, budget));
+        let (shared, stores) = decode::shared_tables(q, budget);
         Tables { budget, shared, stores, cost }
     }
 }

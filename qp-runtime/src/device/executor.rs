@@ -235,6 +235,14 @@ impl Executor {
             Backend::Cuda(context) => driver::time(context, work),
         }
     }
+
+    /// The least of [`Executor::time`] of several rounds.
+    ///
+    /// # Errors
+    /// Those of the work.
+    pub fn time_best(&self, rounds: usize, work: impl Fn() -> Result<(), DeviceError>) -> Result<f64, DeviceError> {
+        (0..rounds).try_fold(f64::INFINITY, |best, _| Ok(self.time(&work)?.min(best)))
+    }
 }
 
 /// `len` elements in the memory of an executor.

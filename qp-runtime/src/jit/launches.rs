@@ -184,12 +184,12 @@ pub fn choose<K: Send, E: Send>(
     for (i, wanted) in wanted.iter().enumerate() {
         let own = std::iter::from_fn(|| loaded.next_if(|((of, _), _)| *of == i));
         let mut kernels = usable(own.map(|((_, launch), kernel)| Ok((launch, kernel?))), |(_, k)| spills(k))?;
-        let times = if kernels.len() == 1 { None } else { Some(time(i, &mut kernels)) };
-        let failed = matches!(times, Some(Err(_)));
-        let times = times.and_then(Result::ok);
+        let times = if kernels.len() == 1 { Ok(None) } else { time(i, &mut kernels).map(Some) };
+        let decided = times.is_ok();
+        let times = times.ok().flatten();
         let best = times.as_deref().map_or(0, fastest);
         let (launch, kernel) = kernels.swap_remove(best);
-        if measure && remembered[i].is_none() && !failed {
+        if measure && remembered[i].is_none() && decided {
             cache.put(&wanted.key, &written(&launch), &[]);
         }
         out.push(Chosen { launch, kernel, seconds: times.map(|t| t[best]) });

@@ -178,11 +178,8 @@ fn bandwidth(on: &Executor, bytes: usize) -> Result<f64, Error> {
         graph.launch(&kernel, launches::Read { x: &x, y: &mut y })?;
     }
     let graph = graph.finish()?;
-    let mut best = f64::INFINITY;
-    for _ in 0..ROUNDS {
-        best = best.min(on.time(|| graph.launch())? / LAUNCHES as f64);
-    }
-    Ok(x.bytes() as f64 / best)
+    let best = on.time_best(ROUNDS, || graph.launch())?;
+    Ok(x.bytes() as f64 * LAUNCHES as f64 / best)
 }
 
 /// Times the launch of a product that an engine uses and the model's first `tried`, with random weights, after comparing

@@ -51,7 +51,7 @@ pub fn measure(on: &Executor, config: &Config, quantizer: &Arc<Quantizer>) -> Re
             step.record(&mut recorder, kernel, &mut state, &network.angles)?;
         }
         let graph = recorder.finish()?;
-        (0..ROUNDS).try_fold(f64::INFINITY, |best, _| Ok(best.min(on.time(|| graph.launch())?)))
+        on.time_best(ROUNDS, || graph.launch())
     };
     let step = time(&|s| !matches!(s, Step::Gemv { .. } | Step::Dense { .. }))?;
     let head = time(&|s| matches!(s, Step::Dense { .. }))?;
@@ -63,9 +63,8 @@ fn zeroed(on: &Executor, config: &Config, quantizer: &Arc<Quantizer>, context: u
     let (hidden, vocab) = (config.hidden as u32, config.vocab as u32);
     let norm = || on.zeroed(config.hidden);
     let groups: [&[Role]; 4] = [&[Role::Q, Role::K, Role::V], &[Role::O], &[Role::Gate, Role::Up], &[Role::Down]];
-    let matrices = groups.map(|roles| matrix(on, config, quantizer, roles));
-    let [qkv, o, gate_up, down] = matrices;
-    let matrices = [qkv?, o?, gate_up?, down?];
+    let matrices = groups.iter().map(|roles| matrix(on, config, quantizer, roles));
+    let matrices = matrices.collect::<Result<Vec<_>, _>>()?;
     let mut layers = Vec::with_capacity(config.layers);
     for _ in 0..config.layers {
         let group = |i: usize| group(on, config, quantizer, groups[i], &matrices[i]);
@@ -90,19 +89,26 @@ fn rows(config: &Config, roles: &[Role]) -> (Vec<u32>, u32) {
     (roles.iter().map(|r| config.shape(*r).0 as u32).collect(), config.shape(roles[0]).1 as u32)
 }
 
-/// The matrix of layers of one input.
-fn matrix(on: &Executor, config: &Config, q: &Arc<Quantizer>, roles: &[Role]) -> Result<Matrix, DeviceError> {
+/// The matrix of layers of one input, and the distance from one token's outputs to the next.
+fn matrix(on: &Executor, config: &Config, q: &Arc<Quantizer>, roles: &[Role]) -> Result<(Matrix, u32), DeviceError> {
     let (rows, cols) = rows(config, roles);
     let shapes: Vec<Shape> = rows.iter().map(|&rows| Shape { rows, cols }).collect();
     let shape = stacked(q, &shapes);
     let words = vec![0; Packed::new(q, shape).words()];
     let scales = vec![bf16::ONE; scale_count(q, shape)];
     let matrix = DeviceMatrix::upload(on, q, cols, &[(shape.rows, &words, &scales)])?;
-    Ok(Matrix::Quantized { quantizer: q.clone(), hash: q.hash(), matrix: Arc::new(matrix) })
+    let stride = matrix.layout.padded_rows();
+    Ok((Matrix::Quantized { quantizer: q.clone(), hash: q.hash(), matrix: Arc::new(matrix) }, stride))
 }
 
 /// A layer's group, of the matrix that all layers share.
-fn group(on: &Executor, config: &Config, q: &Quantizer, roles: &[Role], matrix: &Matrix) -> Result<Group, DeviceError> {
+fn group(
+    on: &Executor,
+    config: &Config,
+    q: &Quantizer,
+    roles: &[Role],
+    (matrix, stride): &(Matrix, u32),
+) -> Result<Group, DeviceError> {
     let (rows, cols) = rows(config, roles);
     let firsts = first_rows(q, cols, &rows);
     let places = firsts.iter().map(|&first| (0, first)).collect();
@@ -111,11 +117,8 @@ fn group(on: &Executor, config: &Config, q: &Quantizer, roles: &[Role], matrix: 
         Ok(Part { first, rows, bias })
     };
     let parts = firsts.into_iter().zip(&rows).zip(roles).map(part).collect::<Result<_, DeviceError>>()?;
-    let stride = match matrix {
-        Matrix::Quantized { matrix, .. } => matrix.layout.padded_rows(),
-        Matrix::Dense(_) => rows.iter().sum(),
-    };
-    Ok(Group { cols, products: vec![Product { matrix: matrix.clone(), stride, parts }], places })
+    let product = Product { matrix: matrix.clone(), stride: *stride, parts };
+    Ok(Group { cols, products: vec![product], places })
 }
 
 #[cfg(test)]

@@ -93,6 +93,7 @@ impl Builder {
             cluster: 1,
             min_blocks: 1,
             dependent_launch: false,
+            apart: false,
             values: Vec::new(),
             vars: Vec::new(),
             body: Vec::new(),
@@ -118,6 +119,11 @@ impl Builder {
     /// Launches with programmatic stream serialization; see [`Stmt::GridWait`].
     pub fn dependent_launch(&self) {
         self.kernel.borrow_mut().dependent_launch = true;
+    }
+
+    /// Keeps blocks apart: no SM should take more of them than its share.
+    pub fn apart(&self) {
+        self.kernel.borrow_mut().apart = true;
     }
 
     /// Adds a buffer parameter.

@@ -622,6 +622,8 @@ pub struct Kernel {
     pub min_blocks: u32,
     /// True if launched with programmatic stream serialization.
     pub dependent_launch: bool,
+    /// True if no SM should take more blocks than its share of the grid, though more would fit.
+    pub apart: bool,
     /// All values.
     pub values: Vec<Value>,
     /// All variables.

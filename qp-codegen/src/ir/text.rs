@@ -216,6 +216,9 @@ impl Display for Kernel {
         if self.dependent_launch {
             writeln!(f, "  dependent_launch")?;
         }
+        if self.apart {
+            writeln!(f, "  apart")?;
+        }
         for p in &self.params {
             match p.kind {
                 ParamKind::Buffer { elem, writable } => {

@@ -170,6 +170,7 @@ pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
     b.doc(operands::doc(op));
     b.min_blocks(launch.min_blocks);
     b.dependent_launch();
+    b.apart();
     Emit::new(&b, op, launch, &plan).kernel();
     b.finish()
 }

@@ -47,14 +47,16 @@ pub(super) struct Plan {
     pub(super) resident: bool,
     /// Rows of the block that has most.
     most_rows: u32,
+    /// Results of a thread: of that block's rows and all tokens.
+    pub(super) results: u32,
     /// Each warp stores its sums in a place of its own, instead of adding them to the block's.
     pub(super) own_sums: bool,
 }
 
 /// Shared memory that warps may take for sums of their own.
 const SUM_BYTES: u32 = 32 << 10;
-/// Most tokens whose scales are loaded before the weights are decoded.
-pub(super) const EARLY: u32 = 2;
+/// Results of a thread whose scales are on their way at once, at most.
+const RESULTS: u32 = 4;
 /// Words of activations that a thread has on their way to shared memory at once, at most.
 const STAGED: u32 = 16;
 /// Most column tiles of a step, which is unrolled, where activations pass by in shared memory.
@@ -82,7 +84,21 @@ impl Plan {
         let most_rows = layout.row_tiles().div_ceil(launch.blocks) * layout.tile.rows;
         let own_sums = 4 * most_rows * planes * products * launch.warps <= SUM_BYTES;
         let per_warp = exact.next_multiple_of(depth);
-        Plan { layout, planes, groups, products, per_warp, depth, early, buffers, resident, most_rows, own_sums }
+        let results = (most_rows * op.batch).div_ceil(launch.warps * 32);
+        Plan {
+            layout,
+            planes,
+            groups,
+            products,
+            per_warp,
+            depth,
+            early,
+            buffers,
+            resident,
+            most_rows,
+            results,
+            own_sums,
+        }
     }
 
     /// Whether a warp handles all its columns of a row tile in one step, so that no sums wait for the next.
@@ -162,6 +178,7 @@ pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
     b.doc(operands::doc(op));
     b.min_blocks(launch.min_blocks);
     b.dependent_launch();
+    b.apart();
     Emit::new(&b, op, launch, &Plan::new(op, launch)).kernel();
     b.finish()
 }
@@ -199,11 +216,17 @@ struct Emit<'b, 'a> {
     steps: V<'b>,
 }
 
-/// What turns the sums of a row into its results: of each token its scale and what the result is added to.
+/// What turns the sums of a row and a token into their result.
 struct Scaling<'b> {
+    /// Whether there is such a result.
+    exists: V<'b>,
+    /// Of the block.
     row: V<'b>,
-    scale: V<'b>,
-    tokens: Vec<(TokenScale<'b>, Option<V<'b>>)>,
+    token: V<'b>,
+    row_scale: V<'b>,
+    token_scale: TokenScale<'b>,
+    /// What the result is added to.
+    before: Option<V<'b>>,
 }
 
 /// Activation operands kept in registers: by tile, by group of planes, by 32 columns.
@@ -271,12 +294,11 @@ impl<'b, 'a> Emit<'b, 'a> {
             b.barrier();
         }
 
-        // Where each thread has at most one row, what its sums are scaled by is on its way, too: now if that takes few
-        // registers, or while it waits for the sums.
-        let rows = self.rows * plan.layout.tile.rows;
-        let one_each = self.launch.split == 1 && plan.most_rows <= threads;
-        let scaling = || one_each.then(|| self.scaling(self.thread.min(rows - 1)));
-        let early = (self.op.batch <= EARLY).then(scaling).flatten();
+        // Where a thread has few results, what they are scaled by is on its way, too: now that of a single one, of more
+        // while it waits for the sums.
+        let few = self.launch.split == 1 && plan.results <= RESULTS;
+        let scaling = || (0..plan.results).map(|r| self.scaling(self.thread + r * threads)).collect::<Vec<_>>();
+        let early = (few && plan.results == 1).then(scaling);
 
         b.comment("Down the row tiles.");
         let none = b.vector(&[zero; 4]);
@@ -289,17 +311,23 @@ impl<'b, 'a> Emit<'b, 'a> {
                 if p == 0 { run() } else { b.if_(step.lt(self.steps), run) }
             }
         });
-        let sums = |i, token| self.block_sums(i, token);
         if self.launch.split > 1 {
             b.barrier();
             self.meet();
-        } else if let Some(scaling) = early.or_else(scaling) {
+        } else if few {
+            let scaling = early.unwrap_or_else(scaling);
             b.barrier();
-            b.if_(self.thread.lt(rows), || self.write(self.thread, &scaling, &sums));
+            scaling.iter().for_each(|s| self.write(s, || self.block_sums(s.row, s.token)));
         } else {
             b.barrier();
-            self.write_rows(&sums);
+            let write = |_, s: &Scaling<'b>| self.write(s, || self.block_sums(s.row, s.token));
+            copy_all(b, self.thread, self.all_results(), |i| self.scaling(i), write);
         }
+    }
+
+    /// How [`copy_all`] goes over the results of the block.
+    fn all_results(&self) -> [u32; 3] {
+        [self.plan.most_rows * self.op.batch, self.launch.warps * 32, RESULTS]
     }
 
     /// Row tile (within the block) and column tile of the first tile of a step.
@@ -513,17 +541,17 @@ impl<'b, 'a> Emit<'b, 'a> {
         row_tile * self.plan.tile_sums() + (slot * self.plan.slot_words() + row)
     }
 
-    /// The sums of the block's row `i` that belong to a token, over all warps.
-    fn block_sums(&self, i: V<'b>, token: u32) -> Vec<V<'b>> {
+    /// The sums of a row of the block that belong to a token, over all warps.
+    fn block_sums(&self, row: V<'b>, token: V<'b>) -> Vec<V<'b>> {
         let (b, plan) = (self.b, self.plan);
         let of_token = 2 * plan.products;
         if !plan.own_sums {
-            let (tile, row) = (i / plan.layout.tile.rows, i % plan.layout.tile.rows);
-            let slot = |s: u32| b.i32((token * of_token + s) as i32);
+            let (tile, row) = (row / plan.layout.tile.rows, row % plan.layout.tile.rows);
+            let slot = |s: u32| token * of_token + s;
             return (0..of_token).map(|s| b.load(self.sums, self.added(tile, row, slot(s)), Elem::I32)).collect();
         }
         let place = |p: u32| {
-            let at = (i + p * plan.most_rows) * plan.slots() + token * of_token;
+            let at = (row + p * plan.most_rows) * plan.slots() + token * of_token;
             b.load_as(self.sums, at, Elem::I32, of_token, Cache::Default).lanes()
         };
         let first = place(0);
@@ -531,29 +559,32 @@ impl<'b, 'a> Emit<'b, 'a> {
             .fold(first, |sums, p| sums.into_iter().zip(place(p)).map(|(a, b)| a + b).collect())
     }
 
-    /// What the sums of the block's row `i` are multiplied with and added to.
+    /// What the sums of the block's result `i` are multiplied with and added to. Neighbouring results are those whose
+    /// sums lie side by side: of the tokens of a row, or of the rows of a token where warps add their sums.
     fn scaling(&self, i: V<'b>) -> Scaling<'b> {
-        let row = self.first_row * self.plan.layout.tile.rows + i;
-        let scale = self.operands.row_scale(row);
-        let token = |token: u32| {
-            let token = self.b.i32(token as i32);
-            (self.operands.token_scale(token), self.operands.before(row, token))
+        let (plan, batch) = (self.plan, self.op.batch);
+        let rows = self.rows * plan.layout.tile.rows;
+        let by_row = plan.own_sums || self.launch.split > 1;
+        let (row, token, exists) = if by_row || batch == 1 {
+            let (row, token) = divide(self.b, i, batch);
+            (row, token, row.lt(rows))
+        } else {
+            let (token, row) = divide(self.b, i, plan.most_rows);
+            (row, token, row.lt(rows) & token.lt(batch))
         };
-        Scaling { row, scale, tokens: (0..self.op.batch).map(token).collect() }
+        // Where there is none, that of another.
+        let (row, token) = (row.min(rows - 1), if by_row || batch == 1 { token } else { token.min(batch - 1) });
+        let global = self.first_row * plan.layout.tile.rows + row;
+        let (row_scale, token_scale) = (self.operands.row_scale(global), self.operands.token_scale(token));
+        Scaling { exists, row, token, row_scale, token_scale, before: self.operands.before(global, token) }
     }
 
-    /// Scales and stores the block's row `i`; `sums(i, token)` are those that belong to a token.
-    fn write(&self, i: V<'b>, by: &Scaling<'b>, sums: &dyn Fn(V<'b>, u32) -> Vec<V<'b>>) {
-        for (token, &(scale, before)) in by.tokens.iter().enumerate() {
-            let token = token as u32;
-            self.operands.write(by.row, self.b.i32(token as i32), &sums(i, token), by.scale, scale, before);
-        }
-    }
-
-    /// [`Emit::write`] for all rows of the block.
-    fn write_rows(&self, sums: &dyn Fn(V<'b>, u32) -> Vec<V<'b>>) {
-        let rows = self.rows * self.plan.layout.tile.rows;
-        self.b.for_(self.thread, rows, self.launch.warps * 32, |i| self.write(i, &self.scaling(i), sums));
+    /// Scales and stores a result, if it exists.
+    fn write(&self, by: &Scaling<'b>, sums: impl FnOnce() -> Vec<V<'b>>) {
+        let row = self.first_row * self.plan.layout.tile.rows + by.row;
+        self.b.if_(by.exists, || {
+            self.operands.write(row, by.token, &sums(), by.row_scale, by.token_scale, by.before);
+        });
     }
 
     /// The blocks that share row tiles add up in global memory; the last to arrive writes, and leaves zeros.
@@ -575,10 +606,11 @@ impl<'b, 'a> Emit<'b, 'a> {
         });
         self.operands.when_all_arrived(self.block, self.launch.split, self.thread, || {
             let of_token = 2 * plan.products;
-            self.write_rows(&|i, token| {
-                let at = first + i * plan.slots() + token * of_token;
-                b.load_as(partial, at, Elem::I32, of_token, Cache::Default).lanes()
-            });
+            let write = |_, s: &Scaling<'b>| {
+                let at = first + s.row * plan.slots() + s.token * of_token;
+                self.write(s, || b.load_as(partial, at, Elem::I32, of_token, Cache::Default).lanes());
+            };
+            copy_all(b, self.thread, self.all_results(), |i| self.scaling(i), write);
             b.barrier();
             b.for_(self.thread, len, threads, |i| b.store(partial, first + i, b.i32(0), Elem::I32));
         });

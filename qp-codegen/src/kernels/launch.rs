@@ -1,6 +1,6 @@
 //! How a product is laid over a GPU: a cost model that knows the target, and what fits it.
 
-use super::gemv::{EARLY, Plan};
+use super::gemv::Plan;
 use super::operands::{self, Gemv};
 use super::{decode, gemm};
 use crate::cuda::Device;
@@ -35,32 +35,34 @@ const GROUP_REGISTERS: u32 = 12;
 /// Registers of [`gemm`] for each further code of a mix, whose row tiles are decoded while the words of the next wait.
 const CODE_REGISTERS: u32 = 36;
 /// Seconds from one launch to the next in a chain of dependent kernels.
-const LAUNCH: f64 = 1.14e-6;
+const LAUNCH: f64 = 0.81e-6;
 /// Seconds that meeting in global memory takes.
-const MEETING: f64 = 1.6e-6;
+const MEETING: f64 = 1.35e-6;
 /// Seconds until activations are in shared memory, where they do not go to registers.
-const STAGING: f64 = 0.35e-6;
+const STAGING: f64 = 0.27e-6;
 /// Seconds from asking for a word to having it, under load.
-const LATENCY: f64 = 1.18e-6;
+const LATENCY: f64 = 0.71e-6;
 /// Share of an SM's issue slots that many warps can fill; and the number of warps that fill 1 - 1/e of that, if each decodes
 /// one tile at a time.
-const ISSUE: (f64, f64) = (0.743, 3.9);
-/// Warps that a warp is worth more for each doubling of the tiles that it decodes in one go.
-const DEEPER: f64 = 0.11;
+const ISSUE: (f64, f64) = (0.943, 4.16);
 /// Seconds that each warp of an SM takes at the beginning and at the end.
-const WARP: f64 = 0.019e-6;
+const WARP: f64 = 0.055e-6;
 /// Seconds that each doubling of the steps in flight takes at the beginning.
-const AHEAD: f64 = 0.013e-6;
+const AHEAD: f64 = 0.075e-6;
+/// Seconds that an instruction of a step takes to come in, which is straight-line code.
+const CODE: f64 = 0.375e-9;
+/// Seconds of a beginning that a kernel saves whose blocks all find idle SMs while the one before runs.
+const ROOM: f64 = 0.78e-6;
 /// How much longer decoding takes with more than two steps in flight: their code and registers are many.
-const CROWDED: f64 = 1.09;
+const CROWDED: f64 = 1.07;
 /// Cycles that a warp's addition to shared memory takes an SM.
-const ATOMIC: f64 = 1.7;
+const ATOMIC: f64 = 1.12;
 /// Bytes of tables that an SM writes in a cycle at the start.
-const FILL: f64 = 276.0;
+const FILL: f64 = 104.0;
 /// Seconds of each further round of loads of tables.
-const FILL_ROUND: f64 = 0.11e-6;
+const FILL_ROUND: f64 = 0.14e-6;
 /// Decoding and reading take longer than the longer of both, as sums with this exponent do.
-const TOGETHER: f64 = 5.5;
+const TOGETHER: f64 = 3.36;
 /// Share of the peak bandwidth that reading can reach.
 const BANDWIDTH: f64 = 0.9;
 
@@ -166,9 +168,8 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let prefetched = (f64::from(waiting) * lane_words) as u32;
     let working = working_registers(op.quantizer);
     let sums = 4 * plan.sums();
-    // Larger tiles are decoded in one go, too; a few tokens' scales are loaded early.
-    let tile =
-        (TILE_REGISTERS + 8) * (plan.layout.row_parts() - 1) + if op.batch <= EARLY { 4 + 4 * op.batch } else { 0 };
+    // Larger tiles are decoded in one go, too; a single result's scales are loaded early.
+    let tile = (TILE_REGISTERS + 8) * (plan.layout.row_parts() - 1) + if plan.results == 1 { 8 } else { 0 };
     let registers = prefetched + fragments + sums + working + tile;
     if !resident
         || registers > available_registers(device, threads, launch.min_blocks)
@@ -188,7 +189,7 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let products = f64::from(plan.layout.tile.cols / 32 * plan.sums());
     let (staged, staging) = if plan.resident { (0.0, 0.0) } else { (products * 0.5, STAGING) };
     let cost = tables.cost;
-    let share = issue_share(warps * (1.0 + DEEPER * f64::from(plan.depth).log2()));
+    let share = issue_share(warps);
     // Four schedulers; the pipe of integer operations takes one every other cycle of each.
     let alu = tiles * (cost.alu + 8.0) / 2.0;
     let slots = tiles * (cost.alu + cost.multiply + cost.lookup + products + staged + 12.0) / 4.0;
@@ -209,7 +210,11 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let work = (memory.powf(TOGETHER) + issue.powf(TOGETHER)).powf(1.0 / TOGETHER);
     let warps = WARP * f64::from(blocks * launch.warps);
     let ahead = AHEAD * f64::from(launch.ahead).log2();
-    Some(LAUNCH + warps + ahead + fill + staging + sums + meeting + work)
+    let copies = if plan.resident { plan.buffers.min(rows * plan.per_warp / plan.depth) } else { 1 };
+    let of_tile = cost.alu + cost.multiply + cost.lookup / 2.5 + products + 12.0;
+    let code = CODE * f64::from(copies * plan.depth) * of_tile;
+    let room = ROOM * (f64::from(device.sms.saturating_sub(grid)) / f64::from(grid)).min(1.0);
+    Some(LAUNCH - room + warps + ahead + code + fill + staging + sums + meeting + work)
 }
 
 /// Share of the issue slots that resident warps can fill.

@@ -187,7 +187,7 @@ impl Executor {
                 let shape = Shape {
                     grid: kernel.grid,
                     threads: kernel.threads,
-                    shared: kernel.shared_bytes(),
+                    shared: shared_bytes(&kernel, &self.device()),
                     dependent: kernel.dependent_launch,
                 };
                 let function = Function::load(context, &cubin.bytes, &kernel.name, shape)?;
@@ -250,6 +250,20 @@ pub struct Buffer<T> {
     raw: RawBuffer,
     len: usize,
     element: PhantomData<T>,
+}
+
+/// Bytes of shared memory that a block is given: what its kernel needs, and more where only that keeps blocks apart
+/// ([`Kernel::apart`]). In a chain of kernels the hardware puts several blocks of a grid smaller than the GPU on one SM
+/// while others idle. A grid that fills all SMs evenly gains by what is to spare: blocks of the next kernel begin there.
+pub(super) fn shared_bytes(kernel: &Kernel, device: &Device) -> u32 {
+    let (needed, grid) = (kernel.shared_bytes(), kernel.grid[0] * kernel.grid[1]);
+    if !kernel.apart || grid.is_multiple_of(device.sms) {
+        return needed;
+    }
+    // One more than its share would not fit an SM, which adds 1 KiB to each.
+    let more = grid.div_ceil(device.sms) + 1;
+    let too_much = (device.shared_per_sm / more + 1).saturating_sub(1024).next_multiple_of(16);
+    needed.max(too_much.min(device.shared_per_block))
 }
 
 /// A buffer's memory, shared by the [`Buffer`] and the [`Graph`]s that use it.

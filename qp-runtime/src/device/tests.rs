@@ -167,3 +167,20 @@ fn step_kernels_compile_without_spills_for_every_target() {
         }
     });
 }
+
+#[test]
+fn blocks_of_an_uneven_grid_are_kept_apart() {
+    let device = Target::Sm90a.device();
+    let fit = |apart: bool, grid: u32, array: u32| {
+        let b = Builder::new("k", [grid, 1], 256);
+        if apart {
+            b.apart();
+        }
+        b.shared("s", Elem::U32, array / 4);
+        device.shared_per_sm / (executor::shared_bytes(&b.finish(), &device) + 1024)
+    };
+    assert_eq!([64, 131, 256, 300].map(|grid| fit(true, grid, 16 << 10)), [1, 1, 2, 3]);
+    assert_eq!([132, 264].map(|grid| fit(true, grid, 16 << 10)), [13, 13], "an even grid");
+    assert_eq!(fit(false, 64, 16 << 10), 13, "not asked for");
+    assert_eq!(fit(true, 256, 160 << 10), 1, "it needs more");
+}

@@ -155,7 +155,9 @@ fn groups() -> Kernel {
     for signed in [false, true] {
         b.mma_group(signed, &[a, a], &acc, staged, warp / 4 * 80, 20);
     }
+    b.group_wait(1);
     b.mma_group(true, &[a], &acc[..1], staged, b.i32(8), 20);
+    b.group_wait(0);
     for (i, var) in acc.into_iter().enumerate() {
         b.store(out, (thread * 2 + i as i32) * 4, b.get(var), Elem::I32);
     }

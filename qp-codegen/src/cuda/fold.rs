@@ -114,6 +114,7 @@ impl Folder<'_> {
                 | Stmt::AsyncCommit
                 | Stmt::AsyncWait { .. }
                 | Stmt::GroupFence
+                | Stmt::GroupWait { .. }
                 | Stmt::GridWait
                 | Stmt::GridLaunch
                 | Stmt::Comment(_) => {}

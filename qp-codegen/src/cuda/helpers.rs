@@ -39,6 +39,8 @@ pub(super) enum Helper {
         groups: u8,
         steps: u8,
     },
+    /// Reads an accumulator of groups of warps, not before the wait for it.
+    Finished,
 }
 
 const ELEMS: [Elem; 9] =
@@ -94,6 +96,7 @@ impl Helper {
                 let a = if signed_a { "s8" } else { "u8" };
                 format!("qp_mma_group_{a}_n{}_k{}", u32::from(groups) * 8, u32::from(steps) * 32)
             }
+            Helper::Finished => "qp_finished".into(),
         }
     }
 
@@ -115,7 +118,8 @@ impl Helper {
             | Helper::CopyAsync { .. }
             | Helper::LoadMatrix { .. }
             | Helper::Mma { .. }
-            | Helper::MmaGroup { .. } => None,
+            | Helper::MmaGroup { .. }
+            | Helper::Finished => None,
         }
     }
 
@@ -186,6 +190,10 @@ impl Helper {
                 ("int4".into(), parameters.into(), body)
             }
             Helper::MmaGroup { signed_a, groups, steps } => mma_group(signed_a, groups.into(), steps.into()),
+            Helper::Finished => {
+                let sums = ["x", "y", "z", "w"].map(|c| format!("\"+r\"(sum.{c})")).join(", ");
+                ("int4".into(), "int4 sum".into(), format!("asm volatile(\"\" : {sums});\nreturn sum;"))
+            }
         };
         let (result, parameters, body): (String, String, String) = (result, parameters, body);
         let body = body.replace('\n', "\n    ");
@@ -196,8 +204,7 @@ impl Helper {
 /// Result, parameters and body of products of warp groups.
 ///
 /// B's descriptor holds, in units of 16 bytes: in bits 0 to 13 the address, from 16 on the distance of two units along K,
-/// from 32 on that of two groups of 8 columns; zeros above: no swizzling. Fence, products and wait are one text, so that
-/// the assembler sees that nothing touches the registers while the products run.
+/// from 32 on that of two groups of 8 columns; zeros above: no swizzling.
 fn mma_group(signed_a: bool, groups: u32, steps: u32) -> (String, String, String) {
     let a = if signed_a { "s8" } else { "u8" };
     let list = |f: &dyn Fn(u32) -> String, n: u32| (0..n).map(f).collect::<Vec<_>>().join(", ");
@@ -210,7 +217,7 @@ fn mma_group(signed_a: bool, groups: u32, steps: u32) -> (String, String, String
         text.push(format!("    {{{sums}}},"));
         text.push(format!("    {{{fragment}}}, %{descriptor}, 1;"));
     }
-    text.extend(["wgmma.commit_group.sync.aligned;".into(), "wgmma.wait_group.sync.aligned 0;".into()]);
+    text.push("wgmma.commit_group.sync.aligned;".into());
     let text: Vec<String> = text.iter().map(|line| format!("\"{line}\\n\"")).collect();
     let outputs = list(&|i| format!("\"+r\"(d{}.{})", i / 4, ["x", "y", "z", "w"][i as usize % 4]), 4 * groups);
     let inputs = list(&|i| format!("\"r\"(a{i})"), 4 * steps);

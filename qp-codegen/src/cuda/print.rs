@@ -120,6 +120,8 @@ struct Printer<'k, 'h> {
     params: Vec<String>,
     shared: Vec<String>,
     declared: Vec<bool>,
+    /// Variables that products of warp groups add to.
+    accumulators: BTreeSet<Var>,
     /// A grid wait is behind us.
     waited: bool,
     out: String,
@@ -151,6 +153,7 @@ impl<'k, 'h> Printer<'k, 'h> {
             params,
             shared,
             declared: vec![false; kernel.vars.len()],
+            accumulators: accumulators(&kernel.body),
             waited: false,
             out: String::new(),
             depth: 0,
@@ -351,6 +354,9 @@ impl<'k, 'h> Printer<'k, 'h> {
                 self.line(&format!("asm volatile(\"cp.async.wait_group {pending};\" ::: \"memory\");"));
             }
             Stmt::GroupFence => self.line("asm volatile(\"fence.proxy.async.shared::cta;\" ::: \"memory\");"),
+            Stmt::GroupWait { pending } => {
+                self.line(&format!("asm volatile(\"wgmma.wait_group.sync.aligned {pending};\" ::: \"memory\");"));
+            }
             Stmt::MmaGroup { signed_a, a, acc, mem, first, stride } => {
                 assert!(
                     self.target.has_wgmma(),
@@ -435,7 +441,14 @@ impl<'k, 'h> Printer<'k, 'h> {
             Op::Param(i) => Expr::atom(self.params[*i as usize].clone()),
             Op::Special(s) => Expr::atom(special_name(*s)),
             Op::LoopIndex => unreachable!("the validator refuses a `Let` of a loop index"),
-            Op::Get(x) => Expr::atom(self.vars[x.0 as usize].clone()),
+            Op::Get(x) => {
+                let var = self.vars[x.0 as usize].clone();
+                if self.accumulators.contains(x) {
+                    // To the compiler, the sums are there when the products have been started.
+                    return Expr::atom(format!("{}({var})", self.helper(Helper::Finished)));
+                }
+                Expr::atom(var)
+            }
             Op::Unary(op, a) => {
                 let a = self.expr(*a);
                 by_component(ty, &[a], |ops| unary(*op, ty.scalar, ops.remove(0)))
@@ -620,6 +633,15 @@ fn special_name(s: Special) -> &'static str {
         Special::Cluster => "cluster",
         Special::Rank => "rank",
     }
+}
+
+/// The variables that products of warp groups add to.
+fn accumulators(stmts: &[Stmt]) -> BTreeSet<Var> {
+    let own = |s: &Stmt| match s {
+        Stmt::MmaGroup { acc, .. } => acc.clone(),
+        _ => Vec::new(),
+    };
+    stmts.iter().flat_map(|s| s.nested().flat_map(|b| accumulators(b)).chain(own(s))).collect()
 }
 
 fn contains_wait(block: &[Stmt]) -> bool {

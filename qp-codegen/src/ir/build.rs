@@ -363,11 +363,16 @@ impl Builder {
         self.push(Stmt::GroupFence);
     }
 
-    /// Products of warp groups; see [`Stmt::MmaGroup`].
+    /// Starts products of warp groups; see [`Stmt::MmaGroup`].
     pub fn mma_group(&self, signed_a: bool, a: &[[V<'_>; 4]], acc: &[Var], mem: Mem, first: V<'_>, stride: u32) {
         let Mem::Shared(mem) = mem else { panic!("from shared memory") };
         let a = a.iter().map(|a| a.map(|v| v.val)).collect();
         self.push(Stmt::MmaGroup { signed_a, a, acc: acc.to_vec(), mem, first: first.val, stride });
+    }
+
+    /// Waits for all but the last `pending` products of warp groups.
+    pub fn group_wait(&self, pending: u32) {
+        self.push(Stmt::GroupWait { pending });
     }
 
     /// Waits for the kernels before this one.
@@ -657,6 +662,7 @@ fn sweep(kernel: &mut Kernel) {
                 | Stmt::AsyncCommit
                 | Stmt::AsyncWait { .. }
                 | Stmt::GroupFence
+                | Stmt::GroupWait { .. }
                 | Stmt::GridWait
                 | Stmt::GridLaunch
                 | Stmt::Comment(_) => {}

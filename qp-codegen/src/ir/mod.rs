@@ -22,8 +22,8 @@
 //! (the interpreter traps); `U32` wraps. `U32` and `I32` shifts by 32 or more are traps.
 //!
 //! **Lanes.** A value is *cluster-uniform*, *block-uniform*, *warp-uniform* or *divergent* (see `validate`).
-//! [`Stmt::ClusterBarrier`] stands only under cluster-uniform control flow; [`Stmt::Barrier`] and [`Stmt::MmaGroup`] only
-//! under block-uniform; [`Op::Shuffle`], [`Op::LoadMatrix`] and [`Op::MmaI8`] only under warp-uniform. Threads of a block
+//! [`Stmt::ClusterBarrier`] stands only under cluster-uniform control flow; [`Stmt::Barrier`], [`Stmt::MmaGroup`] and
+//! [`Stmt::GroupWait`] only under block-uniform; [`Op::Shuffle`], [`Op::LoadMatrix`] and [`Op::MmaI8`] only under warp-uniform. Threads of a block
 //! may see each other's shared writes only across a barrier (or, within a warp, [`Stmt::WarpSync`]); the interpreter
 //! reports a race otherwise. Blocks of a cluster may see each other's global writes across a cluster barrier. Clusters run
 //! in any order and meet only in atomics.
@@ -36,6 +36,7 @@ pub mod interpret;
 #[cfg(test)]
 mod tests;
 mod text;
+mod unfinished;
 mod uniform;
 mod validate;
 
@@ -526,8 +527,11 @@ pub enum Stmt {
     /// [`Stmt::MmaGroup`], which reads it past the thread's own path. It takes effect at the next barrier: PTX
     /// `fence.proxy.async`.
     GroupFence,
-    /// PTX `wgmma.m64nNk32.s32`, and the wait for it: each four warps multiply 64 rows, 16 a warp, with N columns onto
-    /// `acc`, once for each of `a`, which lie one behind the other along K. Only for targets that have it.
+    /// Starts PTX `wgmma.m64nNk32.s32`: each four warps multiply 64 rows, 16 a warp, with N columns onto `acc`, once for
+    /// each of `a`, which lie one behind the other along K. Only for targets that have it.
+    ///
+    /// Until a [`Stmt::GroupWait`] with none pending the accumulators may only be added to by further products, and the
+    /// block's threads may not meet: others could then write B.
     ///
     /// Warp `w` of four holds rows `16·w..` of A and of the sums, as the operands and accumulators of [`Op::MmaI8`].
     /// B lies in shared memory in cells of 16 bytes: bytes `16·u..` of column `n` in cell `first + u·stride + n`. All of
@@ -545,6 +549,11 @@ pub enum Stmt {
         first: Val,
         /// Cells from one 16 bytes of K to the next.
         stride: u32,
+    },
+    /// Waits until at most `pending` of the last [`Stmt::MmaGroup`]s are unfinished.
+    GroupWait {
+        /// Those that may still run.
+        pending: u32,
     },
     /// Waits until the kernels this one depends on have finished (programmatic dependent launch). Without the
     /// feature, or below `sm_90`, nothing.
@@ -572,6 +581,7 @@ impl Stmt {
             | Stmt::AsyncCommit
             | Stmt::AsyncWait { .. }
             | Stmt::GroupFence
+            | Stmt::GroupWait { .. }
             | Stmt::MmaGroup { .. }
             | Stmt::GridWait
             | Stmt::GridLaunch

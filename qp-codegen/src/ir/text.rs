@@ -38,6 +38,7 @@ pub fn statement(kernel: &Kernel, s: &Stmt) -> String {
         Stmt::AsyncCommit => "async_commit".into(),
         Stmt::AsyncWait { pending } => format!("async_wait {pending}"),
         Stmt::GroupFence => "group_fence".into(),
+        Stmt::GroupWait { pending } => format!("group_wait {pending}"),
         Stmt::MmaGroup { signed_a, a, acc, mem: m, first, stride } => format!(
             "mma_group_{}8s8 [{}] by {}[{} + {stride} u + n] onto [{}]",
             if *signed_a { "s" } else { "u" },
@@ -270,6 +271,7 @@ fn block(f: &mut Formatter<'_>, kernel: &Kernel, stmts: &[Stmt], depth: usize) -
             | Stmt::AsyncCommit
             | Stmt::AsyncWait { .. }
             | Stmt::GroupFence
+            | Stmt::GroupWait { .. }
             | Stmt::MmaGroup { .. }
             | Stmt::GridWait
             | Stmt::GridLaunch

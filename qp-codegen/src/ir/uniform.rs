@@ -81,6 +81,7 @@ impl Uniformity {
                 | Stmt::AsyncCommit
                 | Stmt::AsyncWait { .. }
                 | Stmt::GroupFence
+                | Stmt::GroupWait { .. }
                 | Stmt::GridWait
                 | Stmt::GridLaunch
                 | Stmt::Comment(_) => {}

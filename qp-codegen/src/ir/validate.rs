@@ -151,6 +151,12 @@ pub enum Invalid {
     /// A variable that is an accumulator twice.
     #[error("${} is an accumulator twice", .0.0)]
     SameAccumulator(Var),
+    /// An accumulator that is read or set while products add to it.
+    #[error("products onto ${} may be unfinished here", .0.0)]
+    Unfinished(Var),
+    /// A barrier, or the end, while products run.
+    #[error("products of warp groups may be unfinished here")]
+    GroupWait,
     /// Something that threads must reach together where they may not.
     #[error("threads may not all be here: the control flow is not uniform over the {0}")]
     Divergent(&'static str),
@@ -183,10 +189,11 @@ pub fn validate(kernel: &Kernel) -> Result<(), Problems> {
         v.at = None;
         v.problem(Invalid::GridWait);
     }
-    // Uniformity is only known of what is otherwise in order.
+    // The rest is only known of what is otherwise in order.
     if v.problems.is_empty() {
         v.next = 0;
         v.control(&kernel.body, Level::Cluster, &Uniformity::of(kernel));
+        v.problems.extend(unfinished::problems(kernel));
     }
     if v.problems.is_empty() {
         return Ok(());
@@ -333,6 +340,7 @@ impl<'k> Validator<'k> {
                 | Stmt::AsyncCommit
                 | Stmt::AsyncWait { .. }
                 | Stmt::GroupFence
+                | Stmt::GroupWait { .. }
                 | Stmt::GridLaunch
                 | Stmt::Comment(_) => {}
             }
@@ -720,7 +728,9 @@ impl<'k> Validator<'k> {
                 Stmt::ClusterBarrier if control > Level::Cluster => self.problem(Invalid::Divergent("cluster")),
                 Stmt::Barrier if control > Level::Block => self.problem(Invalid::Divergent("block")),
                 Stmt::WarpSync if control > Level::Warp => self.problem(Invalid::Divergent("warp")),
-                Stmt::MmaGroup { .. } if control > Level::Block => self.problem(Invalid::Divergent("block")),
+                Stmt::MmaGroup { .. } | Stmt::GroupWait { .. } if control > Level::Block => {
+                    self.problem(Invalid::Divergent("block"))
+                }
                 Stmt::MmaGroup { first, .. } if uniform.value(*first) > Level::Warp => {
                     self.problem(Invalid::Divergent("warp"));
                 }
@@ -749,6 +759,7 @@ impl<'k> Validator<'k> {
                 | Stmt::AsyncCommit
                 | Stmt::AsyncWait { .. }
                 | Stmt::GroupFence
+                | Stmt::GroupWait { .. }
                 | Stmt::MmaGroup { .. }
                 | Stmt::GridWait
                 | Stmt::GridLaunch

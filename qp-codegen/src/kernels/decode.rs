@@ -157,13 +157,18 @@ impl<'b, 'q> Decoder<'b, 'q> {
 
     /// Decodes a tile of code `code` from the lane's `words`: its T / 16 registers, in order.
     pub fn tile(&self, code: usize, words: &[V<'b>]) -> Vec<Register<'b>> {
+        let mut steps = self.begin(code, words);
+        (0..self.q.codes[code].block.len() / 16).map(|r| steps.register(r)).collect()
+    }
+
+    /// Begins to decode a tile: its registers are decoded when they are asked for.
+    pub fn begin<'a>(&'a self, code: usize, words: &'a [V<'b>]) -> Steps<'a, 'b, 'q> {
         let c = &self.q.codes[code];
         // The windows at the end of a lane's part reach into the first word of the block's next lane.
         let next = (!c.is_memoryless()).then(|| words[0].shuffle((self.lane & !3) | ((self.lane + 1) & 3)));
         let needed = c.decode.window_bits(c.value, &c.tables);
         let tables = &self.tables[code];
-        let mut steps = Steps { d: self, c, tables, words, next, needed, memo: HashMap::new() };
-        (0..c.block.len() / 16).map(|r| steps.register(r)).collect()
+        Steps { d: self, c, tables, words, next, needed, memo: HashMap::new() }
     }
 }
 
@@ -191,7 +196,7 @@ fn copies(code: &Code, table: &Table, budget: u32) -> u32 {
 }
 
 /// The steps of one lane's part of a block.
-struct Steps<'a, 'b, 'q> {
+pub struct Steps<'a, 'b, 'q> {
     d: &'a Decoder<'b, 'q>,
     c: &'q Code,
     tables: &'a [SharedTable<'b>],
@@ -204,7 +209,8 @@ struct Steps<'a, 'b, 'q> {
 }
 
 impl<'b> Steps<'_, 'b, '_> {
-    fn register(&mut self, r: u32) -> Register<'b> {
+    /// Decodes register `r`.
+    pub fn register(&mut self, r: u32) -> Register<'b> {
         let per = 4 / self.c.vector;
         let steps: Vec<u32> = (r * per..(r + 1) * per).collect();
         let packed = self.vector(self.c.decode.result(), &steps);

@@ -17,7 +17,7 @@
 //!          plane 1: …                                           16 columns: …
 //! ```
 //!
-//! One group decodes while another multiplies. All warps of a block go through all steps; those that have no row tile
+//! A group decodes a piece of a tile while the piece before is multiplied. All warps of a block go through all steps; those that have no row tile
 //! of their own take the block's last, and write nothing.
 //!
 //! A matrix with few row tiles leaves warps without work. Then the columns are shared, by [`Launch::col_warps`] warps
@@ -28,7 +28,7 @@
 //! All sums are exact integers, so nothing of this changes the result, which is that of [`super::gemv`] to the bit.
 
 use super::c_name;
-use super::decode::{Register, flatten};
+use super::decode::{Register, Steps, flatten};
 use super::operands::{self, Gemv, Operands, TokenScale, Words, divide};
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var, group_columns};
 use crate::layout::{COLUMN_PAD, Packed};
@@ -42,6 +42,9 @@ const STAGES: u32 = 2;
 /// Units of 16 bytes between the staged planes of 16 columns and those of the next 16, for groups of warps: eight
 /// neighbouring threads copy two such units of four planes each, which then lie in different banks.
 const GROUP_PAD: u32 = 4;
+
+/// Products of 32 columns that a group of warps starts at once, while it goes on decoding.
+const PIECE: u32 = 2;
 
 /// How the work is laid over the GPU. The result does not depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -305,7 +308,14 @@ impl<'b, 'a> Emit<'b, 'a> {
                     }
                 };
                 let ahead = launch.ahead();
-                if launch.chunk == ahead { steps(zero) } else { b.for_(0, launch.chunk, ahead, steps) }
+                if launch.chunk == ahead {
+                    steps(zero)
+                } else {
+                    b.for_(0, launch.chunk, ahead, steps)
+                }
+                if launch.group {
+                    b.group_wait(0);
+                }
             });
             self.finish(round, &acc);
         });
@@ -401,13 +411,21 @@ impl<'b, 'a> Emit<'b, 'a> {
         }
         for code in 0..codes {
             for (m, current) in current.iter().enumerate() {
-                let registers = self.operands.decoder.tile(code, &current[code]);
-                if code + 1 == codes {
-                    self.fetch(next, m as u32, &words[m..=m]);
-                    // The assembler would put the loads off, but not beyond this.
-                    b.warp_sync();
-                }
-                self.multiply_by_groups(&registers, m as u32, first + code as u32 * tile_units * plan.unit_step, acc);
+                let tile = self.operands.decoder.begin(code, &current[code]);
+                let decoded = || {
+                    if code + 1 == codes {
+                        self.fetch(next, m as u32, &words[m..=m]);
+                        // The assembler would put the loads off, but not beyond this.
+                        b.warp_sync();
+                    }
+                };
+                self.multiply_by_groups(
+                    tile,
+                    m as u32,
+                    first + code as u32 * tile_units * plan.unit_step,
+                    acc,
+                    decoded,
+                );
             }
         }
     }
@@ -440,17 +458,37 @@ impl<'b, 'a> Emit<'b, 'a> {
         }
     }
 
-    /// Multiplies row tile `m`, decoded, with all planes, which lie at `first`.
-    fn multiply_by_groups(&self, registers: &[Register<'b>], m: u32, first: V<'b>, acc: &[Var]) {
-        let plan = self.plan;
-        let of_part = (plan.layout.tile.cols / 32 * 4) as usize;
-        for (part, registers) in (0..).zip(registers.chunks_exact(of_part)) {
-            let steps: Vec<_> = registers.chunks_exact(4).map(operands::operands).collect();
+    /// Decodes row tile `m` piece by piece, and multiplies each with all planes, which lie at `first`, while the next is
+    /// decoded. After the last has been, does `decoded`.
+    fn multiply_by_groups(
+        &self,
+        mut tile: Steps<'_, 'b, '_>,
+        m: u32,
+        first: V<'b>,
+        acc: &[Var],
+        decoded: impl FnOnce(),
+    ) {
+        let (b, plan) = (self.b, self.plan);
+        let (parts, across) = (plan.layout.row_parts(), plan.layout.tile.cols / 32);
+        let mut decoded = Some(decoded);
+        for (part, kt) in (0..parts).flat_map(|part| (0..across).step_by(PIECE as usize).map(move |kt| (part, kt))) {
+            let end = (kt + PIECE).min(across);
+            let mut operands = |kt: u32| {
+                let first = (part * across + kt) * 4;
+                operands::operands(&[0, 1, 2, 3].map(|i| tile.register(first + i)))
+            };
+            let steps: Vec<_> = (kt..end).map(&mut operands).collect();
+            if (part + 1, end) == (parts, across) {
+                decoded.take().into_iter().for_each(|decoded| decoded());
+            }
             for product in 0..plan.products as usize {
                 let a: Vec<[V; 4]> = steps.iter().map(|s| s[product].1).collect();
                 let sums: Vec<Var> = (0..plan.groups).map(|group| acc[self.slot(m, part, group) + product]).collect();
-                self.b.mma_group(steps[0][product].0, &a, &sums, self.staged, first, plan.unit_step);
+                let at = first + kt * 2 * plan.unit_step;
+                b.mma_group(steps[0][product].0, &a, &sums, self.staged, at, plan.unit_step);
             }
+            // Of the piece before, the registers are free.
+            b.group_wait(plan.products);
         }
     }
 

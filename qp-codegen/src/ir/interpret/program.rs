@@ -322,8 +322,8 @@ impl Compiler<'_> {
                 };
                 push(code, OpKind::Mma);
             }
-            // Clusters run one after the other, kernels too.
-            Stmt::Fence | Stmt::GridWait | Stmt::GridLaunch | Stmt::Comment(_) => {}
+            // Clusters run one after the other, kernels too; products are finished at once.
+            Stmt::Fence | Stmt::GroupWait { .. } | Stmt::GridWait | Stmt::GridLaunch | Stmt::Comment(_) => {}
         }
     }
 

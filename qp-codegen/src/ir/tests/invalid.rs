@@ -31,7 +31,7 @@ fn number(k: &mut Kernel, x: i32) -> Val {
     add(k, Op::Const(Const::I32(x)), Type::I32)
 }
 
-/// Adds a product of warp groups that takes 16 cells of the shared array, spoiled by `f`.
+/// Adds a product of warp groups that takes 16 cells of the shared array, spoiled by `f`, and the wait for it.
 fn group(k: &mut Kernel, f: impl FnOnce(&mut Vec<Var>, &mut u32)) {
     let (first, x) = (number(k, 0), add(k, Op::Const(Const::U32(4)), Type::U32));
     let sum = add(k, Op::Vector(vec![first; 4]), Type::I32X4);
@@ -41,6 +41,24 @@ fn group(k: &mut Kernel, f: impl FnOnce(&mut Vec<Var>, &mut u32)) {
     let (mut acc, mut stride) = (vec![var], 8);
     f(&mut acc, &mut stride);
     k.body.push(Stmt::MmaGroup { signed_a: true, a: vec![[x; 4]], acc, mem: 0, first, stride });
+    k.body.push(Stmt::GroupWait { pending: 0 });
+}
+
+/// Adds a product of warp groups that is not waited for; gives its accumulator.
+fn unfinished(k: &mut Kernel) -> Var {
+    k.threads = 128;
+    group(k, |_, _| ());
+    k.body.pop();
+    Var(k.vars.len() as u32 - 1)
+}
+
+/// Adds a loop of four rounds over the statements from `from` on.
+fn repeat(k: &mut Kernel, from: usize) {
+    let body = k.body.split_off(from);
+    let (zero, one, four) = (number(k, 0), number(k, 1), number(k, 4));
+    k.values.push(Value { op: Op::LoopIndex, ty: Type::I32, name: None });
+    let index = Val(k.values.len() as u32 - 1);
+    k.body.push(Stmt::For { index, start: zero, end: four, step: one, unroll: false, body });
 }
 
 macro_rules! refused {
@@ -146,10 +164,10 @@ refused! {
     group_by_warp: |k| {
         k.threads = 128;
         group(k, |_, _| ());
-        let product = k.body.pop().expect("the product");
+        let product = k.body.split_off(k.body.len() - 2);
         let w = add(k, Op::Special(Special::Warp), Type::I32);
         let cond = add(k, Op::Compare(CompareOp::Lt, w, w), Type::BOOL);
-        k.body.push(Stmt::If { cond, then: vec![product], els: vec![] });
+        k.body.push(Stmt::If { cond, then: product, els: vec![] });
     };
     group_of_lanes: |k| {
         k.threads = 128;
@@ -158,7 +176,58 @@ refused! {
         let at = k.body.iter().position(|s| matches!(s, Stmt::MmaGroup { .. })).expect("the product");
         let mut product = k.body.remove(at);
         if let Stmt::MmaGroup { first, .. } = &mut product { *first = t }
+        k.body.extend([product, Stmt::GroupWait { pending: 0 }]);
+    };
+    group_read: |k| { let x = unfinished(k); add(k, Op::Get(x), Type::I32X4); k.body.push(Stmt::GroupWait { pending: 0 }) };
+    group_read_with_one_pending: |k| {
+        let x = unfinished(k);
+        k.body.push(Stmt::GroupWait { pending: 1 });
+        add(k, Op::Get(x), Type::I32X4);
+        k.body.push(Stmt::GroupWait { pending: 0 });
+    };
+    group_set: |k| {
+        let x = unfinished(k);
+        let zero = number(k, 0);
+        let zeros = add(k, Op::Vector(vec![zero; 4]), Type::I32X4);
+        k.body.extend([Stmt::Set(x, zeros), Stmt::GroupWait { pending: 0 }]);
+    };
+    group_at_a_barrier: |k| { unfinished(k); k.body.extend([Stmt::Barrier, Stmt::GroupWait { pending: 0 }]) };
+    group_at_a_cluster_barrier: |k| {
+        unfinished(k);
+        (k.grid, k.cluster) = ([2, 1], 2);
+        k.body.extend([Stmt::ClusterBarrier, Stmt::GroupWait { pending: 0 }]);
+    };
+    group_at_the_end: |k| unfinished(k);
+    group_on_one_branch: |k| {
+        let x = unfinished(k);
+        let yes = add(k, Op::Const(Const::Bool(true)), Type::BOOL);
+        k.body.push(Stmt::If { cond: yes, then: vec![], els: vec![Stmt::GroupWait { pending: 0 }] });
+        add(k, Op::Get(x), Type::I32X4);
+        k.body.push(Stmt::GroupWait { pending: 0 });
+    };
+    group_of_the_round_before: |k| {
+        let x = unfinished(k);
+        let product = k.body.pop().expect("the product");
+        let from = k.body.len();
+        add(k, Op::Get(x), Type::I32X4);
         k.body.push(product);
+        repeat(k, from);
+        k.body.push(Stmt::GroupWait { pending: 0 });
+    };
+    group_wait_in_no_round: |k| {
+        let x = unfinished(k);
+        let from = k.body.len();
+        k.body.push(Stmt::GroupWait { pending: 0 });
+        repeat(k, from);
+        add(k, Op::Get(x), Type::I32X4);
+        k.body.push(Stmt::GroupWait { pending: 0 });
+    };
+    group_wait_by_warp: |k| {
+        group(k, |_, _| ());
+        k.threads = 128;
+        let w = add(k, Op::Special(Special::Warp), Type::I32);
+        let cond = add(k, Op::Compare(CompareOp::Lt, w, w), Type::BOOL);
+        k.body.push(Stmt::If { cond, then: vec![Stmt::GroupWait { pending: 0 }], els: vec![] });
     };
     matrix_of_global: |k| { let i = number(k, 0); add(k, Op::LoadMatrix { mem: Mem::Global(1), row: i, lanes: 4 }, Type { scalar: Scalar::U32, lanes: 4 }) };
     three_matrices: |k| { let i = number(k, 0); add(k, Op::LoadMatrix { mem: Mem::Shared(0), row: i, lanes: 3 }, Type { scalar: Scalar::U32, lanes: 3 }) };

@@ -404,7 +404,14 @@ fn products_of_warp_groups() {
             .collect();
         let load = |j| b.load_as(y, (t * groups + j) * 4, Elem::I32, 4, Cache::Default);
         let acc: Vec<Var> = (0..groups).map(|j| b.var(load(j))).collect();
-        b.mma_group(signed_a, &a, &acc, s, warp / 4 * later, stride);
+        // The first step apart: the others are added while it may still run.
+        let (head, tail) = a.split_at(1);
+        b.mma_group(signed_a, head, &acc, s, warp / 4 * later, stride);
+        if !tail.is_empty() {
+            b.group_wait(1);
+            b.mma_group(signed_a, tail, &acc, s, warp / 4 * later + 2 * stride, stride);
+        }
+        b.group_wait(0);
         acc.iter().zip(0u32..).for_each(|(&v, j)| b.store(y, (t * groups + j) * 4, b.get(v), Elem::I32));
         let kernel = b.finish();
 

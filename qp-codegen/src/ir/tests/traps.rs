@@ -225,6 +225,7 @@ fn attempt_group(between: impl Fn(&Builder), first: impl for<'b> Fn(V<'b>) -> V<
     b.store(s, t, t.to(Scalar::U32), Elem::U32);
     between(&b);
     b.mma_group(true, &[[b.u32(1); 4]], &[acc], s, first(b.special(Special::Warp)), 16);
+    b.group_wait(0);
     b.store(s, t, b.u32(7), Elem::U32);
     run(&b.finish(), &mut [], &Options::default()).map(|_| ()).map_err(|t| t.to_string())
 }

@@ -105,11 +105,15 @@ fn every_member_compiles_for_every_target_without_spills() {
     assert!(bad.is_empty(), "{} of {} kernels:\n{}", bad.len(), most.len(), bad.join("\n"));
 }
 
-/// Compiles a kernel, which must not spill, and gives its registers.
+/// Compiles a kernel, which must not spill or make groups of warps wait for each product, and gives its registers.
 fn registers(kernel: &Kernel, target: Target) -> Result<u32, String> {
     let (cache, options) = (jit::Cache::none(), jit::Options::default());
     let cubin = jit::compile_in(&cache, &print(kernel, target), &kernel.name, target.nvrtc_arch(), &options);
-    let usage = cubin.map_err(|e| e.to_string())?.usage.ok_or("the compiler does not say")?;
+    let cubin = cubin.map_err(|e| e.to_string())?;
+    let usage = cubin.usage.ok_or("the compiler does not say")?;
+    if let Some(line) = cubin.log.lines().find(|l| l.contains("serialized")) {
+        return Err(line.into());
+    }
     if (usage.spill_stores, usage.spill_loads, usage.stack) != (0, 0, 0) {
         return Err(format!("spills: {usage:?}"));
     }

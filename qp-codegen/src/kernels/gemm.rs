@@ -39,6 +39,9 @@ pub const MAX_BATCH: u32 = 64;
 /// Chunks of activations in shared memory: one is read while the next arrives.
 const STAGES: u32 = 2;
 
+/// Groups of four tokens whose scales are on their way at once.
+const SCALES: usize = 4;
+
 /// Units of 16 bytes between the staged planes of 16 columns and those of the next 16, for groups of warps: eight
 /// neighbouring threads copy two such units of four planes each, which then lie in different banks.
 const GROUP_PAD: u32 = 4;
@@ -213,6 +216,21 @@ struct Emit<'b, 'a> {
     rounds: V<'b>,
 }
 
+/// Two rows of results, eight apart.
+struct Rows<'b> {
+    exist: V<'b>,
+    /// Each with its scale.
+    rows: [(V<'b>, V<'b>); 2],
+}
+
+/// A token of results.
+struct Token<'b> {
+    /// `None`: surely.
+    exists: Option<V<'b>>,
+    token: V<'b>,
+    scale: TokenScale<'b>,
+}
+
 impl<'b, 'a> Emit<'b, 'a> {
     fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
         let operands = Operands::new(b, op, &plan.layout, launch.table_bytes);
@@ -359,7 +377,8 @@ impl<'b, 'a> Emit<'b, 'a> {
         let stride = self.op.shape.cols.next_multiple_of(COLUMN_PAD) / 16;
         let covered = plan.chunks * self.launch.split * plan.chunk_units <= stride;
         let slot = chunk % STAGES * plan.stage_units;
-        let first = (self.first_chunk + chunk % plan.chunks) * plan.chunk_units;
+        let within = if plan.rounds == 1 { chunk } else { chunk % plan.chunks };
+        let first = (self.first_chunk + within) * plan.chunk_units;
         // Neighbouring threads copy neighbouring columns, as many as divide a chunk, of several planes; for groups of warps
         // two units of columns, and where threads are left the next two.
         let (planes, threads) = (plan.groups * 8, self.launch.warps() * 32);
@@ -514,17 +533,24 @@ impl<'b, 'a> Emit<'b, 'a> {
         let (b, plan, launch) = (self.b, self.plan, self.launch);
         let Some((sums, first)) = self.sums else {
             self.busy(round, || {
-                for group in 0..plan.tokens.div_ceil(4) {
-                    self.of_tokens(b.i32(group as i32), |token, scale| {
-                        for m in 0..launch.row_tiles {
-                            for part in 0..plan.layout.row_parts() {
-                                let slot = self.slot(m, part, group);
-                                let sums = acc[slot..][..plan.products as usize].iter().map(|&v| b.get(v).lanes());
-                                let tile = self.row_tile(round, m);
-                                self.write(tile, b.i32(part as i32), token, scale, &sums.collect::<Vec<_>>());
-                            }
+                let parts = (0..launch.row_tiles).flat_map(|m| (0..plan.layout.row_parts()).map(move |part| (m, part)));
+                let rows: Vec<(u32, u32, Rows)> = parts
+                    .map(|(m, part)| (m, part, self.rows_of(self.row_tile(round, m), b.i32(part as i32))))
+                    .collect();
+                let groups: Vec<u32> = (0..plan.tokens.div_ceil(4)).collect();
+                for groups in groups.chunks(SCALES) {
+                    let load = |&group: &u32| {
+                        let token = self.token_of(b.i32(group as i32));
+                        let before: Vec<_> = rows.iter().map(|(_, _, rows)| self.before(rows, &token)).collect();
+                        (group, token, before)
+                    };
+                    for (group, token, before) in groups.iter().map(load).collect::<Vec<_>>() {
+                        for ((m, part, rows), before) in rows.iter().zip(before) {
+                            let slot = self.slot(*m, *part, group);
+                            let sums = acc[slot..][..plan.products as usize].iter().map(|&v| b.get(v).lanes());
+                            self.write(rows, &token, before, &sums.collect::<Vec<_>>());
                         }
-                    });
+                    }
                 }
             });
             return self.clear(acc);
@@ -557,7 +583,9 @@ impl<'b, 'a> Emit<'b, 'a> {
                 let (tile, group) = divide(b, item, plan.groups);
                 let (tile, part) = divide(b, tile, plan.layout.row_parts());
                 let tile = round * (launch.row_warps * launch.row_tiles) + tile;
-                self.of_tokens(group, |token, scale| self.write(tile, part, token, scale, &of_item));
+                let (rows, token) = (self.rows_of(tile, part), self.token_of(group));
+                let before = self.before(&rows, &token);
+                self.write(&rows, &token, before, &of_item);
             });
         };
         if launch.split == 1 {
@@ -573,30 +601,46 @@ impl<'b, 'a> Emit<'b, 'a> {
         acc.iter().for_each(|&v| self.b.set(v, none));
     }
 
-    /// Runs `work` with the token, if there is one, whose planes of a group the lane holds: 2t and 2t + 1.
-    fn of_tokens(&self, group: V<'b>, work: impl FnOnce(V<'b>, TokenScale<'b>)) {
-        let within = group * 4 + (self.lane & 3);
-        let token = self.first_token + within;
-        let work = || work(token, self.operands.token_scale(token));
-        let (tokens, batch) = (self.plan.tokens, self.op.batch);
-        if tokens == self.plan.groups * 4 && tokens * self.launch.token_parts == batch {
-            work();
-        } else {
-            self.b.if_(within.lt(tokens) & token.lt(batch), work);
-        }
+    /// The two rows that the lane holds of 16, of the block's row tile `tile`, if it has that.
+    fn rows_of(&self, tile: V<'b>, part: V<'b>) -> Rows<'b> {
+        let exist = tile.lt(self.rows);
+        let first = (self.first_row + tile.min(self.rows - 1)) * self.plan.layout.tile.rows + part * 16;
+        let row = |half: u32| first + (self.lane >> 2) + half * 8;
+        Rows { exist, rows: [row(0), row(1)].map(|row| (row, self.operands.row_scale(row))) }
     }
 
-    /// Writes the two rows that the lane holds of 16, if the block has the row tile.
-    fn write(&self, tile: V<'b>, part: V<'b>, token: V<'b>, scale: TokenScale<'b>, sums: &[Vec<V<'b>>]) {
-        let rows = self.plan.layout.tile.rows;
-        self.b.if_(tile.lt(self.rows), || {
-            for half in 0..2 {
-                let row = (self.first_row + tile) * rows + part * 16 + (self.lane >> 2) + half * 8;
+    /// The token whose planes of a group the lane holds, 2t and 2t + 1, if there is one.
+    fn token_of(&self, group: V<'b>) -> Token<'b> {
+        let within = group * 4 + (self.lane & 3);
+        let token = self.first_token + within;
+        let (tokens, batch) = (self.plan.tokens, self.op.batch);
+        let (exists, token) = if tokens == self.plan.groups * 4 && tokens * self.launch.token_parts == batch {
+            (None, token)
+        } else {
+            (Some(within.lt(tokens) & token.lt(batch)), token.min(batch - 1))
+        };
+        Token { exists, token, scale: self.operands.token_scale(token) }
+    }
+
+    /// Whether there are results of these rows and this token.
+    fn exist(&self, rows: &Rows<'b>, token: &Token<'b>) -> V<'b> {
+        token.exists.map_or(rows.exist, |token| rows.exist & token)
+    }
+
+    /// What the results of the rows are added to, if to anything.
+    fn before(&self, rows: &Rows<'b>, token: &Token<'b>) -> [Option<V<'b>>; 2] {
+        let exist = self.exist(rows, token);
+        rows.rows.map(|(row, _)| self.operands.before(row, token.token, exist))
+    }
+
+    /// Writes the results of the rows, if they exist.
+    fn write(&self, rows: &Rows<'b>, token: &Token<'b>, before: [Option<V<'b>>; 2], sums: &[Vec<V<'b>>]) {
+        self.b.if_(self.exist(rows, token), || {
+            for (half, ((row, scale), before)) in rows.rows.into_iter().zip(before).enumerate() {
                 // Component 2·half is of the high plane, the next of the low.
-                let of_plane = |low: u32| sums.iter().map(move |s| s[(2 * half + low) as usize]);
+                let of_plane = |low: usize| sums.iter().map(move |s| s[2 * half + low]);
                 let sums: Vec<V> = of_plane(0).chain(of_plane(1)).collect();
-                let (by, before) = (self.operands.row_scale(row), self.operands.before(row, token));
-                self.operands.write(row, token, &sums, by, scale, before);
+                self.operands.write(row, token.token, &sums, scale, token.scale, before);
             }
         });
     }

@@ -576,7 +576,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let (row, token) = (row.min(rows - 1), if by_row || batch == 1 { token } else { token.min(batch - 1) });
         let global = self.first_row * plan.layout.tile.rows + row;
         let (row_scale, token_scale) = (self.operands.row_scale(global), self.operands.token_scale(token));
-        Scaling { exists, row, token, row_scale, token_scale, before: self.operands.before(global, token) }
+        Scaling { exists, row, token, row_scale, token_scale, before: self.operands.before(global, token, exists) }
     }
 
     /// Scales and stores a result, if it exists.

@@ -135,10 +135,15 @@ impl<'b, 'a> Operands<'b, 'a> {
         (self.b.load_as(self.x_scale, token, Elem::F32, 1, Cache::ReadOnly), offset)
     }
 
-    /// What the result of a row and a token is added to, if to anything.
-    pub(super) fn before(&self, row: V<'b>, token: V<'b>) -> Option<V<'b>> {
-        let at = row + token * self.layout.padded_rows();
-        self.op.accumulate.then(|| self.b.load(self.y, at, Elem::F32))
+    /// What the result of a row and a token, if it exists, is added to, if to anything.
+    pub(super) fn before(&self, row: V<'b>, token: V<'b>, exists: V<'b>) -> Option<V<'b>> {
+        let b = self.b;
+        self.op.accumulate.then(|| {
+            let before = b.var(b.f32(0.0));
+            let at = row + token * self.layout.padded_rows();
+            b.if_(exists, || b.set(before, b.load(self.y, at, Elem::F32)));
+            b.get(before)
+        })
     }
 
     /// Scales and stores the sums of a row and a token: those of the high plane, a product each, then of the low plane.

@@ -26,8 +26,18 @@ use crate::spec::{Code, Quantizer, Shape};
 pub const LANES_PER_BLOCK: u32 = 4;
 /// Blocks side by side in a tile.
 pub const BLOCKS_PER_TILE: u32 = 8;
+/// Columns of a cell of activations, 16 bytes; see [`activation_at`].
+pub const CELL: u32 = 16;
 /// Activations are padded with zeros to a multiple of this many columns, whatever the code.
 pub const COLUMN_PAD: u32 = 256;
+
+/// Where the byte of a column and a plane lies among activations of `planes` planes. The cells of the same columns lie side
+/// by side, plane by plane, behind them those of the next columns: so lanes that take the same columns of eight planes,
+/// and copies of whole runs of columns, find one stretch of memory.
+pub fn activation_at(column: usize, plane: usize, planes: usize) -> usize {
+    let cell = CELL as usize;
+    (column / cell * planes + plane) * cell + column % cell
+}
 
 /// Rows and columns of a tile: eight blocks, one below the other (interleaved).
 pub fn tile(block: Shape) -> Shape {

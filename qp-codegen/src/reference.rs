@@ -232,6 +232,20 @@ pub fn split_activation(q: i16) -> (i8, i8) {
     (high as i8, (q - (high << 7)) as i8)
 }
 
+/// Tokens' activations as products take them: a plane of high and one of low bytes a token, the columns padded with zeros,
+/// in the order of [`layout::activation_at`].
+pub fn activation_cells(tokens: &[Activations]) -> Vec<i8> {
+    let (columns, planes) = (tokens.first().map_or(0, |t| t.q.len()), 2 * tokens.len());
+    let mut x = vec![0; columns.next_multiple_of(layout::COLUMN_PAD as usize) * planes];
+    for (t, token) in tokens.iter().enumerate() {
+        for (column, &q) in token.q.iter().enumerate() {
+            let at = |plane| layout::activation_at(column, plane, planes);
+            (x[at(2 * t)], x[at(2 * t + 1)]) = split_activation(q);
+        }
+    }
+    x
+}
+
 /// A weight: its entry (+ ½), times the row's scale and the grid's unit, in this order of operations.
 pub fn weight(code: &Code, entry: i16, row_scale: f32) -> f32 {
     let entry = i32::from(entry);

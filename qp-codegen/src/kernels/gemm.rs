@@ -31,7 +31,7 @@ use super::c_name;
 use super::decode::{Register, Steps, flatten};
 use super::operands::{self, Gemv, Operands, TokenScale, Words, divide};
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var, group_columns};
-use crate::layout::{COLUMN_PAD, Packed};
+use crate::layout::{CELL, COLUMN_PAD, Packed};
 
 /// Most tokens of one launch.
 pub const MAX_BATCH: u32 = 64;
@@ -41,10 +41,6 @@ const STAGES: u32 = 2;
 
 /// Groups of four tokens whose scales are on their way at once.
 const SCALES: usize = 4;
-
-/// Units of 16 bytes between the staged planes of 16 columns and those of the next 16, for groups of warps: eight
-/// neighbouring threads copy two such units of four planes each, which then lie in different banks.
-const GROUP_PAD: u32 = 4;
 
 /// Products of 32 columns that a group of warps starts at once, while it goes on decoding.
 const PIECE: u32 = 2;
@@ -105,13 +101,10 @@ pub(super) struct Plan {
     pub(super) chunks: u32,
     /// Times that the warps take row tiles, in the block that has most.
     pub(super) rounds: u32,
-    /// Columns of a chunk, in units of 16 bytes.
+    /// Columns of a chunk, in units of a cell's.
     pub(super) chunk_units: u32,
-    /// In a staged chunk, in units of 16 bytes: from one plane to the next, from one unit of columns to the next, and
-    /// its size.
-    plane_step: u32,
-    unit_step: u32,
-    stage_units: u32,
+    /// Cells of the same columns in shared memory: planes, and what fills up the last product.
+    planes: u32,
 }
 
 impl Plan {
@@ -120,10 +113,8 @@ impl Plan {
         let codes = layout.lane_words.len() as u32;
         let tokens = op.batch.div_ceil(launch.token_parts);
         let tiles = launch.col_warps * launch.chunk * codes;
-        let chunk_units = tiles * layout.tile.cols / 16;
+        let chunk_units = tiles * layout.tile.cols / CELL;
         let planes = if launch.group { group_columns(2 * tokens) } else { (2 * tokens).next_multiple_of(8) };
-        // An odd number from plane to plane, so that the planes of a product start in different banks.
-        let (plane_step, unit_step) = if launch.group { (1, planes + GROUP_PAD) } else { (chunk_units + 1, 1) };
         Plan {
             tokens,
             groups: planes / 8,
@@ -131,9 +122,7 @@ impl Plan {
             chunks: layout.col_tiles().div_ceil(tiles).div_ceil(launch.split),
             rounds: layout.row_tiles().div_ceil(launch.blocks).div_ceil(launch.row_warps * launch.row_tiles),
             chunk_units,
-            plane_step,
-            unit_step,
-            stage_units: if launch.group { chunk_units * unit_step } else { planes * plane_step },
+            planes,
             layout,
         }
     }
@@ -153,10 +142,15 @@ impl Plan {
         self.accumulators(launch) * launch.row_warps * 128
     }
 
+    /// Cells of a staged chunk.
+    fn stage_cells(&self) -> u32 {
+        self.chunk_units * self.planes
+    }
+
     /// Bytes of shared memory beside the tables.
     pub(super) fn shared_bytes(&self, launch: &Launch) -> u32 {
         let sums = if launch.meets() && launch.split == 1 { self.block_sums(launch) * 4 } else { 16 };
-        STAGES * self.stage_units * 16 + sums
+        STAGES * self.stage_cells() * 16 + sums
     }
 }
 
@@ -234,7 +228,7 @@ struct Token<'b> {
 impl<'b, 'a> Emit<'b, 'a> {
     fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
         let operands = Operands::new(b, op, &plan.layout, launch.table_bytes);
-        let staged = b.shared("staged", Elem::U32, STAGES * plan.stage_units * 4);
+        let staged = b.shared("staged", Elem::U32, STAGES * plan.stage_cells() * 4);
         let (thread, lane, warp) = (b.special(Special::Thread), b.special(Special::Lane), b.special(Special::Warp));
         // The blocks of the same weights are neighbours, so that those are read from memory once.
         let id = b.special(Special::BlockX);
@@ -316,7 +310,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                 }
                 b.barrier();
                 self.stage(chunk + (STAGES - 1));
-                let slot = chunk % STAGES * plan.stage_units;
+                let slot = chunk % STAGES * plan.stage_cells();
                 let steps = |first: V<'b>| {
                     for (i, words) in (0..).zip(&words) {
                         let i = first + i;
@@ -374,41 +368,33 @@ impl<'b, 'a> Emit<'b, 'a> {
     /// Starts copying the activations of a chunk (chunks of all rounds count on), if there is one.
     fn stage(&self, chunk: V<'b>) {
         let (b, plan) = (self.b, self.plan);
-        let stride = self.op.shape.cols.next_multiple_of(COLUMN_PAD) / 16;
-        let covered = plan.chunks * self.launch.split * plan.chunk_units <= stride;
-        let slot = chunk % STAGES * plan.stage_units;
+        let units = self.op.shape.cols.next_multiple_of(COLUMN_PAD) / CELL;
+        let covered = plan.chunks * self.launch.split * plan.chunk_units <= units;
+        let slot = chunk % STAGES * plan.stage_cells();
         let within = if plan.rounds == 1 { chunk } else { chunk % plan.chunks };
         let first = (self.first_chunk + within) * plan.chunk_units;
-        // Neighbouring threads copy neighbouring columns, as many as divide a chunk, of several planes; for groups of warps
-        // two units of columns, and where threads are left the next two.
-        let (planes, threads) = (plan.groups * 8, self.launch.warps() * 32);
-        let across = if self.launch.group { 2 } else { 1 << plan.chunk_units.trailing_zeros().min(5) };
-        let (rest, unit) = divide(b, self.thread, across);
-        let down = threads / across;
-        let beside = if self.launch.group { (down / planes.next_power_of_two()).max(1) } else { 1 };
-        let down = down / beside;
-        let (beyond, from_plane) = if beside == 1 { (b.i32(0), rest) } else { divide(b, rest, down) };
-        let runs = plan.chunk_units / across;
+        let all = 2 * self.op.batch;
+        let (cells, threads) = (plan.stage_cells(), self.launch.warps() * 32);
         b.if_(chunk.lt(self.rounds * plan.chunks), || {
-            b.for_(from_plane, planes, down, |plane| {
-                // Planes that fill up the last product repeat the last token's; their sums are not read.
-                let source = (self.first_token * 2 + plane).min(2 * self.op.batch - 1) * stride;
-                for run in (0..runs).step_by(beside as usize) {
-                    let run = beyond + run;
-                    let unit = unit + run * across;
-                    let (from, to) = (first + unit, slot + plane * plan.plane_step + unit * plan.unit_step);
-                    let copy = || b.async_copy(self.staged, to, self.operands.x, source + from, 16);
-                    let copy = || {
-                        if covered {
-                            copy();
-                        } else {
-                            let zeros = || b.store(self.staged, to * 4, b.vector(&[b.u32(0); 4]), Elem::U32);
-                            b.if_else(from.lt(stride), copy, zeros);
-                        }
-                    };
-                    if runs.is_multiple_of(beside) { copy() } else { b.if_(run.lt(runs), copy) }
-                }
-            });
+            for round in 0..cells.div_ceil(threads) {
+                let cell = self.thread + round * threads;
+                let copy = || {
+                    let (unit, plane) = divide(b, cell, plan.planes);
+                    // Planes that fill up the last product repeat the last token's; their sums are not read.
+                    let plane = self.first_token * 2 + plane;
+                    let whole = plan.planes == all && self.launch.token_parts == 1;
+                    let plane = if whole { plane } else { plane.min(all - 1) };
+                    let unit = first + unit;
+                    let copy = || b.async_copy(self.staged, slot + cell, self.operands.x, unit * all + plane, 16);
+                    if covered {
+                        copy();
+                    } else {
+                        let zeros = b.vector(&[b.u32(0); 4]);
+                        b.if_else(unit.lt(units), copy, || b.store(self.staged, (slot + cell) * 4, zeros, Elem::U32));
+                    }
+                };
+                if (round + 1) * threads <= cells { copy() } else { b.if_(cell.lt(cells), copy) }
+            }
         });
         b.async_commit();
     }
@@ -423,7 +409,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let codes = plan.layout.lane_words.len();
         let tile_units = plan.layout.tile.cols / 16;
         let group = i * self.launch.col_warps + self.col_warp;
-        let first = slot + group * (codes as u32 * tile_units * plan.unit_step);
+        let first = slot + group * (codes as u32 * tile_units * plan.planes);
         if !self.launch.group {
             self.fetch(next, 0, words);
             return self.multiply_by_warps(&current, first, acc);
@@ -438,13 +424,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                         b.warp_sync();
                     }
                 };
-                self.multiply_by_groups(
-                    tile,
-                    m as u32,
-                    first + code as u32 * tile_units * plan.unit_step,
-                    acc,
-                    decoded,
-                );
+                self.multiply_by_groups(tile, m as u32, first + code as u32 * tile_units * plan.planes, acc, decoded);
             }
         }
     }
@@ -456,7 +436,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let tile_units = plan.layout.tile.cols / 16;
         // Lane 8j + i names row i of matrix j: of planes 0 to 8 the first 16 columns, the second, of planes 8 to 16 …
         let plane = (self.lane & 7) + (self.lane >> 4) * 8;
-        let first = (first + plane * plan.plane_step + ((self.lane >> 3) & 1)) * 4;
+        let first = (first + plane + ((self.lane >> 3) & 1) * plan.planes) * 4;
         for code in 0..plan.layout.lane_words.len() as u32 {
             let decoder = &self.operands.decoder;
             let tiles: Vec<Vec<Register>> =
@@ -464,7 +444,7 @@ impl<'b, 'a> Emit<'b, 'a> {
             for kt in 0..tile_units / 2 {
                 for pair in (0..plan.groups).step_by(2) {
                     let two = pair + 1 < plan.groups;
-                    let at = first + 4 * (code * tile_units + kt * 2 + pair * 8 * plan.plane_step);
+                    let at = first + 4 * ((code * tile_units + kt * 2) * plan.planes + pair * 8);
                     let x = b.load_matrix(self.staged, at, if two { 4 } else { 2 }).lanes();
                     for (group, x) in (pair..).zip(x.chunks_exact(2)) {
                         self.multiply(&tiles, kt, group, [x[0], x[1]], &mut sums);
@@ -503,8 +483,8 @@ impl<'b, 'a> Emit<'b, 'a> {
             for product in 0..plan.products as usize {
                 let a: Vec<[V; 4]> = steps.iter().map(|s| s[product].1).collect();
                 let sums: Vec<Var> = (0..plan.groups).map(|group| acc[self.slot(m, part, group) + product]).collect();
-                let at = first + kt * 2 * plan.unit_step;
-                b.mma_group(steps[0][product].0, &a, &sums, self.staged, at, plan.unit_step);
+                let at = first + kt * 2 * plan.planes;
+                b.mma_group(steps[0][product].0, &a, &sums, self.staged, at, plan.planes);
             }
             // Of the piece before, the registers are free.
             b.group_wait(plan.products);

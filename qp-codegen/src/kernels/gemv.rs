@@ -21,7 +21,7 @@ pub use super::operands::Gemv;
 use super::operands::{self, Operands, TokenScale, Words, divide};
 use super::{c_name, copy_all};
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var};
-use crate::layout::{COLUMN_PAD, Packed};
+use crate::layout::{CELL, COLUMN_PAD, Packed};
 
 /// Most tokens of one launch of this kernel.
 pub const MAX_BATCH: u32 = 8;
@@ -164,8 +164,8 @@ impl Plan {
 /// * `tables`: see [`super::decode::pack_tables`];
 /// * `weights`: packed words ([`Packed`]);
 /// * `scales`: bfloat16, one a padded row;
-/// * `x`: signed bytes, plane `2·token` the high and `2·token + 1` the low parts, each of the columns padded to a
-///   multiple of [`COLUMN_PAD`] with zeros;
+/// * `x`: signed bytes, plane `2·token` the high and `2·token + 1` the low parts, in cells
+///   ([`crate::layout::activation_at`]), the columns padded to a multiple of [`COLUMN_PAD`] with zeros;
 /// * `x_scale` (`f32`) and `x_sum` (`i32`), one a token;
 /// * `y`: `f32`, `batch × padded rows`;
 /// * `partial` (`i32`, padded rows × planes × products) and `arrived` (`i32`, one a block), zero before and after; not
@@ -368,14 +368,15 @@ impl<'b, 'a> Emit<'b, 'a> {
         let fragment = |d: u32, kt: u32, group: u32| {
             // Columns of the product beyond the last plane are not read; they repeat it.
             let plane = (column + group * 8).min(plan.planes - 1);
-            [0, 16].map(|half| {
-                let col = (self.warp_col + d) * plan.layout.tile.cols + quad * 4 + (kt * 32 + half);
-                let load = || b.load_as(self.operands.x, plane * (stride / 4) + col / 4, Elem::U32, 1, Cache::ReadOnly);
+            [0, 1].map(|half| {
+                let cell = (self.warp_col + d) * (plan.layout.tile.cols / CELL) + (kt * 2 + half);
+                let word = (cell * plan.planes + plane) * 4 + quad;
+                let load = || b.load_as(self.operands.x, word, Elem::U32, 1, Cache::ReadOnly);
                 if covered <= stride {
                     return load();
                 }
                 let value = b.var(b.u32(0));
-                b.if_(col.lt(stride), || b.set(value, load()));
+                b.if_(cell.lt(stride / CELL), || b.set(value, load()));
                 b.get(value)
             })
         };
@@ -384,33 +385,32 @@ impl<'b, 'a> Emit<'b, 'a> {
         Some((0..plan.depth).map(|d| (0..plan.groups).map(|group| of_tile(d, group)).collect()).collect())
     }
 
-    /// Brings the activations of the block's columns into shared memory, planes of `stride` columns. Of a tile, the words
+    /// Brings the activations of the block's columns, of `stride`, into shared memory, plane by plane. Of a tile, the words
     /// that a lane of a quad takes lie side by side, so that it reads them at once.
     fn stage(&self, staged: Mem, stride: u32) {
         let (b, plan) = (self.b, self.plan);
         let threads = self.launch.warps * 32;
         let of_tile = plan.layout.tile.cols / 4;
         let of_lane = of_tile / 4;
-        let words = plan.block_cols(self.launch) / 4;
         let load = |i: V<'b>| {
-            let (plane, i) = divide(b, i, words);
-            let word = self.block_col * of_tile + i;
-            let load = || b.load_as(self.operands.x, word + plane * (stride / 4), Elem::U32, 1, Cache::ReadOnly);
+            let word = self.block_col * (of_tile * plan.planes) + i;
+            let load = || b.load_as(self.operands.x, word, Elem::U32, 1, Cache::ReadOnly);
             if self.covered() <= stride {
                 return load();
             }
             let value = b.var(b.u32(0));
-            b.if_(word.lt(stride / 4), || b.set(value, load()));
+            b.if_(word.lt(stride / 4 * plan.planes), || b.set(value, load()));
             b.get(value)
         };
-        // Word 4j + q of a tile is the jth of lane q.
+        // Word q of a tile's jth cell is the jth of lane q.
         let store = |i: V<'b>, &value: &V<'b>| {
-            let (plane, i) = divide(b, i, words);
-            let (tile, word) = (i / of_tile, i % of_tile);
-            let to = tile * of_tile + word % 4 * of_lane + word / 4;
+            let (cell, plane) = divide(b, i / 4, plan.planes);
+            let (tile, cell) = (cell / of_lane, cell % of_lane);
+            let to = tile * of_tile + i % 4 * of_lane + cell;
             b.store(staged, to + plane * plan.plane_words(self.launch), value, Elem::U32);
         };
-        copy_all(b, self.thread, [plan.planes * words, threads, STAGED], load, store);
+        let words = plan.planes * plan.block_cols(self.launch) / 4;
+        copy_all(b, self.thread, [words, threads, STAGED], load, store);
     }
 
     /// Columns that all warps of all parts cover.

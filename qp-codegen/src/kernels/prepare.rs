@@ -174,9 +174,10 @@ fn planes(b: &Builder, op: &Prepare, threads: u32) {
         let q = [part(0), part(1), part(2), part(3)];
         let high = q.map(|q| (q + 64) >> 7);
         let low = [0, 1, 2, 3].map(|k| q[k] - (high[k] << 7));
-        let at = token * (stride / 2) + quad;
+        // Four quads a cell; the planes of a token are neighbours.
+        let at = (quad / 4 * (2 * op.batch) + token * 2) * 4 + quad % 4;
         b.store(x, at, bytes(high), Elem::U32);
-        b.store(x, at + stride / 4, bytes(low), Elem::U32);
+        b.store(x, at + 4, bytes(low), Elem::U32);
         b.set(sum, b.get(sum) + q[0] + q[1] + q[2] + q[3]);
     });
     let mut all = b.get(sum);

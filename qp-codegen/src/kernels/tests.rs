@@ -9,7 +9,7 @@ use super::product::{Launch, Way};
 use super::{Span, gemm, rotate};
 use crate::ir::interpret::{Arg, Options, run};
 use crate::ir::{Elem, Kernel};
-use crate::layout::{BLOCKS_PER_TILE, COLUMN_PAD, Packed, position};
+use crate::layout::{BLOCKS_PER_TILE, Packed, position};
 use crate::reference::{self, Activations, Hadamard, Rotator};
 use crate::spec::expr::{Decode, Node, Op, VectorOp, WordOp};
 use crate::spec::{Code, Quantizer, Rotation, ScaleKind, Shape, Table, Value};
@@ -291,19 +291,10 @@ fn activations(columns: u32, tokens: u32) -> Vec<Activations> {
 }
 
 /// `x`, `x_scale`, `x_sum` as the kernels take them.
-fn planes(a: &[Activations], columns: u32) -> [Vec<u8>; 3] {
-    let stride = columns.next_multiple_of(COLUMN_PAD) as usize;
-    let mut x = vec![0u8; 2 * stride * a.len()];
-    for (token, a) in a.iter().enumerate() {
-        for (i, &q) in a.q.iter().enumerate() {
-            let (high, low) = reference::split_activation(q);
-            x[2 * token * stride + i] = high as u8;
-            x[(2 * token + 1) * stride + i] = low as u8;
-        }
-    }
+fn inputs(a: &[Activations]) -> [Vec<u8>; 3] {
     let scale = a.iter().flat_map(|a| a.scale.to_le_bytes()).collect();
     let sum = a.iter().flat_map(|a| (a.sum as i32).to_le_bytes()).collect();
-    [x, scale, sum]
+    [reference::activation_cells(a).iter().map(|x| *x as u8).collect(), scale, sum]
 }
 
 fn check_product(q: &Quantizer, shape: Shape, batch: u32, launches: &[Launch]) {
@@ -326,7 +317,7 @@ fn check_product(q: &Quantizer, shape: Shape, batch: u32, launches: &[Launch]) {
         let tables = bytes(&pack_tables(q), u32::to_le_bytes);
         let words = bytes(&m.words, u32::to_le_bytes);
         let scales = bytes(&m.scales, u16::to_le_bytes);
-        let [x, x_scale, x_sum] = planes(&a, shape.cols);
+        let [x, x_scale, x_sum] = inputs(&a);
         let mut y = bytes(&vec![0.5f32; rows * batch as usize], f32::to_le_bytes);
         let meeting_place = l.meeting_place(&op);
         let (mut partial, mut arrived) = (vec![0u8; meeting_place.0 * 4], vec![0u8; meeting_place.1 * 4]);
@@ -489,7 +480,7 @@ fn prepare_equals_the_reference() {
             })
             .collect();
         let expect: Vec<Activations> = rotated.iter().map(|x| reference::quantize_activations(x)).collect();
-        let expect = planes(&expect, columns);
+        let expect = inputs(&expect);
         let halves = bytes(&rotated.concat(), |v| half::f16::from_f32(v).to_le_bytes());
 
         let op = Prepare { columns, stride, batch, rotation, norm };

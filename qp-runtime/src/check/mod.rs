@@ -14,7 +14,6 @@ use qp_codegen::kernels::embed_packed::EmbedPacked;
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::prepare::Prepare;
 use qp_codegen::kernels::product::Launch;
-use qp_codegen::layout::COLUMN_PAD;
 use qp_codegen::reference::{self, Activations, Rotator};
 use qp_codegen::spec::{Quantizer, Shape};
 
@@ -264,17 +263,9 @@ fn compare_activations(
     device: &DeviceActivations,
     tokens: &[Activations],
 ) -> Result<(), Result<Failure, DeviceError>> {
-    let stride = tokens[0].q.len().next_multiple_of(COLUMN_PAD as usize);
-    let mut planes = Vec::new();
-    for token in tokens {
-        let (mut high, mut low): (Vec<i8>, Vec<i8>) = token.q.iter().map(|q| reference::split_activation(*q)).unzip();
-        high.resize(stride, 0);
-        low.resize(stride, 0);
-        planes.extend(high.into_iter().chain(low));
-    }
     let scales: Vec<f32> = tokens.iter().map(|t| t.scale).collect();
     let sums: Vec<i32> = tokens.iter().map(|t| t.sum as i32).collect();
-    same(what, &device.x.to_vec().map_err(Err)?, &planes, |v| *v as u32).map_err(Ok)?;
+    same(what, &device.x.to_vec().map_err(Err)?, &reference::activation_cells(tokens), |v| *v as u32).map_err(Ok)?;
     same_floats(what, &device.scale.to_vec().map_err(Err)?, &scales).map_err(Ok)?;
     same(what, &device.sum.to_vec().map_err(Err)?, &sums, |v| v.cast_unsigned()).map_err(Ok)
 }

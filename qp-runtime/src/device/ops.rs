@@ -11,7 +11,7 @@ use qp_codegen::kernels::prepare::{self, Prepare};
 use qp_codegen::kernels::product::Launch;
 use qp_codegen::kernels::rotate;
 use qp_codegen::layout::{COLUMN_PAD, Packed};
-use qp_codegen::reference::{Activations, Hadamard, split_activation};
+use qp_codegen::reference::{Activations, Hadamard, activation_cells};
 use qp_codegen::spec::{Quantizer, Rotation, Shape};
 
 use super::{Buffer, DeviceError, Element, Executor, LaunchArgs, Loaded, Recorder};
@@ -167,7 +167,7 @@ pub fn first_rows(q: &Quantizer, cols: u32, rows: &[u32]) -> Vec<u32> {
 
 /// Tokens' activations as integers, on a device.
 pub struct DeviceActivations {
-    /// Two planes a token.
+    /// Two planes a token ([`activation_cells`]).
     pub x: Buffer<i8>,
     /// One a token.
     pub scale: Buffer<f32>,
@@ -186,18 +186,12 @@ impl DeviceActivations {
         Ok(DeviceActivations { x: on.zeroed(planes * batch)?, scale: on.zeroed(batch)?, sum: on.zeroed(batch)? })
     }
 
-    /// Uploads tokens' activations of `columns` each.
+    /// Uploads tokens' activations.
     ///
     /// # Errors
     /// A full GPU.
-    pub fn upload(on: &Executor, tokens: &[Activations], columns: u32) -> Result<Self, DeviceError> {
-        let stride = columns.next_multiple_of(COLUMN_PAD) as usize;
-        let mut x = vec![0i8; 2 * stride * tokens.len()];
-        for (token, planes) in tokens.iter().zip(x.chunks_exact_mut(2 * stride)) {
-            for (i, &q) in token.q.iter().enumerate() {
-                (planes[i], planes[stride + i]) = split_activation(q);
-            }
-        }
+    pub fn upload(on: &Executor, tokens: &[Activations]) -> Result<Self, DeviceError> {
+        let x = activation_cells(tokens);
         let scale: Vec<f32> = tokens.iter().map(|t| t.scale).collect();
         let sum: Vec<i32> = tokens.iter().map(|t| t.sum as i32).collect();
         Ok(DeviceActivations { x: on.upload(&x)?, scale: on.upload(&scale)?, sum: on.upload(&sum)? })

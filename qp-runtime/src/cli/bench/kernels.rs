@@ -204,7 +204,7 @@ pub(super) fn measure(
     let inputs: Vec<Activations> =
         (0..batch).map(|_| reference::quantize_activations(&random.values(shape.cols as usize, 1.0))).collect();
     let products = codec::linear(q, &packed, &inputs);
-    let x = DeviceActivations::upload(on, &inputs, shape.cols)?;
+    let x = DeviceActivations::upload(on, &inputs)?;
     let mut y = on.zeroed((layout.padded_rows() * batch) as usize)?;
     let op = Gemv { quantizer: q, shape, batch, accumulate: false };
     let used = tune::load(on, &[Product { op, hash: &q.hash(), matrices: matrices.clone() }])?;

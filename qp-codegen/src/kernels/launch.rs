@@ -29,40 +29,40 @@ const WORKING_REGISTERS: u32 = 36;
 /// Of them, for the operands of one tile; and as many for whatever else a second tile needs while it is decoded.
 const TILE_REGISTERS: u32 = 16;
 /// Registers of [`gemm`] for operands of activations on their way from shared memory, and for where they lie.
-const FRAGMENT_REGISTERS: u32 = 28;
+const FRAGMENT_REGISTERS: u32 = 42;
 /// Registers of [`gemm`] for the descriptors of a group's products.
 const GROUP_REGISTERS: u32 = 12;
 /// Registers of [`gemm`] for each further code of a mix, whose row tiles are decoded while the words of the next wait.
 const CODE_REGISTERS: u32 = 36;
 /// Seconds from one launch to the next in a chain of dependent kernels.
-const LAUNCH: f64 = 0.81e-6;
+const LAUNCH: f64 = 1.12e-6;
 /// Seconds that meeting in global memory takes.
-const MEETING: f64 = 1.35e-6;
+const MEETING: f64 = 1.59e-6;
 /// Seconds until activations are in shared memory, where they do not go to registers.
-const STAGING: f64 = 0.27e-6;
+const STAGING: f64 = 0.1e-6;
 /// Seconds from asking for a word to having it, under load.
-const LATENCY: f64 = 0.71e-6;
+const LATENCY: f64 = 0.93e-6;
 /// Share of an SM's issue slots that many warps can fill; and the number of warps that fill 1 - 1/e of that, if each decodes
 /// one tile at a time.
-const ISSUE: (f64, f64) = (0.943, 4.16);
+const ISSUE: (f64, f64) = (0.851, 3.96);
 /// Seconds that each warp of an SM takes at the beginning and at the end.
-const WARP: f64 = 0.055e-6;
+const WARP: f64 = 0.043e-6;
 /// Seconds that each doubling of the steps in flight takes at the beginning.
-const AHEAD: f64 = 0.075e-6;
+const AHEAD: f64 = 0.089e-6;
 /// Seconds that an instruction of a step takes to come in, which is straight-line code.
-const CODE: f64 = 0.375e-9;
+const CODE: f64 = 0.22e-9;
 /// Seconds of a beginning that a kernel saves whose blocks all find idle SMs while the one before runs.
-const ROOM: f64 = 0.78e-6;
+const ROOM: f64 = 0.71e-6;
 /// How much longer decoding takes with more than two steps in flight: their code and registers are many.
-const CROWDED: f64 = 1.07;
+const CROWDED: f64 = 1.05;
 /// Cycles that a warp's addition to shared memory takes an SM.
-const ATOMIC: f64 = 1.12;
+const ATOMIC: f64 = 1.5;
 /// Bytes of tables that an SM writes in a cycle at the start.
-const FILL: f64 = 104.0;
+const FILL: f64 = 237.0;
 /// Seconds of each further round of loads of tables.
-const FILL_ROUND: f64 = 0.14e-6;
+const FILL_ROUND: f64 = 0.09e-6;
 /// Decoding and reading take longer than the longer of both, as sums with this exponent do.
-const TOGETHER: f64 = 3.36;
+const TOGETHER: f64 = 5.1;
 /// Share of the peak bandwidth that reading can reach.
 const BANDWIDTH: f64 = 0.9;
 
@@ -259,13 +259,13 @@ const GROUP_CHOICES: [(u32, u32, u32); 12] = [
 /// Seconds that set launches whose registers spill behind all others: they are for codes of which nothing else fits.
 const SPILLS: f64 = 1e3;
 /// Share of the shorter of decoding and multiplying that groups of warps do not hide behind the longer.
-const GROUP_REST: f64 = 0.7;
+const GROUP_REST: f64 = 0.65;
 /// Cycles from the beginning of a group's product to its end, beyond the tensor cores' time.
-const GROUP_LATENCY: f64 = 60.0;
+const GROUP_LATENCY: f64 = 10.0;
 /// Bytes that an SM reads from the L2 cache in a cycle.
 const L2: f64 = 40.0;
 /// Cycles that warps wait for each other at a chunk of activations.
-const CHUNK: f64 = 120.0;
+const CHUNK: f64 = 350.0;
 /// Cycles that scaling and storing a row of 32 results takes an SM.
 const RESULTS: f64 = 8.0;
 /// Bytes a second that all blocks together add in global memory.

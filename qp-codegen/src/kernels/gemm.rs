@@ -10,15 +10,12 @@
 //! of the warp, for reading them is what fills shared memory's time.
 //!
 //! On Hopper, groups of four warps can multiply together ([`Launch::group`], `wgmma`): at its full rate, and without
-//! reading the activations through the warps, which only decode. Then the planes of 16 columns lie together:
+//! reading the activations through the warps, which only decode. A group decodes a piece of a tile while the piece
+//! before is multiplied. All warps of a block go through all steps; those that have no row tile of their own take the
+//! block's last, and write nothing.
 //!
-//! ```text
-//! warps:   plane 0: 16 columns, 16 columns, … pad     groups:   16 columns: plane 0, plane 1, … pad
-//!          plane 1: …                                           16 columns: …
-//! ```
-//!
-//! A group decodes a piece of a tile while the piece before is multiplied. All warps of a block go through all steps; those that have no row tile
-//! of their own take the block's last, and write nothing.
+//! Either way a chunk lies in shared memory as in global memory, in cells ([`crate::layout::activation_at`]), but for planes
+//! that fill up the last product.
 //!
 //! A matrix with few row tiles leaves warps without work. Then the columns are shared, by [`Launch::col_warps`] warps
 //! of a block, whose sums meet in shared memory, or by [`Launch::split`] blocks, whose sums meet in global memory; or

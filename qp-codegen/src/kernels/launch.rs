@@ -35,34 +35,36 @@ const GROUP_REGISTERS: u32 = 12;
 /// Registers of [`gemm`] for each further code of a mix, whose row tiles are decoded while the words of the next wait.
 const CODE_REGISTERS: u32 = 36;
 /// Seconds from one launch to the next in a chain of dependent kernels.
-const LAUNCH: f64 = 1.12e-6;
+const LAUNCH: f64 = 1.37e-6;
 /// Seconds that meeting in global memory takes.
-const MEETING: f64 = 1.59e-6;
+const MEETING: f64 = 1.33e-6;
 /// Seconds until activations are in shared memory, where they do not go to registers.
-const STAGING: f64 = 0.1e-6;
+const STAGING: f64 = 0.65e-6;
 /// Seconds from asking for a word to having it, under load.
-const LATENCY: f64 = 0.93e-6;
+const LATENCY: f64 = 0.6e-6;
 /// Share of an SM's issue slots that many warps can fill; and the number of warps that fill 1 - 1/e of that, if each decodes
 /// one tile at a time.
-const ISSUE: (f64, f64) = (0.851, 3.96);
+const ISSUE: (f64, f64) = (0.903, 3.63);
 /// Seconds that each warp of an SM takes at the beginning and at the end.
-const WARP: f64 = 0.043e-6;
+const WARP: f64 = 0.022e-6;
 /// Seconds that each doubling of the steps in flight takes at the beginning.
-const AHEAD: f64 = 0.089e-6;
+const AHEAD: f64 = 0.021e-6;
 /// Seconds that an instruction of a step takes to come in, which is straight-line code.
-const CODE: f64 = 0.22e-9;
+const CODE: f64 = 0.4e-9;
 /// Seconds of a beginning that a kernel saves whose blocks all find idle SMs while the one before runs.
-const ROOM: f64 = 0.71e-6;
+const ROOM: f64 = 0.83e-6;
 /// How much longer decoding takes with more than two steps in flight: their code and registers are many.
-const CROWDED: f64 = 1.05;
+const CROWDED: f64 = 1.055;
+/// How much longer it takes where only the words of the next step are in flight, and there are several.
+const HASTY: f64 = 1.035;
 /// Cycles that a warp's addition to shared memory takes an SM.
 const ATOMIC: f64 = 1.5;
 /// Bytes of tables that an SM writes in a cycle at the start.
-const FILL: f64 = 237.0;
+const FILL: f64 = 148.0;
 /// Seconds of each further round of loads of tables.
-const FILL_ROUND: f64 = 0.09e-6;
+const FILL_ROUND: f64 = 0.087e-6;
 /// Decoding and reading take longer than the longer of both, as sums with this exponent do.
-const TOGETHER: f64 = 5.1;
+const TOGETHER: f64 = 3.71;
 /// Share of the peak bandwidth that reading can reach.
 const BANDWIDTH: f64 = 0.9;
 
@@ -196,8 +198,12 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let lookups = tiles * cost.lookup;
     // A scheduler has one of every four warps; the one that has most is the last.
     let uneven = f64::from(launch.warps.next_multiple_of(4)) / f64::from(launch.warps);
-    let crowded = if launch.ahead > 2 { CROWDED } else { 1.0 };
-    let issue = crowded * (alu.max(slots) * uneven).max(lookups) / (share * device.clock);
+    let pace = match launch.ahead {
+        1 if plan.resident && all >= 3 => HASTY,
+        1 | 2 => 1.0,
+        _ => CROWDED,
+    };
+    let issue = pace * (alu.max(slots) * uneven).max(lookups) / (share * device.clock);
     let memory = bytes / bandwidth;
     let rounds: u32 = tables.stores.iter().map(|s| s.div_ceil(threads).div_ceil(decode::FILL)).sum();
     let rounds = f64::from(rounds.saturating_sub(1));

@@ -23,10 +23,10 @@
 //!
 //! **Lanes.** A value is *cluster-uniform*, *block-uniform*, *warp-uniform* or *divergent* (see `validate`).
 //! [`Stmt::ClusterBarrier`] stands only under cluster-uniform control flow; [`Stmt::Barrier`], [`Stmt::MmaGroup`] and
-//! [`Stmt::GroupWait`] only under block-uniform; [`Op::Shuffle`], [`Op::LoadMatrix`] and [`Op::MmaI8`] only under warp-uniform. Threads of a block
-//! may see each other's shared writes only across a barrier (or, within a warp, [`Stmt::WarpSync`]); the interpreter
-//! reports a race otherwise. Blocks of a cluster may see each other's global writes across a cluster barrier. Clusters run
-//! in any order and meet only in atomics.
+//! [`Stmt::GroupWait`] only under block-uniform; [`Op::Shuffle`], [`Op::LoadMatrix`] and [`Op::MmaI8`] only under
+//! warp-uniform. Threads of a block may see each other's shared writes only across a barrier (or, within a warp,
+//! [`Stmt::WarpSync`]); the interpreter reports a race otherwise. Blocks of a cluster may see each other's global
+//! writes across a cluster barrier. Clusters run in any order and meet only in atomics.
 //!
 //! The validator accepts ⇒ the printer does not fail, and the interpreter fails only on bad data
 //! (an index out of bounds, an overflow, a race), with the place.

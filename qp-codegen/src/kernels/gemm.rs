@@ -154,8 +154,8 @@ impl Plan {
 /// Makes the kernel; its parameters are those of [`super::gemv::lower`].
 ///
 /// # Panics
-/// For launches that are none: groups of other than whole four warps, columns split over blocks whose warps take row tiles several times, more blocks than row
-/// tiles.
+/// For launches that are none: groups of other than whole four warps, columns split over blocks whose warps take row
+/// tiles several times, more blocks than row tiles.
 pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
     assert!((1..=MAX_BATCH).contains(&op.batch), "batch");
     let plan = Plan::new(op, launch);

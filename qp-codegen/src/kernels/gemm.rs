@@ -99,9 +99,7 @@ pub(super) struct Plan {
     /// Times that the warps take row tiles, in the block that has most.
     pub(super) rounds: u32,
     /// Columns of a chunk, in units of a cell's.
-    pub(super) chunk_units: u32,
-    /// Cells of the same columns in shared memory: planes, and what fills up the last product.
-    planes: u32,
+    chunk_units: u32,
 }
 
 impl Plan {
@@ -119,7 +117,6 @@ impl Plan {
             chunks: layout.col_tiles().div_ceil(tiles).div_ceil(launch.split),
             rounds: layout.row_tiles().div_ceil(launch.blocks).div_ceil(launch.row_warps * launch.row_tiles),
             chunk_units,
-            planes,
             layout,
         }
     }
@@ -139,9 +136,14 @@ impl Plan {
         self.accumulators(launch) * launch.row_warps * 128
     }
 
+    /// Cells of the same columns in shared memory: planes, and what fills up the last product.
+    pub(super) fn planes(&self) -> u32 {
+        self.groups * 8
+    }
+
     /// Cells of a staged chunk.
-    fn stage_cells(&self) -> u32 {
-        self.chunk_units * self.planes
+    pub(super) fn stage_cells(&self) -> u32 {
+        self.chunk_units * self.planes()
     }
 
     /// Bytes of shared memory beside the tables.
@@ -376,10 +378,10 @@ impl<'b, 'a> Emit<'b, 'a> {
             for round in 0..cells.div_ceil(threads) {
                 let cell = self.thread + round * threads;
                 let copy = || {
-                    let (unit, plane) = divide(b, cell, plan.planes);
+                    let (unit, plane) = divide(b, cell, plan.planes());
                     // Planes that fill up the last product repeat the last token's; their sums are not read.
                     let plane = self.first_token * 2 + plane;
-                    let whole = plan.planes == all && self.launch.token_parts == 1;
+                    let whole = plan.planes() == all && self.launch.token_parts == 1;
                     let plane = if whole { plane } else { plane.min(all - 1) };
                     let unit = first + unit;
                     let copy = || b.async_copy(self.staged, slot + cell, self.operands.x, unit * all + plane, 16);
@@ -404,9 +406,9 @@ impl<'b, 'a> Emit<'b, 'a> {
             .map(|tiles| tiles.iter().map(|t| flatten(&t.iter().map(|&v| b.get(v)).collect::<Vec<_>>())).collect())
             .collect();
         let codes = plan.layout.lane_words.len();
-        let tile_units = plan.layout.tile.cols / 16;
+        let tile_units = plan.layout.tile.cols / CELL;
         let group = i * self.launch.col_warps + self.col_warp;
-        let first = slot + group * (codes as u32 * tile_units * plan.planes);
+        let first = slot + group * (codes as u32 * tile_units * plan.planes());
         if !self.launch.group {
             self.fetch(next, 0, words);
             return self.multiply_by_warps(&current, first, acc);
@@ -421,7 +423,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                         b.warp_sync();
                     }
                 };
-                self.multiply_by_groups(tile, m as u32, first + code as u32 * tile_units * plan.planes, acc, decoded);
+                self.multiply_by_groups(tile, m as u32, first + code as u32 * tile_units * plan.planes(), acc, decoded);
             }
         }
     }
@@ -430,10 +432,10 @@ impl<'b, 'a> Emit<'b, 'a> {
     fn multiply_by_warps(&self, words: &[Vec<Vec<V<'b>>>], first: V<'b>, acc: &[Var]) {
         let (b, plan) = (self.b, self.plan);
         let mut sums: Vec<V> = acc.iter().map(|&v| b.get(v)).collect();
-        let tile_units = plan.layout.tile.cols / 16;
+        let tile_units = plan.layout.tile.cols / CELL;
         // Lane 8j + i names row i of matrix j: of planes 0 to 8 the first 16 columns, the second, of planes 8 to 16 …
         let plane = (self.lane & 7) + (self.lane >> 4) * 8;
-        let first = (first + plane + ((self.lane >> 3) & 1) * plan.planes) * 4;
+        let first = (first + plane + ((self.lane >> 3) & 1) * plan.planes()) * 4;
         for code in 0..plan.layout.lane_words.len() as u32 {
             let decoder = &self.operands.decoder;
             let tiles: Vec<Vec<Register>> =
@@ -441,7 +443,7 @@ impl<'b, 'a> Emit<'b, 'a> {
             for kt in 0..tile_units / 2 {
                 for pair in (0..plan.groups).step_by(2) {
                     let two = pair + 1 < plan.groups;
-                    let at = first + 4 * ((code * tile_units + kt * 2) * plan.planes + pair * 8);
+                    let at = first + 4 * ((code * tile_units + kt * 2) * plan.planes() + pair * 8);
                     let x = b.load_matrix(self.staged, at, if two { 4 } else { 2 }).lanes();
                     for (group, x) in (pair..).zip(x.chunks_exact(2)) {
                         self.multiply(&tiles, kt, group, [x[0], x[1]], &mut sums);
@@ -456,17 +458,9 @@ impl<'b, 'a> Emit<'b, 'a> {
 
     /// Decodes row tile `m` piece by piece, and multiplies each with all planes, which lie at `first`, while the next is
     /// decoded. After the last has been, does `decoded`.
-    fn multiply_by_groups(
-        &self,
-        mut tile: Steps<'_, 'b, '_>,
-        m: u32,
-        first: V<'b>,
-        acc: &[Var],
-        decoded: impl FnOnce(),
-    ) {
+    fn multiply_by_groups(&self, mut tile: Steps<'_, 'b, '_>, m: u32, first: V<'b>, acc: &[Var], decoded: impl Fn()) {
         let (b, plan) = (self.b, self.plan);
         let (parts, across) = (plan.layout.row_parts(), plan.layout.tile.cols / 32);
-        let mut decoded = Some(decoded);
         for (part, kt) in (0..parts).flat_map(|part| (0..across).step_by(PIECE as usize).map(move |kt| (part, kt))) {
             let end = (kt + PIECE).min(across);
             let mut operands = |kt: u32| {
@@ -475,13 +469,13 @@ impl<'b, 'a> Emit<'b, 'a> {
             };
             let steps: Vec<_> = (kt..end).map(&mut operands).collect();
             if (part + 1, end) == (parts, across) {
-                decoded.take().into_iter().for_each(|decoded| decoded());
+                decoded();
             }
             for product in 0..plan.products as usize {
                 let a: Vec<[V; 4]> = steps.iter().map(|s| s[product].1).collect();
                 let sums: Vec<Var> = (0..plan.groups).map(|group| acc[self.slot(m, part, group) + product]).collect();
-                let at = first + kt * 2 * plan.planes;
-                b.mma_group(steps[0][product].0, &a, &sums, self.staged, at, plan.planes);
+                let at = first + kt * 2 * plan.planes();
+                b.mma_group(steps[0][product].0, &a, &sums, self.staged, at, plan.planes());
             }
             // Of the piece before, the registers are free.
             b.group_wait(plan.products);
@@ -509,27 +503,7 @@ impl<'b, 'a> Emit<'b, 'a> {
     fn finish(&self, round: V<'b>, acc: &[Var]) {
         let (b, plan, launch) = (self.b, self.plan, self.launch);
         let Some((sums, first)) = self.sums else {
-            self.busy(round, || {
-                let parts = (0..launch.row_tiles).flat_map(|m| (0..plan.layout.row_parts()).map(move |part| (m, part)));
-                let rows: Vec<(u32, u32, Rows)> = parts
-                    .map(|(m, part)| (m, part, self.rows_of(self.row_tile(round, m), b.i32(part as i32))))
-                    .collect();
-                let groups: Vec<u32> = (0..plan.tokens.div_ceil(4)).collect();
-                for groups in groups.chunks(SCALES) {
-                    let load = |&group: &u32| {
-                        let token = self.token_of(b.i32(group as i32));
-                        let before: Vec<_> = rows.iter().map(|(_, _, rows)| self.before(rows, &token)).collect();
-                        (group, token, before)
-                    };
-                    for (group, token, before) in groups.iter().map(load).collect::<Vec<_>>() {
-                        for ((m, part, rows), before) in rows.iter().zip(before) {
-                            let slot = self.slot(*m, *part, group);
-                            let sums = acc[slot..][..plan.products as usize].iter().map(|&v| b.get(v).lanes());
-                            self.write(rows, &token, before, &sums.collect::<Vec<_>>());
-                        }
-                    }
-                }
-            });
+            self.busy(round, || self.write_own(round, acc));
             return self.clear(acc);
         };
         // An accumulator's components lie apart, the lanes side by side.
@@ -570,6 +544,29 @@ impl<'b, 'a> Emit<'b, 'a> {
             write();
         } else {
             self.operands.when_all_arrived(self.place, launch.split, self.thread, write);
+        }
+    }
+
+    /// Writes the results of the warp's row tiles of a round from its own sums.
+    fn write_own(&self, round: V<'b>, acc: &[Var]) {
+        let (b, plan) = (self.b, self.plan);
+        let parts = (0..self.launch.row_tiles).flat_map(|m| (0..plan.layout.row_parts()).map(move |part| (m, part)));
+        let rows: Vec<(u32, u32, Rows)> =
+            parts.map(|(m, part)| (m, part, self.rows_of(self.row_tile(round, m), b.i32(part as i32)))).collect();
+        let groups: Vec<u32> = (0..plan.tokens.div_ceil(4)).collect();
+        for groups in groups.chunks(SCALES) {
+            let load = |&group: &u32| {
+                let token = self.token_of(b.i32(group as i32));
+                let before: Vec<_> = rows.iter().map(|(_, _, rows)| self.before(rows, &token)).collect();
+                (group, token, before)
+            };
+            for (group, token, before) in groups.iter().map(load).collect::<Vec<_>>() {
+                for ((m, part, rows), before) in rows.iter().zip(before) {
+                    let slot = self.slot(*m, *part, group);
+                    let sums = acc[slot..][..plan.products as usize].iter().map(|&v| b.get(v).lanes());
+                    self.write(rows, &token, before, &sums.collect::<Vec<_>>());
+                }
+            }
         }
     }
 

@@ -564,16 +564,15 @@ impl<'b, 'a> Emit<'b, 'a> {
     fn scaling(&self, i: V<'b>) -> Scaling<'b> {
         let (plan, batch) = (self.plan, self.op.batch);
         let rows = self.rows * plan.layout.tile.rows;
-        let by_row = plan.own_sums || self.launch.split > 1;
-        let (row, token, exists) = if by_row || batch == 1 {
+        // Where there is none, that of another.
+        let (row, token, exists) = if plan.own_sums || self.launch.split > 1 || batch == 1 {
             let (row, token) = divide(self.b, i, batch);
             (row, token, row.lt(rows))
         } else {
             let (token, row) = divide(self.b, i, plan.most_rows);
-            (row, token, row.lt(rows) & token.lt(batch))
+            (row, token.min(batch - 1), row.lt(rows) & token.lt(batch))
         };
-        // Where there is none, that of another.
-        let (row, token) = (row.min(rows - 1), if by_row || batch == 1 { token } else { token.min(batch - 1) });
+        let row = row.min(rows - 1);
         let global = self.first_row * plan.layout.tile.rows + row;
         let (row_scale, token_scale) = (self.operands.row_scale(global), self.operands.token_scale(token));
         Scaling { exists, row, token, row_scale, token_scale, before: self.operands.before(global, token, exists) }

@@ -216,7 +216,7 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let work = (memory.powf(TOGETHER) + issue.powf(TOGETHER)).powf(1.0 / TOGETHER);
     let warps = WARP * f64::from(blocks * launch.warps);
     let ahead = AHEAD * f64::from(launch.ahead).log2();
-    let copies = if plan.resident { plan.buffers.min(rows * plan.per_warp / plan.depth) } else { 1 };
+    let copies = if plan.resident { plan.buffers.min(all) } else { 1 };
     let of_tile = cost.alu + cost.multiply + cost.lookup / 2.5 + products + 12.0;
     let code = CODE * f64::from(copies * plan.depth) * of_tile;
     let room = ROOM * (f64::from(device.sms.saturating_sub(grid)) / f64::from(grid)).min(1.0);
@@ -373,11 +373,11 @@ fn estimate_gemm(op: &Gemv, launch: &gemm::Launch, device: &Device, tables: &Tab
     let products = kt * f64::from(plan.layout.row_parts() * plan.products);
     // An operand of activations is two passes through shared memory, and half an instruction.
     let fragments = if launch.group { 0.0 } else { kt / f64::from(launch.row_tiles) };
-    let staged = f64::from(per_sm * plan.rounds * plan.chunks) * f64::from(plan.chunk_units * plan.groups * 8 * 16);
+    let staged = f64::from(per_sm * plan.rounds * plan.chunks) * f64::from(plan.stage_cells() * 16);
     // What a product of four warps takes the tensor cores does not fall below that of 32 planes.
     let (issued, tensor, read) = if launch.group {
         let steps = products / f64::from(plan.groups);
-        let planes = f64::from(plan.groups * 8);
+        let planes = f64::from(plan.planes());
         let tensor = tiles / 4.0 * steps * planes.max(32.0) * 64.0 * 32.0 / device.group_products;
         (steps, tensor, tiles / 4.0 * steps * planes / 4.0)
     } else {

@@ -1,63 +1,136 @@
 //! The integers that every encoder compares: distances from weights to entries.
 //!
-//! An encoder looks for the windows that lie closest to a block of weights. What it adds up and compares are 32-bit
-//! integers, so the CPU's vector instructions, the interpreter and every GPU choose the same windows; among equal ones
-//! the smallest wins (`docs/decisions/encoder.md`).
+//! An encoder looks for the windows that lie closest to a block of weights. What it adds up and compares are integers, so
+//! the CPU's vector instructions, the interpreter and every GPU choose the same windows; among equal ones the smallest wins
+//! (`docs/decisions/encoder.md`).
 //!
-//! A weight x, in units of the source, becomes a point `p = x / unit - offset` among the entries, rounded to a grid of
-//! `2^-(f + 1)` and kept as the 16-bit number `n = -2^(f + 1) p`. The metric of an entry c of V components is then
-//!
-//! ```text
-//! (2^f |c|² + Σ n_i c_i) >> shift   =   2^(f - shift) (|c - p|² - |p|²),   rounded down.
-//! ```
+//! Along a trellis they are 16-bit costs, [`Metric`]; where every step is coded alone, 32-bit distances, [`Nearest`]. In both
+//! a weight x, in units of the source, is a point `p = x / unit - offset` among the entries.
+
+use half::f16;
 
 use crate::spec::{Code, Value};
 
-/// No sum of metrics along a path is larger than this, in magnitude.
-pub const LARGEST_COST: i32 = 1 << 29;
+/// Before every so many steps of a block, counted from its first, the least cost of a state is taken off all of them.
+pub const REBASE: u32 = 4;
 
-/// More than the cost of any path, and small enough that a path's cost may be added to it.
-pub const UNREACHABLE: i32 = 1 << 30;
-
-/// How a code's weights and entries become metrics.
+/// How weights and entries of a trellis code become costs.
+///
+/// Points and entries are half-precision numbers in units of 2^-`exponent` entries. The metric of an entry is the sum over
+/// its components of the **bits** of their squared distance, rounded to half precision: below 2^-13 these bits are the
+/// square's count of 2^-24, above they grow with its logarithm, so no sum of a few steps leaves 16 bits and a far entry
+/// still costs less than a farther one. A code's distortion is 4 to 64 such counts, so rounding costs it a few tenths of a
+/// percent at most.
+///
+/// The cost of a state is `min(limit, least over its predecessors of their cost + metric)`. After each step whose number in the
+/// block is a multiple of [`REBASE`] the least cost *before* that step is taken off.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Metric {
+    /// An entry c is `c · 2^exponent` as half-precision number.
+    pub exponent: i32,
+    /// No cost is larger. That of a state which no path has reached; with a metric added it stays below 2^16.
+    pub limit: u16,
+    unit: f32,
+    offset: f32,
+    /// Points are kept within this distance of 0.
+    reach: f32,
+    /// Points are multiples of it, so that differences are exact in single precision.
+    grid: f32,
+}
+
+/// Most that a step's metric may be.
+const MOST_METRIC: u32 = 45000;
+
+impl Metric {
+    /// For a trellis `code`; of its tables, only the largest value of 16-bit ones matters.
+    pub fn new(code: &Code) -> Metric {
+        let largest = match code.value {
+            Value::I8 => -f64::from(code.value.range().0),
+            Value::I16 => f64::from(code.decode.largest_entry(code.value, &code.tables)),
+        };
+        // Beyond the largest entry it should still matter which one is taken.
+        let reach = 1.25 * largest;
+        let bits: u32 = code.steps.iter().sum();
+        let rate = f64::from(bits) / (code.steps.len() as f64 * f64::from(code.vector));
+        // log2 of the source's deviation: at the bound, 2^(-2 rate), 2^4 counts of 2^-24; but where these are not
+        // proportional any more, from 2^11 on, errors should be rare, so 2^2 will do.
+        let deviation = (rate - 10.0).min((rate - 11.0).max(-6.0));
+        let wanted = (f64::from(code.unit).log2() + deviation).ceil() as i32;
+        // The farthest that a point is from an entry must leave enough of 16 bits to costs.
+        let most = |exponent: i32| {
+            let far = f16::from_f64((reach + largest) * f64::from(exponent).exp2()).to_f64();
+            let bits = f16::from_f64(far * far).to_bits();
+            if bits < f16::INFINITY.to_bits() { u32::from(bits) * code.vector } else { u32::MAX }
+        };
+        let exponent = (i32::MIN..=wanted).rev().find(|&e| most(e) <= MOST_METRIC).expect("a small scale fits");
+        let limit = (u32::from(u16::MAX) - most(exponent)).min(i16::MAX as u32) as u16;
+        let span = (reach + largest) * f64::from(exponent).exp2();
+        let grid = (span.log2().ceil() - 24.0).exp2() as f32;
+        let offset = if code.half_offset { 0.5 } else { 0.0 };
+        Metric { exponent, limit, unit: code.unit, offset, reach: reach as f32, grid }
+    }
+
+    /// The point of a finite weight `x`.
+    pub fn weight(&self, x: f32) -> f16 {
+        let p = (x / self.unit - self.offset).clamp(-self.reach, self.reach);
+        f16::from_f32((p * (self.exponent as f32).exp2() / self.grid).round_ties_even() * self.grid)
+    }
+
+    /// A component of an entry.
+    pub fn entry(&self, c: i16) -> f16 {
+        f16::from_f32(f32::from(c) * (self.exponent as f32).exp2())
+    }
+
+    /// The metric of one component.
+    pub fn component(&self, point: f16, entry: f16) -> u16 {
+        // Both are multiples of the grid, and their difference has 24 bits at most: rounded once. So is the square.
+        let apart = f16::from_f32(point.to_f32() - entry.to_f32()).to_f32();
+        f16::from_f32(apart * apart).to_bits()
+    }
+
+    /// The metric of an entry.
+    pub fn branch(&self, points: &[f16], entry: &[f16]) -> u16 {
+        points.iter().zip(entry).map(|(&p, &c)| self.component(p, c)).sum()
+    }
+}
+
+/// How weights and entries of a code without memory become distances.
+///
+/// A point is rounded to a grid of `2^-(f + 1)` and kept as the 16-bit number `n = -2^(f + 1) p`. The distance of an entry c of
+/// V components is then
+///
+/// ```text
+/// 2^f |c|² + Σ n_i c_i   =   2^f (|c - p|² - |p|²).
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Nearest {
     /// f: a point's grid has 2^(f + 1) steps between two entries. Never negative for 8-bit entries.
     pub fraction: i32,
-    /// Bits by which metrics are shifted right.
-    pub shift: u32,
     unit: f32,
     offset: f32,
     /// Points are kept within this distance of 0: twice the largest entry, or what 16 bits allow.
     reach: f32,
 }
 
-impl Metric {
-    /// For paths of `steps` steps of `code`. Of its tables, only the largest value of 16-bit ones matters.
-    pub fn new(code: &Code, steps: u32) -> Metric {
+impl Nearest {
+    /// For `code`; of its tables, only the largest value of 16-bit ones matters.
+    pub fn new(code: &Code) -> Nearest {
         let (least, largest) = match code.value {
             Value::I8 => (0, -f64::from(code.value.range().0)),
             Value::I16 => (-24, f64::from(code.decode.largest_entry(code.value, &code.tables))),
         };
         let reach = (2.0 * largest).min(f64::from(i16::MAX));
-        let vector = f64::from(code.vector);
-        // Of a branch, for f = 0: |c|² + 2 |p||c|.
-        let branch = vector * largest * (largest + 2.0 * reach);
-        // A 1024th of the source's deviation is fine enough for codes whose metrics add up, see the decision; nearest
-        // entries alone can afford more.
-        let wanted = if code.is_memoryless() { 4096.0 } else { 1024.0 };
+        // Of an entry, for f = 0: |c|² + 2 |p||c|.
+        let distance = f64::from(code.vector) * largest * (largest + 2.0 * reach);
         let fits = |f: i32| {
             reach * f64::from(f + 1).exp2() <= f64::from(i16::MAX)
-                && branch * f64::from(f).exp2() <= f64::from(UNREACHABLE)
+                && distance * f64::from(f).exp2() <= f64::from(1 << 30)
         };
-        let most = (wanted * f64::from(code.unit) / 2.0).log2().floor() as i32;
+        // A 4096th of the source's deviation is fine enough.
+        let most = (4096.0 * f64::from(code.unit) / 2.0).log2().floor() as i32;
         let fraction = (least + 1..=most).rev().find(|&f| fits(f)).unwrap_or(least);
-        let branch = branch * f64::from(fraction).exp2() + 1.0;
-        let total = branch * f64::from(steps);
-        let shift = (total / f64::from(LARGEST_COST)).log2().ceil().max(0.0) as u32;
-        let shift = if code.is_memoryless() { 0 } else { shift };
         let offset = if code.half_offset { 0.5 } else { 0.0 };
-        Metric { fraction, shift, unit: code.unit, offset, reach: reach as f32 }
+        Nearest { fraction, unit: code.unit, offset, reach: reach as f32 }
     }
 
     /// n of a finite weight `x`.
@@ -76,10 +149,9 @@ impl Metric {
         scaled as i32
     }
 
-    /// The metric of `entry`, whose [`Metric::energy`] is `energy`, for the weights that became `n`.
-    pub fn branch(&self, n: &[i16], entry: &[i16], energy: i32) -> i32 {
-        let product: i32 = n.iter().zip(entry).map(|(&n, &c)| i32::from(n) * i32::from(c)).sum();
-        (energy + product) >> self.shift
+    /// The distance of `entry`, whose [`Nearest::energy`] is `energy`, from the weights that became `n`.
+    pub fn distance(&self, n: &[i16], entry: &[i16], energy: i32) -> i32 {
+        energy + n.iter().zip(entry).map(|(&n, &c)| i32::from(n) * i32::from(c)).sum::<i32>()
     }
 }
 
@@ -101,56 +173,82 @@ mod tests {
         let mut sparse = wide.clone();
         sparse.unit = 1.0 / 32.0;
         sparse.tables.iter_mut().for_each(|t| t.values = vec![-150; (t.entries * sparse.vector) as usize]);
-        assert_eq!(Metric::new(&sparse, 128).fraction, 4);
+        assert_eq!(Nearest::new(&sparse).fraction, 5);
         let mut coarse = wide.clone();
         (coarse.value, coarse.unit) = (Value::I8, 1.0);
-        codes.extend([wide, coarse, sparse]);
+        let mut fine = wide.clone();
+        (fine.steps, fine.vector) = (vec![14], 1);
+        codes.extend([wide, coarse, sparse, fine]);
         codes
     }
 
+    fn largest(code: &Code) -> i32 {
+        match code.value {
+            Value::I8 => -code.value.range().0,
+            Value::I16 => code.decode.largest_entry(code.value, &code.tables),
+        }
+    }
+
     #[test]
-    fn no_path_overflows_and_no_weight_is_cut() {
+    fn no_sum_overflows_and_no_weight_is_cut() {
         for code in codes() {
+            let most = largest(&code);
             let (low, high) = code.value.range();
-            let most = match code.value {
-                Value::I8 => -low,
-                Value::I16 => code.decode.largest_entry(code.value, &code.tables),
-            };
-            for steps in [1, 128, 1024, 65536] {
-                for largest in [1, most / 3, -most] {
-                    let m = Metric::new(&code, steps);
-                    for x in [f32::MAX, -f32::MAX, f32::from(largest as i16) * code.unit, 0.0] {
-                        let n = vec![m.weight(x); code.vector as usize];
-                        assert!(n[0] > i16::MIN);
-                        for c in [largest, (-largest).clamp(low, high), 0] {
-                            let entry = vec![c as i16; code.vector as usize];
-                            let square = entry.iter().map(|&c| i64::from(c) * i64::from(c)).sum::<i64>();
-                            let energy = m.energy(&entry);
-                            let exact = square as f64 * f64::from(m.fraction).exp2();
-                            assert!((f64::from(energy) - exact).abs() <= 0.5, "{energy} is not {exact}");
-                            let branch = i64::from(m.branch(&n, &entry, energy)).abs();
-                            let paths = if code.is_memoryless() { 1 } else { i64::from(steps) };
-                            let bound = if code.is_memoryless() { i32::MAX } else { LARGEST_COST };
-                            assert!(branch * paths <= i64::from(bound), "{:?} {steps} {branch}", m);
-                        }
-                    }
+            let entries = [most, most / 3, 1, 0, -1, -most].map(|c| c.clamp(low, high) as i16);
+            let (m, nearest) = (Metric::new(&code), Nearest::new(&code));
+            for x in [f32::MAX, -f32::MAX, most as f32 * code.unit, 0.3, 0.0] {
+                let (n, p) = (nearest.weight(x), m.weight(x));
+                assert!(n > i16::MIN && p.is_finite(), "{code:?}");
+                for c in entries {
+                    let v = code.vector as usize;
+                    let metric = m.branch(&vec![p; v], &vec![m.entry(c); v]);
+                    assert!(u32::from(metric) + u32::from(m.limit) <= 65535, "{m:?}: {metric}");
+                    let (n, entry) = (vec![n; v], vec![c; v]);
+                    let energy = nearest.energy(&entry);
+                    let square = (i64::from(c) * i64::from(c)) as f64 * v as f64;
+                    assert!((f64::from(energy) - square * f64::from(nearest.fraction).exp2()).abs() <= 0.5);
+                    let product: i64 = n.iter().zip(&entry).map(|(&n, &c)| i64::from(n) * i64::from(c)).sum();
+                    assert_eq!(i64::from(nearest.distance(&n, &entry, energy)), i64::from(energy) + product);
                 }
             }
+            assert!(m.limit > 16384, "{m:?}");
         }
     }
 
     #[test]
     fn metrics_are_squared_distances() {
         let q = spec::resolve("tcq_3").expect("of the palette");
-        let code = &q.codes[0];
-        let m = Metric::new(code, code.steps_per_block());
-        assert_eq!((m.fraction, m.shift), (4, 0));
-        let (x, entry) = ([0.37f32, -1.21], [14i16, -60]);
-        let n = x.map(|x| m.weight(x));
-        let distance =
-            |c: [f64; 2]| x.iter().zip(c).map(|(&x, c)| (f64::from(x) * 32.0 - 0.5 - c).powi(2)).sum::<f64>();
-        let exact = (distance(entry.map(f64::from)) - distance([0.0; 2])) * 16.0;
-        let metric = f64::from(m.branch(&n, &entry, m.energy(&entry)));
-        assert!((metric - exact).abs() <= 0.5 * (14.0 + 60.0), "{metric} {exact}");
+        let m = Metric::new(&q.codes[0]);
+        // 3 bits, entries in 32nds: 2^-12.
+        assert_eq!(m.exponent, -12);
+        let (x, entry) = ([0.37f32, -1.21], [10i16, -40]);
+        let distance: f32 = x.iter().zip(entry).map(|(&x, c)| (x * 32.0 - 0.5 - f32::from(c)).powi(2)).sum();
+        // A count is 2^-24 of a square of entries that are multiples of 2^-12: one.
+        let metric = m.branch(&x.map(|x| m.weight(x)), &entry.map(|c| m.entry(c)));
+        assert!((f32::from(metric) - distance).abs() <= 1.1, "{metric} {distance}");
+    }
+
+    #[test]
+    fn farther_costs_more() {
+        let q = spec::resolve("fine_5").expect("of the palette");
+        let m = Metric::new(&q.codes[0]);
+        let p = m.weight(4.9);
+        let metrics: Vec<u16> = (-128..128).rev().map(|c| m.component(p, m.entry(c))).collect();
+        assert!(metrics.is_sorted() && metrics[255] > metrics[200] + 100, "{metrics:?}");
+    }
+
+    /// What the hardware does with half-precision numbers, in double precision.
+    #[test]
+    fn single_precision_rounds_once() {
+        for name in ["fine_1.5", "fine_2.5", "fine_5", "fast_3.5"] {
+            let code = &spec::resolve(name).expect("of the palette").codes[0];
+            let m = Metric::new(code);
+            for i in 0..4000u32 {
+                let p = m.weight((i.wrapping_mul(0x9E37_79B1) >> 8) as f32 / (1 << 21) as f32 - 4.0);
+                let c = m.entry((i % 256) as i16 - 128);
+                let apart = f16::from_f64(p.to_f64() - c.to_f64());
+                assert_eq!(m.component(p, c), f16::from_f64(apart.to_f64() * apart.to_f64()).to_bits());
+            }
+        }
     }
 }

@@ -48,6 +48,10 @@ static unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
     for (int i = 0; i < 4; ++i) y |= (unsigned)(x >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
     return y;
 }
+static unsigned __viaddmin_u16x2(unsigned a, unsigned b, unsigned c) {
+    const unsigned low = (a + b) & 0xffff, high = ((a >> 16) + (b >> 16)) & 0xffff;
+    return min(low, c & 0xffff) | min(high, c >> 16) << 16;
+}
 static int __dp2a_lo(int a, int b, int c) {
     return c + (short)a * (signed char)b + (short)(a >> 16) * (signed char)(b >> 8);
 }
@@ -139,9 +143,10 @@ impl<'b> Writer<'b> {
             };
         }
         let (x, y) = (self.word(s, depth - 1), self.word(s, self.r.below(depth as usize) as u32));
-        match self.r.below(15) {
+        match self.r.below(16) {
             0 => x + y,
             1 => x - y,
+            14 => x.add_min(y, self.r.pick(&s.words)),
             2 => x * y,
             3 => x & y,
             4 => x | y,

@@ -100,6 +100,7 @@ impl Folder<'_> {
                         self.used(*v, User { repeats: true, ..user });
                     }
                 }
+                Stmt::Prefetch { src: _, index } => self.used(*index, user),
                 Stmt::AsyncCopy { dst: _, dst_index, src: _, src_index, bytes: _ } => {
                     self.used(*dst_index, user);
                     self.used(*src_index, user);
@@ -164,6 +165,8 @@ impl Folder<'_> {
             | Op::Permute { .. }
             | Op::Dot4 { .. }
             | Op::Dot2 { .. }
+            | Op::Halves(..)
+            | Op::AddMin(..)
             | Op::Vector(_)
             | Op::Get(_) => name.is_none() && !self.must_name[i],
         };

@@ -13,6 +13,7 @@ pub(super) enum Helper {
     ToBf16,
     RoundToI64,
     Permute,
+    Halves(HalvesOp),
     /// Indices into the tables of elements and cache modes below.
     Load {
         cache: u8,
@@ -24,6 +25,7 @@ pub(super) enum Helper {
         elem: u8,
         lanes: u8,
     },
+    Prefetch,
     CopyAsync {
         bytes: u8,
     },
@@ -78,6 +80,8 @@ impl Helper {
             Helper::ToBf16 => "qp_to_bf16".into(),
             Helper::RoundToI64 => "qp_round_to_i64".into(),
             Helper::Permute => "qp_permute".into(),
+            Helper::Halves(HalvesOp::Sub) => "qp_sub_halves".into(),
+            Helper::Halves(HalvesOp::Mul) => "qp_mul_halves".into(),
             Helper::Load { cache, coherent, elem, lanes } => {
                 let mode = match CACHES[cache as usize] {
                     Cache::Default => "",
@@ -88,6 +92,7 @@ impl Helper {
                 format!("qp_load_{mode}{coherent}{}", vector(elem, lanes))
             }
             Helper::Store { elem, lanes } => format!("qp_store_{}", vector(elem, lanes)),
+            Helper::Prefetch => "qp_prefetch".into(),
             Helper::CopyAsync { bytes } => format!("qp_copy_async_{bytes}"),
             Helper::LoadMatrix { lanes } => format!("qp_load_matrix_x{lanes}"),
             Helper::Mma { signed_a: true } => "qp_mma_s8".into(),
@@ -114,7 +119,9 @@ impl Helper {
             | Helper::ToBf16
             | Helper::RoundToI64
             | Helper::Permute
+            | Helper::Halves(_)
             | Helper::Store { .. }
+            | Helper::Prefetch
             | Helper::CopyAsync { .. }
             | Helper::LoadMatrix { .. }
             | Helper::Mma { .. }
@@ -153,10 +160,24 @@ impl Helper {
                 "unsigned y;\nasm(\"prmt.b32 %0, %1, %2, %3;\" : \"=r\"(y) : \"r\"(a), \"r\"(b), \"r\"(selector));\nreturn y;"
                     .into(),
             ),
+            Helper::Halves(op) => {
+                let name = match op {
+                    HalvesOp::Sub => "sub",
+                    HalvesOp::Mul => "mul",
+                };
+                let body = format!(
+                    "unsigned y;\nasm(\"{name}.rn.f16x2 %0, %1, %2;\" : \"=r\"(y) : \"r\"(a), \"r\"(b));\nreturn y;"
+                );
+                ("unsigned".into(), "unsigned a, unsigned b".into(), body)
+            }
             Helper::Load { cache, coherent, elem, lanes } => {
                 load(CACHES[cache as usize], coherent, ELEMS[elem as usize], lanes.into())
             }
             Helper::Store { elem, lanes } => store(ELEMS[elem as usize], lanes.into()),
+            Helper::Prefetch => {
+                let body = "asm volatile(\"prefetch.global.L2 [%0];\" :: \"l\"(at));";
+                ("void".into(), "const void* at".into(), body.into())
+            }
             Helper::CopyAsync { bytes } => {
                 // Only whole 16 bytes can pass by the L1 cache.
                 let level = if bytes == 16 { "cg" } else { "ca" };

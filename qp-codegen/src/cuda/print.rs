@@ -338,6 +338,12 @@ impl<'k, 'h> Printer<'k, 'h> {
             }
             Stmt::WarpSync => self.line("__syncwarp();"),
             Stmt::Fence => self.line("__threadfence();"),
+            Stmt::Prefetch { src, index } => {
+                let h = self.helper(Helper::Prefetch);
+                let index = self.expr(*index).within(Binds::Product);
+                let line = format!("{h}((const unsigned*){} + {index});", self.params[*src as usize]);
+                self.line(&line);
+            }
             Stmt::AsyncCopy { dst, dst_index, src, src_index, bytes } => {
                 let h = self.helper(Helper::CopyAsync { bytes: *bytes as u8 });
                 let scaled = |index: Expr| format!("{} * {bytes}", index.within(Binds::Product));
@@ -507,6 +513,11 @@ impl<'k, 'h> Printer<'k, 'h> {
                 let (a, b, acc) = (self.cast("int", *a).text, self.cast("int", *b).text, self.expr(*acc).text);
                 Expr::atom(format!("{name}({a}, {b}, {acc})"))
             }
+            Op::Halves(op, a, b) => {
+                let name = self.helper(Helper::Halves(*op));
+                self.args(&name, &[*a, *b])
+            }
+            Op::AddMin(a, b, c) => self.args("__viaddmin_u16x2", &[*a, *b, *c]),
             Op::Vector(parts) => self.args(&format!("make_{}", type_of(ty)), parts),
             Op::Extract(a, i) => {
                 let a = self.expr(*a).within(Binds::Atom);

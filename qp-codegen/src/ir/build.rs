@@ -342,6 +342,12 @@ impl Builder {
         self.push(Stmt::Fence);
     }
 
+    /// Asks for a line of a buffer; `index` in words.
+    pub fn prefetch(&self, src: Mem, index: V<'_>) {
+        let Mem::Global(src) = src else { panic!("of global memory") };
+        self.push(Stmt::Prefetch { src, index: index.val });
+    }
+
     /// Starts an asynchronous copy; indices in units of `bytes`.
     pub fn async_copy(&self, dst: Mem, dst_index: V<'_>, src: Mem, src_index: V<'_>, bytes: u32) {
         let (Mem::Shared(dst), Mem::Global(src)) = (dst, src) else { panic!("global to shared") };
@@ -545,6 +551,21 @@ impl<'b> V<'b> {
         self.b.emit(Op::Dot2 { a: self.val, b: b.val, high, acc: acc.val }, Type::I32)
     }
 
+    /// Differences of half-precision numbers, two in a word; see [`Op::Halves`].
+    pub fn sub_halves(self, b: V<'b>) -> V<'b> {
+        self.b.emit(Op::Halves(HalvesOp::Sub, self.val, b.val), Type::U32)
+    }
+
+    /// Products of half-precision numbers, two in a word.
+    pub fn mul_halves(self, b: V<'b>) -> V<'b> {
+        self.b.emit(Op::Halves(HalvesOp::Mul, self.val, b.val), Type::U32)
+    }
+
+    /// `min(self + b, c)` of two 16-bit numbers in a word; see [`Op::AddMin`].
+    pub fn add_min(self, b: V<'b>, c: V<'b>) -> V<'b> {
+        self.b.emit(Op::AddMin(self.val, b.val, c.val), Type::U32)
+    }
+
     /// Component `i`.
     pub fn lane(self, i: u32) -> V<'b> {
         if self.ty().lanes == 1 {
@@ -652,6 +673,7 @@ fn sweep(kernel: &mut Kernel) {
                     used[dst_index.0 as usize] = true;
                     used[src_index.0 as usize] = true;
                 }
+                Stmt::Prefetch { src: _, index } => used[index.0 as usize] = true,
                 Stmt::MmaGroup { signed_a: _, a, acc: _, mem: _, first, stride: _ } => {
                     a.iter().flatten().chain([&*first]).for_each(|v| used[v.0 as usize] = true);
                 }

@@ -242,6 +242,16 @@ pub enum BinaryOp {
     Max,
 }
 
+/// Operations on the two halves of words, each a half-precision number: PTX `f16x2`. Rounded to nearest even, numbers
+/// below the normal range are kept, a NaN is `0x7fff`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum HalvesOp {
+    /// Difference.
+    Sub,
+    /// Product.
+    Mul,
+}
+
 /// Comparisons; the result is `Bool`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CompareOp {
@@ -351,6 +361,11 @@ pub enum Op {
         /// `I32`.
         acc: Val,
     },
+    /// Of `U32`.
+    Halves(HalvesOp, Val, Val),
+    /// `min(a + b, c)` of the two unsigned 16-bit halves of words, each on its own and modulo 2^16: CUDA's
+    /// `__viaddmin_u16x2`, one instruction from `sm_90` on. All `U32`.
+    AddMin(Val, Val, Val),
     /// Makes a vector of 2 or 4 scalars.
     Vector(Vec<Val>),
     /// Component `i` of a vector.
@@ -417,10 +432,11 @@ impl Op {
         match self {
             Op::Const(_) | Op::Param(_) | Op::Special(_) | Op::LoopIndex | Op::Get(_) => {}
             Op::Unary(_, a) | Op::Convert(_, a) | Op::Bitcast(_, a) | Op::Extract(a, _) => f(*a),
-            Op::Binary(_, a, b) | Op::Compare(_, a, b) | Op::Permute { a, b, selector: _ } => {
+            Op::Binary(_, a, b) | Op::Compare(_, a, b) | Op::Halves(_, a, b) | Op::Permute { a, b, selector: _ } => {
                 [*a, *b].into_iter().for_each(f)
             }
             Op::Fma(a, b, c)
+            | Op::AddMin(a, b, c)
             | Op::Select(a, b, c)
             | Op::FunnelShr { lo: a, hi: b, shift: c }
             | Op::Dot4 { a, b, acc: c }
@@ -502,6 +518,14 @@ pub enum Stmt {
     WarpSync,
     /// Orders this thread's global writes before its later ones, for all blocks.
     Fence,
+    /// Asks for the line of global memory that holds a 32-bit word, so that the L2 cache has it when it is read: PTX
+    /// `prefetch.global.L2`. The word need not exist.
+    Prefetch {
+        /// Buffer parameter.
+        src: u32,
+        /// `I32`, in units of 4 bytes.
+        index: Val,
+    },
     /// Starts an asynchronous copy of `bytes` (4, 8 or 16) from global to shared memory. Indices in units of
     /// `bytes`.
     AsyncCopy {
@@ -577,6 +601,7 @@ impl Stmt {
             | Stmt::ClusterBarrier
             | Stmt::WarpSync
             | Stmt::Fence
+            | Stmt::Prefetch { .. }
             | Stmt::AsyncCopy { .. }
             | Stmt::AsyncCommit
             | Stmt::AsyncWait { .. }

@@ -28,6 +28,7 @@ pub fn statement(kernel: &Kernel, s: &Stmt) -> String {
         Stmt::ClusterBarrier => "cluster_barrier".into(),
         Stmt::WarpSync => "warp_sync".into(),
         Stmt::Fence => "fence".into(),
+        Stmt::Prefetch { src, index } => format!("prefetch {}[{}]", mem(Mem::Global(*src)), value(*index)),
         Stmt::AsyncCopy { dst, dst_index, src, src_index, bytes } => format!(
             "async_copy {}[{}] = {}[{}] bytes {bytes}",
             mem(Mem::Shared(*dst)),
@@ -90,6 +91,10 @@ fn operation(kernel: &Kernel, v: Val) -> String {
             format!("dot2 {}, {half} {} onto {}", value(a), value(b), value(acc))
         }
         Op::Dot4 { a, b, acc } => format!("dot4 {}, {} onto {}", value(a), value(b), value(acc)),
+        Op::Halves(op, a, b) => {
+            format!("{}_halves {}, {}", format!("{op:?}").to_lowercase(), value(a), value(b))
+        }
+        Op::AddMin(a, b, c) => format!("add_min {}, {}, {}", value(a), value(b), value(c)),
         Op::Vector(parts) => format!("vector {}", list(kernel, parts)),
         Op::Extract(a, i) => format!("extract {}.{i}", value(a)),
         Op::Load { mem, index, elem, lanes, cache } => format!(
@@ -267,6 +272,7 @@ fn block(f: &mut Formatter<'_>, kernel: &Kernel, stmts: &[Stmt], depth: usize) -
             | Stmt::ClusterBarrier
             | Stmt::WarpSync
             | Stmt::Fence
+            | Stmt::Prefetch { .. }
             | Stmt::AsyncCopy { .. }
             | Stmt::AsyncCommit
             | Stmt::AsyncWait { .. }

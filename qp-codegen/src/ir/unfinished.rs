@@ -65,6 +65,7 @@ impl Walk<'_> {
                 | Stmt::Store { .. }
                 | Stmt::WarpSync
                 | Stmt::Fence
+                | Stmt::Prefetch { .. }
                 | Stmt::AsyncCopy { .. }
                 | Stmt::AsyncCommit
                 | Stmt::AsyncWait { .. }

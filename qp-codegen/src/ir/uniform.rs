@@ -77,6 +77,7 @@ impl Uniformity {
                 | Stmt::ClusterBarrier
                 | Stmt::WarpSync
                 | Stmt::Fence
+                | Stmt::Prefetch { .. }
                 | Stmt::AsyncCopy { .. }
                 | Stmt::AsyncCommit
                 | Stmt::AsyncWait { .. }
@@ -139,6 +140,8 @@ impl Uniformity {
             | Op::Permute { .. }
             | Op::Dot4 { .. }
             | Op::Dot2 { .. }
+            | Op::Halves(..)
+            | Op::AddMin(..)
             | Op::Vector(_)
             | Op::Extract(..) => worst,
         }

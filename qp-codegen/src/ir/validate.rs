@@ -318,6 +318,11 @@ impl<'k> Validator<'k> {
                     self.set = before;
                     own.into_iter().for_each(|v| self.hide(v));
                 }
+                Stmt::Prefetch { src, index } => {
+                    let index = self.of(*index, Type::I32, "i32");
+                    let result = index.and_then(|()| self.memory(Mem::Global(*src), Elem::U32, 1));
+                    self.check(result);
+                }
                 Stmt::AsyncCopy { dst, dst_index, src, src_index, bytes } => {
                     let result = self.copy((*dst, *dst_index), (*src, *src_index), *bytes);
                     self.check(result);
@@ -490,6 +495,14 @@ impl<'k> Validator<'k> {
             Op::Permute { a, b, selector } => {
                 [a, b].into_iter().try_for_each(|v| self.of(*v, Type::U32, "u32"))?;
                 if *selector > 0xffff { Err(Invalid::Selector(*selector)) } else { Ok(Type::U32) }
+            }
+            Op::Halves(_, a, b) => {
+                [a, b].into_iter().try_for_each(|v| self.of(*v, Type::U32, "u32"))?;
+                Ok(Type::U32)
+            }
+            Op::AddMin(a, b, c) => {
+                [a, b, c].into_iter().try_for_each(|v| self.of(*v, Type::U32, "u32"))?;
+                Ok(Type::U32)
             }
             Op::Dot4 { a, b, acc } | Op::Dot2 { a, b, high: _, acc } => {
                 [a, b].into_iter().try_for_each(|v| self.of(*v, Type::U32, "u32"))?;
@@ -755,6 +768,7 @@ impl<'k> Validator<'k> {
                 | Stmt::Set(..)
                 | Stmt::Store { .. }
                 | Stmt::Fence
+                | Stmt::Prefetch { .. }
                 | Stmt::AsyncCopy { .. }
                 | Stmt::AsyncCommit
                 | Stmt::AsyncWait { .. }

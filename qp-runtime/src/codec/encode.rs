@@ -291,6 +291,21 @@ pub fn stream(code: &Code, windows: &[u32]) -> Vec<u32> {
     words
 }
 
+/// The windows, one a step, of a block's stream.
+pub fn windows_of(code: &Code, stream: &[u32]) -> Vec<u32> {
+    (0..code.steps_per_block()).map(|s| code.window_at(stream, s)).collect()
+}
+
+/// Makes the `windows` of a block those that its [`stream`] has. A search whose costs all reached their limit may have
+/// found a path whose ends do not meet.
+pub(super) fn close(code: &Code, windows: &mut [u32]) {
+    let (first, last) = (windows[0], windows[windows.len() - 1]);
+    let bits = code.step_bits(windows.len() as u32 - 1);
+    if first & qp_codegen::spec::mask(code.window - bits) != last >> bits {
+        windows.copy_from_slice(&windows_of(code, &stream(code, windows)));
+    }
+}
+
 /// [`Encoder::encode`] of one matrix.
 ///
 /// # Errors

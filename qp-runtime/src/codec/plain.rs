@@ -1,7 +1,8 @@
 //! The search of [`super::viterbi`] as a plain loop: one block, one state after the other, every decision kept. What
 //! the fast encoders are compared with, for their results and for their speed.
 
-use qp_codegen::metric::{Metric, UNREACHABLE};
+use half::f16;
+use qp_codegen::metric::{Metric, Nearest, REBASE};
 use qp_codegen::spec::Code;
 
 /// A code made ready to encode.
@@ -10,59 +11,86 @@ pub struct Plain<'c> {
     code: &'c Code,
     steps: usize,
     book: Vec<i16>,
-    energies: Vec<i32>,
-    metric: Metric,
 }
 
 impl<'c> Plain<'c> {
     /// Prepares `code`, whose tables must be filled, for streams of `weights` weights.
     pub fn with_length(code: &'c Code, weights: usize) -> Self {
-        let (book, steps) = (code.codebook(), weights / code.vector as usize);
-        let metric = Metric::new(code, steps as u32);
-        let energies = book.chunks_exact(code.vector as usize).map(|e| metric.energy(e)).collect();
-        Plain { code, steps, book, energies, metric }
+        Plain { code, steps: weights / code.vector as usize, book: code.codebook() }
     }
 
     /// The windows that [`super::viterbi::Trellis::encode`] finds for a block of finite weights.
     pub fn encode(&self, block: &[f32]) -> Vec<u32> {
-        let n: Vec<i16> = block.iter().map(|&x| self.metric.weight(x)).collect();
         if self.code.is_memoryless() {
-            let nearest = |s| (0..1u32 << self.code.window).min_by_key(|&w| self.branch(&n, s, w));
-            return (0..self.steps).map(|s| nearest(s).expect("a window")).collect();
+            return self.nearest(block);
         }
+        let metric = Metric::new(self.code);
+        let mut components = self.book.clone();
+        components.sort_unstable();
+        components.dedup();
+        let search = Search {
+            plain: self,
+            points: block.iter().map(|&x| metric.weight(x)).collect(),
+            ranks: self.book.iter().map(|c| components.binary_search(c).expect("a component")).collect(),
+            components: components.into_iter().map(|c| metric.entry(c)).collect(),
+            metric,
+        };
         let reach = self.code.reach(self.steps as u32) as usize;
-        let around = self.search(&n, self.steps - reach, (2 * reach).min(self.steps), None);
+        let around = search.run(self.steps - reach, (2 * reach).min(self.steps), None);
         let seam = around[reach % self.steps] & (self.states(0) - 1);
-        self.search(&n, 0, self.steps, Some(seam))
+        search.run(0, self.steps, Some(seam))
     }
 
-    fn branch(&self, n: &[i16], s: usize, w: u32) -> i32 {
-        let v = self.code.vector as usize;
-        self.metric.branch(&n[s * v..][..v], &self.book[w as usize * v..][..v], self.energies[w as usize])
+    fn nearest(&self, block: &[f32]) -> Vec<u32> {
+        let (nearest, v) = (Nearest::new(self.code), self.code.vector as usize);
+        let entries: Vec<(&[i16], i32)> = self.book.chunks_exact(v).map(|e| (e, nearest.energy(e))).collect();
+        let n: Vec<i16> = block.iter().map(|&x| nearest.weight(x)).collect();
+        let best = |n| (0..entries.len()).min_by_key(|&w| nearest.distance(n, entries[w].0, entries[w].1));
+        n.chunks_exact(v).map(|n| best(n).expect("a window") as u32).collect()
     }
 
     /// States before step `s`.
     fn states(&self, s: usize) -> u32 {
         1 << (self.code.window - self.code.step_bits(((s + self.steps - 1) % self.steps) as u32))
     }
+}
 
-    fn search(&self, n: &[i16], first: usize, count: usize, seam: Option<u32>) -> Vec<u32> {
-        let mut costs = vec![if seam.is_some() { UNREACHABLE } else { 0 }; self.states(first) as usize];
+/// The weights and entries of a trellis code as its metric takes them.
+struct Search<'p> {
+    plain: &'p Plain<'p>,
+    metric: Metric,
+    points: Vec<f16>,
+    /// All that there are, each once.
+    components: Vec<f16>,
+    /// For each window which components its entry has.
+    ranks: Vec<usize>,
+}
+
+impl Search<'_> {
+    /// The best path of `count` steps from step `first` on, through the state `seam` at both ends if there is one.
+    fn run(&self, first: usize, count: usize, seam: Option<u32>) -> Vec<u32> {
+        let (plain, code, v) = (self.plain, self.plain.code, self.plain.code.vector as usize);
+        let mut costs = vec![if seam.is_some() { self.metric.limit } else { 0 }; plain.states(first) as usize];
         seam.iter().for_each(|&o| costs[o as usize] = 0);
         let mut decisions: Vec<Vec<u32>> = vec![];
-        for s in (0..count).map(|i| (first + i) % self.steps) {
-            let bits = self.code.step_bits(s as u32);
-            let mask = self.states(s) - 1;
+        for s in (0..count).map(|i| (first + i) % plain.steps) {
+            let (bits, mask) = (code.step_bits(s as u32), plain.states(s) - 1);
+            let of_point = |&p| self.components.iter().map(|&c| self.metric.component(p, c)).collect();
+            let metrics: Vec<Vec<u16>> = self.points[s * v..][..v].iter().map(of_point).collect();
+            let least = costs.iter().min().expect("a state");
+            let less = if (s as u32).is_multiple_of(REBASE) { *least } else { 0 };
             let (mut next, mut chosen) = (vec![], vec![]);
-            for o in 0..1u32 << (self.code.window - bits) {
-                let mut best = (i32::MAX, 0);
+            for o in 0..1u32 << (code.window - bits) {
+                let mut best = (u16::MAX, o << bits);
                 for w in o << bits..(o + 1) << bits {
-                    let cost = costs[(w & mask) as usize] + self.branch(n, s, w);
+                    let ranks = &self.ranks[w as usize * v..][..v];
+                    let metric: u16 = metrics.iter().zip(ranks).map(|(m, &rank)| m[rank]).sum();
+                    let cost = costs[(w & mask) as usize] + metric;
                     if cost < best.0 {
                         best = (cost, w);
                     }
                 }
-                next.push(best.0);
+                next.push(best.0.min(self.metric.limit) - less);
                 chosen.push(best.1);
             }
             costs = next;
@@ -73,7 +101,7 @@ impl<'c> Plain<'c> {
         let mut path = vec![0; count];
         for i in (0..count).rev() {
             path[i] = decisions[i][state as usize];
-            state = path[i] & (self.states((first + i) % self.steps) - 1);
+            state = path[i] & (plain.states((first + i) % plain.steps) - 1);
         }
         path
     }

@@ -5,11 +5,13 @@ use std::sync::Mutex;
 use qp_codegen::spec::Code;
 use rayon::prelude::*;
 
+use super::encode::close;
 use super::viterbi::{Scratch, Trellis};
 use crate::device::{DeviceError, DeviceTrellis, Executor};
 
 /// A code made ready to be searched.
 pub struct Search {
+    code: Code,
     /// Weights of a block.
     block: usize,
     /// Steps of a block.
@@ -55,7 +57,7 @@ impl Search {
     }
 
     fn new(code: &Code, by: By) -> Search {
-        Search { block: code.block.len() as usize, steps: code.steps_per_block() as usize, by }
+        Search { code: code.clone(), block: code.block.len() as usize, steps: code.steps_per_block() as usize, by }
     }
 
     /// True if several threads should each be given some blocks; a device takes one group of blocks after the other.
@@ -96,6 +98,7 @@ impl Search {
                 }
             }
         }
+        windows.par_chunks_exact_mut(self.steps).for_each(|windows| close(&self.code, windows));
         Ok(windows)
     }
 }

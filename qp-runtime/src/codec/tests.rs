@@ -3,15 +3,17 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use half::f16;
 use qp_codegen::cuda::{Device, Target};
 use qp_codegen::ir::interpret::Options;
-use qp_codegen::kernels::encode::Plan;
+use qp_codegen::kernels::encode::{Plan, Shared};
 use qp_codegen::layout::{BLOCKS_PER_TILE, position};
+use qp_codegen::metric::Metric;
 use qp_codegen::reference::{self, quantize_activations};
 use qp_codegen::spec::expr::{Decode, Node, Op, VectorOp, WordOp};
 use qp_codegen::spec::{Code, Quantizer, Rotation, ScaleKind, Shape, Table, TableSource, Training, Value};
 
-use super::encode::stream;
+use super::encode::{close, stream, windows_of};
 use super::feedback::{Feedback, Hessian, Pieces};
 use super::viterbi::{Scratch, Trellis};
 use super::*;
@@ -307,8 +309,8 @@ fn threads_change_nothing() {
     assert_eq!(run(1), run(5));
 }
 
-/// Windows of a cyclic stream given as the integer `bits`.
-fn windows_of(code: &Code, bits: u64, steps: u32) -> Vec<u32> {
+/// Windows of a cyclic stream of any length, given as the integer `bits`.
+fn windows_of_bits(code: &Code, bits: u64, steps: u32) -> Vec<u32> {
     let n = code.step_offset(steps);
     let bit = |i: u32| (bits >> (i % n) & 1) as u32;
     (0..steps).map(|s| (0..code.window).map(|i| bit(code.step_offset(s) + i) << i).sum()).collect()
@@ -325,13 +327,15 @@ fn squared_error(code: &Code, block: &[f32], windows: &[u32]) -> f64 {
     sum
 }
 
-fn cost(code: &Code, trellis: &Trellis, block: &[f32], windows: &[u32]) -> i32 {
-    let (m, v) = (trellis.metric(), code.vector as usize);
+/// The sum of metrics along a path.
+fn cost(code: &Code, block: &[f32], windows: &[u32]) -> u32 {
+    let (m, v) = (Metric::new(code), code.vector as usize);
     let mut entry = vec![0; v];
     let branches = windows.iter().zip(block.chunks_exact(v)).map(|(&w, x)| {
         code.entry(w, &mut entry);
-        let n: Vec<i16> = x.iter().map(|&x| m.weight(x)).collect();
-        m.branch(&n, &entry, m.energy(&entry))
+        let points: Vec<f16> = x.iter().map(|&x| m.weight(x)).collect();
+        let entry: Vec<f16> = entry.iter().map(|&c| m.entry(c)).collect();
+        u32::from(m.branch(&points, &entry))
     });
     branches.sum()
 }
@@ -354,22 +358,21 @@ fn a_search_finds_the_best_path_through_its_seam() {
             let mut block = Gaussian::new(seed).samples(trellis.block_len());
             block.truncate(trellis.block_len());
             let bits = code.step_offset(steps);
-            let mut best = vec![i32::MAX; trellis.states(0)];
+            let mut best = vec![u32::MAX; trellis.states(0)];
             for b in 0..1u64 << bits {
-                let windows = windows_of(&code, b, steps);
+                let windows = windows_of_bits(&code, b, steps);
                 let seam = windows[0] as usize & (trellis.states(0) - 1);
-                best[seam] = best[seam].min(cost(&code, &trellis, &block, &windows));
+                best[seam] = best[seam].min(cost(&code, &block, &windows));
             }
             for (seam, &best) in best.iter().enumerate() {
-                let (path, found) = trellis.encode_from(&block, seam as u32, &mut scratch);
-                assert_eq!(cost(&code, &trellis, &block, &path), found);
-                assert_eq!(found, best, "{:?} seam {seam}", code.steps);
+                let path = trellis.encode_from(&block, seam as u32, &mut scratch);
+                assert_eq!(cost(&code, &block, &path), best, "{:?} seam {seam}", code.steps);
             }
             let mut windows = vec![0; trellis.steps()];
             trellis.encode(&block, &mut windows, &mut scratch);
             let words = stream(&code, &windows);
             let bits = u64::from(words[0]);
-            assert_eq!(windows, windows_of(&code, bits, steps), "the path is cyclic");
+            assert_eq!(windows, windows_of_bits(&code, bits, steps), "the path is cyclic");
         }
     }
 }
@@ -387,7 +390,7 @@ fn two_searches_come_close_to_the_best_of_all_seams() {
             trellis.encode(&block, &mut windows, &mut scratch);
             found += squared_error(&code, &block, &windows);
             let paths = (0..trellis.states(0) as u32).map(|seam| trellis.encode_from(&block, seam, &mut scratch));
-            let (path, _) = paths.min_by_key(|(_, cost)| *cost).expect("a seam");
+            let path = paths.min_by_key(|path| cost(&code, &block, path)).expect("a seam");
             optimum += squared_error(&code, &block, &path);
         }
         assert!(found < optimum * limit, "{:?}: {} of the optimum", code.steps, found / optimum);
@@ -404,14 +407,33 @@ fn blocks_are_cyclic_and_do_not_depend_on_their_neighbours() {
         let mut windows = vec![0; 5 * n];
         trellis.encode(&weights, &mut windows, &mut scratch);
         for (block, windows) in weights.chunks_exact(len).zip(windows.chunks_exact(n)) {
-            let words = stream(&code, windows);
-            let read: Vec<u32> = (0..n as u32).map(|s| code.window_at(&words, s)).collect();
-            assert_eq!(read, windows);
+            assert_eq!(windows_of(&code, &stream(&code, windows)), windows);
             let mut alone = vec![0; n];
             trellis.encode(block, &mut alone, &mut scratch);
             assert_eq!(alone, windows);
         }
     }
+}
+
+#[test]
+fn paths_whose_ends_do_not_meet_become_those_of_their_streams() {
+    for code in [trellis(12, &[4], 2), trellis(10, &[3, 5], 1), trellis(16, &[9], 2)] {
+        let trellis = Trellis::new(&code);
+        let mut windows = vec![0; trellis.steps()];
+        trellis.encode(&Gaussian::new(9).samples(trellis.block_len()), &mut windows, &mut Scratch::default());
+        let closed = windows.clone();
+        close(&code, &mut windows);
+        assert_eq!(windows, closed);
+        // The same stream, read beyond its end as if it went on otherwise.
+        *windows.last_mut().expect("a step") ^= 1 << (code.window - 1);
+        close(&code, &mut windows);
+        assert_eq!(windows, closed);
+    }
+    let code = code(6, &[6], 2, Value::I16, 64, direct());
+    let mut windows: Vec<u32> = (0..128).map(|s| s * 5 % 64).collect();
+    let before = windows.clone();
+    close(&code, &mut windows);
+    assert_eq!(windows, before);
 }
 
 #[test]
@@ -458,7 +480,7 @@ fn the_plain_loop_finds_the_same_windows() {
 
 #[test]
 fn little_memory_changes_nothing() {
-    // 2^16 states of sixteen lanes: twelve boundaries fit, of 128.
+    // 2^16 states of thirty-two lanes: twelve boundaries fit, of 128.
     let code = trellis(17, &[1], 2);
     let fast = Trellis::with_length(&code, 40);
     let weights = Gaussian::new(8).samples(40);
@@ -554,7 +576,6 @@ fn codes_for_kernels() -> Vec<Code> {
         short(code(8, &[4], 2, Value::I16, 32, hashed(27, &[19, 18])), 2, 64),
         short(code(8, &[5], 4, Value::I16, 256, direct()), 2, 64),
         short(trellis(14, &[3], 2), 2, 32),
-        // Metrics are shifted by a bit.
         short(trellis(10, &[4, 3], 2), 4, 128),
         code(6, &[6], 2, Value::I16, 64, direct()),
         code(5, &[5], 1, Value::I8, 32, direct()),
@@ -579,13 +600,36 @@ fn same_windows(plan: Plan, count: usize) {
 #[test]
 fn the_kernel_finds_the_same_windows() {
     let device = Executor::interpreter().device();
-    let mut shifts = BTreeSet::new();
     for code in codes_for_kernels() {
-        let plan = Plan::new(&code, &device).expect("few states");
-        shifts.insert(plan.metric.shift);
+        same_windows(Plan::new(&code, &device).expect("few states"), 9);
+    }
+}
+
+#[test]
+fn shared_memory_changes_nothing() {
+    // Tables of metrics and entries in two or four stages, or one of them; tasks as many as threads, or more.
+    let (small, large) = (Target::Sm80.device(), Target::Sm90a.device());
+    let tight = Device { shared_per_block: 64 << 10, ..small };
+    let cases = [
+        (trellis(15, &[3], 1), &large),
+        (trellis(15, &[3], 2), &small),
+        (trellis(15, &[3], 2), &tight),
+        (trellis(15, &[1], 2), &large),
+        (trellis(15, &[3], 4), &large),
+        (trellis(15, &[4, 3], 1), &tight),
+        (trellis(16, &[3], 2), &large),
+        (code(15, &[3], 2, Value::I16, 1 << 15, direct()), &large),
+    ];
+    let mut seen = BTreeSet::new();
+    for (mut code, device) in cases {
+        code.block = Shape { rows: 1, cols: 32 * code.vector };
+        let plan = Plan::new(&code, device).expect("few states");
+        seen.insert(plan.shared());
         same_windows(plan, 9);
     }
-    assert!(shifts.contains(&0) && shifts.contains(&1), "{shifts:?}");
+    let shared = |(tables, stages)| Shared { tables, stages };
+    let expected = [(0, 2), (0, 4), (1, 2), (1, 4), (2, 0)].map(shared);
+    assert_eq!(seen.into_iter().collect::<Vec<_>>(), expected);
 }
 
 #[test]

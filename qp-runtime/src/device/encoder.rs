@@ -11,12 +11,13 @@ use super::{Buffer, DeviceError, Executor, LaunchArgs, Loaded};
 struct EncodeArgs<'a> {
     weights: &'a Buffer<u32>,
     book: &'a Buffer<u32>,
-    history: &'a mut Buffer<i32>,
+    history: &'a mut Buffer<u32>,
+    floors: &'a mut Buffer<u32>,
     windows: &'a mut Buffer<u32>,
     groups: i32,
 }
 
-/// Most costs of all searches together: indices are signed words.
+/// Most words of costs of all searches together: indices are signed.
 const HISTORY: u64 = 1 << 31;
 
 /// A code made ready to encode on a device: what [`crate::codec::viterbi::Trellis`] is on the CPU, with the same results.
@@ -87,18 +88,26 @@ impl DeviceTrellis {
         let (len, steps, lanes) = (plan.code.block.len() as usize, plan.steps() as usize, plan.lanes as usize);
         let count = blocks.len() / len;
         let groups = count.div_ceil(lanes);
-        let mut words = vec![0u32; groups * steps * lanes * plan.weight_words() as usize];
+        let per_group = steps * plan.weight_words() as usize;
+        let mut words = vec![0u32; groups * per_group];
         words
-            .par_chunks_exact_mut(steps * lanes * plan.weight_words() as usize)
+            .par_chunks_exact_mut(per_group)
             .zip(blocks.par_chunks(len * lanes))
             .for_each(|(words, blocks)| plan.weights(blocks, words));
         let weights = on.upload(&words)?;
         let working = groups.min(self.searches as usize);
-        let mut history = on.zeroed::<i32>(plan.history() as usize * working)?;
+        let mut history = on.zeroed::<u32>(plan.history() as usize * working)?;
+        let mut floors = on.zeroed::<u32>(plan.floors() as usize * working)?;
         let mut windows = on.zeroed::<u32>(groups * lanes * steps)?;
         let groups = i32::try_from(groups).map_err(|_| DeviceError::Buffer("too many blocks at once".into()))?;
-        let (book, history, windows_out) = (&self.book, &mut history, &mut windows);
-        let args = EncodeArgs { weights: &weights, book, history, windows: windows_out, groups };
+        let args = EncodeArgs {
+            weights: &weights,
+            book: &self.book,
+            history: &mut history,
+            floors: &mut floors,
+            windows: &mut windows,
+            groups,
+        };
         let seconds = on.time(|| on.launch(&self.kernel, args))?;
         let mut out = vec![0; count * steps];
         windows.read(0, &mut out)?;

@@ -5,6 +5,8 @@
 
 use std::mem::take;
 
+use half::f16;
+
 use super::mask::Mask;
 use super::memory::{Blocks, Buffer, Place, SharedMemory};
 use super::program::{Code, Instr, Program, Reg};
@@ -189,6 +191,17 @@ impl<'p, 'a> Machine<'p, 'a> {
             Code::Dot2 { d, a, b, high, acc } => {
                 let from = if *high { 16 } else { 0 };
                 self.checked3(m, [*d, *a, *b, *acc], |a, b, acc| dot2(a, b >> from, acc))?;
+            }
+            Code::Halves { op, d, a, b } => {
+                let each =
+                    |f: fn(f64, f64) -> f64| move |a, b| halves(a, b, 0, |a, b, _| round(f(number(a), number(b))));
+                match op {
+                    HalvesOp::Sub => self.word2(m, [*d, *a, *b], each(|a, b| a - b)),
+                    HalvesOp::Mul => self.word2(m, [*d, *a, *b], each(|a, b| a * b)),
+                }
+            }
+            Code::AddMin { d, a, b, c } => {
+                self.word3(m, [*d, *a, *b, *c], |a, b, c| halves(a, b, c, |a, b, c| a.wrapping_add(b).min(c)))
             }
             Code::Load { mem, elem, unit, index, d } => {
                 let e = (*elem, *unit);
@@ -756,6 +769,21 @@ fn permute(a: u32, b: u32, selector: u32) -> u32 {
         if nibble & 8 != 0 { (byte as i8 >> 7) as u8 } else { byte }
     };
     u32::from_le_bytes([pick(0), pick(1), pick(2), pick(3)])
+}
+
+/// `f` of the low and of the high halves.
+fn halves(a: u32, b: u32, c: u32, f: impl Fn(u16, u16, u16) -> u16) -> u32 {
+    let of = |shift: u32| u32::from(f((a >> shift) as u16, (b >> shift) as u16, (c >> shift) as u16)) << shift;
+    of(0) | of(16)
+}
+
+/// A half-precision number; sums and products of two are exact.
+fn number(bits: u16) -> f64 {
+    f16::from_bits(bits).to_f64()
+}
+
+fn round(x: f64) -> u16 {
+    if x.is_nan() { 0x7fff } else { f16::from_f64(x).to_bits() }
 }
 
 fn dot4(a: u32, b: u32, acc: u32) -> i64 {

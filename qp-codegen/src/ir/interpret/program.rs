@@ -79,6 +79,18 @@ pub(super) enum Code {
         high: bool,
         acc: Reg,
     },
+    Halves {
+        op: HalvesOp,
+        d: Reg,
+        a: Reg,
+        b: Reg,
+    },
+    AddMin {
+        d: Reg,
+        a: Reg,
+        b: Reg,
+        c: Reg,
+    },
     Load {
         mem: Mem,
         elem: Elem,
@@ -304,6 +316,8 @@ impl Compiler<'_> {
             Stmt::Barrier => push(Code::Barrier, OpKind::Sync),
             Stmt::ClusterBarrier => push(Code::ClusterBarrier, OpKind::Sync),
             Stmt::WarpSync => push(Code::WarpSync, OpKind::Sync),
+            // Nothing that a program can see.
+            Stmt::Prefetch { .. } => {}
             Stmt::AsyncCopy { dst, dst_index, src, src_index, bytes } => {
                 let (dst_index, src_index) = (self.one(*dst_index), self.one(*src_index));
                 push(Code::AsyncCopy { dst: *dst, dst_index, src: *src, src_index, bytes: *bytes }, OpKind::AsyncCopy);
@@ -438,6 +452,16 @@ impl Compiler<'_> {
                 push(Code::Dot2 { d: d[0], a, b, high: *high, acc }, OpKind::Dot2);
                 d
             }
+            Op::Halves(op, a, b) => {
+                let d = self.fresh(*ty, false);
+                push(Code::Halves { op: *op, d: d[0], a: self.one(*a), b: self.one(*b) }, OpKind::Float);
+                d
+            }
+            Op::AddMin(a, b, c) => {
+                let d = self.fresh(*ty, false);
+                push(Code::AddMin { d: d[0], a: self.one(*a), b: self.one(*b), c: self.one(*c) }, OpKind::Int);
+                d
+            }
             Op::Vector(parts) => parts.iter().map(|p| self.one(*p)).collect(),
             Op::Extract(a, i) => vec![self.of(*a)[*i as usize]],
             Op::Load { mem, index, elem, lanes: _, cache: _ } => {
@@ -504,12 +528,16 @@ impl Code {
                 f(a, Use);
                 f(d, Def);
             }
-            Code::Binary { d, a, b, .. } | Code::Compare { d, a, b, .. } | Code::Permute { d, a, b, .. } => {
+            Code::Binary { d, a, b, .. }
+            | Code::Compare { d, a, b, .. }
+            | Code::Halves { d, a, b, .. }
+            | Code::Permute { d, a, b, .. } => {
                 f(a, Use);
                 f(b, Use);
                 f(d, Def);
             }
             Code::Fma { d, a, b, c }
+            | Code::AddMin { d, a, b, c }
             | Code::Select { d, cond: c, a, b, .. }
             | Code::FunnelShr { d, lo: a, hi: b, shift: c }
             | Code::Dot4 { d, a, b, acc: c }

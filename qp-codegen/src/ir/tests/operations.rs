@@ -293,6 +293,54 @@ fn bytes_of_words() {
 }
 
 #[test]
+fn halves_are_rounded_once_each() {
+    // The high half has its operands the other way round.
+    let in_words =
+        |cases: &[[u32; 2]]| -> Vec<[u32; 2]> { cases.iter().map(|[a, b]| [a | b << 16, b | a << 16]).collect() };
+    let differences = [
+        // 1 - 1/2, 2^-24 - 2^-23, infinity - infinity, 1 - 2^-11, 1 - 2^-12 (a tie, to even), 2048 - 1/2 (too).
+        ([0x3c00, 0x3800], [0x3800, 0xb800]),
+        ([0x0001, 0x0002], [0x8001, 0x0001]),
+        ([0x7c00, 0x7c00], [0x7fff, 0x7fff]),
+        ([0x3c00, 0x1000], [0x3bff, 0xbbff]),
+        ([0x3c00, 0x0c00], [0x3c00, 0xbc00]),
+        ([0x6800, 0x3800], [0x6800, 0xe800]),
+        ([0x7e01, 0x3c00], [0x7fff, 0x7fff]),
+    ];
+    let cases = in_words(&differences.map(|(case, _)| case));
+    let find = |[a, _]: [u32; 2], of: &[([u32; 2], [u32; 2])]| {
+        let (_, [low, high]) = of.iter().find(|(case, _)| a == case[0] | case[1] << 16).expect("a case");
+        low | high << 16
+    };
+    check("sub", cases, |_, [a, b]| a.sub_halves(b), move |x| find(x, &differences));
+    let products = [
+        // 2^-12 by 2^-12, 2^-13, 1.5 2^-12, 2.5 2^-12: in 2^-24, 1, and the ties 1/2, 1 1/2, 2 1/2; 65504 by itself; a NaN.
+        ([0x0c00, 0x0c00], 0x0001),
+        ([0x0c00, 0x0800], 0x0000),
+        ([0x0c00, 0x0e00], 0x0002),
+        ([0x0c00, 0x1100], 0x0002),
+        ([0x8a00, 0x0a00], 0x8001),
+        ([0x7bff, 0x7bff], 0x7c00),
+        ([0x7d00, 0x0000], 0x7fff),
+    ];
+    let products = products.map(|(case, product)| (case, [product; 2]));
+    let cases = in_words(&products.map(|(case, _)| case));
+    check("mul", cases, |_, [a, b]| a.mul_halves(b), move |x| find(x, &products));
+    let mut r = Random(4);
+    let triples: Vec<[u32; 3]> = pairs().iter().map(|[a, b]| [*a, *b, r.word()]).collect();
+    check(
+        "add_min",
+        triples,
+        |_, [a, b, c]| a.add_min(b, c),
+        |[a, b, c]| {
+            let low = (((a & 0xffff) + (b & 0xffff)) & 0xffff).min(c & 0xffff);
+            let high = (((a >> 16) + (b >> 16)) & 0xffff).min(c >> 16);
+            low | high << 16
+        },
+    );
+}
+
+#[test]
 fn vectors_component_by_component() {
     let b = Builder::new("vectors", [1, 1], 32);
     let x = b.buffer("x", Elem::U32, true);

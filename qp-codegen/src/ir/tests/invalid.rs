@@ -237,6 +237,13 @@ refused! {
     atomic_to_read_only: |k| { let i = number(k, 0); add(k, Op::AtomicAdd { mem: Mem::Global(1), index: i, value: i }, Type::I32) };
     store_to_scalar: |k| { let i = number(k, 0); k.body.push(Stmt::Store { mem: Mem::Global(2), index: i, value: i, elem: Elem::I32 }) };
     store_to_nothing: |k| { let i = number(k, 0); k.body.push(Stmt::Store { mem: Mem::Shared(7), index: i, value: i, elem: Elem::I32 }) };
+    prefetch_of_scalar: |k| { let index = number(k, 0); k.body.push(Stmt::Prefetch { src: 2, index }) };
+    prefetch_by_float: |k| {
+        let index = add(k, Op::Const(Const::F32(1.0)), Type::F32);
+        k.body.push(Stmt::Prefetch { src: 0, index });
+    };
+    halves_of_numbers: |k| { let x = number(k, 1); add(k, Op::Halves(HalvesOp::Sub, x, x), Type::U32) };
+    smaller_of_numbers: |k| { let x = number(k, 1); add(k, Op::AddMin(x, x, x), Type::U32) };
     stored_type: |k| { let i = number(k, 0); k.body.push(Stmt::Store { mem: Mem::Shared(0), index: i, value: i, elem: Elem::F32 }) };
     cached_load_of_written: |k| {
         let index = number(k, 0);

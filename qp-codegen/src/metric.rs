@@ -11,7 +11,7 @@ use half::f16;
 
 use crate::spec::{Code, Value};
 
-/// Before every so many steps of a block, counted from its first, the least cost of a state is taken off all of them.
+/// After each step whose number in the block is a multiple of it, the least cost of a state before the step is taken off.
 pub const REBASE: u32 = 4;
 
 /// How weights and entries of a trellis code become costs.
@@ -22,8 +22,7 @@ pub const REBASE: u32 = 4;
 /// still costs less than a farther one. A code's distortion is 4 to 64 such counts, so rounding costs it a few tenths of a
 /// percent at most.
 ///
-/// The cost of a state is `min(limit, least over its predecessors of their cost + metric)`. After each step whose number in the
-/// block is a multiple of [`REBASE`] the least cost *before* that step is taken off.
+/// The cost of a state is `min(limit, least over its predecessors of their cost + metric)`, less what [`REBASE`] says.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Metric {
     /// An entry c is `c · 2^exponent` as half-precision number.
@@ -62,7 +61,8 @@ impl Metric {
             let bits = f16::from_f64(far * far).to_bits();
             if bits < f16::INFINITY.to_bits() { u32::from(bits) * code.vector } else { u32::MAX }
         };
-        let exponent = (i32::MIN..=wanted).rev().find(|&e| most(e) <= MOST_METRIC).expect("a small scale fits");
+        // Not below the smallest number, of which entries of 8 bits then are exact multiples.
+        let exponent = (-24..=wanted).rev().find(|&e| most(e) <= MOST_METRIC).unwrap_or(-24);
         let limit = (u32::from(u16::MAX) - most(exponent)).min(i16::MAX as u32) as u16;
         let span = (reach + largest) * f64::from(exponent).exp2();
         let grid = (span.log2().ceil() - 24.0).exp2() as f32;
@@ -178,7 +178,9 @@ mod tests {
         (coarse.value, coarse.unit) = (Value::I8, 1.0);
         let mut fine = wide.clone();
         (fine.steps, fine.vector) = (vec![14], 1);
-        codes.extend([wide, coarse, sparse, fine]);
+        let (mut tiny, mut huge) = (coarse.clone(), coarse.clone());
+        (tiny.unit, huge.unit) = (1e-30, 1e30);
+        codes.extend([wide, coarse, sparse, fine, tiny, huge]);
         codes
     }
 

@@ -69,6 +69,12 @@ pub enum Refused {
         /// L.
         window: u32,
     },
+    /// A window's low bits do not fit beside a cost.
+    #[error("steps of {bits} bits are more than a GPU's encoder can search: encode on the CPU (--device cpu)")]
+    Step {
+        /// KV.
+        bits: u32,
+    },
 }
 
 /// How a code is encoded on a device.
@@ -142,7 +148,7 @@ impl Plan {
     /// Chooses how to encode `code` on `device`; of its tables only what [`Metric::new`] looks at matters.
     ///
     /// # Errors
-    /// A code with too many states.
+    /// A code with too many states, or of too long steps.
     pub fn new(code: &Code, device: &Device) -> Result<Plan, Refused> {
         let (most, least) = (*code.steps.iter().max().expect("a step"), *code.steps.iter().min().expect("a step"));
         let states = code.window - least;
@@ -161,8 +167,11 @@ impl Plan {
         if code.is_memoryless() {
             return Ok(Plan { reach: 0, lanes: 1, ..plan });
         }
-        if states > MOST_STATES || most > MOST_BITS {
+        if states > MOST_STATES {
             return Err(Refused::Window { window: code.window });
+        }
+        if most > MOST_BITS {
+            return Err(Refused::Step { bits: most });
         }
         plan.threads = (1u32 << (states - plan.alpha)).clamp(32, THREADS);
         plan.resident = (RESIDENT / plan.threads).clamp(1, device.blocks_per_sm);
@@ -184,8 +193,8 @@ impl Plan {
 
     /// Decides what lies in shared memory.
     fn share(&mut self, device: &Device) {
-        // A table has a copy for the next step. Its values are exact multiples of the smallest half-precision number.
-        let tabled = self.code.value == Value::I8 && self.alpha > 0 && self.metric.exponent >= -24;
+        // A table has a copy for the next step.
+        let tabled = self.code.value == Value::I8 && self.alpha > 0;
         let tables = if tabled { self.code.vector.div_ceil(2) } else { 0 };
         // Costs that come with the entries take registers, of which a thread with many states or long entries has none left.
         let most = match (self.alpha, self.code.vector) {
@@ -407,6 +416,18 @@ mod tests {
     use super::*;
     use crate::cuda::Target;
     use crate::palette;
+
+    #[test]
+    fn what_a_word_or_a_memory_cannot_hold_is_refused() {
+        let code = &palette::get("fine_4").expect("of the palette").codes[0];
+        let plan = |steps: u32, window: u32| {
+            let code = Code { steps: vec![steps], window, ..code.clone() };
+            Plan::new(&code, &Target::Sm90a.device()).map(|_| ())
+        };
+        assert_eq!(plan(16, 20), Ok(()));
+        assert_eq!(plan(17, 20), Err(Refused::Step { bits: 17 }));
+        assert_eq!(plan(1, 20), Err(Refused::Window { window: 20 }));
+    }
 
     #[test]
     fn clusters_are_as_small_as_the_cache_allows() {

@@ -488,8 +488,8 @@ impl<'k> Validator<'k> {
                 let ty = Type { scalar: *to, lanes: 1 };
                 if WORDS.contains(to) { Ok(ty) } else { Err(Invalid::NoOperation(ty)) }
             }
-            Op::FunnelShr { lo, hi, shift } => {
-                [lo, hi, shift].into_iter().try_for_each(|v| self.of(*v, Type::U32, "u32"))?;
+            Op::FunnelShr { lo: a, hi: b, shift: c } | Op::AddMin(a, b, c) => {
+                [a, b, c].into_iter().try_for_each(|v| self.of(*v, Type::U32, "u32"))?;
                 Ok(Type::U32)
             }
             Op::Permute { a, b, selector } => {
@@ -498,10 +498,6 @@ impl<'k> Validator<'k> {
             }
             Op::Halves(_, a, b) => {
                 [a, b].into_iter().try_for_each(|v| self.of(*v, Type::U32, "u32"))?;
-                Ok(Type::U32)
-            }
-            Op::AddMin(a, b, c) => {
-                [a, b, c].into_iter().try_for_each(|v| self.of(*v, Type::U32, "u32"))?;
                 Ok(Type::U32)
             }
             Op::Dot4 { a, b, acc } | Op::Dot2 { a, b, high: _, acc } => {

@@ -12,10 +12,6 @@ use crate::device::{DeviceError, DeviceTrellis, Executor};
 /// A code made ready to be searched.
 pub struct Search {
     code: Code,
-    /// Weights of a block.
-    block: usize,
-    /// Steps of a block.
-    steps: usize,
     by: By,
 }
 
@@ -57,7 +53,7 @@ impl Search {
     }
 
     fn new(code: &Code, by: By) -> Search {
-        Search { code: code.clone(), block: code.block.len() as usize, steps: code.steps_per_block() as usize, by }
+        Search { code: code.clone(), by }
     }
 
     /// True if several threads should each be given some blocks; a device takes one group of blocks after the other.
@@ -69,7 +65,7 @@ impl Search {
     pub fn blocks_at_once(&self) -> usize {
         match &self.by {
             By::Cpu(trellis, _) => trellis.blocks_at_once(),
-            By::Device(_) => (DEVICE_WEIGHTS / self.block).max(1),
+            By::Device(_) => (DEVICE_WEIGHTS / self.code.block.len() as usize).max(1),
         }
     }
 
@@ -78,12 +74,13 @@ impl Search {
     /// # Errors
     /// A failing device.
     pub fn windows(&self, weights: &[f32]) -> Result<Vec<u32>, DeviceError> {
-        let mut windows = vec![0; weights.len() / self.block * self.steps];
+        let (block, steps) = (self.code.block.len() as usize, self.code.steps_per_block() as usize);
+        let mut windows = vec![0; weights.len() / block * steps];
         let parts = self.blocks_at_once();
         match &self.by {
             By::Cpu(trellis, pool) => windows
-                .par_chunks_mut(self.steps * parts)
-                .zip(weights.par_chunks(self.block * parts))
+                .par_chunks_mut(steps * parts)
+                .zip(weights.par_chunks(block * parts))
                 .for_each(|(windows, weights)| {
                     let mut scratch = pool.lock().map(|mut s| s.pop()).ok().flatten().unwrap_or_default();
                     trellis.encode(weights, windows, &mut scratch);
@@ -92,13 +89,13 @@ impl Search {
                     }
                 }),
             By::Device(trellis) => {
-                let parts = windows.chunks_mut(self.steps * parts).zip(weights.chunks(self.block * parts));
+                let parts = windows.chunks_mut(steps * parts).zip(weights.chunks(block * parts));
                 for (windows, weights) in parts {
                     windows.copy_from_slice(&trellis.encode(weights)?.0);
                 }
             }
         }
-        windows.par_chunks_exact_mut(self.steps).for_each(|windows| close(&self.code, windows));
+        windows.par_chunks_exact_mut(steps).for_each(|windows| close(&self.code, windows));
         Ok(windows)
     }
 }

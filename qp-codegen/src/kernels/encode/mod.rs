@@ -21,7 +21,7 @@
 //!
 //! Components of 8-bit entries have 256 values, so a thread may look up a component's metrics in shared memory instead of
 //! computing them. Neither shared memory nor arithmetic alone would be as fast as both; three components of eight are looked
-//! up ([`looked_up`]).
+//! up ([`LOOKED_UP`]).
 //!
 //! # The book
 //!
@@ -30,6 +30,8 @@
 
 mod nearest;
 mod search;
+
+use std::ops::{Add, Div, Mul, Rem};
 
 use super::c_name;
 use crate::cuda::Device;
@@ -110,10 +112,8 @@ pub struct Shared {
     pub stages: u32,
 }
 
-/// Whether a thread looks up the metrics of this one of its components, if it looks up any.
-fn looked_up(half: u32) -> bool {
-    matches!(half % 8, 0 | 2 | 4)
-}
+/// Which of each eight of a thread's components are looked up, if any are: a bit for each.
+const LOOKED_UP: u32 = 0b1_0101;
 
 /// One step of the pattern.
 #[derive(Clone, Copy)]
@@ -306,9 +306,11 @@ impl Plan {
             }
             words.resize(words.len() + self.book_words() as usize, 0u32);
             for (w, entry) in entries.chunks_exact(v).enumerate() {
-                for (i, &c) in entry.iter().enumerate() {
-                    let at = self.place(&phase, w as u32, i as u32) as usize;
-                    let looked_up = self.shared.tables > 0 && looked_up(self.half(&phase, w as u32, i as u32));
+                let (o, low) = (w as u32 >> phase.bits, w as u32 & mask(phase.bits));
+                let (set, task) = (o / phase.tasks, o % phase.tasks);
+                for (half, &c) in (set * self.code.vector..).zip(entry) {
+                    let at = self.place(&phase, task, low, half) as usize;
+                    let looked_up = self.shared.tables > 0 && LOOKED_UP >> (half % 8) & 1 == 1;
                     let row = || (i32::from(c) + ROWS as i32 / 2) as u32 * ROW * 4;
                     let half = if looked_up { row() } else { self.metric.entry(c).to_bits().into() };
                     words[at / 2] |= half << (16 * (at % 2));
@@ -333,20 +335,18 @@ impl Plan {
         self.slot_words() << (self.code.window - self.alpha)
     }
 
-    /// Which half word of the book component `i` of window `w` is in a phase: for each round of predecessors, for each chunk of
-    /// a thread's words, for each thread.
-    fn place(&self, p: &Phase, w: u32, i: u32) -> u32 {
-        let (o, b) = (w >> p.bits, w & mask(p.bits));
-        let task = o % p.tasks;
-        let slot = task * p.split + b % p.split;
-        let half = self.half(p, w, i);
+    /// Which half word of a phase's book belongs to a task, its predecessor of low bits `low`, and this one of the thread's
+    /// components in a round: for each round of predecessors, for each chunk of a thread's words, for each thread. Of numbers,
+    /// and of values of a kernel.
+    fn place<T>(&self, p: &Phase, task: T, low: T, half: T) -> T
+    where
+        T: Copy + Add<Output = T> + Add<u32, Output = T> + Mul<u32, Output = T>,
+        T: Div<u32, Output = T> + Rem<u32, Output = T>,
+    {
         let (chunk, chunks) = (self.chunk(), self.slot_words() / self.chunk());
-        2 * p.book + (((b / p.split) * chunks + half / (2 * chunk)) * p.slots() + slot) * 2 * chunk + half % (2 * chunk)
-    }
-
-    /// Which of its thread's components in a round component `i` of window `w` is.
-    fn half(&self, p: &Phase, w: u32, i: u32) -> u32 {
-        (w >> p.bits) / p.tasks * self.code.vector + i
+        let slot = task * p.split + low % p.split;
+        let word = (low / p.split * chunks + half / (2 * chunk)) * p.slots() + slot;
+        word * (2 * chunk) + half % (2 * chunk) + 2 * p.book
     }
 
     /// The phases of the pattern.

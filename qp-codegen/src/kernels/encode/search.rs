@@ -4,7 +4,8 @@ use std::cmp::Ordering;
 
 use half::f16;
 
-use super::{Emit, PAIRS, Phase, ROW, ROWS, looked_up};
+use super::super::math::across_lanes;
+use super::{Emit, LOOKED_UP, PAIRS, Phase, ROW, ROWS};
 use crate::ir::{Cache, Elem, Mem, Scalar, Special, V, Var};
 use crate::metric::REBASE;
 use crate::spec::mask;
@@ -324,7 +325,7 @@ impl<'b> Emit<'b> {
                     let half = set * plan.code.vector as usize + v;
                     let word = entries[half / 2];
                     match search.shared.tables {
-                        Some(mem) if looked_up(half as u32) => {
+                        Some(mem) if LOOKED_UP >> (half % 8) & 1 == 1 => {
                             let at = word & 0xffff_u32 | (tables + v as u32 / 2 * TABLE);
                             b.load_as(mem, at, Elem::U32, PAIRS, Cache::Default).lanes()
                         }
@@ -422,11 +423,8 @@ impl<'b> Emit<'b> {
     }
 
     /// The least costs of two lanes in a warp.
-    fn in_warp(&self, mut costs: V<'b>) -> V<'b> {
-        for mask in [16, 8, 4, 2, 1] {
-            costs = self.smaller(costs, costs.shuffle_xor(mask));
-        }
-        costs
+    fn in_warp(&self, costs: V<'b>) -> V<'b> {
+        across_lanes(costs, |a, b| self.smaller(a, b))
     }
 
     /// The best end of lane `m`'s paths of `count` steps.
@@ -448,8 +446,10 @@ impl<'b> Emit<'b> {
             });
         };
         self.each_phase(count, states);
-        let (_, o) = least(b.get(best), b.get(state));
-        b.set(state, o);
+        // Each lane has the smallest of its own.
+        let cost = across_lanes(b.get(best), V::min);
+        let candidate = b.get(best).eq(cost).select(b.get(state), i32::MAX);
+        b.set(state, across_lanes(candidate, V::min));
     }
 
     /// The cost of lane `m` in a state.
@@ -496,16 +496,10 @@ impl<'b> Emit<'b> {
                 let low = round + lane + 32 * k;
                 let window = (state << p.bits as i32) + low;
                 let old = self.cost(from, window & mask(p.before) as i32, m);
-                // As `Plan::place` has it.
-                let (chunk, chunks) = (plan.chunk(), plan.slot_words() / plan.chunk());
-                let slot = task * p.split + low % p.split;
                 let component = |(v, &point): (u32, &V<'b>)| {
                     let half = set * plan.code.vector + v;
-                    let word = (low / p.split * chunks + half / (2 * chunk)) * p.slots() + slot;
-                    let at = word * (2 * chunk) + half % (2 * chunk) + 2 * p.book;
-                    let c = b.load_as(self.book, at, Elem::U16, 1, Cache::ReadOnly);
-                    // As `looked_up` has it.
-                    let row = (half % 2).eq(0) & (half % 8).ne(6);
+                    let c = b.load_as(self.book, plan.place(p, task, low, half), Elem::U16, 1, Cache::ReadOnly);
+                    let row = (b.u32(LOOKED_UP) >> (half % 8).bits(Scalar::U32) & 1_u32).eq(1_u32);
                     let of_row = || row.select(self.value((c / (ROW * 4)).bits(Scalar::I32)), c);
                     squared(point, if plan.shared.tables > 0 { of_row() } else { c }) & 0xffff_u32
                 };
@@ -515,10 +509,7 @@ impl<'b> Emit<'b> {
             let all: Vec<_> = (0..at_once).map(candidate).collect();
             all.into_iter().for_each(|c| b.set(best, b.get(best).min(c)));
         });
-        let mut least = b.get(best);
-        for mask in [16, 8, 4, 2, 1] {
-            least = least.min(least.shuffle_xor(mask));
-        }
+        let least = across_lanes(b.get(best), V::min);
         (state << p.bits as i32) + (least & 0xffff_u32).bits(Scalar::I32)
     }
 }
@@ -527,14 +518,4 @@ impl<'b> Emit<'b> {
 fn squared<'b>(points: V<'b>, entries: V<'b>) -> V<'b> {
     let apart = points.sub_halves(entries);
     apart.mul_halves(apart)
-}
-
-/// The least of the lanes' values, and the smallest index that has it.
-fn least<'b>(mut v: V<'b>, mut i: V<'b>) -> (V<'b>, V<'b>) {
-    for mask in [16, 8, 4, 2, 1] {
-        let (other, j) = (v.shuffle_xor(mask), i.shuffle_xor(mask));
-        let take = other.lt(v) | (other.eq(v) & j.lt(i));
-        (v, i) = (take.select(other, v), take.select(j, i));
-    }
-    (v, i)
 }

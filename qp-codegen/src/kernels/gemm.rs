@@ -1,4 +1,4 @@
-//! Products of packed weights with the activations of many tokens, up to 64 in one launch.
+//! Products of packed weights with the activations of many tokens, up to [`MAX_BATCH`] in one launch.
 //!
 //! # How it works
 //!
@@ -20,18 +20,22 @@
 //! A matrix with few row tiles leaves warps without work. Then the columns are shared, by [`Launch::col_warps`] warps
 //! of a block, whose sums meet in shared memory, or by [`Launch::split`] blocks, whose sums meet in global memory; or
 //! the tokens are, by [`Launch::token_parts`] blocks that each decode all weights. The last is also for sums that would
-//! not fit the registers.
+//! not fit the registers: a prompt is cut into parts of up to [`MAX_PART`] tokens, and the blocks that take the parts with
+//! the same weights are neighbours, so that the weights come from memory once.
 //!
 //! All sums are exact integers, so nothing of this changes the result, which is that of [`super::gemv`] to the bit.
 
 use super::c_name;
 use super::decode::{Register, Steps, flatten};
 use super::operands::{self, Gemv, Operands, TokenScale, Words, divide};
-use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var, group_columns};
+use crate::ir::{Builder, Cache, Elem, Kernel, MAX_GROUP_COLUMNS, Mem, Special, V, Var, group_columns};
 use crate::layout::{CELL, COLUMN_PAD, Packed};
 
 /// Most tokens of one launch.
-pub const MAX_BATCH: u32 = 64;
+pub const MAX_BATCH: u32 = 2048;
+
+/// Most tokens of a part ([`Launch::token_parts`]): two planes a token are the columns of a product of warp groups.
+pub const MAX_PART: u32 = MAX_GROUP_COLUMNS / 2;
 
 /// Chunks of activations in shared memory: one is read while the next arrives.
 const STAGES: u32 = 2;
@@ -156,12 +160,13 @@ impl Plan {
 /// Makes the kernel; its parameters are those of [`super::gemv::lower`].
 ///
 /// # Panics
-/// For launches that are none: groups of other than whole four warps, columns split over blocks whose warps take row
-/// tiles several times, more blocks than row tiles.
+/// For launches that are none: groups of other than whole four warps or for more than [`MAX_PART`] tokens, columns split
+/// over blocks whose warps take row tiles several times, more blocks than row tiles.
 pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
     assert!((1..=MAX_BATCH).contains(&op.batch), "batch");
     let plan = Plan::new(op, launch);
     assert!(!launch.group || launch.row_warps.is_multiple_of(4), "groups of four warps");
+    assert!(!launch.group || plan.tokens <= MAX_PART, "more tokens than a product of warp groups has columns for");
     assert!(launch.split == 1 || plan.rounds == 1, "sums of several rounds have no place to meet");
     assert!(launch.blocks <= plan.layout.row_tiles(), "a block without rows");
     let name = format!("gemm_{}_{}x{}_b{}", c_name(&op.quantizer.name), op.shape.rows, op.shape.cols, op.batch);
@@ -381,7 +386,8 @@ impl<'b, 'a> Emit<'b, 'a> {
                     let (unit, plane) = divide(b, cell, plan.planes());
                     // Planes that fill up the last product repeat the last token's; their sums are not read.
                     let plane = self.first_token * 2 + plane;
-                    let whole = plan.planes() == all && self.launch.token_parts == 1;
+                    let whole =
+                        plan.planes() == 2 * plan.tokens && plan.tokens * self.launch.token_parts == self.op.batch;
                     let plane = if whole { plane } else { plane.min(all - 1) };
                     let unit = first + unit;
                     let copy = || b.async_copy(self.staged, slot + cell, self.operands.x, unit * all + plane, 16);

@@ -262,6 +262,10 @@ const GROUP_CHOICES: [(u32, u32, u32); 12] = [
     (2, 4, 1),
     (2, 8, 1),
 ];
+/// Up to so many tokens may be taken by one part or by several; of more, parts have about as many as one of [`PARTS`].
+const MANY_TOKENS: u32 = 64;
+/// Tokens of a part to try.
+const PARTS: [u32; 4] = [32, 64, 96, gemm::MAX_PART];
 /// Seconds that set launches whose registers spill behind all others: they are for codes of which nothing else fits.
 const SPILLS: f64 = 1e3;
 /// Share of the shorter of decoding and multiplying that groups of warps do not hide behind the longer.
@@ -286,7 +290,7 @@ impl gemm::Launch {
         let warps = GEMM_WARPS.into_iter().flat_map(|w| [1, 2, 4, 8, 16].map(|c| (w, c)));
         let warps: Vec<_> = warps.filter(|(w, c)| w.is_multiple_of(*c) && *c <= groups).collect();
         let mut out = Vec::new();
-        for token_parts in [1, 2, 4, 8, 16].into_iter().filter(|p| *p <= op.batch.div_ceil(4)) {
+        for token_parts in token_parts(op.batch) {
             for &(warps, col_warps) in &warps {
                 let in_warps = GEMM_CHOICES.into_iter().map(|c| (false, c));
                 let in_groups = GROUP_CHOICES.into_iter().map(|c| (true, c));
@@ -324,6 +328,18 @@ impl gemm::Launch {
         let (fit, spill): (Vec<_>, Vec<_>) = out.into_iter().partition(|(t, _)| *t < SPILLS);
         if fit.is_empty() { spill.into_iter().min_by(|a, b| a.0.total_cmp(&b.0)).into_iter().collect() } else { fit }
     }
+}
+
+/// Numbers of parts to try that some tokens are cut into.
+fn token_parts(batch: u32) -> Vec<u32> {
+    let few = [1, 2, 4, 8, 16].into_iter().filter(|p| *p <= batch.div_ceil(4) && batch.div_ceil(*p) <= MANY_TOKENS);
+    let mut parts: Vec<u32> = few.collect();
+    if batch > MANY_TOKENS {
+        parts.extend(PARTS.map(|tokens| batch.div_ceil(tokens)));
+        parts.sort_unstable();
+        parts.dedup();
+    }
+    parts
 }
 
 /// Seconds of a launch for many tokens; `None` if it does not fit the device.

@@ -1,5 +1,4 @@
-//! Preparing activations for a quantized layer: (norm), rotation, rounding to two planes of signed bytes, or to half
-//! precision for products with a decoded matrix.
+//! Preparing activations for a quantized layer: (norm), rotation, rounding to two planes of signed bytes.
 //!
 //! One block a token. The rotation is that of [`super::rotate`].
 
@@ -24,7 +23,7 @@ pub struct Prepare {
     pub norm: Option<f32>,
 }
 
-/// Makes the kernel that rounds to integers. Its parameters, in order:
+/// Makes the kernel. Its parameters, in order:
 ///
 /// * `input`: `f32`, `batch × stride`;
 /// * `norm`: `f32`, `columns` weights (read with a norm only);
@@ -32,31 +31,21 @@ pub struct Prepare {
 /// * `base`: the dense part's signs, if larger than the program may unroll; see [`rotate::base`];
 /// * `x`, `x_scale`, `x_sum`: see [`super::gemv::lower`].
 pub fn lower(op: &Prepare) -> Kernel {
-    kernel(op, "prepare", "as signed bytes", planes)
-}
-
-/// Makes the kernel that rounds to half precision, for [many tokens](super::dequantize). Its parameters, in order: `input`,
-/// `norm`, `flips` and `base` as those of [`lower`], and `x`: `f16`, `batch × columns`.
-pub fn lower_half(op: &Prepare) -> Kernel {
-    kernel(op, "prepare_half", "in half precision", halves)
-}
-
-fn kernel(op: &Prepare, name: &str, form: &str, emit: fn(&Builder, &Prepare, u32)) -> Kernel {
     let threads = (op.columns >> RADIX_BITS).next_power_of_two().clamp(MEAN_LANES as u32, 1024);
-    let b = Builder::new(&format!("{name}_{}_b{}", op.columns, op.batch), [op.batch, 1], threads);
+    let b = Builder::new(&format!("prepare_{}_b{}", op.columns, op.batch), [op.batch, 1], threads);
     b.doc(format!(
-        "{} columns of {} token(s){}{}, {form}.",
+        "{} columns of {} token(s){}{}, as signed bytes.",
         op.columns,
         op.batch,
         if op.norm.is_some() { ", normed" } else { "" },
         if op.rotation == Rotation::None { "" } else { ", rotated" },
     ));
     b.dependent_launch();
-    emit(&b, op, threads);
+    planes(&b, op, threads);
     b.finish()
 }
 
-/// What both kernels read.
+/// What is read.
 struct Inputs {
     input: Mem,
     weights: Mem,
@@ -106,20 +95,6 @@ impl Inputs {
 /// What transformed values are multiplied with, if anything.
 fn factor(op: &Prepare) -> Option<f32> {
     (op.rotation != Rotation::None).then(|| Hadamard::new(op.columns).norm())
-}
-
-fn halves(b: &Builder, op: &Prepare, threads: u32) {
-    let (n, inputs) = (op.columns, Inputs::new(b));
-    let x = b.buffer("x", Elem::F16, true);
-    let values = inputs.transformed(b, op, threads);
-    let value = |i| factor(op).map_or(values.get(i), |factor| values.get(i) * factor);
-    let first = b.special(Special::BlockX) * n;
-    let width = [4, 2, 1].into_iter().find(|w| n.is_multiple_of(*w)).unwrap_or(1);
-    b.for_(b.special(Special::Thread), n / width, threads, |run| {
-        let i = run * width;
-        let all: Vec<V> = (0..width).map(|k| value(i + k)).collect();
-        b.store(x, first + i, if width == 1 { all[0] } else { b.vector(&all) }, Elem::F16);
-    });
 }
 
 fn planes(b: &Builder, op: &Prepare, threads: u32) {

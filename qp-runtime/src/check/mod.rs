@@ -8,7 +8,6 @@ pub mod synthetic;
 
 use std::sync::Arc;
 
-use half::f16;
 use qp_codegen::kernels::Span;
 use qp_codegen::kernels::embed_packed::EmbedPacked;
 use qp_codegen::kernels::gemv::Gemv;
@@ -19,9 +18,7 @@ use qp_codegen::spec::{Quantizer, Shape};
 
 use crate::codec::viterbi::{Scratch, Trellis};
 use crate::codec::{Decoder, Gaussian, PackedMatrix};
-use crate::device::ops::{
-    DecodeKernel, DeviceActivations, DeviceMatrix, EmbedPackedKernel, GemvKernel, PrepareHalfKernel, PrepareKernel,
-};
+use crate::device::ops::{DeviceActivations, DeviceMatrix, EmbedPackedKernel, GemvKernel, PrepareKernel};
 use crate::device::{DeviceError, DeviceTrellis, Executor};
 use crate::engine::{CpuEngine, CudaEngine, Engine, Logits};
 use crate::model::weights::EMBEDDING;
@@ -91,14 +88,8 @@ fn same_floats(what: &str, device: &[f32], cpu: &[f32]) -> Result<(), Failure> {
     same(what, device, cpu, |v| v.to_bits())
 }
 
-/// Compares halves with floats that are yet to be rounded.
-fn same_halves(what: &str, device: &[f16], cpu: &[f32]) -> Result<(), Failure> {
-    let cpu: Vec<f16> = cpu.iter().map(|v| f16::from_f32(*v)).collect();
-    same(what, device, &cpu, |v| v.to_bits().into())
-}
-
 /// Compares what `on` computes with matrices of `q` with what the CPU does: a decoded matrix, rows of it, and for each batch
-/// prepared activations (matrix and activations in half precision, too) and products, of the best launch of each kernel and
+/// prepared activations and products, of the best launch of each kernel and
 /// of one that splits columns, each twice. Gives the number of comparisons.
 ///
 /// # Errors
@@ -114,16 +105,8 @@ pub fn quantizer(on: &Executor, q: &Quantizer, shape: Shape, batches: &[u32]) ->
     let matrix = DeviceMatrix::upload(on, q, shape.cols, &parts).map_err(Failure::of(&what))?;
     let decoded = matrix.dequantize(on, q).map_err(Failure::of(&what))?;
     same_floats(&what, &decoded, &weights)?;
-    let what = format!("{what} in half precision");
-    let run = || {
-        let kernel = DecodeKernel::<f16>::load(on, q, shape)?;
-        let mut y = on.zeroed(weights.len())?;
-        kernel.launch(on, &matrix, &mut y)?;
-        y.to_vec()
-    };
-    same_halves(&what, &run().map_err(Failure::of(&what))?, &weights)?;
     same_rows(on, &name, &decoder, &packed, &matrix)?;
-    let mut done = 3;
+    let mut done = 2;
     for &batch in batches {
         done += products(on, &name, &decoder, &packed, &weights, &matrix, batch)?;
     }
@@ -216,15 +199,7 @@ fn products(
         Ok(failure) => failure,
         Err(e) => Failure::of(&fail)(e),
     })?;
-    let fail = format!("{fail} in half precision");
-    let run = || {
-        let kernel = PrepareHalfKernel::load(on, &op)?;
-        let mut x = on.zeroed(input.len())?;
-        kernel.launch(on, &on.upload(&input)?, &on.upload(&norm)?, &mut x)?;
-        x.to_vec()
-    };
-    same_halves(&fail, &run().map_err(Failure::of(&fail))?, &rotated.concat())?;
-    let mut done = 2;
+    let mut done = 1;
 
     let expected = decoder.linear(packed, &tokens);
     exact_products(&what, weights, columns, &tokens, &expected)?;

@@ -19,7 +19,7 @@ pub struct CheckGpu {
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     members: Vec<String>,
     /// Numbers of tokens of the products to check.
-    #[arg(long, value_delimiter = ',', default_values_t = (1..=8).chain([16, 33, 64]),
+    #[arg(long, value_delimiter = ',', default_values_t = (1..=8).chain([16, 33, 64, 300]),
           value_parser = clap::value_parser!(u32).range(1..=MAX_BATCH as i64))]
     batches: Vec<u32>,
     /// Do not run the small models.

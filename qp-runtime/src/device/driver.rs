@@ -191,11 +191,6 @@ impl Context {
         unsafe { result::ctx::set_current(self.context) }.map_err(fail("cuCtxSetCurrent"))
     }
 
-    /// The stream, as C functions take it.
-    pub fn stream(&self) -> *mut c_void {
-        self.stream.cast()
-    }
-
     /// Waits for all work of the stream.
     pub fn synchronize(&self) -> Result<(), DeviceError> {
         self.bind()?;

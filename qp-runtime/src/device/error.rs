@@ -4,7 +4,6 @@ use crate::jit::JitError;
 use crate::jit::launches::UnknownChoice;
 
 use super::args::Mismatch;
-use super::cublas::CublasError;
 
 /// Why a device cannot be opened or a kernel not run.
 #[derive(Debug, thiserror::Error)]
@@ -62,9 +61,6 @@ pub enum DeviceError {
         /// What is wrong.
         reason: String,
     },
-    /// No cuBLAS, or one that fails.
-    #[error(transparent)]
-    Cublas(#[from] CublasError),
     /// A wish about launches that is none.
     #[error(transparent)]
     Launches(#[from] UnknownChoice),

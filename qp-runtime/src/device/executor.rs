@@ -61,14 +61,6 @@ impl Executor {
         }
     }
 
-    /// The GPU's context; `None` for the interpreter.
-    pub(super) fn context(&self) -> Option<&Arc<Context>> {
-        match &self.0 {
-            Backend::Interpreter(_) => None,
-            Backend::Cuda(context) => Some(context),
-        }
-    }
-
     /// The device's size, for choosing launch shapes: a typical one of the target, corrected by what the driver says.
     pub fn device(&self) -> Device {
         let typical = self.target().device();

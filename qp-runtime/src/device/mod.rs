@@ -8,7 +8,6 @@
 //! install, never a panic.
 
 mod args;
-mod cublas;
 mod driver;
 mod encoder;
 mod error;
@@ -20,7 +19,6 @@ mod tests;
 pub mod tune;
 
 pub use args::{Arg, ArgField, Element, LaunchArgs, Mismatch, ParamDecl, check};
-pub use cublas::{Blas, CublasError, HalfProduct, VARIABLE as CUBLAS_VARIABLE};
 pub use driver::Gpu;
 pub use encoder::DeviceTrellis;
 pub use error::DeviceError;

@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use half::{bf16, f16};
+use half::bf16;
 use qp_codegen::kernels::decode::pack_tables;
 use qp_codegen::kernels::dequantize::{self, Dequantize};
 use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
@@ -49,16 +49,6 @@ pub struct PrepareArgs<'a> {
     x: &'a mut Buffer<i8>,
     x_scale: &'a mut Buffer<f32>,
     x_sum: &'a mut Buffer<i32>,
-}
-
-/// Arguments of [`prepare::lower_half`]'s kernels.
-#[derive(LaunchArgs)]
-pub struct PrepareHalfArgs<'a> {
-    input: &'a Buffer<f32>,
-    norm: &'a Buffer<f32>,
-    flips: &'a Buffer<u32>,
-    base: &'a Buffer<u32>,
-    x: &'a mut Buffer<f16>,
 }
 
 /// Arguments of [`embed_packed::lower`]'s kernels.
@@ -377,47 +367,6 @@ impl PrepareKernel {
         let Signs { flips, base } = &self.signs;
         let DeviceActivations { x, scale, sum } = out;
         PrepareArgs { input, norm, flips, base, x, x_scale: scale, x_sum: sum }
-    }
-}
-
-/// Norm, rotation and rounding of activations to half precision, loaded.
-pub struct PrepareHalfKernel {
-    kernel: Loaded,
-    signs: Signs,
-}
-
-impl PrepareHalfKernel {
-    /// Makes the kernel.
-    ///
-    /// # Errors
-    /// Those of the executor.
-    pub fn load(on: &Executor, op: &Prepare) -> Result<Self, DeviceError> {
-        let kernel = on.load::<PrepareHalfArgs>(prepare::lower_half(op))?;
-        Ok(PrepareHalfKernel { kernel, signs: Signs::of_activations(on, op)? })
-    }
-
-    /// Launches it: `x` gets tokens × columns. `norm` is read only by a kernel with a norm.
-    ///
-    /// # Errors
-    /// Those of the executor.
-    pub fn launch(
-        &self,
-        on: &Executor,
-        input: &Buffer<f32>,
-        norm: &Buffer<f32>,
-        x: &mut Buffer<f16>,
-    ) -> Result<(), DeviceError> {
-        on.launch(&self.kernel, self.args(input, norm, x))
-    }
-
-    fn args<'a>(
-        &'a self,
-        input: &'a Buffer<f32>,
-        norm: &'a Buffer<f32>,
-        x: &'a mut Buffer<f16>,
-    ) -> PrepareHalfArgs<'a> {
-        let Signs { flips, base } = &self.signs;
-        PrepareHalfArgs { input, norm, flips, base, x }
     }
 }
 

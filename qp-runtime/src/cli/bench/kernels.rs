@@ -36,7 +36,7 @@ pub struct KernelBench {
     #[arg(long, value_delimiter = ',', value_parser = shape,
           default_value = "28672x4096,14336x4096,4096x14336,6144x4096,4096x4096,1024x4096")]
     shape: Vec<Shape>,
-    /// Tokens at once (1 to 64).
+    /// Tokens at once (1 to 2048).
     #[arg(long, value_delimiter = ',', default_value = "1",
           value_parser = clap::value_parser!(u32).range(1..=MAX_BATCH as i64))]
     batch: Vec<u32>,
@@ -58,6 +58,8 @@ pub struct KernelBench {
 const LAUNCHES: usize = 256;
 /// Runs of a graph, of which the fastest counts.
 const ROUNDS: usize = 7;
+/// Tokens of a product that are compared with the CPU's, at most.
+const COMPARED: u32 = 64;
 
 impl KernelBench {
     /// Runs it.
@@ -74,7 +76,7 @@ impl KernelBench {
             read / 1e12
         );
         println!(
-            "{:>10} {:>13} {:>2} {:>9} {:>9} {:>7} {:>8} {:>9} {:>6}  launch",
+            "{:>10} {:>13} {:>4} {:>9} {:>9} {:>7} {:>8} {:>9} {:>6}  launch",
             "spec", "shape", "b", "us", "GB/s", "reading", "fp16", "expected", "model"
         );
         let mut results = Results {
@@ -112,7 +114,7 @@ fn print_row(results: &Results, row: &Kernel, ratio: f64) {
     let fp16 = results.fp16_us(row.rows, row.cols).filter(|_| row.batch == 1);
     let share = results.read_bytes_per_second.map_or(f64::NAN, |read| row.gb_per_s * 1e9 / read * 100.0);
     println!(
-        "{:>10} {:>13} {:>2} {:>9.2} {:>9.0} {:>6.0}% {:>8} {:>9.2} {:>6.3}  {}registers {}{}",
+        "{:>10} {:>13} {:>4} {:>9.2} {:>9.0} {:>6.0}% {:>8} {:>9.2} {:>6.3}  {}registers {}{}",
         row.spec,
         format!("{}x{}", row.rows, row.cols),
         row.batch,
@@ -203,7 +205,9 @@ pub(super) fn measure(
     let mut random = Random::of(&name);
     let inputs: Vec<Activations> =
         (0..batch).map(|_| reference::quantize_activations(&random.values(shape.cols as usize, 1.0))).collect();
-    let products = codec::linear(q, &packed, &inputs);
+    let compared = spread(batch);
+    let some: Vec<Activations> = compared.iter().map(|&token| inputs[token as usize].clone()).collect();
+    let products = codec::linear(q, &packed, &some);
     let x = DeviceActivations::upload(on, &inputs)?;
     let mut y = on.zeroed((layout.padded_rows() * batch) as usize)?;
     let op = Gemv { quantizer: q, shape, batch, accumulate: false };
@@ -218,7 +222,7 @@ pub(super) fn measure(
     let mut kernels = wanted.par_iter().map(load).collect::<Result<Vec<_>, DeviceError>>()?;
     for (.., kernel) in &mut kernels {
         kernel.launch(on, &first, &x, &mut y)?;
-        check(q, layout, &y, &products)?;
+        check(q, layout, &y, &compared, &products)?;
     }
     let times = tune::time(on, kernels.iter_mut().map(|k| &mut k.3), &matrices, &x, &mut y, LAUNCHES, ROUNDS)?;
     let bytes = packed.words.len() as f64 * 4.0;
@@ -239,6 +243,12 @@ pub(super) fn measure(
     Ok(kernels.into_iter().zip(times).map(row).collect())
 }
 
+/// Up to [`COMPARED`] of `n` tokens, the first and the last among them.
+fn spread(n: u32) -> Vec<u32> {
+    let count = n.min(COMPARED);
+    (0..count).map(|i| (u64::from(i) * u64::from(n - 1) / u64::from((count - 1).max(1))) as u32).collect()
+}
+
 /// A launch's kernel and numbers by name.
 fn named(launch: &Launch) -> serde_json::Map<String, serde_json::Value> {
     let (kernel, fields) = launch.fields();
@@ -246,13 +256,12 @@ fn named(launch: &Launch) -> serde_json::Map<String, serde_json::Value> {
     std::iter::once(("kernel".to_owned(), kernel.into())).chain(fields).collect()
 }
 
-/// Compares a launch's result, tokens × padded rows, with the CPU's, tokens × rows, to the bit.
-fn check(q: &Quantizer, layout: &Packed, y: &Buffer<f32>, expected: &[f32]) -> Result<(), Error> {
+/// Compares a launch's result, all tokens × padded rows, with the CPU's, `tokens` × rows, to the bit.
+fn check(q: &Quantizer, layout: &Packed, y: &Buffer<f32>, tokens: &[u32], expected: &[f32]) -> Result<(), Error> {
     let rows = layout.shape.rows as usize;
-    let y = y.to_vec()?;
-    for (token, (got, expected)) in
-        y.chunks_exact(layout.padded_rows() as usize).zip(expected.chunks_exact(rows)).enumerate()
-    {
+    let mut got = vec![0f32; rows];
+    for (&token, expected) in tokens.iter().zip(expected.chunks_exact(rows)) {
+        y.read(token as usize * layout.padded_rows() as usize, &mut got)?;
         if let Some(row) = (0..rows).find(|&r| got[r].to_bits() != expected[r].to_bits()) {
             let (got, must) = (got[row], expected[row]);
             return Err(format!("{}: row {row}, token {token} is {got}, but must be {must}", q.name).into());
@@ -277,10 +286,19 @@ mod tests {
         let y = on.upload(&[1.0f32; 32]).expect("memory");
         let layout = Packed::new(&q, Shape { rows: 24, cols: 300 });
         let mut expected = [1.0f32; 24];
-        check(&q, &layout, &y, &expected).expect("equal but for padding");
+        check(&q, &layout, &y, &[0], &expected).expect("equal but for padding");
         expected[23] = -1.0;
-        let message = check(&q, &layout, &y, &expected).expect_err("a row differs").to_string();
+        let message = check(&q, &layout, &y, &[0], &expected).expect_err("a row differs").to_string();
         assert_eq!(message, "htcq_2.25: row 23, token 0 is 1, but must be -1");
+    }
+
+    #[test]
+    fn tokens_to_compare_are_spread_from_the_first_to_the_last() {
+        assert_eq!(spread(1), [0]);
+        assert_eq!(spread(3), [0, 1, 2]);
+        let many = spread(2048);
+        assert_eq!((many.len(), many[0], many[63]), (64, 0, 2047));
+        assert!(many.is_sorted_by(|a, b| a < b));
     }
 
     #[test]

@@ -5,7 +5,6 @@ mod distortion_plot;
 mod encode;
 mod jit;
 mod kernels;
-mod prefill;
 mod results;
 mod roofline;
 
@@ -17,7 +16,6 @@ use distortion::DistortionBench;
 use encode::EncodeBench;
 use jit::JitBench;
 use kernels::KernelBench;
-use prefill::PrefillBench;
 use roofline::RooflineBench;
 
 /// Measure kernels and codes.
@@ -33,7 +31,6 @@ enum What {
     Encode(EncodeBench),
     Jit(JitBench),
     Kernels(KernelBench),
-    Prefill(PrefillBench),
     Roofline(RooflineBench),
 }
 
@@ -45,7 +42,6 @@ impl Bench {
             What::Encode(e) => e.run(),
             What::Jit(j) => j.run(),
             What::Kernels(k) => k.run(),
-            What::Prefill(p) => p.run(),
             What::Roofline(r) => r.run(),
         }
     }

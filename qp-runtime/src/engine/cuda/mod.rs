@@ -31,7 +31,6 @@ use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::glu::Glu;
 use qp_codegen::kernels::norm::Norm;
 use qp_codegen::kernels::prepare::Prepare;
-use qp_codegen::kernels::product::MAX_BATCH;
 use qp_codegen::spec::Shape;
 use rayon::prelude::*;
 
@@ -45,7 +44,7 @@ use crate::device::{Buffer, DeviceError, Executor, Graph};
 use crate::model::{Config, Role, Weights, rope_tables};
 
 /// Numbers of tokens that steps are made for. Any number is a sum of few of them.
-const BATCHES: [usize; 7] = [MAX_BATCH as usize, 32, 16, 8, 4, 2, 1];
+const BATCHES: [usize; 7] = [64, 32, 16, 8, 4, 2, 1];
 
 /// A model on a device, with the keys and values of one sequence.
 pub struct CudaEngine {

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use crate::engine::{Engine, Error, Logits, PREFILL, check_tokens};
+use crate::engine::{Error, Logits, Session, check_tokens};
 
 /// How well a model predicts a text.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -30,7 +30,7 @@ impl Perplexity {
 /// # Errors
 /// If there is no whole window, a window exceeds the context, a token is unknown, or the engine fails.
 pub fn perplexity(
-    engine: &mut dyn Engine,
+    session: &mut Session,
     tokens: &[u32],
     window: usize,
     mut progress: impl FnMut(usize),
@@ -41,17 +41,19 @@ pub fn perplexity(
     if tokens.len() < window {
         return Err(Error::ShortText { tokens: tokens.len(), window });
     }
-    check_tokens(tokens, 0, tokens.len(), engine.vocab())?;
+    check_tokens(tokens, 0, tokens.len(), session.vocab())?;
     let mut total = 0.0;
     let mut logits = Vec::new();
     let windows = tokens.chunks_exact(window);
     let count = windows.len();
     for (i, window_tokens) in windows.enumerate() {
-        engine.truncate(0);
+        session.truncate(0);
         let (inputs, targets) = (&window_tokens[..window - 1], &window_tokens[1..]);
-        for (inputs, targets) in inputs.chunks(PREFILL).zip(targets.chunks(PREFILL)) {
-            engine.forward(inputs, Logits::All, &mut logits)?;
-            let rows = logits.par_chunks_exact(engine.vocab()).zip(targets);
+        // All logits of a window might be more than memory holds.
+        let most = session.most_tokens();
+        for (inputs, targets) in inputs.chunks(most).zip(targets.chunks(most)) {
+            session.forward(inputs, Logits::All, &mut logits)?;
+            let rows = logits.par_chunks_exact(session.vocab()).zip(targets);
             let losses: Vec<f64> = rows.map(|(row, &target)| nll(row, target)).collect();
             total += losses.iter().sum::<f64>();
         }
@@ -75,9 +77,10 @@ pub fn nll(logits: &[f32], target: u32) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::{Chunk, Engine, check_chunks};
 
     /// Logits depend on the position in the window alone: token `p` has the logit ln 3 at position `p`, others 0.
-    struct Positions(usize);
+    struct Positions;
 
     impl Engine for Positions {
         fn vocab(&self) -> usize {
@@ -86,27 +89,34 @@ mod tests {
         fn context(&self) -> usize {
             1000
         }
-        fn position(&self) -> usize {
-            self.0
+        fn pages(&self) -> usize {
+            16
         }
-        fn truncate(&mut self, position: usize) {
-            self.0 = self.0.min(position);
+        fn most_tokens(&self) -> usize {
+            256
         }
-        fn forward(&mut self, tokens: &[u32], _: Logits, out: &mut Vec<f32>) -> Result<(), Error> {
+        fn step(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<f32>) -> Result<(), Error> {
+            check_chunks(self, chunks)?;
             out.clear();
-            for _ in tokens {
-                out.extend((0..5).map(|t| if t == self.0 { 3f32.ln() } else { 0.0 }));
-                self.0 += 1;
+            for p in chunks.iter().flat_map(|c| c.position..c.position + c.tokens.len()) {
+                out.extend((0..5).map(|t| if t == p { 3f32.ln() } else { 0.0 }));
             }
             Ok(())
         }
+        fn copy_page(&mut self, _: u32, _: u32) -> Result<(), Error> {
+            unreachable!("nothing is shared")
+        }
+    }
+
+    fn positions() -> Session {
+        Session::new(Box::new(Positions))
     }
 
     #[test]
     fn windows_are_scored_apart_and_the_rest_dropped() {
         let mut seen = Vec::new();
         // Position 0 predicts the second token: 0 has probability 3/7, others 1/7.
-        let p = perplexity(&mut Positions(9), &[4, 0, 1, 4, 0, 4, 4], 3, |n| seen.push(n)).unwrap();
+        let p = perplexity(&mut positions(), &[4, 0, 1, 4, 0, 4, 4], 3, |n| seen.push(n)).unwrap();
         assert_eq!((p.tokens, p.scored, seen), (7, 4, vec![3, 6]));
         let expect = (3.0 * (7f64 / 3.0).ln() + 7f64.ln()) / 4.0;
         assert!((p.loss - expect).abs() < 1e-6, "{} {expect}", p.loss);
@@ -115,7 +125,7 @@ mod tests {
     #[test]
     fn long_windows_come_in_batches() {
         let tokens = vec![0; 600];
-        let p = perplexity(&mut Positions(0), &tokens, 600, |_| ()).unwrap();
+        let p = perplexity(&mut positions(), &tokens, 600, |_| ()).unwrap();
         assert_eq!(p.scored, 599);
         let expect = ((7f64 / 3.0).ln() + 4.0 * 7f64.ln() + 594.0 * 5f64.ln()) / 599.0;
         assert!((p.loss - expect).abs() < 1e-6, "{} {expect}", p.loss);
@@ -123,10 +133,10 @@ mod tests {
 
     #[test]
     fn bad_windows() {
-        assert!(matches!(perplexity(&mut Positions(0), &[1; 5], 1, |_| ()), Err(Error::Window(1))));
-        let short = perplexity(&mut Positions(0), &[1; 5], 6, |_| ());
+        assert!(matches!(perplexity(&mut positions(), &[1; 5], 1, |_| ()), Err(Error::Window(1))));
+        let short = perplexity(&mut positions(), &[1; 5], 6, |_| ());
         assert!(matches!(short, Err(Error::ShortText { tokens: 5, window: 6 })));
-        let unknown = perplexity(&mut Positions(0), &[1, 5], 2, |_| ());
+        let unknown = perplexity(&mut positions(), &[1, 5], 2, |_| ());
         assert!(matches!(unknown, Err(Error::Token { token: 5, vocab: 5 })));
     }
 

@@ -20,7 +20,7 @@ pub const VOCAB: usize = 256;
 
 impl RandomModel {
     /// Two layers, hidden 64, feed-forward 96, 4 heads of 8 (so heads · width ≠ hidden), 2 key/value heads, untied;
-    /// with biases of q, k and v if the architecture is `Qwen2ForCausalLM`.
+    /// with biases of q, k and v if the architecture is `Qwen2ForCausalLM`, with norms of heads if `Qwen3ForCausalLM`.
     pub fn new(architecture: &str) -> Self {
         let config = json!({
             "architectures": [architecture], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -52,6 +52,9 @@ impl RandomModel {
             }
             for name in ["input_layernorm", "post_attention_layernorm"] {
                 model.random(&mut random, &format!("model.layers.{i}.{name}.weight"), &[64]);
+            }
+            for name in ["q_norm", "k_norm"].iter().filter(|_| architecture == "Qwen3ForCausalLM") {
+                model.random(&mut random, &format!("model.layers.{i}.self_attn.{name}.weight"), &[8]);
             }
         }
         model

@@ -14,8 +14,8 @@ use qp_codegen::spec::Shape;
 use qp_runtime::checkpoint::{Begin, Checkpoint, LayerEntry, Manifest, TensorEntry, is_checkpoint};
 use qp_runtime::codec::{decode_matrix, encode_matrix};
 use qp_runtime::device::Executor;
-use qp_runtime::engine::{CpuEngine, CudaEngine, Engine, Logits};
-use qp_runtime::model::{Model, Weight};
+use qp_runtime::engine::{self, Logits};
+use qp_runtime::model::{LayerId, Model, Weight};
 use qp_runtime::plan::Plan;
 use qp_runtime::quantize::calibrate::{Calibrate, Texts};
 use qp_runtime::quantize::{Job, Progress, Silent};
@@ -319,8 +319,10 @@ fn an_output_layer_is_quantized_if_the_plan_names_it() {
         let place = Place::new(&model);
         Job { plan: place.plan(text), ..place.job("out") }.run(&Silent).unwrap();
         let read = Model::open(&place.path("out")).unwrap();
-        assert!(matches!(&read.weights.head.weight, Weight::Quantized { quantizer, .. } if quantizer.name == "q3"));
-        let embedding = read.weights.embed.weight.dense().expect("as it was").to_f32();
+        assert!(
+            matches!(&read.weights[LayerId(14)].weight, Weight::Quantized { quantizer, .. } if quantizer.name == "q3")
+        );
+        let embedding = read.weights[LayerId(15)].weight.dense().expect("as it was").to_f32();
         assert_eq!(embedding, model.tensors["model.embed_tokens.weight"].1);
     }
 }
@@ -362,10 +364,10 @@ fn an_embedding_is_quantized_if_the_plan_names_it() {
         assert_eq!(contents(&place.path("out")), contents(&place.path("again")));
 
         // One matrix in memory if one is stored, and the same logits on every engine.
-        let Model { config, weights, .. } = Model::open(&place.path("out")).unwrap();
-        assert_eq!(weights.head.weight.is(&weights.embed.weight), stored[0].is_empty());
-        let mut device = CudaEngine::new(Executor::interpreter(), &config, &weights, 8).unwrap();
-        let mut cpu = CpuEngine::new(&config, Arc::new(weights), 8).unwrap();
+        let weights = Model::open(&place.path("out")).unwrap().weights;
+        assert_eq!(weights[LayerId(14)].weight.is(&weights[LayerId(15)].weight), stored[0].is_empty());
+        let mut device = engine::open(Some(&Executor::interpreter()), &Arc::new(weights.clone()), 8).unwrap();
+        let mut cpu = engine::open(None, &Arc::new(weights), 8).unwrap();
         let (mut a, mut b) = (Vec::new(), Vec::new());
         for tokens in [&[1, 255, 7][..], &[0]] {
             device.forward(tokens, Logits::All, &mut a).unwrap();
@@ -410,7 +412,7 @@ fn groups_and_kept_layers_are_in_the_manifest() {
     assert_eq!(manifest.groups, [group(0), group(1)]);
     assert_eq!(manifest.layers.len(), 13);
     let read = Model::open(&place.path("out")).unwrap();
-    let kept = &read.weights.layers[0][qp_runtime::model::Role::Down].weight;
+    let kept = &read.weights[LayerId(6)].weight;
     assert!(matches!(kept, Weight::Dense(_)));
     let again = Job { plan: Plan::read(&place.path("out/plan.toml")).unwrap(), ..place.job("again") };
     again.run(&Silent).unwrap();

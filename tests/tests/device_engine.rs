@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qp_runtime::device::Executor;
-use qp_runtime::engine::{CpuEngine, CudaEngine, Engine, Logits};
+use qp_runtime::engine::{self, Logits};
 use qp_runtime::model::Model;
 use serde_json::Value;
 
@@ -17,7 +17,7 @@ fn the_bundled_model_gives_its_reference_tokens() {
     };
     let model = Model::open(&dir).unwrap();
     let prompt = ids("prompt_ids");
-    let mut engine = CudaEngine::new(Executor::interpreter(), &model.config, &model.weights, 40).unwrap();
+    let mut engine = engine::open(Some(&Executor::interpreter()), &Arc::new(model.weights.clone()), 40).unwrap();
     let mut tokens = vec![engine.greedy(&prompt).unwrap()];
     while tokens.len() < 12 {
         tokens.push(engine.greedy(&tokens[tokens.len() - 1..]).unwrap());
@@ -25,7 +25,7 @@ fn the_bundled_model_gives_its_reference_tokens() {
     assert_eq!(tokens, ids("greedy_ids")[..12]);
 
     // One token at a time, the CPU's engine has the same bits.
-    let mut cpu = CpuEngine::new(&model.config, Arc::new(model.weights), 40).unwrap();
+    let mut cpu = engine::open(None, &Arc::new(model.weights), 40).unwrap();
     let (mut a, mut b) = (Vec::new(), Vec::new());
     engine.truncate(0);
     for token in &prompt[..3] {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use qp_runtime::checkpoint::Checkpoint;
-use qp_runtime::engine::{CpuEngine, Engine, Logits};
+use qp_runtime::engine::{self, Logits};
 use qp_runtime::model::config::RopeScaling;
 use qp_runtime::model::{Config, Model, TensorDir, Tokenizer};
 use qp_runtime::plan::Plan;
@@ -26,7 +26,7 @@ fn write(dir: &Path, file: &Gguf) -> PathBuf {
 }
 
 fn logits(model: Model) -> Vec<f32> {
-    let mut engine = CpuEngine::new(&model.config, Arc::new(model.weights), 16).unwrap();
+    let mut engine = engine::open(None, &Arc::new(model.weights), 16).unwrap();
     let mut out = Vec::new();
     engine.forward(&[3, 200, 77, 5, 5, 130, 9], Logits::All, &mut out).unwrap();
     out

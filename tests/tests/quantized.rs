@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use qp_runtime::device::Executor;
-use qp_runtime::engine::{self, CpuEngine, CudaEngine, Engine, Logits, Sampler, Sampling};
+use qp_runtime::engine::{self, Logits, Sampler, Sampling, Session};
 use qp_runtime::eval::perplexity;
 use qp_runtime::model::Model;
 use qp_runtime::plan::Plan;
@@ -30,8 +30,8 @@ fn carry_out(plan: Plan) -> (Model, tempfile::TempDir) {
     (Model::open(&out).unwrap(), dir)
 }
 
-fn engine(model: &Model, context: usize) -> CpuEngine {
-    CpuEngine::new(&model.config, Arc::new(model.weights.clone()), context).unwrap()
+fn engine(model: &Model, context: usize) -> Session {
+    engine::open(None, &Arc::new(model.weights.clone()), context).unwrap()
 }
 
 /// Loss of perplexity, relative, must be at most `bar`: Gaussian noise of the code's mean squared error in each layer
@@ -88,7 +88,8 @@ fn kernels_yield_the_bits_of_the_cpu() {
     let (model, _dir) = carry_out(plan);
     let tokens = model.tokenizer.encode("And it came to pass in those days, that the king").unwrap();
     let mut cpu = engine(&model, tokens.len());
-    let mut kernels = CudaEngine::new(Executor::interpreter(), &model.config, &model.weights, tokens.len()).unwrap();
+    let mut kernels =
+        engine::open(Some(&Executor::interpreter()), &Arc::new(model.weights.clone()), tokens.len()).unwrap();
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     let (prompt, rest) = tokens.split_at(tokens.len() - 2);
     for part in [prompt, &rest[..1], &rest[1..]] {

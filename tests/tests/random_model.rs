@@ -5,8 +5,8 @@ use std::sync::Arc;
 use qp_codegen::reference;
 use qp_codegen::spec::{Quantizer, Rotation, Shape, load_str};
 use qp_runtime::codec::{decode_matrix, encode_matrix};
-use qp_runtime::engine::{CpuEngine, Engine, Logits};
-use qp_runtime::model::{Config, Model, Role, Tensor, Weight, Weights, rope_tables};
+use qp_runtime::engine::{self, Logits};
+use qp_runtime::model::{Model, Tensor, Weight, Weights, rope_tables};
 use qp_tests::models::RandomModel;
 use serde_json::json;
 
@@ -41,8 +41,12 @@ fn plain(m: &RandomModel, rope: &qp_runtime::model::RopeTables, tokens: &[u32]) 
             let h = norm(&name("input_layernorm.weight"), x);
             let mut q = apply(&name("self_attn.q_proj"), &h);
             let mut k = apply(&name("self_attn.k_proj"), &h);
-            turn(&mut q, position);
-            turn(&mut k, position);
+            for (x, part) in [(&mut q, "self_attn.q_norm.weight"), (&mut k, "self_attn.k_norm.weight")] {
+                if m.tensors.contains_key(&name(part)) {
+                    *x = x.chunks_exact(8).flat_map(|head| norm(&name(part), head)).collect();
+                }
+                turn(x, position);
+            }
             keys.push(k);
             values.push(apply(&name("self_attn.v_proj"), &h));
             let mut out = Vec::new();
@@ -77,8 +81,8 @@ fn open(m: &RandomModel) -> Result<Model, String> {
 fn check(m: &RandomModel) {
     let model = open(m).unwrap();
     let tokens: Vec<u32> = (0..23u32).map(|i| i * 91 % 256).collect();
-    let expect = plain(m, &rope_tables(&model.config, 23), &tokens);
-    let mut engine = CpuEngine::new(&model.config, Arc::new(model.weights), 23).unwrap();
+    let expect = plain(m, &rope_tables(&model.weights.program.rope, 23), &tokens);
+    let mut engine = engine::open(None, &Arc::new(model.weights), 23).unwrap();
     let mut logits = Vec::new();
     // Many tokens, a few, one: each way of multiplying.
     for part in [&tokens[..19], &tokens[19..22], &tokens[22..]] {
@@ -108,6 +112,11 @@ fn llama_3_with_stretched_frequencies_and_tied_embeddings() {
 #[test]
 fn qwen_2_with_biases() {
     check(&RandomModel::new("Qwen2ForCausalLM"));
+}
+
+#[test]
+fn qwen_3_with_norms_of_heads() {
+    check(&RandomModel::new("Qwen3ForCausalLM"));
 }
 
 #[test]
@@ -146,7 +155,7 @@ fn bad_directories() {
     assert_eq!(
         message(&|m| m.config["architectures"] = json!(["OPTForCausalLM"])),
         "DIR/config.json: architecture OPTForCausalLM is not supported \
-         (supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)"
+         (supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)"
     );
     let dir = tempfile::tempdir().unwrap();
     let error = |path: &std::path::Path| Model::open(path).unwrap_err().to_string();
@@ -161,24 +170,21 @@ fn bad_directories() {
 }
 
 /// Replaces every linear layer of a decoder by its quantized form, and by what that form means, unrotated.
-fn quantized(weights: &Weights, config: &Config, q: &Arc<Quantizer>) -> (Weights, Weights) {
+fn quantized(weights: &Weights, q: &Arc<Quantizer>) -> (Weights, Weights) {
     let (mut packed, mut plain) = (weights.clone(), weights.clone());
-    for (layer, (packed, plain)) in packed.layers.iter_mut().zip(&mut plain.layers).enumerate() {
-        for role in Role::ALL {
-            let Weight::Dense(w) = &packed[role].weight else { panic!("{} is dense", config.linear_name(layer, role)) };
-            let (rows, cols) = config.shape(role);
-            let mut values = w.to_f32();
-            values.chunks_exact_mut(cols).for_each(|row| reference::rotate(q.rotation, row));
-            let shape = Shape { rows: rows as u32, cols: cols as u32 };
-            let matrix = encode_matrix(q, shape, &values, &|_| ()).unwrap();
-            let mut decoded = decode_matrix(q, &matrix);
-            let error: f32 = decoded.iter().zip(&values).map(|(a, b)| (a - b).powi(2)).sum();
-            let power: f32 = values.iter().map(|v| v.powi(2)).sum();
-            assert!(error < 1e-3 * power, "{error} of {power}");
-            decoded.chunks_exact_mut(cols).for_each(|row| unrotate(q.rotation, row));
-            packed[role].weight = Weight::Quantized { quantizer: q.clone(), matrix: Arc::new(matrix) };
-            plain[role].weight = Weight::Dense(Tensor::from_f32(&[rows, cols], &decoded).unwrap());
-        }
+    for id in weights.program.ids().filter(|id| weights.program.in_block(*id)) {
+        let layer = &weights[id];
+        let mut values = layer.weight.dense().unwrap_or_else(|| panic!("{} is quantized", layer.name)).to_f32();
+        values.chunks_exact_mut(layer.cols).for_each(|row| reference::rotate(q.rotation, row));
+        let shape = Shape { rows: layer.rows as u32, cols: layer.cols as u32 };
+        let matrix = encode_matrix(q, shape, &values, &|_| ()).unwrap();
+        let mut decoded = decode_matrix(q, &matrix);
+        let error: f32 = decoded.iter().zip(&values).map(|(a, b)| (a - b).powi(2)).sum();
+        let power: f32 = values.iter().map(|v| v.powi(2)).sum();
+        assert!(error < 1e-3 * power, "{error} of {power}");
+        decoded.chunks_exact_mut(layer.cols).for_each(|row| unrotate(q.rotation, row));
+        packed[id].weight = Weight::Quantized { quantizer: q.clone(), matrix: Arc::new(matrix) };
+        plain[id].weight = Weight::Dense(Tensor::from_f32(&[layer.rows, layer.cols], &decoded).unwrap());
     }
     (packed, plain)
 }
@@ -213,10 +219,10 @@ fn quantized_layers_compute_what_their_weights_say() {
         let q = Arc::new(library.get("uniform").unwrap().clone());
         // With biases, and with columns (32, 64, 96) that fill no block.
         let model = open(&RandomModel::new("Qwen2ForCausalLM")).unwrap();
-        let (packed, plain) = quantized(&model.weights, &model.config, &q);
+        let (packed, plain) = quantized(&model.weights, &q);
         let tokens: Vec<u32> = (0..20u32).map(|i| i * 91 % 256).collect();
         let run = |weights: Weights, parts: &[&[u32]]| {
-            let mut engine = CpuEngine::new(&model.config, Arc::new(weights), 20).unwrap();
+            let mut engine = engine::open(None, &Arc::new(weights), 20).unwrap();
             let mut logits = Vec::new();
             parts.iter().for_each(|part| engine.forward(part, Logits::Last, &mut logits).unwrap());
             logits

@@ -44,7 +44,7 @@ fn model(change: impl FnOnce(&mut RandomModel)) -> Model {
 
 fn run(model: &Model, settings: Settings, earlier: Option<Sensitivities>) -> Result<Sensitivities, Error> {
     let mut all = Until { layers: usize::MAX, saved: None };
-    measure(None, "random", &model.config, &model.weights, settings, earlier, &mut all)
+    measure(None, "random", model.config.bos, &model.weights, settings, earlier, &mut all)
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn a_run_that_was_stopped_is_continued_to_the_same_result() {
     assert!(whole.layers.iter().all(|l| l.sensitivity > 0.0 && l.points.len() == 2));
 
     let mut until = Until { layers: 4, saved: None };
-    measure(None, "random", &model.config, &model.weights, SETTINGS, None, &mut until).expect_err("stopped");
+    measure(None, "random", model.config.bos, &model.weights, SETTINGS, None, &mut until).expect_err("stopped");
     let part = until.saved.expect("saved");
     assert_eq!(part.layers.len(), 4);
     assert_eq!(run(&model, SETTINGS, Some(part.clone())).expect("continued"), whole);
@@ -73,7 +73,7 @@ fn a_device_measures_the_same() {
     let mut all = Until { layers: usize::MAX, saved: None };
     let on = Executor::interpreter();
     let device =
-        measure(Some(&on), "random", &model.config, &model.weights, settings, None, &mut all).expect("measured");
+        measure(Some(&on), "random", model.config.bos, &model.weights, settings, None, &mut all).expect("measured");
     assert_eq!(cpu.texts, device.texts);
     for (a, b) in cpu.layers.iter().zip(&device.layers) {
         assert!((a.sensitivity / b.sensitivity - 1.0).abs() < 1e-2, "{}: {} {}", a.name, a.sensitivity, b.sensitivity);

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use qp_runtime::engine::{self, CpuEngine, Engine, Logits, Sampler, Sampling, Stop};
+use qp_runtime::engine::{self, Logits, Sampler, Sampling, Session, Stop};
 use qp_runtime::eval::{nll, perplexity};
 use qp_runtime::model::Model;
 use serde_json::Value;
@@ -21,11 +21,11 @@ fn ids(v: &Value) -> Vec<u32> {
     v.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
 }
 
-fn engine(model: &Model, context: usize) -> CpuEngine {
-    CpuEngine::new(&model.config, Arc::new(model.weights.clone()), context).unwrap()
+fn engine(model: &Model, context: usize) -> Session {
+    engine::open(None, &Arc::new(model.weights.clone()), context).unwrap()
 }
 
-fn greedy(engine: &mut dyn Engine, prompt: &[u32], count: usize) -> Vec<u32> {
+fn greedy(engine: &mut Session, prompt: &[u32], count: usize) -> Vec<u32> {
     let mut sampler = Sampler::new(Sampling::default());
     let go = |_| Ok::<_, engine::Error>(ControlFlow::Continue(()));
     let g = engine::generate(engine, prompt, count, &[], &mut sampler, go).unwrap();

@@ -20,8 +20,8 @@ use sha2::{Digest, Sha256};
 use super::problem::{Layer, Role};
 use crate::codec::gaussian::Gaussian;
 use crate::device::Executor;
-use crate::engine::{self, Logits, PREFILL, Relatives};
-use crate::model::{self, Config, Linear, Tensor, Weight, Weights};
+use crate::engine::{self, Logits, Room, Session, SharedWeights};
+use crate::model::{self, Linear, Tensor, Weight, Weights};
 
 /// Version of the file format.
 const FORMAT: u32 = 1;
@@ -177,17 +177,9 @@ pub trait Progress {
     fn measured(&mut self, so_far: &Sensitivities) -> Result<(), Error>;
 }
 
-/// A layer's place.
-#[derive(Clone, Copy)]
-enum Place {
-    Block(usize, model::config::Role),
-    Head,
-    Embedding,
-}
-
 /// Measures every linear layer, the output layer included, and the embedding. An output layer that is tied to the
 /// embedding is measured apart from it first, and then with it, as one matrix for both. The model runs on `on`, by default on
-/// the CPU; each trial has an engine of its own, which shares with the others all matrices but one. Layers that `earlier`
+/// the CPU, and begins its texts with `bos`; each trial has an engine of its own, which shares with the others all matrices but one. Layers that `earlier`
 /// has are not measured again.
 ///
 /// # Errors
@@ -195,7 +187,7 @@ enum Place {
 pub fn measure(
     on: Option<&Executor>,
     name: &str,
-    config: &Config,
+    bos: Option<u32>,
     weights: &Weights,
     settings: Settings,
     earlier: Option<Sensitivities>,
@@ -205,7 +197,7 @@ pub fn measure(
     let mut texts = Vec::new();
     for i in 0..settings.sequences {
         progress.trial(0, 1, "texts");
-        texts.push(engine::texts::write(on, config, &base, settings.tokens, settings.seed, i)?);
+        texts.push(engine::texts::write(on, bos, &base, settings.tokens, settings.seed, i)?);
     }
     let mut hash = Sha256::new();
     texts.iter().flatten().for_each(|t| hash.update(t.to_le_bytes()));
@@ -214,7 +206,7 @@ pub fn measure(
         model: name.to_owned(),
         settings: Some(settings),
         texts: hash.finalize().iter().map(|b| format!("{b:02x}")).collect(),
-        tied: config.tied,
+        tied: weights.program.layer(weights.program.head().0).shares.is_some(),
         layers: Vec::new(),
     };
     let mut known = Vec::new();
@@ -224,14 +216,12 @@ pub fn measure(
         }
         known = earlier.layers;
     }
-    let mut engines = Relatives::on(on);
-    let expected = predictions(&mut engines, config, &base, &texts)?;
-    let blocks = (0..config.layers).flat_map(|b| model::config::Role::ALL.map(|r| Place::Block(b, r)));
-    let places: Vec<Place> = blocks.chain([Place::Head, Place::Embedding]).collect();
+    let mut engines = SharedWeights::on(on);
+    let expected = predictions(&mut engines, &base, &texts)?;
     let trials = settings.levels * settings.draws;
-    let total = places.len() * trials;
-    for (i, &place) in places.iter().enumerate() {
-        let linear = at(weights, place);
+    let total = weights.layers().len() * trials;
+    for (i, id) in weights.program.ids().enumerate() {
+        let linear = &weights[id];
         if let Some(done) = known.iter().find(|m| m.name == linear.name) {
             out.layers.push(done.clone());
             continue;
@@ -243,8 +233,8 @@ pub fn measure(
             let seed = settings.seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ ((i * trials + t) as u64 + 1);
             let (noisy, noise) = disturb(linear, level, seed)?;
             let mut changed = weights.clone();
-            put(&mut changed, place, noisy, config.tied);
-            let divergence = divergence(&mut engines, config, &Arc::new(changed), &texts, &expected)?;
+            changed.replace(id, noisy);
+            let divergence = divergence(&mut engines, &Arc::new(changed), &texts, &expected)?;
             if !divergence.is_finite() {
                 return Err(Error::NotANumber(linear.name.clone()));
             }
@@ -262,35 +252,14 @@ pub fn measure(
     Ok(out)
 }
 
-fn at(weights: &Weights, place: Place) -> &Linear {
-    match place {
-        Place::Block(b, role) => &weights.layers[b][role],
-        Place::Head => &weights.head,
-        Place::Embedding => &weights.embed,
-    }
-}
-
-fn put(weights: &mut Weights, place: Place, layer: Linear, tied: bool) {
-    match place {
-        Place::Block(b, role) => weights.layers[b][role] = layer,
-        Place::Head => weights.head = layer,
-        Place::Embedding => {
-            if tied {
-                weights.head.weight = layer.weight.clone();
-            }
-            weights.embed = layer;
-        }
-    }
-}
-
 /// Slope of the line through the origin with the least squared distance from the points.
 pub fn slope(points: &[[f64; 2]]) -> f64 {
     let (xy, xx) = points.iter().fold((0.0, 0.0), |(xy, xx), [x, y]| (xy + x * y, xx + x * x));
     if xx > 0.0 { xy / xx } else { 0.0 }
 }
 
-/// The layer with noise of relative mean square `level` in each row, and the relative mean square that came out.
-fn disturb(linear: &Linear, level: f64, seed: u64) -> Result<(Linear, f64), Error> {
+/// The layer's matrix with noise of relative mean square `level` in each row, and the relative mean square that came out.
+fn disturb(linear: &Linear, level: f64, seed: u64) -> Result<(Weight, f64), Error> {
     let mut values = linear.weight.dense().ok_or_else(|| Error::Quantized(linear.name.clone()))?.to_f32();
     let sums: Vec<(f64, f64)> = values
         .par_chunks_exact_mut(linear.cols)
@@ -309,19 +278,17 @@ fn disturb(linear: &Linear, level: f64, seed: u64) -> Result<(Linear, f64), Erro
         .collect();
     let (added, square) = sums.iter().fold((0.0, 0.0), |(a, s), (x, y)| (a + x, s + y));
     let tensor = Tensor::from_f32(&[linear.rows, linear.cols], &values).expect("as many values as before");
-    let noisy = Linear { weight: Weight::Dense(tensor), ..linear.clone() };
-    Ok((noisy, if square > 0.0 { added / square } else { 0.0 }))
+    Ok((Weight::Dense(tensor), if square > 0.0 { added / square } else { 0.0 }))
 }
 
 /// Log-probabilities of every next token of every text: one row of `vocab` a token.
 fn predictions(
-    engines: &mut Relatives<'_>,
-    config: &Config,
+    engines: &mut SharedWeights<'_>,
     weights: &Arc<Weights>,
     texts: &[Vec<u32>],
 ) -> Result<Vec<Vec<f32>>, Error> {
     let mut out = Vec::new();
-    each_row_block(engines, config, weights, texts, |logits, vocab| {
+    each_row_block(engines, weights, texts, |logits, vocab| {
         let mut rows = logits.to_vec();
         rows.par_chunks_exact_mut(vocab).for_each(log_softmax);
         out.push(rows);
@@ -331,14 +298,13 @@ fn predictions(
 
 /// Mean divergence, in nats a token, of a model's predictions from `expected`.
 fn divergence(
-    engines: &mut Relatives<'_>,
-    config: &Config,
+    engines: &mut SharedWeights<'_>,
     weights: &Arc<Weights>,
     texts: &[Vec<u32>],
     expected: &[Vec<f32>],
 ) -> Result<f64, Error> {
     let (mut total, mut count, mut blocks) = (0.0, 0, expected.iter());
-    each_row_block(engines, config, weights, texts, |logits, vocab| {
+    each_row_block(engines, weights, texts, |logits, vocab| {
         let Some(expected) = blocks.next() else { return };
         let rows = logits.par_chunks_exact(vocab).zip(expected.par_chunks_exact(vocab));
         let each: Vec<f64> = rows
@@ -356,20 +322,20 @@ fn divergence(
 
 /// Runs the model over all texts and shows the logits as they come, some rows at a time.
 fn each_row_block(
-    engines: &mut Relatives<'_>,
-    config: &Config,
+    engines: &mut SharedWeights<'_>,
     weights: &Arc<Weights>,
     texts: &[Vec<u32>],
     mut see: impl FnMut(&[f32], usize),
 ) -> Result<(), Error> {
     let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
-    let mut engine = engines.open(config, weights, longest)?;
+    let mut session = Session::new(engines.open(weights, Room::one(longest))?);
+    let (vocab, most) = (session.vocab(), session.most_tokens());
     let mut logits = Vec::new();
     for text in texts {
-        engine.truncate(0);
-        for tokens in text.chunks(PREFILL) {
-            engine.forward(tokens, Logits::All, &mut logits)?;
-            see(&logits, engine.vocab());
+        session.truncate(0);
+        for tokens in text.chunks(most) {
+            session.forward(tokens, Logits::All, &mut logits)?;
+            see(&logits, vocab);
         }
     }
     Ok(())

@@ -20,7 +20,7 @@ use crate::codec::viterbi::{Scratch, Trellis};
 use crate::codec::{Decoder, Gaussian, PackedMatrix};
 use crate::device::ops::{DeviceActivations, DeviceMatrix, EmbedPackedKernel, GemvKernel, PrepareKernel};
 use crate::device::{DeviceError, DeviceTrellis, Executor};
-use crate::engine::{CpuEngine, CudaEngine, Engine, Logits};
+use crate::engine::{CpuEngine, CudaEngine, Logits, Room, Session};
 use crate::model::weights::EMBEDDING;
 
 /// Epsilon of the norms that are checked.
@@ -300,13 +300,16 @@ pub fn model(
 ) -> Result<usize, Failure> {
     let (config, weights) = synthetic::model(shapes, choose).map_err(Failure::of(name))?;
     let context = config.max_positions;
-    let mut device = CudaEngine::new(on.clone(), &config, &weights, context).map_err(Failure::of(name))?;
-    let (mut other, error): (Box<dyn Engine>, f32) = match against {
-        Against::Executor(on) => {
-            (Box::new(CudaEngine::new(on.clone(), &config, &weights, context).map_err(Failure::of(name))?), 0.0)
-        }
+    let cuda = |on: &Executor| {
+        let engine = CudaEngine::new(on.clone(), &weights, Room::one(context)).map_err(Failure::of(name))?;
+        Ok(Session::new(Box::new(engine)))
+    };
+    let mut device = cuda(on)?;
+    let (mut other, error) = match against {
+        Against::Executor(on) => (cuda(on)?, 0.0),
         Against::Cpu => {
-            (Box::new(CpuEngine::new(&config, Arc::new(weights), context).map_err(Failure::of(name))?), LOGIT_ERROR)
+            let engine = CpuEngine::new(Arc::new(weights.clone()), Room::one(context)).map_err(Failure::of(name))?;
+            (Session::new(Box::new(engine)), LOGIT_ERROR)
         }
     };
     let tokens: Vec<u32> = (0..context as u32).map(|i| i * 17 % shapes.vocab as u32).collect();
@@ -424,43 +427,44 @@ mod tests {
     fn a_refused_call_changes_nothing() {
         use crate::engine::Error;
         let (_, shapes) = &shapes()[0];
-        let (config, weights) = synthetic::model(shapes, &|_| None).unwrap();
-        let engine = |context| CudaEngine::new(Executor::interpreter(), &config, &weights, context);
+        let (_, weights) = synthetic::model(shapes, &|_| None).unwrap();
+        let engine = |context| CudaEngine::new(Executor::interpreter(), &weights, Room::one(context));
         assert!(matches!(engine(41), Err(Error::Positions { .. })));
-        let (mut engine, mut out) = (engine(8).unwrap(), Vec::new());
-        engine.forward(&[1, 2, 3], Logits::None, &mut out).unwrap();
-        assert!(matches!(engine.forward(&[0; 6], Logits::Last, &mut out), Err(Error::Context { .. })));
-        assert!(matches!(engine.greedy(&[0, 50]), Err(Error::Token { .. })));
-        assert_eq!(engine.position(), 3);
-        engine.truncate(9);
-        assert_eq!(engine.position(), 3);
-        engine.forward(&[4; 5], Logits::All, &mut out).unwrap();
-        assert_eq!((engine.position(), out.len()), (8, 5 * 50));
+        let (mut session, mut out) = (Session::new(Box::new(engine(8).unwrap())), Vec::new());
+        session.forward(&[1, 2, 3], Logits::None, &mut out).unwrap();
+        assert!(matches!(session.forward(&[0; 6], Logits::Last, &mut out), Err(Error::Context { .. })));
+        assert!(matches!(session.greedy(&[0, 50]), Err(Error::Token { .. })));
+        assert_eq!(session.position(), 3);
+        session.truncate(9);
+        assert_eq!(session.position(), 3);
+        session.forward(&[4; 5], Logits::All, &mut out).unwrap();
+        assert_eq!((session.position(), out.len()), (8, 5 * 50));
     }
 
     #[test]
-    fn a_relative_runs_on_its_own_weights_and_shares_the_rest() {
-        use crate::engine::Relatives;
-        use crate::model::{Role, Tensor, Weight};
+    fn engines_run_on_their_own_weights_and_share_the_rest() {
+        use crate::engine::{Engine, SharedWeights};
+        use crate::model::{Tensor, Weight};
         let (_, shapes) = &shapes()[0];
-        let (config, weights) = synthetic::model(shapes, &|_| None).unwrap();
+        let (_, weights) = synthetic::model(shapes, &|_| None).unwrap();
         let mut changed = weights.clone();
-        let o = &changed.layers[0][Role::O];
-        let (rows, cols) = (o.rows, o.cols);
+        let o = weights.program.named("model.layers.0.self_attn.o_proj").unwrap();
+        let (rows, cols) = (weights[o].rows, weights[o].cols);
         let zeros = Tensor::from_f32(&[rows, cols], &vec![0.0; rows * cols]).unwrap();
-        changed.layers[0][Role::O].weight = Weight::Dense(zeros);
-        let logits = |engine: &mut dyn Engine| {
+        changed.replace(o, Weight::Dense(zeros));
+        let logits = |engine: Box<dyn Engine>| {
             let mut out = Vec::new();
-            engine.forward(&[1, 2, 3], Logits::Last, &mut out).unwrap();
+            Session::new(engine).forward(&[1, 2, 3], Logits::Last, &mut out).unwrap();
             out
         };
         let on = interpreter();
-        let mut family = Relatives::on(Some(&on));
+        let mut family = SharedWeights::on(Some(&on));
         let mut seen = Vec::new();
         for weights in [&weights, &changed, &weights] {
             let weights = Arc::new(weights.clone());
-            let shared = logits(&mut *family.open(&config, &weights, 8).unwrap());
-            assert_eq!(shared, logits(&mut CudaEngine::new(on.clone(), &config, &weights, 8).unwrap()));
+            let shared = logits(family.open(&weights, Room::one(8)).unwrap());
+            let alone = CudaEngine::new(on.clone(), &weights, Room::one(8)).unwrap();
+            assert_eq!(shared, logits(Box::new(alone)));
             seen.push(shared);
         }
         assert!(seen[0] != seen[1] && seen[0] == seen[2]);

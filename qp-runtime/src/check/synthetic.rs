@@ -9,7 +9,7 @@ use qp_codegen::spec::{Quantizer, Shape};
 
 use crate::codec::{PackedMatrix, scale_count};
 use crate::model::weights::EMBEDDING;
-use crate::model::{Config, Error, Source, Tensor, Weight, Weights};
+use crate::model::{Config, Error, Source, Tensor, Weight, Weights, arch};
 
 /// Pseudo-random numbers (SplitMix64), the same everywhere.
 #[derive(Clone, Debug)]
@@ -96,7 +96,7 @@ pub fn model(shapes: &Shapes, choose: &dyn Fn(&str) -> Option<Quantizer>) -> Res
         heads / 2,
     );
     let config = Config::parse(Path::new("config.json"), &text)?;
-    let weights = Weights::load(&config, &Synthetic { shapes: *shapes, choose })?;
+    let weights = Weights::load(&Arc::new(arch::program(&config)), &Synthetic { shapes: *shapes, choose })?;
     Ok((config, weights))
 }
 

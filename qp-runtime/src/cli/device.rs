@@ -5,7 +5,7 @@ use std::sync::Arc;
 use clap::ValueEnum;
 
 use crate::device::{DeviceError, Executor};
-use crate::engine::{self, Engine};
+use crate::engine::{self, Session};
 use crate::model::Model;
 
 /// Where a model runs.
@@ -21,12 +21,12 @@ pub enum Device {
     Interpreter,
 }
 
-/// An engine for `model` on `device`, for sequences of up to `context` tokens.
+/// A session of `model` on `device` with a sequence of up to `context` tokens.
 ///
 /// # Errors
 /// If the device is not there or the model does not fit.
-pub fn open_engine(model: Model, device: Device, context: usize) -> Result<Box<dyn Engine>, super::Error> {
-    Ok(engine::open(open(device)?.as_ref(), &model.config, &Arc::new(model.weights), context)?)
+pub fn open_session(model: Model, device: Device, context: usize) -> Result<Session, super::Error> {
+    Ok(engine::open(open(device)?.as_ref(), &Arc::new(model.weights), context)?)
 }
 
 /// The executor that `device` means; `None` for the CPU.

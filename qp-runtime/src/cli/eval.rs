@@ -7,7 +7,7 @@ use std::time::Instant;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::device::{Device, open_engine};
+use super::device::{Device, open_session};
 use crate::eval::perplexity;
 use crate::model::Model;
 
@@ -44,7 +44,7 @@ impl Eval {
         let mut tokens = model.tokenizer.encode(&text)?;
         tokens.truncate(self.limit.unwrap_or(tokens.len()));
         let window = self.window as usize;
-        let mut engine = open_engine(model, self.device, window)?;
+        let mut session = open_session(model, self.device, window)?;
 
         let bar = ProgressBar::new((tokens.len() / window * window) as u64);
         bar.set_style(
@@ -52,7 +52,7 @@ impl Eval {
                 .expect("a valid template"),
         );
         let start = Instant::now();
-        let result = perplexity(engine.as_mut(), &tokens, window, |done| bar.set_position(done as u64));
+        let result = perplexity(&mut session, &tokens, window, |done| bar.set_position(done as u64));
         bar.finish_and_clear();
         let p = result?;
         let seconds = start.elapsed().as_secs_f64();

@@ -4,7 +4,7 @@ use std::io::{ErrorKind, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use super::device::{Device, open_engine};
+use super::device::{Device, open_session};
 use crate::engine::{self, Sampler, Sampling, Stop};
 use crate::model::Model;
 
@@ -66,7 +66,7 @@ impl Generate {
         }
         let end = std::mem::take(&mut model.config.eos);
         let tokenizer = model.tokenizer.clone();
-        let mut engine = open_engine(model, self.device, prompt.len() + self.count as usize - 1)?;
+        let mut session = open_session(model, self.device, prompt.len() + self.count as usize - 1)?;
         let sampling =
             Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p, seed: self.seed };
 
@@ -74,7 +74,7 @@ impl Generate {
         output.print(&self.prompt)?;
         let mut text = tokenizer.stream(&prompt);
         let mut sampler = Sampler::new(sampling);
-        let done = engine::generate(engine.as_mut(), &prompt, self.count as usize, &end, &mut sampler, |token| {
+        let done = engine::generate(&mut session, &prompt, self.count as usize, &end, &mut sampler, |token| {
             output.print(&text.push(token)?)?;
             Ok::<_, super::Error>(if output.closed { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         })?;

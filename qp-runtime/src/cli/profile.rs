@@ -20,7 +20,7 @@ use crate::device::Executor;
 use crate::device::ops::stacked;
 use crate::device::tune;
 use crate::engine::cuda::rest::{self, Rest};
-use crate::model::{self, Config};
+use crate::model::{Config, LayerId, Program, arch};
 
 /// Time every kernel that a plan for a model could use, fused launches included.
 ///
@@ -60,7 +60,7 @@ impl ProfileCommand {
     /// If the model's configuration cannot be read, there is no GPU to measure on, or the file cannot be written.
     pub fn run(self) -> Result<(), Error> {
         let config = Config::read(&self.model)?;
-        let layers = layers(&config);
+        let layers = layers(&arch::program(&config));
         // A kernel's time does not depend on the values of its tables, so untrained quantizers can be timed too.
         let quantizers: Vec<Quantizer> = choose(&self.quantizers)?.into_iter().filter_map(palette::get).collect();
         let on = match self.target {
@@ -154,16 +154,13 @@ fn predicted_rest(config: &Config, device: &cuda::Device) -> Rest {
 }
 
 /// The linear layers of a model, sensitivities unknown.
-fn layers(config: &Config) -> Vec<Layer> {
-    let layer = |name: String, (rows, cols): (usize, usize)| Layer {
-        role: Role::of(&name),
-        name,
-        shape: Shape { rows: rows as u32, cols: cols as u32 },
-        sensitivity: 0.0,
+fn layers(program: &Program) -> Vec<Layer> {
+    let layer = |id: LayerId| {
+        let of = program.layer(id);
+        let shape = Shape { rows: of.rows as u32, cols: of.cols as u32 };
+        Layer { role: Role::of(&of.name), name: of.name.clone(), shape, sensitivity: 0.0 }
     };
-    let roles = model::config::Role::ALL;
-    let blocks = (0..config.layers).flat_map(|b| roles.map(|r| layer(config.linear_name(b, r), config.shape(r))));
-    blocks.chain([layer("lm_head".to_owned(), (config.vocab, config.hidden))]).collect()
+    program.ids().filter(|id| !program.is_embedding(*id)).map(layer).collect()
 }
 
 /// Times of a launch of each product for one token; `done` is called after each.

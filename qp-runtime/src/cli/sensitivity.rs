@@ -76,7 +76,7 @@ impl Sensitivity {
                 .expect("a valid template"),
         );
         let mut shown = Bar { bar, out: &self.out };
-        let done = measure(on.as_ref(), &name, &model.config, &model.weights, settings, earlier, &mut shown)?;
+        let done = measure(on.as_ref(), &name, model.config.bos, &model.weights, settings, earlier, &mut shown)?;
         shown.bar.finish_and_clear();
         done.write(&self.out)?;
         println!("{}: {} layers", self.out.display(), done.layers.len());

@@ -5,6 +5,7 @@
 //! the kernels' own (their twins in `qp_codegen` are called here), so that a quantized model yields the same bits on CPU
 //! and GPU.
 
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use qp_codegen::kernels::attention as attend;
@@ -12,166 +13,263 @@ use qp_codegen::reference;
 use rayon::prelude::*;
 
 use super::linear::Linears;
-use super::{Engine, Error, Logits, check_tokens};
-use crate::model::{Config, Role, RopeTables, Weights, rope_tables};
+use super::{Chunk, Engine, Error, PAGE, Room, check_chunks, check_pages, cut};
+use crate::model::program::{self, Activation, Attention, Node, Norm, Value};
+use crate::model::{LayerId, RopeTables, Weights, rope_tables};
 
-/// A model on the CPU, with the keys and values of one sequence.
+/// Tokens that are computed at once: bounds the memory of a step.
+const MOST_TOKENS: usize = 256;
+
+/// A model on the CPU, with the keys and values of many sequences.
 pub struct CpuEngine {
-    config: Config,
     weights: Arc<Weights>,
     linears: Linears,
     rope: RopeTables,
-    context: usize,
-    position: usize,
-    cache: Vec<Cache>,
+    room: Room,
+    caches: Vec<Cache>,
+    /// Of each node, the values that nothing reads after it.
+    last_reads: Arc<[Vec<Value>]>,
 }
 
-/// Keys and values of one layer: `kv_heads × context × head_dim`.
+/// Keys and values of one attention, each `pages × heads × PAGE × head_dim`.
 struct Cache {
     keys: Vec<f32>,
     values: Vec<f32>,
 }
 
+/// The values of a step's tokens, by [`Value`]: tokens × width each. What is not read any more is empty.
+#[derive(Debug)]
+pub struct Values(Vec<Vec<f32>>);
+
+impl Values {
+    /// Takes a value out.
+    pub fn take(&mut self, value: Value) -> Vec<f32> {
+        std::mem::take(&mut self.0[value.0])
+    }
+
+    /// Puts a value in.
+    pub fn put(&mut self, value: Value, x: Vec<f32>) {
+        self.0[value.0] = x;
+    }
+}
+
 impl CpuEngine {
-    /// An engine for sequences of up to `context` tokens.
+    /// An engine with room for sequences.
     ///
     /// # Errors
     /// If the model has fewer positions.
-    pub fn new(config: &Config, weights: Arc<Weights>, context: usize) -> Result<Self, Error> {
-        if context > config.max_positions {
-            return Err(Error::Positions { wanted: context, max: config.max_positions });
+    pub fn new(weights: Arc<Weights>, room: Room) -> Result<Self, Error> {
+        let program = weights.program.clone();
+        if room.context > program.context {
+            return Err(Error::Positions { wanted: room.context, max: program.context });
         }
-        let size = config.kv_heads * context * config.head_dim;
-        let cache = (0..config.layers).map(|_| Cache { keys: vec![0.0; size], values: vec![0.0; size] }).collect();
-        let linears = Linears::new(&weights);
+        let cache = |c: &program::Cache| {
+            let size = room.pages * c.heads * PAGE * c.head_dim;
+            Cache { keys: vec![0.0; size], values: vec![0.0; size] }
+        };
         Ok(CpuEngine {
-            linears,
-            rope: rope_tables(config, context),
-            config: config.clone(),
+            linears: Linears::new(&weights),
+            rope: rope_tables(&program.rope, room.context),
+            room,
+            caches: program.caches.iter().map(cache).collect(),
+            last_reads: program.last_reads().into(),
             weights,
-            context,
-            position: 0,
-            cache,
         })
     }
 
-    /// The embeddings of `tokens`: tokens × hidden.
-    pub fn embed(&self, tokens: &[u32]) -> Vec<f32> {
-        self.linears.look_up(&self.weights.embed, tokens)
+    /// No values yet.
+    pub fn values(&self) -> Values {
+        Values(vec![Vec::new(); self.weights.program.widths.len()])
     }
 
-    /// Decoder layer `i` on the residual stream `x` (tokens × hidden) of tokens that follow the sequence so far, whose
-    /// position stays as it is. `see` is shown what enters the linear layers: of layers that share an input, the first.
-    pub fn layer(&mut self, i: usize, x: &mut [f32], mut see: impl FnMut(Role, &[f32])) {
-        let weights = self.weights.clone();
-        let (layer, eps) = (&weights.layers[i], self.config.norm_eps);
-        let mut normed = vec![0f32; x.len()];
-        norm_rows(x, &layer.input_norm, eps, &mut normed);
-        see(Role::Q, &normed);
-        let [q, k, v] = self.linears.apply([&layer[Role::Q], &layer[Role::K], &layer[Role::V]], &normed);
-        let attended = self.attention(i, q, k, &v);
-        see(Role::O, &attended);
-        let [o] = self.linears.apply([&layer[Role::O]], &attended);
-        add(x, &o);
-        norm_rows(x, &layer.post_norm, eps, &mut normed);
-        see(Role::Gate, &normed);
-        let [mut gate, up] = self.linears.apply([&layer[Role::Gate], &layer[Role::Up]], &normed);
-        gate.iter_mut().zip(&up).for_each(|(g, u)| *g = reference::silu(*g) * u);
-        see(Role::Down, &gate);
-        let [down] = self.linears.apply([&layer[Role::Down]], &gate);
-        add(x, &down);
-    }
-
-    /// What enters the output layer after the residual stream `x`: rows × hidden.
-    pub fn last_norm(&self, x: &[f32]) -> Vec<f32> {
-        let mut normed = vec![0f32; x.len()];
-        norm_rows(x, &self.weights.norm, self.config.norm_eps, &mut normed);
-        normed
-    }
-
-    fn run(&mut self, tokens: &[u32], logits: Logits, out: &mut Vec<f32>) {
-        let mut x = self.embed(tokens);
-        for i in 0..self.config.layers {
-            self.layer(i, &mut x, |_, _| ());
+    /// Runs the nodes `nodes` of the program on the tokens of `chunks`, whose values lie in `values`. `see` is shown the
+    /// layers and the input of each linear node before it is computed; if it breaks, the run ends there.
+    pub fn run(
+        &mut self,
+        nodes: Range<usize>,
+        chunks: &[Chunk<'_>],
+        values: &mut Values,
+        mut see: impl FnMut(&[(LayerId, Value)], &[f32]) -> ControlFlow<()>,
+    ) {
+        let (weights, last_reads) = (self.weights.clone(), self.last_reads.clone());
+        for (node, last) in weights.program.nodes[nodes.clone()].iter().zip(&last_reads[nodes]) {
+            match node {
+                Node::Embed { layer, y } => {
+                    let tokens: Vec<u32> = chunks.iter().flat_map(|c| c.tokens).copied().collect();
+                    values.put(*y, self.linears.look_up(&weights[*layer], &tokens));
+                }
+                Node::Norm { x, norm, y } => {
+                    let mut normed = values.0[x.0].clone();
+                    normalize(&weights, norm, &mut normed);
+                    values.put(*y, normed);
+                }
+                Node::Linear { x, layers } => {
+                    let x = &values.0[x.0];
+                    if see(layers, x).is_break() {
+                        return;
+                    }
+                    let linear: Vec<_> = layers.iter().map(|(id, _)| &weights[*id]).collect();
+                    let results = self.linears.apply(&linear, x);
+                    for ((_, y), result) in layers.iter().zip(results) {
+                        values.put(*y, result);
+                    }
+                }
+                Node::Attend(attention) => {
+                    let [q, k, v] = [attention.q, attention.k, attention.v].map(|value| values.take(value));
+                    let y = self.attend(&weights, attention, chunks, q, k, &v);
+                    values.put(attention.y, y);
+                }
+                Node::Gate { gate, up, activation: Activation::Silu, y } => {
+                    let mut gate = values.take(*gate);
+                    gate.iter_mut().zip(&values.0[up.0]).for_each(|(g, u)| *g = reference::silu(*g) * u);
+                    values.put(*y, gate);
+                }
+                Node::Add { x, z, y } => {
+                    let mut sum = if last.contains(x) { values.take(*x) } else { values.0[x.0].clone() };
+                    sum.iter_mut().zip(&values.0[z.0]).for_each(|(x, z)| *x += z);
+                    values.put(*y, sum);
+                }
+                Node::Rows { x, y } => {
+                    let (x, width) = (&values.0[x.0], weights.program.widths[x.0]);
+                    let (mut rows, mut first) = (Vec::new(), 0);
+                    for chunk in chunks {
+                        let n = chunk.tokens.len();
+                        let skipped = first + n - chunk.logits.rows(n);
+                        rows.extend_from_slice(&x[skipped * width..(first + n) * width]);
+                        first += n;
+                    }
+                    values.put(*y, rows);
+                }
+            }
+            for value in last {
+                values.take(*value);
+            }
         }
-        self.position += tokens.len();
-        let rows = logits.rows(tokens.len());
-        out.clear();
-        if rows > 0 {
-            let normed = self.last_norm(&x[x.len() - rows * self.config.hidden..]);
-            [*out] = self.linears.apply([&self.weights.head], &normed);
-        }
     }
 
-    /// Appends keys `k` and values `v` (tokens × kv_heads · head_dim) to the cache of layer `layer` and attends with the
-    /// queries `q`. Returns tokens × heads · head_dim.
-    fn attention(&mut self, layer: usize, mut q: Vec<f32>, mut k: Vec<f32>, v: &[f32]) -> Vec<f32> {
-        let Config { heads, kv_heads, head_dim: d, .. } = self.config;
-        let (context, position, cache) = (self.context, self.position, &mut self.cache[layer]);
-        for (heads, x) in [(heads, &mut q), (kv_heads, &mut k)] {
-            for (t, token) in x.chunks_exact_mut(heads * d).enumerate() {
-                let (cos, sin) = self.rope.at(position + t);
+    fn step_at_once(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<f32>) {
+        let program = self.weights.program.clone();
+        let mut values = self.values();
+        let wanted = chunks.iter().any(|c| c.logits.rows(c.tokens.len()) > 0);
+        let behind = program.cuts.last().expect("there is a cut before the head").node;
+        let nodes = 0..if wanted { program.nodes.len() } else { behind };
+        self.run(nodes, chunks, &mut values, |_, _| ControlFlow::Continue(()));
+        out.extend(values.take(program.head().1));
+    }
+
+    /// Keys and values enter the cache; the results of attention, tokens × the queries' width.
+    fn attend(
+        &mut self,
+        weights: &Weights,
+        attention: &Attention,
+        chunks: &[Chunk<'_>],
+        mut q: Vec<f32>,
+        mut k: Vec<f32>,
+        v: &[f32],
+    ) -> Vec<f32> {
+        let program::Cache { heads: kv_heads, head_dim: d } = weights.program.caches[attention.cache.0];
+        let heads = attention.heads;
+        let positions: Vec<usize> = chunks.iter().flat_map(|c| c.position..c.position + c.tokens.len()).collect();
+        for (heads, norm, x) in [(heads, attention.q_norm, &mut q), (kv_heads, attention.k_norm, &mut k)] {
+            if let Some(norm) = norm {
+                normalize(weights, &norm, x);
+            }
+            for (token, &position) in x.chunks_exact_mut(heads * d).zip(&positions) {
+                let (cos, sin) = self.rope.at(position);
                 token.chunks_exact_mut(d).for_each(|head| turn(head, cos, sin));
             }
         }
-        for (new, cached) in [(&k[..], &mut cache.keys), (v, &mut cache.values)] {
-            for (i, head) in new.chunks_exact(d).enumerate() {
-                let (t, h) = (i / kv_heads, i % kv_heads);
-                let at = (h * context + position + t) * d;
-                cached[at..at + d].copy_from_slice(head);
-            }
-        }
+        let cache = &mut self.caches[attention.cache.0];
         let mut out = vec![0f32; q.len()];
-        let pairs = out.par_chunks_exact_mut(d).zip(q.par_chunks_exact(d)).enumerate();
-        pairs.for_each(|(i, (out, q))| {
-            let (t, h) = (i / heads, i % heads);
-            let first = h / (heads / kv_heads) * context * d;
-            let seen = first..first + (position + t + 1) * d;
-            attend::reference(q, &cache.keys[seen.clone()], &cache.values[seen], out);
-        });
+        let mut first = 0;
+        for chunk in chunks {
+            let tokens = first..first + chunk.tokens.len();
+            first = tokens.end;
+            let at = |page: u32, head: usize| (page as usize * kv_heads + head) * PAGE * d;
+            let new = tokens.start * kv_heads * d..tokens.end * kv_heads * d;
+            for (new, cached) in [(&k[new.clone()], &mut cache.keys), (&v[new], &mut cache.values)] {
+                for (i, head) in new.chunks_exact(d).enumerate() {
+                    let position = chunk.position + i / kv_heads;
+                    let at = at(chunk.pages[position / PAGE], i % kv_heads) + position % PAGE * d;
+                    cached[at..at + d].copy_from_slice(head);
+                }
+            }
+            let seen = chunk.position + chunk.tokens.len();
+            let gather = |cached: &[f32], head: usize| -> Vec<f32> {
+                let mut all = Vec::with_capacity(seen.next_multiple_of(PAGE) * d);
+                for page in &chunk.pages[..seen.div_ceil(PAGE)] {
+                    all.extend_from_slice(&cached[at(*page, head)..][..PAGE * d]);
+                }
+                all
+            };
+            let gathered: Vec<[Vec<f32>; 2]> = (0..kv_heads)
+                .into_par_iter()
+                .map(|head| [&cache.keys, &cache.values].map(|cached| gather(cached, head)))
+                .collect();
+            let own = tokens.start * heads * d..tokens.end * heads * d;
+            let pairs = out[own.clone()].par_chunks_exact_mut(d).zip(q[own].par_chunks_exact(d)).enumerate();
+            pairs.for_each(|(i, (out, q))| {
+                let (t, h) = (i / heads, i % heads);
+                let [keys, values] = &gathered[h / (heads / kv_heads)];
+                let seen = (chunk.position + t + 1) * d;
+                attend::reference(q, &keys[..seen], &values[..seen], out);
+            });
+        }
         out
     }
 }
 
 impl Engine for CpuEngine {
     fn vocab(&self) -> usize {
-        self.config.vocab
+        self.weights.program.vocab
     }
 
     fn context(&self) -> usize {
-        self.context
+        self.room.context
     }
 
-    fn position(&self) -> usize {
-        self.position
+    fn pages(&self) -> usize {
+        self.room.pages
     }
 
-    fn truncate(&mut self, position: usize) {
-        self.position = self.position.min(position);
+    fn most_tokens(&self) -> usize {
+        MOST_TOKENS
     }
 
-    fn forward(&mut self, tokens: &[u32], logits: Logits, out: &mut Vec<f32>) -> Result<(), Error> {
-        check_tokens(tokens, self.position, self.context, self.config.vocab)?;
+    fn step(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<f32>) -> Result<(), Error> {
+        check_chunks(self, chunks)?;
+        out.clear();
         // Inside the pool, so that the many small parallel loops need not enter it one by one.
-        rayon::scope(|_| self.run(tokens, logits, out));
+        rayon::scope(|_| cut(chunks, MOST_TOKENS).iter().for_each(|step| self.step_at_once(step, out)));
+        Ok(())
+    }
+
+    fn copy_page(&mut self, from: u32, to: u32) -> Result<(), Error> {
+        check_pages(self, &[from, to])?;
+        let pages = self.room.pages;
+        for Cache { keys, values } in &mut self.caches {
+            for cached in [keys, values] {
+                let size = cached.len() / pages;
+                cached.copy_within(from as usize * size..(from as usize + 1) * size, to as usize * size);
+            }
+        }
         Ok(())
     }
 }
 
-fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
-        out.copy_from_slice(&reference::rms_norm(x, weight, eps));
+/// Norms each row of `x` of as many values as there are weights.
+fn normalize(weights: &Weights, norm: &Norm, x: &mut [f32]) {
+    let weight = &weights[norm.weight];
+    for row in x.chunks_exact_mut(weight.len()) {
+        let normed = reference::rms_norm(row, weight, norm.eps);
+        row.copy_from_slice(&normed);
     }
 }
 
-/// Rotary embedding of one head: element `i` turns with element `i + half`.
+/// Rotary embedding of one head: element `i` turns with element `i + cos.len()`.
 fn turn(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     let (a, b) = head.split_at_mut(cos.len());
     for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
         (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
     }
-}
-
-fn add(x: &mut [f32], y: &[f32]) {
-    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
 }

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use super::{Engine, Error, Logits, PREFILL, Sampler};
+use super::{Error, Logits, Sampler, Session};
 
 /// Why generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +45,7 @@ impl Generated {
 /// # Errors
 /// If the prompt is empty, prompt and `count` tokens do not fit the context, or the engine fails.
 pub fn generate<E: From<Error>>(
-    engine: &mut dyn Engine,
+    session: &mut Session,
     prompt: &[u32],
     count: usize,
     end: &[u32],
@@ -57,25 +57,21 @@ pub fn generate<E: From<Error>>(
     }
     // The last token is chosen but never fed back.
     let wanted = prompt.len() + count.saturating_sub(1);
-    if wanted > engine.context() {
-        return Err(Error::Context { wanted, context: engine.context() }.into());
+    if wanted > session.context() {
+        return Err(Error::Context { wanted, context: session.context() }.into());
     }
     let start = Instant::now();
     let mut out = Generated { tokens: Vec::new(), stop: Stop::Count, prefill: Duration::ZERO, decode: Duration::ZERO };
     let mut logits = Vec::new();
-    engine.truncate(0);
-    let (first, last) = prompt.split_at((prompt.len() - 1) / PREFILL * PREFILL);
-    for chunk in first.chunks(PREFILL) {
-        engine.forward(chunk, Logits::None, &mut logits)?;
-    }
-    let mut next = |engine: &mut dyn Engine, tokens: &[u32]| {
+    session.truncate(0);
+    let mut next = |session: &mut Session, tokens: &[u32]| {
         if sampler.is_greedy() {
-            return engine.greedy(tokens);
+            return session.greedy(tokens);
         }
-        engine.forward(tokens, Logits::Last, &mut logits)?;
+        session.forward(tokens, Logits::Last, &mut logits)?;
         sampler.next(&logits)
     };
-    let mut token = next(engine, last)?;
+    let mut token = next(session, prompt)?;
     while out.tokens.len() < count {
         if out.tokens.is_empty() {
             out.prefill = start.elapsed();
@@ -91,7 +87,7 @@ pub fn generate<E: From<Error>>(
             break;
         }
         if out.tokens.len() < count {
-            token = next(engine, &[token])?;
+            token = next(session, &[token])?;
         }
     }
     Ok(out)
@@ -99,14 +95,13 @@ pub fn generate<E: From<Error>>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Sampling, check_tokens};
+    use std::sync::{Arc, Mutex};
+
+    use super::super::{Chunk, Engine, Sampling, check_chunks};
     use super::*;
 
-    /// Counts upwards: after token `t` comes `t + 1`. Remembers the sizes of its calls.
-    struct Counter {
-        sequence: Vec<u32>,
-        calls: Vec<usize>,
-    }
+    /// Counts upwards: after token `t` comes `t + 1`. Remembers its sequence.
+    struct Counter(Arc<Mutex<Vec<u32>>>);
 
     impl Engine for Counter {
         fn vocab(&self) -> usize {
@@ -115,55 +110,50 @@ mod tests {
         fn context(&self) -> usize {
             700
         }
-        fn position(&self) -> usize {
-            self.sequence.len()
+        fn pages(&self) -> usize {
+            11
         }
-        fn truncate(&mut self, position: usize) {
-            self.sequence.truncate(position);
+        fn most_tokens(&self) -> usize {
+            1000
         }
-        fn forward(&mut self, tokens: &[u32], logits: Logits, out: &mut Vec<f32>) -> Result<(), Error> {
-            check_tokens(tokens, self.position(), self.context(), self.vocab())?;
-            self.sequence.extend(tokens);
-            self.calls.push(tokens.len());
-            let rows = logits.rows(tokens.len());
+        fn step(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<f32>) -> Result<(), Error> {
+            check_chunks(self, chunks)?;
+            let [Chunk { tokens, position, logits, .. }] = chunks else { panic!("one sequence") };
+            let mut sequence = self.0.lock().unwrap();
+            sequence.truncate(*position);
+            sequence.extend(*tokens);
             out.clear();
-            for t in &tokens[tokens.len() - rows..] {
+            for t in &tokens[tokens.len() - logits.rows(tokens.len())..] {
                 out.extend((0..1000).map(|i| if i == *t + 1 { 1.0 } else { 0.0 }));
             }
             Ok(())
         }
+        fn copy_page(&mut self, _: u32, _: u32) -> Result<(), Error> {
+            unreachable!("nothing is shared")
+        }
     }
 
-    fn run(prompt: &[u32], count: usize, end: &[u32], until: u32) -> Result<(Generated, Counter), Error> {
-        let mut engine = Counter { sequence: vec![1, 2, 3], calls: Vec::new() };
+    fn run(prompt: &[u32], count: usize, end: &[u32], until: u32) -> Result<(Generated, Vec<u32>), Error> {
+        let sequence = Arc::new(Mutex::new(vec![1, 2, 3]));
+        let mut session = Session::new(Box::new(Counter(sequence.clone())));
         let mut sampler = Sampler::new(Sampling::default());
-        let g = generate(&mut engine, prompt, count, end, &mut sampler, |t| {
+        let g = generate(&mut session, prompt, count, end, &mut sampler, |t| {
             Ok::<_, Error>(if t >= until { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         })?;
-        Ok((g, engine))
+        let sequence = sequence.lock().unwrap().clone();
+        Ok((g, sequence))
     }
 
     #[test]
     fn ways_to_stop() {
-        let (g, e) = run(&[7], 3, &[], 999).unwrap();
-        assert_eq!((g.tokens, g.stop, e.sequence), (vec![8, 9, 10], Stop::Count, vec![7, 8, 9]));
+        let (g, sequence) = run(&[7], 3, &[], 999).unwrap();
+        assert_eq!((g.tokens, g.stop, sequence), (vec![8, 9, 10], Stop::Count, vec![7, 8, 9]));
         let (g, _) = run(&[7], 30, &[11, 10], 999).unwrap();
         assert_eq!((g.tokens, g.stop), (vec![8, 9], Stop::End));
         let (g, _) = run(&[7], 30, &[], 9).unwrap();
         assert_eq!((g.tokens, g.stop), (vec![8, 9], Stop::Caller));
         let (g, _) = run(&[7], 0, &[], 9).unwrap();
         assert_eq!((g.tokens.len(), g.stop), (0, Stop::Count));
-    }
-
-    #[test]
-    fn long_prompts_come_in_batches() {
-        for (n, calls) in
-            [(1, vec![1]), (256, vec![256]), (257, vec![256, 1]), (512, vec![256, 256]), (700, vec![256, 256, 188])]
-        {
-            let prompt: Vec<u32> = (0..n).collect();
-            let (g, e) = run(&prompt, 1, &[], 999).unwrap();
-            assert_eq!((g.tokens, e.calls), (vec![n], calls));
-        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use crate::codec::Decoder;
 use crate::matrix::{View, multiply};
-use crate::model::{Linear, Role, Tensor, Weight, Weights};
+use crate::model::{Linear, Tensor, Weight, Weights};
 
 /// Rows of a matrix that one task multiplies.
 const ROWS: usize = 64;
@@ -29,14 +29,13 @@ impl Linears {
     /// Prepares the layers of `weights`.
     pub fn new(weights: &Weights) -> Self {
         let mut out = Linears::default();
-        let layers = weights.layers.iter().flat_map(|layer| Role::ALL.map(|role| &layer[role]));
-        layers.chain([&weights.head, &weights.embed]).for_each(|layer| out.add(layer));
-        out.back = match &weights.embed.weight {
-            Weight::Dense(_) => None,
-            Weight::Quantized { quantizer, .. } => {
-                Some(Rotator::inverse(quantizer.rotation, weights.embed.cols as u32))
+        weights.layers().iter().for_each(|layer| out.add(layer));
+        for id in weights.program.ids().filter(|id| weights.program.is_embedding(*id)) {
+            let embed = &weights[id];
+            if let Weight::Quantized { quantizer, .. } = &embed.weight {
+                out.back = Some(Rotator::inverse(quantizer.rotation, embed.cols as u32));
             }
-        };
+        }
         out
     }
 
@@ -85,9 +84,9 @@ impl Linears {
 
     /// Several linear layers of one input `x` (tokens × columns): tokens × rows each. The input is rotated and rounded
     /// once for all layers that share a rotation.
-    pub fn apply<const N: usize>(&self, layers: [&Linear; N], x: &[f32]) -> [Vec<f32>; N] {
+    pub fn apply(&self, layers: &[&Linear], x: &[f32]) -> Vec<Vec<f32>> {
         let mut prepared: Vec<(Rotation, Vec<Activations>)> = Vec::new();
-        layers.map(|layer| {
+        let one = |layer: &&Linear| {
             let mut y = match &layer.weight {
                 Weight::Dense(w) => dense(w, layer.rows, layer.cols, x),
                 Weight::Quantized { quantizer, matrix } => {
@@ -103,7 +102,8 @@ impl Linears {
                 y.chunks_exact_mut(layer.rows).for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
             }
             y
-        })
+        };
+        layers.iter().map(one).collect()
     }
 
     fn prepare(&self, rotation: Rotation, cols: usize, x: &[f32]) -> Vec<Activations> {

@@ -1,13 +1,17 @@
 //! Running a model: what an engine does, and what is written once above all of them.
 //!
-//! An [`Engine`] holds one sequence's keys and values and computes logits. [`generate()`] and [`crate::eval`] know
-//! nothing else of it. [`cpu`] is the engine that runs everywhere.
+//! An [`Engine`] computes steps of many sequences. It holds the storage of keys and values, in pages of [`PAGE`]
+//! positions, and knows nothing of who owns them: a [`Chunk`] says which tokens follow where, and in which pages the
+//! sequence lies. [`pages`] gives pages out; a [`Session`] is one sequence with an engine of its own, which is all that
+//! [`generate()`] and [`crate::eval`] need. [`cpu`] is the engine that runs everywhere.
 
 pub mod cpu;
 pub mod cuda;
 pub mod generate;
 pub mod linear;
+pub mod pages;
 pub mod sampling;
+pub mod session;
 pub mod texts;
 
 use std::sync::Arc;
@@ -16,52 +20,65 @@ pub use cpu::CpuEngine;
 pub use cuda::CudaEngine;
 use cuda::Uploads;
 pub use generate::{Generated, Stop, generate};
+pub use pages::Pool;
 pub use sampling::{Sampler, Sampling};
+pub use session::Session;
 
 use crate::device::Executor;
-use crate::model::{Config, Weights};
+use crate::model::Weights;
 
-/// An engine for sequences of up to `context` tokens, on the CPU without an executor.
+/// Positions of a page of keys and values.
+pub const PAGE: usize = 64;
+
+/// Room for sequences.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Longest sequence, in tokens.
+    pub context: usize,
+    /// Pages of all sequences together.
+    pub pages: usize,
+}
+
+impl Room {
+    /// For one sequence of up to `context` tokens.
+    pub fn one(context: usize) -> Room {
+        Room { context, pages: context.div_ceil(PAGE) }
+    }
+}
+
+/// A session with one sequence of up to `context` tokens, on the CPU without an executor.
 ///
 /// # Errors
 /// If the model has fewer positions or does not fit the device.
-pub fn open(
-    on: Option<&Executor>,
-    config: &Config,
-    weights: &Arc<Weights>,
-    context: usize,
-) -> Result<Box<dyn Engine>, Error> {
-    Relatives::on(on).open(config, weights, context)
+pub fn open(on: Option<&Executor>, weights: &Arc<Weights>, context: usize) -> Result<Session, Error> {
+    Ok(Session::new(SharedWeights::on(on).open(weights, Room::one(context))?))
 }
 
 /// Opens engines of models that have most of their tensors in common with the first: on a device these lie once.
-pub struct Relatives<'e> {
+pub struct SharedWeights<'e> {
     on: Option<&'e Executor>,
     uploads: Uploads,
 }
 
-impl<'e> Relatives<'e> {
+impl<'e> SharedWeights<'e> {
     /// Engines on an executor, or on the CPU.
     pub fn on(on: Option<&'e Executor>) -> Self {
-        Relatives { on, uploads: Uploads::default() }
+        SharedWeights { on, uploads: Uploads::default() }
     }
 
-    /// See [`open`].
+    /// An engine with room for sequences.
     ///
     /// # Errors
-    /// As [`open`].
-    pub fn open(&mut self, config: &Config, weights: &Arc<Weights>, context: usize) -> Result<Box<dyn Engine>, Error> {
+    /// If the model has fewer positions or does not fit the device.
+    pub fn open(&mut self, weights: &Arc<Weights>, room: Room) -> Result<Box<dyn Engine>, Error> {
         Ok(match self.on {
-            Some(on) => Box::new(CudaEngine::sharing(on.clone(), config, weights, context, &mut self.uploads)?),
-            None => Box::new(CpuEngine::new(config, weights.clone(), context)?),
+            Some(on) => Box::new(CudaEngine::sharing(on.clone(), weights, room, &mut self.uploads)?),
+            None => Box::new(CpuEngine::new(weights.clone(), room)?),
         })
     }
 }
 
-/// Tokens that an engine is given at once when there are many: bounds its memory.
-pub const PREFILL: usize = 256;
-
-/// Which of the tokens given to [`Engine::forward`] logits are wanted of.
+/// Which of a chunk's tokens logits are wanted of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Logits {
     /// Of none.
@@ -81,6 +98,20 @@ impl Logits {
             Logits::All => tokens,
         }
     }
+}
+
+/// Tokens that follow a sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct Chunk<'a> {
+    /// The tokens.
+    pub tokens: &'a [u32],
+    /// Position of the first: tokens of the sequence before them, whose keys and values are there.
+    pub position: usize,
+    /// The pages in which the sequence lies, in order: at least enough for all its tokens with these. What the engine
+    /// writes lies in the pages of the new tokens' positions.
+    pub pages: &'a [u32],
+    /// Of which tokens logits are wanted.
+    pub logits: Logits,
 }
 
 /// What can go wrong while a model runs.
@@ -132,44 +163,119 @@ pub enum Error {
     /// A window in which nothing can be scored.
     #[error("a window of {0} tokens scores nothing: it must be at least 2")]
     Window(usize),
+    /// A page that the engine does not have.
+    #[error("page {page} is not among the engine's {pages} pages of keys and values")]
+    Page {
+        /// The page.
+        page: u32,
+        /// How many there are.
+        pages: usize,
+    },
     /// The device failed.
     #[error("{0}")]
     Device(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
-/// Computes logits of one sequence, whose keys and values it keeps.
-pub trait Engine {
+/// Computes steps of many sequences, whose keys and values it keeps in pages.
+///
+/// The bits of a result depend on the sequence alone: not on the other chunks of the step, on how a sequence is cut into
+/// chunks, or on the pages in which it lies.
+pub trait Engine: Send {
     /// Tokens that the model knows: the length of a row of logits.
     fn vocab(&self) -> usize;
 
     /// Longest sequence, in tokens.
     fn context(&self) -> usize;
 
-    /// Tokens of the sequence so far.
-    fn position(&self) -> usize;
+    /// Pages of keys and values, [`PAGE`] positions each, numbered from 0.
+    fn pages(&self) -> usize;
 
-    /// Shortens the sequence to its first `position` tokens; no effect if it is not longer.
-    fn truncate(&mut self, position: usize);
+    /// Tokens that are computed at once. Larger steps are cut.
+    fn most_tokens(&self) -> usize;
 
-    /// Appends `tokens` to the sequence and writes the wanted logits to `out`, replacing what it held:
-    /// `logits.rows(tokens.len()) × vocab`, row-major.
+    /// Appends the tokens of each chunk to its sequence and writes the wanted logits to `out`, replacing what it held:
+    /// rows of `vocab` values, chunk after chunk. No two chunks are of one sequence.
     ///
     /// # Errors
-    /// If the sequence would exceed the context, a token is unknown or the device fails. Nothing is appended then.
-    fn forward(&mut self, tokens: &[u32], logits: Logits, out: &mut Vec<f32>) -> Result<(), Error>;
+    /// If a sequence would exceed the context or its pages, a token or page is unknown, or the device fails. What the
+    /// pages hold at the chunks' positions is lost then.
+    fn step(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<f32>) -> Result<(), Error>;
 
-    /// Appends `tokens` to the sequence and gives the first of the likeliest next ones.
+    /// As [`Engine::step`], but writes the first of the likeliest next tokens for each row of logits that is wanted.
     ///
     /// # Errors
-    /// As [`Engine::forward`], and if a logit is not a number or none is finite.
-    fn greedy(&mut self, tokens: &[u32]) -> Result<u32, Error> {
+    /// As [`Engine::step`], and if a logit is not a number or none of a row is finite.
+    fn best(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<u32>) -> Result<(), Error> {
         let mut logits = Vec::new();
-        self.forward(tokens, Logits::Last, &mut logits)?;
-        sampling::argmax(&logits).ok_or(Error::NotANumber)
+        self.step(chunks, &mut logits)?;
+        out.clear();
+        for row in logits.chunks_exact(self.vocab()) {
+            out.push(sampling::argmax(row).ok_or(Error::NotANumber)?);
+        }
+        Ok(())
+    }
+
+    /// Copies the keys and values of a page to another one.
+    ///
+    /// # Errors
+    /// If there is no such page or the device fails.
+    fn copy_page(&mut self, from: u32, to: u32) -> Result<(), Error>;
+}
+
+/// What every [`Engine::step`] checks first.
+///
+/// # Errors
+/// See there.
+pub fn check_chunks(engine: &dyn Engine, chunks: &[Chunk<'_>]) -> Result<(), Error> {
+    for chunk in chunks {
+        let end = chunk.position + chunk.tokens.len();
+        check_tokens(chunk.tokens, chunk.position, engine.context(), engine.vocab())?;
+        if chunk.pages.len() * PAGE < end {
+            return Err(Error::Context { wanted: end, context: chunk.pages.len() * PAGE });
+        }
+        check_pages(engine, chunk.pages)?;
+    }
+    Ok(())
+}
+
+/// Checks that an engine has pages.
+///
+/// # Errors
+/// If it has not.
+pub fn check_pages(engine: &dyn Engine, pages: &[u32]) -> Result<(), Error> {
+    match pages.iter().find(|&&p| p as usize >= engine.pages()) {
+        Some(&page) => Err(Error::Page { page, pages: engine.pages() }),
+        None => Ok(()),
     }
 }
 
-/// What every [`Engine::forward`] checks first.
+/// Cuts chunks into steps of at most `most` tokens.
+pub fn cut<'a>(chunks: &[Chunk<'a>], most: usize) -> Vec<Vec<Chunk<'a>>> {
+    let (mut steps, mut step, mut room) = (Vec::new(), Vec::new(), most);
+    for chunk in chunks {
+        let mut left = *chunk;
+        while !left.tokens.is_empty() {
+            let (tokens, later) = left.tokens.split_at(room.min(left.tokens.len()));
+            let logits = match left.logits {
+                Logits::Last if !later.is_empty() => Logits::None,
+                other => other,
+            };
+            step.push(Chunk { tokens, logits, ..left });
+            left = Chunk { tokens: later, position: left.position + tokens.len(), ..left };
+            room -= tokens.len();
+            if room == 0 {
+                steps.push(std::mem::take(&mut step));
+                room = most;
+            }
+        }
+    }
+    if !step.is_empty() {
+        steps.push(step);
+    }
+    steps
+}
+
+/// Checks that `tokens` can follow `position` others.
 ///
 /// # Errors
 /// If the sequence would exceed the context or a token is unknown.

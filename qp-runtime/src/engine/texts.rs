@@ -6,23 +6,23 @@ use std::sync::Arc;
 use super::{Error, Sampler, Sampling, generate};
 use crate::device::Executor;
 use crate::engine;
-use crate::model::{Config, Weights};
+use crate::model::Weights;
 
-/// A text of `tokens` tokens: number `i` of those with `seed`, the same on every device. Where the model ends it, it goes
+/// A text of `tokens` tokens that begins with `bos`: number `i` of those with `seed`, the same on every device. Where the model ends it, it goes
 /// on with whatever follows.
 ///
 /// # Errors
 /// If the model has no first token, or cannot run.
 pub fn write(
     on: Option<&Executor>,
-    config: &Config,
+    bos: Option<u32>,
     weights: &Arc<Weights>,
     tokens: usize,
     seed: u64,
     i: usize,
 ) -> Result<Vec<u32>, Error> {
-    let first = config.bos.ok_or(Error::NoFirstToken)?;
-    let mut engine = engine::open(on, config, weights, tokens)?;
+    let first = bos.ok_or(Error::NoFirstToken)?;
+    let mut session = engine::open(on, weights, tokens)?;
     // Tokens far out in the tail would make texts unlike any that the model was made for.
     let sampling = Sampling {
         temperature: 1.0,
@@ -32,6 +32,6 @@ pub fn write(
     };
     let mut sampler = Sampler::new(sampling);
     let go_on = |_| Ok::<_, Error>(ControlFlow::Continue(()));
-    let written = generate(engine.as_mut(), &[first], tokens - 1, &[], &mut sampler, go_on)?;
+    let written = generate(&mut session, &[first], tokens - 1, &[], &mut sampler, go_on)?;
     Ok([vec![first], written.tokens].concat())
 }

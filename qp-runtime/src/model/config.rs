@@ -5,11 +5,8 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::Error;
 use super::files::Files;
-
-/// Architectures that engines compute. They differ in biases alone.
-const ARCHITECTURES: [&str; 3] = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"];
+use super::{Error, arch};
 
 /// A linear layer's place in a decoder layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -184,12 +181,12 @@ impl Config {
             what,
             supported: supported.to_owned(),
         };
-        let Some(architecture) = raw.architectures.iter().find(|a| ARCHITECTURES.contains(&a.as_str())).cloned() else {
+        let Some(architecture) = raw.architectures.iter().find_map(|a| arch::find(a)) else {
             let what = match raw.architectures.as_slice() {
                 [] => "a model without 'architectures'".to_owned(),
                 names => format!("architecture {}", names.join(", ")),
             };
-            return Err(unsupported(what, &ARCHITECTURES.join(", ")));
+            return Err(unsupported(what, &arch::names().collect::<Vec<_>>().join(", ")));
         };
         if let Some(q) = &raw.quantization_config {
             let method = q.get("quant_method").and_then(Value::as_str).unwrap_or("of an unnamed method");
@@ -248,9 +245,9 @@ impl Config {
                 format!("rms_norm_eps is {}: expected a small positive number", raw.rms_norm_eps),
             ));
         }
-        let qwen = architecture == "Qwen2ForCausalLM";
         let attention_bias = raw.attention_bias.unwrap_or(false);
-        let window = raw.sliding_window.filter(|&w| w > 0 && raw.use_sliding_window.unwrap_or(!qwen));
+        let window =
+            raw.sliding_window.filter(|&w| w > 0 && raw.use_sliding_window.unwrap_or(!architecture.window_by_flag));
         Ok(Config {
             hidden: raw.hidden_size,
             intermediate: raw.intermediate_size,
@@ -264,12 +261,12 @@ impl Config {
             rope_theta,
             rope_scaling,
             tied: raw.tie_word_embeddings.unwrap_or(false),
-            qkv_bias: qwen || attention_bias,
-            o_bias: !qwen && attention_bias,
+            qkv_bias: architecture.qkv_bias || attention_bias,
+            o_bias: !architecture.qkv_bias && attention_bias,
             mlp_bias: raw.mlp_bias.unwrap_or(false),
             bos: raw.bos_token_id,
             eos: raw.eos_token_id.map(OneOrMany::into_vec).unwrap_or_default(),
-            architecture,
+            architecture: architecture.name.to_owned(),
         })
     }
 
@@ -423,7 +420,7 @@ mod tests {
         assert_eq!(
             message,
             "m/config.json: architecture GPT2LMHeadModel is not supported \
-             (supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)"
+             (supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)"
         );
         for (rest, part) in [
             (r#","rope_scaling":{"type":"yarn","factor":2}"#, "rope scaling 'yarn' is not supported"),

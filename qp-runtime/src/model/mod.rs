@@ -2,30 +2,36 @@
 //!
 //! * [`files`]: a directory's small files, or those that a GGUF file stands for.
 //! * [`gguf`]: GGUF files.
-//! * [`config`]: what the architecture is, and the names and shapes of its tensors.
+//! * [`config`]: the keys of `config.json`, checked.
+//! * [`arch`]: architectures: from a configuration to a program, one file each.
+//! * [`program`]: what a model computes, without weights or a device; all else walks it.
 //! * [`tensors`]: the tensors of mapped files.
 //! * [`weights`]: the tensors put in their places, each linear layer dense or packed.
 //! * [`rope`]: tables of rotary position embedding, shared by every engine.
 //! * [`tokenizer`]: text to tokens, and tokens to text as they come.
 
+pub mod arch;
 pub mod config;
 pub mod error;
 pub mod files;
 pub mod gguf;
+pub mod program;
 pub mod rope;
 pub mod tensors;
 pub mod tokenizer;
 pub mod weights;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub use config::{Config, Role};
 pub use error::Error;
 pub use files::Files;
+pub use program::{LayerId, Program};
 pub use rope::{RopeTables, rope_tables};
 pub use tensors::{Dtype, Tensor, TensorDir};
 pub use tokenizer::{TextStream, Tokenizer};
-pub use weights::{Layer, Linear, Source, Weight, Weights};
+pub use weights::{Linear, Source, Weight, Weights};
 
 use crate::checkpoint::{Checkpoint, is_checkpoint};
 
@@ -54,7 +60,7 @@ impl Model {
         let source: Box<dyn Source> =
             if is_checkpoint(dir) { Box::new(Checkpoint::open(dir)?) } else { Box::new(TensorDir::open(dir)?) };
         let config = Config::read(dir)?;
-        let weights = Weights::load(&config, &*source)?;
+        let weights = Weights::load(&Arc::new(arch::program(&config)), &*source)?;
         let tokenizer = Tokenizer::read(dir)?;
         Ok(Model { dir: dir.to_owned(), config, tokenizer, weights })
     }

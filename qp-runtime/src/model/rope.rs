@@ -1,6 +1,7 @@
 //! Tables of rotary position embedding.
 
 use super::config::{Config, RopeScaling};
+use super::program::Rope;
 
 /// Cosines and sines of every position and frequency: `positions × half`, position-major.
 ///
@@ -42,11 +43,10 @@ pub fn frequencies(config: &Config) -> Vec<f64> {
 }
 
 /// The tables of positions `0..positions`, computed in `f64` and rounded to `f32`: the same for every engine.
-pub fn rope_tables(config: &Config, positions: usize) -> RopeTables {
-    let frequencies = frequencies(config);
-    let angles = || (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
+pub fn rope_tables(rope: &Rope, positions: usize) -> RopeTables {
+    let angles = || (0..positions).flat_map(|p| rope.frequencies.iter().map(move |f| p as f64 * f));
     RopeTables {
-        half: frequencies.len(),
+        half: rope.frequencies.len(),
         cos: angles().map(|a| a.cos() as f32).collect(),
         sin: angles().map(|a| a.sin() as f32).collect(),
     }
@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn tables_hold_unit_turns() {
-        let t = rope_tables(&config(""), 5);
+        let t = rope_tables(&Rope { frequencies: frequencies(&config("")) }, 5);
         assert_eq!((t.half, t.cos.len()), (64, 320));
         assert_eq!(t.at(0), (&[1.0; 64][..], &[0.0; 64][..]));
         let (c, s) = t.at(3);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use qp_codegen::spec::Quantizer;
 
-use super::config::{Config, Role};
+use super::program::{Layer, LayerId, Program, VectorId};
 use super::{Error, Tensor, TensorDir};
 use crate::codec::PackedMatrix;
 
@@ -93,74 +93,76 @@ pub struct Linear {
     pub bias: Option<Vec<f32>>,
 }
 
-/// A decoder layer; its linear layers by [`Role`].
-#[derive(Clone, Debug)]
-pub struct Layer {
-    /// Weight of the RMS norm before attention, `hidden` values.
-    pub input_norm: Vec<f32>,
-    /// Weight of the RMS norm before the feed-forward layer, `hidden` values.
-    pub post_norm: Vec<f32>,
-    linears: [Linear; 7],
-}
-
-impl Index<Role> for Layer {
-    type Output = Linear;
-
-    fn index(&self, role: Role) -> &Linear {
-        &self.linears[role as usize]
-    }
-}
-
-impl IndexMut<Role> for Layer {
-    fn index_mut(&mut self, role: Role) -> &mut Linear {
-        &mut self.linears[role as usize]
-    }
-}
-
 /// All tensors of a model.
 #[derive(Clone, Debug)]
 pub struct Weights {
-    /// Token embeddings, vocab × hidden, a row a token.
-    pub embed: Linear,
-    /// Decoder layers.
-    pub layers: Vec<Layer>,
-    /// Weight of the last RMS norm, `hidden` values.
-    pub norm: Vec<f32>,
-    /// Output layer, vocab × hidden. If it is tied and not quantized by itself, its matrix is that of `embed`.
-    pub head: Linear,
+    /// What is computed with them.
+    pub program: Arc<Program>,
+    layers: Vec<Linear>,
+    vectors: Vec<Vec<f32>>,
+}
+
+impl Index<LayerId> for Weights {
+    type Output = Linear;
+
+    fn index(&self, id: LayerId) -> &Linear {
+        &self.layers[id.0]
+    }
+}
+
+impl IndexMut<LayerId> for Weights {
+    fn index_mut(&mut self, id: LayerId) -> &mut Linear {
+        &mut self.layers[id.0]
+    }
+}
+
+impl Index<VectorId> for Weights {
+    type Output = [f32];
+
+    fn index(&self, id: VectorId) -> &[f32] {
+        &self.vectors[id.0]
+    }
 }
 
 impl Weights {
-    /// Collects what `config` asks for from `source`.
+    /// Collects what `program` names from `source`.
     ///
     /// # Errors
-    /// If a tensor is missing or of another shape than `config` says.
-    pub fn load(config: &Config, source: &dyn Source) -> Result<Self, Error> {
+    /// If a tensor is missing or of another shape than `program` says.
+    pub fn load(program: &Arc<Program>, source: &dyn Source) -> Result<Self, Error> {
         let vector = |name: &str, len: usize| shaped(source, name, &[len]).map(|t| t.to_f32());
-        let linear = |name: String, role: Role| {
-            let (rows, cols) = config.shape(role);
-            let weight = source.linear(&name, rows, cols)?;
-            let bias = config.has_bias(role).then(|| vector(&format!("{name}.bias"), rows)).transpose()?;
-            Ok::<_, Error>(Linear { name, rows, cols, weight, bias })
-        };
-        let layers = (0..config.layers).map(|i| {
-            let [q, k, v, o, gate, up, down] = Role::ALL.map(|role| linear(config.linear_name(i, role), role));
-            Ok(Layer {
-                input_norm: vector(&format!("model.layers.{i}.input_layernorm.weight"), config.hidden)?,
-                post_norm: vector(&format!("model.layers.{i}.post_attention_layernorm.weight"), config.hidden)?,
-                linears: [q?, k?, v?, o?, gate?, up?, down?],
-            })
-        });
-        let layers = layers.collect::<Result<Vec<_>, Error>>()?;
-        let (rows, cols) = (config.vocab, config.hidden);
-        let of_tokens = |name: &str, weight| Linear { name: name.to_owned(), rows, cols, weight, bias: None };
-        let embed = of_tokens(EMBEDDING, source.linear(EMBEDDING, rows, cols)?);
-        let weight = match config.tied && !source.is_quantized(HEAD) {
-            true => embed.weight.clone(),
-            false => source.linear(HEAD, rows, cols)?,
-        };
-        let head = of_tokens(HEAD, weight);
-        Ok(Weights { embed, layers, norm: vector("model.norm.weight", config.hidden)?, head })
+        let shared = |layer: &Layer| layer.shares.filter(|_| !source.is_quantized(&layer.name));
+        let mut own = Vec::with_capacity(program.layers.len());
+        for layer in &program.layers {
+            let load = || source.linear(&layer.name, layer.rows, layer.cols);
+            own.push(if shared(layer).is_some() { None } else { Some(load()?) });
+        }
+        let weight_of = |id: LayerId| own[id.0].clone().expect("a shared matrix is another layer's own");
+        let mut layers = Vec::with_capacity(program.layers.len());
+        for id in program.ids() {
+            let layer = program.layer(id);
+            let Layer { name, rows, cols, bias, shares: _ } = layer.clone();
+            let weight = weight_of(shared(layer).unwrap_or(id));
+            let bias = bias.then(|| vector(&format!("{name}.bias"), rows)).transpose()?;
+            layers.push(Linear { name, rows, cols, weight, bias });
+        }
+        let vectors = program.vectors.iter().map(|v| vector(&v.tensor, v.len)).collect::<Result<_, _>>()?;
+        Ok(Weights { program: program.clone(), layers, vectors })
+    }
+
+    /// Replaces the matrix of a layer, and of those that have the same.
+    pub fn replace(&mut self, id: LayerId, weight: Weight) {
+        let before = std::mem::replace(&mut self[id].weight, weight.clone());
+        for other in self.program.ids() {
+            if self.program.layer(other).shares == Some(id) && self[other].weight.is(&before) {
+                self[other].weight = weight.clone();
+            }
+        }
+    }
+
+    /// All layers, in the order of the program.
+    pub fn layers(&self) -> &[Linear] {
+        &self.layers
     }
 }
 

@@ -1,10 +1,11 @@
-//! What enters the linear layers: the model runs over texts, decoder layer by decoder layer, and leaves the Hessians
+//! What enters the linear layers: the model runs over texts, decoder block by decoder block, and leaves the Hessians
 //! of each.
 //!
-//! In memory are the residual streams of all texts, and one decoder layer's Hessians. Nothing is written: a resumed run
+//! In memory are the residual streams of all texts, and one decoder block's Hessians. Nothing is written: a resumed run
 //! computes what it needs again, to the same bits. The layers before are taken as they are in the model, unquantized,
 //! so no layer's bytes depend on another's quantizer.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,8 +17,9 @@ use sha2::{Digest, Sha256};
 use super::Error;
 use crate::checkpoint::{self, CalibrationEntry};
 use crate::codec::feedback::{Feedback, Hessian, Pieces};
-use crate::engine::{self, CpuEngine, texts};
-use crate::model::{Config, Role, Tokenizer, Weights};
+use crate::engine::{self, Chunk, CpuEngine, Logits, PAGE, Room, texts};
+use crate::model::program::Node;
+use crate::model::{Config, LayerId, Program, Tokenizer, Weights};
 
 /// Tokens of a text, unless the model's context is shorter.
 const WINDOW: usize = 512;
@@ -42,16 +44,19 @@ pub struct Calibrate {
 
 /// A model on its way through the texts.
 pub struct Calibration {
-    config: Config,
+    program: Arc<Program>,
     engine: CpuEngine,
     entry: CalibrationEntry,
-    /// The residual stream of each text, before decoder layer `next`.
+    texts: Vec<Vec<u32>>,
+    /// Pages of a text: each begins anew in the same ones.
+    pages: Vec<u32>,
+    /// The residual stream of each text, before piece `next` of the program: a decoder block, or what follows the last.
     streams: Vec<Vec<f32>>,
     next: usize,
-    /// Of decoder layer `next - 1`, or, after the last, of the output layer: what enters the layers of a role, rotated.
-    hessians: Vec<(Role, Rotation, Hessian)>,
+    /// Of piece `next - 1`: what enters the layers of a node, rotated.
+    hessians: Vec<(usize, Rotation, Hessian)>,
     /// The last one made: layers that share an input often share it.
-    last: Option<(Role, Rotation, Pieces, Option<Arc<Feedback>>)>,
+    last: Option<(usize, Rotation, Pieces, Option<Arc<Feedback>>)>,
 }
 
 impl Calibration {
@@ -73,7 +78,7 @@ impl Calibration {
                 let mut all = Vec::new();
                 for i in 0..wanted {
                     progress(i, wanted);
-                    all.push(texts::write(None, config, weights, window, 0, i)?);
+                    all.push(texts::write(None, config.bos, weights, window, 0, i)?);
                 }
                 ("self", all)
             }
@@ -96,9 +101,16 @@ impl Calibration {
             tokens: texts.len() * window,
             sha256: checkpoint::hex(&hash.finalize()),
         };
-        let engine = CpuEngine::new(config, weights.clone(), window)?;
-        let streams = texts.iter().map(|t| engine.embed(t)).collect();
-        Ok(Calibration { config: config.clone(), engine, entry, streams, next: 0, hessians: vec![], last: None })
+        let program = weights.program.clone();
+        let mut engine = CpuEngine::new(weights.clone(), Room::one(window))?;
+        let (first, pages) = (program.cuts[0], (0..window.div_ceil(PAGE) as u32).collect::<Vec<_>>());
+        let streams = texts.iter().map(|text| {
+            let mut values = engine.values();
+            engine.run(0..first.node, &[chunk(text, &pages)], &mut values, |_, _| ControlFlow::Continue(()));
+            values.take(first.stream)
+        });
+        let streams = streams.collect();
+        Ok(Calibration { program, engine, entry, texts, pages, streams, next: 0, hessians: vec![], last: None })
     }
 
     /// What the manifest says of it.
@@ -106,83 +118,81 @@ impl Calibration {
         &self.entry
     }
 
-    /// What linear layer number `layer` (in the order of the plan) needs to be encoded by `q`; `None` if its inputs are
-    /// all zero. `rotations` tells of each layer by what rotation it is still to be encoded, if at all; layers
-    /// are asked for in their order.
+    /// What a layer needs to be encoded by `q`; `None` if its inputs are all zero. `rotations` tells of each layer of the
+    /// program by what rotation it is still to be encoded, if at all; layers are asked for in their order.
     ///
     /// # Errors
     /// If its inputs are not finite.
     pub fn feedback(
         &mut self,
-        layer: usize,
+        layer: LayerId,
         name: &str,
         q: &Quantizer,
         rotations: &[Option<Rotation>],
     ) -> Result<Option<Arc<Feedback>>, Error> {
-        let (block, role) = (layer / Role::ALL.len(), entrance(Role::ALL[layer % Role::ALL.len()]));
-        while self.next <= block {
+        let node = self.program.node_of(layer).expect("an embedding has no inputs");
+        let piece = self.program.cuts.iter().take_while(|c| c.node <= node).count() - 1;
+        while self.next <= piece {
             self.last = None;
-            let first = self.next * Role::ALL.len();
-            self.advance(if self.next == block { &rotations[first..] } else { &[] });
+            self.advance(if self.next == piece { rotations } else { &[] });
         }
         let pieces = Pieces::new(&q.codes[0]);
-        if let Some((r, rotation, p, made)) = &self.last
-            && (*r, *rotation, p) == (role, q.rotation, &pieces)
+        if let Some((n, rotation, p, made)) = &self.last
+            && (*n, *rotation, p) == (node, q.rotation, &pieces)
         {
             return Ok(made.clone());
         }
-        let of = |h: &&(Role, Rotation, Hessian)| (h.0, h.1) == (role, q.rotation);
+        let of = |h: &&(usize, Rotation, Hessian)| (h.0, h.1) == (node, q.rotation);
         let (_, _, hessian) = self.hessians.iter().find(of).expect("asked for in order");
         if !hessian.mean().is_finite() {
             return Err(Error::Inputs { layer: name.to_owned() });
         }
         let made = Feedback::new(hessian, &pieces).map(Arc::new);
-        self.last = Some((role, q.rotation, pieces, made.clone()));
+        self.last = Some((node, q.rotation, pieces, made.clone()));
         Ok(made)
     }
 
-    /// Runs decoder layer `next`, or the last norm after them all, and sums Hessians for the linear layers that
-    /// `rotations` has.
+    /// Runs piece `next` of the program, and sums Hessians for its layers that `rotations` has.
     fn advance(&mut self, rotations: &[Option<Rotation>]) {
         self.hessians.clear();
-        let in_block = self.next < self.config.layers;
-        for (role, rotation) in Role::ALL.into_iter().zip(rotations) {
-            let role = entrance(role);
-            let Some(rotation) = *rotation else { continue };
-            if !self.hessians.iter().any(|(r, o, _)| (*r, *o) == (role, rotation)) {
-                let columns = if in_block { self.config.shape(role).1 } else { self.config.hidden };
-                self.hessians.push((role, rotation, Hessian::new(columns)));
+        let Calibration { program, engine, hessians, texts, pages, streams, next, .. } = self;
+        let (cut, behind) = (program.cuts[*next], program.cuts.get(*next + 1));
+        let nodes = cut.node..behind.map_or(program.nodes.len(), |c| c.node);
+        for (at, node) in program.nodes.iter().enumerate().take(nodes.end).skip(nodes.start) {
+            let Node::Linear { x, layers } = node else { continue };
+            for rotation in layers.iter().filter_map(|(id, _)| *rotations.get(id.0)?) {
+                if !hessians.iter().any(|(n, r, _)| (*n, *r) == (at, rotation)) {
+                    hessians.push((at, rotation, Hessian::new(program.widths[x.0])));
+                }
             }
         }
-        let Calibration { engine, hessians, .. } = self;
-        let mut see = |role: Role, x: &[f32]| {
-            for (_, rotation, hessian) in hessians.iter_mut().filter(|h| h.0 == role) {
-                let columns = hessian.columns();
-                let rotator = Rotator::new(*rotation, columns as u32);
-                let mut x = x.to_vec();
-                x.par_chunks_exact_mut(columns).for_each(|token| rotator.apply(token));
-                hessian.add(&x);
-            }
-        };
-        for x in &mut self.streams {
-            if in_block {
-                engine.layer(self.next, x, &mut see);
-            } else {
-                see(Role::Q, &engine.last_norm(x));
+        let head = program.head().0;
+        for (text, stream) in texts.iter().zip(streams) {
+            let mut values = engine.values();
+            values.put(cut.stream, std::mem::take(stream));
+            engine.run(nodes.clone(), &[chunk(text, pages)], &mut values, |layers, x| {
+                let node = program.node_of(layers[0].0);
+                for (_, rotation, hessian) in hessians.iter_mut().filter(|h| Some(h.0) == node) {
+                    let columns = hessian.columns();
+                    let rotator = Rotator::new(*rotation, columns as u32);
+                    let mut x = x.to_vec();
+                    x.par_chunks_exact_mut(columns).for_each(|token| rotator.apply(token));
+                    hessian.add(&x);
+                }
+                // Nobody asks for the logits.
+                if layers[0].0 == head { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            });
+            if let Some(behind) = behind {
+                *stream = values.take(behind.stream);
             }
         }
-        self.next += 1;
+        *next += 1;
     }
 }
 
-/// The first of the roles that read the same input.
-fn entrance(role: Role) -> Role {
-    match role {
-        Role::Q | Role::K | Role::V => Role::Q,
-        Role::O => Role::O,
-        Role::Gate | Role::Up => Role::Gate,
-        Role::Down => Role::Down,
-    }
+/// A whole text.
+fn chunk<'a>(tokens: &'a [u32], pages: &'a [u32]) -> Chunk<'a> {
+    Chunk { tokens, position: 0, pages, logits: Logits::All }
 }
 
 fn read_text(path: &Path) -> Result<String, Error> {

@@ -9,14 +9,13 @@ use safetensors::Dtype;
 use crate::checkpoint::reader::tensor_names;
 use crate::checkpoint::weights::Planned;
 use crate::codec::scale_count;
-use crate::model::weights::{EMBEDDING, HEAD};
-use crate::model::{Config, Error, Role, TensorDir};
-use crate::plan::{Layer, Resolved};
+use crate::model::{Error, LayerId, Program, TensorDir};
+use crate::plan::{self, Resolved};
 
 /// A layer and the tensor that holds its weights.
 pub struct Place {
     /// As the plan sees it.
-    pub layer: Layer,
+    pub layer: plan::Layer,
     /// Name of the tensor, rows × columns.
     pub tensor: String,
 }
@@ -44,34 +43,29 @@ pub enum Work {
     },
 }
 
-/// All linear layers of a model in the order of execution, then the embedding. The output layer and the embedding are not
-/// covered by a plan's default. If they are tied, both are made from the embedding's tensor.
-pub fn layers(config: &Config) -> Vec<Place> {
-    let place = |name: String, tensor: String, (rows, cols): (usize, usize), by_default| Place {
-        layer: Layer { name, shape: Shape { rows: rows as u32, cols: cols as u32 }, by_default },
-        tensor,
+/// The layers of a model, in the order of its program. Those outside its decoder blocks are not covered by a plan's
+/// default. A layer that has another's matrix is made from that one's tensor.
+pub fn layers(program: &Program) -> Vec<Place> {
+    let place = |id: LayerId| {
+        let layer = program.layer(id);
+        let shape = Shape { rows: layer.rows as u32, cols: layer.cols as u32 };
+        let tensor = &program.layer(layer.shares.unwrap_or(id)).name;
+        Place {
+            layer: plan::Layer { name: layer.name.clone(), shape, by_default: program.in_block(id) },
+            tensor: format!("{tensor}.weight"),
+        }
     };
-    let blocks = (0..config.layers).flat_map(|i| Role::ALL.map(|role| (i, role)));
-    let mut all: Vec<Place> = blocks
-        .map(|(i, role)| {
-            let name = config.linear_name(i, role);
-            let tensor = format!("{name}.weight");
-            place(name, tensor, config.shape(role), true)
-        })
-        .collect();
-    for (name, tensor) in [(HEAD, if config.tied { EMBEDDING } else { HEAD }), (EMBEDDING, EMBEDDING)] {
-        all.push(place(name.to_owned(), format!("{tensor}.weight"), (config.vocab, config.hidden), false));
-    }
-    all
+    program.ids().map(place).collect()
 }
 
-/// If the output layer is tied to the embedding and `plan` gives both the same quantizer, one matrix serves both: only
-/// the embedding is left to encode.
-pub fn join_tied(config: &Config, plan: &mut Resolved) {
-    let [.., head, embedding] = &mut plan.layers[..] else { return };
-    let fused = plan.groups.iter().flatten().any(|l| *l == config.layers * Role::ALL.len());
-    if config.tied && *head == *embedding && !fused {
-        *head = None;
+/// If a layer has the matrix of another, as a tied output layer has the embedding's, and `plan` gives both the same
+/// quantizer, one packed matrix serves both: only the other is left to encode.
+pub fn join_tied(program: &Program, plan: &mut Resolved) {
+    for id in program.ids() {
+        let fused = plan.groups.iter().flatten().any(|l| *l == id.0);
+        if program.layer(id).shares.is_some_and(|of| plan.layers[of.0] == plan.layers[id.0]) && !fused {
+            plan.layers[id.0] = None;
+        }
     }
 }
 

@@ -23,8 +23,7 @@ use crate::checkpoint::{self, Begin, Draft, Head, LayerEntry, Manifest, ModelId,
 use crate::codec::{Decoder, EncodeError, Encoder};
 use crate::device::{DeviceError, Executor};
 use crate::engine;
-use crate::model::weights::EMBEDDING;
-use crate::model::{self, Config, Files, TensorDir, Weights};
+use crate::model::{self, Config, Files, LayerId, TensorDir, Weights, arch};
 use crate::plan::{Plan, Resolved};
 use calibrate::{Calibrate, Calibration};
 use items::{Item, Work, items, join_tied, layers};
@@ -218,15 +217,16 @@ impl Job {
         let config = Config::read(&self.model)?;
         let source = TensorDir::open(&self.model)?;
         // Whatever is missing or misshapen is found now and not after hours.
-        let weights = Arc::new(Weights::load(&config, &source)?);
-        let layers = layers(&config);
+        let program = Arc::new(arch::program(&config));
+        let weights = Arc::new(Weights::load(&program, &source)?);
+        let layers = layers(&program);
         let mut plan = self.plan.resolve(&layers.iter().map(|l| l.layer.clone()).collect::<Vec<_>>())?;
-        join_tied(&config, &mut plan);
+        join_tied(&program, &mut plan);
         let items = items(&source, &layers, &plan)?;
 
         // Nothing enters an embedding. If its matrix is the output layer's too, what a fit to that would gain there is
         // lost here.
-        let has_inputs = |i: usize| layers[i].layer.name != EMBEDDING;
+        let has_inputs = |i: usize| !program.is_embedding(LayerId(i));
         let spec_of = |i: usize| plan.layers[i].map(|s| &plan.specs[s]);
         let chosen: Vec<(String, String)> = layers
             .iter()
@@ -298,7 +298,7 @@ impl Job {
                     let feedback = match &mut calibration {
                         Some(_) if !has_inputs(*layer) => None,
                         None => None,
-                        Some(c) => c.feedback(*layer, &item.name, q, &rotations)?,
+                        Some(c) => c.feedback(LayerId(*layer), &item.name, q, &rotations)?,
                     };
                     let advance = |n| progress.advance(n);
                     let packed = match &feedback {

@@ -17,7 +17,7 @@ use crate::cli::Error;
 use crate::cli::output::write;
 use crate::engine::cuda::kernels::{DecodeStep, Lowering, product};
 use crate::jit::{self, Cache};
-use crate::model::{Config, Role};
+use crate::model::{Config, Role, arch};
 use crate::plan::{Layer, Plan};
 use crate::quantize::items::{join_tied, layers};
 
@@ -157,10 +157,11 @@ impl JitBench {
             Some(model) => Config::read(model)?,
             None => Config::parse(Path::new("Llama 3.1 8B"), LLAMA)?,
         };
+        let program = arch::program(&config);
         let plan = self.plan.as_deref().map_or_else(|| Ok(Plan::uniform(&self.spec)), Plan::read)?;
-        let layers: Vec<Layer> = layers(&config).into_iter().map(|place| place.layer).collect();
+        let layers: Vec<Layer> = layers(&program).into_iter().map(|place| place.layer).collect();
         let mut resolved = plan.resolve(&layers)?;
-        join_tied(&config, &mut resolved);
+        join_tied(&program, &mut resolved);
         let quantizers = resolved.layers.iter().map(|of| of.map(|i| resolved.specs[i].clone())).collect();
         Ok(Model { config, quantizers })
     }

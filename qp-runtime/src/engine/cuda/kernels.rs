@@ -217,6 +217,7 @@ mod tests {
     use super::*;
     use crate::check::{choices, shapes, synthetic};
     use crate::device::Executor;
+    use crate::engine::Room;
 
     #[test]
     fn the_same_kernels_as_an_engine_launches() {
@@ -226,7 +227,7 @@ mod tests {
             for (kind, choose) in choices(&a, &b) {
                 let (config, weights) = synthetic::model(shapes, &*choose).unwrap();
                 let on = Executor::interpreter();
-                let mut engine = CudaEngine::new(on.clone(), &config, &weights, config.max_positions).unwrap();
+                let mut engine = CudaEngine::new(on.clone(), &weights, Room::one(config.max_positions)).unwrap();
                 let graph = engine.graph(1, Wanted::Best).unwrap();
                 let mut launched: Vec<String> = graph.kernels().map(|k| k.kernel().to_string()).collect();
                 let step = DecodeStep {

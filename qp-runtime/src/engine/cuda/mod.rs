@@ -37,11 +37,12 @@ use rayon::prelude::*;
 pub use self::linear::Uploads;
 use self::linear::{Group, Matrix, Product};
 use self::step::{Angles, Hand, Ready, State, Step};
-use super::{Engine, Error, Logits, check_tokens};
+use super::{Chunk, Engine, Error, PAGE, Room, check_chunks};
 use crate::device::ops::DeviceActivations;
 use crate::device::tune;
 use crate::device::{Buffer, DeviceError, Executor, Graph};
-use crate::model::{Config, Role, Weights, rope_tables};
+use crate::model::program::Node;
+use crate::model::{Program, Weights, rope_tables};
 
 /// Numbers of tokens that steps are made for. Any number is a sum of few of them.
 const BATCHES: [usize; 7] = [64, 32, 16, 8, 4, 2, 1];
@@ -54,7 +55,7 @@ pub struct CudaEngine {
     kernels: BTreeMap<String, Ready>,
     /// By tokens and what is wanted of them.
     graphs: BTreeMap<(usize, Wanted), Graph>,
-    position: usize,
+    pages: usize,
 }
 
 /// What a step gives.
@@ -107,33 +108,30 @@ struct Input<'n> {
 }
 
 impl CudaEngine {
-    /// An engine on `executor` for sequences of up to `context` tokens.
+    /// An engine on `executor` with room for sequences.
     ///
     /// # Errors
     /// If the model has fewer positions or does not fit the device.
-    pub fn new(executor: Executor, config: &Config, weights: &Weights, context: usize) -> Result<Self, Error> {
-        Self::sharing(executor, config, weights, context, &mut Uploads::default())
+    pub fn new(executor: Executor, weights: &Weights, room: Room) -> Result<Self, Error> {
+        Self::sharing(executor, weights, room, &mut Uploads::default())
     }
 
     /// As [`CudaEngine::new`], with the matrices that are there already.
     ///
     /// # Errors
     /// As [`CudaEngine::new`].
-    pub fn sharing(
-        executor: Executor,
-        config: &Config,
-        weights: &Weights,
-        context: usize,
-        uploads: &mut Uploads,
-    ) -> Result<Self, Error> {
-        if context > config.max_positions {
-            return Err(Error::Positions { wanted: context, max: config.max_positions });
+    pub fn sharing(executor: Executor, weights: &Weights, room: Room, uploads: &mut Uploads) -> Result<Self, Error> {
+        if room.context > weights.program.context {
+            return Err(Error::Positions { wanted: room.context, max: weights.program.context });
         }
-        let network = Network::upload(&executor, config, weights, context, uploads)?;
+        if weights.program.nodes.iter().any(|n| matches!(n, Node::Attend(a) if a.q_norm.is_some())) {
+            return Err(Error::Device("norms of heads run on the CPU only: --device cpu".into()));
+        }
+        let network = Network::upload(&executor, weights, room.context, uploads)?;
         let state = network.state(&executor)?;
         let on_gpu = executor.gpu().is_some();
         let (kernels, graphs) = (BTreeMap::new(), BTreeMap::new());
-        let mut engine = CudaEngine { executor, network, state, kernels, graphs, position: 0 };
+        let mut engine = CudaEngine { executor, network, state, kernels, graphs, pages: room.pages };
         if on_gpu {
             // Compiled now, so that the first tokens are not the slow ones.
             engine.graph(1, Wanted::Best)?;
@@ -175,24 +173,22 @@ impl CudaEngine {
         Ok(vacant.insert(recorder.finish()?))
     }
 
-    fn step(&mut self, tokens: &[u32], position: usize, wanted: Wanted) -> Result<(), DeviceError> {
+    fn launch(&mut self, tokens: &[u32], position: usize, wanted: Wanted) -> Result<(), DeviceError> {
         let ids: Vec<i32> = tokens.iter().map(|t| t.cast_signed()).collect();
         self.state.tokens.write(0, &ids)?;
         self.state.position.write(0, &[position as i32])?;
         self.graph(tokens.len(), wanted)?.launch()
     }
 
-    /// Appends `tokens`, of which the last `wanted` get logits; `None` for the likeliest token after them all.
-    fn append(&mut self, tokens: &[u32], wanted: Option<usize>, out: &mut Vec<f32>) -> Result<(), Error> {
-        check_tokens(tokens, self.position, self.network.context, self.network.vocab)?;
-        let mut left = tokens;
-        let mut position = self.position;
+    /// Appends the tokens of `chunk`, of which the last `wanted` get logits; `None` for the likeliest token after them all.
+    fn append(&mut self, chunk: &Chunk<'_>, wanted: Option<usize>, out: &mut Vec<f32>) -> Result<(), Error> {
+        let (mut left, mut position) = (chunk.tokens, chunk.position);
         while !left.is_empty() {
             let batch = BATCHES.into_iter().find(|b| *b <= left.len()).expect("one token at least");
             let (now, later) = left.split_at(batch);
             let rows = wanted.map_or(0, |w| w.saturating_sub(later.len()).min(batch));
             let best = wanted.is_none() && later.is_empty();
-            self.step(now, position, if best { Wanted::Best } else { Wanted::Logits(rows) })?;
+            self.launch(now, position, if best { Wanted::Best } else { Wanted::Logits(rows) })?;
             let Network { vocab, head, .. } = &self.network;
             // The first row that was computed may lie before the first that is wanted.
             let first = self.network.rows(batch as u32, rows as u32) as usize - rows;
@@ -205,8 +201,16 @@ impl CudaEngine {
             position += batch;
             left = later;
         }
-        self.position = position;
         Ok(())
+    }
+
+    /// The only sequence there can be.
+    fn one<'c, 'a>(&self, chunks: &'c [Chunk<'a>]) -> Result<&'c Chunk<'a>, Error> {
+        check_chunks(self, chunks)?;
+        match chunks {
+            [chunk] if chunk.pages.iter().enumerate().all(|(i, p)| i == *p as usize) => Ok(chunk),
+            _ => Err(Error::Device("this engine holds one sequence, in pages in order".into())),
+        }
     }
 }
 
@@ -219,31 +223,35 @@ impl Engine for CudaEngine {
         self.network.context
     }
 
-    fn position(&self) -> usize {
-        self.position
+    fn pages(&self) -> usize {
+        self.network.context.div_ceil(PAGE).min(self.pages)
     }
 
-    fn truncate(&mut self, position: usize) {
-        self.position = self.position.min(position);
+    fn most_tokens(&self) -> usize {
+        BATCHES[0]
     }
 
-    fn forward(&mut self, tokens: &[u32], logits: Logits, out: &mut Vec<f32>) -> Result<(), Error> {
+    fn step(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<f32>) -> Result<(), Error> {
+        let chunk = self.one(chunks)?;
         out.clear();
-        self.append(tokens, Some(logits.rows(tokens.len())), out)
+        self.append(chunk, Some(chunk.logits.rows(chunk.tokens.len())), out)
     }
 
-    fn greedy(&mut self, tokens: &[u32]) -> Result<u32, Error> {
-        let before = self.position;
-        if tokens.is_empty() {
+    fn best(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<u32>) -> Result<(), Error> {
+        let chunk = self.one(chunks)?;
+        if chunk.tokens.is_empty() {
             return Err(Error::NotANumber);
         }
-        self.append(tokens, None, &mut Vec::new())?;
+        self.append(chunk, None, &mut Vec::new())?;
         let mut best = [0];
         self.state.best.read(0, &mut best)?;
-        u32::try_from(best[0]).map_err(|_| {
-            self.position = before;
-            Error::NotANumber
-        })
+        out.clear();
+        out.push(u32::try_from(best[0]).map_err(|_| Error::NotANumber)?);
+        Ok(())
+    }
+
+    fn copy_page(&mut self, _: u32, _: u32) -> Result<(), Error> {
+        Err(Error::Device("this engine holds one sequence, in pages in order".into()))
     }
 }
 
@@ -254,62 +262,77 @@ impl From<DeviceError> for Error {
 }
 
 impl Network {
-    fn upload(
-        on: &Executor,
-        config: &Config,
-        weights: &Weights,
-        context: usize,
-        uploads: &mut Uploads,
-    ) -> Result<Network, DeviceError> {
-        let mut group = |layer: &crate::model::Layer, roles: &[Role]| {
-            Group::upload(on, &roles.iter().map(|r| &layer[*r]).collect::<Vec<_>>(), uploads)
-        };
-        let mut layers = Vec::with_capacity(config.layers);
-        for layer in &weights.layers {
-            layers.push(Layer {
-                input_norm: on.upload(&layer.input_norm)?,
-                qkv: group(layer, &[Role::Q, Role::K, Role::V])?,
-                o: group(layer, &[Role::O])?,
-                post_norm: on.upload(&layer.post_norm)?,
-                gate_up: group(layer, &[Role::Gate, Role::Up])?,
-                down: group(layer, &[Role::Down])?,
-            });
+    fn upload(on: &Executor, weights: &Weights, context: usize, uploads: &mut Uploads) -> Result<Network, DeviceError> {
+        let program = &weights.program;
+        let mut layers = Vec::with_capacity(program.caches.len());
+        for block in program.blocks() {
+            let (mut norms, mut groups) = (Vec::new(), Vec::new());
+            for node in &program.nodes[block] {
+                match node {
+                    Node::Norm { norm, .. } => norms.push(on.upload(&weights[norm.weight])?),
+                    Node::Linear { layers, .. } => {
+                        let layers: Vec<_> = layers.iter().map(|l| &weights[l.0]).collect();
+                        groups.push(Group::upload(on, &layers, uploads)?);
+                    }
+                    Node::Embed { .. } | Node::Attend(_) | Node::Gate { .. } | Node::Add { .. } | Node::Rows { .. } => {
+                        ()
+                    }
+                }
+            }
+            let (Ok([input_norm, post_norm]), Ok([qkv, o, gate_up, down])) =
+                (<[_; 2]>::try_from(norms), <[_; 4]>::try_from(groups))
+            else {
+                unreachable!("every architecture's blocks are alike")
+            };
+            layers.push(Layer { input_norm, qkv, o, post_norm, gate_up, down });
         }
-        let embed = Matrix::upload(on, &weights.embed, uploads)?;
+        let embedding = program.ids().find(|id| program.is_embedding(*id)).expect("a program has an embedding");
+        let (embedding, head) = (&weights[embedding], &weights[program.head().0]);
+        let embed = Matrix::upload(on, embedding, uploads)?;
         // The same data twice would be a waste of the device's memory.
-        let head = if weights.head.weight.is(&weights.embed.weight) {
-            let product = Product::of(on, &weights.head, embed.clone())?;
-            Group { cols: config.hidden as u32, products: vec![product], places: vec![(0, 0)] }
+        let head = if head.weight.is(&embedding.weight) {
+            let product = Product::of(on, head, embed.clone())?;
+            Group { cols: head.cols as u32, products: vec![product], places: vec![(0, 0)] }
         } else {
-            Group::upload(on, &[&weights.head], uploads)?
+            Group::upload(on, &[head], uploads)?
         };
         uploads.done();
-        Network::of(on, config, context, embed, layers, on.upload(&weights.norm)?, head)
+        let norm = program.vectors.len() - 1;
+        let norm = on.upload(&weights[crate::model::program::VectorId(norm)])?;
+        Network::of(on, program, context, embed, layers, norm, head)
     }
 
     /// The network of a model's parts.
     fn of(
         on: &Executor,
-        config: &Config,
+        program: &Program,
         context: usize,
         embed: Matrix,
         layers: Vec<Layer>,
         norm: Buffer<f32>,
         head: Group,
     ) -> Result<Network, DeviceError> {
-        let tables = rope_tables(config, context);
-        let hidden = config.hidden as u32;
+        let tables = rope_tables(&program.rope, context);
+        let hidden = program.widths[0] as u32;
         let residual = layers.iter().flat_map(|l| l.o.products.iter().chain(&l.down.products));
         let stride = residual.map(|p| p.stride).fold(hidden, u32::max);
+        let heads = program.nodes.iter().find_map(|n| if let Node::Attend(a) = n { Some(a.heads) } else { None });
+        let eps =
+            program.nodes.iter().find_map(|n| if let Node::Norm { norm, .. } = n { Some(norm.eps) } else { None });
+        let inner = program.nodes.iter().find_map(|n| if let Node::Gate { y, .. } = n { Some(*y) } else { None });
+        let (Some(heads), Some(eps), Some(inner)) = (heads, eps, inner) else {
+            unreachable!("every architecture has attention, norms and gates")
+        };
+        let cache = program.caches[0];
         Ok(Network {
-            vocab: config.vocab,
+            vocab: program.vocab,
             context,
-            heads: config.heads as u32,
-            kv_heads: config.kv_heads as u32,
-            head_dim: config.head_dim as u32,
+            heads: heads as u32,
+            kv_heads: cache.heads as u32,
+            head_dim: cache.head_dim as u32,
             hidden,
-            inner: config.intermediate as u32,
-            eps: config.norm_eps,
+            inner: program.widths[inner.0] as u32,
+            eps,
             stride,
             embed,
             layers,

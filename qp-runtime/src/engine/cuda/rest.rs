@@ -14,7 +14,7 @@ use super::{Layer, Network, Wanted};
 use crate::codec::scale_count;
 use crate::device::ops::{DeviceMatrix, first_rows, stacked};
 use crate::device::{DeviceError, Executor};
-use crate::model::{Config, Role};
+use crate::model::{Config, Role, arch};
 
 /// Positions of the cache, unless the model has fewer.
 const CONTEXT: usize = 512;
@@ -81,7 +81,7 @@ fn zeroed(on: &Executor, config: &Config, quantizer: &Arc<Quantizer>, context: u
     let parts = vec![Part { first: 0, rows: vocab, bias: None }];
     let head = Product { matrix: embed.clone(), stride: vocab, parts };
     let head = Group { cols: hidden, products: vec![head], places: vec![(0, 0)] };
-    Network::of(on, config, context, embed, layers, norm()?, head)
+    Network::of(on, &arch::program(config), context, embed, layers, norm()?, head)
 }
 
 /// The rows of layers of one input, and its columns.
@@ -125,7 +125,7 @@ fn group(
 mod tests {
     use super::*;
     use crate::check::{shapes, synthetic};
-    use crate::engine::CudaEngine;
+    use crate::engine::{CudaEngine, Room};
 
     #[test]
     fn the_launches_are_those_of_an_engine() {
@@ -135,7 +135,7 @@ mod tests {
             let choose = |name: &str| (!name.contains("embed") && name != "lm_head").then(|| (*q).clone());
             let (config, weights) = synthetic::model(shapes, &choose).unwrap();
             let context = CONTEXT.min(config.max_positions);
-            let mut engine = CudaEngine::new(on.clone(), &config, &weights, context).unwrap();
+            let mut engine = CudaEngine::new(on.clone(), &weights, Room::one(context)).unwrap();
             let graph = engine.graph(1, Wanted::Best).unwrap();
             let launched = graph.kernels().filter(|k| !k.kernel().name.starts_with("gemv")).count();
             let network = zeroed(&on, &config, &q, context).unwrap();

@@ -1,0 +1,86 @@
+//! One sequence with an engine of its own.
+
+use super::{Chunk, Engine, Error, Logits, PAGE, Pool};
+
+/// An engine and the sequence that it computes.
+pub struct Session {
+    engine: Box<dyn Engine>,
+    pool: Pool,
+    pages: Vec<u32>,
+    position: usize,
+}
+
+impl Session {
+    /// An empty sequence, which may take all pages of `engine`.
+    pub fn new(engine: Box<dyn Engine>) -> Self {
+        let pool = Pool::new(engine.pages());
+        Session { engine, pool, pages: Vec::new(), position: 0 }
+    }
+
+    /// Tokens that the model knows: the length of a row of logits.
+    pub fn vocab(&self) -> usize {
+        self.engine.vocab()
+    }
+
+    /// Longest sequence, in tokens.
+    pub fn context(&self) -> usize {
+        self.engine.context().min(self.engine.pages() * PAGE)
+    }
+
+    /// Tokens that the engine computes at once.
+    pub fn most_tokens(&self) -> usize {
+        self.engine.most_tokens()
+    }
+
+    /// Tokens of the sequence so far.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Shortens the sequence to its first `position` tokens; no effect if it is not longer.
+    pub fn truncate(&mut self, position: usize) {
+        self.position = self.position.min(position);
+        for page in self.pages.drain(self.position.div_ceil(PAGE)..) {
+            self.pool.release(page);
+        }
+    }
+
+    /// Appends `tokens` to the sequence and writes the wanted logits to `out`, replacing what it held:
+    /// `logits.rows(tokens.len()) × vocab`, row-major.
+    ///
+    /// # Errors
+    /// If the sequence would exceed the context, a token is unknown or the device fails. Nothing is appended then.
+    pub fn forward(&mut self, tokens: &[u32], logits: Logits, out: &mut Vec<f32>) -> Result<(), Error> {
+        self.append(tokens, logits, |engine, chunk| engine.step(&[chunk], out))
+    }
+
+    /// Appends `tokens` to the sequence and gives the first of the likeliest next ones.
+    ///
+    /// # Errors
+    /// As [`Session::forward`], and if a logit is not a number or none is finite.
+    pub fn greedy(&mut self, tokens: &[u32]) -> Result<u32, Error> {
+        let mut best = Vec::new();
+        self.append(tokens, Logits::Last, |engine, chunk| engine.best(&[chunk], &mut best))?;
+        best.first().copied().ok_or(Error::EmptyPrompt)
+    }
+
+    fn append(
+        &mut self,
+        tokens: &[u32],
+        logits: Logits,
+        run: impl FnOnce(&mut dyn Engine, Chunk<'_>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let (end, context) = (self.position + tokens.len(), self.context());
+        if end > context {
+            return Err(Error::Context { wanted: end, context });
+        }
+        while self.pages.len() * PAGE < end {
+            // There are as many as the context takes.
+            self.pages.extend(self.pool.take());
+        }
+        let chunk = Chunk { tokens, position: self.position, pages: &self.pages, logits };
+        run(self.engine.as_mut(), chunk)?;
+        self.position = end;
+        Ok(())
+    }
+}

@@ -1,0 +1,73 @@
+//! Llama, and what differs from it in biases alone: Mistral, Qwen2.
+//!
+//! Each decoder block adds two things to the residual stream: attention to a norm of it, and a feed-forward layer with a
+//! gate on another norm of it.
+
+use super::Architecture;
+use crate::model::config::Config;
+use crate::model::program::{Activation, Attention, Builder, Program, Rope, Value};
+use crate::model::rope::frequencies;
+use crate::model::weights::{EMBEDDING, HEAD};
+
+/// Meta's Llama.
+pub const LLAMA: Architecture = Architecture {
+    name: "LlamaForCausalLM",
+    qkv_bias: false,
+    window_by_flag: false,
+    program: |config| decoder(config, Options::default()),
+};
+
+/// Mistral.
+pub const MISTRAL: Architecture = Architecture { name: "MistralForCausalLM", ..LLAMA };
+
+/// Qwen 2 and 2.5.
+pub const QWEN2: Architecture =
+    Architecture { name: "Qwen2ForCausalLM", qkv_bias: true, window_by_flag: true, ..LLAMA };
+
+/// What others of this kind add.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Norms of each head of queries and keys.
+    pub head_norms: bool,
+}
+
+/// The decoder.
+pub fn decoder(config: &Config, options: Options) -> Program {
+    let Config { hidden, heads, kv_heads, head_dim, norm_eps: eps, .. } = *config;
+    let rope = Rope { frequencies: frequencies(config) };
+    let mut b = Builder::new(config.vocab, config.max_positions, rope);
+    let mut stream = b.embed(hidden);
+    for i in 0..config.layers {
+        let name = |part: &str| format!("model.layers.{i}.{part}");
+        b.cut(stream);
+        let x = b.norm(stream, name("input_layernorm.weight"), eps);
+        let (attended, cached) = (heads * head_dim, kv_heads * head_dim);
+        let [q, k, v] = b.linear(
+            x,
+            [
+                (name("self_attn.q_proj"), attended, config.qkv_bias),
+                (name("self_attn.k_proj"), cached, config.qkv_bias),
+                (name("self_attn.v_proj"), cached, config.qkv_bias),
+            ],
+        );
+        let mut head_norm = |part: &str| options.head_norms.then(|| b.norm_of(name(part), head_dim, eps));
+        let (q_norm, k_norm) = (head_norm("self_attn.q_norm.weight"), head_norm("self_attn.k_norm.weight"));
+        let cache = b.cache(kv_heads, head_dim);
+        let y = b.attend(Attention { cache, q, k, v, y: Value(0), heads, q_norm, k_norm });
+        let [o] = b.linear(y, [(name("self_attn.o_proj"), hidden, config.o_bias)]);
+        stream = b.add(stream, o);
+        let x = b.norm(stream, name("post_attention_layernorm.weight"), eps);
+        let [gate, up] = b.linear(
+            x,
+            [
+                (name("mlp.gate_proj"), config.intermediate, config.mlp_bias),
+                (name("mlp.up_proj"), config.intermediate, config.mlp_bias),
+            ],
+        );
+        let inner = b.gate(gate, up, Activation::Silu);
+        let [down] = b.linear(inner, [(name("mlp.down_proj"), hidden, config.mlp_bias)]);
+        stream = b.add(stream, down);
+    }
+    b.cut(stream);
+    b.finish(stream, "model.norm.weight", eps, HEAD, EMBEDDING, config.tied)
+}

@@ -1,0 +1,454 @@
+//! What a model computes for each token, as a list of nodes over layers that are named but not there: no weights, no
+//! device, no numbers of tokens.
+//!
+//! A [`Program`] is made from a configuration by one file of [`super::arch`]. Everything else walks it: engines compute
+//! it, [`Weights`](super::Weights) holds what it names, plans and checkpoints choose a quantizer for each of its layers.
+//! Nodes read and write [`Value`]s, each written once: a row of fixed width for each token.
+
+use std::ops::Range;
+
+/// A matrix of a model: index into [`Program::layers`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LayerId(pub usize);
+
+/// The weights of a norm: index into [`Program::vectors`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct VectorId(pub usize);
+
+/// Keys and values of one attention: index into [`Program::caches`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CacheId(pub usize);
+
+/// What a node writes: index into [`Program::widths`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Value(pub usize);
+
+/// A matrix that plans may quantize: a linear layer, or the embedding, of which rows are looked up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layer {
+    /// Name in plans, checkpoints and measurements: that of the tensor, without `.weight`.
+    pub name: String,
+    /// Out features.
+    pub rows: usize,
+    /// In features.
+    pub cols: usize,
+    /// True if the tensor `NAME.bias`, one value a row, is added to the product.
+    pub bias: bool,
+    /// The layer whose matrix this one has, unless it is quantized by itself: the embedding, of a tied output layer.
+    pub shares: Option<LayerId>,
+}
+
+/// The weights of a norm.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vector {
+    /// Name of the tensor.
+    pub tensor: String,
+    /// Values.
+    pub len: usize,
+}
+
+/// Root-mean-square norm: each value is divided by the root of the mean square, then multiplied with its weight.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Norm {
+    /// The weights, of a whole row or of each head of it.
+    pub weight: VectorId,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// Shape of the keys and values of one attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cache {
+    /// Heads of keys, and of values.
+    pub heads: usize,
+    /// Values of a head.
+    pub head_dim: usize,
+}
+
+/// Rotary position embedding: value `i` of a head turns with value `i + frequencies.len()`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// Angles a position, in radians.
+    pub frequencies: Vec<f64>,
+}
+
+/// Attention of new tokens to all tokens of their sequences up to themselves. New keys and values enter the cache first.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Attention {
+    /// Where keys and values are kept.
+    pub cache: CacheId,
+    /// Queries: `heads · head_dim` values.
+    pub q: Value,
+    /// New keys: those of the cache's heads.
+    pub k: Value,
+    /// New values.
+    pub v: Value,
+    /// Results: as wide as the queries.
+    pub y: Value,
+    /// Heads of queries, a multiple of the cache's.
+    pub heads: usize,
+    /// Norm of each head of the queries, before they are turned.
+    pub q_norm: Option<Norm>,
+    /// The same of the keys.
+    pub k_norm: Option<Norm>,
+}
+
+/// Functions of one value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x / (1 + exp(−x))`.
+    Silu,
+}
+
+/// A step of the computation.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Node {
+    /// The tokens' rows of the embedding.
+    Embed {
+        /// The embedding.
+        layer: LayerId,
+        /// As wide as its columns.
+        y: Value,
+    },
+    /// A norm.
+    Norm {
+        /// Input.
+        x: Value,
+        /// Which.
+        norm: Norm,
+        /// Output.
+        y: Value,
+    },
+    /// Products with the matrices of one or several layers that read the same input, their biases added.
+    Linear {
+        /// Input.
+        x: Value,
+        /// Layers and their outputs.
+        layers: Vec<(LayerId, Value)>,
+    },
+    /// Attention.
+    Attend(Attention),
+    /// `activation(gate) · up`.
+    Gate {
+        /// What the function is applied to.
+        gate: Value,
+        /// What it is multiplied with.
+        up: Value,
+        /// The function.
+        activation: Activation,
+        /// Output.
+        y: Value,
+    },
+    /// `x + z`.
+    Add {
+        /// One input: of a residual stream, the stream.
+        x: Value,
+        /// The other.
+        z: Value,
+        /// Output.
+        y: Value,
+    },
+    /// Only the tokens whose logits are wanted, in their order: values after this have no other rows.
+    Rows {
+        /// Rows of all tokens.
+        x: Value,
+        /// Rows of those that are wanted.
+        y: Value,
+    },
+}
+
+impl Node {
+    /// The values that it reads.
+    pub fn reads(&self) -> Vec<Value> {
+        match self {
+            Node::Embed { .. } => vec![],
+            Node::Norm { x, .. } | Node::Linear { x, .. } | Node::Rows { x, .. } => vec![*x],
+            Node::Attend(a) => vec![a.q, a.k, a.v],
+            Node::Gate { gate, up, .. } => vec![*gate, *up],
+            Node::Add { x, z, .. } => vec![*x, *z],
+        }
+    }
+}
+
+/// A place between nodes where all that is computed further on follows from one value: the residual stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cut {
+    /// Index of the node after it.
+    pub node: usize,
+    /// The value.
+    pub stream: Value,
+}
+
+/// What a model computes. The last node is the output layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Program {
+    /// In order of execution. Each value is written before it is read, and by one node.
+    pub nodes: Vec<Node>,
+    /// Values of a token, by [`Value`].
+    pub widths: Vec<usize>,
+    /// Linear layers in order of execution, then the embedding.
+    pub layers: Vec<Layer>,
+    /// Weights of norms.
+    pub vectors: Vec<Vector>,
+    /// Keys and values.
+    pub caches: Vec<Cache>,
+    /// How queries and keys turn with their positions.
+    pub rope: Rope,
+    /// Before each decoder block, and behind the last.
+    pub cuts: Vec<Cut>,
+    /// Tokens known.
+    pub vocab: usize,
+    /// Longest sequence.
+    pub context: usize,
+}
+
+impl Program {
+    /// What it says of a layer.
+    pub fn layer(&self, id: LayerId) -> &Layer {
+        &self.layers[id.0]
+    }
+
+    /// All layers, in order.
+    pub fn ids(&self) -> impl Iterator<Item = LayerId> + use<> {
+        (0..self.layers.len()).map(LayerId)
+    }
+
+    /// The layer of a name.
+    pub fn named(&self, name: &str) -> Option<LayerId> {
+        self.layers.iter().position(|l| l.name == name).map(LayerId)
+    }
+
+    /// The layers that are looked up in, not multiplied with.
+    pub fn is_embedding(&self, id: LayerId) -> bool {
+        self.nodes.iter().any(|n| matches!(n, Node::Embed { layer, .. } if *layer == id))
+    }
+
+    /// True if the layer belongs to a decoder block: plans quantize those by default.
+    pub fn in_block(&self, id: LayerId) -> bool {
+        self.node_of(id).is_some_and(|node| self.blocks().any(|b| b.contains(&node)))
+    }
+
+    /// The node that computes a layer; `None` of an embedding.
+    pub fn node_of(&self, id: LayerId) -> Option<usize> {
+        self.nodes.iter().position(|n| matches!(n, Node::Linear { layers, .. } if layers.iter().any(|l| l.0 == id)))
+    }
+
+    /// The nodes of each decoder block.
+    pub fn blocks(&self) -> impl Iterator<Item = Range<usize>> {
+        self.cuts.windows(2).map(|c| c[0].node..c[1].node)
+    }
+
+    /// The layers that read one input, group by group: those may share a launch.
+    pub fn groups(&self) -> impl Iterator<Item = Vec<LayerId>> {
+        self.nodes.iter().filter_map(|n| match n {
+            Node::Linear { layers, .. } => Some(layers.iter().map(|l| l.0).collect()),
+            Node::Embed { .. }
+            | Node::Norm { .. }
+            | Node::Attend(_)
+            | Node::Gate { .. }
+            | Node::Add { .. }
+            | Node::Rows { .. } => None,
+        })
+    }
+
+    /// The output layer and its result, the logits.
+    pub fn head(&self) -> (LayerId, Value) {
+        match self.nodes.last() {
+            Some(Node::Linear { layers, .. }) => layers[0],
+            _ => unreachable!("a program ends with its output layer"),
+        }
+    }
+
+    /// Of each node, the values that nothing reads after it.
+    pub fn last_reads(&self) -> Vec<Vec<Value>> {
+        let mut seen = vec![false; self.widths.len()];
+        let mut out: Vec<Vec<Value>> = self
+            .nodes
+            .iter()
+            .rev()
+            .map(|n| {
+                let mut last = n.reads();
+                last.retain(|v| !std::mem::replace(&mut seen[v.0], true));
+                last
+            })
+            .collect();
+        out.reverse();
+        out
+    }
+}
+
+/// Writes a [`Program`] node by node.
+#[derive(Debug)]
+pub struct Builder(Program);
+
+impl Builder {
+    /// The program of a model with so many tokens and positions.
+    pub fn new(vocab: usize, context: usize, rope: Rope) -> Self {
+        Builder(Program {
+            nodes: Vec::new(),
+            widths: Vec::new(),
+            layers: Vec::new(),
+            vectors: Vec::new(),
+            caches: Vec::new(),
+            rope,
+            cuts: Vec::new(),
+            vocab,
+            context,
+        })
+    }
+
+    fn value(&mut self, width: usize) -> Value {
+        self.0.widths.push(width);
+        Value(self.0.widths.len() - 1)
+    }
+
+    /// Names a matrix of `rows × cols`.
+    pub fn layer(&mut self, name: impl Into<String>, rows: usize, cols: usize, bias: bool) -> LayerId {
+        self.0.layers.push(Layer { name: name.into(), rows, cols, bias, shares: None });
+        LayerId(self.0.layers.len() - 1)
+    }
+
+    /// Names the weights of a norm of `len` values.
+    pub fn norm_of(&mut self, tensor: impl Into<String>, len: usize, eps: f32) -> Norm {
+        self.0.vectors.push(Vector { tensor: tensor.into(), len });
+        Norm { weight: VectorId(self.0.vectors.len() - 1), eps }
+    }
+
+    /// Makes room for keys and values.
+    pub fn cache(&mut self, heads: usize, head_dim: usize) -> CacheId {
+        self.0.caches.push(Cache { heads, head_dim });
+        CacheId(self.0.caches.len() - 1)
+    }
+
+    /// The first node: embeddings of `width`, whose layer is named by [`Builder::finish`].
+    pub fn embed(&mut self, width: usize) -> Value {
+        let y = self.value(width);
+        self.0.nodes.push(Node::Embed { layer: LayerId(usize::MAX), y });
+        y
+    }
+
+    /// A norm whose weights are the tensor `name`.
+    pub fn norm(&mut self, x: Value, name: impl Into<String>, eps: f32) -> Value {
+        let width = self.0.widths[x.0];
+        let norm = self.norm_of(name, width, eps);
+        let y = self.value(width);
+        self.0.nodes.push(Node::Norm { x, norm, y });
+        y
+    }
+
+    /// Layers of one input: name, rows, whether there is a bias.
+    pub fn linear<const N: usize>(&mut self, x: Value, layers: [(String, usize, bool); N]) -> [Value; N] {
+        let cols = self.0.widths[x.0];
+        let made = layers.map(|(name, rows, bias)| (self.layer(name, rows, cols, bias), self.value(rows)));
+        self.0.nodes.push(Node::Linear { x, layers: made.to_vec() });
+        made.map(|l| l.1)
+    }
+
+    /// Attention; `attention.y` is replaced by the value that is returned.
+    pub fn attend(&mut self, attention: Attention) -> Value {
+        let y = self.value(self.0.widths[attention.q.0]);
+        self.0.nodes.push(Node::Attend(Attention { y, ..attention }));
+        y
+    }
+
+    /// A gated unit.
+    pub fn gate(&mut self, gate: Value, up: Value, activation: Activation) -> Value {
+        let y = self.value(self.0.widths[gate.0]);
+        self.0.nodes.push(Node::Gate { gate, up, activation, y });
+        y
+    }
+
+    /// A sum.
+    pub fn add(&mut self, x: Value, z: Value) -> Value {
+        let y = self.value(self.0.widths[x.0]);
+        self.0.nodes.push(Node::Add { x, z, y });
+        y
+    }
+
+    /// Says that all that follows is computed from `stream`: before each decoder block, and behind the last.
+    pub fn cut(&mut self, stream: Value) {
+        self.0.cuts.push(Cut { node: self.0.nodes.len(), stream });
+    }
+
+    /// The last norm and the output layer `head` on the rows that are wanted of `stream`, and the embedding's name. A
+    /// tied output layer has the embedding's matrix.
+    pub fn finish(mut self, stream: Value, norm: &str, eps: f32, head: &str, embedding: &str, tied: bool) -> Program {
+        let width = self.0.widths[stream.0];
+        let rows = self.value(width);
+        self.0.nodes.push(Node::Rows { x: stream, y: rows });
+        let normed = self.norm(rows, norm, eps);
+        let vocab = self.0.vocab;
+        self.linear(normed, [(head.to_owned(), vocab, false)]);
+        let embedding = self.layer(embedding, vocab, width, false);
+        if let Some(Node::Embed { layer, .. }) = self.0.nodes.first_mut() {
+            *layer = embedding;
+        }
+        self.0.layers[embedding.0 - 1].shares = tied.then_some(embedding);
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::model::Config;
+    use crate::model::arch;
+
+    fn small(architecture: &str) -> Program {
+        let text = format!(
+            r#"{{"architectures":["{architecture}"],"hidden_size":64,"intermediate_size":128,"num_hidden_layers":2,
+            "num_attention_heads":4,"num_key_value_heads":2,"vocab_size":100,"max_position_embeddings":512,
+            "rms_norm_eps":1e-5,"tie_word_embeddings":true}}"#
+        );
+        arch::program(&Config::parse(Path::new("config.json"), &text).unwrap())
+    }
+
+    #[test]
+    fn every_program_is_written_before_it_is_read() {
+        for architecture in arch::names() {
+            let p = small(architecture);
+            let mut written = vec![false; p.widths.len()];
+            for node in &p.nodes {
+                assert!(node.reads().iter().all(|v| written[v.0]), "{architecture}: {node:?}");
+                let writes = match node {
+                    Node::Linear { layers, .. } => layers.iter().map(|l| l.1).collect(),
+                    Node::Embed { y, .. }
+                    | Node::Norm { y, .. }
+                    | Node::Gate { y, .. }
+                    | Node::Add { y, .. }
+                    | Node::Rows { y, .. }
+                    | Node::Attend(Attention { y, .. }) => vec![*y],
+                };
+                for y in writes {
+                    assert!(!std::mem::replace(&mut written[y.0], true), "{architecture}: {node:?}");
+                }
+            }
+            assert_eq!((p.blocks().count(), p.caches.len(), p.layers.len()), (2, 2, 16), "{architecture}");
+            // Nothing but the stream crosses a cut.
+            let last = p.last_reads();
+            for cut in &p.cuts {
+                let before: Vec<Value> = (0..cut.node).flat_map(|n| p.nodes[n].reads()).chain([cut.stream]).collect();
+                let after = last[cut.node..].iter().flatten().filter(|v| before.contains(v));
+                assert_eq!(after.collect::<Vec<_>>(), [&cut.stream], "{architecture}");
+            }
+        }
+    }
+
+    #[test]
+    fn layers_have_names_places_and_groups() {
+        let p = small("Qwen2ForCausalLM");
+        let names: Vec<&str> = p.layers.iter().map(|l| l.name.as_str()).collect();
+        assert_eq!(names[..2], ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]);
+        assert_eq!(names[13..], ["model.layers.1.mlp.down_proj", "lm_head", "model.embed_tokens"]);
+        let (q, down, head, embedding) = (LayerId(0), LayerId(13), LayerId(14), LayerId(15));
+        assert_eq!(p.named("lm_head"), Some(head));
+        assert!(p.layer(q).bias && !p.layer(down).bias && p.layer(head).shares == Some(embedding));
+        assert!(p.in_block(q) && p.in_block(down) && !p.in_block(head) && !p.in_block(embedding));
+        assert!(p.is_embedding(embedding) && !p.is_embedding(head) && p.node_of(embedding).is_none());
+        let groups: Vec<usize> = p.groups().map(|g| g.len()).collect();
+        assert_eq!(groups, [3, 1, 2, 1, 3, 1, 2, 1, 1]);
+        assert_eq!(p.head(), (head, Value(p.widths.len() - 1)));
+    }
+}

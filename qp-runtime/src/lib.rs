@@ -10,6 +10,7 @@ pub mod engine;
 pub mod eval;
 pub mod jit;
 pub mod matrix;
+pub mod memory;
 pub mod model;
 pub mod plan;
 pub mod quantize;

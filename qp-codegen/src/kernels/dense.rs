@@ -90,7 +90,9 @@ pub fn lower(op: &Dense) -> Kernel {
     b.finish()
 }
 
-/// The twin of the kernel for one row and one token: the product of `w` and `x`, of equal length.
+/// The twin of the kernel for one row and one token: the product of `w` and `x`, of equal length. It is inlined into its
+/// callers, so that those compiled for vector instructions use them.
+#[inline(always)]
 pub fn reference(w: &[f32], x: &[f32]) -> f32 {
     match width(w.len() as u32) {
         4 => sums::<128>(w, x, |s| (s[0] + s[1]) + (s[2] + s[3])),
@@ -100,6 +102,7 @@ pub fn reference(w: &[f32], x: &[f32]) -> f32 {
 }
 
 /// `N` strided sums, joined within each lane and then across lanes.
+#[inline(always)]
 fn sums<const N: usize>(w: &[f32], x: &[f32], join: impl Fn(&[f32]) -> f32) -> f32 {
     let mut sums = [0f32; N];
     let (chunks, rest) = w.as_chunks::<N>();

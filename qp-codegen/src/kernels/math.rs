@@ -27,6 +27,7 @@ pub fn across_lanes<'b>(v: V<'b>, op: impl Fn(V<'b>, V<'b>) -> V<'b>) -> V<'b> {
 }
 
 /// The twin of [`across_lanes`] for an operation that commutes.
+#[inline(always)]
 pub fn across_lanes_reference(mut v: [f32; 32], op: impl Fn(f32, f32) -> f32) -> f32 {
     for half in [16, 8, 4, 2, 1] {
         for i in 0..half {

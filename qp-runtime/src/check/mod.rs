@@ -201,7 +201,7 @@ fn products(
     })?;
     let mut done = 1;
 
-    let expected = decoder.linear(packed, &tokens);
+    let expected = decoder.linear(packed, None, &tokens);
     exact_products(&what, weights, columns, &tokens, &expected)?;
     let op = Gemv { quantizer: q, shape, batch, accumulate: false };
     let ranked = Launch::ranked(&op, &on.device());

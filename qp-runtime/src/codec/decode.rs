@@ -144,9 +144,46 @@ impl Decoder {
         out
     }
 
+    /// The entries of the whole matrix, written out, for products that are computed again and again.
+    pub fn entries(&self, m: &PackedMatrix) -> Entries {
+        let (columns, tile) = (m.layout.shape.cols as usize, m.layout.tile.rows as usize);
+        let stride = m.layout.padded_cols() as usize;
+        let len = m.layout.shape.rows as usize * columns;
+        match self.quantizer.codes[0].value {
+            Value::I8 => {
+                let mut out = vec![0i8; len];
+                out.par_chunks_mut((tile * columns).max(1)).enumerate().for_each_init(
+                    || vec![0i16; tile * stride],
+                    |entries, (rt, out)| {
+                        self.row_tile(m, rt as u32, entries);
+                        for (out, entries) in out.chunks_exact_mut(columns).zip(entries.chunks_exact(stride)) {
+                            // Entries of 8-bit codes lie within -128..128.
+                            out.iter_mut().zip(entries).for_each(|(o, &e)| *o = e as i8);
+                        }
+                    },
+                );
+                Entries::I8(out)
+            }
+            Value::I16 => {
+                let mut out = vec![0i16; len];
+                out.par_chunks_mut((tile * columns).max(1)).enumerate().for_each_init(
+                    || vec![0i16; tile * stride],
+                    |entries, (rt, out)| {
+                        self.row_tile(m, rt as u32, entries);
+                        for (out, entries) in out.chunks_exact_mut(columns).zip(entries.chunks_exact(stride)) {
+                            out.copy_from_slice(&entries[..columns]);
+                        }
+                    },
+                );
+                Entries::I16(out)
+            }
+        }
+    }
+
     /// The product with each token's activations, `tokens × rows`, in the exact arithmetic of [`reference`].
-    /// Every token has `layout.shape.cols` activations.
-    pub fn linear(&self, m: &PackedMatrix, tokens: &[Activations]) -> Vec<f32> {
+    /// Every token has `layout.shape.cols` activations. `kept` are the matrix's [`Decoder::entries`], if they were
+    /// written out; without them each row tile is decoded on its way.
+    pub fn linear(&self, m: &PackedMatrix, kept: Option<&Entries>, tokens: &[Activations]) -> Vec<f32> {
         let (rows, columns) = (m.layout.shape.rows as usize, m.layout.shape.cols as usize);
         let (tile, stride) = (m.layout.tile.rows as usize, m.layout.padded_cols() as usize);
         let code = &self.quantizer.codes[0];
@@ -154,25 +191,76 @@ impl Decoder {
         let n = tokens.len();
         // Rows × tokens, so that row tiles are apart.
         let mut out = vec![0f32; rows * n];
-        out.par_chunks_mut((tile * n).max(1)).enumerate().for_each_init(
-            || vec![0i16; tile * stride],
-            |entries, (rt, out)| {
-                self.row_tile(m, rt as u32, entries);
-                for (i, (out, entries)) in out.chunks_exact_mut(n).zip(entries.chunks_exact(stride)).enumerate() {
-                    let scale = m.scale(rt * tile + i);
-                    for (y, x) in out.iter_mut().zip(&inputs) {
-                        let acc = x.dot(&entries[..columns]);
-                        *y = reference::scale_output(code, acc, x.sum, scale, x.factor);
+        let products = |out: &mut [f32], row: usize, dot: &dyn Fn(&Input) -> i64| {
+            let scale = m.scale(row);
+            for (y, x) in out.iter_mut().zip(&inputs) {
+                *y = reference::scale_output(code, dot(x), x.sum, scale, x.factor);
+            }
+        };
+        // A task has rows enough to be worth handing to another core.
+        let task = tile.max(TASK / columns.max(1)).next_multiple_of(tile);
+        out.par_chunks_mut((task * n).max(1)).enumerate().for_each_init(Vec::new, |entries, (i, out)| {
+            let first = i * task;
+            let row_outputs = out.chunks_exact_mut(n.max(1));
+            match kept {
+                Some(Entries::I8(kept)) => {
+                    let kept = kept[first * columns..].chunks_exact(columns);
+                    for ((r, out), row) in row_outputs.enumerate().zip(kept) {
+                        products(out, first + r, &|x| x.dot_bytes(row));
                     }
                 }
-            },
-        );
+                Some(Entries::I16(kept)) => {
+                    let kept = kept[first * columns..].chunks_exact(columns);
+                    for ((r, out), row) in row_outputs.enumerate().zip(kept) {
+                        products(out, first + r, &|x| x.dot(row));
+                    }
+                }
+                None => {
+                    entries.resize(tile * stride, 0i16);
+                    for (r, out) in row_outputs.enumerate() {
+                        let row = first + r;
+                        if row.is_multiple_of(tile) {
+                            self.row_tile(m, (row / tile) as u32, entries);
+                        }
+                        let row_entries = &entries[row % tile * stride..][..columns];
+                        products(out, row, &|x| x.dot(row_entries));
+                    }
+                }
+            }
+        });
         if n <= 1 {
             return out;
         }
-        (0..n * rows).map(|i| out[i % rows * n + i / rows]).collect()
+        let mut turned = vec![0f32; n * rows];
+        turned.par_chunks_exact_mut(rows).enumerate().for_each(|(t, turned)| {
+            turned.iter_mut().enumerate().for_each(|(r, y)| *y = out[r * n + t]);
+        });
+        turned
     }
 }
+
+/// Entries of a matrix, decoded: `rows × columns`, row-major, without padding.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Entries {
+    /// Of 8-bit codes.
+    I8(Vec<i8>),
+    /// Of 16-bit codes.
+    I16(Vec<i16>),
+}
+
+impl Entries {
+    /// Bytes that the entries of a `rows × columns` matrix of `q` take.
+    pub fn bytes(q: &Quantizer, rows: usize, columns: usize) -> u64 {
+        let one = match q.codes[0].value {
+            Value::I8 => 1,
+            Value::I16 => 2,
+        };
+        rows as u64 * columns as u64 * one
+    }
+}
+
+/// Entries that a task multiplies, about.
+const TASK: usize = 1 << 15;
 
 /// One token's activations, ready for [`dot`].
 struct Input<'a> {
@@ -208,6 +296,13 @@ impl<'a> Input<'a> {
             Planes::Split(high, low) => 128 * dot(entries, high) + dot(entries, low),
         }
     }
+
+    fn dot_bytes(&self, entries: &[i8]) -> i64 {
+        match &self.planes {
+            Planes::Whole(q) => dot_bytes(entries, q),
+            Planes::Split(high, low) => 128 * dot_bytes(entries, high) + dot_bytes(entries, low),
+        }
+    }
 }
 
 /// Terms that an `i32` holds: `512 · 2^7 · 16256` and `512 · 2^15 · 127` are below 2^31.
@@ -225,6 +320,18 @@ for_each_instruction_set! {
     }
 }
 
+for_each_instruction_set! {
+    /// Exact inner product of 8-bit entries and activations.
+    fn dot_bytes[R](a: &[i8], b: &[i16]) -> i64 {
+        let mut sum = 0i64;
+        for (a, b) in a.chunks(DOT_CHUNK).zip(b.chunks(DOT_CHUNK)) {
+            let part = a.iter().zip(b).fold(0i32, |s, (&a, &b)| s.wrapping_add(i32::from(a) * i32::from(b)));
+            sum += i64::from(part);
+        }
+        sum
+    }
+}
+
 /// [`Decoder::weights`] of one matrix.
 pub fn decode_matrix(q: &Quantizer, m: &PackedMatrix) -> Vec<f32> {
     Decoder::new(q).weights(m)
@@ -232,5 +339,5 @@ pub fn decode_matrix(q: &Quantizer, m: &PackedMatrix) -> Vec<f32> {
 
 /// [`Decoder::linear`] of one matrix.
 pub fn linear(q: &Quantizer, m: &PackedMatrix, tokens: &[Activations]) -> Vec<f32> {
-    Decoder::new(q).linear(m, tokens)
+    Decoder::new(q).linear(m, None, tokens)
 }

@@ -1,6 +1,7 @@
 //! The codec on the CPU: weights to bits and back.
 //!
 //! * [`Decoder`]: packed words → entries, weights, or the exact integer product of a linear layer.
+//! * [`row_products`]: products with a row that is not quantized.
 //! * [`Encoder`]: rotated weights → packed words, by the Viterbi algorithm over the trellis of each [`Code`].
 //! * [`feedback`]: what the encoder does about the inputs of a layer, if it knows them.
 //! * [`train`]: the tables of a code, by Lloyd's iteration on the trellis itself.
@@ -12,13 +13,14 @@
 //! [`Code`]: qp_codegen::spec::Code
 
 mod decode;
+mod dense;
 pub mod distortion;
 mod encode;
 pub mod feedback;
 pub mod gaussian;
 pub mod plain;
 pub mod search;
-mod simd;
+pub(crate) mod simd;
 pub mod train;
 pub mod viterbi;
 
@@ -26,7 +28,8 @@ use half::bf16;
 use qp_codegen::layout::Packed;
 use qp_codegen::spec::{Quantizer, Shape};
 
-pub use decode::{Decoder, decode_matrix, linear};
+pub use decode::{Decoder, Entries, decode_matrix, linear};
+pub use dense::row_products;
 pub use encode::{EncodeError, Encoder, encode_matrix};
 pub use gaussian::Gaussian;
 

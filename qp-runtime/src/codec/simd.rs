@@ -8,14 +8,14 @@ pub(super) const LANES: usize = 32;
 /// One number for each of [`LANES`] blocks that are worked on together.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(align(64))]
-pub(super) struct Lanes(pub(super) [u16; LANES]);
+pub(crate) struct Lanes(pub(crate) [u16; LANES]);
 
 /// A [`Lanes`] in registers.
 ///
 /// # Safety
 /// All functions need the instruction set of the implementation: call them only from functions compiled for it, into
 /// which they are inlined.
-pub(super) trait Register: Copy {
+pub(crate) trait Register: Copy {
     unsafe fn splat(x: u16) -> Self;
     unsafe fn load(x: &Lanes) -> Self;
     unsafe fn store(self, to: &mut Lanes);
@@ -133,16 +133,16 @@ mod x86 {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::{R128, R256, R512};
+pub(crate) use x86::{R128, R256, R512};
 
 /// Defines a function compiled for AVX-512, for AVX2 and for the baseline, that calls the widest one this machine has.
 ///
 /// The body sees the type `R`, the [`Register`] of the instruction set, and is `unsafe` with the contract of its
 /// functions. Plain loops in it are vectorised by the compiler.
 macro_rules! for_each_instruction_set {
-    ($(#[$meta:meta])* fn $name:ident [$r:ident $(, const $n:ident: $nt:ty)*] ($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident [$r:ident $(, const $n:ident: $nt:ty)*] ($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
-        fn $name<$(const $n: $nt),*>($($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name<$(const $n: $nt),*>($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
             unsafe fn generic<$r: $crate::codec::simd::Register $(, const $n: $nt)*>($($arg: $ty),*) $(-> $ret)? $body
 
@@ -184,7 +184,7 @@ macro_rules! for_each_instruction_set {
     };
 }
 
-pub(super) use for_each_instruction_set;
+pub(crate) use for_each_instruction_set;
 
 #[cfg(test)]
 mod tests {

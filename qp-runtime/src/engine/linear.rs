@@ -1,26 +1,32 @@
 //! Linear layers on the CPU.
+//!
+//! Where memory allows, the entries of quantized layers are decoded once, at a layer's first use, and kept: then a product
+//! reads a byte a weight. Results are the same either way. Every output is summed in one fixed order, whatever the
+//! number of tokens and threads.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, OnceLock};
 
-use qp_codegen::kernels::dense as row_product;
 use qp_codegen::reference::{Activations, Rotator, quantize_activations};
 use qp_codegen::spec::{Quantizer, Rotation};
 use rayon::prelude::*;
 
-use crate::codec::Decoder;
-use crate::matrix::{View, multiply};
+use crate::codec::{Decoder, Entries, PackedMatrix, row_products};
+use crate::memory;
 use crate::model::{Linear, Tensor, Weight, Weights};
 
-/// Rows of a matrix that one task multiplies.
-const ROWS: usize = 64;
-/// Up to so many tokens, rows are multiplied one dot product at a time; beyond, by `gemm`.
-const FEW_TOKENS: usize = 4;
+/// Weights of an unquantized matrix that one task multiplies, about.
+const TASK: usize = 1 << 15;
+/// Of the memory that is free, the part that decoded entries may take: one in so many.
+const SHARE: u64 = 2;
 
 /// What the quantized layers of a model need besides their weights, each made once.
 #[derive(Debug, Default)]
 pub struct Linears {
     decoders: Vec<(Arc<Quantizer>, Decoder)>,
     rotators: Vec<(Rotation, usize, Rotator)>,
+    /// Entries of matrices, by the matrix' address, written out at its first use.
+    kept: HashMap<usize, OnceLock<Entries>>,
     /// Turns the rows of a quantized embedding back.
     back: Option<Rotator>,
 }
@@ -30,6 +36,7 @@ impl Linears {
     pub fn new(weights: &Weights) -> Self {
         let mut out = Linears::default();
         weights.layers().iter().for_each(|layer| out.add(layer));
+        out.keep(weights.layers().iter(), memory::available() / SHARE);
         for id in weights.program.ids().filter(|id| weights.program.is_embedding(*id)) {
             let embed = &weights[id];
             if let Weight::Quantized { quantizer, .. } = &embed.weight {
@@ -37,6 +44,18 @@ impl Linears {
             }
         }
         out
+    }
+
+    /// Decides which of `layers` keep their entries: the first that fit `bytes` together.
+    fn keep<'w>(&mut self, layers: impl Iterator<Item = &'w Linear>, bytes: u64) {
+        let mut left = bytes;
+        for layer in layers {
+            let Weight::Quantized { quantizer, matrix } = &layer.weight else { continue };
+            let size = Entries::bytes(quantizer, layer.rows, layer.cols);
+            if size <= left && self.kept.insert(address(matrix), OnceLock::new()).is_none() {
+                left -= size;
+            }
+        }
     }
 
     fn add(&mut self, layer: &Linear) {
@@ -95,7 +114,9 @@ impl Linears {
                         prepared.push((rotation, self.prepare(rotation, layer.cols, x)));
                         prepared.len() - 1
                     });
-                    self.decoder(quantizer).expect("added by new").linear(matrix, &prepared[at].1)
+                    let decoder = self.decoder(quantizer).expect("added by new");
+                    let kept = self.kept.get(&address(matrix)).map(|k| k.get_or_init(|| decoder.entries(matrix)));
+                    decoder.linear(matrix, kept, &prepared[at].1)
                 }
             };
             if let Some(bias) = &layer.bias {
@@ -117,37 +138,32 @@ impl Linears {
     }
 }
 
+/// Where a matrix lies: what tells it from others.
+fn address(matrix: &Arc<PackedMatrix>) -> usize {
+    Arc::as_ptr(matrix).addr()
+}
+
 /// `x·Wᵀ`: tokens × rows.
 fn dense(w: &Tensor, rows: usize, cols: usize, x: &[f32]) -> Vec<f32> {
     let tokens = x.len() / cols;
-    let starts: Vec<usize> = (0..rows).step_by(ROWS).collect();
-    // One tile a task, tokens × its rows.
-    let tiles: Vec<Vec<f32>> = starts
-        .par_iter()
-        .map_init(Vec::new, |weights, &start| {
-            let n = ROWS.min(rows - start);
-            weights.resize(n * cols, 0f32);
-            w.read(start * cols, weights);
-            let mut tile = vec![0f32; tokens * n];
-            if tokens <= FEW_TOKENS {
-                for (x, out) in x.chunks_exact(cols).zip(tile.chunks_exact_mut(n)) {
-                    for (o, w) in out.iter_mut().zip(weights.chunks_exact(cols)) {
-                        *o = row_product::reference(w, x);
-                    }
-                }
-            } else {
-                let (x, w) = (View::rows(x, cols), View::rows(weights, cols).transposed());
-                multiply([tokens, n, cols], &mut tile, n, 0.0, x, w, 1.0);
+    let task = (TASK / cols.max(1)).max(1);
+    // Rows × tokens, so that the rows of tasks are apart.
+    let mut by_row = vec![0f32; rows * tokens];
+    by_row.par_chunks_mut((task * tokens).max(1)).enumerate().for_each_init(
+        || vec![0f32; cols],
+        |weights, (i, out)| {
+            for (r, out) in out.chunks_exact_mut(tokens).enumerate() {
+                w.read((i * task + r) * cols, weights);
+                row_products(weights, x, out);
             }
-            tile
-        })
-        .collect();
-    let mut y = vec![0f32; tokens * rows];
-    for (&start, tile) in starts.iter().zip(&tiles) {
-        let n = tile.len() / tokens;
-        for (y, part) in y.chunks_exact_mut(rows).zip(tile.chunks_exact(n)) {
-            y[start..start + n].copy_from_slice(part);
-        }
+        },
+    );
+    if tokens <= 1 {
+        return by_row;
     }
+    let mut y = vec![0f32; tokens * rows];
+    y.par_chunks_exact_mut(rows).enumerate().for_each(|(t, y)| {
+        y.iter_mut().enumerate().for_each(|(r, y)| *y = by_row[r * tokens + t]);
+    });
     y
 }

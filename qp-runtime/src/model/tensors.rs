@@ -149,13 +149,21 @@ impl Tensor {
         }
     }
 
-    /// As `read`, of blocks: those that the range touches are decoded, and its part of them copied.
+    /// As `read`, of blocks: whole ones are decoded in place, and of those that the range only touches its part is copied.
     fn read_blocks(&self, block: Block, start: usize, out: &mut [f32]) {
         let (len, bytes) = (block.weights(), block.bytes());
         let (mut at, mut out) = (start, out);
         let mut weights = [0.0; MOST];
         while !out.is_empty() {
             let (index, skip) = (at / len, at % len);
+            if skip == 0 && out.len() >= len {
+                let whole = out.len() / len;
+                let (blocks, rest) = out.split_at_mut(whole * len);
+                block.decode(&self.bytes()[index * bytes..(index + whole) * bytes], blocks);
+                at += whole * len;
+                out = rest;
+                continue;
+            }
             block.decode(&self.bytes()[index * bytes..(index + 1) * bytes], &mut weights[..len]);
             let (part, rest) = out.split_at_mut(out.len().min(len - skip));
             part.copy_from_slice(&weights[skip..skip + part.len()]);

@@ -5,6 +5,8 @@
 
 use half::f16;
 
+use crate::codec::simd::for_each_instruction_set;
+
 /// A block type, named as the format names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(non_camel_case_types)]
@@ -59,22 +61,36 @@ impl Block {
         }
     }
 
-    /// The weights of one block.
+    /// The weights of whole blocks that lie side by side.
     ///
     /// # Panics
-    /// Unless `block` has [`Block::bytes`] bytes and `out` room for [`Block::weights`] weights.
-    pub fn decode(self, block: &[u8], out: &mut [f32]) {
-        assert_eq!((block.len(), out.len()), (self.bytes(), self.weights()), "one block");
+    /// Unless `bytes` and `out` hold equally many whole blocks.
+    pub fn decode(self, bytes: &[u8], out: &mut [f32]) {
+        let blocks = bytes.len() / self.bytes();
+        assert_eq!((bytes.len(), out.len()), (blocks * self.bytes(), blocks * self.weights()), "whole blocks");
+        match self {
+            Block::Q4_0 => q4_0(bytes, out),
+            Block::Q4_1 => q4_1(bytes, out),
+            Block::Q8_0 => q8_0(bytes, out),
+            other => {
+                let blocks = bytes.chunks_exact(self.bytes()).zip(out.chunks_exact_mut(self.weights()));
+                blocks.for_each(|(block, out)| other.one(block, out));
+            }
+        }
+    }
+
+    /// The weights of one block of a type that has no function of its own.
+    fn one(self, block: &[u8], out: &mut [f32]) {
         let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
         let nibble = |at: usize, i: usize| low_then_high(&block[at..], 16, i);
         // Bit 4 of weight i.
         let fifth = |at: usize, i: usize| (block[at + i / 8] >> (i % 8) & 1) << 4;
         match self {
-            Block::Q4_0 => fill(out, |i| half(0) * (f32::from(nibble(2, i)) - 8.0)),
-            Block::Q4_1 => fill(out, |i| half(0) * f32::from(nibble(4, i)) + half(2)),
+            Block::Q4_0 => q4_0(block, out),
+            Block::Q4_1 => q4_1(block, out),
+            Block::Q8_0 => q8_0(block, out),
             Block::Q5_0 => fill(out, |i| half(0) * (f32::from(nibble(6, i) | fifth(2, i)) - 16.0)),
             Block::Q5_1 => fill(out, |i| half(0) * f32::from(nibble(8, i) | fifth(4, i)) + half(2)),
-            Block::Q8_0 => fill(out, |i| half(0) * f32::from(block[2 + i] as i8)),
             Block::Q2_K => {
                 let (d, min) = (half(80), half(82));
                 fill(out, |i| {
@@ -112,6 +128,52 @@ impl Block {
                     let q = f32::from(low_then_high(block, 64, i) | high << 4) - 32.0;
                     d * f32::from(block[192 + i / 16] as i8) * q
                 });
+            }
+        }
+    }
+}
+
+/// Half-precision number at byte `at` of a block.
+#[inline(always)]
+fn half(block: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+}
+
+/// 32 weights of 16 bytes: the low halves of all, then the high ones.
+#[inline(always)]
+fn nibbles(bytes: &[u8; 16], out: &mut [f32; 32], weight: impl Fn(f32) -> f32) {
+    for i in 0..16 {
+        out[i] = weight(f32::from(bytes[i] & 15));
+    }
+    for i in 0..16 {
+        out[16 + i] = weight(f32::from(bytes[i] >> 4));
+    }
+}
+
+for_each_instruction_set! {
+    fn q4_0[R](bytes: &[u8], out: &mut [f32]) {
+        for (block, out) in bytes.as_chunks::<18>().0.iter().zip(out.as_chunks_mut::<32>().0) {
+            let (d, q) = (half(block, 0), block[2..].first_chunk().expect("16 bytes"));
+            nibbles(q, out, |q| d * (q - 8.0));
+        }
+    }
+}
+
+for_each_instruction_set! {
+    fn q4_1[R](bytes: &[u8], out: &mut [f32]) {
+        for (block, out) in bytes.as_chunks::<20>().0.iter().zip(out.as_chunks_mut::<32>().0) {
+            let (d, m, q) = (half(block, 0), half(block, 2), block[4..].first_chunk().expect("16 bytes"));
+            nibbles(q, out, |q| d * q + m);
+        }
+    }
+}
+
+for_each_instruction_set! {
+    fn q8_0[R](bytes: &[u8], out: &mut [f32]) {
+        for (block, out) in bytes.as_chunks::<34>().0.iter().zip(out.as_chunks_mut::<32>().0) {
+            let d = half(block, 0);
+            for (o, q) in out.iter_mut().zip(&block[2..]) {
+                *o = d * f32::from(*q as i8);
             }
         }
     }

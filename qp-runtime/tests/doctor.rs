@@ -58,9 +58,12 @@ fn how_launches_are_chosen_is_said() {
         let output = command.arg("doctor").env("QP_CACHE_DIR", dir.path()).env("QP_LAUNCHES", word).output().unwrap();
         text(&output).to_owned()
     };
-    assert!(said("").contains("measured at first use"));
+    assert!(said("").contains("as measured before"));
+    assert!(said("measured").contains("measured at first use on a GPU (QP_LAUNCHES=measured)"));
     assert!(said("model").contains("as the cost model chooses (QP_LAUNCHES=model)"));
-    assert!(said("fast").contains("QP_LAUNCHES is `fast`: it must be `measured` (the default) or `model`"));
+    assert!(
+        said("fast").contains("QP_LAUNCHES is `fast`: it must be `remembered` (the default), `measured` or `model`")
+    );
 }
 
 #[test]

@@ -247,12 +247,21 @@ fn a_device_makes_the_same_checkpoint_interrupted_or_not() {
     let place = Place::new(&random());
     place.quantize("whole");
     let resume = Begin { resume: true, force: false };
-    let on_device = Job { begin: resume, device: Some(Executor::interpreter()), ..place.job("out") };
+    let on_device = Job { begin: resume, devices: vec![Executor::interpreter()], ..place.job("out") };
     let stop = |layers| StopAfter { layers, encoded: AtomicUsize::new(0) };
     on_device.run(&stop(5)).unwrap_err();
     // A part on the CPU, the rest on the device again.
-    Job { device: None, ..on_device.clone() }.run(&stop(3)).unwrap_err();
+    Job { devices: vec![], ..on_device.clone() }.run(&stop(3)).unwrap_err();
     on_device.run(&Silent).unwrap();
+    assert_eq!(contents(&place.path("out")), contents(&place.path("whole")));
+}
+
+#[test]
+fn several_devices_make_the_same_checkpoint() {
+    let place = Place::new(&random());
+    place.quantize("whole");
+    let devices = (0..3).map(|_| Executor::interpreter()).collect();
+    Job { devices, ..place.job("out") }.run(&Silent).unwrap();
     assert_eq!(contents(&place.path("out")), contents(&place.path("whole")));
 }
 

@@ -9,11 +9,13 @@ use half::bf16;
 use qp_codegen::layout::Packed;
 use qp_codegen::spec::{Quantizer, Shape, load_str};
 use qp_codegen::syntax::diag::nearest;
+use rayon::prelude::*;
 use safetensors::Dtype;
 
-use super::manifest::{LayerEntry, Manifest, SpecEntry};
+use super::manifest::{LayerEntry, Manifest, SpecEntry, TensorEntry};
 use super::{Error, MANIFEST, hash_file, sha256};
-use crate::codec::{PackedMatrix, scale_count};
+use crate::codec::{PackedMatrix, Words, scale_count};
+use crate::model::tensors::Bytes;
 use crate::model::weights::shaped;
 use crate::model::{self, Source, Tensor, TensorDir, Weight};
 
@@ -138,24 +140,19 @@ impl Checkpoint {
         let shape = Shape { rows: layer.rows, cols: layer.cols };
         let layout = Packed::new(q, shape);
         let [packed, scales] = tensor_names(name);
-        let words = self.elements(&packed, Dtype::U32, layout.words(), u32::from_le_bytes, &wrong)?;
-        let bits = self.elements(&scales, Dtype::BF16, scale_count(q, shape), bf16::from_le_bytes, &wrong)?;
-        Ok((q.clone(), PackedMatrix { layout, words, scales: bits }))
+        let words = Words::from_bytes(Arc::new(self.stored(&packed, Dtype::U32, layout.words(), &wrong)?));
+        let scales = self.stored(&scales, Dtype::BF16, scale_count(q, shape), &wrong)?;
+        let scales = scales.as_slice().as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b)).collect();
+        Ok((q.clone(), PackedMatrix { layout, words, scales }))
     }
 
-    fn elements<T, const N: usize>(
-        &self,
-        name: &str,
-        dtype: Dtype,
-        len: usize,
-        from: fn([u8; N]) -> T,
-        wrong: &dyn Fn(String) -> Error,
-    ) -> Result<Vec<T>, Error> {
+    /// The checked bytes of a tensor that must have `len` elements of type `dtype`.
+    fn stored(&self, name: &str, dtype: Dtype, len: usize, wrong: &dyn Fn(String) -> Error) -> Result<Bytes, Error> {
         let (found, shape, bytes) = self.raw(name)?;
         if (found, shape) != (dtype, &[len][..]) {
             return Err(wrong(format!("`{name}` is {found:?} {shape:?}, but its spec makes it {dtype:?} [{len}]")));
         }
-        Ok(bytes.as_slice().as_chunks().0.iter().map(|b| from(*b)).collect())
+        Ok(bytes)
     }
 
     /// The unquantized tensor `name`.
@@ -169,7 +166,7 @@ impl Checkpoint {
     }
 
     /// A tensor as it is stored: element type, shape and checked bytes.
-    fn raw(&self, name: &str) -> Result<(Dtype, &[usize], crate::model::tensors::Bytes), Error> {
+    fn raw(&self, name: &str) -> Result<(Dtype, &[usize], Bytes), Error> {
         let Some(&index) = self.tensors.get(name) else {
             return Err(Error::NoTensor {
                 dir: self.dir.clone(),
@@ -191,6 +188,20 @@ impl Checkpoint {
             self.checked.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(index);
         }
         Ok(raw)
+    }
+
+    /// Checks the checksums of all tensors, on all cores, so that those who read them later need not wait: the largest
+    /// first, since a tensor is hashed by one core.
+    ///
+    /// # Errors
+    /// The first tensor, in the manifest's order, that is damaged.
+    pub fn check(&self) -> Result<(), Error> {
+        let bytes = |t: &TensorEntry| t.shape.iter().product::<usize>() * t.dtype.bitsize() / 8;
+        let mut order: Vec<usize> = (0..self.manifest.tensors.len()).collect();
+        order.sort_by_key(|&i| std::cmp::Reverse(bytes(&self.manifest.tensors[i])));
+        let check = |&i: &usize| self.raw(&self.manifest.tensors[i].name).err().map(|e| (i, e));
+        let wrong: Vec<_> = order.par_iter().with_max_len(1).filter_map(check).collect();
+        wrong.into_iter().min_by_key(|w| w.0).map_or(Ok(()), |(_, e)| Err(e))
     }
 
     /// Checks every tensor, and every file as a whole. `progress` is told the bytes of each piece when it is done; the

@@ -29,6 +29,23 @@ pub fn open_session(model: Model, device: Device, context: usize) -> Result<Sess
     Ok(engine::open(open(device)?.as_ref(), &Arc::new(model.weights), context)?)
 }
 
+/// The executors that `device` means where several can share the work: all GPUs; none for the CPU.
+///
+/// # Errors
+/// If the device is not there.
+pub fn open_all(device: Device) -> Result<Vec<Executor>, super::Error> {
+    let Some(first) = open(device)? else { return Ok(Vec::new()) };
+    let more = match first.gpu() {
+        Some(_) => crate::device::gpus()?.1.len(),
+        None => 1,
+    };
+    let mut all = vec![first];
+    for index in 1..more {
+        all.push(Executor::cuda(index)?);
+    }
+    Ok(all)
+}
+
 /// The executor that `device` means; `None` for the CPU.
 ///
 /// # Errors

@@ -125,7 +125,10 @@ fn findings(cache: &Cache) -> Vec<Finding> {
         cure: problem,
     });
     out.push(match Choice::of_user() {
-        Ok(Choice::Measured) => Finding::new("launches", "measured at first use on a GPU"),
+        Ok(Choice::Remembered) => Finding::new("launches", "as measured before, else as the cost model chooses"),
+        Ok(Choice::Measured) => {
+            Finding::new("launches", format!("measured at first use on a GPU ({LAUNCHES_VARIABLE}=measured)"))
+        }
         Ok(Choice::Model) => Finding::new("launches", format!("as the cost model chooses ({LAUNCHES_VARIABLE}=model)")),
         Err(e) => Finding { what: "launches".into(), found: "undecided".into(), cure: Some(e.to_string()) },
     });

@@ -8,7 +8,7 @@ use std::time::Duration;
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 
 use super::Error;
-use super::device::{Device, open};
+use super::device::{Device, open_all};
 use crate::checkpoint::{Begin, LayerEntry};
 use crate::model::weights::{EMBEDDING, HEAD};
 use crate::plan::Plan;
@@ -54,7 +54,7 @@ pub struct Quantize {
     /// Threads to use [default: one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
-    /// Where to search for the best bits; the checkpoint is the same
+    /// Where to search for the best bits: on all GPUs there are, or on the CPU; the checkpoint is the same
     #[arg(long, value_enum, default_value = "auto")]
     device: Device,
     /// No progress bar
@@ -82,7 +82,7 @@ impl Quantize {
         });
         job.begin = Begin { resume: self.resume, force: self.force };
         job.threads = self.threads.map(|n| n as usize);
-        job.device = open(self.device)?;
+        job.devices = open_all(self.device)?;
         let bar = Bar::new(self.quiet);
         let manifest = match job.run(&bar) {
             Ok(m) => m,

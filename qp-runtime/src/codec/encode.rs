@@ -8,9 +8,9 @@ use qp_codegen::reference;
 use qp_codegen::spec::{Code, Quantizer, ScaleKind, Shape};
 use rayon::prelude::*;
 
+use super::PackedMatrix;
 use super::feedback::Feedback;
 use super::search::Search;
-use super::{PackedMatrix, scale_count};
 use crate::device::{DeviceError, Executor};
 
 /// Why a matrix cannot be encoded.
@@ -137,9 +137,9 @@ impl Encoder {
     fn begin(&self, shape: Shape, rotated: &[f32]) -> Result<PackedMatrix, EncodeError> {
         assert_eq!(rotated.len(), shape.rows as usize * shape.cols as usize, "weights of the matrix");
         let scales = self.scales(shape, rotated)?;
-        let mut out = PackedMatrix { layout: Packed::new(&self.quantizer, shape), words: vec![], scales };
-        out.words.resize(out.layout.words(), 0);
-        Ok(out)
+        let layout = Packed::new(&self.quantizer, shape);
+        let words = vec![0; layout.words()].into();
+        Ok(PackedMatrix { layout, words, scales })
     }
 
     /// Encodes all blocks of the column tiles `columns` by `encode`, which is given some blocks of one code and returns
@@ -179,7 +179,7 @@ impl Encoder {
         for ((code, places), (streams, more)) in groups.into_iter().zip(encoded) {
             let length = self.quantizer.codes[code].block_bits() as usize / 32;
             for (&(rt, ct, g), stream) in places.iter().zip(streams.chunks_exact(length)) {
-                let row_tile = &mut out.words[rt as usize * stride..][..stride];
+                let row_tile = &mut out.words.to_mut()[rt as usize * stride..][..stride];
                 out.layout.write_block(row_tile, ct, g, stream);
             }
             rest.push((places, more));
@@ -256,22 +256,20 @@ impl Encoder {
     /// Root mean square of each row, or of the matrix; 0 if it has no other weights.
     fn scales(&self, shape: Shape, rotated: &[f32]) -> Result<Vec<bf16>, EncodeError> {
         let columns = shape.cols as usize;
-        if let Some(i) = rotated.iter().position(|w| !w.is_finite()) {
+        if let Some(i) = rotated.par_iter().position_first(|w| !w.is_finite()) {
             return Err(EncodeError::NotFinite { row: i / columns, column: i % columns, value: rotated[i] });
         }
-        let n = scale_count(&self.quantizer, shape);
         let rows = match self.quantizer.scale {
             ScaleKind::Row => 1,
             ScaleKind::Matrix => shape.rows as usize,
         };
-        let mut out = Vec::with_capacity(n);
-        for part in rotated.chunks_exact(rows * columns) {
+        let scale = |part: &[f32]| {
             let square: f64 = part.iter().map(|&w| f64::from(w) * f64::from(w)).sum();
             let scale = bf16::from_f64((square / part.len() as f64).sqrt());
             // Rounding up must not give infinity. Below the normal range nothing of the weights would be left.
-            out.push(if scale.to_f32() < f32::MIN_POSITIVE { bf16::ZERO } else { scale.min(bf16::MAX) });
-        }
-        Ok(out)
+            if scale.to_f32() < f32::MIN_POSITIVE { bf16::ZERO } else { scale.min(bf16::MAX) }
+        };
+        Ok(rotated.par_chunks_exact(rows * columns).map(scale).collect())
     }
 }
 

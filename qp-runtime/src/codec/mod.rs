@@ -23,6 +23,7 @@ pub mod search;
 pub(crate) mod simd;
 pub mod train;
 pub mod viterbi;
+mod words;
 
 use half::bf16;
 use qp_codegen::layout::Packed;
@@ -32,6 +33,7 @@ pub use decode::{Decoder, Entries, decode_matrix, linear};
 pub use dense::row_products;
 pub use encode::{EncodeError, Encoder, encode_matrix};
 pub use gaussian::Gaussian;
+pub use words::Words;
 
 /// A quantized matrix: words in the order of its layout, and scales.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,7 +41,7 @@ pub struct PackedMatrix {
     /// Shape, tiles, and where each bit lies.
     pub layout: Packed,
     /// [`Packed::words`] words.
-    pub words: Vec<u32>,
+    pub words: Words,
     /// One scale a row (`layout.shape.rows`), or a single one for the whole matrix.
     pub scales: Vec<bf16>,
 }
@@ -49,7 +51,7 @@ impl PackedMatrix {
     pub fn from_parts(q: &Quantizer, shape: Shape, words: Vec<u32>, scales: Vec<bf16>) -> Option<Self> {
         let layout = Packed::new(q, shape);
         let fits = words.len() == layout.words() && scales.len() == scale_count(q, shape);
-        fits.then_some(PackedMatrix { layout, words, scales })
+        fits.then_some(PackedMatrix { layout, words: words.into(), scales })
     }
 
     /// The scale of `row`.

@@ -233,7 +233,7 @@ fn the_largest_products_do_not_overflow() {
         let q = quantizer(vec![c]);
         let shape = Shape { rows: 1, cols: 4096 };
         let layout = qp_codegen::layout::Packed::new(&q, shape);
-        let m = PackedMatrix { words: vec![0; layout.words()], layout, scales: vec![bf16::ONE] };
+        let m = PackedMatrix { words: vec![0; layout.words()].into(), layout, scales: vec![bf16::ONE] };
         for sign in [1.0, -1.0] {
             let a = quantize_activations(&vec![sign; 4096]);
             let decoded: f64 = decode_matrix(&q, &m).iter().map(|&w| f64::from(w)).sum();

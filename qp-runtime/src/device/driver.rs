@@ -4,7 +4,7 @@
 //! asks for the library and for its version before anything else; all functions used here exist since CUDA 11.8.
 
 use std::ffi::{CString, c_void};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::{result, sys};
 use result::DriverError;
@@ -140,7 +140,7 @@ fn gpu(index: usize) -> Result<Gpu, DeviceError> {
     })
 }
 
-/// The primary context of a GPU and the one stream that all our work goes through, in order.
+/// The primary context of a GPU and the one stream that all our work goes through, in order, but for a few copies beside it.
 pub(super) struct Context {
     pub gpu: Gpu,
     pub target: Target,
@@ -148,6 +148,9 @@ pub(super) struct Context {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    /// For copies that need not wait for `stream`.
+    beside: sys::CUstream,
+    staging: Mutex<Staging>,
 }
 
 // SAFETY: the driver's objects may be used from any thread; each use binds the context first.
@@ -173,10 +176,13 @@ impl Context {
         // SAFETY: the device was given by the driver; what is retained here is released in `drop`.
         unsafe {
             let context = result::primary_ctx::retain(device).map_err(fail(format!("opening {}", gpu.name)))?;
-            let opened = result::ctx::set_current(context)
-                .and_then(|()| result::stream::create(result::stream::StreamKind::NonBlocking));
+            let stream = || result::stream::create(result::stream::StreamKind::NonBlocking);
+            let opened = result::ctx::set_current(context).and_then(|()| Ok((stream()?, stream()?)));
             match opened {
-                Ok(stream) => Ok(Arc::new(Context { gpu, target, driver, device, context, stream })),
+                Ok((stream, beside)) => {
+                    let staging = Mutex::default();
+                    Ok(Arc::new(Context { gpu, target, driver, device, context, stream, beside, staging }))
+                }
                 Err(e) => {
                     let _ = result::primary_ctx::release(device);
                     Err(fail("cuStreamCreate")(e))
@@ -211,10 +217,97 @@ impl Drop for Context {
             // SAFETY: nothing else holds the stream: memory, modules and graphs keep the context alive.
             unsafe {
                 let _ = result::stream::destroy(self.stream);
+                let _ = result::stream::destroy(self.beside);
+                self.staging.get_mut().unwrap_or_else(PoisonError::into_inner).free();
                 let _ = result::primary_ctx::release(self.device);
             }
         }
     }
+}
+
+/// Pinned host memory that large copies to the GPU pass through: several threads fill one half while the GPU reads the
+/// other. The driver's own staging of pageable memory is one thread's.
+#[derive(Default)]
+enum Staging {
+    /// Not needed so far.
+    #[default]
+    Unused,
+    /// There is no pinned memory to be had.
+    Refused,
+    /// Two halves, each with an event that is over when the GPU has read it, and the half that is next.
+    Ready([(*mut u8, sys::CUevent); 2], usize),
+}
+
+// SAFETY: the pointers are to memory and events of the driver, which are not bound to a thread; they are used under a lock.
+unsafe impl Send for Staging {}
+
+/// Bytes of each half of the pinned memory.
+const STAGED: usize = 32 << 20;
+/// Copies of fewer bytes are left to the driver.
+const LARGE: usize = 4 << 20;
+/// Threads that fill a half.
+const FILLERS: usize = 4;
+
+impl Staging {
+    /// The halves, allocated when first asked for in the context that is bound to this thread.
+    fn halves(&mut self) -> Option<(&[(*mut u8, sys::CUevent); 2], &mut usize)> {
+        if let Staging::Unused = self {
+            *self = Self::allocate().map_or(Staging::Refused, |halves| Staging::Ready(halves, 0));
+        }
+        match self {
+            Staging::Ready(halves, next) => Some((halves, next)),
+            Staging::Unused | Staging::Refused => None,
+        }
+    }
+
+    fn allocate() -> Option<[(*mut u8, sys::CUevent); 2]> {
+        let half = || {
+            // SAFETY: freed in `free`, or here.
+            let memory = unsafe { result::malloc_host(STAGED, 0) }.ok()?.cast::<u8>();
+            match result::event::create(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING) {
+                Ok(event) => Some((memory, event)),
+                Err(_) => {
+                    // SAFETY: just allocated, and in no use.
+                    let _ = unsafe { result::free_host(memory.cast()) };
+                    None
+                }
+            }
+        };
+        let first = half()?;
+        let Some(second) = half() else {
+            Staging::Ready([first, first], 0).free_half(0);
+            return None;
+        };
+        Some([first, second])
+    }
+
+    fn free_half(&mut self, i: usize) {
+        if let Staging::Ready(halves, _) = self {
+            // SAFETY: allocated in `allocate`; the caller says that nothing is in flight.
+            unsafe {
+                let _ = result::event::destroy(halves[i].1);
+                let _ = result::free_host(halves[i].0.cast());
+            }
+        }
+    }
+
+    /// Frees the memory, of which no copy may be in flight. The context is bound to this thread.
+    fn free(&mut self) {
+        self.free_half(0);
+        self.free_half(1);
+        *self = Staging::Refused;
+    }
+}
+
+/// Copies `from` to `to`, of equal length, by several threads.
+fn copy_in_parallel(from: &[u8], to: &mut [u8]) {
+    let part = from.len().div_ceil(FILLERS).max(1);
+    // Not the threads of a pool: one that waits here, a lock in its hands, might be given work that wants the same lock.
+    std::thread::scope(|scope| {
+        for (from, to) in from.chunks(part).zip(to.chunks_mut(part)) {
+            scope.spawn(|| to.copy_from_slice(from));
+        }
+    });
 }
 
 /// Memory of a GPU.
@@ -245,9 +338,39 @@ impl Memory {
             return Ok(());
         }
         self.context.bind()?;
+        if data.len() >= LARGE {
+            let mut staging = self.context.staging.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some((halves, next)) = staging.halves() {
+                return self.write_through(halves, next, offset, data).map_err(fail("copying to the GPU"));
+            }
+        }
         // SAFETY: within the allocation; pageable memory is staged before the call returns.
         unsafe { result::memcpy_htod_async(self.pointer + offset as u64, data, self.context.stream) }
             .map_err(fail("copying to the GPU"))
+    }
+
+    /// Copies `data`, which fits, through the pinned `halves`.
+    fn write_through(
+        &self,
+        halves: &[(*mut u8, sys::CUevent); 2],
+        next: &mut usize,
+        offset: usize,
+        data: &[u8],
+    ) -> Result<(), DriverError> {
+        for (i, part) in data.chunks(STAGED).enumerate() {
+            let (memory, event) = halves[*next];
+            *next = 1 - *next;
+            // SAFETY: the half has `STAGED` bytes, which nobody else touches: the GPU has read them when the event is over, and
+            // the caller holds the lock.
+            unsafe {
+                result::event::synchronize(event)?;
+                let half = std::slice::from_raw_parts_mut(memory, part.len());
+                copy_in_parallel(part, half);
+                result::memcpy_htod_async(self.pointer + (offset + i * STAGED) as u64, half, self.context.stream)?;
+                result::event::record(event, self.context.stream)?;
+            }
+        }
+        Ok(())
     }
 
     /// Copies from `offset` (bytes) after all work before it.
@@ -261,6 +384,39 @@ impl Memory {
         unsafe { result::memcpy_dtoh_async(data, self.pointer + offset as u64, self.context.stream) }
             .map_err(fail("copying from the GPU"))?;
         self.context.synchronize()
+    }
+
+    /// Copies `data` to `offset` (bytes) at once, whatever the stream does: what uses the memory there, the zeros that it began
+    /// with included, must be over.
+    pub fn write_beside(&self, offset: usize, data: &[u8]) -> Result<(), DeviceError> {
+        assert!(offset + data.len() <= self.bytes, "a write within the buffer");
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.context.bind()?;
+        let beside = self.context.beside;
+        // SAFETY: within the allocation; the copy is over before the call returns.
+        unsafe {
+            result::memcpy_htod_async(self.pointer + offset as u64, data, beside)
+                .and_then(|()| result::stream::synchronize(beside))
+        }
+        .map_err(fail("copying to the GPU"))
+    }
+
+    /// Copies from `offset` (bytes) at once, whatever the stream does: what writes the memory there must be over.
+    pub fn read_beside(&self, offset: usize, data: &mut [u8]) -> Result<(), DeviceError> {
+        assert!(offset + data.len() <= self.bytes, "a read within the buffer");
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.context.bind()?;
+        let beside = self.context.beside;
+        // SAFETY: within the allocation; the copy is over before the call returns.
+        unsafe {
+            result::memcpy_dtoh_async(data, self.pointer + offset as u64, beside)
+                .and_then(|()| result::stream::synchronize(beside))
+        }
+        .map_err(fail("copying from the GPU"))
     }
 
     /// Copies all of `from`, of the same context and as long.

@@ -1,5 +1,7 @@
 //! The trellis encoder on a device.
 
+use std::sync::{Mutex, PoisonError};
+
 use qp_codegen::kernels::encode::Plan;
 use qp_codegen::spec::Code;
 use rayon::prelude::*;
@@ -28,6 +30,22 @@ pub struct DeviceTrellis {
     /// That the kernel runs at once.
     searches: u32,
     book: Buffer<u32>,
+    /// For the kernel's own use; its launches follow each other, so one serves all.
+    own: Mutex<Option<Own>>,
+    /// Of calls that are over.
+    rooms: Mutex<Vec<Room>>,
+}
+
+/// What the searches of a kernel keep.
+struct Own {
+    history: Buffer<u32>,
+    floors: Buffer<u32>,
+}
+
+/// What one call copies to the device and back.
+struct Room {
+    weights: Buffer<u32>,
+    windows: Buffer<u32>,
 }
 
 impl DeviceTrellis {
@@ -66,7 +84,8 @@ impl DeviceTrellis {
             Some(_) | None => {}
         }
         let book = on.upload(&plan.book())?;
-        Ok(DeviceTrellis { on: on.clone(), plan, kernel, searches, book })
+        let (own, rooms) = (Mutex::default(), Mutex::default());
+        Ok(DeviceTrellis { on: on.clone(), plan, kernel, searches, book, own, rooms })
     }
 
     /// Blocks of weights that are encoded at once.
@@ -81,6 +100,8 @@ impl DeviceTrellis {
 
     /// The windows of whole `blocks` of finite weights, block after block, and the seconds that the kernel took.
     ///
+    /// Several threads may call it: what one copies passes the kernels of the others by.
+    ///
     /// # Errors
     /// A full GPU, a failing driver.
     pub fn encode(&self, blocks: &[f32]) -> Result<(Vec<u32>, f64), DeviceError> {
@@ -94,23 +115,41 @@ impl DeviceTrellis {
             .par_chunks_exact_mut(per_group)
             .zip(blocks.par_chunks(len * lanes))
             .for_each(|(words, blocks)| plan.weights(blocks, words));
-        let weights = on.upload(&words)?;
-        let working = groups.min(self.searches as usize);
-        let mut history = on.zeroed::<u32>(plan.history() as usize * working)?;
-        let mut floors = on.zeroed::<u32>(plan.floors() as usize * working)?;
-        let mut windows = on.zeroed::<u32>(groups * lanes * steps)?;
-        let groups = i32::try_from(groups).map_err(|_| DeviceError::Buffer("too many blocks at once".into()))?;
-        let args = EncodeArgs {
-            weights: &weights,
-            book: &self.book,
-            history: &mut history,
-            floors: &mut floors,
-            windows: &mut windows,
-            groups,
-        };
-        let seconds = on.time(|| on.launch(&self.kernel, args))?;
+        let mut room = self.room(words.len(), groups * lanes * steps)?;
+        room.weights.write_beside(0, &words)?;
+        let seconds = on.time(|| self.launch(&mut room, groups))?;
         let mut out = vec![0; count * steps];
-        windows.read(0, &mut out)?;
+        room.windows.read_beside(0, &mut out)?;
+        self.rooms.lock().unwrap_or_else(PoisonError::into_inner).push(room);
         Ok((out, seconds))
+    }
+
+    /// Starts the search of `groups` groups of blocks.
+    fn launch(&self, room: &mut Room, groups: usize) -> Result<(), DeviceError> {
+        let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        let working = groups.min(self.searches as usize);
+        let (history, floors) = (self.plan.history() as usize * working, self.plan.floors() as usize * working);
+        let Own { history, floors } = match own.take() {
+            Some(own) if own.history.len() >= history => own,
+            Some(_) | None => Own { history: self.on.zeroed(history)?, floors: self.on.zeroed(floors)? },
+        };
+        let Own { history, floors } = own.insert(Own { history, floors });
+        let groups = i32::try_from(groups).map_err(|_| DeviceError::Buffer("too many blocks at once".into()))?;
+        let Room { weights, windows } = room;
+        self.on.launch(&self.kernel, EncodeArgs { weights, book: &self.book, history, floors, windows, groups })
+    }
+
+    /// Room for so many words of weights and windows: what a call before left, if it is large enough.
+    fn room(&self, weights: usize, windows: usize) -> Result<Room, DeviceError> {
+        let left = self.rooms.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        match left {
+            Some(room) if room.weights.len() >= weights && room.windows.len() >= windows => Ok(room),
+            Some(_) | None => {
+                let room = Room { weights: self.on.zeroed(weights)?, windows: self.on.zeroed(windows)? };
+                // The zeros are to be there before what is copied past the stream.
+                self.on.synchronize()?;
+                Ok(room)
+            }
+        }
     }
 }

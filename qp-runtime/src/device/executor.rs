@@ -323,6 +323,34 @@ impl<T: Element> Buffer<T> {
         Ok(())
     }
 
+    /// As [`Buffer::write`], but at once, past what was launched before: for a buffer that no launch in flight uses.
+    ///
+    /// # Errors
+    /// As [`Buffer::write`].
+    pub(super) fn write_beside(&mut self, at: usize, data: &[T]) -> Result<(), DeviceError> {
+        match &self.raw {
+            RawBuffer::Host(_) => self.write(at, data),
+            RawBuffer::Cuda(memory) => {
+                let at = self.range("writing", at, data.len())?;
+                memory.write_beside(at, bytemuck::cast_slice(data))
+            }
+        }
+    }
+
+    /// As [`Buffer::read`], but at once, past what was launched before: for a buffer that no launch in flight uses.
+    ///
+    /// # Errors
+    /// As [`Buffer::read`].
+    pub(super) fn read_beside(&self, at: usize, out: &mut [T]) -> Result<(), DeviceError> {
+        match &self.raw {
+            RawBuffer::Host(_) => self.read(at, out),
+            RawBuffer::Cuda(memory) => {
+                let at = self.range("reading", at, out.len())?;
+                memory.read_beside(at, bytemuck::cast_slice_mut(out))
+            }
+        }
+    }
+
     /// All elements.
     ///
     /// # Errors

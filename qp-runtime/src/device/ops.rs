@@ -84,10 +84,12 @@ impl DeviceMatrix {
         cols: u32,
         parts: &[(u32, &[u32], &[bf16])],
     ) -> Result<Self, DeviceError> {
-        let (mut words, mut all, mut rows) = (Vec::new(), Vec::new(), 0);
+        let mut weights = on.zeroed(parts.iter().map(|part| part.1.len()).sum())?;
+        let (mut at, mut all, mut rows) = (0, Vec::new(), 0);
         for &(r, packed, scales) in parts {
             let layout = Packed::new(q, Shape { rows: r, cols });
-            words.extend_from_slice(packed);
+            weights.write(at, packed)?;
+            at += packed.len();
             let before = all.len();
             match scales {
                 [one] => all.resize(before + r as usize, *one),
@@ -99,7 +101,7 @@ impl DeviceMatrix {
         Ok(DeviceMatrix {
             layout: Packed::new(q, Shape { rows, cols }),
             tables: on.upload(&or_one(pack_tables(q)))?,
-            weights: on.upload(&words)?,
+            weights,
             scales: on.upload(&all)?,
         })
     }

@@ -34,23 +34,48 @@ const MATRICES: usize = 64;
 
 /// The kernel of each product, with its launch: on a GPU as the user wants it chosen ([`Choice`]), elsewhere the model's.
 ///
+/// Nothing is measured unless the user wants it, so that a first token does not wait for it; see [`measured`].
+///
 /// # Errors
 /// Those of the executor; a wish that is none.
 pub fn load(on: &Executor, products: &[Product<'_>]) -> Result<Vec<(Launch, GemvKernel)>, DeviceError> {
     let ops: Vec<_> = products.iter().map(|p| (p.op, p.hash)).collect();
-    let chosen = choose(on, &ops, |i, kernels| in_turn(on, &products[i].op, &products[i].matrices, kernels))?;
+    let chosen = choose(on, Choice::of_user()?, &ops, |i, kernels| {
+        in_turn(on, &products[i].op, &products[i].matrices, kernels)
+    })?;
     Ok(chosen.into_iter().map(|c| (c.launch, c.kernel)).collect())
 }
 
-/// [`load`] for products and their quantizers' hashes; `time` gives the seconds of a product's candidates.
+/// As [`load`], but launches that are not known are measured, and remembered for later starts, unless the user wants the
+/// model's.
+///
+/// # Errors
+/// As [`load`].
+pub fn measured(on: &Executor, products: &[Product<'_>]) -> Result<Vec<(Launch, GemvKernel)>, DeviceError> {
+    let ops: Vec<_> = products.iter().map(|p| (p.op, p.hash)).collect();
+    let chosen =
+        choose(on, measuring()?, &ops, |i, kernels| in_turn(on, &products[i].op, &products[i].matrices, kernels))?;
+    Ok(chosen.into_iter().map(|c| (c.launch, c.kernel)).collect())
+}
+
+/// What the user wants where measuring is no loss of time.
+fn measuring() -> Result<Choice, DeviceError> {
+    Ok(match Choice::of_user()? {
+        Choice::Remembered | Choice::Measured => Choice::Measured,
+        Choice::Model => Choice::Model,
+    })
+}
+
+/// [`load`] for products and their quantizers' hashes, launches chosen as `how` says; `time` gives the seconds of a product's candidates.
 fn choose(
     on: &Executor,
+    how: Choice,
     ops: &[(Gemv<'_>, &str)],
     time: impl FnMut(usize, &mut [(Launch, GemvKernel)]) -> Result<Vec<f64>, DeviceError>,
 ) -> Result<Vec<Chosen<GemvKernel>>, DeviceError> {
     let (target, device) = (on.target(), on.device());
     let gpu = match on.gpu() {
-        Some(gpu) if Choice::of_user()? == Choice::Measured => gpu,
+        Some(gpu) if how != Choice::Model => gpu,
         Some(_) | None => {
             let load = |(op, _): &(Gemv<'_>, &str)| {
                 let launch = Launch::choose(op, &device);
@@ -67,6 +92,7 @@ fn choose(
     launches::choose(
         &Cache::of_user(),
         &wanted,
+        how == Choice::Measured,
         |i, launch| GemvKernel::load(on, &ops[i].0, &launch),
         |kernel| kernel.loaded().usage().is_some_and(spills),
         time,
@@ -93,11 +119,11 @@ fn in_turn(
     time(on, kernels.iter_mut().map(|k| &mut k.1), &matrices, &x, &mut y, LAUNCHES, ROUNDS)
 }
 
-/// Seconds of each product for one token, on random weights of its shape and with the launch that [`load`] chooses.
+/// Seconds of each product for one token, on random weights of its shape and with the launch that [`measured`] chooses.
 /// `done` is called after each.
 ///
 /// # Errors
-/// Those of [`load`].
+/// Those of [`measured`].
 pub fn seconds(
     on: &Executor,
     products: &[(&Quantizer, Shape)],
@@ -112,7 +138,7 @@ pub fn seconds(
         let matrix = DeviceMatrix::upload(on, q, shape.cols, &[(shape.rows, &packed.words, &packed.scales)])?;
         in_turn(on, &ops[i].0, &[&matrix], kernels)
     };
-    let chosen = choose(on, &ops, |i, kernels| {
+    let chosen = choose(on, measuring()?, &ops, |i, kernels| {
         let times = time(i, kernels);
         done();
         times

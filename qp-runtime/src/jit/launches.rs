@@ -1,8 +1,8 @@
 //! Launches chosen by measurement, and remembered.
 //!
-//! The cost model ([`Launch::ranked`]) ranks the launches of a product; its first few [`candidates`] are compiled, timed
-//! on the GPU that is to run them, and the fastest is kept on disk beside the compiled kernels, so that the next start
-//! takes it without measuring. Results do not depend on the launch, so a choice can be wrong about speed only.
+//! The cost model ([`Launch::ranked`]) ranks the launches of a product. Where it is asked for, its first few [`candidates`]
+//! are compiled, timed on the GPU that is to run them, and the fastest is kept on disk beside the compiled kernels, so that
+//! later starts take it without measuring. Results do not depend on the launch, so a choice can be wrong about speed only.
 //!
 //! Nothing here needs a GPU: [`choose`] is given what loads and what times a kernel. `docs/decisions/launches.md` says
 //! what was decided and why.
@@ -35,7 +35,9 @@ const CLEARLY: f64 = 0.99;
 /// How launches are chosen on a GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Choice {
-    /// By measurement (`measured`, or nothing at all).
+    /// As they were measured to be best before, else by the cost model (`remembered`, or nothing at all).
+    Remembered,
+    /// By measurement, at the first use of a product (`measured`).
     Measured,
     /// By the cost model alone (`model`).
     Model,
@@ -43,7 +45,7 @@ pub enum Choice {
 
 /// A value of [`VARIABLE`] that means nothing.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{VARIABLE} is `{0}`: it must be `measured` (the default) or `model`")]
+#[error("{VARIABLE} is `{0}`: it must be `remembered` (the default), `measured` or `model`")]
 pub struct UnknownChoice(String);
 
 impl Choice {
@@ -57,7 +59,8 @@ impl Choice {
 
     fn parse(text: &str) -> Result<Choice, UnknownChoice> {
         match text {
-            "" | "measured" => Ok(Choice::Measured),
+            "" | "remembered" => Ok(Choice::Remembered),
+            "measured" => Ok(Choice::Measured),
             "model" => Ok(Choice::Model),
             other => Err(UnknownChoice(other.to_owned())),
         }
@@ -105,9 +108,10 @@ impl Wanted {
     }
 }
 
-/// A launch as an entry holds it.
+/// A launch as an entry holds it: its kernel's name, and each number with its name.
 fn written(launch: &Launch) -> String {
-    format!("{launch:?}")
+    let (kernel, fields) = launch.fields();
+    fields.iter().fold(kernel.to_owned(), |text, (name, n)| text + &format!(" {name}={n}"))
 }
 
 /// A launch's kernel and numbers by name.
@@ -155,7 +159,8 @@ pub struct Chosen<K> {
     pub seconds: Option<f64>,
 }
 
-/// A kernel for each product, with its launch: the one remembered, or the fastest candidate, which is then remembered.
+/// A kernel for each product, with its launch: the one remembered; else, if `measure` is set, the fastest candidate, which is
+/// then remembered, or else the model's first.
 ///
 /// `load` makes the kernel of product `i`, many at once on all cores; `spills` tells whether it ran out of registers;
 /// `time` gives the seconds of each kernel of product `i`, one product after the other. Where nothing can be remembered
@@ -166,12 +171,13 @@ pub struct Chosen<K> {
 pub fn choose<K: Send, E: Send>(
     cache: &Cache,
     wanted: &[Wanted],
+    measure: bool,
     load: impl Fn(usize, Launch) -> Result<K, E> + Sync,
     spills: impl Fn(&K) -> bool,
     mut time: impl FnMut(usize, &mut [(Launch, K)]) -> Result<Vec<f64>, E>,
 ) -> Result<Vec<Chosen<K>>, E> {
     let remembered: Vec<Option<Launch>> = wanted.iter().map(|w| w.remembered(cache)).collect();
-    let measure = remembered.contains(&None) && cache.problem().is_none();
+    let measure = measure && remembered.contains(&None) && cache.problem().is_none();
     let tried = wanted.iter().zip(&remembered).map(|(wanted, remembered)| match remembered {
         Some(launch) => std::slice::from_ref(launch),
         None if measure => &wanted.candidates,
@@ -251,7 +257,7 @@ mod tests {
             loaded.fetch_add(1, Ordering::Relaxed);
             Ok(launch)
         };
-        let chosen = choose(cache, wanted, load, spills, |_, kernels| {
+        let chosen = choose(cache, wanted, true, load, spills, |_, kernels| {
             timed += kernels.len();
             kernels.iter().map(|(launch, _)| time(launch)).collect()
         })?;
@@ -415,7 +421,7 @@ mod tests {
         let (first, last) = (product.candidates[0], *product.candidates.last().unwrap());
         let only = |keep: Option<Launch>| {
             let load = |_, l| if Some(l) == keep { Ok(l) } else { Err(format!("{l:?}")) };
-            choose(&cache, one, load, |_| false, |_, _| unreachable!("one at most is left"))
+            choose(&cache, one, true, load, |_| false, |_, _| unreachable!("one at most is left"))
         };
         assert_eq!(only(None).unwrap_err(), format!("{first:?}"));
         assert_eq!(only(Some(last)).unwrap(), [Chosen { launch: last, kernel: last, seconds: None }]);
@@ -449,11 +455,39 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_has_two_words() {
-        assert_eq!(Choice::parse(""), Ok(Choice::Measured));
+    fn without_a_wish_to_measure_the_model_chooses_and_what_is_remembered_counts() {
+        if nvrtc_for_tests().is_none() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(dir.path());
+        let product = wanted(4096, "a");
+        let one = std::slice::from_ref(&product);
+        let (first, best) = (product.candidates[0], product.candidates[1]);
+        let chosen = || {
+            let load = |_, launch| Ok::<_, String>(launch);
+            choose(&cache, one, false, load, |_| false, |_, _| unreachable!("nothing is to be timed")).unwrap()
+        };
+        assert_eq!(chosen(), [Chosen { launch: first, kernel: first, seconds: None }]);
+        assert_eq!(cache.status().launches, 0, "the model's choice is nothing to remember");
+        run(&cache, one, |_| false, second(&product)).unwrap();
+        assert_eq!(chosen(), [Chosen { launch: best, kernel: best, seconds: None }]);
+    }
+
+    #[test]
+    fn launches_are_kept_by_name() {
+        let launch =
+            Launch::Gemv(gemv::Launch { warps: 8, split: 1, blocks: 132, ahead: 2, min_blocks: 1, table_bytes: 64 });
+        assert_eq!(written(&launch), "gemv warps=8 split=1 blocks=132 ahead=2 min_blocks=1 table_bytes=64");
+    }
+
+    #[test]
+    fn the_environment_has_three_words() {
+        assert_eq!(Choice::parse(""), Ok(Choice::Remembered));
+        assert_eq!(Choice::parse("remembered"), Ok(Choice::Remembered));
         assert_eq!(Choice::parse("measured"), Ok(Choice::Measured));
         assert_eq!(Choice::parse("model"), Ok(Choice::Model));
         let message = Choice::parse("fast").unwrap_err().to_string();
-        assert_eq!(message, "QP_LAUNCHES is `fast`: it must be `measured` (the default) or `model`");
+        assert_eq!(message, "QP_LAUNCHES is `fast`: it must be `remembered` (the default), `measured` or `model`");
     }
 }

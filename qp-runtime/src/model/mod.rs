@@ -57,11 +57,18 @@ impl Model {
     pub fn open(dir: &Path) -> Result<Self, Error> {
         Files::open(dir)?;
         // A checkpoint first: it says of a damaged config.json that it is damaged.
-        let source: Box<dyn Source> =
-            if is_checkpoint(dir) { Box::new(Checkpoint::open(dir)?) } else { Box::new(TensorDir::open(dir)?) };
+        let checkpoint = is_checkpoint(dir).then(|| Checkpoint::open(dir)).transpose()?;
         let config = Config::read(dir)?;
-        let weights = Weights::load(&Arc::new(arch::program(&config)), &*source)?;
-        let tokenizer = Tokenizer::read(dir)?;
-        Ok(Model { dir: dir.to_owned(), config, tokenizer, weights })
+        let program = Arc::new(arch::program(&config));
+        let load = || match &checkpoint {
+            Some(checkpoint) => {
+                checkpoint.check()?;
+                Weights::load(&program, checkpoint)
+            }
+            None => Weights::load(&program, &TensorDir::open(dir)?),
+        };
+        // A large vocabulary takes as long as gigabytes of weights.
+        let (weights, tokenizer) = rayon::join(load, || Tokenizer::read(dir));
+        Ok(Model { dir: dir.to_owned(), weights: weights?, tokenizer: tokenizer?, config })
     }
 }

@@ -1,32 +1,30 @@
 //! The pipeline: a model directory and a plan in, a checkpoint out.
 //!
-//! Layer by layer, one in memory at a time: load as `f32`, rotate each row, encode, write, record. What is finished
-//! stays finished: see [`crate::checkpoint::draft`].
+//! Layer by layer: load as `f32`, rotate each row, encode, write, record, all of it at once on different layers
+//! ([`pipeline`]). What is finished stays finished: see [`crate::checkpoint::draft`].
 
 pub mod calibrate;
 pub mod items;
+mod pipeline;
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bytemuck::cast_slice;
-use qp_codegen::reference::Rotator;
-use qp_codegen::spec::{Quantizer, Rotation, Shape};
 use qp_codegen::syntax::Diagnostics;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use crate::checkpoint::manifest::six_digits;
 use crate::checkpoint::weights::SHARD_BYTES;
 use crate::checkpoint::{self, Begin, Draft, Head, LayerEntry, Manifest, ModelId, SpecEntry, is_checkpoint};
-use crate::codec::{Decoder, EncodeError, Encoder};
+use crate::codec::EncodeError;
 use crate::device::{DeviceError, Executor};
 use crate::engine;
-use crate::model::{self, Config, Files, LayerId, TensorDir, Weights, arch};
+use crate::model::{self, Config, Files, TensorDir, Weights, arch};
 use crate::plan::{Plan, Resolved};
 use calibrate::{Calibrate, Calibration};
 use items::{Item, Work, items, join_tied, layers};
+use pipeline::{Pipeline, Pool};
 
 /// Files of a model directory that a checkpoint takes along, where they exist.
 const COPIED: [&str; 11] = [
@@ -181,8 +179,9 @@ pub struct Job {
     pub begin: Begin,
     /// Threads; by default one a core.
     pub threads: Option<usize>,
-    /// Where windows are searched for; by default on the CPU. The checkpoint is the same.
-    pub device: Option<Executor>,
+    /// Where windows are searched for: each device takes layers as it becomes free. None, the default: on the CPU. The
+    /// checkpoint is the same.
+    pub devices: Vec<Executor>,
     /// Largest weight file in bytes.
     pub shard_bytes: u64,
 }
@@ -191,8 +190,8 @@ impl Job {
     /// A job with default options.
     pub fn new(model: impl Into<PathBuf>, plan: Plan, out: impl Into<PathBuf>) -> Job {
         let (model, out) = (model.into(), out.into());
-        let (calibrate, begin, threads, device) = (None, Begin::default(), None, None);
-        Job { model, plan, out, calibrate, begin, threads, device, shard_bytes: SHARD_BYTES }
+        let (calibrate, begin, threads, devices) = (None, Begin::default(), None, Vec::new());
+        Job { model, plan, out, calibrate, begin, threads, devices, shard_bytes: SHARD_BYTES }
     }
 
     /// Does the job. Returns the manifest of the checkpoint.
@@ -200,17 +199,11 @@ impl Job {
     /// # Errors
     /// If the model, the plan, the output or the disk does not allow it; nothing that existed is changed then.
     pub fn run(&self, progress: &dyn Progress) -> Result<Manifest, Error> {
-        let Some(threads) = self.threads else {
-            return self.run_here(progress);
+        let build = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+            pool.map_err(|e| Error::Threads { threads, message: e.to_string() })
         };
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build()
-            .map_err(|e| Error::Threads { threads, message: e.to_string() })?;
-        pool.install(|| self.run_here(progress))
-    }
-
-    fn run_here(&self, progress: &dyn Progress) -> Result<Manifest, Error> {
+        let pool = &Pool(self.threads.map(build).transpose()?);
         if is_checkpoint(&self.model) {
             return Err(Error::Quantized { dir: self.model.clone() });
         }
@@ -224,9 +217,6 @@ impl Job {
         join_tied(&program, &mut plan);
         let items = items(&source, &layers, &plan)?;
 
-        // Nothing enters an embedding. If its matrix is the output layer's too, what a fit to that would gain there is
-        // lost here.
-        let has_inputs = |i: usize| !program.is_embedding(LayerId(i));
         let spec_of = |i: usize| plan.layers[i].map(|s| &plan.specs[s]);
         let chosen: Vec<(String, String)> = layers
             .iter()
@@ -236,11 +226,11 @@ impl Job {
             .collect();
         let name = |i: &usize| layers[*i].layer.name.clone();
         let groups: Vec<Vec<String>> = plan.groups.iter().map(|g| g.iter().map(name).collect()).collect();
-        let model = identity(&self.model, &source)?;
-        let mut calibration = match &self.calibrate {
-            None => None,
-            Some(how) => Some(Calibration::new(how, &self.model, &config, &weights, &mut |i, n| progress.text(i, n))?),
+        let model = pool.run(|| identity(&self.model, &source))?;
+        let calibration = |how: &Calibrate| {
+            pool.run(|| Calibration::new(how, &self.model, &config, &weights, &mut |i, n| progress.text(i, n)))
         };
+        let calibration = self.calibrate.as_ref().map(calibration).transpose()?;
         let mut head = Head::new(model, self.shard_bytes, chosen, groups.clone());
         head.calibration = calibration.as_ref().map(|c| c.entry().clone());
         let planned = items.iter().map(|i| (i.name.clone(), i.tensors.clone())).collect();
@@ -253,69 +243,9 @@ impl Job {
         let total = items.iter().map(weights).sum();
         let done = items.iter().filter(|i| draft.record(&i.name).is_some()).map(weights).sum();
         progress.start(total, done, draft.dir());
-        // What is still to be encoded, by which rotation.
-        let mut rotations: Vec<Option<Rotation>> = vec![None; layers.len()];
-        for item in items.iter().filter(|i| draft.record(&i.name).is_none()) {
-            if let Work::Encode { layer, .. } = item.work
-                && has_inputs(layer)
-            {
-                rotations[layer] = spec_of(layer).map(|q| q.rotation);
-            }
-        }
-        // Made when first used: a resumed run may need none.
-        let mut coders: Vec<Option<(Encoder, Decoder)>> = plan.specs.iter().map(|_| None).collect();
-        let mut entries = Vec::new();
-        for item in &items {
-            let record = draft.record(&item.name).cloned();
-            match &item.work {
-                Work::Copy => {
-                    if record.is_none() {
-                        let (_, _, bytes) = source.raw(&item.name)?;
-                        draft.put(&item.name, &[bytes.as_slice()], None)?;
-                    }
-                }
-                Work::Encode { layer, tensor } => {
-                    let Shape { rows, cols } = layers[*layer].layer.shape;
-                    let spec = plan.layers[*layer].expect("items follow the plan");
-                    let q = &plan.specs[spec];
-                    let (name, spec_name) = (item.name.clone(), q.name.clone());
-                    let entry = |error| LayerEntry { name, spec: spec_name, rows, cols, error };
-                    if let Some(record) = record {
-                        entries.push(entry(record.error.unwrap_or(0.0)));
-                        continue;
-                    }
-                    progress.layer(&item.name, &q.name);
-                    let shape = Shape { rows, cols };
-                    let w = load(&source, tensor, &item.name, q, shape)?;
-                    if coders[spec].is_none() {
-                        let encoder = match &self.device {
-                            None => Encoder::new(q),
-                            Some(on) => Encoder::on(on, q)?,
-                        };
-                        coders[spec] = Some((encoder, Decoder::new(q)));
-                    }
-                    let (encoder, decoder) = coders[spec].as_ref().expect("just made");
-                    let feedback = match &mut calibration {
-                        Some(_) if !has_inputs(*layer) => None,
-                        None => None,
-                        Some(c) => c.feedback(LayerId(*layer), &item.name, q, &rotations)?,
-                    };
-                    let advance = |n| progress.advance(n);
-                    let packed = match &feedback {
-                        None => encoder.encode(shape, &w, &advance),
-                        Some(feedback) => encoder.encode_for(shape, &w, feedback, &advance),
-                    };
-                    let packed = packed.map_err(|source| Error::Encode { layer: item.name.clone(), source })?;
-                    let error = relative_error(&w, &decoder.weights(&packed), cols as usize);
-                    let tensors = [cast_slice(&packed.words), cast_slice(&packed.scales)];
-                    draft.put(&item.name, &tensors, Some(error))?;
-                    entries.push(entry(error));
-                    if progress.finished(&entries[entries.len() - 1]).is_break() {
-                        return Err(Error::Stopped { draft: draft.dir().to_owned() });
-                    }
-                }
-            }
-        }
+        let (source, layers, items, devices) = (&source, &layers[..], &items[..], &self.devices[..]);
+        let pipeline = Pipeline { source, program: &program, layers, plan: &plan, items, devices, pool, progress };
+        let entries = pipeline.run(&mut draft, calibration)?;
         self.finish(draft, head, &plan, entries, groups)
     }
 
@@ -355,36 +285,6 @@ impl Job {
             files,
         })?)
     }
-}
-
-/// The weights of a layer as `f32`, rotated along the columns.
-fn load(source: &TensorDir, tensor: &str, layer: &str, q: &Quantizer, shape: Shape) -> Result<Vec<f32>, Error> {
-    let mut w = source.tensor(tensor)?.to_f32();
-    let cols = shape.cols as usize;
-    if let Some(at) = w.iter().position(|v| !v.is_finite()) {
-        let count = w.iter().filter(|v| !v.is_finite()).count();
-        let (tensor, layer) = (tensor.to_owned(), layer.to_owned());
-        return Err(Error::NotFinite { tensor, layer, count, value: w[at], row: at / cols, col: at % cols });
-    }
-    let rotator = Rotator::new(q.rotation, shape.cols);
-    w.par_chunks_exact_mut(cols).for_each(|row| rotator.apply(row));
-    Ok(w)
-}
-
-/// Σ (w − ŵ)² / Σ w², six digits. Sums are by row, so that the result does not depend on the number of threads.
-fn relative_error(w: &[f32], decoded: &[f32], cols: usize) -> f64 {
-    let rows: Vec<(f64, f64)> = w
-        .par_chunks_exact(cols)
-        .zip(decoded.par_chunks_exact(cols))
-        .map(|(a, b)| {
-            a.iter().zip(b).fold((0.0, 0.0), |(e, s), (x, y)| {
-                let (x, y) = (f64::from(*x), f64::from(*y));
-                (e + (x - y) * (x - y), s + x * x)
-            })
-        })
-        .collect();
-    let (error, power) = rows.iter().fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1));
-    if power > 0.0 { six_digits(error / power) } else { 0.0 }
 }
 
 /// Identity of a model: a hash over its configuration and all tensors, however they are spread over files.

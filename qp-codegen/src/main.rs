@@ -10,6 +10,7 @@ use qp_codegen::cuda::{Target, print};
 use qp_codegen::ir::{Elem, Kernel};
 use qp_codegen::kernels::{Span, dequantize, embed_packed, encode, gemv, prepare, product};
 use qp_codegen::nvrtc;
+use qp_codegen::reference::RmsNorm;
 use qp_codegen::spec::{self, Matrix, Quantizer, Shape};
 use qp_codegen::syntax::{self, Diagnostics};
 use qp_codegen::{explain, palette};
@@ -271,7 +272,8 @@ fn kernel(e: &Emit) -> Result<Kernel, Failure> {
     if let (Some(name), Some(matrix)) = (&e.fusion, e.matrix) {
         let fusion = spec::resolve_fusion(name)?;
         let launch = fusion.launch_of(matrix);
-        norm = launch.is_some_and(|l| l.prologue.contains(&spec::Prologue::RmsNorm)).then_some(1e-5);
+        let normed = launch.is_some_and(|l| l.prologue.contains(&spec::Prologue::RmsNorm));
+        norm = normed.then_some(RmsNorm { eps: 1e-5, add_one: false });
         accumulate = launch.is_some_and(|l| l.epilogue.contains(&spec::Epilogue::AddResidual));
     }
     Ok(match e.op {
@@ -292,7 +294,15 @@ fn kernel(e: &Emit) -> Result<Kernel, Failure> {
         }
         Operation::Rotate => {
             let columns = e.shape.cols;
-            prepare::lower(&prepare::Prepare { columns, stride: columns, batch: e.batch, rotation: q.rotation, norm })
+            let op = prepare::Prepare {
+                columns,
+                batch: e.batch,
+                input: Span::rows(columns),
+                gate: None,
+                norm,
+                rotation: q.rotation,
+            };
+            prepare::lower(&op, &device)
         }
     })
 }

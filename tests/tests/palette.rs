@@ -7,10 +7,11 @@ use qp_codegen::ir::{Elem, Kernel};
 use qp_codegen::kernels::dequantize::{self, Dequantize};
 use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
 use qp_codegen::kernels::gemv::Gemv;
-use qp_codegen::kernels::prepare::{self, Prepare};
+use qp_codegen::kernels::prepare::{self, Gate, Prepare};
 use qp_codegen::kernels::product::{Launch, Way};
 use qp_codegen::kernels::{Span, encode};
 use qp_codegen::palette;
+use qp_codegen::reference::{Activation, RmsNorm};
 use qp_codegen::spec::{Quantizer, Rotation, Shape};
 use qp_runtime::device::Executor;
 use qp_runtime::{check, jit};
@@ -106,6 +107,45 @@ fn every_member_compiles_for_every_target_without_spills() {
     assert!(bad.is_empty(), "{} of {} kernels:\n{}", bad.len(), most.len(), bad.join("\n"));
 }
 
+#[test]
+fn preparing_compiles_for_every_target_without_spills() {
+    if jit::nvrtc_for_tests().is_none() {
+        return;
+    }
+    let norm = Some(RmsNorm { eps: 1e-5, add_one: true });
+    let gate = |columns| Some(Gate { activation: Activation::GeluTanh, up: Span::rows(columns) });
+    let mut kernels = Vec::new();
+    for target in Target::ALL {
+        for (columns, norm, gate, block) in [
+            (576, norm, None, Some(128)),
+            (4096, norm, None, Some(128)),
+            (4096, norm, None, Some(512)),
+            (4096, norm, None, None),
+            (8192, norm, None, Some(128)),
+            (14336, None, gate(14336), Some(128)),
+            (14336, None, gate(14336), Some(1024)),
+            (14336, None, gate(14336), None),
+            (18944, None, gate(18944), Some(128)),
+            (28672, None, gate(28672), Some(128)),
+            // Values in shared memory.
+            (53248, None, gate(53248), Some(128)),
+        ] {
+            let rotation = Rotation::Hadamard { seed: 0, block };
+            let op = Prepare { columns, batch: 1, input: Span::rows(columns), gate, norm, rotation };
+            let kernel = prepare::lower(&op, &target.device());
+            // Memory that a GPU lacks is another matter.
+            if kernel.shared_bytes() <= target.device().shared_per_block {
+                kernels.push((format!("{op:?} for {target}"), kernel, target));
+            }
+        }
+    }
+    let bad: Vec<String> = kernels
+        .par_iter()
+        .filter_map(|(name, kernel, target)| Some(format!("{name}: {}", registers(kernel, *target).err()?)))
+        .collect();
+    assert!(bad.is_empty(), "{} of {} kernels:\n{}", bad.len(), kernels.len(), bad.join("\n"));
+}
+
 /// What an encoder may spill: addresses of its outer loops, while a search takes all registers.
 const SPILLED: u32 = 160;
 
@@ -149,7 +189,19 @@ fn cuda_of_representative_members() {
     let kernel = dequantize::lower(&Dequantize { quantizer: &q, shape, output: Elem::F16 }, 132);
     insta::assert_snapshot!("dequantize_tcq_2.5_sm_90a", print(&kernel, Target::Sm90a));
     insta::assert_snapshot!("embed_tcq_2.5_sm_90a", print(&embed(&q, 768), Target::Sm90a));
-    let op =
-        Prepare { columns: 768, stride: 768, batch: 1, rotation: Rotation::Hadamard { seed: 0 }, norm: Some(1e-5) };
-    insta::assert_snapshot!("prepare_768_sm_90a", print(&prepare::lower(&op), Target::Sm90a));
+    let op = Prepare {
+        columns: 768,
+        batch: 1,
+        input: Span::rows(768),
+        gate: None,
+        norm: Some(RmsNorm { eps: 1e-5, add_one: false }),
+        rotation: Rotation::Hadamard { seed: 0, block: Some(128) },
+    };
+    let prepare = |op| print(&prepare::lower(&op, &Target::Sm90a.device()), Target::Sm90a);
+    insta::assert_snapshot!("prepare_768_sm_90a", prepare(op));
+    let rotation = Rotation::Hadamard { seed: 0, block: None };
+    insta::assert_snapshot!("prepare_768_whole_sm_90a", prepare(Prepare { rotation, ..op }));
+    let gate = Some(Gate { activation: Activation::Silu, up: Span::rows(14336) });
+    let (columns, input) = (14336, Span::rows(14336));
+    insta::assert_snapshot!("prepare_14336_sm_90a", prepare(Prepare { columns, input, gate, norm: None, ..op }));
 }

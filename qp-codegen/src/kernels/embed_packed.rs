@@ -4,12 +4,11 @@
 
 use super::decode::Decoder;
 use super::dequantize::each_four;
-use super::rotate::{self, RADIX_BITS, Values};
+use super::rotate::{GROUP, Transforms, flip, flip_word};
 use super::{Span, c_name};
 use crate::ir::{Builder, Cache, Elem, Kernel, Special};
 use crate::layout::Packed;
-use crate::reference::Hadamard;
-use crate::spec::{Quantizer, Rotation, Shape};
+use crate::spec::{Quantizer, Shape};
 
 /// What to compute.
 #[derive(Clone, Copy, Debug)]
@@ -27,29 +26,19 @@ pub struct EmbedPacked<'q> {
 /// Shared memory for the tables: a block decodes too little to be repaid for filling more.
 const TABLE_BYTES: u32 = 8 << 10;
 
-/// The transform that the kernel makes, that of the rotation's inverse.
-fn hadamard(columns: u32) -> Hadamard {
-    Hadamard::new(columns).transposed()
-}
-
-/// The dense part's signs as the kernel takes them; see [`rotate::base`].
-pub fn base(columns: u32) -> Vec<u32> {
-    rotate::base(&hadamard(columns))
-}
-
 /// Makes the kernel. Its parameters, in order:
 ///
 /// * `tables`, `weights`, `scales`: as in [`super::dequantize`];
 /// * `tokens`: `i32`, one a token;
-/// * `flips`: see [`rotate::flips`];
-/// * `base`: see [`base`];
+/// * `flips`: see [`super::rotate::flips`];
+/// * `base`: see [`super::rotate::inverse_base`];
 /// * `y`: `f32`.
 ///
 /// A row is that of [`crate::reference::weight`]s, then [`crate::reference::Rotator::inverse`] of it.
 pub fn lower(op: &EmbedPacked) -> Kernel {
     let (q, n) = (op.quantizer, op.shape.cols);
     let layout = Packed::new(q, op.shape);
-    let threads = (n >> RADIX_BITS).next_power_of_two().clamp(256, 512);
+    let threads = (n / 8).next_power_of_two().clamp(256, 512);
     let name = format!("embed_{}_{}x{n}_b{}", c_name(&q.name), op.shape.rows, op.batch);
     let b = Builder::new(&name, [op.batch, 1], threads);
     b.doc(format!("Embedding of {} token(s) from the {} x {n} matrix of {}.", op.batch, op.shape.rows, q.name));
@@ -67,7 +56,8 @@ fn emit(b: &Builder, op: &EmbedPacked, layout: &Packed, threads: u32) {
     let flips = b.buffer("flips", Elem::U32, false);
     let base = b.buffer("base", Elem::U32, false);
     let y = b.buffer("y", Elem::F32, true);
-    let values = Values::new(b, "values", n);
+    let padded = n.next_multiple_of(GROUP);
+    let values = b.shared("values", Elem::F32, padded);
     let (thread, token) = (b.special(Special::Thread), b.special(Special::BlockX));
     decoder.fill(threads);
     b.grid_wait();
@@ -80,21 +70,34 @@ fn emit(b: &Builder, op: &EmbedPacked, layout: &Packed, threads: u32) {
         each_four(&decoder, layout, weights, (wanted / layout.tile.rows, col_tile), |four| {
             b.if_(four.row.eq(wanted), || {
                 for (k, v) in (0..4).zip(four.weights(scale)) {
-                    let set = || values.set(four.col + k, v);
+                    let set = || b.store(values, four.col + k, v, Elem::F32);
                     if n == layout.padded_cols() { set() } else { b.if_((four.col + k).lt(n), set) }
                 }
             });
         });
     });
+    b.for_(thread + n, padded, threads, |i| b.store(values, i, b.f32(0.0), Elem::F32));
     b.barrier();
-    let h = hadamard(n);
-    let rotated = q.rotation != Rotation::None;
-    if rotated {
-        rotate::transform(&values, &h, base, threads);
+    let transforms = Transforms::inverse_of(q.rotation, n);
+    if !transforms.is_empty() {
+        transforms.transform(b, values, base, threads);
     }
-    b.for_(thread, n, threads, |i| {
-        let v = values.get(i);
-        let v = if rotated { rotate::flip(b, flips, i, v * h.norm()) } else { v };
-        b.store(y, op.y.at(token) + i, v, Elem::F32);
+    let from = op.y.at(token);
+    b.for_(b.special(Special::Warp), padded / GROUP, threads / 32, |group| {
+        let column = group * GROUP + b.special(Special::Lane) * 4;
+        let v = b.load_as(values, column, Elem::F32, 4, Cache::Default);
+        let mut v = [0, 1, 2, 3].map(|j| v.lane(j));
+        if !transforms.is_empty() {
+            let mut j = 0;
+            v = v.map(|v| {
+                j += 1;
+                v * transforms.factor(b, column + (j - 1))
+            });
+            v = flip(flip_word(b, flips, n, column), column, v);
+        }
+        for (j, v) in (0..4).zip(v) {
+            let store = || b.store(y, from + column + j, v, Elem::F32);
+            if n == padded { store() } else { b.if_((column + j).lt(n), store) }
+        }
     });
 }

@@ -1,8 +1,10 @@
-//! The gated unit between a Llama's matrices: `silu(gate) · up`.
+//! The gated unit before layers that are not quantized: `activation(gate) · up`. Before quantized ones it is part of
+//! [`super::prepare`].
 
-use super::math::silu;
+use super::math::activation;
 use super::span::Span;
 use crate::ir::{Builder, Elem, Kernel, Special};
+use crate::reference::Activation;
 
 /// What to compute.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -11,6 +13,8 @@ pub struct Glu {
     pub columns: u32,
     /// Tokens.
     pub batch: u32,
+    /// Applied to the gates.
+    pub activation: Activation,
     /// Where a token's gates lie.
     pub gate: Span,
     /// Where the values lie that they gate.
@@ -26,7 +30,7 @@ const THREADS: u32 = 256;
 pub fn lower(op: &Glu) -> Kernel {
     let name = format!("glu_{}_b{}", op.columns, op.batch);
     let b = Builder::new(&name, [op.columns.div_ceil(THREADS), op.batch], THREADS);
-    b.doc(format!("silu(gate) · up, {} columns of {} token(s).", op.columns, op.batch));
+    b.doc(format!("Gated unit, {} columns of {} token(s).", op.columns, op.batch));
     b.dependent_launch();
     let (gate, up) = (b.buffer("gate", Elem::F32, false), b.buffer("up", Elem::F32, false));
     let y = b.buffer("y", Elem::F32, true);
@@ -35,7 +39,7 @@ pub fn lower(op: &Glu) -> Kernel {
     let i = b.special(Special::BlockX) * THREADS + b.special(Special::Thread);
     let t = b.special(Special::BlockY);
     b.if_(i.lt(op.columns), || {
-        let g = silu(&b, b.load(gate, op.gate.at(t) + i, Elem::F32));
+        let g = activation(&b, op.activation, b.load(gate, op.gate.at(t) + i, Elem::F32));
         let v = g * b.load(up, op.up.at(t) + i, Elem::F32);
         b.store(y, t * op.columns + i, v, Elem::F32);
     });

@@ -1,8 +1,8 @@
 //! Functions that the IR lacks, built from its exact operations, each with a twin in Rust that gives the same bits.
 
 use crate::ir::{Builder, Scalar, V};
-use crate::reference::{EXP_RANGE, EXP_SERIES, LN_2};
-pub use crate::reference::{exp as exp_reference, silu as silu_reference};
+use crate::reference::{Activation, EXP_RANGE, EXP_SERIES, GELU, LN_2};
+pub use crate::reference::exp as exp_reference;
 
 /// The twin of [`exp_reference`].
 pub fn exp<'b>(b: &'b Builder, x: V<'b>) -> V<'b> {
@@ -16,9 +16,13 @@ pub fn exp<'b>(b: &'b Builder, x: V<'b>) -> V<'b> {
     series * ((n + 127) << 23).bits(Scalar::F32)
 }
 
-/// The twin of [`silu_reference`].
-pub fn silu<'b>(b: &'b Builder, x: V<'b>) -> V<'b> {
-    x / (exp(b, -x) + 1.0)
+/// The twin of [`Activation::apply`].
+pub fn activation<'b>(b: &'b Builder, activation: Activation, x: V<'b>) -> V<'b> {
+    let power = match activation {
+        Activation::Silu => -x,
+        Activation::GeluTanh => x * (b.f32(GELU.0) + (x * x) * GELU.1),
+    };
+    x / (exp(b, power) + 1.0)
 }
 
 /// Folds the 32 lanes' values with `op` in a tree, lane distances 16, 8, 4, 2, 1; every lane gets the result.

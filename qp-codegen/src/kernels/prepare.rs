@@ -1,203 +1,514 @@
-//! Preparing activations for a quantized layer: (norm), rotation, rounding to two planes of signed bytes.
+//! Preparing activations for a quantized layer: gated unit, norm, rotation, rounding to two planes of signed bytes.
 //!
-//! One block a token. The rotation is that of [`super::rotate`].
+//! One block a token, or a cluster of blocks where columns are many. A lane holds four neighbouring columns of each of its
+//! warp's **groups** of 128 in registers from the load to the store. The block meets for the norm, for the largest
+//! magnitude, and for butterflies between groups of different warps; see [`super::rotate`].
 
-use super::rotate::{self, RADIX_BITS, Values};
-use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Scalar, Special, V};
+use super::math::{self, across_lanes};
+use super::rotate::{GROUP, GROUP_LEVELS, LaneSigns, Transforms, flip, flip_word};
+use super::span::Span;
+use crate::cuda::Device;
+use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Scalar, Special, V, Var};
 use crate::layout::COLUMN_PAD;
-use crate::reference::{ACTIVATION_MAX, Hadamard, MEAN_LANES};
+use crate::reference::{ACTIVATION_MAX, Activation, INFINITY_BITS, RmsNorm};
 use crate::spec::Rotation;
 
-/// What to compute.
+/// What to compute: of each token the input, gated, normed and rotated, where these are wanted, in this order.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Prepare {
-    /// Length of a token's input.
+    /// Values of a token.
     pub columns: u32,
-    /// Distance from one token's input to the next.
-    pub stride: u32,
     /// Tokens.
     pub batch: u32,
+    /// Where a token's values lie; with a gated unit, its gates.
+    pub input: Span,
+    /// A gated unit.
+    pub gate: Option<Gate>,
+    /// Root-mean-square norm.
+    pub norm: Option<RmsNorm>,
     /// The rotation of the layer's weights.
     pub rotation: Rotation,
-    /// Root-mean-square norm before the rotation: its epsilon.
-    pub norm: Option<f32>,
+}
+
+/// A gated unit: `activation(gate) · up`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Gate {
+    /// Applied to the gates.
+    pub activation: Activation,
+    /// Where the values lie that they gate.
+    pub up: Span,
+}
+
+/// Most groups of columns that a thread holds in registers; those of longer rows lie in shared memory.
+const MOST_IN_REGISTERS: u32 = 8;
+/// Most warps of a block.
+const MOST_WARPS: u32 = 32;
+
+/// How a token's groups are spread: group `(block · warps + warp) · per_warp + k` is the `k`-th of a warp.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Geometry {
+    groups: u32,
+    per_warp: u32,
+    warps: u32,
+    /// Blocks of a cluster.
+    blocks: u32,
+    /// Whether a part of the rotation goes through shared memory.
+    across: bool,
+}
+
+impl Geometry {
+    fn new(op: &Prepare, device: &Device) -> Self {
+        let transforms = Transforms::of(op.rotation, op.columns);
+        let groups = op.columns.next_multiple_of(COLUMN_PAD) / GROUP;
+        let levels = transforms.levels();
+        // Butterflies between a thread's own values reach as far as what it holds.
+        let across = transforms.has_dense() || levels > GROUP_LEVELS + MOST_IN_REGISTERS.ilog2();
+        let together = if across { 1 } else { 1 << levels.saturating_sub(GROUP_LEVELS) };
+        // Meeting in a cluster takes longer than in a block: twice with a norm.
+        let worth = if op.norm.is_some() { 2 * MOST_WARPS } else { MOST_WARPS };
+        let mut blocks = 1;
+        if groups > worth && !across {
+            blocks = groups.div_ceil(MOST_WARPS).next_power_of_two().min(device.cluster);
+            while blocks > 1 && op.batch * blocks > 2 * device.sms {
+                blocks /= 2;
+            }
+        }
+        let per_warp = groups.div_ceil(blocks * MOST_WARPS).next_multiple_of(together);
+        let warps = groups.div_ceil(blocks * per_warp);
+        Geometry { groups, per_warp, warps, blocks, across }
+    }
+
+    /// Whether no warp has groups past the last one.
+    fn is_exact(&self) -> bool {
+        self.blocks * self.warps * self.per_warp == self.groups
+    }
+
+    fn in_registers(&self) -> bool {
+        self.per_warp <= MOST_IN_REGISTERS
+    }
+}
+
+impl Prepare {
+    /// Words of the buffer `scratch`, at least one.
+    pub fn scratch(&self, device: &Device) -> usize {
+        let geometry = Geometry::new(self, device);
+        if geometry.blocks == 1 { 1 } else { (self.batch * scratch_of_token(&geometry)) as usize }
+    }
+}
+
+/// The largest magnitude of each warp, then the squares' sum of each group.
+fn scratch_of_token(g: &Geometry) -> u32 {
+    g.blocks * g.warps + g.groups
 }
 
 /// Makes the kernel. Its parameters, in order:
 ///
-/// * `input`: `f32`, `batch × stride`;
+/// * `input`: `f32`, the values or gates;
+/// * `up`: `f32` (read with a gated unit only);
 /// * `norm`: `f32`, `columns` weights (read with a norm only);
-/// * `flips`: 32-bit words, bit `i` set if column `i` is negated; see [`rotate::flips`];
-/// * `base`: the dense part's signs, if larger than the program may unroll; see [`rotate::base`];
-/// * `x`, `x_scale`, `x_sum`: see [`super::gemv::lower`].
-pub fn lower(op: &Prepare) -> Kernel {
-    let threads = (op.columns >> RADIX_BITS).next_power_of_two().clamp(MEAN_LANES as u32, 1024);
-    let b = Builder::new(&format!("prepare_{}_b{}", op.columns, op.batch), [op.batch, 1], threads);
+/// * `flips`: 32-bit words, bit `i` set if column `i` is negated; see [`super::rotate::flips`];
+/// * `base`: the dense part's signs, if larger than the program may unroll; see [`super::rotate::base`];
+/// * `scratch`: 32-bit words, [`Prepare::scratch`] of them, of any contents;
+/// * `x`, `x_scale`, `x_sum`: see [`super::gemv::lower`]; the scale of a token whose values are not finite is infinite;
+/// * `faults`: `i32`, one a layer of the model: that of `layer` becomes 1 if a token's values are not finite;
+/// * `layer`: `i32`, the place in `faults`.
+pub fn lower(op: &Prepare, device: &Device) -> Kernel {
+    let g = Geometry::new(op, device);
+    let b = Builder::new(&format!("prepare_{}_b{}", op.columns, op.batch), [op.batch * g.blocks, 1], g.warps * 32);
     b.doc(format!(
-        "{} columns of {} token(s){}{}, as signed bytes.",
+        "{} columns of {} token(s){}{}{}, as signed bytes.",
         op.columns,
         op.batch,
+        if op.gate.is_some() { ", gated" } else { "" },
         if op.norm.is_some() { ", normed" } else { "" },
         if op.rotation == Rotation::None { "" } else { ", rotated" },
     ));
+    b.cluster(g.blocks);
     b.dependent_launch();
-    planes(&b, op, threads);
+    Emit::new(&b, op, g).kernel();
     b.finish()
 }
 
-/// What is read.
-struct Inputs {
+/// A group of the present warp.
+#[derive(Clone, Copy)]
+struct Group<'b> {
+    /// Its number among the warp's, where that is known when the kernel is made.
+    index: Option<usize>,
+    /// Its number among the token's.
+    number: V<'b>,
+    /// First of this lane's four columns.
+    column: V<'b>,
+}
+
+struct Emit<'a, 'b> {
+    b: &'b Builder,
+    op: &'a Prepare,
+    g: Geometry,
+    transforms: Transforms,
     input: Mem,
+    up: Mem,
     weights: Mem,
     flips: Mem,
     base: Mem,
+    scratch: Mem,
+    x: Mem,
+    x_scale: Mem,
+    x_sum: Mem,
+    faults: Mem,
+    layer: V<'b>,
+    lane: V<'b>,
+    /// The warp among those of the token.
+    warp: V<'b>,
+    token: V<'b>,
+    /// True for one thread of the token.
+    leader: V<'b>,
+    /// This lane's values of each group, unless they lie in shared memory.
+    held: Vec<[Var; 4]>,
+    /// All values of the token, if the kernel needs them there.
+    values: Option<Mem>,
 }
 
-impl Inputs {
-    /// Declares them.
-    fn new(b: &Builder) -> Inputs {
-        Inputs {
-            input: b.buffer("input", Elem::F32, false),
-            weights: b.buffer("norm", Elem::F32, false),
-            flips: b.buffer("flips", Elem::U32, false),
-            base: b.buffer("base", Elem::U32, false),
+impl<'a, 'b> Emit<'a, 'b> {
+    fn new(b: &'b Builder, op: &'a Prepare, g: Geometry) -> Self {
+        let input = b.buffer("input", Elem::F32, false);
+        let up = b.buffer("up", Elem::F32, false);
+        let weights = b.buffer("norm", Elem::F32, false);
+        let flips = b.buffer("flips", Elem::U32, false);
+        let base = b.buffer("base", Elem::U32, false);
+        let scratch = b.buffer("scratch", Elem::U32, true);
+        let x = b.buffer("x", Elem::I8, true);
+        let x_scale = b.buffer("x_scale", Elem::F32, true);
+        let x_sum = b.buffer("x_sum", Elem::I32, true);
+        let faults = b.buffer("faults", Elem::I32, true);
+        let layer = b.scalar("layer", Scalar::I32);
+        let (lane, warp) = (b.special(Special::Lane), b.special(Special::Warp));
+        let (token, rank) = match g.blocks {
+            1 => (b.special(Special::BlockX), b.i32(0)),
+            _ => (b.special(Special::Cluster), b.special(Special::Rank)),
+        };
+        let warp = rank * g.warps + warp;
+        let leader = (warp * 32 + lane).eq(0);
+        let held = match g.in_registers() {
+            true => (0..g.per_warp).map(|_| [0; 4].map(|_| b.var(b.f32(0.0)))).collect(),
+            false => Vec::new(),
+        };
+        let transforms = Transforms::of(op.rotation, op.columns);
+        let values = (g.across || !g.in_registers()).then(|| b.shared("values", Elem::F32, g.groups * GROUP));
+        Emit {
+            b,
+            op,
+            g,
+            transforms,
+            input,
+            up,
+            weights,
+            flips,
+            base,
+            scratch,
+            x,
+            x_scale,
+            x_sum,
+            faults,
+            layer,
+            lane,
+            warp,
+            token,
+            leader,
+            held,
+            values,
         }
     }
 
-    /// The values of the block's token, normed and transformed, still to be multiplied with [`factor`]. A barrier stands
-    /// behind the last that was set.
-    fn transformed<'b>(&self, b: &'b Builder, op: &Prepare, threads: u32) -> Values<'b> {
-        let n = op.columns;
-        let rotated = op.rotation != Rotation::None;
-        let values = Values::new(b, "values", n);
-        let (thread, token) = (b.special(Special::Thread), b.special(Special::BlockX));
+    /// For each group of the warp.
+    fn each(&self, f: impl Fn(Group<'b>)) {
+        let (b, g) = (self.b, self.g);
+        let one = |index: Option<usize>, k: V<'b>| {
+            let number = self.warp * g.per_warp + k;
+            let run = || f(Group { index, number, column: number * GROUP + self.lane * 4 });
+            if g.is_exact() { run() } else { b.if_(number.lt(g.groups), run) }
+        };
+        if g.in_registers() {
+            (0..g.per_warp).for_each(|k| one(Some(k as usize), b.i32(k as i32)));
+        } else {
+            b.for_(0, g.per_warp, 1, |k| one(None, k));
+        }
+    }
+
+    fn get(&self, group: Group<'b>) -> [V<'b>; 4] {
+        match group.index {
+            Some(k) => self.held[k].map(|v| self.b.get(v)),
+            None => self.shared(group.column),
+        }
+    }
+
+    fn set(&self, group: Group<'b>, v: [V<'b>; 4]) {
+        match group.index {
+            Some(k) => self.held[k].iter().zip(v).for_each(|(&var, v)| self.b.set(var, v)),
+            None => self.share(group.column, v),
+        }
+    }
+
+    /// Four values from shared memory.
+    fn shared(&self, column: V<'b>) -> [V<'b>; 4] {
+        let values = self.values.expect("declared where it is used");
+        let v = self.b.load_as(values, column, Elem::F32, 4, Cache::Default);
+        [0, 1, 2, 3].map(|j| v.lane(j))
+    }
+
+    /// Four values to shared memory.
+    fn share(&self, column: V<'b>, v: [V<'b>; 4]) {
+        let values = self.values.expect("declared where it is used");
+        self.b.store(values, column, self.b.vector(&v), Elem::F32);
+    }
+
+    /// Four values of a row that begins at `first`, from `column` on; zero past the last column.
+    fn load(&self, mem: Mem, first: V<'b>, aligned: bool, column: V<'b>, cache: Cache) -> [V<'b>; 4] {
+        let (b, n) = (self.b, self.op.columns);
+        let inside = n == self.g.groups * GROUP;
+        if aligned && n.is_multiple_of(4) {
+            let load = || {
+                let v = b.load_as(mem, first + column, Elem::F32, 4, cache);
+                [0, 1, 2, 3].map(|j| v.lane(j))
+            };
+            if inside {
+                return load();
+            }
+            let vars = [0; 4].map(|_| b.var(b.f32(0.0)));
+            b.if_(column.lt(n), || vars.iter().zip(load()).for_each(|(&var, v)| b.set(var, v)));
+            return vars.map(|v| b.get(v));
+        }
+        [0, 1, 2, 3].map(|j| {
+            let load = || b.load_as(mem, first + column + j, Elem::F32, 1, cache);
+            if inside {
+                return load();
+            }
+            let var = b.var(b.f32(0.0));
+            b.if_((column + j).lt(n), || b.set(var, load()));
+            b.get(var)
+        })
+    }
+
+    fn of_span(&self, mem: Mem, span: Span, column: V<'b>) -> [V<'b>; 4] {
+        let aligned = span.first.is_multiple_of(4) && (self.op.batch == 1 || span.stride.is_multiple_of(4));
+        let first = if self.op.batch == 1 { self.b.i32(span.first as i32) } else { span.at(self.token) };
+        self.load(mem, first, aligned, column, Cache::Default)
+    }
+
+    fn norm_weights(&self, column: V<'b>) -> [V<'b>; 4] {
+        self.load(self.weights, self.b.i32(0), true, column, Cache::ReadOnly)
+    }
+
+    fn kernel(&self) {
+        let (b, op, g) = (self.b, self.op, self.g);
+        let rotated = !self.transforms.is_empty();
+        // What no kernel before writes is on its way before these have ended.
+        let (mut weights, mut words) = (Vec::new(), Vec::new());
+        if g.in_registers() {
+            weights = (0..g.per_warp).map(|_| [0; 4].map(|_| b.var(b.f32(0.0)))).collect();
+            words = (0..g.per_warp).map(|_| b.var(b.u32(0))).collect();
+            self.each(|group| {
+                let k = group.index.expect("in registers");
+                if op.norm.is_some() {
+                    let v = self.norm_weights(group.column);
+                    weights[k].iter().zip(v).for_each(|(&var, v)| b.set(var, v));
+                }
+                if rotated {
+                    b.set(words[k], flip_word(b, self.flips, op.columns, group.column));
+                }
+            });
+        }
         b.grid_wait();
         b.grid_launch();
 
-        let inverse = op.norm.map(|eps| inverse_norm(b, n, self.input, token * op.stride, eps));
-        b.for_(thread, n, threads, |i| {
-            let v = b.load(self.input, token * op.stride + i, Elem::F32);
-            let v = match inverse {
+        let sums = op.norm.map(|_| self.meeting("squares", Elem::F32, g.blocks * g.warps, g.groups));
+        self.each(|group| {
+            let v = self.of_span(self.input, op.input, group.column);
+            let v = match op.gate {
                 None => v,
-                Some(inverse) => v * inverse * b.load_as(self.weights, i, Elem::F32, 1, Cache::ReadOnly),
+                Some(gate) => {
+                    let up = self.of_span(self.up, gate.up, group.column);
+                    let mut up = up.into_iter();
+                    v.map(|v| math::activation(b, gate.activation, v) * up.next().expect("four"))
+                }
             };
-            let v = if rotated { rotate::flip(b, self.flips, i, v) } else { v };
-            values.set(i, v);
-        });
-        b.barrier();
-        if rotated {
-            rotate::transform(&values, &Hadamard::new(n), self.base, threads);
-        }
-        values
-    }
-}
-
-/// What transformed values are multiplied with, if anything.
-fn factor(op: &Prepare) -> Option<f32> {
-    (op.rotation != Rotation::None).then(|| Hadamard::new(op.columns).norm())
-}
-
-fn planes(b: &Builder, op: &Prepare, threads: u32) {
-    let (n, inputs) = (op.columns, Inputs::new(b));
-    let x = b.buffer("x", Elem::I8, true);
-    let x_scale = b.buffer("x_scale", Elem::F32, true);
-    let x_sum = b.buffer("x_sum", Elem::I32, true);
-    let values = inputs.transformed(b, op, threads);
-    let (thread, token) = (b.special(Special::Thread), b.special(Special::BlockX));
-    let warps = threads / 32;
-
-    b.comment("Largest magnitude, then whole numbers.");
-    let largest = b.var(b.f32(0.0));
-    b.for_(thread, n, threads, |i| {
-        let v = values.get(i);
-        let scaled = factor(op).map(|factor| v * factor);
-        b.set(largest, b.get(largest).max(scaled.unwrap_or(v).abs()));
-        if let Some(v) = scaled {
-            values.set(i, v);
-        }
-    });
-    let of_warps = b.shared("of_warps", Elem::F32, 32);
-    let mut most = b.get(largest);
-    for mask in [16, 8, 4, 2, 1] {
-        most = most.max(most.shuffle_xor(mask));
-    }
-    let (lane, warp) = (b.special(Special::Lane), b.special(Special::Warp));
-    let total = b.shared("total", Elem::I32, 1);
-    let zero = b.i32(0);
-    b.if_(lane.eq(0), || b.store(of_warps, warp, most, Elem::F32));
-    b.if_(thread.eq(0), || b.store(total, zero, zero, Elem::I32));
-    b.barrier();
-    let mut most = b.load(of_warps, lane.min(warps - 1), Elem::F32);
-    for mask in [16, 8, 4, 2, 1] {
-        most = most.max(most.shuffle_xor(mask));
-    }
-    let inverse = most.gt(0.0).select(b.f32(ACTIVATION_MAX) / most, 0.0);
-    let stride = n.next_multiple_of(COLUMN_PAD);
-    let sum = b.var(zero);
-    b.for_(thread, stride / 4, threads, |quad| {
-        let part = |k: u32| {
-            let i = quad * 4 + k;
-            let q = b.var(zero);
-            let set = || b.set(q, (values.get(i) * inverse).to(Scalar::I32));
-            if n == stride {
-                set()
-            } else {
-                b.if_(i.lt(n), set)
+            self.set(group, v);
+            if let Some((mem, first)) = sums {
+                let [x, y, z, w] = v.map(|v| v * v);
+                let sum = across_lanes((x + y) + (z + w), |a, b| a + b);
+                b.if_(self.lane.eq(0), || b.store(mem, first + group.number, sum, Elem::F32));
             }
-            b.get(q)
-        };
-        let q = [part(0), part(1), part(2), part(3)];
-        let high = q.map(|q| (q + 64) >> 7);
-        let low = [0, 1, 2, 3].map(|k| q[k] - (high[k] << 7));
-        // Four quads a cell; the planes of a token are neighbours.
-        let at = (quad / 4 * (2 * op.batch) + token * 2) * 4 + quad % 4;
-        b.store(x, at, bytes(high), Elem::U32);
-        b.store(x, at + 4, bytes(low), Elem::U32);
-        b.set(sum, b.get(sum) + q[0] + q[1] + q[2] + q[3]);
-    });
-    let mut all = b.get(sum);
-    for mask in [16, 8, 4, 2, 1] {
-        all = all + all.shuffle_xor(mask);
+        });
+        let inverse = sums.map(|(mem, first)| {
+            self.meet();
+            inverse_norm(b, mem, first, [op.columns, g.groups], op.norm.expect("summed for it").eps)
+        });
+
+        let signs = LaneSigns::new(b);
+        self.each(|group| {
+            let mut v = self.get(group);
+            if let (Some(inverse), Some(norm)) = (inverse, op.norm) {
+                let weights = match group.index {
+                    Some(k) => weights[k].map(|w| b.get(w)),
+                    None => self.norm_weights(group.column),
+                };
+                let mut weights = weights.into_iter();
+                v = v.map(|v| {
+                    let weight = weights.next().expect("four");
+                    v * inverse * if norm.add_one { weight + 1.0 } else { weight }
+                });
+            }
+            if rotated {
+                let word = match group.index {
+                    Some(k) => b.get(words[k]),
+                    None => flip_word(b, self.flips, op.columns, group.column),
+                };
+                v = self.transforms.in_warp(&signs, group.column, flip(word, group.column, v));
+            }
+            self.set(group, v);
+            if g.across && g.in_registers() {
+                self.share(group.column, v);
+            }
+        });
+        if g.across {
+            b.barrier();
+            self.transforms.across_warps(b, self.values.expect("with it"), self.base, g.warps * 32);
+            if g.in_registers() {
+                self.each(|group| self.set(group, self.shared(group.column)));
+            }
+        } else {
+            self.between_groups();
+        }
+        self.round();
     }
-    b.if_(lane.eq(0), || {
-        b.atomic_add(total, zero, all);
-    });
-    b.barrier();
-    b.if_(thread.eq(0), || {
-        b.store(x_scale, token, most / ACTIVATION_MAX, Elem::F32);
-        b.store(x_sum, token, b.load(total, zero, Elem::I32), Elem::I32);
-    });
+
+    /// Butterflies of stride 128 and more between a thread's own values.
+    fn between_groups(&self) {
+        let b = self.b;
+        for level in GROUP_LEVELS..self.transforms.levels() {
+            let bit = 1usize << (level - GROUP_LEVELS);
+            for k in (0..self.held.len()).filter(|k| k & bit == 0) {
+                let column = (self.warp * self.g.per_warp + k as u32) * GROUP;
+                let mix = || {
+                    for (&low, &high) in self.held[k].iter().zip(&self.held[k + bit]) {
+                        let (u, v) = (b.get(low), b.get(high));
+                        b.set(low, u + v);
+                        b.set(high, u - v);
+                    }
+                };
+                match self.transforms.mixes(level, column) {
+                    None => mix(),
+                    Some(mixes) => b.if_(mixes, mix),
+                }
+            }
+        }
+    }
+
+    /// A group's values times what makes the rotation orthonormal.
+    fn scaled(&self, group: Group<'b>) -> [V<'b>; 4] {
+        let v = self.get(group);
+        if self.transforms.is_empty() {
+            return v;
+        }
+        let factor = |j: u32| self.transforms.factor(self.b, group.column + j);
+        if self.transforms.factor_varies() {
+            let mut j = 0;
+            return v.map(|v| {
+                j += 1;
+                v * factor(j - 1)
+            });
+        }
+        let factor = factor(0);
+        v.map(|v| v * factor)
+    }
+
+    /// Where the warps or groups of a token put a number each that all read: memory, and the first of `len`. In the scratch
+    /// buffer of a cluster it lies `skip` behind the token's first.
+    fn meeting(&self, name: &str, elem: Elem, skip: u32, len: u32) -> (Mem, V<'b>) {
+        match self.g.blocks {
+            1 => (self.b.shared(name, elem, len), self.b.i32(0)),
+            _ => (self.scratch, self.token * scratch_of_token(&self.g) + skip),
+        }
+    }
+
+    /// All threads of the token meet.
+    fn meet(&self) {
+        if self.g.blocks == 1 { self.b.barrier() } else { self.b.cluster_barrier() }
+    }
+
+    fn round(&self) {
+        let (b, g) = (self.b, self.g);
+        b.comment("Largest magnitude: magnitudes are ordered as their bits are.");
+        let largest = b.var(b.u32(0));
+        self.each(|group| {
+            let v = self.scaled(group);
+            self.set(group, v);
+            let bits = v.map(|v| v.bits(Scalar::U32) & (i32::MAX as u32));
+            let most = bits.into_iter().fold(b.get(largest), |m, v| m.max(v));
+            b.set(largest, most);
+        });
+        let of_warp = across_lanes(b.get(largest), |a, b| a.max(b));
+        let all = g.blocks * g.warps;
+        let (mem, first) = self.meeting("largest", Elem::U32, 0, all);
+        b.if_(self.lane.eq(0), || b.store(mem, first + self.warp, of_warp, Elem::U32));
+        b.if_(self.leader, || b.store(self.x_sum, self.token, b.i32(0), Elem::I32));
+        self.meet();
+        let each = (0..all.div_ceil(32)).map(|i| {
+            let at = self.lane + i * 32;
+            b.load(mem, first + if (i + 1) * 32 <= all { at } else { at.min(all - 1) }, Elem::U32)
+        });
+        let each: Vec<V> = each.collect();
+        let most = across_lanes(each.into_iter().reduce(|a, b| a.max(b)).expect("a warp"), |a, b| a.max(b));
+        let magnitude = most.bits(Scalar::F32);
+        let inverse = magnitude.gt(0.0).select(b.f32(ACTIVATION_MAX) / magnitude, 0.0);
+
+        b.comment("Whole numbers.");
+        let sum = b.var(b.i32(0));
+        self.each(|group| {
+            let q = self.get(group).map(|v| (v * inverse).to(Scalar::I32));
+            let high = q.map(|q| (q + 64) >> 7);
+            let low = [0, 1, 2, 3].map(|k| q[k] - (high[k] << 7));
+            // Four quads a cell; the planes of a token are neighbours.
+            let cell = group.number * 8 + self.lane / 4;
+            let at = (cell * (2 * self.op.batch) + self.token * 2) * 4 + self.lane % 4;
+            b.store(self.x, at, bytes(high), Elem::U32);
+            b.store(self.x, at + 4, bytes(low), Elem::U32);
+            b.set(sum, b.get(sum) + ((q[0] + q[1]) + (q[2] + q[3])));
+        });
+        let sum = across_lanes(b.get(sum), |a, b| a + b);
+        b.if_(self.lane.eq(0), || {
+            b.atomic_add(self.x_sum, self.token, sum);
+        });
+        b.if_(self.leader, || {
+            let finite = most.lt(INFINITY_BITS);
+            let scale = finite.select(magnitude / ACTIVATION_MAX, f32::INFINITY);
+            b.store(self.x_scale, self.token, scale, Elem::F32);
+            b.if_(!finite, || b.store(self.faults, self.layer, b.i32(1), Elem::I32));
+        });
+    }
 }
 
 /// The low bytes of four values, the first lowest.
 fn bytes(v: [V<'_>; 4]) -> V<'_> {
-    let [a, b, c, d] = v.map(|v| (v & 0xff).bits(Scalar::U32));
-    a | (b << 8) | (c << 16) | (d << 24)
+    let [a, b, c, d] = v.map(|v| v.bits(Scalar::U32));
+    a.permute(b, 0x0040).permute(c.permute(d, 0x0040), 0x5410)
 }
 
-/// `1 / √(mean(x²) + eps)` of the `columns` values from `first`, in the order of [`crate::reference::mean_square`].
-pub(super) fn inverse_norm<'b>(b: &'b Builder, columns: u32, input: Mem, first: V<'b>, eps: f32) -> V<'b> {
-    let lanes = MEAN_LANES as u32;
-    let partial = b.shared("partial", Elem::F32, lanes);
-    let thread = b.special(Special::Thread);
-    b.if_(thread.lt(lanes), || {
-        let sum = b.var(b.f32(0.0));
-        b.for_(thread, columns, lanes, |i| {
-            let v = b.load(input, first + i, Elem::F32);
-            b.set(sum, b.get(sum) + v * v);
-        });
-        b.store(partial, thread, b.get(sum), Elem::F32);
-    });
-    let mut half = lanes / 2;
-    while half > 0 {
-        b.barrier();
-        b.if_(thread.lt(half), || {
-            let sum = b.load(partial, thread, Elem::F32) + b.load(partial, thread + half, Elem::F32);
-            b.store(partial, thread, sum, Elem::F32);
-        });
-        half /= 2;
+/// `1 / √(mean(x²) + eps)` from the sums of the squares of each group, in the order of [`crate::reference::mean_square`].
+/// They lie in `mem` from `first` on; `columns` and `groups` say how many there are. Each warp computes it for itself.
+pub(super) fn inverse_norm<'b>(
+    b: &'b Builder,
+    mem: Mem,
+    first: V<'b>,
+    [columns, groups]: [u32; 2],
+    eps: f32,
+) -> V<'b> {
+    let lane = b.special(Special::Lane);
+    let sum = b.var(b.f32(0.0));
+    for i in 0..groups.div_ceil(32) {
+        let at = lane + i * 32;
+        let add = || b.set(sum, b.get(sum) + b.load(mem, first + at, Elem::F32));
+        if (i + 1) * 32 <= groups { add() } else { b.if_(at.lt(groups), add) }
     }
-    b.barrier();
-    let mean = b.load(partial, b.i32(0), Elem::F32) / columns as f32;
+    let mean = across_lanes(b.get(sum), |a, b| a + b) / columns as f32;
     b.f32(1.0) / (mean + eps).sqrt()
 }

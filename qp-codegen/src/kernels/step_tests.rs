@@ -7,13 +7,12 @@ use super::attention::{self, Attention};
 use super::dense::{self, Dense};
 use super::embed::{self, Embed};
 use super::glu::{self, Glu};
-use super::math::silu_reference;
 use super::norm::{self, Norm};
 use super::read::{self, Read};
 use super::span::Span;
 use crate::ir::interpret::{Arg, Options, run};
 use crate::ir::{Elem, Kernel, validate};
-use crate::reference;
+use crate::reference::{Activation, RmsNorm};
 
 /// `n` values in −1..1.
 fn random(seed: u64, n: usize) -> Vec<f32> {
@@ -75,27 +74,35 @@ fn read_reads_every_word_once() {
 
 #[test]
 fn norm_equals_the_reference() {
-    for columns in [64, 256, 700] {
-        let op = Norm { columns: columns as u32, batch: 2, x: Span { first: 3, stride: 710 }, eps: 1e-5 };
-        let (x, w) = (random(2, 3 + 2 * 710), random(3, columns));
+    for (columns, add_one) in [(1, false), (64, false), (256, true), (701, false), (4200, true)] {
+        let norm = RmsNorm { eps: 1e-5, add_one };
+        let op = Norm { columns: columns as u32, batch: 2, x: Span { first: 3, stride: 4210 }, norm };
+        let (x, w) = (random(2, 3 + 2 * 4210), random(3, columns));
         let mut y = vec![0u8; 8 * columns];
         launch(&norm::lower(&op), &mut [Arg::ReadOnly(&bytes(&x)), Arg::ReadOnly(&bytes(&w)), Arg::Buffer(&mut y)]);
         for (t, row) in floats(&y).chunks(columns).enumerate() {
-            assert_eq!(row, reference::rms_norm(&x[3 + t * 710..][..columns], &w, 1e-5));
+            assert_eq!(row, norm.apply(&x[3 + t * 4210..][..columns], &w));
         }
     }
 }
 
 #[test]
 fn glu_equals_the_reference() {
-    let op = Glu { columns: 270, batch: 2, gate: Span { first: 0, stride: 600 }, up: Span { first: 288, stride: 600 } };
+    for activation in [Activation::Silu, Activation::GeluTanh] {
+        glu_of(activation);
+    }
+}
+
+fn glu_of(activation: Activation) {
+    let (gate, up) = (Span { first: 0, stride: 600 }, Span { first: 288, stride: 600 });
+    let op = Glu { columns: 270, batch: 2, activation, gate, up };
     let x: Vec<f32> = random(4, 1200).iter().map(|v| v * 20.0).collect();
     let mut y = vec![0u8; 4 * 540];
     let input = bytes(&x);
     launch(&glu::lower(&op), &mut [Arg::ReadOnly(&input), Arg::ReadOnly(&input), Arg::Buffer(&mut y)]);
     for (t, row) in floats(&y).chunks(270).enumerate() {
         for (i, y) in row.iter().enumerate() {
-            assert_eq!(*y, silu_reference(x[t * 600 + i]) * x[t * 600 + 288 + i]);
+            assert_eq!(*y, activation.apply(x[t * 600 + i]) * x[t * 600 + 288 + i]);
         }
     }
 }

@@ -4,13 +4,13 @@ use super::decode::pack_tables;
 use super::dequantize::{self, Dequantize};
 use super::embed_packed::{self, EmbedPacked};
 use super::gemv::{self, Gemv};
-use super::prepare::{self, Prepare};
+use super::prepare::{self, Gate, Prepare};
 use super::product::{Launch, Way};
 use super::{Span, gemm, rotate};
 use crate::ir::interpret::{Arg, Options, run};
 use crate::ir::{Elem, Kernel};
 use crate::layout::{BLOCKS_PER_TILE, Packed, position};
-use crate::reference::{self, Activations, Hadamard, Rotator};
+use crate::reference::{self, Activation, Activations, RmsNorm, Rotator};
 use crate::spec::expr::{Decode, Node, Op, VectorOp, WordOp};
 use crate::spec::{Code, Quantizer, Rotation, ScaleKind, Shape, Table, Value};
 
@@ -79,7 +79,7 @@ fn code(window: u32, steps: &[u32], vector: u32, value: Value, entries: u32, dec
 fn quantizers() -> Vec<Quantizer> {
     let mut out = Vec::new();
     let mut add = |name: &str, codes: Vec<Code>| {
-        let rotation = Rotation::Hadamard { seed: 3 };
+        let rotation = Rotation::Hadamard { seed: 3, block: None };
         out.push(Quantizer { name: name.into(), codes, scale: ScaleKind::Row, rotation });
     };
     for kv in 3..=10 {
@@ -243,14 +243,19 @@ fn embed_packed_equals_the_reference() {
         let q = named(&all, name);
         Quantizer { rotation, ..q.clone() }
     };
-    let rotations = [Rotation::None, Rotation::Hadamard { seed: 5 }];
+    let rotations = [Rotation::None, Rotation::Hadamard { seed: 5, block: None }];
+    let blocks = |block| Rotation::Hadamard { seed: 5, block: Some(block) };
     for (name, cols, rotation) in [
         ("v2_k5", 256, rotations[1]),
         ("v4_k8_i16", 576, rotations[1]),
         ("square", 130, rotations[0]),
         ("mix2", 768, rotations[1]),
         ("mix3", 4864, rotations[1]),
+        ("mix3", 18944, rotations[1]),
         ("nuq3", 6, rotations[1]),
+        ("v2_k5", 300, blocks(128)),
+        ("square", 130, blocks(4)),
+        ("mix2", 1280, blocks(512)),
     ] {
         let (q, shape) = (named(name, rotation), Shape { rows: 70, cols });
         let m = Matrix::random(&q, shape);
@@ -275,7 +280,7 @@ fn embed_packed_equals_the_reference() {
             bytes(&m.scales, u16::to_le_bytes),
             bytes(&tokens, i32::to_le_bytes),
             bytes(&rotate::flips(rotation, cols), u32::to_le_bytes),
-            bytes(&embed_packed::base(cols), u32::to_le_bytes),
+            bytes(&rotate::inverse_base(rotation, cols), u32::to_le_bytes),
         ];
         let mut args: Vec<Arg> = inputs.iter().map(|b| Arg::ReadOnly(b)).collect();
         args.push(Arg::Buffer(&mut out));
@@ -456,46 +461,143 @@ fn gemm_in_groups_of_warps_is_exact_for_every_shape_batch_and_launch() {
 
 #[test]
 fn prepare_equals_the_reference() {
-    let rotations = [Rotation::None, Rotation::Hadamard { seed: 5 }];
-    for (columns, rotation, norm) in [
-        (256, rotations[1], None),
-        (256, rotations[0], Some(1e-5)),
-        (768, rotations[1], Some(1e-5)),
-        (576, rotations[1], Some(1e-5)),
-        (4096, rotations[1], Some(1e-6)),
-        (4864, rotations[1], None),
-        (200, rotations[1], None),
-        (6, rotations[1], Some(0.1)),
-        (7, rotations[0], Some(0.1)),
+    let whole = Rotation::Hadamard { seed: 5, block: None };
+    let blocks = |block| Rotation::Hadamard { seed: 5, block: Some(block) };
+    let norm = |eps, add_one| Some(RmsNorm { eps, add_one });
+    let (silu, gelu) = (Some(Activation::Silu), Some(Activation::GeluTanh));
+    for (columns, rotation, norm, gate) in [
+        (256, whole, None, None),
+        (256, Rotation::None, norm(1e-5, false), None),
+        (768, whole, norm(1e-5, true), None),
+        (576, whole, norm(1e-5, false), None),
+        (576, blocks(128), norm(1e-5, false), silu),
+        (1536, blocks(128), norm(1e-5, true), None),
+        (1536, blocks(512), None, gelu),
+        (4096, whole, norm(1e-6, false), None),
+        (4096, blocks(128), norm(1e-6, false), None),
+        (4096, blocks(256), norm(1e-6, false), None),
+        (4096, blocks(1024), None, None),
+        (6144, blocks(2048), norm(1e-6, false), None),
+        (4864, whole, None, None),
+        (4864, blocks(128), None, silu),
+        (8192, blocks(128), norm(1e-5, false), None),
+        (8192, whole, norm(1e-5, false), None),
+        (11008, blocks(128), None, silu),
+        (14336, blocks(128), None, silu),
+        (14336, whole, None, silu),
+        (18944, blocks(256), None, silu),
+        (12288, blocks(128), norm(1e-5, false), None),
+        (40960, blocks(128), norm(1e-5, false), silu),
+        (100, blocks(128), norm(1e-5, false), None),
+        (172, blocks(64), None, gelu),
+        (300, blocks(4), norm(0.1, false), None),
+        (201, blocks(16), norm(0.1, false), None),
+        (200, whole, None, None),
+        (6, whole, norm(0.1, false), None),
+        (2, whole, None, None),
+        (2, blocks(128), None, None),
+        (1, blocks(128), None, silu),
+        (7, blocks(2), norm(0.1, true), silu),
+        (7, Rotation::None, norm(0.1, false), None),
     ] {
-        let (batch, stride) = (2u32, columns + 12);
-        let mut r = Random(u64::from(columns));
-        let input: Vec<f32> = (0..batch * stride).map(|_| r.unit()).collect();
-        let weight: Vec<f32> = (0..columns).map(|_| r.unit()).collect();
-        let rotated: Vec<Vec<f32>> = (0..batch)
-            .map(|t| {
-                let x = &input[(t * stride) as usize..][..columns as usize];
-                let mut x = norm.map_or(x.to_vec(), |eps| reference::rms_norm(x, &weight, eps));
-                reference::rotate(rotation, &mut x);
-                x
-            })
-            .collect();
-        let expect: Vec<Activations> = rotated.iter().map(|x| reference::quantize_activations(x)).collect();
-        let expect = inputs(&expect);
-
-        let op = Prepare { columns, stride, batch, rotation, norm };
-        let (input, weight) = (bytes(&input, f32::to_le_bytes), bytes(&weight, f32::to_le_bytes));
-        let flips = bytes(&rotate::flips(rotation, columns), u32::to_le_bytes);
-        let base = bytes(&rotate::base(&Hadamard::new(columns)), u32::to_le_bytes);
-        let run = |kernel: &Kernel, out: &mut [Vec<u8>]| {
-            let mut args: Vec<Arg> = [&input, &weight, &flips, &base].map(|b| Arg::ReadOnly(b)).into();
-            args.extend(out.iter_mut().map(|o| Arg::Buffer(o)));
-            launch(kernel, args);
-        };
-        let mut out = expect.each_ref().map(|e| vec![0xee; e.len()]);
-        run(&prepare::lower(&op), &mut out);
-        assert_eq!(out, expect, "{columns} {rotation:?} {norm:?}");
+        for batch in if columns > 10000 { 1..=2 } else { 1..=3 } {
+            check_prepare(columns, batch, rotation, norm, gate);
+        }
     }
+    // So many tokens that clusters would not pay.
+    check_prepare(300, 130, blocks(128), None, None);
+    check_prepare(5000, 140, blocks(128), None, None);
+}
+
+/// Compares the kernels of GPUs with clusters and without with the reference.
+fn check_prepare(columns: u32, batch: u32, rotation: Rotation, norm: Option<RmsNorm>, gate: Option<Activation>) {
+    let what = format!("{batch} of {columns}, {rotation:?} {norm:?} {gate:?}");
+    // Rows whose fours are aligned, and others.
+    let input_span = Span { first: 4 * (batch % 2), stride: columns.next_multiple_of(4) + 8 + (batch + 1) % 2 };
+    let up = Span { first: 1, stride: columns + 3 };
+    let mut r = Random(u64::from(columns + batch));
+    let mut random = |n: u32, size: f32| (0..n).map(|_| r.unit() * size).collect::<Vec<f32>>();
+    let input = random(input_span.first + batch * input_span.stride, 20.0);
+    let ups = random(up.first + batch * up.stride, 1.0);
+    let weight = random(columns, 1.0);
+    let rotator = Rotator::new(rotation, columns);
+    let rotated: Vec<Vec<f32>> = (0..batch)
+        .map(|t| {
+            let of = |values: &[f32], span: Span| {
+                values[(span.first + t * span.stride) as usize..][..columns as usize].to_vec()
+            };
+            let mut x = of(&input, input_span);
+            if let Some(activation) = gate {
+                x.iter_mut().zip(of(&ups, up)).for_each(|(x, up)| *x = activation.apply(*x) * up);
+            }
+            let mut x = norm.map_or(x.clone(), |norm| norm.apply(&x, &weight));
+            rotator.apply(&mut x);
+            x
+        })
+        .collect();
+    let tokens: Vec<Activations> = rotated.iter().map(|x| reference::quantize_activations(x)).collect();
+    let expect = inputs(&tokens);
+
+    let given = [
+        bytes(&input, f32::to_le_bytes),
+        bytes(&ups, f32::to_le_bytes),
+        bytes(&weight, f32::to_le_bytes),
+        bytes(&rotate::flips(rotation, columns), u32::to_le_bytes),
+        bytes(&rotate::base(rotation, columns), u32::to_le_bytes),
+    ];
+    let gate = gate.map(|activation| Gate { activation, up });
+    let op = Prepare { columns, batch, input: input_span, gate, norm, rotation };
+    for target in [crate::cuda::Target::Sm80, crate::cuda::Target::Sm90a] {
+        let device = target.device();
+        let mut scratch = vec![0xee; 4 * op.scratch(&device)];
+        let mut out = expect.each_ref().map(|e| vec![0xee; e.len()]);
+        let mut faults = vec![0; 12];
+        let mut args: Vec<Arg> = given.iter().map(|b| Arg::ReadOnly(b)).collect();
+        args.push(Arg::Buffer(&mut scratch));
+        args.extend(out.iter_mut().map(|o| Arg::Buffer(o)));
+        args.extend([Arg::Buffer(&mut faults), Arg::I32(1)]);
+        launch(&prepare::lower(&op, &device), args);
+        assert!(out == expect, "{what}, {target}");
+        assert_eq!(faults, [0; 12], "{what}");
+    }
+}
+
+#[test]
+fn preparing_notices_what_is_not_finite() {
+    let columns = 300u32;
+    let rotation = Rotation::Hadamard { seed: 5, block: Some(128) };
+    for (bad, gate) in [(f32::NAN, false), (-f32::NAN, true), (f32::INFINITY, false), (f32::NEG_INFINITY, false)] {
+        let mut x = vec![1f32; 2 * columns as usize];
+        x[columns as usize + 290] = bad;
+        let span = Span::rows(columns);
+        let gate = gate.then_some(Gate { activation: Activation::Silu, up: span });
+        let op = Prepare { columns, batch: 2, input: span, gate, norm: None, rotation };
+        let device = crate::cuda::Target::Sm90a.device();
+        let input = bytes(&x, f32::to_le_bytes);
+        let flips = bytes(&rotate::flips(rotation, columns), u32::to_le_bytes);
+        let mut scratch = vec![0; 4 * op.scratch(&device)];
+        let (mut planes, mut scale, mut sum) = (vec![0xee; 4 * 512], vec![0; 8], vec![0; 8]);
+        let mut faults = vec![0; 12];
+        let mut args: Vec<Arg> = [&input, &input, &input, &flips, &flips].map(|b| Arg::ReadOnly(b)).into();
+        args.extend([&mut scratch, &mut planes, &mut scale, &mut sum, &mut faults].map(|b| Arg::Buffer(b)));
+        args.push(Arg::I32(1));
+        launch(&prepare::lower(&op, &device), args);
+        assert_eq!(faults, bytes(&[0, 1, 0], i32::to_le_bytes), "{bad}");
+        let scales = floats(&scale);
+        assert!(scales[0].is_finite() && scales[1] == f32::INFINITY, "{bad}: {scales:?}");
+        assert_eq!(sum[4..], [0; 4], "{bad}");
+    }
+}
+
+#[test]
+fn many_columns_are_prepared_by_clusters() {
+    let of = |columns, batch| {
+        let rotation = Rotation::Hadamard { seed: 0, block: Some(128) };
+        let input = Span::rows(columns);
+        let op = Prepare { columns, batch, input, gate: None, norm: None, rotation };
+        prepare::lower(&op, &crate::cuda::Target::Sm90a.device()).cluster
+    };
+    assert_eq!([of(4096, 1), of(14336, 1), of(28672, 1), of(14336, 512)], [1, 4, 8, 1]);
 }
 
 #[test]

@@ -28,7 +28,8 @@ fn body(q: &Quantizer) -> String {
     };
     let rotation = match q.rotation {
         Rotation::None => "none".to_string(),
-        Rotation::Hadamard { seed } => format!("hadamard(seed = {seed})"),
+        Rotation::Hadamard { seed, block: None } => format!("hadamard(seed = {seed})"),
+        Rotation::Hadamard { seed, block: Some(block) } => format!("hadamard(seed = {seed}, block = {block})"),
     };
     let mut out = format!("{{\n    scale  {scale}\n    rotate {rotation}\n");
     match &q.codes[..] {

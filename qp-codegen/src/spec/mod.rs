@@ -99,10 +99,12 @@ pub enum ScaleKind {
 pub enum Rotation {
     /// None.
     None,
-    /// Random signs, then an orthonormal Hadamard transform, along the columns (in features).
+    /// Random signs, then orthonormal Hadamard transforms, along the columns (in features).
     Hadamard {
         /// Seed of the signs; see [`crate::layout::signs`].
         seed: u64,
+        /// Columns that are transformed together, a power of two; all without it. See [`crate::reference::transforms`].
+        block: Option<u32>,
     },
 }
 

@@ -13,12 +13,14 @@ use qp_codegen::kernels::embed_packed::EmbedPacked;
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::prepare::Prepare;
 use qp_codegen::kernels::product::Launch;
-use qp_codegen::reference::{self, Activations, Rotator};
+use qp_codegen::reference::{self, Activations, RmsNorm, Rotator};
 use qp_codegen::spec::{Quantizer, Shape};
 
 use crate::codec::viterbi::{Scratch, Trellis};
 use crate::codec::{Decoder, Gaussian, PackedMatrix};
-use crate::device::ops::{DeviceActivations, DeviceMatrix, EmbedPackedKernel, GemvKernel, PrepareKernel};
+use crate::device::ops::{
+    DeviceActivations, DeviceMatrix, EmbedPackedKernel, Faults, GemvKernel, PrepareInputs, PrepareKernel,
+};
 use crate::device::{DeviceError, DeviceTrellis, Executor};
 use crate::engine::{CpuEngine, CudaEngine, Logits, Room, Session};
 use crate::model::weights::EMBEDDING;
@@ -180,16 +182,26 @@ fn products(
     let norm = random.values(columns, 2.0);
 
     let fail = format!("{what}: preparing activations");
-    let op = Prepare { columns: shape.cols, stride: shape.cols, batch, rotation: q.rotation, norm: Some(EPS) };
+    let rms_norm = RmsNorm { eps: EPS, add_one: false };
+    let op = Prepare {
+        columns: shape.cols,
+        batch,
+        input: Span::rows(shape.cols),
+        gate: None,
+        norm: Some(rms_norm),
+        rotation: q.rotation,
+    };
     let run = || {
-        let kernel = PrepareKernel::load(on, &op)?;
+        let mut kernel = PrepareKernel::load(on, &op)?;
         let mut out = DeviceActivations::new(on, shape.cols, batch)?;
-        kernel.launch(on, &on.upload(&input)?, &on.upload(&norm)?, &mut out)?;
+        let (input, norm, mut faults) = (on.upload(&input)?, on.upload(&norm)?, on.zeroed(1)?);
+        let inputs = PrepareInputs { norm: &norm, ..PrepareInputs::plain(&input) };
+        kernel.launch(on, inputs, &mut out, Faults { faults: &mut faults, layer: 0 })?;
         Ok::<_, DeviceError>(out)
     };
     let activations = run().map_err(Failure::of(&fail))?;
     let rotated = input.chunks_exact(columns).map(|x| {
-        let mut x = reference::rms_norm(x, &norm, EPS);
+        let mut x = rms_norm.apply(x, &norm);
         reference::rotate(q.rotation, &mut x);
         x
     });

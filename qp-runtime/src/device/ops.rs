@@ -11,7 +11,7 @@ use qp_codegen::kernels::prepare::{self, Prepare};
 use qp_codegen::kernels::product::Launch;
 use qp_codegen::kernels::rotate;
 use qp_codegen::layout::{COLUMN_PAD, Packed};
-use qp_codegen::reference::{Activations, Hadamard, activation_cells};
+use qp_codegen::reference::{Activations, activation_cells};
 use qp_codegen::spec::{Quantizer, Rotation, Shape};
 
 use super::{Buffer, DeviceError, Element, Executor, LaunchArgs, Loaded, Recorder};
@@ -43,12 +43,16 @@ pub struct DequantizeArgs<'a, T: Element> {
 #[derive(LaunchArgs)]
 pub struct PrepareArgs<'a> {
     input: &'a Buffer<f32>,
+    up: &'a Buffer<f32>,
     norm: &'a Buffer<f32>,
     flips: &'a Buffer<u32>,
     base: &'a Buffer<u32>,
+    scratch: &'a mut Buffer<u32>,
     x: &'a mut Buffer<i8>,
     x_scale: &'a mut Buffer<f32>,
     x_sum: &'a mut Buffer<i32>,
+    faults: &'a mut Buffer<i32>,
+    layer: i32,
 }
 
 /// Arguments of [`embed_packed::lower`]'s kernels.
@@ -304,22 +308,44 @@ impl Signs {
         on: &Executor,
         rotation: Rotation,
         columns: u32,
-        base: impl FnOnce() -> Vec<u32>,
+        base: fn(Rotation, u32) -> Vec<u32>,
     ) -> Result<Self, DeviceError> {
-        let base = if rotation == Rotation::None { vec![0] } else { base() };
-        Ok(Signs { flips: on.upload(&rotate::flips(rotation, columns))?, base: on.upload(&base)? })
-    }
-
-    /// Those that preparing activations takes.
-    fn of_activations(on: &Executor, op: &Prepare) -> Result<Self, DeviceError> {
-        Signs::upload(on, op.rotation, op.columns, || rotate::base(&Hadamard::new(op.columns)))
+        let flips = on.upload(&rotate::flips(rotation, columns))?;
+        Ok(Signs { flips, base: on.upload(&base(rotation, columns))? })
     }
 }
 
-/// Norm, rotation and rounding of activations to integers, loaded.
+/// What a preparation reads.
+#[derive(Clone, Copy)]
+pub struct PrepareInputs<'a> {
+    /// The values, or, with a gated unit, the gates.
+    pub input: &'a Buffer<f32>,
+    /// What the gates gate. Read with a gated unit only.
+    pub up: &'a Buffer<f32>,
+    /// The norm's weights. Read with a norm only.
+    pub norm: &'a Buffer<f32>,
+}
+
+impl<'a> PrepareInputs<'a> {
+    /// Those of a preparation without a gated unit and a norm.
+    pub fn plain(input: &'a Buffer<f32>) -> Self {
+        PrepareInputs { input, up: input, norm: input }
+    }
+}
+
+/// Where a launch says that its values are not finite.
+pub struct Faults<'a> {
+    /// One a layer of the model, 0 until a launch finds such values.
+    pub faults: &'a mut Buffer<i32>,
+    /// The launch's place there.
+    pub layer: i32,
+}
+
+/// Gated unit, norm, rotation and rounding of activations to integers, loaded.
 pub struct PrepareKernel {
     kernel: Loaded,
     signs: Signs,
+    scratch: Buffer<u32>,
 }
 
 impl PrepareKernel {
@@ -328,22 +354,24 @@ impl PrepareKernel {
     /// # Errors
     /// Those of the executor.
     pub fn load(on: &Executor, op: &Prepare) -> Result<Self, DeviceError> {
-        let kernel = on.load::<PrepareArgs>(prepare::lower(op))?;
-        Ok(PrepareKernel { kernel, signs: Signs::of_activations(on, op)? })
+        let kernel = on.load::<PrepareArgs<'_>>(prepare::lower(op, &on.device()))?;
+        let signs = Signs::upload(on, op.rotation, op.columns, rotate::base)?;
+        Ok(PrepareKernel { kernel, signs, scratch: on.zeroed(op.scratch(&on.device()))? })
     }
 
-    /// Adds the launch to a graph. `norm` is read only by a kernel with a norm.
+    /// Adds the launch to a graph.
     ///
     /// # Errors
     /// A kernel of other parameters.
     pub fn record(
-        &self,
+        &mut self,
         to: &mut Recorder,
-        input: &Buffer<f32>,
-        norm: &Buffer<f32>,
+        inputs: PrepareInputs<'_>,
         out: &mut DeviceActivations,
+        faults: Faults<'_>,
     ) -> Result<(), DeviceError> {
-        to.launch(&self.kernel, self.args(input, norm, out))
+        let PrepareKernel { kernel, signs, scratch } = self;
+        to.launch(kernel, Self::args(signs, scratch, inputs, out, faults))
     }
 
     /// Launches it.
@@ -351,24 +379,24 @@ impl PrepareKernel {
     /// # Errors
     /// Those of the executor.
     pub fn launch(
-        &self,
+        &mut self,
         on: &Executor,
-        input: &Buffer<f32>,
-        norm: &Buffer<f32>,
+        inputs: PrepareInputs<'_>,
         out: &mut DeviceActivations,
+        faults: Faults<'_>,
     ) -> Result<(), DeviceError> {
-        on.launch(&self.kernel, self.args(input, norm, out))
+        let PrepareKernel { kernel, signs, scratch } = self;
+        on.launch(kernel, Self::args(signs, scratch, inputs, out, faults))
     }
 
     fn args<'a>(
-        &'a self,
-        input: &'a Buffer<f32>,
-        norm: &'a Buffer<f32>,
-        out: &'a mut DeviceActivations,
+        Signs { flips, base }: &'a Signs,
+        scratch: &'a mut Buffer<u32>,
+        PrepareInputs { input, up, norm }: PrepareInputs<'a>,
+        DeviceActivations { x, scale, sum }: &'a mut DeviceActivations,
+        Faults { faults, layer }: Faults<'a>,
     ) -> PrepareArgs<'a> {
-        let Signs { flips, base } = &self.signs;
-        let DeviceActivations { x, scale, sum } = out;
-        PrepareArgs { input, norm, flips, base, x, x_scale: scale, x_sum: sum }
+        PrepareArgs { input, up, norm, flips, base, scratch, x, x_scale: scale, x_sum: sum, faults, layer }
     }
 }
 
@@ -386,7 +414,7 @@ impl EmbedPackedKernel {
     pub fn load(on: &Executor, op: &EmbedPacked) -> Result<Self, DeviceError> {
         let (rotation, columns) = (op.quantizer.rotation, op.shape.cols);
         let kernel = on.load::<EmbedPackedArgs>(embed_packed::lower(op))?;
-        let signs = Signs::upload(on, rotation, columns, || embed_packed::base(columns))?;
+        let signs = Signs::upload(on, rotation, columns, rotate::inverse_base)?;
         Ok(EmbedPackedKernel { kernel, signs })
     }
 

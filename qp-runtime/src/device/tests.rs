@@ -3,6 +3,7 @@
 use qp_codegen::cuda::{self, Target};
 use qp_codegen::ir::{Builder, Elem, Kernel, Scalar, Special};
 use qp_codegen::kernels::{Span, add, append, argmax, attention, dense, embed, glu, norm};
+use qp_codegen::reference::{Activation, RmsNorm};
 
 use rayon::prelude::*;
 
@@ -133,10 +134,10 @@ fn step_kernels(batch: u32) -> Vec<Kernel> {
     let cache = Elem::F16;
     vec![
         embed::lower(&embed::Embed { columns: hidden, elem: Elem::BF16, batch, y: rows }),
-        norm::lower(&norm::Norm { columns: hidden, batch, x: rows, eps: 1e-5 }),
+        norm::lower(&norm::Norm { columns: hidden, batch, x: rows, norm: RmsNorm { eps: 1e-5, add_one: false } }),
         append::lower(&append::Append { heads: kv_heads, head_dim, batch, context, k, v, cache }),
         attention::lower(&attention::Attention { heads, kv_heads, head_dim, batch, context, q: qkv(0), cache }),
-        glu::lower(&glu::Glu { columns: inner, batch, gate: gated(0), up: gated(inner) }),
+        glu::lower(&glu::Glu { columns: inner, batch, activation: Activation::Silu, gate: gated(0), up: gated(inner) }),
         add::lower(&add::Add { columns: hidden, batch, x: Span::rows(0), y: rows }),
         dense::lower(&dense::Dense {
             rows: 128_256,

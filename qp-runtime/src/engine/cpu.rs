@@ -9,7 +9,7 @@ use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use qp_codegen::kernels::attention as attend;
-use qp_codegen::reference;
+use qp_codegen::reference::{self, RmsNorm};
 use rayon::prelude::*;
 
 use super::linear::Linears;
@@ -261,7 +261,7 @@ impl Engine for CpuEngine {
 fn normalize(weights: &Weights, norm: &Norm, x: &mut [f32]) {
     let weight = &weights[norm.weight];
     for row in x.chunks_exact_mut(weight.len()) {
-        let normed = reference::rms_norm(row, weight, norm.eps);
+        let normed = RmsNorm { eps: norm.eps, add_one: false }.apply(row, weight);
         row.copy_from_slice(&normed);
     }
 }

@@ -176,7 +176,7 @@ fn choice<T: Copy>(name: &Ident, what: &str, choices: &[(&str, T)], sink: &mut S
     })
 }
 
-/// The named arguments `wanted`, in that order, all required.
+/// The named arguments `wanted` with their largest values, in that order, all required.
 fn args<const N: usize>(
     given: &[Arg],
     span: Span,
@@ -184,6 +184,28 @@ fn args<const N: usize>(
     scope: &Scope,
     sink: &mut Sink,
 ) -> Option<[i128; N]> {
+    let found = optional_args(given, wanted, scope, sink);
+    for (found, (name, _)) in found.iter().zip(wanted) {
+        if found.is_none() {
+            let d = Diagnostic::error(span, format!("`{name}` is missing"), "");
+            sink.push(d.hint(format!("write `{name} = …`")));
+        }
+    }
+    let mut values = [0; N];
+    for (v, found) in values.iter_mut().zip(found) {
+        *v = found??;
+    }
+    Some(values)
+}
+
+/// The named arguments `wanted` with their largest values, in that order: of each whether it is given, and its value unless
+/// that is wrong.
+fn optional_args<const N: usize>(
+    given: &[Arg],
+    wanted: [(&str, i128); N],
+    scope: &Scope,
+    sink: &mut Sink,
+) -> [Option<Option<i128>>; N] {
     let mut out = [None; N];
     for a in given {
         let Some(i) = wanted.iter().position(|w| w.0 == a.name.name) else {
@@ -195,18 +217,11 @@ fn args<const N: usize>(
         }
         out[i] = Some(integer(&a.value, wanted[i].0, 0..=wanted[i].1, scope, sink));
     }
-    for (i, (name, _)) in wanted.iter().enumerate() {
-        if out[i].is_none() {
-            let d = Diagnostic::error(span, format!("`{name}` is missing"), "");
-            sink.push(d.hint(format!("write `{name} = …`")));
-        }
-    }
-    let mut values = [0; N];
-    for (v, o) in values.iter_mut().zip(out) {
-        *v = o??;
-    }
-    Some(values)
+    out
 }
+
+/// Most columns of a rotation's block.
+const MAX_ROTATION_BLOCK: u32 = 1 << 16;
 
 fn rotation(name: &Ident, given: &[Arg], scope: &Scope, sink: &mut Sink) -> Option<Rotation> {
     let none = choice(name, "rotation", &[("none", true), ("hadamard", false)], sink)?;
@@ -216,8 +231,25 @@ fn rotation(name: &Ident, given: &[Arg], scope: &Scope, sink: &mut Sink) -> Opti
         }
         return Some(Rotation::None);
     }
-    let [seed] = args(given, name.span, [("seed", i64::MAX.into())], scope, sink)?;
-    Some(Rotation::Hadamard { seed: seed as u64 })
+    let wanted = [("seed", i64::MAX.into()), ("block", MAX_ROTATION_BLOCK.into())];
+    let [seed, block] = optional_args(given, wanted, scope, sink);
+    let Some(seed) = seed else {
+        let d = Diagnostic::error(name.span, "`seed` is missing", "");
+        return sink.fail(d.hint("write `seed = …`"));
+    };
+    let seed = seed? as u64;
+    let block = match block {
+        Some(block) => Some(block? as u32),
+        None => None,
+    };
+    if let (Some(size), Some(arg)) = (block, given.iter().find(|a| a.name.name == "block"))
+        && (size < 2 || !size.is_power_of_two())
+    {
+        let d = Diagnostic::error(arg.name.span, format!("a rotation's block must be a power of two, not {size}"), "");
+        let near = size.next_power_of_two().clamp(2, MAX_ROTATION_BLOCK);
+        return sink.fail(d.hint(format!("write `block = {near}`, or leave it out to transform all columns together")));
+    }
+    Some(Rotation::Hadamard { seed, block })
 }
 
 /// Properties of one code, each from the innermost body that has it.

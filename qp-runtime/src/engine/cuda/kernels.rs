@@ -16,6 +16,7 @@ use qp_codegen::kernels::{
     prepare::{self, Prepare},
 };
 use qp_codegen::layout::Packed;
+use qp_codegen::reference::{Activation, RmsNorm};
 use qp_codegen::spec::{Quantizer, Rotation, Shape};
 
 use crate::device::ops::{first_rows, stacked};
@@ -113,7 +114,9 @@ impl DecodeStep<'_> {
             self.linear(&mut out, layer, &[Role::O], input, Some(residual));
             let input = Input { cols: hidden, rows: residual, norm: true };
             let places = self.linear(&mut out, layer, &[Role::Gate, Role::Up], input, None);
-            out.plain(glu::Glu { columns: inner, batch, gate: places[0], up: places[1] }, glu::lower);
+            let activation = Activation::Silu;
+            let op = glu::Glu { columns: inner, batch, activation, gate: places[0], up: places[1] };
+            out.plain(op, glu::lower);
             let input = Input { cols: inner, rows: Span::rows(inner), norm: false };
             self.linear(&mut out, layer, &[Role::Down], input, Some(residual));
         }
@@ -163,9 +166,11 @@ impl DecodeStep<'_> {
                 Some(q) => {
                     if prepared != Some(q.rotation) {
                         prepared = Some(q.rotation);
-                        let (columns, stride, norm) = (input.cols, input.rows.stride, input.norm.then_some(eps));
-                        let op = Prepare { columns, stride, batch, rotation: q.rotation, norm };
-                        out.plain(op, prepare::lower);
+                        let norm = input.norm.then_some(RmsNorm { eps, add_one: false });
+                        let (columns, rotation) = (input.cols, q.rotation);
+                        let op = Prepare { columns, batch, input: input.rows, gate: None, norm, rotation };
+                        let lower: Lowering = Box::new(move |device| prepare::lower(&op, device));
+                        out.0.entry(format!("{op:?}")).or_insert(lower);
                     }
                     let direct = direct.filter(|onto| onto.stride == product.stride);
                     out.gemv(q, Shape { rows: product.rows, cols: input.cols }, direct.is_some());
@@ -174,7 +179,8 @@ impl DecodeStep<'_> {
                 None => {
                     let mut x = input.rows;
                     if input.norm {
-                        out.plain(norm::Norm { columns: input.cols, batch, x, eps }, norm::lower);
+                        let norm = RmsNorm { eps, add_one: false };
+                        out.plain(norm::Norm { columns: input.cols, batch, x, norm }, norm::lower);
                         x = Span::rows(input.cols);
                     }
                     let y = direct.unwrap_or(Span::rows(product.stride));

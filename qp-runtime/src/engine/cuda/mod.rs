@@ -31,6 +31,7 @@ use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::glu::Glu;
 use qp_codegen::kernels::norm::Norm;
 use qp_codegen::kernels::prepare::Prepare;
+use qp_codegen::reference::{Activation, RmsNorm};
 use qp_codegen::spec::Shape;
 use rayon::prelude::*;
 
@@ -363,6 +364,7 @@ impl Network {
             best: on.zeroed(1)?,
             hands: widths.iter().map(|w| on.zeroed(*w as usize * batch)).collect::<Result<_, _>>()?,
             activations: DeviceActivations::new(on, columns, batch as u32)?,
+            fault: on.zeroed(1)?,
             cache: self
                 .layers
                 .iter()
@@ -419,7 +421,8 @@ impl Network {
             let input = Input { hand: Hand::Residual, rows: residual, norm: Some(&layer.post_norm) };
             self.linear(&mut steps, &layer.gate_up, batch, input, None);
             let ((gate, gate_rows), (up, up_rows)) = (place(&layer.gate_up, 0), place(&layer.gate_up, 1));
-            let op = Glu { columns: self.inner, batch, gate: gate_rows, up: up_rows };
+            let activation = Activation::Silu;
+            let op = Glu { columns: self.inner, batch, activation, gate: gate_rows, up: up_rows };
             steps.push(Step::Glu { op, gate, up, y: Hand::Inner });
             let input = Input { hand: Hand::Inner, rows: Span::rows(self.inner), norm: None };
             self.linear(&mut steps, &layer.down, batch, input, Some(Hand::Residual));
@@ -464,10 +467,11 @@ impl Network {
                         prepared = Some(quantizer.rotation);
                         let op = Prepare {
                             columns: group.cols,
-                            stride: input.rows.stride,
                             batch,
+                            input: input.rows,
+                            gate: None,
+                            norm: input.norm.map(|_| RmsNorm { eps: self.eps, add_one: false }),
                             rotation: quantizer.rotation,
-                            norm: input.norm.map(|_| self.eps),
                         };
                         let norm = input.norm.unwrap_or(&self.nothing);
                         steps.push(Step::Prepare { op, input: input.hand, norm });
@@ -484,7 +488,8 @@ impl Network {
                     let (x, x_rows) = *normed.get_or_insert_with(|| match input.norm {
                         None => (input.hand, input.rows),
                         Some(norm) => {
-                            let op = Norm { columns: group.cols, batch, x: input.rows, eps: self.eps };
+                            let rms_norm = RmsNorm { eps: self.eps, add_one: false };
+                            let op = Norm { columns: group.cols, batch, x: input.rows, norm: rms_norm };
                             steps.push(Step::Norm { op, x: input.hand, norm, y: Hand::Normed });
                             (Hand::Normed, Span::rows(group.cols))
                         }

@@ -15,7 +15,7 @@ use qp_codegen::kernels::norm::{self, Norm};
 use qp_codegen::kernels::prepare::Prepare;
 
 use super::linear::Floats;
-use crate::device::ops::{DeviceActivations, DeviceMatrix, EmbedPackedKernel, GemvKernel, PrepareKernel};
+use crate::device::ops::{DeviceActivations, DeviceMatrix, EmbedPackedKernel, Faults, GemvKernel, PrepareInputs, PrepareKernel};
 use crate::device::{Buffer, DeviceError, Executor, Loaded, Recorder, launches};
 
 /// A buffer of `f32` that launches hand on to each other, a row a token.
@@ -64,6 +64,8 @@ pub struct State {
     pub hands: Vec<Buffer<f32>>,
     /// Activations as integers.
     pub activations: DeviceActivations,
+    /// Not 0 once values were not finite.
+    pub fault: Buffer<i32>,
     /// Keys and values of each layer: `kv_heads × context × head_dim`.
     pub cache: Vec<(Buffer<f32>, Buffer<f32>)>,
 }
@@ -220,11 +222,12 @@ impl Step<'_> {
         state: &mut State,
         angles: &Angles,
     ) -> Result<(), DeviceError> {
-        let State { tokens, position, best, hands, activations, cache } = state;
+        let State { tokens, position, best, hands, activations, fault, cache } = state;
         let Angles { cos, sin } = angles;
         let kernel = match (self, kernel) {
             (Step::Prepare { input, norm, .. }, Ready::Prepare(kernel)) => {
-                return kernel.record(to, &hands[input.index()], norm, activations);
+                let inputs = PrepareInputs { norm, ..PrepareInputs::plain(&hands[input.index()]) };
+                return kernel.record(to, inputs, activations, Faults { faults: fault, layer: 0 });
             }
             (Step::Gemv { matrix, y, .. }, Ready::Gemv(kernel)) => {
                 return kernel.record(to, matrix, activations, &mut hands[y.index()]);

@@ -214,7 +214,8 @@ mod tests {
         for i in -4000..=4000 {
             let x = i as f32 / 200.0;
             let wide = f64::from(x);
-            let exact = wide / 2.0 * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (wide + 0.044715 * wide.powi(3))).tanh());
+            let exact =
+                wide / 2.0 * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (wide + 0.044715 * wide.powi(3))).tanh());
             assert!((f64::from(gelu_tanh(x)) - exact).abs() < 1e-6 * exact.abs().max(1e-3), "{x}: {exact}");
         }
         assert_eq!((gelu_tanh(0.0), gelu_tanh(100.0)), (0.0, 100.0));

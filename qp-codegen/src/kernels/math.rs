@@ -1,8 +1,8 @@
 //! Functions that the IR lacks, built from its exact operations, each with a twin in Rust that gives the same bits.
 
 use crate::ir::{Builder, Scalar, V};
-use crate::reference::{Activation, EXP_RANGE, EXP_SERIES, GELU, LN_2};
 pub use crate::reference::exp as exp_reference;
+use crate::reference::{Activation, EXP_RANGE, EXP_SERIES, GELU, LN_2};
 
 /// The twin of [`exp_reference`].
 pub fn exp<'b>(b: &'b Builder, x: V<'b>) -> V<'b> {

@@ -47,7 +47,11 @@ pub fn lower(op: &Norm) -> Kernel {
                 let v = b.load(x, from + column + j, Elem::F32);
                 b.set(square, v * v);
             };
-            if n.is_multiple_of(GROUP) { set() } else { b.if_((column + j).lt(n), set) }
+            if n.is_multiple_of(GROUP) {
+                set()
+            } else {
+                b.if_((column + j).lt(n), set)
+            }
             b.get(square)
         });
         let sum = across_lanes((p + q) + (r + s), |a, b| a + b);

@@ -495,13 +495,7 @@ fn bytes(v: [V<'_>; 4]) -> V<'_> {
 
 /// `1 / √(mean(x²) + eps)` from the sums of the squares of each group, in the order of [`crate::reference::mean_square`].
 /// They lie in `mem` from `first` on; `columns` and `groups` say how many there are. Each warp computes it for itself.
-pub(super) fn inverse_norm<'b>(
-    b: &'b Builder,
-    mem: Mem,
-    first: V<'b>,
-    [columns, groups]: [u32; 2],
-    eps: f32,
-) -> V<'b> {
+pub(super) fn inverse_norm<'b>(b: &'b Builder, mem: Mem, first: V<'b>, [columns, groups]: [u32; 2], eps: f32) -> V<'b> {
     let lane = b.special(Special::Lane);
     let sum = b.var(b.f32(0.0));
     for i in 0..groups.div_ceil(32) {

@@ -158,9 +158,7 @@ impl Transforms {
     pub fn factor<'b>(&self, b: &'b Builder, column: V<'b>) -> V<'b> {
         let mut parts = self.parts.iter().rev();
         let last = parts.next().expect("a rotation has a transform");
-        parts.fold(b.f32(last.1.norm()), |rest, (first, h)| {
-            column.lt(first + h.columns).select(b.f32(h.norm()), rest)
-        })
+        parts.fold(b.f32(last.1.norm()), |rest, (first, h)| column.lt(first + h.columns).select(b.f32(h.norm()), rest))
     }
 
     /// Whether the factor can change within four columns that begin at a multiple of four.

@@ -15,7 +15,9 @@ use qp_codegen::kernels::norm::{self, Norm};
 use qp_codegen::kernels::prepare::Prepare;
 
 use super::linear::Floats;
-use crate::device::ops::{DeviceActivations, DeviceMatrix, EmbedPackedKernel, Faults, GemvKernel, PrepareInputs, PrepareKernel};
+use crate::device::ops::{
+    DeviceActivations, DeviceMatrix, EmbedPackedKernel, Faults, GemvKernel, PrepareInputs, PrepareKernel,
+};
 use crate::device::{Buffer, DeviceError, Executor, Loaded, Recorder, launches};
 
 /// A buffer of `f32` that launches hand on to each other, a row a token.

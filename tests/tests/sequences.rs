@@ -4,27 +4,39 @@ use std::sync::Arc;
 
 use qp_codegen::palette;
 use qp_runtime::check::synthetic;
-use qp_runtime::engine::{Chunk, CpuEngine, Engine, Error, Logits, PAGE, Room, cut};
+use qp_runtime::device::Executor;
+use qp_runtime::engine::{Chunk, CpuEngine, CudaEngine, Engine, Error, Logits, PAGE, Room, cut};
 use qp_runtime::model::{Model, Weight, Weights};
 use qp_tests::models::{RandomModel, VOCAB};
 
 const ROOM: Room = Room { context: 100, pages: 70 };
 
-/// A random model of an architecture, every layer quantized: products are exact, so that nothing depends on how many
-/// tokens are computed together.
+/// A random model of an architecture, every layer quantized.
 fn model(architecture: &str) -> Arc<Weights> {
+    quantized(architecture, |name| Some(if name.contains("k_proj") { "fast_1.5" } else { "nuq_3" }))
+}
+
+/// A random model of an architecture, each layer by the quantizer that `choose` gives.
+fn quantized(architecture: &str, choose: impl Fn(&str) -> Option<&'static str>) -> Arc<Weights> {
     let dir = tempfile::tempdir().unwrap();
     RandomModel::new(architecture).write(dir.path());
     let mut weights = Model::open(dir.path()).unwrap().weights;
-    let quantizers = ["nuq_3", "fast_1.5"].map(|n| Arc::new(synthetic::trained(palette::get(n).unwrap())));
     for id in weights.program.ids() {
         let layer = &mut weights[id];
-        let quantizer = quantizers[usize::from(layer.name.contains("k_proj"))].clone();
+        let Some(name) = choose(&layer.name) else { continue };
+        let quantizer = Arc::new(synthetic::trained(palette::get(name).unwrap()));
         let shape = qp_codegen::spec::Shape { rows: layer.rows as u32, cols: layer.cols as u32 };
         let matrix = Arc::new(synthetic::matrix(&layer.name, &quantizer, shape));
         layer.weight = Weight::Quantized { quantizer, matrix };
     }
     Arc::new(weights)
+}
+
+/// The CPU's engine, and that of devices on the interpreter.
+fn engines(weights: &Arc<Weights>, room: Room) -> [Box<dyn Engine>; 2] {
+    let cpu = CpuEngine::new(weights.clone(), room).unwrap();
+    let device = CudaEngine::new(Executor::interpreter(), weights, room).unwrap();
+    [Box::new(cpu), Box::new(device)]
 }
 
 fn tokens(sequence: usize, count: usize) -> Vec<u32> {
@@ -43,88 +55,131 @@ fn alone(engine: &mut dyn Engine, tokens: &[u32]) -> Vec<u32> {
     bits(&out)
 }
 
+/// Runs 33 sequences together: prompts of various lengths, cut where `first` says, then token by token. Each one's logits
+/// are those of `expected`.
+fn together(engine: &mut dyn Engine, all: &[Vec<u32>], expected: &[Vec<u32>], first: usize) -> Result<(), String> {
+    let n = all.len();
+    // Pages from both ends, so that neighbours are strangers.
+    let pages: Vec<[u32; 2]> = (0..n as u32).map(|s| [s, 69 - s]).collect();
+    let (mut logits, mut done) = (vec![Vec::new(); n], vec![0; n]);
+    while (0..n).any(|s| done[s] < all[s].len()) {
+        let (mut chunks, mut who) = (Vec::new(), Vec::new());
+        for s in 0..n {
+            let left = all[s].len() - done[s];
+            let count = if done[s] < 2 * first { first + s } else { 1 }.min(left);
+            if count > 0 {
+                let tokens = &all[s][done[s]..done[s] + count];
+                chunks.push(Chunk { tokens, position: done[s], pages: &pages[s], logits: Logits::All });
+                who.push((s, count));
+                done[s] += count;
+            }
+        }
+        let mut out = Vec::new();
+        engine.step(&chunks, &mut out).unwrap();
+        let mut rows = out.chunks_exact(VOCAB);
+        for (s, count) in who {
+            rows.by_ref().take(count).for_each(|row| logits[s].extend(bits(row)));
+        }
+    }
+    match (0..n).find(|&s| logits[s] != expected[s]) {
+        Some(s) => Err(format!("sequence {s} is another than alone")),
+        None => Ok(()),
+    }
+}
+
 #[test]
 fn an_answer_among_many_is_the_answer_alone() {
     for architecture in ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"] {
-        let weights = model(architecture);
-        let mut engine = CpuEngine::new(weights, ROOM).unwrap();
+        let mut engine = CpuEngine::new(model(architecture), ROOM).unwrap();
         let all: Vec<Vec<u32>> = (0..33).map(|s| tokens(s, 66 + s % 3)).collect();
         let expected: Vec<_> = all.iter().map(|t| alone(&mut engine, t)).collect();
-        // Pages from both ends, so that neighbours are strangers.
-        let pages: Vec<[u32; 2]> = (0..33).map(|s| [s, 69 - s]).collect();
-        let mut logits = vec![Vec::new(); 33];
-        // Prompts of various lengths together, cut in two places, then token by token.
-        let mut done = [0; 33];
-        while (0..33).any(|s| done[s] < all[s].len()) {
-            let mut chunks = Vec::new();
-            let mut who = Vec::new();
-            for s in 0..33 {
-                let left = all[s].len() - done[s];
-                let n = if done[s] < 40 { 20 + s } else { 1 }.min(left);
-                if n > 0 {
-                    let tokens = &all[s][done[s]..done[s] + n];
-                    chunks.push(Chunk { tokens, position: done[s], pages: &pages[s], logits: Logits::All });
-                    who.push((s, n));
-                    done[s] += n;
-                }
-            }
-            let mut out = Vec::new();
-            engine.step(&chunks, &mut out).unwrap();
-            let mut rows = out.chunks_exact(VOCAB);
-            for (s, n) in who {
-                rows.by_ref().take(n).for_each(|row| logits[s].extend(bits(row)));
-            }
+        together(&mut engine, &all, &expected, 20).unwrap_or_else(|e| panic!("{architecture}: {e}"));
+    }
+}
+
+#[test]
+fn a_device_gives_the_bits_of_the_cpu_however_sequences_are_cut_and_mixed() {
+    let (a, b) = ("nuq_3", "fast_1.5");
+    let mixed = move |name: &str| {
+        if ["q_proj", "v_proj", "down_proj"].iter().any(|part| name.contains(part)) {
+            Some(a)
+        } else {
+            ["k_proj", "1.mlp.gate_proj", "lm_head"].iter().any(|part| name.contains(part)).then_some(b)
         }
-        for s in 0..33 {
-            assert!(logits[s] == expected[s], "{architecture}: sequence {s}");
+    };
+    for (architecture, kind, weights) in [
+        ("LlamaForCausalLM", "quantized", model("LlamaForCausalLM")),
+        ("LlamaForCausalLM", "mixed", quantized("LlamaForCausalLM", mixed)),
+        ("LlamaForCausalLM", "unquantized", quantized("LlamaForCausalLM", |_| None)),
+        ("Qwen2ForCausalLM", "quantized", model("Qwen2ForCausalLM")),
+        ("Qwen2ForCausalLM", "mixed", quantized("Qwen2ForCausalLM", mixed)),
+        ("Qwen2ForCausalLM", "unquantized", quantized("Qwen2ForCausalLM", |_| None)),
+    ] {
+        let mut cpu = CpuEngine::new(weights.clone(), ROOM).unwrap();
+        let mut device = CudaEngine::new(Executor::interpreter(), &weights, ROOM).unwrap();
+        let count = if kind == "quantized" { 33 } else { 5 };
+        let all: Vec<Vec<u32>> = (0..count).map(|s| tokens(s, if s == 1 { 68 } else { 6 + s % 2 })).collect();
+        let expected: Vec<_> = all.iter().map(|t| alone(&mut cpu, t)).collect();
+        for first in [1, 2] {
+            let done = together(&mut device, &all, &expected, first);
+            done.unwrap_or_else(|e| panic!("{architecture}, {kind}, {first}: {e}"));
         }
     }
 }
 
 #[test]
 fn wanted_rows_and_best_tokens_are_those_of_all_logits() {
-    let mut engine = CpuEngine::new(model("LlamaForCausalLM"), ROOM).unwrap();
-    let (a, b, c) = (tokens(1, 9), tokens(2, 4), tokens(3, 5));
-    let [all_a, all_b] = [&a, &b].map(|t| alone(&mut engine, t));
-    let chunk = |tokens, page, logits| Chunk { tokens, position: 0, pages: page, logits };
-    let chunks = [chunk(&a, &[3], Logits::Last), chunk(&c, &[4], Logits::None), chunk(&b, &[5], Logits::All)];
-    let (mut out, mut best) = (Vec::new(), Vec::new());
-    engine.step(&chunks, &mut out).unwrap();
-    assert!(bits(&out) == [&all_a[8 * VOCAB..], &all_b].concat());
-    engine.best(&chunks, &mut best).unwrap();
-    let first_largest = |row: &[f32]| (0..VOCAB).max_by(|&i, &j| row[i].total_cmp(&row[j]).then(j.cmp(&i))).unwrap();
-    let expected: Vec<u32> = out.chunks_exact(VOCAB).map(|row| first_largest(row) as u32).collect();
-    assert_eq!(best, expected);
+    for mut engine in engines(&model("LlamaForCausalLM"), ROOM) {
+        let engine = engine.as_mut();
+        let (a, b, c) = (tokens(1, 9), tokens(2, 4), tokens(3, 5));
+        let [all_a, all_b] = [&a, &b].map(|t| alone(engine, t));
+        let chunk = |tokens, page, logits| Chunk { tokens, position: 0, pages: page, logits };
+        let chunks = [chunk(&a, &[3], Logits::Last), chunk(&c, &[4], Logits::None), chunk(&b, &[5], Logits::All)];
+        let (mut out, mut best) = (Vec::new(), Vec::new());
+        engine.step(&chunks, &mut out).unwrap();
+        assert!(bits(&out) == [&all_a[8 * VOCAB..], &all_b].concat());
+        engine.best(&chunks, &mut best).unwrap();
+        let first_largest =
+            |row: &[f32]| (0..VOCAB).max_by(|&i, &j| row[i].total_cmp(&row[j]).then(j.cmp(&i))).unwrap();
+        let expected: Vec<u32> = out.chunks_exact(VOCAB).map(|row| first_largest(row) as u32).collect();
+        assert_eq!(best, expected);
+    }
 }
 
 #[test]
 fn a_copied_page_goes_on_as_its_original() {
-    let mut engine = CpuEngine::new(model("LlamaForCausalLM"), ROOM).unwrap();
-    let all = tokens(4, 80);
-    let expected = alone(&mut engine, &all);
-    engine.copy_page(1, 33).unwrap();
-    let mut out = Vec::new();
-    // The rest of the second page is written anew in the copy; the first page is shared.
-    for pages in [[0, 33], [0, 1]] {
-        let chunk = Chunk { tokens: &all[75..], position: 75, pages: &pages, logits: Logits::All };
-        engine.step(&[chunk], &mut out).unwrap();
-        assert!(bits(&out) == expected[75 * VOCAB..], "{pages:?}");
+    for mut engine in engines(&model("LlamaForCausalLM"), ROOM) {
+        let engine = engine.as_mut();
+        let all = tokens(4, 80);
+        let expected = alone(engine, &all);
+        engine.copy_page(1, 33).unwrap();
+        let mut out = Vec::new();
+        // The rest of the second page is written anew in the copy; the first page is shared.
+        for pages in [[0, 33], [0, 1]] {
+            let chunk = Chunk { tokens: &all[75..], position: 75, pages: &pages, logits: Logits::All };
+            engine.step(&[chunk], &mut out).unwrap();
+            assert!(bits(&out) == expected[75 * VOCAB..], "{pages:?}");
+        }
+        assert!(matches!(engine.copy_page(0, 70), Err(Error::Page { page: 70, pages: 70 })));
     }
-    assert!(matches!(engine.copy_page(0, 70), Err(Error::Page { page: 70, pages: 70 })));
 }
 
 #[test]
 fn what_cannot_be_is_refused() {
     let weights = model("LlamaForCausalLM");
-    assert!(matches!(CpuEngine::new(weights.clone(), Room::one(129)), Err(Error::Positions { wanted: 129, max: 128 })));
-    let mut engine = CpuEngine::new(weights, ROOM).unwrap();
-    let mut step = |tokens: &[u32], position, pages: &[u32]| {
-        engine.step(&[Chunk { tokens, position, pages, logits: Logits::Last }], &mut Vec::new()).unwrap_err()
-    };
-    assert!(matches!(step(&[1, 2], 99, &[0, 1]), Error::Context { wanted: 101, context: 100 }));
-    assert!(matches!(step(&[1, 2], 63, &[0]), Error::Context { wanted: 65, context: PAGE }));
-    assert!(matches!(step(&[256], 0, &[0]), Error::Token { token: 256, vocab: VOCAB }));
-    assert!(matches!(step(&[1], 0, &[70]), Error::Page { page: 70, pages: 70 }));
+    let (cpu, device) = (CpuEngine::new(weights.clone(), Room::one(129)), Executor::interpreter());
+    assert!(matches!(cpu, Err(Error::Positions { wanted: 129, max: 128 })));
+    let device = CudaEngine::new(device, &weights, Room::one(129));
+    assert!(matches!(device, Err(Error::Positions { wanted: 129, max: 128 })));
+    for mut engine in engines(&weights, ROOM) {
+        let mut step = |tokens: &[u32], position, pages: &[u32]| {
+            engine.step(&[Chunk { tokens, position, pages, logits: Logits::Last }], &mut Vec::new()).unwrap_err()
+        };
+        assert!(matches!(step(&[1, 2], 99, &[0, 1]), Error::Context { wanted: 101, context: 100 }));
+        assert!(matches!(step(&[1, 2], 63, &[0]), Error::Context { wanted: 65, context: PAGE }));
+        assert!(matches!(step(&[256], 0, &[0]), Error::Token { token: 256, vocab: VOCAB }));
+        assert!(matches!(step(&[1], 0, &[70]), Error::Page { page: 70, pages: 70 }));
+    }
 }
 
 #[test]
@@ -135,9 +190,15 @@ fn steps_are_cut_and_only_last_tokens_keep_their_logits() {
         Chunk { tokens: &[], position: 0, pages: &[], logits: Logits::Last },
         Chunk { tokens: &b, position: 0, pages: &[1], logits: Logits::All },
     ];
-    let steps = cut(&chunks, 4);
-    let shape: Vec<Vec<_>> =
-        steps.iter().map(|s| s.iter().map(|c| (c.tokens.len(), c.position, c.logits)).collect()).collect();
+    let shape = |rows, sequences| -> Vec<Vec<_>> {
+        let steps = cut(&chunks, &|left| left.min(4), rows, sequences);
+        steps.iter().map(|s| s.iter().map(|c| (c.tokens.len(), c.position, c.logits)).collect()).collect()
+    };
     let (none, last, all) = (Logits::None, Logits::Last, Logits::All);
-    assert_eq!(shape, [vec![(4, 5, none)], vec![(3, 9, last), (1, 0, all)], vec![(2, 1, all)]]);
+    assert_eq!(shape(9, 9), [vec![(4, 5, none)], vec![(3, 9, last), (1, 0, all)], vec![(2, 1, all)]]);
+    assert_eq!(
+        shape(1, 9),
+        [vec![(4, 5, none)], vec![(3, 9, last)], vec![(1, 0, all)], vec![(1, 1, all)], vec![(1, 2, all)]]
+    );
+    assert_eq!(shape(9, 1), [vec![(4, 5, none)], vec![(3, 9, last)], vec![(3, 0, all)]]);
 }

@@ -12,8 +12,6 @@ pub struct Append {
     pub head_dim: u32,
     /// Tokens.
     pub batch: u32,
-    /// Positions that the cache holds.
-    pub context: u32,
     /// Where a token's keys lie, head after head.
     pub k: Span,
     /// Where its values lie.
@@ -22,36 +20,38 @@ pub struct Append {
     pub cache: Elem,
 }
 
+/// Positions of a page of the cache.
+pub const PAGE: u32 = 64;
+
 const THREADS: u32 = 128;
 
 /// Makes the kernel. Its parameters, in order:
 ///
 /// * `k`, `v`: `f32`;
 /// * `cos`, `sin`: `f32`, `positions × head_dim / 2`;
-/// * `position`: `i32`, the position of token 0;
-/// * `keys`, `values`: the cache, `heads × context × head_dim`.
+/// * `positions`: `i32`, one a token;
+/// * `slots`: `i32`, where each goes: page · [`PAGE`] + offset; nowhere if negative;
+/// * `keys`, `values`: the cache, `pages × heads × PAGE × head_dim`.
 pub fn lower(op: &Append) -> Kernel {
     let d = op.head_dim;
     let half = d / 2;
     let name = format!("append_{}x{d}_b{}", op.heads, op.batch);
     let b = Builder::new(&name, [(op.heads * half).div_ceil(THREADS), op.batch], THREADS);
-    b.doc(format!(
-        "Keys and values of {} token(s), {} heads of {d}, into a cache of {}.",
-        op.batch, op.heads, op.context
-    ));
+    b.doc(format!("Keys and values of {} token(s), {} heads of {d}, into pages.", op.batch, op.heads));
     b.dependent_launch();
     let (k, v) = (b.buffer("k", Elem::F32, false), b.buffer("v", Elem::F32, false));
     let (cos, sin) = (b.buffer("cos", Elem::F32, false), b.buffer("sin", Elem::F32, false));
-    let position = b.buffer("position", Elem::I32, false);
+    let (positions, slots) = (b.buffer("positions", Elem::I32, false), b.buffer("slots", Elem::I32, false));
     let (keys, values) = (b.buffer("keys", op.cache, true), b.buffer("values", op.cache, true));
     b.grid_wait();
     b.grid_launch();
     let i = b.special(Special::BlockX) * THREADS + b.special(Special::Thread);
     let t = b.special(Special::BlockY);
-    b.if_(i.lt(op.heads * half), || {
+    let slot = b.load(slots, t, Elem::I32);
+    b.if_(i.lt(op.heads * half) & slot.ge(0), || {
         let (head, pair) = (i / half, i % half);
-        let at = b.load(position, b.i32(0), Elem::I32) + t;
-        let to = (head * op.context + at) * d + pair;
+        let at = b.load(positions, t, Elem::I32);
+        let to = ((slot / PAGE * op.heads + head) * PAGE + slot % PAGE) * d + pair;
         let from = op.k.at(t) + head * d + pair;
         let turned = turn(&b, k, from, cos, sin, at * half + pair, half);
         b.store(keys, to, turned.0, op.cache);

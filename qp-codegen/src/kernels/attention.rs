@@ -5,10 +5,10 @@
 //! far and rescales what it has when that grows (online softmax); at the end the warps' parts are merged in order. So
 //! the order of operations is fixed ([`reference`]), and results are equal to the bit on every device.
 
-use super::append::turn;
+use super::append::{PAGE, turn};
 use super::math::{across_lanes, across_lanes_reference, exp, exp_reference};
 use super::span::Span;
-use crate::ir::{Builder, Cache, Elem, Kernel, Special, V};
+use crate::ir::{Builder, Cache, Elem, Kernel, Scalar, Special, V};
 
 /// What to compute.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -19,10 +19,8 @@ pub struct Attention {
     pub kv_heads: u32,
     /// Values of a head; even.
     pub head_dim: u32,
-    /// New tokens. Token `t` sees the positions up to its own.
+    /// New tokens. Each sees the positions of its sequence up to its own.
     pub batch: u32,
-    /// Positions that the cache holds.
-    pub context: u32,
     /// Where a token's queries lie, head after head, not yet turned.
     pub q: Span,
     /// Element type of the cache.
@@ -40,24 +38,28 @@ const LOWEST: f32 = f32::MIN;
 ///
 /// * `q`: `f32`;
 /// * `cos`, `sin`: `f32`, `positions × head_dim / 2`;
-/// * `position`: `i32`, the position of token 0;
-/// * `keys`, `values`: the cache, `kv_heads × context × head_dim`;
-/// * `y`: `f32`, `batch × heads · head_dim`.
+/// * `positions`, `sequence`: `i32`, one a token: its position, and its row of `table`;
+/// * `table`: `i32`, rows of `stride` pages: page `i` of a row holds positions `64·i` and up of a sequence;
+/// * `keys`, `values`: the cache, `pages × kv_heads × 64 × head_dim`;
+/// * `y`: `f32`, `batch × heads · head_dim`;
+/// * `stride`: `i32` scalar.
 pub fn lower(op: &Attention) -> Kernel {
     let (d, warps) = (op.head_dim, WARPS as u32);
     let half = d / 2;
     let threads = warps * 32;
     let b = Builder::new(&format!("attention_{}x{d}_b{}", op.heads, op.batch), [op.heads, op.batch], threads);
     b.doc(format!(
-        "Attention of {} token(s), {} heads of {d} on {} of keys and values, {} positions at most.",
-        op.batch, op.heads, op.kv_heads, op.context
+        "Attention of {} token(s), {} heads of {d} on {} of keys and values.",
+        op.batch, op.heads, op.kv_heads
     ));
     b.dependent_launch();
     let q = b.buffer("q", Elem::F32, false);
     let (cos, sin) = (b.buffer("cos", Elem::F32, false), b.buffer("sin", Elem::F32, false));
-    let position = b.buffer("position", Elem::I32, false);
+    let (positions, sequence) = (b.buffer("positions", Elem::I32, false), b.buffer("sequence", Elem::I32, false));
+    let table = b.buffer("table", Elem::I32, false);
     let (keys, values) = (b.buffer("keys", op.cache, false), b.buffer("values", op.cache, false));
     let y = b.buffer("y", Elem::F32, true);
+    let stride = b.scalar("stride", Scalar::I32);
     let query = b.shared("query", Elem::F32, d);
     let (highs, totals) = (b.shared("highs", Elem::F32, warps), b.shared("totals", Elem::F32, warps));
     let parts = b.shared("parts", Elem::F32, warps * d);
@@ -66,7 +68,8 @@ pub fn lower(op: &Attention) -> Kernel {
     b.grid_wait();
     b.grid_launch();
 
-    let at = b.load(position, b.i32(0), Elem::I32) + token;
+    let at = b.load(positions, token, Elem::I32);
+    let pages = b.load(sequence, token, Elem::I32) * stride;
     b.for_(thread, half, threads, |pair| {
         let from = op.q.at(token) + head * d + pair;
         let turned = turn(&b, q, from, cos, sin, at * half + pair, half);
@@ -81,11 +84,13 @@ pub fn lower(op: &Attention) -> Kernel {
     let column = |r: u32| lane * width + 32 * width * r;
     let sums: Vec<_> = (0..runs * width).map(|_| b.var(b.f32(0.0))).collect();
     let (high, total) = (b.var(b.f32(LOWEST)), b.var(b.f32(0.0)));
-    let first = head / (op.heads / op.kv_heads) * op.context;
+    let kv_head = head / (op.heads / op.kv_heads);
     b.for_(warp, (at >> 5) + 1, warps, |chunk| {
-        let own = chunk * 32 + lane;
-        let row = (first + own.min(at)) * d;
-        let seen = own.le(at);
+        let page = b.load(table, pages + (chunk >> 1), Elem::I32);
+        let first = (page * op.kv_heads + kv_head) * PAGE + (chunk & 1) * 32;
+        let last = at - chunk * 32;
+        let row = (first + lane.min(last)) * d;
+        let seen = lane.le(last);
         let step = if d.is_multiple_of(4) { 4 } else { 2 };
         let partial: Vec<_> = (0..step).map(|_| b.var(b.f32(0.0))).collect();
         b.unrolled(0, d, step, |i| {
@@ -109,7 +114,7 @@ pub fn lower(op: &Attention) -> Kernel {
         }
         b.unrolled(0, 32, 1, |j| {
             let weight = weight.shuffle(j);
-            let row = (first + (chunk * 32 + j).min(at)) * d;
+            let row = (first + last.min(j)) * d;
             for r in 0..runs {
                 let at = column(r).min(d - width);
                 let v = b.load_as(values, row + at, op.cache, width, Cache::Default).lanes();

@@ -21,6 +21,7 @@ pub mod prepare;
 pub mod product;
 pub mod read;
 pub mod rotate;
+pub mod rows;
 mod span;
 
 use crate::ir::{Builder, V};

@@ -206,12 +206,17 @@ fn attend(head_dim: usize, heads: usize, kv_heads: usize, context: usize, positi
     let stride = (heads + 2 * kv_heads) * d + 5;
     let qkv = random(d as u64, stride * batch);
     let span = |first: usize| Span { first: first as u32, stride: stride as u32 };
+    // Pages from the last to the first.
+    let pages = context.div_ceil(64);
+    let context = pages * 64;
+    let table: Vec<i32> = (0..pages as i32).rev().collect();
+    let place = |h: usize, p: usize| ((table[p / 64] as usize * kv_heads + h) * 64 + p % 64) * d;
     let mut keys = random(11, kv_heads * context * d);
     let mut values = random(12, kv_heads * context * d);
     // Beyond the present position a cache may hold what was abandoned.
-    for cache in [&mut keys, &mut values] {
-        for head in cache.chunks_mut(context * d) {
-            head[position * d..].fill(f32::NAN);
+    for (h, p) in (0..kv_heads).flat_map(|h| (position..context).map(move |p| (h, p))) {
+        for cache in [&mut keys, &mut values] {
+            cache[place(h, p)..][..d].fill(f32::NAN);
         }
     }
 
@@ -220,12 +225,14 @@ fn attend(head_dim: usize, heads: usize, kv_heads: usize, context: usize, positi
         heads: kv_heads as u32,
         head_dim: d as u32,
         batch: batch as u32,
-        context: context as u32,
         k: span(k_at),
         v: span(v_at),
         cache: Elem::F32,
     };
-    let (input, cos, sin, at) = (bytes(&qkv), bytes(&turns.cos), bytes(&turns.sin), ints(&[position as i32]));
+    let (input, cos, sin) = (bytes(&qkv), bytes(&turns.cos), bytes(&turns.sin));
+    let positions: Vec<i32> = (position..position + batch).map(|p| p as i32).collect();
+    let slots: Vec<i32> = positions.iter().map(|p| table[*p as usize / 64] * 64 + p % 64).collect();
+    let (at, slots, sequence, table_bytes) = (ints(&positions), ints(&slots), ints(&vec![0; batch]), ints(&table));
     let (mut key_bytes, mut value_bytes) = (bytes(&keys), bytes(&values));
     let args = &mut [
         Arg::ReadOnly(&input),
@@ -233,13 +240,14 @@ fn attend(head_dim: usize, heads: usize, kv_heads: usize, context: usize, positi
         Arg::ReadOnly(&cos),
         Arg::ReadOnly(&sin),
         Arg::ReadOnly(&at),
+        Arg::ReadOnly(&slots),
         Arg::Buffer(&mut key_bytes),
         Arg::Buffer(&mut value_bytes),
     ];
     launch(&append::lower(&op), args);
     for t in 0..batch {
         for h in 0..kv_heads {
-            let to = (h * context + position + t) * d;
+            let to = place(h, position + t);
             keys[to..to + d].copy_from_slice(&turns.turn(&qkv[t * stride + k_at + h * d..][..d], position + t));
             values[to..to + d].copy_from_slice(&qkv[t * stride + v_at + h * d..][..d]);
         }
@@ -252,7 +260,6 @@ fn attend(head_dim: usize, heads: usize, kv_heads: usize, context: usize, positi
         kv_heads: kv_heads as u32,
         head_dim: d as u32,
         batch: batch as u32,
-        context: context as u32,
         q: span(0),
         cache: Elem::F32,
     };
@@ -262,18 +269,22 @@ fn attend(head_dim: usize, heads: usize, kv_heads: usize, context: usize, positi
         Arg::ReadOnly(&cos),
         Arg::ReadOnly(&sin),
         Arg::ReadOnly(&at),
+        Arg::ReadOnly(&sequence),
+        Arg::ReadOnly(&table_bytes),
         Arg::ReadOnly(&key_bytes),
         Arg::ReadOnly(&value_bytes),
         Arg::Buffer(&mut y),
+        Arg::I32(pages as i32),
     ];
     launch(&attention::lower(&op), args);
     let mut out = vec![0f32; d];
     for (i, y) in floats(&y).chunks(d).enumerate() {
         let (t, h) = (i / heads, i % heads);
         let q = turns.turn(&qkv[t * stride + h * d..][..d], position + t);
-        let first = h / (heads / kv_heads) * context * d;
-        let seen = first..first + (position + t + 1) * d;
-        let (k, v) = (&keys[seen.clone()], &values[seen]);
+        let seen = |cache: &[f32]| -> Vec<f32> {
+            (0..position + t + 1).flat_map(|p| cache[place(h / (heads / kv_heads), p)..][..d].to_vec()).collect()
+        };
+        let (k, v) = (&seen(&keys), &seen(&values));
         attention::reference(&q, k, v, &mut out);
         assert_eq!(y, out, "head {h} of token {t}: the twin");
         let exact = softmax(&q, k, v);

@@ -60,7 +60,8 @@ impl ProfileCommand {
     /// If the model's configuration cannot be read, there is no GPU to measure on, or the file cannot be written.
     pub fn run(self) -> Result<(), Error> {
         let config = Config::read(&self.model)?;
-        let layers = layers(&arch::program(&config));
+        let program = Arc::new(arch::program(&config));
+        let layers = layers(&program);
         // A kernel's time does not depend on the values of its tables, so untrained quantizers can be timed too.
         let quantizers: Vec<Quantizer> = choose(&self.quantizers)?.into_iter().filter_map(palette::get).collect();
         let on = match self.target {
@@ -112,7 +113,7 @@ impl ProfileCommand {
         }
         bar.finish_and_clear();
         let rest = match &on {
-            Some(on) => rest::measure(on, &config, &Arc::new(rotating(&quantizers).clone()))?,
+            Some(on) => rest::measure(on, &program, &Arc::new(rotating(&quantizers).clone()))?,
             None => predicted_rest(&config, &device),
         };
         let head = layers.iter().find(|l| l.role == Role::Alone);

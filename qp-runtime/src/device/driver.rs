@@ -428,6 +428,19 @@ impl Memory {
             .map_err(fail("copying within the GPU"))
     }
 
+    /// Copies `bytes` from one offset to another; the two ranges do not overlap, or are one.
+    pub fn copy_within(&self, from: usize, to: usize, bytes: usize) -> Result<(), DeviceError> {
+        assert!(from.max(to) + bytes <= self.bytes, "a copy within the buffer");
+        if from == to || bytes == 0 {
+            return Ok(());
+        }
+        self.context.bind()?;
+        let at = |offset: usize| self.pointer + offset as u64;
+        // SAFETY: both ranges lie within the allocation and apart.
+        unsafe { result::memcpy_dtod_async(at(to), at(from), bytes, self.context.stream) }
+            .map_err(fail("copying within the GPU"))
+    }
+
     pub fn pointer(&self) -> u64 {
         self.pointer
     }

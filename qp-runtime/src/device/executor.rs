@@ -351,6 +351,23 @@ impl<T: Element> Buffer<T> {
         }
     }
 
+    /// Copies `count` elements from `from..` to `to..`, after all launches before it; the two do not overlap.
+    ///
+    /// # Errors
+    /// Ranges beyond the end or that overlap, a failing driver.
+    pub fn copy_within(&mut self, from: usize, to: usize, count: usize) -> Result<(), DeviceError> {
+        if from.abs_diff(to) < count && count > 0 && from != to {
+            return Err(DeviceError::Buffer(format!("copying {count} elements from {from} to {to}, which overlap")));
+        }
+        let bytes = count * size_of::<T>();
+        let (from, to) = (self.range("copying", from, count)?, self.range("copying to", to, count)?);
+        match &self.raw {
+            RawBuffer::Host(host) => write_lock(host).copy_within(from..from + bytes, to),
+            RawBuffer::Cuda(memory) => memory.copy_within(from, to, bytes)?,
+        }
+        Ok(())
+    }
+
     /// All elements.
     ///
     /// # Errors

@@ -36,8 +36,10 @@ pub struct Append<'a> {
     pub cos: &'a Buffer<f32>,
     /// Sines.
     pub sin: &'a Buffer<f32>,
-    /// Of token 0.
-    pub position: &'a Buffer<i32>,
+    /// One a token.
+    pub positions: &'a Buffer<i32>,
+    /// One a token.
+    pub slots: &'a Buffer<i32>,
     /// The cache.
     pub keys: &'a mut Buffer<f32>,
     /// The cache.
@@ -53,13 +55,30 @@ pub struct Attention<'a> {
     pub cos: &'a Buffer<f32>,
     /// Sines.
     pub sin: &'a Buffer<f32>,
-    /// Of token 0.
-    pub position: &'a Buffer<i32>,
+    /// One a token.
+    pub positions: &'a Buffer<i32>,
+    /// One a token.
+    pub sequence: &'a Buffer<i32>,
+    /// Pages.
+    pub table: &'a Buffer<i32>,
     /// The cache.
     pub keys: &'a Buffer<f32>,
     /// The cache.
     pub values: &'a Buffer<f32>,
     /// Outputs.
+    pub y: &'a mut Buffer<f32>,
+    /// Pages of a row of `table`.
+    pub stride: i32,
+}
+
+/// Of [`qp_codegen::kernels::rows`].
+#[derive(LaunchArgs)]
+pub struct Rows<'a> {
+    /// Which.
+    pub rows: &'a Buffer<i32>,
+    /// Of what.
+    pub x: &'a Buffer<f32>,
+    /// Where they go.
     pub y: &'a mut Buffer<f32>,
 }
 

@@ -126,7 +126,7 @@ fn without_a_gpu_the_message_says_what_to_do() {
 
 /// The kernels between the matrices of a model of Llama-3.1-8B's shape.
 fn step_kernels(batch: u32) -> Vec<Kernel> {
-    let (heads, kv_heads, head_dim, context, hidden, inner) = (32, 8, 128, 8192, 4096, 14336);
+    let (heads, kv_heads, head_dim, hidden, inner) = (32, 8, 128, 4096, 14336);
     let qkv = |first| Span { first, stride: (heads + 2 * kv_heads) * head_dim };
     let (k, v) = (qkv(heads * head_dim), qkv((heads + kv_heads) * head_dim));
     let gated = |first| Span { first, stride: 2 * inner };
@@ -135,8 +135,8 @@ fn step_kernels(batch: u32) -> Vec<Kernel> {
     vec![
         embed::lower(&embed::Embed { columns: hidden, elem: Elem::BF16, batch, y: rows }),
         norm::lower(&norm::Norm { columns: hidden, batch, x: rows, norm: RmsNorm { eps: 1e-5, add_one: false } }),
-        append::lower(&append::Append { heads: kv_heads, head_dim, batch, context, k, v, cache }),
-        attention::lower(&attention::Attention { heads, kv_heads, head_dim, batch, context, q: qkv(0), cache }),
+        append::lower(&append::Append { heads: kv_heads, head_dim, batch, k, v, cache }),
+        attention::lower(&attention::Attention { heads, kv_heads, head_dim, batch, q: qkv(0), cache }),
         glu::lower(&glu::Glu { columns: inner, batch, activation: Activation::Silu, gate: gated(0), up: gated(inner) }),
         add::lower(&add::Add { columns: hidden, batch, x: Span::rows(0), y: rows }),
         dense::lower(&dense::Dense {

@@ -9,12 +9,11 @@ use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use qp_codegen::kernels::attention as attend;
-use qp_codegen::reference::{self, RmsNorm};
 use rayon::prelude::*;
 
 use super::linear::Linears;
 use super::{Chunk, Engine, Error, PAGE, Room, check_chunks, check_pages, cut};
-use crate::model::program::{self, Activation, Attention, Node, Norm, Value};
+use crate::model::program::{self, Attention, Node, Norm, Value};
 use crate::model::{LayerId, RopeTables, Weights, rope_tables};
 
 /// Tokens that are computed at once: bounds the memory of a step.
@@ -119,9 +118,9 @@ impl CpuEngine {
                     let y = self.attend(&weights, attention, chunks, q, k, &v);
                     values.put(attention.y, y);
                 }
-                Node::Gate { gate, up, activation: Activation::Silu, y } => {
+                Node::Gate { gate, up, activation, y } => {
                     let mut gate = values.take(*gate);
-                    gate.iter_mut().zip(&values.0[up.0]).for_each(|(g, u)| *g = reference::silu(*g) * u);
+                    gate.iter_mut().zip(&values.0[up.0]).for_each(|(g, u)| *g = activation.apply(*g) * u);
                     values.put(*y, gate);
                 }
                 Node::Add { x, z, y } => {
@@ -240,7 +239,8 @@ impl Engine for CpuEngine {
         check_chunks(self, chunks)?;
         out.clear();
         // Inside the pool, so that the many small parallel loops need not enter it one by one.
-        rayon::scope(|_| cut(chunks, MOST_TOKENS).iter().for_each(|step| self.step_at_once(step, out)));
+        let steps = cut(chunks, &|left| left.min(MOST_TOKENS), usize::MAX, usize::MAX);
+        rayon::scope(|_| steps.iter().for_each(|step| self.step_at_once(step, out)));
         Ok(())
     }
 
@@ -261,7 +261,7 @@ impl Engine for CpuEngine {
 fn normalize(weights: &Weights, norm: &Norm, x: &mut [f32]) {
     let weight = &weights[norm.weight];
     for row in x.chunks_exact_mut(weight.len()) {
-        let normed = RmsNorm { eps: norm.eps, add_one: false }.apply(row, weight);
+        let normed = norm.norm.apply(row, weight);
         row.copy_from_slice(&normed);
     }
 }

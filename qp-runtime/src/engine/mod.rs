@@ -171,6 +171,26 @@ pub enum Error {
         /// How many there are.
         pages: usize,
     },
+    /// Numbers that are none where a model computes.
+    #[error("what {layer} computes is not finite: the weights before it are damaged, or overflow for this text")]
+    NotFinite {
+        /// Where it was noticed.
+        layer: String,
+    },
+    /// A model or context that the device's memory cannot hold.
+    #[error(
+        "the GPU's memory is too small: {needs}, but {:.2} GiB are free: {}",
+        *free as f64 / (1u64 << 30) as f64,
+        if *fits == 0 { "no tokens fit beside the weights; quantize to fewer bits".to_owned() } else { format!("at most {fits} tokens fit") },
+    )]
+    Memory {
+        /// What it takes.
+        needs: cuda::Needs,
+        /// Free bytes.
+        free: u64,
+        /// Tokens whose keys and values would fit.
+        fits: u64,
+    },
     /// The device failed.
     #[error("{0}")]
     Device(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -249,24 +269,40 @@ pub fn check_pages(engine: &dyn Engine, pages: &[u32]) -> Result<(), Error> {
     }
 }
 
-/// Cuts chunks into steps of at most `most` tokens.
-pub fn cut<'a>(chunks: &[Chunk<'a>], most: usize) -> Vec<Vec<Chunk<'a>>> {
-    let (mut steps, mut step, mut room) = (Vec::new(), Vec::new(), most);
+/// Cuts chunks into steps. Of the tokens that are left, whose number it is given, each step takes as many as `take` says,
+/// of at most `sequences` chunks, and wants at most `rows` rows of logits.
+pub fn cut<'a>(
+    chunks: &[Chunk<'a>],
+    take: &dyn Fn(usize) -> usize,
+    rows: usize,
+    sequences: usize,
+) -> Vec<Vec<Chunk<'a>>> {
+    let mut tokens_left: usize = chunks.iter().map(|c| c.tokens.len()).sum();
+    let (mut steps, mut step) = (Vec::new(), Vec::new());
+    let (mut room, mut rows_left) = (take(tokens_left), rows);
     for chunk in chunks {
         let mut left = *chunk;
         while !left.tokens.is_empty() {
-            let (tokens, later) = left.tokens.split_at(room.min(left.tokens.len()));
+            let mut n = room.min(left.tokens.len());
+            match left.logits {
+                Logits::None => (),
+                Logits::All => n = n.min(rows_left),
+                Logits::Last if rows_left == 0 => n = n.min(left.tokens.len() - 1),
+                Logits::Last => (),
+            }
+            if n == 0 || step.len() == sequences {
+                steps.push(std::mem::take(&mut step));
+                (room, rows_left) = (take(tokens_left), rows);
+                continue;
+            }
+            let (tokens, later) = left.tokens.split_at(n);
             let logits = match left.logits {
                 Logits::Last if !later.is_empty() => Logits::None,
                 other => other,
             };
             step.push(Chunk { tokens, logits, ..left });
-            left = Chunk { tokens: later, position: left.position + tokens.len(), ..left };
-            room -= tokens.len();
-            if room == 0 {
-                steps.push(std::mem::take(&mut step));
-                room = most;
-            }
+            left = Chunk { tokens: later, position: left.position + n, ..left };
+            (room, rows_left, tokens_left) = (room - n, rows_left - logits.rows(n), tokens_left - n);
         }
     }
     if !step.is_empty() {

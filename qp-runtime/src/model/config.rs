@@ -8,43 +8,6 @@ use serde_json::Value;
 use super::files::Files;
 use super::{Error, arch};
 
-/// A linear layer's place in a decoder layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Role {
-    /// Queries.
-    Q,
-    /// Keys.
-    K,
-    /// Values.
-    V,
-    /// Attention's output.
-    O,
-    /// The feed-forward layer's gate, which SiLU is applied to.
-    Gate,
-    /// The feed-forward layer's other half.
-    Up,
-    /// Back to the residual stream.
-    Down,
-}
-
-impl Role {
-    /// In order of execution; `ROLES[r as usize] == r`.
-    pub const ALL: [Role; 7] = [Role::Q, Role::K, Role::V, Role::O, Role::Gate, Role::Up, Role::Down];
-
-    /// Name within the layer, as in `self_attn.q_proj`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Role::Q => "self_attn.q_proj",
-            Role::K => "self_attn.k_proj",
-            Role::V => "self_attn.v_proj",
-            Role::O => "self_attn.o_proj",
-            Role::Gate => "mlp.gate_proj",
-            Role::Up => "mlp.up_proj",
-            Role::Down => "mlp.down_proj",
-        }
-    }
-}
-
 /// How rotary frequencies are stretched for long contexts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum RopeScaling {
@@ -269,32 +232,6 @@ impl Config {
             architecture: architecture.name.to_owned(),
         })
     }
-
-    /// Rows × columns of a linear layer: out × in features.
-    pub fn shape(&self, role: Role) -> (usize, usize) {
-        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        match role {
-            Role::Q => (q, self.hidden),
-            Role::K | Role::V => (kv, self.hidden),
-            Role::O => (self.hidden, q),
-            Role::Gate | Role::Up => (self.intermediate, self.hidden),
-            Role::Down => (self.hidden, self.intermediate),
-        }
-    }
-
-    /// Whether a linear layer has a bias.
-    pub fn has_bias(&self, role: Role) -> bool {
-        match role {
-            Role::Q | Role::K | Role::V => self.qkv_bias,
-            Role::O => self.o_bias,
-            Role::Gate | Role::Up | Role::Down => self.mlp_bias,
-        }
-    }
-
-    /// Full name of a linear layer without `.weight`, as in `model.layers.0.self_attn.q_proj`.
-    pub fn linear_name(&self, layer: usize, role: Role) -> String {
-        format!("model.layers.{layer}.{}", role.name())
-    }
 }
 
 impl OneOrMany {
@@ -371,7 +308,6 @@ mod tests {
         let c = parse("").unwrap();
         assert_eq!((c.kv_heads, c.head_dim, c.tied, c.rope_theta), (4, 16, false, 10000.0));
         assert_eq!((c.rope_scaling, c.eos.len(), c.qkv_bias), (RopeScaling::None, 0, false));
-        assert_eq!(c.shape(Role::Down), (64, 128));
     }
 
     #[test]
@@ -408,9 +344,9 @@ mod tests {
     fn biases_by_architecture() {
         let qwen = BASE.replace("Llama", "Qwen2");
         let c = Config::parse(Path::new("c"), &format!("{qwen}}}")).unwrap();
-        assert!(c.has_bias(Role::K) && !c.has_bias(Role::O) && !c.has_bias(Role::Up));
+        assert!(c.qkv_bias && !c.o_bias && !c.mlp_bias);
         let c = parse(r#","attention_bias":true,"mlp_bias":true"#).unwrap();
-        assert!(c.has_bias(Role::V) && c.has_bias(Role::O) && c.has_bias(Role::Down));
+        assert!(c.qkv_bias && c.o_bias && c.mlp_bias);
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub mod weights;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use config::{Config, Role};
+pub use config::Config;
 pub use error::Error;
 pub use files::Files;
 pub use program::{LayerId, Program};

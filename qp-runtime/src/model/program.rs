@@ -7,6 +7,8 @@
 
 use std::ops::Range;
 
+use qp_codegen::reference::{Activation, RmsNorm};
+
 /// A matrix of a model: index into [`Program::layers`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LayerId(pub usize);
@@ -47,13 +49,13 @@ pub struct Vector {
     pub len: usize,
 }
 
-/// Root-mean-square norm: each value is divided by the root of the mean square, then multiplied with its weight.
+/// A root-mean-square norm with its weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Norm {
     /// The weights, of a whole row or of each head of it.
     pub weight: VectorId,
-    /// Added to the mean square.
-    pub eps: f32,
+    /// What is computed with them.
+    pub norm: RmsNorm,
 }
 
 /// Shape of the keys and values of one attention.
@@ -91,13 +93,6 @@ pub struct Attention {
     pub q_norm: Option<Norm>,
     /// The same of the keys.
     pub k_norm: Option<Norm>,
-}
-
-/// Functions of one value.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// `x / (1 + exp(−x))`.
-    Silu,
 }
 
 /// A step of the computation.
@@ -251,6 +246,20 @@ impl Program {
         })
     }
 
+    /// What a node computes, in words.
+    pub fn describe(&self, node: usize) -> String {
+        let block = self.blocks().position(|b| b.contains(&node));
+        let place = block.map_or_else(String::new, |b| format!(" of decoder block {b}"));
+        match &self.nodes[node] {
+            Node::Linear { layers, .. } => format!("`{}`", self.layer(layers[0].0).name),
+            Node::Embed { layer, .. } => format!("`{}`", self.layer(*layer).name),
+            Node::Norm { norm, .. } => format!("`{}`", self.vectors[norm.weight.0].tensor),
+            Node::Attend(_) => format!("the attention{place}"),
+            Node::Gate { .. } => format!("the gated unit{place}"),
+            Node::Add { .. } | Node::Rows { .. } => format!("the residual stream{place}"),
+        }
+    }
+
     /// The output layer and its result, the logits.
     pub fn head(&self) -> (LayerId, Value) {
         match self.nodes.last() {
@@ -309,9 +318,9 @@ impl Builder {
     }
 
     /// Names the weights of a norm of `len` values.
-    pub fn norm_of(&mut self, tensor: impl Into<String>, len: usize, eps: f32) -> Norm {
+    pub fn norm_of(&mut self, tensor: impl Into<String>, len: usize, norm: RmsNorm) -> Norm {
         self.0.vectors.push(Vector { tensor: tensor.into(), len });
-        Norm { weight: VectorId(self.0.vectors.len() - 1), eps }
+        Norm { weight: VectorId(self.0.vectors.len() - 1), norm }
     }
 
     /// Makes room for keys and values.
@@ -328,9 +337,9 @@ impl Builder {
     }
 
     /// A norm whose weights are the tensor `name`.
-    pub fn norm(&mut self, x: Value, name: impl Into<String>, eps: f32) -> Value {
+    pub fn norm(&mut self, x: Value, name: impl Into<String>, norm: RmsNorm) -> Value {
         let width = self.0.widths[x.0];
-        let norm = self.norm_of(name, width, eps);
+        let norm = self.norm_of(name, width, norm);
         let y = self.value(width);
         self.0.nodes.push(Node::Norm { x, norm, y });
         y
@@ -372,11 +381,11 @@ impl Builder {
 
     /// The last norm and the output layer `head` on the rows that are wanted of `stream`, and the embedding's name. A
     /// tied output layer has the embedding's matrix.
-    pub fn finish(mut self, stream: Value, norm: &str, eps: f32, head: &str, embedding: &str, tied: bool) -> Program {
+    pub fn finish(mut self, stream: Value, norm: (&str, RmsNorm), head: &str, embedding: &str, tied: bool) -> Program {
         let width = self.0.widths[stream.0];
         let rows = self.value(width);
         self.0.nodes.push(Node::Rows { x: stream, y: rows });
-        let normed = self.norm(rows, norm, eps);
+        let normed = self.norm(rows, norm.0, norm.1);
         let vocab = self.0.vocab;
         self.linear(normed, [(head.to_owned(), vocab, false)]);
         let embedding = self.layer(embedding, vocab, width, false);

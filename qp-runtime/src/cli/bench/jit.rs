@@ -9,16 +9,17 @@ use std::time::Instant;
 use clap::Args;
 use qp_codegen::cuda::{Target, print};
 use qp_codegen::ir::{Elem, validate};
-use qp_codegen::spec::{Quantizer, Shape};
+use qp_codegen::spec::Shape;
 use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::cli::Error;
 use crate::cli::output::write;
-use crate::engine::cuda::kernels::{DecodeStep, Lowering, product};
+use crate::engine::cuda::layout::{Form, Layout};
+use crate::engine::cuda::lower::{self, Op, Wanted};
 use crate::jit::{self, Cache};
-use crate::model::{Config, Role, arch};
-use crate::plan::{Layer, Plan};
+use crate::model::{Config, LayerId, arch};
+use crate::plan::{self, Plan};
 use crate::quantize::items::{join_tied, layers};
 
 /// Time the making of kernels: lowering, validating, printing, compiling. Needs NVRTC, but no GPU.
@@ -57,8 +58,6 @@ pub struct JitBench {
 const LLAMA: &str = r#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
     "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 500000.0}"#;
-/// Longest sequence, if the model has as many positions.
-const CONTEXT: usize = 4096;
 /// Warm starts, of which the fastest counts.
 const STARTS: usize = 3;
 
@@ -117,18 +116,19 @@ impl JitBench {
         if self.once {
             // What a process of an engine does before it can launch: from here on, all of it counts.
             let start = Instant::now();
-            let step = self.step()?.kernels();
-            self.compile_all(&step)?;
-            println!("{} {}", step.len(), start.elapsed().as_secs_f64());
+            let layout = self.layout()?;
+            let ops = kernels(&layout);
+            self.compile_all(&layout, &ops)?;
+            println!("{} {}", ops.len(), start.elapsed().as_secs_f64());
             return Ok(());
         }
         let version = jit::Nvrtc::get()?.version();
-        let step = self.step()?;
-        let (all, alone) = (step.kernels(), step.alone());
+        let layout = self.layout()?;
+        let (all, alone) = (kernels(&layout), alone(&layout));
         let named = all.iter().map(|k| (k, "")).chain(alone.iter().map(|k| (k, " (unfused)")));
         let mut rows = Vec::new();
-        for (kernel, note) in named {
-            let rounds = (0..self.rounds).map(|_| self.make(kernel)).collect::<Result<Vec<_>, _>>()?;
+        for (op, note) in named {
+            let rounds = (0..self.rounds).map(|_| self.make(&layout, op)).collect::<Result<Vec<_>, _>>()?;
             let best = rounds.into_iter().min_by(|a, b| a.cost().total_cmp(&b.cost()));
             rows.extend(best.map(|row| Row { kernel: row.kernel + note, ..row }));
         }
@@ -152,29 +152,36 @@ impl JitBench {
         Ok(())
     }
 
-    fn step(&self) -> Result<Model, Error> {
+    fn layout(&self) -> Result<Layout, Error> {
         let config = match &self.model {
             Some(model) => Config::read(model)?,
             None => Config::parse(Path::new("Llama 3.1 8B"), LLAMA)?,
         };
-        let program = arch::program(&config);
+        let program = Arc::new(arch::program(&config));
         let plan = self.plan.as_deref().map_or_else(|| Ok(Plan::uniform(&self.spec)), Plan::read)?;
-        let layers: Vec<Layer> = layers(&program).into_iter().map(|place| place.layer).collect();
+        let layers: Vec<plan::Layer> = layers(&program).into_iter().map(|place| place.layer).collect();
         let mut resolved = plan.resolve(&layers)?;
         join_tied(&program, &mut resolved);
-        let quantizers = resolved.layers.iter().map(|of| of.map(|i| resolved.specs[i].clone())).collect();
-        Ok(Model { config, quantizers })
+        let form = |id: LayerId| match (resolved.layers[id.0], program.layer(id).shares) {
+            (Some(spec), _) => Form::Packed(resolved.specs[spec].clone()),
+            (None, Some(_)) => Form::Shared,
+            (None, None) => Form::Dense(Elem::BF16),
+        };
+        let forms: Vec<Form> = program.ids().map(form).collect();
+        let fused: Vec<Vec<LayerId>> =
+            resolved.groups.iter().map(|g| g.iter().copied().map(LayerId).collect()).collect();
+        Ok(Layout::new(&program, &forms, &fused))
     }
 
     /// Makes a kernel, without a cache.
-    fn make(&self, kernel: &Lowering) -> Result<Row, Error> {
+    fn make(&self, layout: &Layout, op: &Op) -> Result<Row, Error> {
         let (start, before) = (Instant::now(), on_core());
         let mut last = 0.0;
         let mut lap = || {
             let now = start.elapsed().as_secs_f64() * 1e3;
             now - std::mem::replace(&mut last, now)
         };
-        let kernel = kernel(&self.target.device());
+        let kernel = op.lower(layout, &self.target.device());
         let lower = lap();
         validate(&kernel).map_err(|e| e.to_string())?;
         let validate = lap();
@@ -193,10 +200,10 @@ impl JitBench {
     }
 
     /// Makes kernels as an engine does: in parallel, with the cache.
-    fn compile_all(&self, kernels: &[Lowering]) -> Result<(), Error> {
+    fn compile_all(&self, layout: &Layout, ops: &[Op]) -> Result<(), Error> {
         let (device, cache) = (self.target.device(), Cache::of_user());
-        kernels.par_iter().try_for_each(|kernel| {
-            let kernel = kernel(&device);
+        ops.par_iter().try_for_each(|op| {
+            let kernel = op.lower(layout, &device);
             validate(&kernel).map_err(|e| e.to_string())?;
             self.compile(&cache, &print(&kernel, self.target), &kernel.name)?;
             Ok(())
@@ -204,44 +211,31 @@ impl JitBench {
     }
 }
 
-/// A model without weights.
-struct Model {
-    config: Config,
-    /// Of each layer, in order, then of the output layer and the embedding.
-    quantizers: Vec<Option<Arc<Quantizer>>>,
+/// The kernels of a decode step of one token.
+fn kernels(layout: &Layout) -> Vec<Op> {
+    let mut out: Vec<Op> = Vec::new();
+    for launch in lower::step(layout, 1, Wanted { rows: 1, best: true }).launches {
+        if !out.contains(&launch.op) {
+            out.push(launch.op);
+        }
+    }
+    out
 }
 
-impl Model {
-    fn quantizer(&self, layer: usize, role: Role) -> Option<Arc<Quantizer>> {
-        self.quantizers[layer * Role::ALL.len() + role as usize].clone()
-    }
-
-    /// The kernels of a decode step.
-    fn kernels(&self) -> Vec<Lowering> {
-        let [.., head, embedding] = &self.quantizers[..] else { unreachable!("every model has both") };
-        let step = DecodeStep {
-            config: &self.config,
-            context: CONTEXT.min(self.config.max_positions) as u32,
-            elem: Elem::BF16,
-            quantizer: &|layer, role| self.quantizer(layer, role),
-            embedding: embedding.clone(),
-            head: head.clone(),
-        };
-        step.kernels()
-    }
-
-    /// Products of single matrices of the first layer that a step joins with others.
-    fn alone(&self) -> Vec<Lowering> {
-        let mut seen: Vec<(Arc<Quantizer>, Shape)> = Vec::new();
-        for role in [Role::Q, Role::K, Role::Gate] {
-            let (rows, cols) = self.config.shape(role);
-            let shape = Shape { rows: rows as u32, cols: cols as u32 };
-            if let Some(q) = self.quantizer(0, role).filter(|q| !seen.iter().any(|s| (&s.0, s.1) == (q, shape))) {
-                seen.push((q, shape));
+/// Products of single matrices of the first decoder block that a step joins with others.
+fn alone(layout: &Layout) -> Vec<Op> {
+    let mut out: Vec<Op> = Vec::new();
+    for stored in layout.matrices.iter().filter(|m| m.layers.len() > 1).take(2) {
+        for id in &stored.layers {
+            let layer = layout.program.layer(*id);
+            let shape = Shape { rows: layer.rows as u32, cols: layer.cols as u32 };
+            let op = Op::Product { spec: stored.spec, shape, batch: 1, accumulate: false };
+            if !out.contains(&op) {
+                out.push(op);
             }
         }
-        seen.into_iter().map(|(q, shape)| product(q, shape, false)).collect()
     }
+    out
 }
 
 /// All kernels of a step in fresh processes: into an empty cache, then out of it.

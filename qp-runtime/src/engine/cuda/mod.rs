@@ -1,111 +1,70 @@
-//! The engine of GPUs: every step is one graph of launches, from token to logits.
+//! The engine of GPUs: every step is one graph of launches, from tokens to logits.
 //!
 //! It runs on an [`Executor`], so on the interpreter too, launch by launch: that is how it is tested without a GPU
 //! ([`crate::check`]).
-//! Everything stays on the device between steps; a step takes the tokens and their position and gives logits. Tokens
-//! are taken up to 64 at once. A quantized model gives the same bits as on the CPU, however its tokens are cut.
+//! A step takes its tokens, their positions and pages from buffers, so one graph serves all steps of one number of tokens.
+//! Numbers of tokens are padded to few sizes. A quantized model gives the same bits as on the CPU, however its tokens are
+//! cut and whatever else is in the step.
 //!
-//! * [`kernels`]: what a step launches, without a model at hand.
-//! * [`linear`]: matrices on the device.
-//! * [`step`]: one launch: kernel, inputs, output.
+//! * [`layout`]: which layers are one matrix.
+//! * [`lower`]: from a program to launches, without a device.
+//! * [`matrix`]: matrices on the device.
+//! * [`memory`]: what all of it takes.
+//! * [`record`]: kernels and buffers of launches.
 //! * [`rest`]: times of all but the products, without a model.
 
-pub mod kernels;
-mod linear;
+pub mod layout;
+pub mod lower;
+pub mod matrix;
+mod memory;
+mod record;
 pub mod rest;
-mod step;
 
 use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 
-use qp_codegen::ir::Elem;
-use qp_codegen::kernels::Span;
-use qp_codegen::kernels::add::Add;
-use qp_codegen::kernels::append::Append;
-use qp_codegen::kernels::argmax::Argmax;
-use qp_codegen::kernels::attention::Attention;
-use qp_codegen::kernels::dense::Dense;
-use qp_codegen::kernels::embed::Embed;
-use qp_codegen::kernels::embed_packed::EmbedPacked;
-use qp_codegen::kernels::gemv::Gemv;
-use qp_codegen::kernels::glu::Glu;
-use qp_codegen::kernels::norm::Norm;
-use qp_codegen::kernels::prepare::Prepare;
-use qp_codegen::reference::{Activation, RmsNorm};
-use qp_codegen::spec::Shape;
-use rayon::prelude::*;
+use qp_codegen::kernels::product::MAX_BATCH;
 
-pub use self::linear::Uploads;
-use self::linear::{Group, Matrix, Product};
-use self::step::{Angles, Hand, Ready, State, Step};
-use super::{Chunk, Engine, Error, PAGE, Room, check_chunks};
+use self::layout::{Form, Layout, Stored};
+use self::lower::{Launch, Slot, Wanted};
+use self::matrix::Matrix;
+pub use self::matrix::Uploads;
+pub use self::memory::Needs;
+use self::record::{Constants, Kernels, State, record};
+use super::{Chunk, Engine, Error, PAGE, Room, check_chunks, check_pages, cut};
 use crate::device::ops::DeviceActivations;
-use crate::device::tune;
 use crate::device::{Buffer, DeviceError, Executor, Graph};
-use crate::model::program::Node;
-use crate::model::{Program, Weights, rope_tables};
+use crate::model::program::VectorId;
+use crate::model::{Weights, program, rope_tables};
 
-/// Numbers of tokens that steps are made for. Any number is a sum of few of them.
-const BATCHES: [usize; 7] = [64, 32, 16, 8, 4, 2, 1];
+/// Numbers of tokens that steps are made for: others are padded.
+const SIZES: [u32; 12] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048];
+/// Most tokens of a step.
+const MOST_TOKENS: u32 = SIZES[SIZES.len() - 1];
+/// Most rows of logits of a step.
+const MOST_ROWS: u32 = 64;
+const _: () = assert!(MOST_TOKENS <= MAX_BATCH);
 
-/// A model on a device, with the keys and values of one sequence.
+/// A model on a device, with the keys and values of many sequences.
 pub struct CudaEngine {
     executor: Executor,
-    network: Network,
+    layout: Layout,
+    room: Room,
+    /// Most tokens of a step.
+    most_tokens: u32,
+    constants: Constants,
     state: State,
-    kernels: BTreeMap<String, Ready>,
+    /// What lies in the state's table.
+    table: Vec<i32>,
+    kernels: Kernels,
     /// By tokens and what is wanted of them.
-    graphs: BTreeMap<(usize, Wanted), Graph>,
-    pages: usize,
+    graphs: BTreeMap<(u32, Wanted), Recorded>,
 }
 
-/// What a step gives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Wanted {
-    /// Logits of so many tokens, the last ones.
-    Logits(usize),
-    /// The likeliest token after the last.
-    Best,
-}
-
-/// What does not change between steps.
-struct Network {
-    vocab: usize,
-    context: usize,
-    heads: u32,
-    kv_heads: u32,
-    head_dim: u32,
-    hidden: u32,
-    inner: u32,
-    eps: f32,
-    /// Distance from one token to the next in the residual stream.
-    stride: u32,
-    embed: Matrix,
-    layers: Vec<Layer>,
-    norm: Buffer<f32>,
-    head: Group,
-    angles: Angles,
-    /// Given where a kernel reads nothing.
-    nothing: Buffer<f32>,
-}
-
-struct Layer {
-    input_norm: Buffer<f32>,
-    /// Queries, keys, values.
-    qkv: Group,
-    o: Group,
-    post_norm: Buffer<f32>,
-    /// Gate, up.
-    gate_up: Group,
-    down: Group,
-}
-
-/// Rows of activations, and the norm they are to pass first.
-#[derive(Clone, Copy)]
-struct Input<'n> {
-    hand: Hand,
-    rows: Span,
-    norm: Option<&'n Buffer<f32>>,
+/// A step's graph.
+struct Recorded {
+    graph: Graph,
+    /// Where the logits lie: slot, first value, distance from row to row.
+    logits: Option<(Slot, usize, usize)>,
 }
 
 impl CudaEngine {
@@ -125,400 +84,289 @@ impl CudaEngine {
         if room.context > weights.program.context {
             return Err(Error::Positions { wanted: room.context, max: weights.program.context });
         }
-        if weights.program.nodes.iter().any(|n| matches!(n, Node::Attend(a) if a.q_norm.is_some())) {
-            return Err(Error::Device("norms of heads run on the CPU only: --device cpu".into()));
+        let layout = Layout::new(&weights.program, &Form::of(weights), &[]);
+        if let Some((free, _)) = executor.free_memory()? {
+            Needs::of(&layout, room).check(free as u64)?;
         }
-        let network = Network::upload(&executor, weights, room.context, uploads)?;
-        let state = network.state(&executor)?;
+        let matrix = |stored: &Stored| Matrix::upload(&executor, &layout, stored, weights, uploads);
+        let matrices = layout.matrices.iter().map(matrix).collect::<Result<_, DeviceError>>()?;
+        uploads.done();
+        let count = weights.program.vectors.len();
+        let vectors = (0..count).map(|i| executor.upload(&weights[VectorId(i)]));
+        let vectors = vectors.collect::<Result<_, DeviceError>>()?;
+        let biases = weights.layers().iter().map(|l| l.bias.as_ref().map(|b| executor.upload(b)).transpose());
+        let biases = biases.collect::<Result<_, DeviceError>>()?;
         let on_gpu = executor.gpu().is_some();
-        let (kernels, graphs) = (BTreeMap::new(), BTreeMap::new());
-        let mut engine = CudaEngine { executor, network, state, kernels, graphs, pages: room.pages };
+        let mut engine = Self::of(executor, layout, room, matrices, vectors, biases)?;
         if on_gpu {
             // Compiled now, so that the first tokens are not the slow ones.
-            engine.graph(1, Wanted::Best)?;
+            engine.prepare(1, Wanted { rows: 1, best: true })?;
         }
         Ok(engine)
     }
 
-    /// The graph of a step of `batch` tokens.
-    fn graph(&mut self, batch: usize, wanted: Wanted) -> Result<&Graph, DeviceError> {
-        let CudaEngine { executor, network, state, kernels, graphs, .. } = self;
-        let vacant = match graphs.entry((batch, wanted)) {
-            Entry::Occupied(graph) => return Ok(graph.into_mut()),
-            Entry::Vacant(vacant) => vacant,
+    /// An engine of matrices that `matrix` makes, with norms' weights of 1 and biases of 0: for measuring times.
+    ///
+    /// # Errors
+    /// Those of `matrix`, a full GPU.
+    pub fn made(
+        executor: Executor,
+        layout: Layout,
+        room: Room,
+        mut matrix: impl FnMut(&Layout, &Stored) -> Result<Matrix, DeviceError>,
+    ) -> Result<Self, DeviceError> {
+        let matrices = layout.matrices.iter().map(|m| matrix(&layout, m)).collect::<Result<_, _>>()?;
+        let vectors = layout.program.vectors.iter().map(|v| executor.upload(&vec![1.0; v.len]));
+        let vectors = vectors.collect::<Result<_, _>>()?;
+        let biases = layout.program.layers.iter().map(|l| l.bias.then(|| executor.zeroed(l.rows)).transpose());
+        let biases = biases.collect::<Result<_, _>>()?;
+        Self::of(executor, layout, room, matrices, vectors, biases)
+    }
+
+    /// An engine of matrices, weights of norms and biases that are there.
+    fn of(
+        executor: Executor,
+        layout: Layout,
+        room: Room,
+        matrices: Vec<Matrix>,
+        vectors: Vec<Buffer<f32>>,
+        biases: Vec<Option<Buffer<f32>>>,
+    ) -> Result<Self, DeviceError> {
+        let on = &executor;
+        let turns = rope_tables(&layout.program.rope, room.context);
+        let turns = (on.upload(&turns.cos)?, on.upload(&turns.sin)?);
+        let constants = Constants { matrices, vectors, biases, turns, nothing: on.zeroed(1)? };
+        let columns = layout.matrices.iter().map(|m| m.shape.cols).max().unwrap_or(1);
+        let most_tokens = most_tokens(room);
+        let most = most_tokens as usize;
+        let stride = room.context.div_ceil(PAGE).max(1);
+        let sequences = most.min(room.pages.max(1));
+        let cache = |c: &program::Cache| {
+            let len = room.pages * c.heads * PAGE * c.head_dim;
+            Ok((on.zeroed(len)?, on.zeroed(len)?))
         };
-        let steps = network.steps(batch as u32, wanted);
-        let mut needed: BTreeMap<String, &Step<'_>> = steps.iter().map(|s| (s.key(), s)).collect();
-        needed.retain(|key, _| !kernels.contains_key(key));
-        let mut products: BTreeMap<String, tune::Product<'_>> = BTreeMap::new();
-        for step in &steps {
-            if let (Step::Gemv { op, hash, matrix, .. }, key) = (step, step.key())
-                && needed.contains_key(&key)
-            {
-                let product = || tune::Product { op: *op, hash, matrices: Vec::new() };
-                products.entry(key).or_insert_with(product).matrices.push(matrix);
+        let state = State {
+            tokens: on.zeroed(most)?,
+            positions: on.zeroed(most)?,
+            slots: on.zeroed(most)?,
+            sequence: on.zeroed(most)?,
+            table: on.zeroed(sequences * stride)?,
+            stride: stride as u32,
+            rows: on.zeroed(MOST_ROWS as usize)?,
+            best: on.zeroed(MOST_ROWS as usize)?,
+            values: BTreeMap::new(),
+            activations: DeviceActivations::new(on, columns, most_tokens)?,
+            faults: on.zeroed(layout.program.nodes.len())?,
+            caches: layout.program.caches.iter().map(cache).collect::<Result<_, DeviceError>>()?,
+        };
+        let (kernels, graphs, table) = (Kernels::default(), BTreeMap::new(), vec![0; sequences * stride]);
+        Ok(CudaEngine { executor, layout, room, most_tokens, constants, state, table, kernels, graphs })
+    }
+
+    /// Makes kernels and buffers of launches ready.
+    fn load(&mut self, launches: &[Launch]) -> Result<(), DeviceError> {
+        let CudaEngine { executor, layout, most_tokens, constants, state, kernels, .. } = self;
+        for slot in launches.iter().flat_map(|l| l.reads.iter().copied().chain(l.write)) {
+            if !state.values.contains_key(&slot) {
+                let rows = if slot.wanted { MOST_ROWS } else { *most_tokens };
+                state.values.insert(slot, executor.zeroed(rows as usize * slot.stride as usize)?);
             }
         }
-        needed.retain(|key, _| !products.contains_key(key));
-        let (keys, products): (Vec<_>, Vec<_>) = products.into_iter().unzip();
-        let others = needed.into_par_iter().map(|(key, s)| Ok((key, s.load(executor)?)));
-        let (others, products) =
-            rayon::join(|| others.collect::<Result<Vec<_>, DeviceError>>(), || tune::load(executor, &products));
-        kernels.extend(others?);
-        kernels.extend(keys.into_iter().zip(products?.into_iter().map(|(_, kernel)| Ready::Gemv(kernel))));
+        kernels.load(executor, layout, &constants.matrices, launches)
+    }
+
+    /// Makes the graph of a step of `tokens` tokens ready.
+    fn prepare(&mut self, tokens: u32, wanted: Wanted) -> Result<(), DeviceError> {
+        if self.graphs.contains_key(&(tokens, wanted)) {
+            return Ok(());
+        }
+        let step = lower::step(&self.layout, tokens, wanted);
+        self.load(&step.launches)?;
+        let CudaEngine { executor, constants, state, kernels, graphs, .. } = self;
         let mut recorder = executor.record();
-        for step in &steps {
-            let kernel = kernels.get_mut(&step.key()).expect("loaded above");
-            step.record(&mut recorder, kernel, state, &network.angles)?;
+        for launch in &step.launches {
+            record(launch, &mut recorder, kernels, state, constants)?;
         }
-        Ok(vacant.insert(recorder.finish()?))
-    }
-
-    fn launch(&mut self, tokens: &[u32], position: usize, wanted: Wanted) -> Result<(), DeviceError> {
-        let ids: Vec<i32> = tokens.iter().map(|t| t.cast_signed()).collect();
-        self.state.tokens.write(0, &ids)?;
-        self.state.position.write(0, &[position as i32])?;
-        self.graph(tokens.len(), wanted)?.launch()
-    }
-
-    /// Appends the tokens of `chunk`, of which the last `wanted` get logits; `None` for the likeliest token after them all.
-    fn append(&mut self, chunk: &Chunk<'_>, wanted: Option<usize>, out: &mut Vec<f32>) -> Result<(), Error> {
-        let (mut left, mut position) = (chunk.tokens, chunk.position);
-        while !left.is_empty() {
-            let batch = BATCHES.into_iter().find(|b| *b <= left.len()).expect("one token at least");
-            let (now, later) = left.split_at(batch);
-            let rows = wanted.map_or(0, |w| w.saturating_sub(later.len()).min(batch));
-            let best = wanted.is_none() && later.is_empty();
-            self.launch(now, position, if best { Wanted::Best } else { Wanted::Logits(rows) })?;
-            let Network { vocab, head, .. } = &self.network;
-            // The first row that was computed may lie before the first that is wanted.
-            let first = self.network.rows(batch as u32, rows as u32) as usize - rows;
-            for row in first..first + rows {
-                let at = out.len();
-                out.resize(at + vocab, 0.0);
-                let from = row * head.products[0].stride as usize;
-                self.state.hands[Hand::Logits.index()].read(from, &mut out[at..])?;
-            }
-            position += batch;
-            left = later;
-        }
+        let graph = recorder.finish()?;
+        let logits = step.logits.map(|(slot, span)| (slot, span.first as usize, span.stride as usize));
+        graphs.insert((tokens, wanted), Recorded { graph, logits });
         Ok(())
     }
 
-    /// The only sequence there can be.
-    fn one<'c, 'a>(&self, chunks: &'c [Chunk<'a>]) -> Result<&'c Chunk<'a>, Error> {
-        check_chunks(self, chunks)?;
-        match chunks {
-            [chunk] if chunk.pages.iter().enumerate().all(|(i, p)| i == *p as usize) => Ok(chunk),
-            _ => Err(Error::Device("this engine holds one sequence, in pages in order".into())),
+    /// Seconds of the launches that `of` chooses of a step of `tokens` tokens that want their likeliest next tokens, each
+    /// at position `position` of the same sequence: the fastest of `rounds` runs, one launch after the other.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn seconds(
+        &mut self,
+        tokens: u32,
+        position: usize,
+        rounds: usize,
+        of: &dyn Fn(&Launch) -> bool,
+    ) -> Result<f64, DeviceError> {
+        let wanted = Wanted { rows: tokens.min(MOST_ROWS), best: true };
+        let mut launches = lower::step(&self.layout, tokens, wanted).launches;
+        launches.retain(of);
+        self.load(&launches)?;
+        let CudaEngine { executor, room, constants, state, kernels, .. } = self;
+        state.positions.write(0, &vec![position as i32; tokens as usize])?;
+        let places: Vec<i32> = (0..tokens as i32).map(|i| i % (room.pages * PAGE) as i32).collect();
+        state.slots.write(0, &places)?;
+        let mut recorder = executor.record();
+        for launch in &launches {
+            record(launch, &mut recorder, kernels, state, constants)?;
         }
+        let graph = recorder.finish()?;
+        executor.time_best(rounds, || graph.launch())
     }
+
+    /// Runs a step that needs no cutting. Gives the graph's key and, of each wanted row of logits, its row there.
+    fn run(&mut self, chunks: &[Chunk<'_>], best: bool) -> Result<((u32, Wanted), Vec<usize>), Error> {
+        let count: usize = chunks.iter().map(|c| c.tokens.len()).sum();
+        let size = padded(count as u32);
+        let (mut tokens, mut positions) = (Vec::with_capacity(size as usize), Vec::with_capacity(size as usize));
+        let (mut slots, mut sequence) = (Vec::with_capacity(size as usize), Vec::with_capacity(size as usize));
+        let mut wanted: Vec<usize> = Vec::new();
+        let stride = self.state.stride as usize;
+        for (row, chunk) in chunks.iter().enumerate() {
+            let n = chunk.tokens.len();
+            wanted.extend(tokens.len() + n - chunk.logits.rows(n)..tokens.len() + n);
+            for (i, token) in chunk.tokens.iter().enumerate() {
+                let position = chunk.position + i;
+                tokens.push(token.cast_signed());
+                positions.push(position as i32);
+                slots.push((chunk.pages[position / PAGE] as usize * PAGE + position % PAGE) as i32);
+                sequence.push(row as i32);
+            }
+            let pages = &chunk.pages[..(chunk.position + n).div_ceil(PAGE)];
+            let mirror = &mut self.table[row * stride..][..pages.len()];
+            let same = mirror.iter().zip(pages).take_while(|(a, b)| **a == b.cast_signed()).count();
+            if same < pages.len() {
+                mirror.iter_mut().zip(pages).for_each(|(a, b)| *a = b.cast_signed());
+                self.state.table.write(row * stride + same, &mirror[same..])?;
+            }
+        }
+        tokens.resize(size as usize, 0);
+        positions.resize(size as usize, 0);
+        slots.resize(size as usize, -1);
+        sequence.resize(size as usize, 0);
+        // Rows of all tokens need no choosing.
+        let rows = if wanted.is_empty() { 0 } else { padded(wanted.len() as u32) };
+        let rows_of: Vec<usize> = if rows == size { wanted.clone() } else { (0..wanted.len()).collect() };
+        self.state.tokens.write(0, &tokens)?;
+        self.state.positions.write(0, &positions)?;
+        self.state.slots.write(0, &slots)?;
+        self.state.sequence.write(0, &sequence)?;
+        if rows > 0 && rows < size {
+            let mut chosen: Vec<i32> = wanted.iter().map(|r| *r as i32).collect();
+            chosen.resize(rows as usize, 0);
+            self.state.rows.write(0, &chosen)?;
+        }
+        let key = (size, Wanted { rows, best: best && rows > 0 });
+        self.prepare(key.0, key.1)?;
+        self.graphs[&key].graph.launch()?;
+        Ok((key, rows_of))
+    }
+
+    /// Names what was not finite, if something was.
+    fn check_fault(&mut self) -> Result<(), Error> {
+        let faults = self.state.faults.to_vec()?;
+        let Some(node) = faults.iter().position(|f| *f != 0) else { return Ok(()) };
+        self.state.faults.write(0, &vec![0; faults.len()])?;
+        Err(Error::NotFinite { layer: self.layout.program.describe(node) })
+    }
+
+    fn cut<'a>(&self, chunks: &[Chunk<'a>]) -> Vec<Vec<Chunk<'a>>> {
+        let sequences = self.table.len() / self.state.stride as usize;
+        cut(chunks, &|left| taken(left, self.most_tokens), MOST_ROWS as usize, sequences)
+    }
+}
+
+/// Most tokens of a step: no more than what all pages hold.
+fn most_tokens(room: Room) -> u32 {
+    padded((room.pages * PAGE).min(MOST_TOKENS as usize) as u32)
+}
+
+/// The smallest size that holds `tokens`, of which there are at most [`MOST_TOKENS`].
+fn padded(tokens: u32) -> u32 {
+    SIZES.into_iter().find(|s| *s >= tokens).unwrap_or(MOST_TOKENS)
+}
+
+/// How many of `left` tokens the next step takes: all, unless much of it would be padding.
+fn taken(left: usize, most: u32) -> usize {
+    let Some(up) = SIZES.into_iter().filter(|s| *s <= most).map(|s| s as usize).find(|s| *s >= left) else {
+        return most as usize;
+    };
+    if up <= 64 || (up - left) * 4 <= up { left } else { up / 2 }
 }
 
 impl Engine for CudaEngine {
     fn vocab(&self) -> usize {
-        self.network.vocab
+        self.layout.program.vocab
     }
 
     fn context(&self) -> usize {
-        self.network.context
+        self.room.context
     }
 
     fn pages(&self) -> usize {
-        self.network.context.div_ceil(PAGE).min(self.pages)
+        self.room.pages
     }
 
     fn most_tokens(&self) -> usize {
-        BATCHES[0]
+        self.most_tokens as usize
     }
 
     fn step(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<f32>) -> Result<(), Error> {
-        let chunk = self.one(chunks)?;
+        check_chunks(self, chunks)?;
         out.clear();
-        self.append(chunk, Some(chunk.logits.rows(chunk.tokens.len())), out)
+        for step in self.cut(chunks) {
+            let (key, rows) = self.run(&step, false)?;
+            if let Some((slot, first, stride)) = self.graphs[&key].logits {
+                for row in rows {
+                    let at = out.len();
+                    out.resize(at + self.layout.program.vocab, 0.0);
+                    self.state.values[&slot].read(first + row * stride, &mut out[at..])?;
+                }
+            }
+        }
+        self.check_fault()
     }
 
     fn best(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<u32>) -> Result<(), Error> {
-        let chunk = self.one(chunks)?;
-        if chunk.tokens.is_empty() {
-            return Err(Error::NotANumber);
-        }
-        self.append(chunk, None, &mut Vec::new())?;
-        let mut best = [0];
-        self.state.best.read(0, &mut best)?;
+        check_chunks(self, chunks)?;
         out.clear();
-        out.push(u32::try_from(best[0]).map_err(|_| Error::NotANumber)?);
-        Ok(())
+        for step in self.cut(chunks) {
+            let (key, rows) = self.run(&step, true)?;
+            if !rows.is_empty() {
+                let mut best = vec![0; key.1.rows as usize];
+                self.state.best.read(0, &mut best)?;
+                for row in rows {
+                    match u32::try_from(best[row]) {
+                        Ok(token) => out.push(token),
+                        Err(_) => return Err(self.check_fault().err().unwrap_or(Error::NotANumber)),
+                    }
+                }
+            }
+        }
+        self.check_fault()
     }
 
-    fn copy_page(&mut self, _: u32, _: u32) -> Result<(), Error> {
-        Err(Error::Device("this engine holds one sequence, in pages in order".into()))
+    fn copy_page(&mut self, from: u32, to: u32) -> Result<(), Error> {
+        check_pages(self, &[from, to])?;
+        for (keys, values) in &mut self.state.caches {
+            for cache in [keys, values] {
+                let len = cache.len() / self.room.pages;
+                cache.copy_within(from as usize * len, to as usize * len, len)?;
+            }
+        }
+        Ok(())
     }
 }
 
 impl From<DeviceError> for Error {
     fn from(e: DeviceError) -> Self {
         Error::Device(Box::new(e))
-    }
-}
-
-impl Network {
-    fn upload(on: &Executor, weights: &Weights, context: usize, uploads: &mut Uploads) -> Result<Network, DeviceError> {
-        let program = &weights.program;
-        let mut layers = Vec::with_capacity(program.caches.len());
-        for block in program.blocks() {
-            let (mut norms, mut groups) = (Vec::new(), Vec::new());
-            for node in &program.nodes[block] {
-                match node {
-                    Node::Norm { norm, .. } => norms.push(on.upload(&weights[norm.weight])?),
-                    Node::Linear { layers, .. } => {
-                        let layers: Vec<_> = layers.iter().map(|l| &weights[l.0]).collect();
-                        groups.push(Group::upload(on, &layers, uploads)?);
-                    }
-                    Node::Embed { .. } | Node::Attend(_) | Node::Gate { .. } | Node::Add { .. } | Node::Rows { .. } => {
-                        ()
-                    }
-                }
-            }
-            let (Ok([input_norm, post_norm]), Ok([qkv, o, gate_up, down])) =
-                (<[_; 2]>::try_from(norms), <[_; 4]>::try_from(groups))
-            else {
-                unreachable!("every architecture's blocks are alike")
-            };
-            layers.push(Layer { input_norm, qkv, o, post_norm, gate_up, down });
-        }
-        let embedding = program.ids().find(|id| program.is_embedding(*id)).expect("a program has an embedding");
-        let (embedding, head) = (&weights[embedding], &weights[program.head().0]);
-        let embed = Matrix::upload(on, embedding, uploads)?;
-        // The same data twice would be a waste of the device's memory.
-        let head = if head.weight.is(&embedding.weight) {
-            let product = Product::of(on, head, embed.clone())?;
-            Group { cols: head.cols as u32, products: vec![product], places: vec![(0, 0)] }
-        } else {
-            Group::upload(on, &[head], uploads)?
-        };
-        uploads.done();
-        let norm = program.vectors.len() - 1;
-        let norm = on.upload(&weights[crate::model::program::VectorId(norm)])?;
-        Network::of(on, program, context, embed, layers, norm, head)
-    }
-
-    /// The network of a model's parts.
-    fn of(
-        on: &Executor,
-        program: &Program,
-        context: usize,
-        embed: Matrix,
-        layers: Vec<Layer>,
-        norm: Buffer<f32>,
-        head: Group,
-    ) -> Result<Network, DeviceError> {
-        let tables = rope_tables(&program.rope, context);
-        let hidden = program.widths[0] as u32;
-        let residual = layers.iter().flat_map(|l| l.o.products.iter().chain(&l.down.products));
-        let stride = residual.map(|p| p.stride).fold(hidden, u32::max);
-        let heads = program.nodes.iter().find_map(|n| if let Node::Attend(a) = n { Some(a.heads) } else { None });
-        let eps =
-            program.nodes.iter().find_map(|n| if let Node::Norm { norm, .. } = n { Some(norm.eps) } else { None });
-        let inner = program.nodes.iter().find_map(|n| if let Node::Gate { y, .. } = n { Some(*y) } else { None });
-        let (Some(heads), Some(eps), Some(inner)) = (heads, eps, inner) else {
-            unreachable!("every architecture has attention, norms and gates")
-        };
-        let cache = program.caches[0];
-        Ok(Network {
-            vocab: program.vocab,
-            context,
-            heads: heads as u32,
-            kv_heads: cache.heads as u32,
-            head_dim: cache.head_dim as u32,
-            hidden,
-            inner: program.widths[inner.0] as u32,
-            eps,
-            stride,
-            embed,
-            layers,
-            norm,
-            head,
-            angles: Angles { cos: on.upload(&tables.cos)?, sin: on.upload(&tables.sin)? },
-            nothing: on.zeroed(1)?,
-        })
-    }
-
-    fn groups(&self) -> impl Iterator<Item = &Group> {
-        self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]).chain([&self.head])
-    }
-
-    fn state(&self, on: &Executor) -> Result<State, DeviceError> {
-        let batch = BATCHES[0];
-        let widest = |p: usize| self.groups().filter_map(|g| g.products.get(p)).map(|p| p.stride).max().unwrap_or(0);
-        let attended = self.heads * self.head_dim;
-        let head = self.head.products[0].stride;
-        // In the order of `Hand::index`.
-        let widths = [self.stride, self.hidden, attended, self.inner, head, widest(0), widest(1), widest(2)];
-        const { assert!(Hand::COUNT == 8) };
-        let columns = self.groups().map(|g| g.cols).max().unwrap_or(1);
-        let cache = self.kv_heads as usize * self.context * self.head_dim as usize;
-        Ok(State {
-            tokens: on.zeroed(batch)?,
-            position: on.zeroed(1)?,
-            best: on.zeroed(1)?,
-            hands: widths.iter().map(|w| on.zeroed(*w as usize * batch)).collect::<Result<_, _>>()?,
-            activations: DeviceActivations::new(on, columns, batch as u32)?,
-            fault: on.zeroed(1)?,
-            cache: self
-                .layers
-                .iter()
-                .map(|_| Ok((on.zeroed(cache)?, on.zeroed(cache)?)))
-                .collect::<Result<_, DeviceError>>()?,
-        })
-    }
-
-    /// Rows of logits that a step of `batch` tokens computes if `rows` are wanted: what prepares activations for a
-    /// quantized head begins with the first token.
-    fn rows(&self, batch: u32, rows: u32) -> u32 {
-        match self.head.products[0].matrix {
-            Matrix::Quantized { .. } if rows > 0 => batch,
-            Matrix::Quantized { .. } | Matrix::Dense(_) => rows,
-        }
-    }
-
-    /// The launches of a step of `batch` tokens.
-    fn steps(&self, batch: u32, wanted: Wanted) -> Vec<Step<'_>> {
-        let rows = match wanted {
-            Wanted::Logits(rows) => self.rows(batch, rows as u32),
-            Wanted::Best => self.rows(batch, 1),
-        };
-        let mut steps = Vec::new();
-        let residual = Span::rows(self.stride);
-        let (d, context, cache) = (self.head_dim, self.context as u32, Elem::F32);
-        steps.push(match &self.embed {
-            Matrix::Dense(table) => {
-                let op = Embed { columns: self.hidden, elem: table.elem(), batch, y: residual };
-                Step::Embed { op, table, y: Hand::Residual }
-            }
-            Matrix::Quantized { quantizer, hash, matrix } => {
-                let op = EmbedPacked { quantizer, shape: matrix.layout.shape, batch, y: residual };
-                Step::EmbedPacked { op, hash, matrix, y: Hand::Residual }
-            }
-        });
-        for (i, layer) in self.layers.iter().enumerate() {
-            let input = Input { hand: Hand::Residual, rows: residual, norm: Some(&layer.input_norm) };
-            self.linear(&mut steps, &layer.qkv, batch, input, None);
-            let place = |g: &Group, i: usize| {
-                let (product, first) = g.places[i];
-                (Hand::Product(product), Span { first, stride: g.products[product].stride })
-            };
-            let ((q, q_rows), (k, k_rows), (v, v_rows)) =
-                (place(&layer.qkv, 0), place(&layer.qkv, 1), place(&layer.qkv, 2));
-            let op = Append { heads: self.kv_heads, head_dim: d, batch, context, k: k_rows, v: v_rows, cache };
-            steps.push(Step::Append { op, layer: i, k, v });
-            let (heads, kv_heads) = (self.heads, self.kv_heads);
-            let op = Attention { heads, kv_heads, head_dim: d, batch, context, q: q_rows, cache };
-            steps.push(Step::Attention { op, layer: i, q, y: Hand::Attended });
-            let input = Input { hand: Hand::Attended, rows: Span::rows(heads * d), norm: None };
-            self.linear(&mut steps, &layer.o, batch, input, Some(Hand::Residual));
-
-            let input = Input { hand: Hand::Residual, rows: residual, norm: Some(&layer.post_norm) };
-            self.linear(&mut steps, &layer.gate_up, batch, input, None);
-            let ((gate, gate_rows), (up, up_rows)) = (place(&layer.gate_up, 0), place(&layer.gate_up, 1));
-            let activation = Activation::Silu;
-            let op = Glu { columns: self.inner, batch, activation, gate: gate_rows, up: up_rows };
-            steps.push(Step::Glu { op, gate, up, y: Hand::Inner });
-            let input = Input { hand: Hand::Inner, rows: Span::rows(self.inner), norm: None };
-            self.linear(&mut steps, &layer.down, batch, input, Some(Hand::Residual));
-        }
-        if rows > 0 {
-            let last = Span { first: (batch - rows) * self.stride, stride: self.stride };
-            let input = Input { hand: Hand::Residual, rows: last, norm: Some(&self.norm) };
-            let from = steps.len();
-            self.linear(&mut steps, &self.head, rows, input, None);
-            for step in &mut steps[from..] {
-                step.write_to(Hand::Logits);
-            }
-            if wanted == Wanted::Best {
-                let product = &self.head.products[0];
-                let logits = Span { first: (rows - 1) * product.stride, stride: product.stride };
-                let op = Argmax { columns: self.vocab as u32, batch: 1, logits };
-                steps.push(Step::Argmax { op, logits: Hand::Logits });
-            }
-        }
-        steps
-    }
-
-    /// The layers of a group on `batch` rows: outputs of product `p` go to [`Hand::Product`]`(p)`, or are added to
-    /// `onto`.
-    fn linear<'n>(
-        &'n self,
-        steps: &mut Vec<Step<'n>>,
-        group: &'n Group,
-        batch: u32,
-        input: Input<'n>,
-        onto: Option<Hand>,
-    ) {
-        let mut normed = None;
-        let mut prepared = None;
-        for (p, product) in group.products.iter().enumerate() {
-            let own = (Hand::Product(p), Span::rows(product.stride));
-            let biased = product.parts.iter().any(|part| part.bias.is_some());
-            let direct = onto.filter(|_| !biased).map(|hand| (hand, Span::rows(self.stride)));
-            let (y, rows, accumulate) = match &product.matrix {
-                Matrix::Quantized { quantizer, hash, matrix } => {
-                    if prepared != Some(quantizer.rotation) {
-                        prepared = Some(quantizer.rotation);
-                        let op = Prepare {
-                            columns: group.cols,
-                            batch,
-                            input: input.rows,
-                            gate: None,
-                            norm: input.norm.map(|_| RmsNorm { eps: self.eps, add_one: false }),
-                            rotation: quantizer.rotation,
-                        };
-                        let norm = input.norm.unwrap_or(&self.nothing);
-                        steps.push(Step::Prepare { op, input: input.hand, norm });
-                    }
-                    // Its outputs lie at a distance of its own.
-                    let direct = direct.filter(|_| product.stride == self.stride);
-                    let (y, rows) = direct.unwrap_or(own);
-                    let shape = Shape { rows: matrix.layout.shape.rows, cols: group.cols };
-                    let op = Gemv { quantizer, shape, batch, accumulate: direct.is_some() };
-                    steps.push(Step::Gemv { op, hash, matrix, y });
-                    (y, rows, direct.is_some())
-                }
-                Matrix::Dense(weights) => {
-                    let (x, x_rows) = *normed.get_or_insert_with(|| match input.norm {
-                        None => (input.hand, input.rows),
-                        Some(norm) => {
-                            let rms_norm = RmsNorm { eps: self.eps, add_one: false };
-                            let op = Norm { columns: group.cols, batch, x: input.rows, norm: rms_norm };
-                            steps.push(Step::Norm { op, x: input.hand, norm, y: Hand::Normed });
-                            (Hand::Normed, Span::rows(group.cols))
-                        }
-                    });
-                    let (y, rows) = direct.unwrap_or(own);
-                    let op = Dense {
-                        rows: product.stride,
-                        cols: group.cols,
-                        elem: weights.elem(),
-                        batch,
-                        x: x_rows,
-                        y: rows,
-                        accumulate: direct.is_some(),
-                    };
-                    steps.push(Step::Dense { op, weights, x, y });
-                    (y, rows, direct.is_some())
-                }
-            };
-            for part in &product.parts {
-                let at = Span { first: part.first, stride: rows.stride };
-                if let Some(bias) = &part.bias {
-                    let op = Add { columns: part.rows, batch, x: Span::rows(0), y: at };
-                    steps.push(Step::Bias { op, x: bias, y });
-                }
-                if let Some(onto) = onto.filter(|_| !accumulate) {
-                    let op = Add { columns: part.rows, batch, x: at, y: Span::rows(self.stride) };
-                    steps.push(Step::Add { op, x: y, y: onto });
-                }
-            }
-        }
     }
 }

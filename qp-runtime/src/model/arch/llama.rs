@@ -3,9 +3,11 @@
 //! Each decoder block adds two things to the residual stream: attention to a norm of it, and a feed-forward layer with a
 //! gate on another norm of it.
 
+use qp_codegen::reference::{Activation, RmsNorm};
+
 use super::Architecture;
 use crate::model::config::Config;
-use crate::model::program::{Activation, Attention, Builder, Program, Rope, Value};
+use crate::model::program::{Attention, Builder, Program, Rope, Value};
 use crate::model::rope::frequencies;
 use crate::model::weights::{EMBEDDING, HEAD};
 
@@ -33,14 +35,15 @@ pub struct Options {
 
 /// The decoder.
 pub fn decoder(config: &Config, options: Options) -> Program {
-    let Config { hidden, heads, kv_heads, head_dim, norm_eps: eps, .. } = *config;
+    let Config { hidden, heads, kv_heads, head_dim, .. } = *config;
+    let norm = RmsNorm { eps: config.norm_eps, add_one: false };
     let rope = Rope { frequencies: frequencies(config) };
     let mut b = Builder::new(config.vocab, config.max_positions, rope);
     let mut stream = b.embed(hidden);
     for i in 0..config.layers {
         let name = |part: &str| format!("model.layers.{i}.{part}");
         b.cut(stream);
-        let x = b.norm(stream, name("input_layernorm.weight"), eps);
+        let x = b.norm(stream, name("input_layernorm.weight"), norm);
         let (attended, cached) = (heads * head_dim, kv_heads * head_dim);
         let [q, k, v] = b.linear(
             x,
@@ -50,13 +53,13 @@ pub fn decoder(config: &Config, options: Options) -> Program {
                 (name("self_attn.v_proj"), cached, config.qkv_bias),
             ],
         );
-        let mut head_norm = |part: &str| options.head_norms.then(|| b.norm_of(name(part), head_dim, eps));
+        let mut head_norm = |part: &str| options.head_norms.then(|| b.norm_of(name(part), head_dim, norm));
         let (q_norm, k_norm) = (head_norm("self_attn.q_norm.weight"), head_norm("self_attn.k_norm.weight"));
         let cache = b.cache(kv_heads, head_dim);
         let y = b.attend(Attention { cache, q, k, v, y: Value(0), heads, q_norm, k_norm });
         let [o] = b.linear(y, [(name("self_attn.o_proj"), hidden, config.o_bias)]);
         stream = b.add(stream, o);
-        let x = b.norm(stream, name("post_attention_layernorm.weight"), eps);
+        let x = b.norm(stream, name("post_attention_layernorm.weight"), norm);
         let [gate, up] = b.linear(
             x,
             [
@@ -69,5 +72,5 @@ pub fn decoder(config: &Config, options: Options) -> Program {
         stream = b.add(stream, down);
     }
     b.cut(stream);
-    b.finish(stream, "model.norm.weight", eps, HEAD, EMBEDDING, config.tied)
+    b.finish(stream, ("model.norm.weight", norm), HEAD, EMBEDDING, config.tied)
 }

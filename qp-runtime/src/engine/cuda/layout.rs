@@ -1,0 +1,148 @@
+//! How a program's matrices lie on a device: which layers are one below the other, so that one launch computes them.
+
+use std::sync::Arc;
+
+use qp_codegen::ir::Elem;
+use qp_codegen::layout::Packed;
+use qp_codegen::spec::{Quantizer, Shape};
+
+use crate::device::ops::{first_rows, stacked};
+use crate::model::{Dtype, LayerId, Program, Weight, Weights};
+
+/// What a layer's matrix is stored as.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Form {
+    /// Floats: `F16`, `BF16` or `F32`.
+    Dense(Elem),
+    /// Packed by a quantizer.
+    Packed(Arc<Quantizer>),
+    /// The matrix of another layer, which this one shares.
+    Shared,
+}
+
+impl Form {
+    /// The forms of a model's layers, in the order of its program.
+    pub fn of(weights: &Weights) -> Vec<Form> {
+        let form = |id: LayerId| match &weights[id].weight {
+            weight if shared(weights, id, weight) => Form::Shared,
+            Weight::Quantized { quantizer, .. } => Form::Packed(quantizer.clone()),
+            Weight::Dense(tensor) => Form::Dense(match tensor.dtype {
+                Dtype::F16 => Elem::F16,
+                Dtype::Bf16 => Elem::BF16,
+                Dtype::F32 | Dtype::Blocks(_) => Elem::F32,
+            }),
+        };
+        weights.program.ids().map(form).collect()
+    }
+}
+
+fn shared(weights: &Weights, id: LayerId, weight: &Weight) -> bool {
+    weights.program.layer(id).shares.is_some_and(|of| weight.is(&weights[of].weight))
+}
+
+/// The layers of one input that a launch computes together, as indices into `layers`: those of one group of `fused`, and,
+/// of the rest, those of equal quantizers. What is not packed has a launch of its own.
+///
+/// The allocator, the profile and the engine all ask this.
+pub fn launches(layers: &[LayerId], forms: &[Form], fused: &[Vec<LayerId>]) -> Vec<Vec<usize>> {
+    let group_of = |id: LayerId| fused.iter().position(|g| g.contains(&id));
+    let together = |a: LayerId, b: LayerId| match (&forms[a.0], &forms[b.0]) {
+        (Form::Packed(p), Form::Packed(q)) => p == q && group_of(a) == group_of(b),
+        (Form::Packed(_) | Form::Dense(_) | Form::Shared, _) => false,
+    };
+    let mut out: Vec<Vec<usize>> = Vec::new();
+    for (i, &layer) in layers.iter().enumerate() {
+        match out.iter_mut().find(|launch| together(layers[launch[0]], layer)) {
+            Some(launch) => launch.push(i),
+            None => out.push(vec![i]),
+        }
+    }
+    out
+}
+
+/// A matrix on a device: that of one layer, or of several one below the other.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    /// Its layers.
+    pub layers: Vec<LayerId>,
+    /// The first row of each.
+    pub firsts: Vec<u32>,
+    /// Packed or dense.
+    pub form: Form,
+    /// Rows × columns; of several layers, each is padded to whole tiles.
+    pub shape: Shape,
+    /// Distance from one token's outputs to the next: the rows, padding included.
+    pub stride: u32,
+    /// Of a packed matrix, its quantizer's place among [`Layout::specs`].
+    pub spec: usize,
+}
+
+/// All matrices of a program.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// What is computed with them.
+    pub program: Arc<Program>,
+    /// The matrices.
+    pub matrices: Vec<Stored>,
+    /// The different quantizers.
+    pub specs: Vec<Arc<Quantizer>>,
+    /// The matrix of each layer.
+    pub matrix_of: Vec<usize>,
+}
+
+impl Layout {
+    /// Lays out the layers of a program, whose forms are `forms`; those of a group of `fused` are launched together.
+    pub fn new(program: &Arc<Program>, forms: &[Form], fused: &[Vec<LayerId>]) -> Layout {
+        let mut out = Layout {
+            program: program.clone(),
+            matrices: Vec::new(),
+            specs: Vec::new(),
+            matrix_of: vec![usize::MAX; program.layers.len()],
+        };
+        let embeddings = program.ids().filter(|id| program.is_embedding(*id)).map(|id| vec![id]);
+        for group in program.groups().chain(embeddings) {
+            for launch in launches(&group, forms, fused) {
+                let layers: Vec<LayerId> = launch.iter().map(|&i| group[i]).collect();
+                if forms[layers[0].0] != Form::Shared {
+                    out.store(layers, &forms[group[launch[0]].0]);
+                }
+            }
+        }
+        for id in program.ids() {
+            if let (Form::Shared, Some(of)) = (&forms[id.0], program.layer(id).shares) {
+                out.matrix_of[id.0] = out.matrix_of[of.0];
+            }
+        }
+        out
+    }
+
+    fn store(&mut self, layers: Vec<LayerId>, form: &Form) {
+        let rows: Vec<u32> = layers.iter().map(|id| self.program.layer(*id).rows as u32).collect();
+        let cols = self.program.layer(layers[0]).cols as u32;
+        let (shape, firsts, stride, spec) = match form {
+            Form::Packed(q) => {
+                let shapes: Vec<Shape> = rows.iter().map(|&rows| Shape { rows, cols }).collect();
+                let shape = stacked(q, &shapes);
+                let spec = self.specs.iter().position(|s| s == q).unwrap_or_else(|| {
+                    self.specs.push(q.clone());
+                    self.specs.len() - 1
+                });
+                (shape, first_rows(q, cols, &rows), Packed::new(q, shape).padded_rows(), spec)
+            }
+            Form::Dense(_) | Form::Shared => (Shape { rows: rows[0], cols }, vec![0], rows[0], usize::MAX),
+        };
+        for id in &layers {
+            self.matrix_of[id.0] = self.matrices.len();
+        }
+        self.matrices.push(Stored { layers, firsts, form: form.clone(), shape, stride, spec });
+    }
+
+    /// The matrix of a layer, and the first of its rows.
+    pub fn place(&self, id: LayerId) -> (usize, u32) {
+        let matrix = self.matrix_of[id.0];
+        let stored = &self.matrices[matrix];
+        // A layer that shares a matrix begins where that one does.
+        let first = stored.layers.iter().position(|l| *l == id).map_or(stored.firsts[0], |i| stored.firsts[i]);
+        (matrix, first)
+    }
+}

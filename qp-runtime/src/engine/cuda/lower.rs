@@ -1,0 +1,566 @@
+//! From a program to the launches of a step: which kernels, on which buffers, in which order.
+//!
+//! Nothing here needs a device, weights or a model at hand. The engine records these launches, `qp profile` times them,
+//! `qp bench jit` compiles their kernels.
+//!
+//! Norms and gated units before packed layers are part of the preparation of their activations. A layer whose output is
+//! added to the residual stream adds it itself. Values lie in [`Slot`]s, which serve again once nothing reads them.
+
+use std::collections::BTreeMap;
+
+use qp_codegen::cuda::Device;
+use qp_codegen::ir::{Elem, Kernel};
+use qp_codegen::kernels::Span;
+use qp_codegen::kernels::add::{self, Add};
+use qp_codegen::kernels::append::{self, Append};
+use qp_codegen::kernels::argmax::{self, Argmax};
+use qp_codegen::kernels::attention::{self, Attention};
+use qp_codegen::kernels::dense::{self, Dense};
+use qp_codegen::kernels::embed::{self, Embed};
+use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
+use qp_codegen::kernels::gemv::Gemv;
+use qp_codegen::kernels::glu::{self, Glu};
+use qp_codegen::kernels::norm::{self, Norm};
+use qp_codegen::kernels::prepare::{self, Gate, Prepare};
+use qp_codegen::kernels::product;
+use qp_codegen::kernels::rows::{self, Rows};
+use qp_codegen::spec::{Rotation, Shape};
+
+use super::layout::{Form, Layout};
+use crate::model::LayerId;
+use crate::model::program::{self, CacheId, Node, Value, VectorId};
+
+/// A buffer of `f32` that launches pass on, a row of `stride` values a token. Slots of one stride are numbered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Slot {
+    /// Values of a row.
+    pub stride: u32,
+    /// True if only tokens whose logits are wanted have rows.
+    pub wanted: bool,
+    /// Which of those.
+    pub number: usize,
+}
+
+/// What a kernel computes. Equal operations are one kernel.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Op {
+    /// Rows of a dense embedding.
+    Embed(Embed),
+    /// Rows of a packed embedding.
+    EmbedPacked {
+        /// Its quantizer, among [`Layout::specs`].
+        spec: usize,
+        /// Of the matrix.
+        shape: Shape,
+        /// Tokens.
+        batch: u32,
+        /// Where they go.
+        y: Span,
+    },
+    /// A norm before dense layers.
+    Norm(Norm),
+    /// Activations to integers.
+    Prepare(Prepare),
+    /// A product with a packed matrix.
+    Product {
+        /// Its quantizer, among [`Layout::specs`].
+        spec: usize,
+        /// Of the matrix.
+        shape: Shape,
+        /// Tokens.
+        batch: u32,
+        /// Whether outputs are added to what is there.
+        accumulate: bool,
+    },
+    /// A product with a dense matrix.
+    Dense(Dense),
+    /// One slot onto another, or a bias onto a slot.
+    Add(Add),
+    /// New keys and values into the cache.
+    Append(Append),
+    /// Attention.
+    Attention(Attention),
+    /// A gated unit before dense layers.
+    Glu(Glu),
+    /// The rows whose logits are wanted.
+    Rows(Rows),
+    /// The likeliest tokens.
+    Argmax(Argmax),
+}
+
+impl Op {
+    /// What kind of work it is, for tables of times.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Op::Embed(_) | Op::EmbedPacked { .. } => "embedding",
+            Op::Norm(_) => "norm",
+            Op::Prepare(_) => "prepare",
+            Op::Product { .. } => "product",
+            Op::Dense(_) => "dense product",
+            Op::Add(_) => "add",
+            Op::Append(_) => "append",
+            Op::Attention(_) => "attention",
+            Op::Glu(_) => "gated unit",
+            Op::Rows(_) => "rows",
+            Op::Argmax(_) => "argmax",
+        }
+    }
+
+    /// True of products with matrices: what plans choose, and all else is beside.
+    pub fn is_product(&self) -> bool {
+        matches!(self, Op::Product { .. } | Op::Dense(_))
+    }
+
+    /// The operation of a packed product.
+    pub fn product<'l>(&self, layout: &'l Layout) -> Option<Gemv<'l>> {
+        match *self {
+            Op::Product { spec, shape, batch, accumulate } => {
+                Some(Gemv { quantizer: &layout.specs[spec], shape, batch, accumulate })
+            }
+            _ => None,
+        }
+    }
+
+    /// The operation of a packed embedding.
+    pub fn embed_packed<'l>(&self, layout: &'l Layout) -> Option<EmbedPacked<'l>> {
+        match *self {
+            Op::EmbedPacked { spec, shape, batch, y } => {
+                Some(EmbedPacked { quantizer: &layout.specs[spec], shape, batch, y })
+            }
+            _ => None,
+        }
+    }
+
+    /// Makes the kernel; that of a product with the launch that the cost model chooses.
+    pub fn lower(&self, layout: &Layout, device: &Device) -> Kernel {
+        match self {
+            Op::Embed(op) => embed::lower(op),
+            Op::Norm(op) => norm::lower(op),
+            Op::Prepare(op) => prepare::lower(op, device),
+            Op::Dense(op) => dense::lower(op),
+            Op::Add(op) => add::lower(op),
+            Op::Append(op) => append::lower(op),
+            Op::Attention(op) => attention::lower(op),
+            Op::Glu(op) => glu::lower(op),
+            Op::Rows(op) => rows::lower(op),
+            Op::Argmax(op) => argmax::lower(op),
+            Op::Product { .. } => {
+                let op = self.product(layout).expect("a product");
+                product::Launch::choose(&op, device).lower(&op)
+            }
+            Op::EmbedPacked { .. } => embed_packed::lower(&self.embed_packed(layout).expect("an embedding")),
+        }
+    }
+}
+
+/// A launch: an operation and what it works on. Which of these an operation has, and what they are to it, follows from its
+/// kernel's parameters.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// What is computed.
+    pub op: Op,
+    /// The program's node that it is part of.
+    pub node: usize,
+    /// Slots that it reads, in the order of the kernel's parameters.
+    pub reads: Vec<Slot>,
+    /// The slot that it writes, or adds to.
+    pub write: Option<Slot>,
+    /// Index of a matrix.
+    pub matrix: Option<usize>,
+    /// Weights of a norm.
+    pub vector: Option<VectorId>,
+    /// The layer whose bias is added.
+    pub bias: Option<LayerId>,
+    /// Keys and values.
+    pub cache: Option<CacheId>,
+}
+
+/// Which rows a step gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Wanted {
+    /// Rows of logits; as many as tokens: those of all tokens, in their order.
+    pub rows: u32,
+    /// Whether the likeliest tokens are wanted, not the logits.
+    pub best: bool,
+}
+
+/// Where a value lies.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    slot: Slot,
+    span: Span,
+    columns: u32,
+}
+
+/// A value that is computed where it is read.
+#[derive(Clone, Copy, Debug)]
+enum Pending {
+    Norm { x: Value, norm: program::Norm },
+    Gate { gate: Value, up: Value, activation: qp_codegen::reference::Activation },
+}
+
+/// The launches of a step, and where its logits lie.
+#[derive(Clone, Debug)]
+pub struct Step {
+    /// In order.
+    pub launches: Vec<Launch>,
+    /// Slot and first value of a row's logits.
+    pub logits: Option<(Slot, Span)>,
+}
+
+/// The launches of a step of `tokens` tokens.
+pub fn step(layout: &Layout, tokens: u32, wanted: Wanted) -> Step {
+    let mut lowering = Lowering::new(layout, tokens, wanted);
+    let program = &*layout.program;
+    let behind = program.cuts.last().expect("a program has a cut before its head").node;
+    let end = if wanted.rows > 0 { program.nodes.len() } else { behind };
+    for node in 0..end {
+        lowering.node(node);
+    }
+    let logits = lowering.places[program.head().1.0].map(|p| (p.slot, p.span));
+    if let Some(p) = lowering.places[program.head().1.0].filter(|_| wanted.best) {
+        let op = Argmax { columns: p.columns, batch: wanted.rows, logits: p.span };
+        lowering.launch(Op::Argmax(op), &[p.slot], None);
+    }
+    Step { launches: lowering.launches, logits }
+}
+
+struct Lowering<'l> {
+    layout: &'l Layout,
+    /// Rows of values now: tokens, after [`Node::Rows`] those that are wanted.
+    batch: u32,
+    wanted: Wanted,
+    after_rows: bool,
+    at: usize,
+    launches: Vec<Launch>,
+    places: Vec<Option<Place>>,
+    pending: Vec<Option<Pending>>,
+    /// Reads of each value that are to come.
+    left: Vec<usize>,
+    /// Values in each slot that is in use.
+    used: BTreeMap<Slot, usize>,
+    /// Stride of the residual stream.
+    stream: u32,
+}
+
+impl<'l> Lowering<'l> {
+    fn new(layout: &'l Layout, tokens: u32, wanted: Wanted) -> Self {
+        let program = &*layout.program;
+        let values = program.widths.len();
+        let mut out = Lowering {
+            layout,
+            batch: tokens,
+            wanted,
+            after_rows: false,
+            at: 0,
+            launches: Vec::new(),
+            places: vec![None; values],
+            pending: vec![None; values],
+            left: vec![0; values],
+            used: BTreeMap::new(),
+            stream: program.widths[0] as u32,
+        };
+        for node in &program.nodes {
+            match *node {
+                Node::Norm { x, norm, y } => out.pending[y.0] = Some(Pending::Norm { x, norm }),
+                Node::Gate { gate, up, activation, y } => {
+                    out.pending[y.0] = Some(Pending::Gate { gate, up, activation });
+                }
+                Node::Embed { .. } | Node::Linear { .. } | Node::Attend(_) | Node::Add { .. } | Node::Rows { .. } => {}
+            }
+        }
+        for node in 0..program.nodes.len() {
+            for value in out.reads(node) {
+                out.left[value.0] += 1;
+            }
+        }
+        // Wide enough that products can add their outputs to it, padding included.
+        for node in &program.nodes {
+            if let Node::Add { z, .. } = node {
+                let writer = program.nodes.iter().find_map(|n| match n {
+                    Node::Linear { layers, .. } => layers.iter().find(|l| l.1 == *z),
+                    _ => None,
+                });
+                if let Some((id, _)) = writer {
+                    out.stream = out.stream.max(layout.matrices[layout.matrix_of[id.0]].stride);
+                }
+            }
+        }
+        out
+    }
+
+    /// The values that a node reads, what it computes first included.
+    fn reads(&self, node: usize) -> Vec<Value> {
+        let node = &self.layout.program.nodes[node];
+        if matches!(node, Node::Norm { .. } | Node::Gate { .. }) {
+            return Vec::new();
+        }
+        let mut open = node.reads();
+        let mut out = Vec::new();
+        while let Some(value) = open.pop() {
+            match self.pending[value.0] {
+                None => out.push(value),
+                Some(Pending::Norm { x, .. }) => open.push(x),
+                Some(Pending::Gate { gate, up, .. }) => open.extend([gate, up]),
+            }
+        }
+        out
+    }
+
+    fn take(&mut self, stride: u32) -> Slot {
+        let slot = |number| Slot { stride, wanted: self.after_rows, number };
+        let free = (0..).map(slot).find(|s| !self.used.contains_key(s)).expect("there are always more");
+        self.used.insert(free, 0);
+        free
+    }
+
+    fn put(&mut self, value: Value, slot: Slot, span: Span) {
+        let columns = self.layout.program.widths[value.0] as u32;
+        self.places[value.0] = Some(Place { slot, span, columns });
+        *self.used.entry(slot).or_insert(0) += 1;
+    }
+
+    /// A slot of its own for a value.
+    fn own(&mut self, value: Value) -> (Slot, Span) {
+        let stride = self.layout.program.widths[value.0] as u32;
+        let slot = self.take(stride);
+        self.put(value, slot, Span::rows(stride));
+        (slot, Span::rows(stride))
+    }
+
+    fn place(&self, value: Value) -> Place {
+        self.places[value.0].expect("written before it is read")
+    }
+
+    fn release(&mut self, value: Value) {
+        let Some(place) = self.places[value.0].take() else { return };
+        if let Some(users) = self.used.get_mut(&place.slot) {
+            *users -= 1;
+            if *users == 0 {
+                self.used.remove(&place.slot);
+            }
+        }
+    }
+
+    fn launch(&mut self, op: Op, reads: &[Slot], write: Option<Slot>) -> &mut Launch {
+        self.launches.push(Launch {
+            op,
+            node: self.at,
+            reads: reads.to_vec(),
+            write,
+            matrix: None,
+            vector: None,
+            bias: None,
+            cache: None,
+        });
+        self.launches.last_mut().expect("just pushed")
+    }
+
+    fn node(&mut self, at: usize) {
+        self.at = at;
+        let program = self.layout.program.clone();
+        match &program.nodes[at] {
+            Node::Norm { .. } | Node::Gate { .. } => return,
+            Node::Embed { layer, y } => self.embed(*layer, *y),
+            Node::Linear { x, layers } => self.linear(*x, layers),
+            Node::Attend(attention) => self.attend(attention),
+            Node::Add { x, z, y } => {
+                // A product has added its output itself otherwise.
+                if self.places[y.0].is_none() {
+                    self.materialise(*x);
+                    self.materialise(*z);
+                    assert_eq!(self.left[x.0], 1, "the first input of a sum is read by nothing after it");
+                    let (x, z) = (self.place(*x), self.place(*z));
+                    let op = Add { columns: x.columns, batch: self.batch, x: z.span, y: x.span };
+                    self.launch(Op::Add(op), &[z.slot], Some(x.slot));
+                    self.put(*y, x.slot, x.span);
+                }
+            }
+            Node::Rows { x, y } => {
+                let from = self.place(*x);
+                self.after_rows = true;
+                if self.wanted.rows == self.batch {
+                    self.put(*y, from.slot, from.span);
+                } else {
+                    self.batch = self.wanted.rows;
+                    let (slot, span) = self.own(*y);
+                    let op = Rows { columns: from.columns, batch: self.batch, x: from.span, y: span };
+                    self.launch(Op::Rows(op), &[from.slot], Some(slot));
+                }
+            }
+        }
+        for value in self.reads(at) {
+            self.left[value.0] -= 1;
+            if self.left[value.0] == 0 {
+                self.release(value);
+            }
+        }
+        // What was pending was computed for this node alone.
+        for value in program.nodes[at].reads() {
+            if self.pending[value.0].is_some() {
+                self.release(value);
+            }
+        }
+    }
+
+    fn embed(&mut self, layer: LayerId, y: Value) {
+        let slot = self.take(self.stream);
+        let span = Span::rows(self.stream);
+        self.put(y, slot, span);
+        let matrix = self.layout.matrix_of[layer.0];
+        let stored = &self.layout.matrices[matrix];
+        let (batch, shape) = (self.batch, stored.shape);
+        let op = match &stored.form {
+            Form::Dense(elem) => Op::Embed(Embed { columns: shape.cols, elem: *elem, batch, y: span }),
+            Form::Packed(_) => Op::EmbedPacked { spec: stored.spec, shape, batch, y: span },
+            Form::Shared => unreachable!("a matrix is no other's"),
+        };
+        self.launch(op, &[], Some(slot)).matrix = Some(matrix);
+    }
+
+    /// Computes a pending value into a slot of its own.
+    fn materialise(&mut self, value: Value) {
+        if self.places[value.0].is_some() {
+            return;
+        }
+        let (batch, width) = (self.batch, self.layout.program.widths[value.0] as u32);
+        match self.pending[value.0].expect("written before it is read") {
+            Pending::Norm { x, norm } => {
+                self.materialise(x);
+                let x = self.place(x);
+                let (slot, _) = self.own(value);
+                let op = Norm { columns: width, batch, x: x.span, norm: norm.norm };
+                self.launch(Op::Norm(op), &[x.slot], Some(slot)).vector = Some(norm.weight);
+            }
+            Pending::Gate { gate, up, activation } => {
+                let (gate, up) = (self.place(gate), self.place(up));
+                let (slot, _) = self.own(value);
+                let op = Glu { columns: width, batch, activation, gate: gate.span, up: up.span };
+                self.launch(Op::Glu(op), &[gate.slot, up.slot], Some(slot));
+            }
+        }
+    }
+
+    /// The preparation of a value for packed layers of `rotation`.
+    fn prepare(&mut self, value: Value, rotation: Rotation) {
+        let (batch, columns) = (self.batch, self.layout.program.widths[value.0] as u32);
+        let pending = self.pending[value.0].filter(|_| self.places[value.0].is_none());
+        let (input, gate, norm) = match pending {
+            None => (value, None, None),
+            Some(Pending::Norm { x, norm }) => (x, None, Some(norm)),
+            Some(Pending::Gate { gate, up, activation }) => (gate, Some((up, activation)), None),
+        };
+        self.materialise(input);
+        let input = self.place(input);
+        let up = gate.map(|(up, activation)| (self.place(up), activation));
+        let op = Prepare {
+            columns,
+            batch,
+            input: input.span,
+            gate: up.map(|(up, activation)| Gate { activation, up: up.span }),
+            norm: norm.map(|n| n.norm),
+            rotation,
+        };
+        let reads: Vec<Slot> = [input.slot].into_iter().chain(up.map(|u| u.0.slot)).collect();
+        self.launch(Op::Prepare(op), &reads, None).vector = norm.map(|n| n.weight);
+    }
+
+    /// The residual stream onto which a layer's output is added, if a launch of that layer alone may do so.
+    fn stream_of(&self, id: LayerId, y: Value) -> Option<(Place, Value)> {
+        let program = &self.layout.program;
+        let (x, sum) = match program.nodes.get(self.at + 1)? {
+            Node::Add { x, z, y: sum } if *z == y => (*x, *sum),
+            _ => return None,
+        };
+        let here = self.reads(self.at).iter().filter(|v| **v == x).count();
+        let alone = self.left[y.0] == 1 && self.left[x.0] == here + 1 && !program.layer(id).bias;
+        let place = self.places[x.0].filter(|_| alone)?;
+        let stored = &self.layout.matrices[self.layout.matrix_of[id.0]];
+        let fits = match stored.form {
+            // Its outputs lie at a distance of its own.
+            Form::Packed(_) => stored.stride == place.slot.stride && stored.layers.len() == 1,
+            Form::Dense(_) | Form::Shared => true,
+        };
+        fits.then_some((place, sum))
+    }
+
+    fn linear(&mut self, x: Value, layers: &[(LayerId, Value)]) {
+        let layout = self.layout;
+        let mut done: Vec<usize> = Vec::new();
+        let mut prepared = None;
+        for &(id, _) in layers {
+            let matrix = layout.matrix_of[id.0];
+            if done.contains(&matrix) {
+                continue;
+            }
+            done.push(matrix);
+            let stored = &layout.matrices[matrix];
+            let own: Vec<(LayerId, Value)> =
+                layers.iter().copied().filter(|l| layout.matrix_of[l.0.0] == matrix).collect();
+            let stream = self.stream_of(own[0].0, own[0].1);
+            let accumulate = stream.is_some();
+            if let Form::Packed(q) = &stored.form
+                && prepared != Some(q.rotation)
+            {
+                prepared = Some(q.rotation);
+                self.prepare(x, q.rotation);
+            }
+            let input = match &stored.form {
+                Form::Packed(_) => None,
+                Form::Dense(_) | Form::Shared => {
+                    self.materialise(x);
+                    Some(self.place(x))
+                }
+            };
+            let (slot, span) = match stream {
+                Some((place, sum)) => {
+                    self.put(sum, place.slot, place.span);
+                    (place.slot, place.span)
+                }
+                None => {
+                    let slot = self.take(stored.stride);
+                    for &(id, y) in &own {
+                        self.put(y, slot, Span { first: layout.place(id).1, stride: stored.stride });
+                    }
+                    (slot, Span::rows(stored.stride))
+                }
+            };
+            let (batch, shape) = (self.batch, stored.shape);
+            let op = match (&stored.form, input) {
+                (Form::Dense(elem), Some(input)) => Op::Dense(Dense {
+                    rows: shape.rows,
+                    cols: shape.cols,
+                    elem: *elem,
+                    batch,
+                    x: input.span,
+                    y: span,
+                    accumulate,
+                }),
+                _ => Op::Product { spec: stored.spec, shape, batch, accumulate },
+            };
+            let reads: Vec<Slot> = input.map(|i| i.slot).into_iter().collect();
+            self.launch(op, &reads, Some(slot)).matrix = Some(matrix);
+            for &(id, y) in own.iter().filter(|l| layout.program.layer(l.0).bias) {
+                let place = self.place(y);
+                let op = Add { columns: place.columns, batch, x: Span::rows(0), y: place.span };
+                self.launch(Op::Add(op), &[], Some(place.slot)).bias = Some(id);
+            }
+        }
+    }
+
+    fn attend(&mut self, attention: &program::Attention) {
+        let program::Attention { cache, q, k, v, y, heads, .. } = *attention;
+        for value in [q, k, v] {
+            self.materialise(value);
+        }
+        let (q, k, v) = (self.place(q), self.place(k), self.place(v));
+        let shape = self.layout.program.caches[cache.0];
+        let (kv_heads, head_dim) = (shape.heads as u32, shape.head_dim as u32);
+        let (batch, elem) = (self.batch, Elem::F32);
+        let op = Append { heads: kv_heads, head_dim, batch, k: k.span, v: v.span, cache: elem };
+        self.launch(Op::Append(op), &[k.slot, v.slot], None).cache = Some(cache);
+        let (slot, _) = self.own(y);
+        let op = Attention { heads: heads as u32, kv_heads, head_dim, batch, q: q.span, cache: elem };
+        self.launch(Op::Attention(op), &[q.slot], Some(slot)).cache = Some(cache);
+    }
+}

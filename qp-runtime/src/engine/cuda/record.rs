@@ -1,0 +1,228 @@
+//! From launches to a device: their kernels, loaded, and their buffers.
+
+use std::collections::BTreeMap;
+
+use qp_codegen::ir::Kernel;
+use rayon::prelude::*;
+
+use super::layout::Layout;
+use super::lower::{Launch, Op, Slot};
+use super::matrix::{Floats, Matrix};
+use crate::device::launches as args;
+use crate::device::ops::{DeviceActivations, EmbedPackedKernel, Faults, GemvKernel, PrepareInputs, PrepareKernel};
+use crate::device::tune;
+use crate::device::{Buffer, DeviceError, Executor, Loaded, Recorder};
+
+/// What launches read that does not change.
+pub struct Constants {
+    /// By [`Layout::matrices`].
+    pub matrices: Vec<Matrix>,
+    /// Weights of norms, by [`VectorId`](crate::model::program::VectorId).
+    pub vectors: Vec<Buffer<f32>>,
+    /// Biases, by layer.
+    pub biases: Vec<Option<Buffer<f32>>>,
+    /// Cosines and sines, positions × frequencies.
+    pub turns: (Buffer<f32>, Buffer<f32>),
+    /// Given where a kernel reads nothing.
+    pub nothing: Buffer<f32>,
+}
+
+/// What launches write, and what says which tokens they are for.
+pub struct State {
+    /// One a token.
+    pub tokens: Buffer<i32>,
+    /// The position of each in its sequence.
+    pub positions: Buffer<i32>,
+    /// Where its key and value go: page · PAGE + offset; negative for tokens that fill a step up.
+    pub slots: Buffer<i32>,
+    /// Its row of `table`.
+    pub sequence: Buffer<i32>,
+    /// The pages of each sequence of the step.
+    pub table: Buffer<i32>,
+    /// Pages of a row of `table`.
+    pub stride: u32,
+    /// The tokens whose logits are wanted.
+    pub rows: Buffer<i32>,
+    /// The likeliest tokens.
+    pub best: Buffer<i32>,
+    /// Values.
+    pub values: BTreeMap<Slot, Buffer<f32>>,
+    /// Activations as integers.
+    pub activations: DeviceActivations,
+    /// One a node of the program, not 0 once what it reads was not finite.
+    pub faults: Buffer<i32>,
+    /// Keys and values, each `pages × heads × PAGE × head_dim`.
+    pub caches: Vec<(Buffer<f32>, Buffer<f32>)>,
+}
+
+/// A kernel that is ready to be launched, with what belongs to it.
+pub enum Ready {
+    /// Nothing.
+    Plain(Loaded),
+    /// Where blocks meet.
+    Product(GemvKernel),
+    /// The rotation.
+    Prepare(PrepareKernel),
+    /// The rotation's inverse.
+    EmbedPacked(EmbedPackedKernel),
+}
+
+/// Kernels by what they compute.
+#[derive(Default)]
+pub struct Kernels(Vec<(Op, Ready)>);
+
+impl Kernels {
+    fn has(&self, op: &Op) -> bool {
+        self.0.iter().any(|k| k.0 == *op)
+    }
+
+    /// Makes those of `launches` ready, all at once on all cores. Launches of products are chosen as
+    /// [`tune::load`] says.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn load(
+        &mut self,
+        on: &Executor,
+        layout: &Layout,
+        matrices: &[Matrix],
+        launches: &[Launch],
+    ) -> Result<(), DeviceError> {
+        let mut others: Vec<(&Op, &Launch)> = Vec::new();
+        let mut products: Vec<(&Op, tune::Product<'_>)> = Vec::new();
+        let hashes: Vec<String> = layout.specs.iter().map(|q| q.hash()).collect();
+        for launch in launches.iter().filter(|l| !self.has(&l.op)) {
+            match (&launch.op, launch.matrix.map(|m| &matrices[m])) {
+                (Op::Product { spec, .. }, Some(Matrix::Packed(matrix))) => {
+                    let i = products.iter().position(|p| *p.0 == launch.op).unwrap_or_else(|| {
+                        let op = launch.op.product(layout).expect("a product");
+                        products.push((&launch.op, tune::Product { op, hash: &hashes[*spec], matrices: Vec::new() }));
+                        products.len() - 1
+                    });
+                    products[i].1.matrices.push(matrix);
+                }
+                _ if others.iter().any(|o| *o.0 == launch.op) => (),
+                _ => others.push((&launch.op, launch)),
+            }
+        }
+        let (ops, products): (Vec<_>, Vec<_>) = products.into_iter().unzip();
+        let load = |(op, launch): (&Op, &Launch)| Ok((op.clone(), ready(on, layout, matrices, launch)?));
+        let (others, products) = rayon::join(
+            || others.into_par_iter().map(load).collect::<Result<Vec<_>, DeviceError>>(),
+            || tune::load(on, &products),
+        );
+        self.0.extend(others?);
+        let products = products?.into_iter().map(|(_, kernel)| Ready::Product(kernel));
+        self.0.extend(ops.into_iter().cloned().zip(products));
+        Ok(())
+    }
+
+    fn get(&mut self, op: &Op) -> &mut Ready {
+        let kernel = self.0.iter_mut().find(|k| k.0 == *op);
+        &mut kernel.expect("loaded before it is recorded").1
+    }
+}
+
+/// Makes the kernel of a launch ready, unless it is a product.
+fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -> Result<Ready, DeviceError> {
+    let kernel: Kernel = match &launch.op {
+        Op::Prepare(op) => return PrepareKernel::load(on, op).map(Ready::Prepare),
+        Op::EmbedPacked { .. } => {
+            let op = launch.op.embed_packed(layout).expect("an embedding");
+            return EmbedPackedKernel::load(on, &op).map(Ready::EmbedPacked);
+        }
+        op => op.lower(layout, &on.device()),
+    };
+    let floats =
+        launch.matrix.and_then(|m| if let Matrix::Dense(floats) = &matrices[m] { Some(&**floats) } else { None });
+    Ok(Ready::Plain(match (&launch.op, floats) {
+        (Op::Embed(_), Some(Floats::F16(_))) => on.load::<args::Embed<'_, half::f16>>(kernel)?,
+        (Op::Embed(_), Some(Floats::Bf16(_))) => on.load::<args::Embed<'_, half::bf16>>(kernel)?,
+        (Op::Embed(_), _) => on.load::<args::Embed<'_, f32>>(kernel)?,
+        (Op::Dense(_), Some(Floats::F16(_))) => on.load::<args::Dense<'_, half::f16>>(kernel)?,
+        (Op::Dense(_), Some(Floats::Bf16(_))) => on.load::<args::Dense<'_, half::bf16>>(kernel)?,
+        (Op::Dense(_), _) => on.load::<args::Dense<'_, f32>>(kernel)?,
+        (Op::Norm(_), _) => on.load::<args::Norm<'_>>(kernel)?,
+        (Op::Add(_), _) => on.load::<args::Add<'_>>(kernel)?,
+        (Op::Append(_), _) => on.load::<args::Append<'_>>(kernel)?,
+        (Op::Attention(_), _) => on.load::<args::Attention<'_>>(kernel)?,
+        (Op::Glu(_), _) => on.load::<args::Glu<'_>>(kernel)?,
+        (Op::Rows(_), _) => on.load::<args::Rows<'_>>(kernel)?,
+        (Op::Argmax(_), _) => on.load::<args::Argmax<'_>>(kernel)?,
+        (Op::Prepare(_) | Op::EmbedPacked { .. } | Op::Product { .. }, _) => {
+            unreachable!("loaded with what belongs to them")
+        }
+    }))
+}
+
+/// Adds a launch to a graph.
+///
+/// # Errors
+/// A kernel of other parameters.
+///
+/// # Panics
+/// If its kernel is not loaded, or a slot that it needs is not in `state`.
+pub fn record(
+    launch: &Launch,
+    to: &mut Recorder,
+    kernels: &mut Kernels,
+    state: &mut State,
+    constants: &Constants,
+) -> Result<(), DeviceError> {
+    let kernel = kernels.get(&launch.op);
+    let Constants { matrices, vectors, biases, turns: (cos, sin), nothing } = constants;
+    let State { tokens, positions, slots, sequence, table, stride, rows, best, values, activations, faults, caches } =
+        state;
+    // The buffer that is written cannot be among those that are read.
+    let mut written = launch.write.map(|slot| (slot, values.remove(&slot).expect("a buffer for each slot")));
+    let read = |i: usize| &values[&launch.reads[i]];
+    let matrix = launch.matrix.map(|m| &matrices[m]);
+    let norm = launch.vector.map_or(nothing, |v| &vectors[v.0]);
+    let y = written.as_mut().map(|w| &mut w.1);
+    let result = match (&launch.op, kernel, matrix, y) {
+        (Op::Prepare(op), Ready::Prepare(kernel), ..) => {
+            let up = if op.gate.is_some() { read(1) } else { nothing };
+            let inputs = PrepareInputs { input: read(0), up, norm };
+            kernel.record(to, inputs, activations, Faults { faults, layer: launch.node as i32 })
+        }
+        (Op::Product { .. }, Ready::Product(kernel), Some(Matrix::Packed(matrix)), Some(y)) => {
+            kernel.record(to, matrix, activations, y)
+        }
+        (Op::EmbedPacked { .. }, Ready::EmbedPacked(kernel), Some(Matrix::Packed(matrix)), Some(y)) => {
+            kernel.record(to, matrix, tokens, y)
+        }
+        (Op::Embed(_), Ready::Plain(kernel), Some(Matrix::Dense(table)), Some(y)) => match &**table {
+            Floats::F16(table) => to.launch(kernel, args::Embed { tokens, table, y }),
+            Floats::Bf16(table) => to.launch(kernel, args::Embed { tokens, table, y }),
+            Floats::F32(table) => to.launch(kernel, args::Embed { tokens, table, y }),
+        },
+        (Op::Dense(_), Ready::Plain(kernel), Some(Matrix::Dense(weights)), Some(y)) => match &**weights {
+            Floats::F16(weights) => to.launch(kernel, args::Dense { weights, x: read(0), y }),
+            Floats::Bf16(weights) => to.launch(kernel, args::Dense { weights, x: read(0), y }),
+            Floats::F32(weights) => to.launch(kernel, args::Dense { weights, x: read(0), y }),
+        },
+        (Op::Norm(_), Ready::Plain(kernel), _, Some(y)) => to.launch(kernel, args::Norm { x: read(0), norm, y }),
+        (Op::Add(_), Ready::Plain(kernel), _, Some(y)) => {
+            let bias = launch.bias.and_then(|id| biases[id.0].as_ref());
+            to.launch(kernel, args::Add { x: bias.unwrap_or_else(|| read(0)), y })
+        }
+        (Op::Glu(_), Ready::Plain(kernel), _, Some(y)) => {
+            to.launch(kernel, args::Glu { gate: read(0), up: read(1), y })
+        }
+        (Op::Rows(_), Ready::Plain(kernel), _, Some(y)) => to.launch(kernel, args::Rows { rows, x: read(0), y }),
+        (Op::Append(_), Ready::Plain(kernel), ..) => {
+            let (keys, values) = &mut caches[launch.cache.expect("a cache").0];
+            to.launch(kernel, args::Append { k: read(0), v: read(1), cos, sin, positions, slots, keys, values })
+        }
+        (Op::Attention(_), Ready::Plain(kernel), _, Some(y)) => {
+            let (keys, values) = &caches[launch.cache.expect("a cache").0];
+            let (q, stride) = (read(0), *stride as i32);
+            let args = args::Attention { q, cos, sin, positions, sequence, table, keys, values, y, stride };
+            to.launch(kernel, args)
+        }
+        (Op::Argmax(_), Ready::Plain(kernel), ..) => to.launch(kernel, args::Argmax { logits: read(0), best }),
+        _ => unreachable!("a launch has the kernel and the buffers of its operation"),
+    };
+    values.extend(written);
+    result
+}

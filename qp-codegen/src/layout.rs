@@ -152,15 +152,14 @@ impl Packed {
         }
     }
 
-    /// Copies `stream` into the place of block `g` of tile (`ct` within its row tile). `row_tile` is the words of
-    /// that row tile alone, so row tiles can be written in parallel.
-    pub fn write_block(&self, row_tile: &mut [u32], ct: u32, g: u32, stream: &[u32]) {
-        let nw = self.lane_words[self.code_of(ct)];
-        let base = self.col_offset(ct);
-        for (i, &word) in stream.iter().enumerate() {
-            let (t, w) = (i as u32 / nw, i as u32 % nw);
-            row_tile[base + word_in_tile(nw, 4 * g + t, w) as usize] = word;
-        }
+    /// Where word `i` of the stream of block `g` lies in a tile of code `code`: entry `g · length + i`.
+    pub fn block_words(&self, code: usize) -> Vec<u32> {
+        let nw = self.lane_words[code];
+        let of_block = |g| {
+            let word = move |i| word_in_tile(nw, LANES_PER_BLOCK * g + i / nw, i % nw);
+            (0..LANES_PER_BLOCK * nw).map(word)
+        };
+        (0..BLOCKS_PER_TILE).flat_map(of_block).collect()
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use half::{bf16, f16};
 use qp_codegen::reference::rotate;
 use qp_codegen::spec::Shape;
-use qp_runtime::checkpoint::{Begin, Checkpoint, LayerEntry, Manifest, TensorEntry, is_checkpoint};
+use qp_runtime::checkpoint::{Begin, Checkpoint, LayerEntry, Manifest, TensorEntry, is_checkpoint, sha256};
 use qp_runtime::codec::{decode_matrix, encode_matrix};
 use qp_runtime::device::Executor;
 use qp_runtime::engine::{self, Logits};
@@ -254,6 +254,21 @@ fn a_device_makes_the_same_checkpoint_interrupted_or_not() {
     Job { devices: vec![], ..on_device.clone() }.run(&stop(3)).unwrap_err();
     on_device.run(&Silent).unwrap();
     assert_eq!(contents(&place.path("out")), contents(&place.path("whole")));
+}
+
+#[test]
+fn checkpoints_of_the_first_format_still_open() {
+    let dir = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/golden/format-1"));
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    checkpoint.verify(&mut |_| ()).unwrap();
+    let mut decoded = Vec::new();
+    for layer in &checkpoint.manifest().layers {
+        let (q, matrix) = checkpoint.linear(&layer.name).unwrap();
+        decoded.extend(decode_matrix(&q, &matrix).iter().flat_map(|w| w.to_le_bytes()));
+    }
+    assert_eq!(sha256(&decoded), "5fd66d3e961ef8816fe5d0656ce58c06279012eebba87e95d9a36740a91b2084");
+    let model = Model::open(dir).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(model.weights.layers().len(), 9);
 }
 
 #[test]

@@ -164,7 +164,7 @@ impl Encoder {
         }
         let run = |(code, places): &(usize, Vec<Place>)| {
             let (windows, more) = encode(out, *code, places)?;
-            progress(places.iter().map(|&p| self.inside(&out.layout, p).count() as u64).sum());
+            progress(places.par_iter().map(|&p| self.inside(&out.layout, p).count() as u64).sum());
             let code = &self.quantizer.codes[*code];
             let windows = windows.par_chunks_exact(code.steps_per_block() as usize);
             Ok((windows.flat_map_iter(|w| stream(code, w)).collect::<Vec<u32>>(), more))
@@ -174,14 +174,23 @@ impl Encoder {
         } else {
             groups.iter().map(run).collect::<Result<_, EncodeError>>()?
         };
-        let stride = out.layout.row_stride();
+        let PackedMatrix { layout, words, .. } = out;
+        let orders: Vec<Vec<u32>> = (0..self.quantizer.codes.len()).map(|code| layout.block_words(code)).collect();
         let mut rest = vec![];
         for ((code, places), (streams, more)) in groups.into_iter().zip(encoded) {
             let length = self.quantizer.codes[code].block_bits() as usize / 32;
-            for (&(rt, ct, g), stream) in places.iter().zip(streams.chunks_exact(length)) {
-                let row_tile = &mut out.words.to_mut()[rt as usize * stride..][..stride];
-                out.layout.write_block(row_tile, ct, g, stream);
-            }
+            // Places are in the order of row tiles, each of which is a part of the words.
+            let row_tiles = words.to_mut().par_chunks_exact_mut(layout.row_stride().max(1)).enumerate();
+            row_tiles.for_each(|(rt, row_tile)| {
+                let of_tile = |first: usize| places.partition_point(|p| (p.0 as usize) < first);
+                let blocks = of_tile(rt)..of_tile(rt + 1);
+                let streams = &streams[blocks.start * length..blocks.end * length];
+                for (&(_, ct, g), stream) in places[blocks].iter().zip(streams.chunks_exact(length)) {
+                    let tile = &mut row_tile[layout.col_offset(ct)..];
+                    let order = &orders[code][g as usize * length..];
+                    stream.iter().zip(order).for_each(|(&word, &at)| tile[at as usize] = word);
+                }
+            });
             rest.push((places, more));
         }
         Ok(rest)

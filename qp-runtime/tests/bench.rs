@@ -34,6 +34,37 @@ fn every_kernel_of_a_step_is_timed() {
 }
 
 #[test]
+fn a_whole_model_is_timed_and_saved() {
+    if qp_runtime::jit::nvrtc_for_tests().is_none() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (json, saved) = (dir.path().join("engine.json"), dir.path().join("saved"));
+    let small = ["engine", "--shapes", "tiny", "--device", "interpreter", "--steps", "2", "--sequences", "1,3"];
+    let sizes = ["--contexts", "20,70", "--prompts", "17", "--json", json.to_str().unwrap()];
+    let o = bench(&[&small[..], &sizes, &["--save", saved.to_str().unwrap()]].concat());
+    assert!(o.status.success(), "{}", text(&o.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    let decode = report["decode"].as_array().unwrap();
+    let sizes: Vec<_> = decode.iter().map(|d| (d["sequences"].as_u64(), d["context"].as_u64())).collect();
+    assert_eq!(sizes, [(Some(1), Some(20)), (Some(3), Some(20)), (Some(1), Some(70)), (Some(3), Some(70))]);
+    let positive = |v: &serde_json::Value| v.as_f64().is_some_and(|v| v > 0.0);
+    assert!(decode.iter().all(|d| positive(&d["seconds"])), "{report}");
+    assert!(report["prompts"].as_array().unwrap().iter().all(|p| positive(&p["first"]) && positive(&p["seconds"])));
+    let kinds = report["kinds"].as_array().unwrap();
+    for kind in ["embedding", "prepare", "product", "attention", "append", "output layer", "argmax"] {
+        assert!(kinds.iter().any(|k| k["tokens"] == 1 && k["kind"] == kind && positive(&k["seconds"])), "{kind}");
+    }
+    let starts = report["starts"].as_array().unwrap();
+    assert!(starts.len() == 2 && starts.iter().all(|s| positive(&s["weights"]) && positive(&s["first"])), "{report}");
+    let tables = text(&o.stdout);
+    assert!(tables.contains("| 3 | 70 | ") && tables.contains("a checkpoint, no kernel in the cache"), "{tables}");
+    // What was saved is a whole checkpoint.
+    let inspect = Command::new(env!("CARGO_BIN_EXE_qp")).args(["inspect", "--verify"]).arg(&saved).output().unwrap();
+    assert!(inspect.status.success(), "{}", text(&inspect.stderr));
+}
+
+#[test]
 fn a_picture_of_stored_results() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("roofline.svg");

@@ -110,6 +110,25 @@ impl Executor {
         Ok(buffer)
     }
 
+    /// A buffer of `len` elements that repeats `data` as often as that takes.
+    ///
+    /// # Errors
+    /// No data, a full GPU.
+    pub fn repeating<T: Element>(&self, data: &[T], len: usize) -> Result<Buffer<T>, DeviceError> {
+        if data.is_empty() && len > 0 {
+            return Err(DeviceError::Buffer("there is nothing to repeat".to_owned()));
+        }
+        let mut buffer = self.zeroed(len)?;
+        let mut filled = data.len().min(len);
+        buffer.write(0, &data[..filled])?;
+        while filled < len {
+            let more = filled.min(len - filled);
+            buffer.copy_within(0, filled, more)?;
+            filled += more;
+        }
+        Ok(buffer)
+    }
+
     /// A buffer that holds a copy of another one, which lies on this executor.
     ///
     /// # Errors

@@ -110,6 +110,26 @@ impl DeviceMatrix {
         })
     }
 
+    /// A matrix whose words repeat `words`, and whose rows all have the scale `scale`.
+    ///
+    /// # Errors
+    /// No words, a full GPU.
+    pub fn repeating(
+        on: &Executor,
+        q: &Quantizer,
+        shape: Shape,
+        words: &[u32],
+        scale: bf16,
+    ) -> Result<Self, DeviceError> {
+        let layout = Packed::new(q, shape);
+        Ok(DeviceMatrix {
+            tables: on.upload(&or_one(pack_tables(q)))?,
+            weights: on.repeating(words, layout.words())?,
+            scales: on.repeating(&[scale], layout.padded_rows() as usize)?,
+            layout,
+        })
+    }
+
     /// Bytes on the device.
     pub fn bytes(&self) -> usize {
         self.tables.bytes() + self.weights.bytes() + self.scales.bytes()

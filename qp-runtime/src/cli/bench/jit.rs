@@ -1,26 +1,23 @@
 //! `qp bench jit`: how long it takes from a quantizer to machine code.
 
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
 use qp_codegen::cuda::{Target, print};
-use qp_codegen::ir::{Elem, validate};
+use qp_codegen::ir::validate;
 use qp_codegen::spec::Shape;
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::shapes::ModelArgs;
 use crate::cli::Error;
 use crate::cli::output::write;
-use crate::engine::cuda::layout::{Form, Layout};
+use crate::engine::cuda::layout::Layout;
 use crate::engine::cuda::lower::{self, Op, Wanted};
 use crate::jit::{self, Cache};
-use crate::model::{Config, LayerId, arch};
-use crate::plan::{self, Plan};
-use crate::quantize::items::{join_tied, layers};
 
 /// Time the making of kernels: lowering, validating, printing, compiling. Needs NVRTC, but no GPU.
 ///
@@ -28,15 +25,8 @@ use crate::quantize::items::{join_tied, layers};
 /// process makes all kernels of the step on all cores: once into an empty cache, then from what that left.
 #[derive(Args)]
 pub struct JitBench {
-    /// Model directory or GGUF file, of which the configuration is read [default: Llama 3.1 8B's]
-    #[arg(long, value_name = "MODEL")]
-    model: Option<PathBuf>,
-    /// Quantizer of every matrix: a name of the palette, a spec file, or FILE:NAME.
-    #[arg(long, default_value = "tcq_3", conflicts_with = "plan")]
-    spec: String,
-    /// A plan in place of one quantizer.
-    #[arg(long, value_name = "FILE")]
-    plan: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
     /// What to compile for.
     #[arg(long, default_value = "sm_90a")]
     target: Target,
@@ -54,10 +44,6 @@ pub struct JitBench {
     once: bool,
 }
 
-/// What matters of Llama 3.1 8B's `config.json`.
-const LLAMA: &str = r#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-    "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 500000.0}"#;
 /// Warm starts, of which the fastest counts.
 const STARTS: usize = 3;
 
@@ -116,14 +102,14 @@ impl JitBench {
         if self.once {
             // What a process of an engine does before it can launch: from here on, all of it counts.
             let start = Instant::now();
-            let layout = self.layout()?;
+            let layout = self.model.layout()?;
             let ops = kernels(&layout);
             self.compile_all(&layout, &ops)?;
             println!("{} {}", ops.len(), start.elapsed().as_secs_f64());
             return Ok(());
         }
         let version = jit::Nvrtc::get()?.version();
-        let layout = self.layout()?;
+        let layout = self.model.layout()?;
         let (all, alone) = (kernels(&layout), alone(&layout));
         let named = all.iter().map(|k| (k, "")).chain(alone.iter().map(|k| (k, " (unfused)")));
         let mut rows = Vec::new();
@@ -137,7 +123,7 @@ impl JitBench {
             target: self.target.to_string(),
             nvrtc: format!("{}.{}", version.0, version.1),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
-            quantizers: self.plan.as_ref().map_or(self.spec.clone(), |p| p.display().to_string()),
+            quantizers: self.model.quantizers(),
             kernels: rows,
             step: starts()?,
         };
@@ -150,27 +136,6 @@ impl JitBench {
             write(path, &(serde_json::to_string_pretty(&report)? + "\n"))?;
         }
         Ok(())
-    }
-
-    fn layout(&self) -> Result<Layout, Error> {
-        let config = match &self.model {
-            Some(model) => Config::read(model)?,
-            None => Config::parse(Path::new("Llama 3.1 8B"), LLAMA)?,
-        };
-        let program = Arc::new(arch::program(&config));
-        let plan = self.plan.as_deref().map_or_else(|| Ok(Plan::uniform(&self.spec)), Plan::read)?;
-        let layers: Vec<plan::Layer> = layers(&program).into_iter().map(|place| place.layer).collect();
-        let mut resolved = plan.resolve(&layers)?;
-        join_tied(&program, &mut resolved);
-        let form = |id: LayerId| match (resolved.layers[id.0], program.layer(id).shares) {
-            (Some(spec), _) => Form::Packed(resolved.specs[spec].clone()),
-            (None, Some(_)) => Form::Shared,
-            (None, None) => Form::Dense(Elem::BF16),
-        };
-        let forms: Vec<Form> = program.ids().map(form).collect();
-        let fused: Vec<Vec<LayerId>> =
-            resolved.groups.iter().map(|g| g.iter().copied().map(LayerId).collect()).collect();
-        Ok(Layout::new(&program, &forms, &fused))
     }
 
     /// Makes a kernel, without a cache.

@@ -168,7 +168,7 @@ impl std::fmt::Display for Worst {
 }
 
 /// Bytes a second that a kernel reads which does nothing else, from a buffer of about `bytes`.
-fn bandwidth(on: &Executor, bytes: usize) -> Result<f64, Error> {
+pub(super) fn bandwidth(on: &Executor, bytes: usize) -> Result<f64, Error> {
     let blocks = 2 * on.device().sms;
     let round = Read { blocks, rounds: 1 }.words() as usize * 4;
     let op = Read { blocks, rounds: bytes.div_ceil(round) as u32 };

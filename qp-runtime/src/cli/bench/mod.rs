@@ -3,10 +3,12 @@
 mod distortion;
 mod distortion_plot;
 mod encode;
+mod engine;
 mod jit;
 mod kernels;
 mod results;
 mod roofline;
+mod shapes;
 
 use clap::{Args, Subcommand};
 use qp_codegen::spec::Shape;
@@ -14,11 +16,12 @@ use qp_codegen::spec::Shape;
 use super::Error;
 use distortion::DistortionBench;
 use encode::EncodeBench;
+use engine::EngineBench;
 use jit::JitBench;
 use kernels::KernelBench;
 use roofline::RooflineBench;
 
-/// Measure kernels and codes.
+/// Measure kernels, codes and whole models.
 #[derive(Args)]
 pub struct Bench {
     #[command(subcommand)]
@@ -29,6 +32,7 @@ pub struct Bench {
 enum What {
     Distortion(DistortionBench),
     Encode(EncodeBench),
+    Engine(EngineBench),
     Jit(JitBench),
     Kernels(KernelBench),
     Roofline(RooflineBench),
@@ -40,6 +44,7 @@ impl Bench {
         match self.what {
             What::Distortion(d) => d.run(),
             What::Encode(e) => e.run(),
+            What::Engine(e) => e.run(),
             What::Jit(j) => j.run(),
             What::Kernels(k) => k.run(),
             What::Roofline(r) => r.run(),

@@ -142,7 +142,7 @@ fn explain_code(o: &mut String, c: &Code) {
             "  block       {} x {} = {} weights, {} steps, {} bits{}",
             c.block.rows,
             c.block.cols,
-            c.block.len(),
+            c.weights(),
             c.steps_per_block(),
             c.block_bits(),
             if c.is_memoryless() { "" } else { ", tail-biting" }

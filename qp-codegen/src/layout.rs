@@ -20,7 +20,7 @@
 //! then lane 1's, … so that each chunk is one coalesced vector load. Tiles are stored row-tile major:
 //! all column tiles of row tile 0, then of row tile 1, …
 
-use crate::spec::{Code, Quantizer, Shape};
+use crate::spec::{Code, Quantizer, Shape, Value};
 
 /// Lanes that share a block.
 pub const LANES_PER_BLOCK: u32 = 4;
@@ -51,7 +51,7 @@ pub fn lane_words(code: &Code) -> u32 {
 
 /// Where weight `p` of block `g`'s stream lies in the tile: (row, column).
 pub fn position(block: Shape, g: u32, p: u32) -> (u32, u32) {
-    let lane = block.len() / LANES_PER_BLOCK;
+    let lane = block.rows * block.cols / LANES_PER_BLOCK;
     let (t, i) = (p / lane, p % lane);
     let (q, c) = (i / 4, i % 4);
     let (m, a) = (q / 4, q % 4);
@@ -89,7 +89,64 @@ pub struct Packed {
     pub lane_words: Vec<u32>,
 }
 
+/// Why a matrix cannot be packed or multiplied.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TooLarge {
+    /// No rows or no columns.
+    #[error("a matrix of {rows} x {cols} holds nothing", rows = .0.rows, cols = .0.cols)]
+    Empty(Shape),
+    /// Sums of products would not fit 32 bits.
+    #[error(
+        "{cols} columns are too many: sums of products of {bits}-bit entries are exact for up to {most}",
+        bits = 8 * .value.bytes()
+    )]
+    Columns {
+        /// Columns of the matrix.
+        cols: u32,
+        /// Type of the entries.
+        value: Value,
+        /// The most for this type.
+        most: u32,
+    },
+    /// Indices would not fit 32 bits.
+    #[error("a matrix of {rows} x {cols} is too large: kernels count up to 2^31 weights", rows = .0.rows, cols = .0.cols)]
+    Weights(Shape),
+}
+
+/// Most columns of a matrix with entries of type `value`, so that the 32-bit sums of a row's products are exact, whatever
+/// the entries and the activations are: a product takes a signed byte of an 8-bit entry, or the low byte (0..=255) or the
+/// high byte of a 16-bit entry, times a plane of the activations, which is within ±127.
+pub fn most_columns(value: Value) -> u32 {
+    let largest = match value {
+        Value::I8 => 128 * 127,
+        Value::I16 => 255 * 127,
+    };
+    // The sum of a token's activations, each within ±16256, has 32 bits, too.
+    const { assert!(i32::MAX as u32 / 16256 >= i32::MAX as u32 / (128 * 127)) };
+    i32::MAX as u32 / largest
+}
+
 impl Packed {
+    /// Checks that a matrix of `shape` can be packed under `q`, decoded and multiplied, padding included.
+    ///
+    /// # Errors
+    /// A matrix without weights, with more columns than [`most_columns`], or with 2^31 weights or more.
+    pub fn check(q: &Quantizer, shape: Shape) -> Result<(), TooLarge> {
+        if shape.is_empty() {
+            return Err(TooLarge::Empty(shape));
+        }
+        let most = most_columns(q.value());
+        if shape.cols > most {
+            return Err(TooLarge::Columns { cols: shape.cols, value: q.value(), most });
+        }
+        let tile = tile(q.block());
+        let padded = |n: u32, of: u32| u64::from(n.div_ceil(of)) * u64::from(of);
+        if padded(shape.rows, tile.rows) * padded(shape.cols, tile.cols) > i32::MAX as u64 {
+            return Err(TooLarge::Weights(shape));
+        }
+        Ok(())
+    }
+
     /// The layout of a `shape` matrix under `q`. Rows and columns are padded to whole tiles.
     pub fn new(q: &Quantizer, shape: Shape) -> Self {
         Packed { shape, tile: tile(q.block()), lane_words: q.codes.iter().map(lane_words).collect() }

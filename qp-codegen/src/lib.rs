@@ -11,7 +11,7 @@
 //! 7. [`nvrtc`]: CUDA source to machine code, where the compiler library is found.
 //!
 //! Beside the way: [`palette`], the quantizers built in; [`explain`], a quantizer for people; [`reference`], the arithmetic
-//! that every engine shares; [`metric`], that of every encoder; [`find`], where NVIDIA's libraries may lie.
+//! that every engine shares; [`metric`], that of every encoder; [`find`], where NVIDIA's libraries may lie; [`text_file`], reading what a user names.
 
 pub mod cuda;
 pub mod explain;
@@ -25,6 +25,7 @@ pub mod palette;
 pub mod reference;
 pub mod spec;
 pub mod syntax;
+pub mod text_file;
 
 /// Another for other sources of this crate's lowerings, printer and cost model: what was measured of one's kernels says
 /// nothing about another's.

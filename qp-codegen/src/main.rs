@@ -7,13 +7,14 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use qp_codegen::cuda::{Target, print};
-use qp_codegen::ir::{Elem, Kernel};
+use qp_codegen::ir::{Elem, Kernel, validate};
 use qp_codegen::kernels::{Span, dequantize, embed_packed, encode, gemv, prepare, product};
+use qp_codegen::layout::{Packed, TooLarge};
 use qp_codegen::nvrtc;
 use qp_codegen::reference::RmsNorm;
 use qp_codegen::spec::{self, Matrix, Quantizer, Shape};
 use qp_codegen::syntax::{self, Diagnostics};
-use qp_codegen::{explain, palette};
+use qp_codegen::{explain, palette, text_file};
 
 /// Compile .qspec quantizers to CUDA kernels.
 #[derive(Parser)]
@@ -212,7 +213,7 @@ fn fmt(files: &[PathBuf], check: bool) -> Result<(), Failure> {
             io::stdin().read_to_string(&mut text).map_err(read_failed)?;
             text
         } else {
-            fs::read_to_string(file).map_err(read_failed)?
+            text_file::read(file).map_err(read_failed)?
         };
         let id = wrong.sources.add(file.display().to_string(), text.clone());
         match syntax::format(id, &text) {
@@ -249,7 +250,9 @@ fn explain(spec: &str, shape: Shape, canonical: bool) -> Result<(), Failure> {
     if canonical {
         return print_out(&spec::resolve(spec)?.canonical());
     }
-    print_out(&explain::explain(&spec::resolve_untrained(spec)?, shape))
+    let q = spec::resolve_untrained(spec)?;
+    Packed::check(&q, shape).map_err(|problem| Failure::Other(problem.to_string()))?;
+    print_out(&explain::explain(&q, shape))
 }
 
 fn list(files: &[PathBuf]) -> Result<(), Failure> {
@@ -267,6 +270,8 @@ fn list(files: &[PathBuf]) -> Result<(), Failure> {
 fn kernel(e: &Emit) -> Result<Kernel, Failure> {
     // The tables are data: a kernel is the same before and after training.
     let q = spec::resolve_untrained(&e.spec)?;
+    let too_large = |problem: TooLarge| Failure::Other(problem.to_string());
+    Packed::check(&q, e.shape).map_err(too_large)?;
     let device = e.target.device();
     let (mut norm, mut accumulate) = (None, false);
     if let (Some(name), Some(matrix)) = (&e.fusion, e.matrix) {
@@ -309,6 +314,7 @@ fn kernel(e: &Emit) -> Result<Kernel, Failure> {
 
 fn emit(e: &Emit) -> Result<(), Failure> {
     let kernel = kernel(e)?;
+    validate(&kernel).map_err(|problems| Failure::Other(problems.to_string()))?;
     let source = print(&kernel, e.target);
     let (target, options) = (e.target.nvrtc_arch(), nvrtc::Options::default());
     let failed = |e: nvrtc::CompileError| Failure::Other(e.to_string());

@@ -29,7 +29,13 @@ impl<'a> View<'a> {
 
     /// True if all elements of a `rows × columns` matrix lie in the slice.
     fn holds(&self, rows: usize, columns: usize) -> bool {
-        rows == 0 || columns == 0 || (rows - 1) * self.row + (columns - 1) * self.column < self.data.len()
+        if rows == 0 || columns == 0 {
+            return true;
+        }
+        let last = (rows - 1)
+            .checked_mul(self.row)
+            .and_then(|row| (columns - 1).checked_mul(self.column).and_then(|column| row.checked_add(column)));
+        last.is_some_and(|last| last < self.data.len())
     }
 }
 

@@ -11,7 +11,9 @@ use std::sync::Arc;
 
 use qp_codegen::spec::{Quantizer, Shape, resolve};
 use qp_codegen::syntax::diag::nearest;
-use qp_codegen::syntax::{Diagnostic, Diagnostics, FileId, Sources, Span};
+use qp_codegen::syntax::{Diagnostic, Diagnostics, FileId, Sources, Span, diag};
+use qp_codegen::text_file;
+use regex::{Regex, RegexBuilder};
 use toml::de::{DeTable, DeValue};
 
 use crate::model::weights::EMBEDDING;
@@ -84,7 +86,7 @@ impl Plan {
 
     /// Reads a plan file. Paths of specs in it are relative to its folder.
     pub fn read(path: &Path) -> Result<Plan, Diagnostics> {
-        let text = std::fs::read_to_string(path)
+        let text = text_file::read(path)
             .map_err(|e| Diagnostics::plain(format!("cannot read the plan {}: {e}", path.display())))?;
         let folder = path.parent().unwrap_or(Path::new("")).to_owned();
         Plan::parse(&path.display().to_string(), &text, folder)
@@ -347,6 +349,7 @@ impl Plan {
             return Ok(());
         }
         problems.sort_by_key(|p| p.labels[0].0);
+        diag::limit(&mut problems);
         Err(Diagnostics { sources: self.sources.clone(), list: problems })
     }
 }
@@ -430,74 +433,56 @@ fn near<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<Stri
     nearest(name, known).map(|n| format!("did you mean `{n}`?"))
 }
 
-/// A pattern of layer names: `*` stands for any text without a dot, `{a,b}` for `a` or `b`.
+/// A pattern of layer names: `*` stands for any text without a dot, `{a,b}` for `a` or `b`. Matching takes time in
+/// proportion to the name, whatever the pattern.
 #[derive(Clone, Debug)]
-struct Pattern(Vec<Piece>);
+struct Pattern(Regex);
 
-#[derive(Clone, Debug)]
-enum Piece {
-    Literal(String),
-    Star,
-    OneOf(Vec<String>),
-}
+/// Most bytes of a pattern; names of layers have a few dozen.
+const MOST_PATTERN: usize = 1000;
+/// Most bytes of a pattern made ready to match.
+const MOST_COMPILED: usize = 4 << 20;
 
 impl Pattern {
     fn parse(text: &str) -> Result<Pattern, String> {
-        let mut pieces = Vec::new();
+        if text.len() > MOST_PATTERN {
+            return Err(format!("a pattern of {} bytes is too long: it has {MOST_PATTERN} at most", text.len()));
+        }
+        let mut pattern = String::from("^");
         let mut rest = text;
         while let Some(c) = rest.chars().next() {
             match c {
                 '*' => {
-                    pieces.push(Piece::Star);
+                    // Of all texts, the shortest first.
+                    pattern.push_str(r"([^.]*?)");
                     rest = &rest[1..];
                 }
                 '{' => {
                     let end = rest.find('}').ok_or_else(|| format!("`{{` without `}}` in `{text}`"))?;
-                    pieces.push(Piece::OneOf(rest[1..end].split(',').map(|s| s.trim().to_owned()).collect()));
+                    let all: Vec<String> = rest[1..end].split(',').map(|s| regex::escape(s.trim())).collect();
+                    pattern.push_str(&format!("(?:{})", all.join("|")));
                     rest = &rest[end + 1..];
                 }
                 '}' => return Err(format!("`}}` without `{{` in `{text}`")),
                 _ => {
                     let end = rest.find(['*', '{', '}']).unwrap_or(rest.len());
-                    pieces.push(Piece::Literal(rest[..end].to_owned()));
+                    pattern.push_str(&regex::escape(&rest[..end]));
                     rest = &rest[end..];
                 }
             }
         }
-        if pieces.is_empty() {
+        if text.is_empty() {
             return Err("an empty pattern".to_owned());
         }
-        Ok(Pattern(pieces))
+        pattern.push('$');
+        let built = RegexBuilder::new(&pattern).size_limit(MOST_COMPILED).dot_matches_new_line(true).build();
+        built.map(Pattern).map_err(|_| format!("the pattern `{text}` is too complex: use fewer stars and braces"))
     }
 
     /// What the stars stand for, if the pattern matches the whole of `name`.
     fn captures(&self, name: &str) -> Option<Vec<String>> {
-        fn go(pieces: &[Piece], name: &str, out: &mut Vec<String>) -> bool {
-            let Some((piece, rest)) = pieces.split_first() else {
-                return name.is_empty();
-            };
-            match piece {
-                Piece::Literal(s) => name.strip_prefix(s.as_str()).is_some_and(|n| go(rest, n, out)),
-                Piece::OneOf(all) => {
-                    let at = out.len();
-                    all.iter().any(|s| {
-                        out.truncate(at);
-                        name.strip_prefix(s.as_str()).is_some_and(|n| go(rest, n, out))
-                    })
-                }
-                Piece::Star => {
-                    let longest = name.find('.').unwrap_or(name.len());
-                    let at = out.len();
-                    name.char_indices().map(|(i, _)| i).chain([name.len()]).take_while(|&i| i <= longest).any(|i| {
-                        out.truncate(at);
-                        out.push(name[..i].to_owned());
-                        go(rest, &name[i..], out)
-                    })
-                }
-            }
-        }
-        let mut out = Vec::new();
-        go(&self.0, name, &mut out).then_some(out)
+        let found = self.0.captures(name)?;
+        Some(found.iter().skip(1).map(|star| star.map_or("", |m| m.as_str()).to_owned()).collect())
     }
 }
 

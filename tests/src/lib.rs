@@ -3,3 +3,4 @@
 pub mod anchors;
 pub mod gguf;
 pub mod models;
+pub mod random_specs;

@@ -124,3 +124,16 @@ fn messages() {
     let shown: Vec<String> = bad.iter().map(|b| format!("{b}\n--->\n{}", message(b))).collect();
     insta::assert_snapshot!(shown.join("\n=====\n\n"));
 }
+
+#[test]
+fn a_pattern_of_stars_takes_no_time() {
+    let plan = |pattern: &str| {
+        Plan::parse("plan", &format!("default = \"tcq_3\"\n[layers]\n{pattern:?} = \"tcq_4\"\n"), Default::default())
+    };
+    let e = plan(&"*".repeat(5000)).unwrap_err().to_string();
+    assert!(e.contains("too long"), "{e}");
+    // A search that tries all ways to share the name among the stars would not end.
+    let layers = [Layer { name: "a".repeat(2000), shape: Shape { rows: 16, cols: 128 }, by_default: true }];
+    let e = plan(&format!("{}b", "*".repeat(100))).unwrap().resolve(&layers).unwrap_err().to_string();
+    assert!(e.contains("matches no layer"), "{e}");
+}

@@ -227,3 +227,41 @@ fn examples_of_the_reference_load() {
         assert_eq!(library.warnings.to_string(), "");
     }
 }
+
+#[test]
+fn a_text_that_stands_alone_opens_no_file() {
+    let table = std::env::temp_dir().join("qp-no-such.table");
+    let body = |table: &str| {
+        format!(
+            "quantizer q {{ window 4 vector 1 step 4 block 2 x 128 values i8 unit 1/32 {table}
+             decode w {{ t[w] }} scale row rotate none }}"
+        )
+    };
+    for table in [
+        format!("table t[16] from \"{}\"", table.display()),
+        "table t[16] from \"/etc/passwd\"".to_string(),
+        "table t[16] trained(seed = 1, rounds = 1, samples = 1) in \"none\"".to_string(),
+    ] {
+        let e = spec::load_alone("a checkpoint's", &body(&table)).unwrap_err().to_string();
+        assert!(e.contains("must stand alone") && !e.contains("root:"), "{e}");
+    }
+    let e = spec::load_alone("a checkpoint's", "use \"/etc/passwd\"").unwrap_err().to_string();
+    assert!(e.contains("must stand alone"), "{e}");
+}
+
+#[test]
+fn what_defines_nothing_is_told() {
+    let library = load_str("empty", "// quantizer a\n").unwrap();
+    assert_eq!(
+        library.warnings.to_string().lines().next().unwrap().split(';').next(),
+        Some("warning: empty defines nothing")
+    );
+}
+
+#[test]
+fn many_errors_are_few_messages() {
+    let text = "quantizer a { window }\n".repeat(3000) + &"\u{1}\u{2}".repeat(5000);
+    let errors = load_str("many", &text).unwrap_err();
+    let shown = errors.to_string();
+    assert!(shown.lines().count() < 40 && shown.contains("more of them"), "{shown}");
+}

@@ -9,7 +9,10 @@
 //! * look-ups of several steps are merged by permutes.
 //!
 //! Tables lie in shared memory, each entry repeated `copies` times across the banks, so that lanes that look up
-//! different entries rarely meet in a bank.
+//! different entries rarely meet in a bank. Tables too large for that stay in global memory.
+//!
+//! A tile is decoded at once ([`Decoder::tile`]), unless it is so large that its program would be ([`is_small`]): then
+//! in a loop over its [`Unit`]s ([`Decoder::unit`]).
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -53,19 +56,20 @@ pub fn pack_tables(q: &Quantizer) -> Vec<u32> {
     out
 }
 
-/// A table in shared memory: entry `e` for lane `l` at `(e·copies + l mod copies)·words`.
-struct SharedTable<'b> {
+/// A table where it is looked up. In shared memory, entry `e` for lane `l` lies at `(e·copies + l mod copies)·words`; in
+/// global memory, in the `tables` buffer, at `first + e·words`.
+struct LookupTable<'b> {
     mem: Mem,
     /// First word in the `tables` buffer.
     first: u32,
     entries: u32,
     copies: u32,
     words: u32,
-    /// Byte offset of the lane's copy.
-    bank: V<'b>,
+    /// Byte offset of the lane's copy; `None` in global memory.
+    bank: Option<V<'b>>,
 }
 
-impl SharedTable<'_> {
+impl LookupTable<'_> {
     /// Copies of an entry that one store writes: several words, if an entry is one.
     fn wide(&self) -> u32 {
         if self.words == 1 { self.copies.min(4) } else { 1 }
@@ -81,7 +85,7 @@ impl SharedTable<'_> {
 pub struct Decoder<'b, 'q> {
     b: &'b Builder,
     q: &'q Quantizer,
-    tables: Vec<Vec<SharedTable<'b>>>,
+    tables: Vec<Vec<LookupTable<'b>>>,
     buffer: Mem,
     lane: V<'b>,
 }
@@ -97,10 +101,12 @@ pub struct Register<'b> {
 
 impl<'b, 'q> Decoder<'b, 'q> {
     /// Declares the tables and the parameter `tables` (which is there even for a code without tables, so that all
-    /// kernels of an operation take the same parameters). The tables' copies take up to `table_bytes` of shared memory.
+    /// kernels of an operation take the same parameters). The tables' copies take up to `table_bytes` of shared memory;
+    /// if not even one copy of each fits, they are looked up in global memory.
     pub fn new(b: &'b Builder, q: &'q Quantizer, table_bytes: u32) -> Self {
         let count = |c: &Code| c.tables.iter().map(|t| t.entries * entry_words(c)).sum::<u32>();
         let total: u32 = q.codes.iter().map(count).sum();
+        let fits = total <= table_bytes / 4;
         let buffer = b.buffer("tables", Elem::U32, false);
         let lane = b.special(Special::Lane);
         let mut first = 0;
@@ -108,16 +114,18 @@ impl<'b, 'q> Decoder<'b, 'q> {
         for (i, code) in q.codes.iter().enumerate() {
             let words = entry_words(code);
             let declare = |t: &Table| {
-                let share = (table_bytes / 4).checked_div(total).unwrap_or(0) * t.entries * words;
-                let copies = copies(code, t, share);
-                let mem = b.shared(&format!("table_{i}_{}", t.name), Elem::U32, t.entries * copies * words);
+                let (at, entries) = (first, t.entries);
+                first += entries * words;
+                if !fits {
+                    return LookupTable { mem: buffer, first: at, entries, copies: 1, words, bank: None };
+                }
+                let copies = copies(code, t, table_bytes / 4 / total * entries * words);
+                let mem = b.shared(&format!("table_{i}_{}", t.name), Elem::U32, entries * copies * words);
                 let bank = (lane & (copies as i32 - 1)).bits(Scalar::U32) * (4 * words);
                 // A zero-extended byte: as it is, but no longer a mask that the assembler would fold into every
                 // look-up's mask-and-or, making two instructions of one.
-                let bank = bank.permute(b.u32(0), 0x4440);
-                let table = SharedTable { mem, first, entries: t.entries, copies, words, bank };
-                first += t.entries * words;
-                table
+                let bank = Some(bank.permute(b.u32(0), 0x4440));
+                LookupTable { mem, first: at, entries, copies, words, bank }
             };
             tables.push(code.tables.iter().map(declare).collect());
         }
@@ -134,11 +142,16 @@ impl<'b, 'q> Decoder<'b, 'q> {
         self.q
     }
 
+    /// The tables in shared memory.
+    fn shared(&self) -> impl Iterator<Item = &LookupTable<'b>> {
+        self.tables.iter().flatten().filter(|t| t.bank.is_some())
+    }
+
     /// Copies the tables into shared memory, all threads of the block together. A barrier must follow.
     pub fn fill(&self, threads: u32) {
         let b = self.b;
         let thread = b.special(Special::Thread);
-        for t in self.tables.iter().flatten() {
+        for t in self.shared() {
             let (wide, per_entry) = (t.wide(), t.copies / t.wide());
             let load = |i: V<'b>| -> Vec<V<'b>> {
                 let first = i / per_entry * t.words + t.first;
@@ -158,7 +171,7 @@ impl<'b, 'q> Decoder<'b, 'q> {
     /// Decodes a tile of code `code` from the lane's `words`: its T / 16 registers, in order.
     pub fn tile(&self, code: usize, words: &[V<'b>]) -> Vec<Register<'b>> {
         let mut steps = self.begin(code, words);
-        (0..self.q.codes[code].block.len() / 16).map(|r| steps.register(r)).collect()
+        (0..self.q.codes[code].weights() / 16).map(|r| steps.register(r)).collect()
     }
 
     /// Begins to decode a tile: its registers are decoded when they are asked for.
@@ -166,10 +179,91 @@ impl<'b, 'q> Decoder<'b, 'q> {
         let c = &self.q.codes[code];
         // The windows at the end of a lane's part reach into the first word of the block's next lane.
         let next = (!c.is_memoryless()).then(|| words[0].shuffle((self.lane & !3) | ((self.lane + 1) & 3)));
-        let needed = c.decode.window_bits(c.value, &c.tables);
-        let tables = &self.tables[code];
-        Steps { d: self, c, tables, words, next, needed, memo: HashMap::new() }
+        self.steps(code, words, next)
     }
+
+    /// Begins to decode a unit of a tile, of which `words` are all that its windows reach, its first bit the lowest.
+    pub fn unit<'a>(&'a self, code: usize, words: &'a [V<'b>]) -> Steps<'a, 'b, 'q> {
+        self.steps(code, words, None)
+    }
+
+    fn steps<'a>(&'a self, code: usize, words: &'a [V<'b>], next: Option<V<'b>>) -> Steps<'a, 'b, 'q> {
+        let c = &self.q.codes[code];
+        let needed = c.decode.window_bits(c.value, &c.tables);
+        Steps { d: self, c, tables: &self.tables[code], words, next, needed, memo: HashMap::new() }
+    }
+
+    /// Loads the words that the windows of a lane's unit `index` of a tile reach, shifted so that its first bit is the lowest:
+    /// what [`Decoder::unit`] takes. `at` is the tile's first word.
+    pub fn unit_words(&self, code: usize, weights: Mem, at: V<'b>, index: V<'b>) -> Vec<V<'b>> {
+        let (b, c, lane) = (self.b, &self.q.codes[code], self.lane);
+        let of_lane = layout::lane_words(c);
+        let bits = Unit::of(c).bits;
+        let (first, shift) = if bits.is_multiple_of(32) {
+            (index * (bits / 32), None)
+        } else {
+            let bit = index * bits;
+            (bit >> 5, Some((bit & 31).bits(Scalar::U32)))
+        };
+        let next = (lane & !3) | ((lane + 1) & 3);
+        let load = |i: u32| {
+            let word = first + i;
+            // Windows at the end of a lane's part reach into the next lane's first word; what lies beyond is not looked at.
+            let beyond = word.ge(of_lane);
+            let (lane, word) = (beyond.select(next, lane), beyond.select(b.i32(0), word));
+            b.load_as(weights, at + word_in_tile(b, of_lane, lane, word), Elem::U32, 1, Cache::Stream)
+        };
+        let reached = (bits + c.window).div_ceil(32);
+        let Some(shift) = shift else { return (0..reached).map(load).collect() };
+        let loaded: Vec<V<'b>> = (0..reached + 2).map(load).collect();
+        loaded.windows(2).map(|two| two[0].funnel_shr(two[1], shift)).collect()
+    }
+}
+
+/// [`layout::word_in_tile`] of a lane and a word that the program does not know.
+fn word_in_tile<'b>(b: &'b Builder, lane_words: u32, lane: V<'b>, word: V<'b>) -> V<'b> {
+    let chunks = layout::chunks(lane_words);
+    let at = |width: u32, first: V<'b>| first * 32 + lane * width + (word - first);
+    let fours = chunks.iter().filter(|c| c.1 == 4).count() as u32 * 4;
+    let tail = chunks.iter().filter(|c| c.1 < 4).map(|&(first, width)| (first, at(width, b.i32(first as i32))));
+    let whole = (fours > 0).then(|| (0, at(4, word & !3)));
+    // Of the chunks that begin at the word or before, the last.
+    let mut parts = whole.into_iter().chain(tail);
+    let (_, first) = parts.next().expect("a lane has words");
+    parts.fold(first, |before, (begin, place)| word.ge(begin).select(place, before))
+}
+
+/// The smallest run of a lane's weights, whole operands of tensor-core products (16 weights), after which a code's pattern of
+/// steps begins anew. Tiles are made of whole units.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unit {
+    /// Operands of tensor-core products.
+    pub operands: u32,
+    /// Bits of the stream.
+    pub bits: u32,
+}
+
+impl Unit {
+    /// That of a code.
+    pub fn of(code: &Code) -> Unit {
+        let pattern = code.vector * code.steps.len() as u32;
+        let operands = (1..).find(|n| (n * OPERAND).is_multiple_of(pattern)).expect("the pattern's own length will do");
+        let bits = operands * OPERAND / pattern * code.steps.iter().sum::<u32>();
+        Unit { operands, bits }
+    }
+}
+
+/// Weights of a lane in an operand of a tensor-core product: four registers.
+const OPERAND: u32 = 16;
+
+/// Most registers of a tile that is decoded in one go, and most operations of the decode expression for all its steps.
+const SMALL: (u32, u32) = (64, 1 << 12);
+
+/// Whether the program that decodes a tile of `q` in one go is of a reasonable size.
+pub fn is_small(q: &Quantizer) -> bool {
+    let steps = |c: &Code| c.weights() / layout::LANES_PER_BLOCK / c.vector;
+    let operations: u32 = q.codes.iter().map(|c| steps(c) * c.decode.nodes.len() as u32).sum();
+    q.codes[0].weights() / OPERAND <= SMALL.0 && operations <= SMALL.1
 }
 
 /// How often to repeat a table: so often that no two lanes meet in a bank if that fits into `budget` words; otherwise as
@@ -199,7 +293,7 @@ fn copies(code: &Code, table: &Table, budget: u32) -> u32 {
 pub struct Steps<'a, 'b, 'q> {
     d: &'a Decoder<'b, 'q>,
     c: &'q Code,
-    tables: &'a [SharedTable<'b>],
+    tables: &'a [LookupTable<'b>],
     words: &'a [V<'b>],
     next: Option<V<'b>>,
     /// Bits of a window that matter; if none lies beyond L, it need not be cut off there.
@@ -362,8 +456,17 @@ impl<'b> Steps<'_, 'b, '_> {
             Ordering::Greater => x >> (right - scale),
         };
         let at = x & field;
-        let at = if t.copies > 1 { at | t.bank } else { at };
-        d.b.load_as(t.mem, at, Elem::U32, t.words, Cache::Default).lanes()
+        match t.bank {
+            Some(bank) => {
+                let at = if t.copies > 1 { at | bank } else { at };
+                d.b.load_as(t.mem, at, Elem::U32, t.words, Cache::Default).lanes()
+            }
+            // Entries of two words need not be aligned there.
+            None => {
+                let word = |w: u32| d.b.load_as(t.mem, at + 4 * (t.first + w), Elem::U32, 1, Cache::ReadOnly);
+                (0..t.words).map(word).collect()
+            }
+        }
     }
 
     /// Merges words that each hold `entries` entries in their low bits into full registers.
@@ -426,8 +529,11 @@ pub fn tile_cost(q: &Quantizer, code: usize, table_bytes: u32) -> Cost {
     let decoder = Decoder::new(&b, q, table_bytes);
     let weights = b.buffer("weights", Elem::U32, false);
     let words = load_words(&b, weights, b.i32(0), decoder.lane, layout::lane_words(&q.codes[code]));
-    let wavefronts: HashMap<_, _> =
-        decoder.tables[code].iter().map(|t| (t.mem, f64::from(t.words) * wavefronts(t.copies * t.words))).collect();
+    let passes = |t: &LookupTable| match t.bank {
+        Some(_) => f64::from(t.words) * wavefronts(t.copies * t.words),
+        None => GLOBAL_PASSES,
+    };
+    let wavefronts: HashMap<_, _> = decoder.tables[code].iter().map(|t| (t.mem, passes(t))).collect();
     let words = flatten(&words);
     let before = words.last().map_or(0, |w| w.val.0 as usize + 1);
     decoder.tile(code, &words);
@@ -447,6 +553,9 @@ pub fn tile_cost(q: &Quantizer, code: usize, table_bytes: u32) -> Cost {
     cost
 }
 
+/// The same for a word of a table in global memory, if it is in the L1 cache: nearly every lane meets a line of its own.
+const GLOBAL_PASSES: f64 = 16.0;
+
 /// Passes through shared memory that 32 lanes take to look up random entries, each in its own of `copies` copies of one
 /// word: the most lanes that meet in one of the 32 / copies banks of a copy.
 fn wavefronts(copies: u32) -> f64 {
@@ -462,7 +571,7 @@ fn wavefronts(copies: u32) -> f64 {
 /// stores that fill it, of which a thread has [`FILL`] loads on their way at a time.
 pub fn shared_tables(q: &Quantizer, table_bytes: u32) -> (u32, Vec<u32>) {
     let b = Builder::new("tables", [1, 1], 32);
-    let stores = Decoder::new(&b, q, table_bytes).tables.iter().flatten().map(SharedTable::stores).collect();
+    let stores = Decoder::new(&b, q, table_bytes).shared().map(LookupTable::stores).collect();
     (b.finish().shared_bytes(), stores)
 }
 

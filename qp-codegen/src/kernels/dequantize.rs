@@ -1,7 +1,7 @@
 //! Dequantization: packed words → the matrix, row-major, in the rotated space.
 
 use super::c_name;
-use super::decode::{Decoder, Register, TABLE_BYTES, flatten, load_words};
+use super::decode::{self, Decoder, Register, TABLE_BYTES, Unit, flatten, load_words};
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Scalar, Special, V};
 use crate::layout::Packed;
 use crate::spec::{Code, Quantizer, Shape};
@@ -63,11 +63,14 @@ fn emit(b: &Builder, op: &Dequantize, layout: &Packed, grid: u32) {
         let (row_tile, col_tile) = (tile / layout.col_tiles(), tile % layout.col_tiles());
         let row = row_tile * layout.tile.rows + group;
         let scale = |line: u32| b.load_as(scales, row + line * 8, Elem::BF16, 1, Cache::ReadOnly);
-        let of_lines: Vec<V> = (0..layout.tile.rows / 8).map(scale).collect();
+        // Those of a tile that is decoded in one go are loaded at once.
+        let lines = if decode::is_small(op.quantizer) { layout.tile.rows / 8 } else { 0 };
+        let of_lines: Vec<V> = (0..lines).map(scale).collect();
         each_four(&decoder, layout, weights, (row_tile, col_tile), |four| {
             let (row, col) = (four.row, four.col);
             let write = || {
-                let all = four.weights(of_lines[four.line as usize]);
+                let scale = || b.load_as(scales, row, Elem::BF16, 1, Cache::ReadOnly);
+                let all = four.weights(four.line.map_or_else(scale, |line| of_lines[line as usize]));
                 let at = row * cols + col;
                 if cols.is_multiple_of(4) {
                     let store = || b.store(y, at, b.vector(&all), op.output);
@@ -89,8 +92,9 @@ pub(super) struct Four<'b, 'q> {
     pub row: V<'b>,
     /// The column of the first, padding included.
     pub col: V<'b>,
-    /// Which of the lane's rows of the tile theirs is: each is 8 below the one before.
-    pub line: u32,
+    /// Which of the lane's rows of the tile theirs is: each is 8 below the one before. `None` in a tile that is decoded in
+    /// a loop.
+    pub line: Option<u32>,
     b: &'b Builder,
     register: Register<'b>,
     code: &'q Code,
@@ -136,22 +140,38 @@ pub(super) fn each_four<'b>(
     let lane = b.special(Special::Lane);
     let (group, quad) = (lane >> 2, lane & 3);
     let codes = q.codes.len() as u32;
+    let small = decode::is_small(q);
     for (c, code) in q.codes.iter().enumerate() {
         let lane_words = layout.lane_words[c];
         let decode = || {
             let period = layout.lane_words.iter().sum::<u32>() * 32;
             let before = layout.lane_words[..c].iter().sum::<u32>() * 32;
             let at = row_tile * layout.row_stride() as u32 + (col_tile / codes * period + before);
-            let words = flatten(&load_words(b, weights, at, lane, lane_words));
             let parts = layout.tile.cols / 32;
-            for (i, register) in decoder.tile(c, &words).into_iter().enumerate() {
-                // The place of a register's four weights: see `layout`.
-                let (m, a) = (i as u32 / 4, i as u32 % 4);
-                let line = m / parts * 2 + a % 2;
-                let row = row_tile * layout.tile.rows + group + line * 8;
-                let col = col_tile * layout.tile.cols + quad * 4 + (m % parts * 32 + a / 2 * 16);
-                see(&Four { row, col, line, b, register, code });
+            // The place of register `a` of operand `m`: see `layout`.
+            let place = |m: V<'b>, a: u32| {
+                let row = row_tile * layout.tile.rows + group + m / parts * 16 + a % 2 * 8;
+                let col = col_tile * layout.tile.cols + quad * 4 + m % parts * 32 + a / 2 * 16;
+                (row, col)
+            };
+            if small {
+                let words = flatten(&load_words(b, weights, at, lane, lane_words));
+                for (i, register) in decoder.tile(c, &words).into_iter().enumerate() {
+                    let (m, a) = (i as u32 / 4, i as u32 % 4);
+                    let (row, col) = place(b.i32(m as i32), a);
+                    see(&Four { row, col, line: Some(m / parts * 2 + a % 2), b, register, code });
+                }
+                return;
             }
+            let unit = Unit::of(code);
+            b.for_(0, code.weights() / 64 / unit.operands, 1, |index| {
+                let words = decoder.unit_words(c, weights, at, index);
+                let mut steps = decoder.unit(c, &words);
+                for i in 0..unit.operands * 4 {
+                    let (row, col) = place(index * unit.operands + i / 4, i % 4);
+                    see(&Four { row, col, line: None, b, register: steps.register(i), code });
+                }
+            });
         };
         if codes == 1 {
             decode();

@@ -426,7 +426,8 @@ impl<'b, 'a> Emit<'b, 'a> {
         let of_lane = of_tile / 4;
         let first = plane * self.plan.plane_words(self.launch) + (col - self.block_col) * of_tile;
         let first = first + (self.lane & 3) * of_lane;
-        let wide = of_lane.min(4);
+        // Columns are a multiple of 32, so a lane's words come at least in twos; vectors are aligned to their size.
+        let wide = if of_lane.is_multiple_of(4) { 4 } else { 2 };
         let load = |i: u32| self.b.load_as(staged, first + i, Elem::U32, wide, Cache::Default).lanes();
         let words: Vec<V> = (0..of_lane).step_by(wide as usize).flat_map(load).collect();
         words.chunks_exact(2).map(|two| [two[0], two[1]]).collect()

@@ -2,7 +2,7 @@
 
 use super::gemv::Plan;
 use super::operands::{self, Gemv};
-use super::{decode, gemm};
+use super::{decode, gemm, walk};
 use crate::cuda::Device;
 use crate::layout::Packed;
 use crate::spec::Quantizer;
@@ -51,6 +51,8 @@ const WARP: f64 = 0.022e-6;
 const AHEAD: f64 = 0.021e-6;
 /// Seconds that an instruction of a step takes to come in, which is straight-line code.
 const CODE: f64 = 0.4e-9;
+/// Most instructions of a program that is worth compiling.
+const MOST_CODE: f64 = 24e3;
 /// Seconds of a beginning that a kernel saves whose blocks all find idle SMs while the one before runs.
 const ROOM: f64 = 0.83e-6;
 /// How much longer decoding takes with more than two steps in flight: their code and registers are many.
@@ -218,7 +220,11 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     let ahead = AHEAD * f64::from(launch.ahead).log2();
     let copies = if plan.resident { plan.buffers.min(all) } else { 1 };
     let of_tile = cost.alu + cost.multiply + cost.lookup / 2.5 + products + 12.0;
-    let code = CODE * f64::from(copies * plan.depth) * of_tile;
+    let program = f64::from(copies * plan.depth) * of_tile;
+    if program > MOST_CODE {
+        return None;
+    }
+    let code = CODE * program;
     let room = ROOM * (f64::from(device.sms.saturating_sub(grid)) / f64::from(grid)).min(1.0);
     Some(LAUNCH - room + warps + ahead + code + fill + staging + sums + meeting + work)
 }
@@ -435,4 +441,24 @@ fn estimate_gemm(op: &Gemv, launch: &gemm::Launch, device: &Device, tables: &Tab
     let fill = f64::from(resident * tables.shared) / FILL;
     let spills = if spills { SPILLS } else { 0.0 };
     Some(LAUNCH + meeting + (fill + work + chunks + results) / device.clock + spills)
+}
+
+/// Warps of a block of [`walk`].
+const WALK_WARPS: u32 = 8;
+/// How much longer decoding takes than the tables' [`TileCost`] says where words and activations come straight from memory.
+const WALK: f64 = 3.0;
+
+impl walk::Launch {
+    /// The launch, with a rough guess at its seconds.
+    pub fn estimated(op: &Gemv, device: &Device) -> (f64, walk::Launch) {
+        let q = op.quantizer;
+        let plan = walk::Plan::new(op);
+        // As many copies of the tables as leave room for two blocks on an SM, or none in shared memory at all.
+        let table_bytes = (device.shared_per_block / 2).saturating_sub(plan.shared_bytes() + 1024).min(64 << 10);
+        let operations = q.codes.iter().map(|c| c.decode.nodes.len() as f64 / f64::from(c.vector)).sum::<f64>();
+        let weights = op.shape.rows as f64 * op.shape.cols as f64 * f64::from(op.batch.div_ceil(4));
+        let lanes = 64.0 * f64::from(device.sms) * device.clock;
+        let seconds = LAUNCH + STAGING + WALK * weights * (operations / q.codes.len() as f64 + 1.0) / lanes;
+        (seconds, walk::Launch { warps: WALK_WARPS, table_bytes })
+    }
 }

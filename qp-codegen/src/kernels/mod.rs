@@ -23,6 +23,7 @@ pub mod read;
 pub mod rotate;
 pub mod rows;
 mod span;
+pub mod walk;
 
 use crate::ir::{Builder, V};
 pub use span::Span;

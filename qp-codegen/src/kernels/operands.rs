@@ -53,7 +53,7 @@ pub(super) struct Operands<'b, 'a> {
     op: &'a Gemv<'a>,
     layout: &'a Packed,
     pub(super) decoder: Decoder<'b, 'a>,
-    weights: Mem,
+    pub(super) weights: Mem,
     scales: Mem,
     pub(super) x: Mem,
     x_scale: Mem,

@@ -3,14 +3,16 @@
 //! * [`gemv`] for a few tokens: the warps of a block share its columns, and each reads the activations of its own.
 //! * [`gemm`] for up to [`MAX_BATCH`]: warps have row tiles of their own and go over the columns together, whose
 //!   activations pass by in shared memory; a decoded tile serves all tokens.
+//! * [`walk`] where neither fits: codes of large blocks or long expressions.
 //!
-//! Both take the same parameters ([`gemv::lower`]) and give the same bits, so which of them computes a product is a
-//! matter of time alone: [`Launch::choose`] asks the cost model.
+//! All take the same parameters ([`gemv::lower`]) and give the same bits, so which of them computes a product is a
+//! matter of time alone: [`Launch::choose`] asks the cost model. There is a launch for every checked quantizer, every shape
+//! that [`crate::layout::Packed::check`] accepts, every batch and every device.
 
 use std::collections::HashSet;
 
 use super::operands::Gemv;
-use super::{gemm, gemv};
+use super::{decode, gemm, gemv, walk};
 use crate::cuda::Device;
 use crate::ir::Kernel;
 
@@ -27,6 +29,8 @@ pub enum Launch {
     Gemv(gemv::Launch),
     /// Warps have rows of their own.
     Gemm(gemm::Launch),
+    /// A strip of rows at a time, for any code.
+    Walk(walk::Launch),
 }
 
 /// Ways of multiplying, of which a [`Launch`] takes one.
@@ -38,19 +42,25 @@ pub enum Way {
     Gemm,
     /// [`gemm`], warps in groups of four (Hopper).
     Groups,
+    /// [`walk`].
+    Walk,
 }
 
 impl Launch {
     /// The launch that the cost model likes best on `device`.
-    ///
-    /// # Panics
-    /// If no launch fits, which no checked code and no device of [`crate::cuda::Target`] brings about.
     pub fn choose(op: &Gemv, device: &Device) -> Launch {
-        Launch::ranked(op, device).first().expect("some launch fits every device").1
+        Launch::ranked(op, device)[0].1
     }
 
-    /// All launches worth trying, with the seconds that the model expects, best first.
+    /// All launches worth trying, with the seconds that the model expects, best first: at least one.
     pub fn ranked(op: &Gemv, device: &Device) -> Vec<(f64, Launch)> {
+        let walk = || {
+            let (seconds, launch) = walk::Launch::estimated(op, device);
+            vec![(seconds, Launch::Walk(launch))]
+        };
+        if !decode::is_small(op.quantizer) {
+            return walk();
+        }
         let mut out: Vec<(f64, Launch)> = Vec::new();
         if op.batch <= gemv::MAX_BATCH {
             out.extend(gemv::Launch::estimated(op, device).into_iter().map(|(t, l)| (t, Launch::Gemv(l))));
@@ -62,7 +72,7 @@ impl Launch {
         out.sort_by(|a, b| a.0.total_cmp(&b.0));
         let mut seen = HashSet::new();
         out.retain(|x| seen.insert(x.1));
-        out
+        if out.is_empty() { walk() } else { out }
     }
 
     /// Makes the kernel; its parameters are those of [`gemv::lower`].
@@ -70,6 +80,7 @@ impl Launch {
         match self {
             Launch::Gemv(launch) => gemv::lower(op, launch),
             Launch::Gemm(launch) => gemm::lower(op, launch),
+            Launch::Walk(launch) => walk::lower(op, launch),
         }
     }
 
@@ -78,6 +89,7 @@ impl Launch {
         match self {
             Launch::Gemv(launch) => gemv::meeting_place(op, launch),
             Launch::Gemm(launch) => gemm::meeting_place(op, launch),
+            Launch::Walk(_) => (1, 1),
         }
     }
 
@@ -121,6 +133,9 @@ impl Launch {
                 ];
                 ("gemm", fields)
             }
+            Launch::Walk(walk::Launch { warps, table_bytes }) => {
+                ("walk", vec![("warps", warps), ("table_bytes", table_bytes)])
+            }
         }
     }
 
@@ -130,6 +145,7 @@ impl Launch {
             Launch::Gemv(_) => Way::Gemv,
             Launch::Gemm(launch) if launch.group => Way::Groups,
             Launch::Gemm(_) => Way::Gemm,
+            Launch::Walk(_) => Way::Walk,
         }
     }
 
@@ -138,6 +154,7 @@ impl Launch {
         match self {
             Launch::Gemv(launch) => launch.split > 1,
             Launch::Gemm(launch) => launch.split * launch.col_warps > 1,
+            Launch::Walk(_) => true,
         }
     }
 }

@@ -172,7 +172,7 @@ impl Matrix {
                 let mut e = vec![0; v as usize];
                 for g in 0..BLOCKS_PER_TILE {
                     l.read_block(&self.words, rt, ct, g, &mut stream);
-                    for p in 0..code.block.len() {
+                    for p in 0..code.weights() {
                         if p % v == 0 {
                             code.entry(code.window_at(&stream, p / v), &mut e);
                         }
@@ -213,7 +213,7 @@ fn dequantize_equals_the_reference() {
             let scales = bytes(&m.scales, u16::to_le_bytes);
             let decoded = |output: Elem| {
                 let kernel = dequantize::lower(&Dequantize { quantizer: &q, shape, output }, 2);
-                let mut y = vec![0xff; (shape.len() * output.bytes()) as usize];
+                let mut y = vec![0xff; shape.len() as usize * output.bytes() as usize];
                 let mut args: Vec<Arg> = [&tables, &words, &scales].map(|b| Arg::ReadOnly(b)).into();
                 args.push(Arg::Buffer(&mut y));
                 launch(&kernel, args);

@@ -238,7 +238,7 @@ impl Decode {
                 Op::Vector(VectorOp::Xor, a, b) => vals[a.0 as usize] ^ vals[b.0 as usize],
                 Op::Vector(VectorOp::Add, a, b) => {
                     let (a, b) = (vals[a.0 as usize], vals[b.0 as usize]);
-                    pack((0..v as u32).map(|i| ((a >> (i * bits)) + (b >> (i * bits))) & lane), bits)
+                    pack((0..v as u32).map(|i| (a >> (i * bits)).wrapping_add(b >> (i * bits)) & lane), bits)
                 }
             };
             vals.push(x);

@@ -7,8 +7,9 @@ use super::check::{self, Files, Parsed, Sink};
 use super::{Fusion, Quantizer, TableSource};
 use crate::palette;
 use crate::syntax::ast::Item;
-use crate::syntax::diag::{Diagnostic, Diagnostics, Sources, Span, nearest};
-use crate::syntax::parse;
+use crate::syntax::diag::{Diagnostic, Diagnostics, FileId, Severity, Sources, Span, nearest};
+use crate::syntax::{diag, parse};
+use crate::text_file;
 
 /// What a `.qspec` file defines.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -39,9 +40,21 @@ struct Disk;
 
 impl Files for Disk {
     fn read(&self, path: &Path) -> io::Result<String> {
-        std::fs::read_to_string(path)
+        text_file::read(path)
     }
 }
+
+/// No files at all.
+struct Nothing;
+
+impl Files for Nothing {
+    fn read(&self, _: &Path) -> io::Result<String> {
+        Err(io::Error::new(io::ErrorKind::PermissionDenied, "this text must stand alone, and name no file"))
+    }
+}
+
+/// Most files that use each other in a row.
+const MOST_OPEN: usize = 32;
 
 /// Reads and checks a `.qspec` file, the files it uses and the table files it names. A trained table whose file does
 /// not exist yet leaves its quantizer untrained.
@@ -72,13 +85,24 @@ pub fn load_str(name: &str, text: &str) -> Result<Library, Diagnostics> {
     loader.finish()
 }
 
+/// Checks a text that stands alone, such as a checkpoint's: it may use no file and take no table from one. `name` stands in
+/// diagnostics.
+///
+/// # Errors
+/// All that is wrong with the text, files that it names included.
+pub fn load_alone(name: &str, text: &str) -> Result<Library, Diagnostics> {
+    let mut loader = Loader::new(&Nothing);
+    loader.parse(name, Path::new(""), text);
+    loader.finish()
+}
+
 /// The quantizer of a canonical text that was checked when the program was compiled.
 ///
 /// # Panics
 /// If the text defines no quantizer: it is for the macros of `qp-macros` only.
 #[doc(hidden)]
 pub fn from_canonical(text: &str) -> Quantizer {
-    let library = load_str("canonical", text).unwrap_or_else(|e| panic!("{e}"));
+    let library = load_alone("canonical", text).unwrap_or_else(|e| panic!("{e}"));
     library.quantizers.into_iter().next().expect("a canonical text defines a quantizer")
 }
 
@@ -144,6 +168,10 @@ impl<'a> Loader<'a> {
             }
             return Some(i);
         }
+        if self.open.len() >= MOST_OPEN {
+            let d = Diagnostic::error(span, format!("more than {MOST_OPEN} files use each other in a row"), "");
+            return self.sink.fail(d.hint("let one file use the others"));
+        }
         match self.files.read(path) {
             Ok(text) => Some(self.parse(&path.display().to_string(), path, &text)),
             Err(e) => {
@@ -161,8 +189,14 @@ impl<'a> Loader<'a> {
         let mut found = Diagnostics { sources: self.sources, list: self.sink.list };
         // In the order of the text, errors first: what was found at parsing came before all else.
         found.list.sort_by_key(|d| (d.severity, d.labels.first().map(|l| l.0)));
+        diag::limit(&mut found.list);
         if found.has_errors() {
             return Err(found);
+        }
+        if self.parsed.first().is_some_and(|root| root.tree.items.is_empty()) {
+            let d = Diagnostic::plain(format!("{} defines nothing", found.sources.name(FileId(0))));
+            let d = d.hint("a file holds `quantizer name { … }`, families, fusion patterns and `use`");
+            found.list.push(Diagnostic { severity: Severity::Warning, ..d });
         }
         let mut files: Vec<PathBuf> = self.parsed.into_iter().map(|p| p.path).collect();
         files.retain(|f| !f.as_os_str().is_empty());

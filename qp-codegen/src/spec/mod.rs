@@ -31,7 +31,9 @@ pub mod table_file;
 pub(crate) use check::Files;
 pub use fusion::{Epilogue, Fusion, Launch, Matrix, Prologue};
 pub(crate) use load::load_from;
-pub use load::{Library, from_canonical, load_file, load_str, resolve, resolve_fusion, resolve_untrained, untrained};
+pub use load::{
+    Library, from_canonical, load_alone, load_file, load_str, resolve, resolve_fusion, resolve_untrained, untrained,
+};
 
 use std::path::PathBuf;
 
@@ -48,8 +50,8 @@ pub struct Shape {
 
 impl Shape {
     /// Number of weights, rows × columns.
-    pub fn len(self) -> u32 {
-        self.rows * self.cols
+    pub fn len(self) -> u64 {
+        u64::from(self.rows) * u64::from(self.cols)
     }
 
     /// True if there are no weights.
@@ -183,9 +185,14 @@ pub struct Code {
 }
 
 impl Code {
+    /// T, weights of a block: at most 2^16.
+    pub fn weights(&self) -> u32 {
+        self.block.rows * self.block.cols
+    }
+
     /// T / V, steps of a block.
     pub fn steps_per_block(&self) -> u32 {
-        self.block.len() / self.vector
+        self.weights() / self.vector
     }
 
     /// KV of step `s`.
@@ -207,7 +214,7 @@ impl Code {
 
     /// Bits a weight, without scales and tables.
     pub fn rate(&self) -> f64 {
-        f64::from(self.block_bits()) / f64::from(self.block.len())
+        f64::from(self.block_bits()) / f64::from(self.weights())
     }
 
     /// True if windows do not overlap (a scalar or vector quantizer): every step is coded alone.

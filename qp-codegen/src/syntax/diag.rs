@@ -1,7 +1,10 @@
 //! Diagnostics: what is wrong, where, and what cures it. The one place that knows how they are shown.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
+
+use super::lexer::LINE_ENDS;
 
 /// Index of a file in [`Sources`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -57,8 +60,10 @@ impl Sources {
     pub fn line_column(&self, span: Span) -> (usize, usize) {
         let text = self.text(span.file);
         let before = text.get(..span.start as usize).unwrap_or(text);
-        let line = before.rsplit('\n').next().unwrap_or("");
-        (before.matches('\n').count() + 1, line.chars().count() + 1)
+        let line = before.rsplit(LINE_ENDS).next().unwrap_or("");
+        // A return and a line feed are one end.
+        let ends = before.matches(LINE_ENDS).count() - before.matches("\r\n").count();
+        (ends + 1, line.chars().count() + 1)
     }
 }
 
@@ -118,6 +123,52 @@ impl Diagnostic {
     }
 }
 
+/// Most diagnostics that are shown: who corrects so many runs the checker again.
+const MOST: usize = 32;
+
+/// Keeps the first [`MOST`] diagnostics of an ordered list, and says how many more there are.
+pub fn limit(list: &mut Vec<Diagnostic>) {
+    if list.len() > MOST {
+        let more = list.len() - MOST;
+        let severity = list[MOST].severity;
+        list.truncate(MOST);
+        let d = Diagnostic::plain(format!("and {more} more of them, which are not shown"));
+        list.push(Diagnostic { severity, ..d });
+    }
+}
+
+/// True for characters that could steer a terminal or hide what is written: controls, and marks that turn the direction of
+/// writing.
+fn steers(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// `text` as it may be shown on a terminal: what steers it is escaped, as in `\u{1b}`, but for line ends and tabs.
+pub fn shown(text: &str) -> Cow<'_, str> {
+    let hidden = |c: char| steers(c) && !matches!(c, '\n' | '\t');
+    if !text.contains(hidden) {
+        return text.into();
+    }
+    let escape = |c: char| if hidden(c) { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(escape).collect::<String>().into()
+}
+
+/// The same of a source, whose every byte keeps its place.
+fn shown_in_place(text: &str) -> Cow<'_, str> {
+    let hidden = |c: char| steers(c) && !matches!(c, '\n' | '\r' | '\t');
+    if !text.contains(hidden) {
+        return text.into();
+    }
+    let replace = |c: char| match (hidden(c), c.len_utf8()) {
+        (false, _) => c,
+        (true, 1) => '?',
+        (true, 2) => '\u{bf}',
+        (true, _) => char::REPLACEMENT_CHARACTER,
+    };
+    text.chars().map(replace).collect::<String>().into()
+}
+
 /// Several diagnostics with the texts they point into.
 ///
 /// `Display` gives one line each, `file:line:column: error: message; hint`; [`Diagnostics::render`] shows the text.
@@ -156,7 +207,7 @@ impl Diagnostics {
         use ariadne::{Color, Config, IndexType, Label, Report, ReportKind};
         let mut out = Vec::new();
         let mut cache = ariadne::sources(
-            self.sources.files.iter().enumerate().map(|(i, (_, text))| (self.display_name(i), text.as_str())),
+            self.sources.files.iter().enumerate().map(|(i, (_, text))| (self.display_name(i), shown_in_place(text))),
         );
         for d in &self.list {
             let (kind, shade) = match d.severity {
@@ -169,7 +220,7 @@ impl Diagnostics {
             };
             let at = |s: &Span| (self.display_name(s.file.0 as usize), s.range());
             let config = Config::default().with_color(color).with_index_type(IndexType::Byte);
-            let mut report = Report::build(kind, at(place)).with_config(config).with_message(&d.message);
+            let mut report = Report::build(kind, at(place)).with_config(config).with_message(shown(&d.message));
             // In the order of the text, or ariadne shows the file twice.
             let mut labels: Vec<_> = d.labels.iter().enumerate().collect();
             labels.sort_by_key(|(_, (span, _))| (span.file != place.file, *span));
@@ -177,10 +228,11 @@ impl Diagnostics {
                 let color = if i == 0 { shade } else { Color::Blue };
                 let label = Label::new(at(span)).with_color(color).with_order(rank as i32);
                 // Without a message a label is not underlined.
-                report = report.with_label(label.with_message(if text.is_empty() { "here" } else { text }));
+                report =
+                    report.with_label(label.with_message(if text.is_empty() { "here".into() } else { shown(text) }));
             }
             if let Some(hint) = &d.hint {
-                report = report.with_help(hint);
+                report = report.with_help(shown(hint));
             }
             // Writing to memory fails only if a span is outside its text; then the plain line must do.
             let before = out.len();
@@ -196,7 +248,8 @@ impl Diagnostics {
     fn display_name(&self, i: usize) -> String {
         let name = &self.sources.files[i].0;
         let earlier = self.sources.files[..i].iter().filter(|f| f.0 == *name).count();
-        if earlier == 0 { name.clone() } else { format!("{name} ({})", earlier + 1) }
+        let name = shown(name);
+        if earlier == 0 { name.into_owned() } else { format!("{name} ({})", earlier + 1) }
     }
 }
 
@@ -208,15 +261,15 @@ impl fmt::Display for Line<'_> {
         let Line(all, d) = self;
         if let Some((span, _)) = d.labels.first() {
             let (line, column) = all.sources.line_column(*span);
-            write!(f, "{}:{line}:{column}: ", all.sources.name(span.file))?;
+            write!(f, "{}:{line}:{column}: ", shown(all.sources.name(span.file)))?;
         }
         f.write_str(match d.severity {
             Severity::Error => "error: ",
             Severity::Warning => "warning: ",
         })?;
-        f.write_str(&d.message)?;
+        f.write_str(&shown(&d.message))?;
         if let Some(hint) = &d.hint {
-            write!(f, "; {hint}")?;
+            write!(f, "; {}", shown(hint))?;
         }
         Ok(())
     }
@@ -275,6 +328,30 @@ mod tests {
         assert_eq!(nearest("widnow", names), Some("window"));
         assert_eq!(nearest("vectr", names), Some("vector"));
         assert_eq!(nearest("table", names), None);
+    }
+
+    #[test]
+    fn nothing_that_steers_a_terminal_is_shown() {
+        let mut d = Diagnostics::default();
+        let text = "a \x1b[31m\u{9b}\u{202e}z \x07\0 bad\n";
+        let file = d.sources.add("\x1b]0;name\x07.qspec", text);
+        let at = text.find("bad").unwrap() as u32;
+        d.push(Diagnostic::error(Span { file, start: at, end: at + 3 }, "no \x1b[2J", "\x1b[1m").hint("\u{202e}"));
+        for shown in [d.render(false), d.to_string()] {
+            assert!(!shown.contains(|c| steers(c) && c != '\n'), "{shown:?}");
+            assert!(shown.contains(":1:15") && shown.contains("\\u{1b}[2J"), "{shown}");
+        }
+    }
+
+    #[test]
+    fn few_of_many_are_shown() {
+        let mut list = vec![Diagnostic::error(Span::default(), "it", ""); 1000];
+        limit(&mut list);
+        assert_eq!(list.len(), MOST + 1);
+        assert!(list[MOST].message.contains("968 more"), "{}", list[MOST].message);
+        list.truncate(MOST);
+        limit(&mut list);
+        assert_eq!(list.len(), MOST);
     }
 
     #[test]

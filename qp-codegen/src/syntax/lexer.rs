@@ -157,6 +157,10 @@ pub struct Lexed {
     pub comments: Vec<Span>,
 }
 
+/// What ends a line: as on Unix, on Windows (both), and on old Macs.
+pub const LINE_ENDS: [char; 2] = ['\n', '\r'];
+const BYTE_ORDER_MARK: char = '\u{feff}';
+
 /// Splits `text` into tokens and comments, adding to `errors` what is neither.
 pub fn lex(file: FileId, text: &str, errors: &mut Vec<Diagnostic>) -> Lexed {
     let mut out = Lexed::default();
@@ -166,17 +170,18 @@ pub fn lex(file: FileId, text: &str, errors: &mut Vec<Diagnostic>) -> Lexed {
         out.tokens.push(Token { kind: TokenKind::End, span: span(0, 0), first_on_line: true });
         return out;
     }
-    let mut at = 0;
+    // A mark that some editors put at the beginning of a text.
+    let mut at = if text.starts_with(BYTE_ORDER_MARK) { BYTE_ORDER_MARK.len_utf8() } else { 0 };
     let mut first_on_line = true;
     while let Some(c) = text[at..].chars().next() {
         let rest = &text[at..];
         if c.is_whitespace() {
-            first_on_line |= c == '\n';
+            first_on_line |= LINE_ENDS.contains(&c);
             at += c.len_utf8();
             continue;
         }
         if rest.starts_with("//") {
-            let len = rest.find('\n').unwrap_or(rest.len());
+            let len = rest.find(LINE_ENDS).unwrap_or(rest.len());
             out.comments.push(span(at, at + rest[..len].trim_end().len()));
             at += len;
             continue;
@@ -205,7 +210,7 @@ pub fn lex(file: FileId, text: &str, errors: &mut Vec<Diagnostic>) -> Lexed {
             // A bad number still stands where a number should: one error is enough.
             (Some(kind.unwrap_or(TokenKind::Number(1.into()))), len)
         } else if c == '"' {
-            let line = rest.find('\n').unwrap_or(rest.len());
+            let line = rest.find(LINE_ENDS).unwrap_or(rest.len());
             match rest[1..line].find('"') {
                 Some(end) => (Some(TokenKind::Str), end + 2),
                 None => {
@@ -221,16 +226,17 @@ pub fn lex(file: FileId, text: &str, errors: &mut Vec<Diagnostic>) -> Lexed {
             match PUNCTUATION.iter().find(|(s, _)| rest.starts_with(s)) {
                 Some((s, kind)) => (Some(*kind), s.len()),
                 None => {
+                    // As often as it is repeated.
+                    let len = rest.find(|other| other != c).unwrap_or(rest.len());
                     let shown = c.escape_debug();
-                    let e =
-                        Diagnostic::error(span(at, at + c.len_utf8()), format!("`{shown}` has no meaning here"), "");
+                    let e = Diagnostic::error(span(at, at + len), format!("`{shown}` has no meaning here"), "");
                     errors.push(match c {
                         ';' => e.hint("a line needs no end mark: leave it out"),
                         '#' => e.hint("a comment begins with `//`"),
                         '\'' => e.hint("a string stands in double quotes"),
                         _ => e,
                     });
-                    (None, c.len_utf8())
+                    (None, len)
                 }
             }
         };
@@ -323,5 +329,16 @@ mod tests {
         assert_eq!(kinds("\"open\nnext"), (vec![TokenKind::Str, TokenKind::Name, TokenKind::End], 0, 1));
         assert_eq!(kinds("0xFFFFFFFFFFFFFFFFF").2, 1);
         assert_eq!(kinds("1.2.3").2, 1);
+        assert_eq!(kinds(&"\0".repeat(16_000)).2, 1);
+    }
+
+    #[test]
+    fn lines_end_as_on_every_system_and_a_mark_is_skipped() {
+        use TokenKind::*;
+        for text in ["a // b\nc", "a // b\r\nc", "a // b\rc", "\u{feff}a // b\nc"] {
+            let lexed = lex(FileId(0), text, &mut Vec::new());
+            let firsts: Vec<_> = lexed.tokens.iter().map(|t| (t.kind, t.first_on_line)).collect();
+            assert_eq!(firsts, [(Name, true), (Name, true), (End, true)], "{text:?}");
+        }
     }
 }

@@ -4,7 +4,7 @@
 //! call must touch what it applies to (`t[i]`), so a list at the start of a line is never an index.
 
 use super::ast::*;
-use super::diag::{Diagnostic, FileId, Span, nearest};
+use super::diag::{Diagnostic, FileId, Span, limit, nearest};
 use super::lexer::{Lexed, Token, TokenKind, lex};
 
 /// Keywords that begin an item.
@@ -21,6 +21,8 @@ const RESERVED: [&str; 4] = ["let", "if", "then", "else"];
 const MAX_HEIGHT: u32 = 250;
 /// Nested parentheses and lists, for the same reason.
 const MAX_DEPTH: u32 = 50;
+/// Definitions of a file, and members of a body: more are no spec that anyone wrote.
+const MOST_MEMBERS: usize = 4096;
 /// Nested `code` bodies that are parsed before giving up.
 const MAX_BODIES: u32 = 4;
 
@@ -32,8 +34,12 @@ type Parse<T> = Result<T, Failed>;
 /// Reads a file. The tree holds all that could be understood; `errors` gets the rest.
 pub fn parse(file: FileId, text: &str, errors: &mut Vec<Diagnostic>) -> (File, Lexed) {
     let lexed = lex(file, text, errors);
-    let mut parser = Parser { text, lexed: &lexed, at: 0, errors, depth: 0, bodies: 0 };
+    let mut found = Vec::new();
+    let mut parser = Parser { text, lexed: &lexed, at: 0, errors: &mut found, depth: 0, bodies: 0 };
     let tree = parser.file();
+    errors.append(&mut found);
+    errors.sort_by_key(|d| d.labels.first().map(|l| l.0));
+    limit(errors);
     (tree, lexed)
 }
 
@@ -201,6 +207,12 @@ impl<'a> Parser<'a> {
                 }
             };
             match item {
+                Ok(_) if file.items.len() == MOST_MEMBERS => {
+                    let d = Diagnostic::error(self.last(), format!("more than {MOST_MEMBERS} definitions"), "");
+                    self.errors.push(d.hint("put the others in a file of their own"));
+                    file.incomplete = true;
+                    break;
+                }
                 Ok(item) => file.items.push(item),
                 Err(Failed) => {
                     file.incomplete = true;
@@ -305,6 +317,13 @@ impl<'a> Parser<'a> {
             }
             let at = self.at;
             match member(self) {
+                Ok(_) if members.len() == MOST_MEMBERS => {
+                    if !incomplete {
+                        let what = format!("more than {MOST_MEMBERS} lines between these braces");
+                        self.errors.push(Diagnostic::error(open, what, "opened here"));
+                    }
+                    incomplete = true;
+                }
                 Ok(m) => members.push(m),
                 Err(Failed) => {
                     incomplete = true;
@@ -447,6 +466,9 @@ impl<'a> Parser<'a> {
         }
         if self.eat_word("let") {
             let name = self.name("a name")?;
+            if lets.len() == MOST_MEMBERS {
+                return self.fail(Diagnostic::error(name.span, format!("more than {MOST_MEMBERS} names"), ""));
+            }
             self.expect(TokenKind::Assign, "=")?;
             lets.push((name, self.expr()?));
         } else {

@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex};
 
 use half::bf16;
 use qp_codegen::layout::Packed;
-use qp_codegen::spec::{Quantizer, Shape, load_str};
+use qp_codegen::spec::{Quantizer, Shape, load_alone};
 use qp_codegen::syntax::diag::nearest;
+use qp_codegen::text_file;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
@@ -285,8 +286,8 @@ fn inside(dir: &Path, name: &str) -> Result<PathBuf, Error> {
 
 fn read_spec(dir: &Path, entry: &SpecEntry) -> Result<(String, Arc<Quantizer>), Error> {
     let path = inside(dir, &entry.file)?;
-    let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    let library = load_str(&path.display().to_string(), &text)
+    let text = text_file::read(&path).map_err(Error::io("read", &path))?;
+    let library = load_alone(&path.display().to_string(), &text)
         .map_err(|d| Error::Spec { path: path.clone(), message: d.to_string() })?;
     let Some(q) = library.get(&entry.name) else {
         return Err(Error::Spec { path, message: format!("it does not define `{}`", entry.name) });

@@ -1,21 +1,23 @@
-//! `qp check-gpu`: the palette's kernels and small models on a GPU, compared with the CPU.
+//! `qp check-gpu`: the kernels of quantizers, and small models, on a GPU, compared with the CPU.
 
+use std::path::Path;
 use std::time::Instant;
 
 use clap::Args;
 use qp_codegen::kernels::product::MAX_BATCH;
 use qp_codegen::palette;
-use qp_codegen::spec::Shape;
+use qp_codegen::spec::{self, Quantizer, Shape};
 use rayon::prelude::*;
 
 use super::Error;
 use crate::check::{self, Against, Failure, synthetic};
 use crate::device::Executor;
 
-/// Compare what a GPU computes with the CPU, for every quantizer of the palette.
+/// Compare what a GPU computes with the CPU, for every quantizer of the palette or for chosen ones.
 #[derive(Args)]
 pub struct CheckGpu {
-    /// Quantizers to check, by their names in the palette [default: all].
+    /// Quantizers to check: names of the palette, `file.qspec:name`, or `file.qspec` for all of a file [default: the
+    /// palette].
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     members: Vec<String>,
     /// Numbers of tokens of the products to check.
@@ -38,29 +40,39 @@ const ENCODED_BLOCKS: usize = 50;
 
 /// One thing to compare.
 enum Task {
-    Quantizer(Box<qp_codegen::spec::Quantizer>, Shape),
-    Encoder(Box<qp_codegen::spec::Quantizer>),
+    Quantizer(Box<Quantizer>, Shape),
+    Encoder(Box<Quantizer>),
     /// Index of shapes and of choice.
     Model(usize, usize),
 }
 
 impl CheckGpu {
+    /// What to check, with random tables where a quantizer is untrained.
+    fn quantizers(&self) -> Result<Vec<Quantizer>, Error> {
+        let mut members = Vec::new();
+        for name in &self.members {
+            if name.ends_with(".qspec") && Path::new(name).exists() {
+                members.extend(spec::load_file(name)?.quantizers);
+            } else {
+                members.push(spec::resolve_untrained(name)?);
+            }
+        }
+        if self.members.is_empty() {
+            members.extend(palette::library().quantizers.iter().cloned());
+        }
+        if members.is_empty() {
+            return Err(format!("{} defines no quantizer", self.members.join(", ")).into());
+        }
+        Ok(members.into_iter().map(synthetic::trained).collect())
+    }
+
     /// Runs the command.
     ///
     /// # Errors
     /// No GPU, an unknown quantizer, or any difference.
     pub fn run(self) -> Result<(), Error> {
         let on = if self.interpreter { Executor::interpreter() } else { Executor::cuda(0)? };
-        let names = if self.members.is_empty() {
-            palette::names().into_iter().map(str::to_owned).collect()
-        } else {
-            self.members.clone()
-        };
-        let mut members = Vec::new();
-        for name in &names {
-            let q = palette::get(name).ok_or_else(|| format!("there is no quantizer {name} in the palette"))?;
-            members.push(synthetic::trained(q));
-        }
+        let members = self.quantizers()?;
         match on.gpu() {
             Some(gpu) => println!("{} ({}), {} quantizers", gpu.name, on.target(), members.len()),
             None => println!("interpreter, {} quantizers", members.len()),
@@ -70,7 +82,7 @@ impl CheckGpu {
         let mut tasks: Vec<Task> =
             members.iter().flat_map(|q| SHAPES.map(|s| Task::Quantizer(Box::new(q.clone()), s))).collect();
         // Those of a mix are members themselves. The interpreter would take minutes over large windows.
-        let large = |q: &qp_codegen::spec::Quantizer| self.interpreter && q.codes[0].window > 12;
+        let large = |q: &Quantizer| self.interpreter && q.codes[0].window > 12;
         let alone = members.iter().filter(|q| q.codes.len() == 1 && !large(q));
         tasks.extend(alone.map(|q| Task::Encoder(Box::new(q.clone()))));
         if !self.no_models {

@@ -111,7 +111,7 @@ fn view(checkpoint: &Checkpoint, verified: bool) -> View<'_> {
         let Some(q) = checkpoint.quantizer(&l.spec) else { continue };
         let shape = Shape { rows: l.rows, cols: l.cols };
         let bytes = 4 * Packed::new(q, shape).words() as u64 + 2 * scale_count(q, shape) as u64;
-        let bits_per_weight = bytes as f64 * 8.0 / f64::from(shape.len());
+        let bits_per_weight = bytes as f64 * 8.0 / shape.len() as f64;
         let (name, spec) = (l.name.as_str(), l.spec.as_str());
         rows.push(Row { name, spec, rows: l.rows, cols: l.cols, bytes, bits_per_weight, error: l.error });
     }

@@ -66,7 +66,7 @@ impl Encoder {
 
     fn with(q: &Quantizer, searches: Vec<Search>) -> Self {
         let block = q.block();
-        let positions = (0..block.len()).map(|p| layout::position(block, 0, p)).collect();
+        let positions = (0..block.rows * block.cols).map(|p| layout::position(block, 0, p)).collect();
         Encoder { quantizer: q.clone(), searches, positions }
     }
 

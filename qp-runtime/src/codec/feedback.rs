@@ -74,8 +74,7 @@ pub struct Pieces {
 impl Pieces {
     /// Cuts the blocks of `code`.
     pub fn new(code: &Code) -> Self {
-        let columns: Vec<usize> =
-            (0..code.block.len()).map(|p| layout::position(code.block, 0, p).1 as usize).collect();
+        let columns: Vec<usize> = (0..code.weights()).map(|p| layout::position(code.block, 0, p).1 as usize).collect();
         let mut parts: Vec<(usize, Vec<usize>)> = Vec::new();
         let mut begin = 0;
         // Vectors have up to 4 weights.

@@ -47,8 +47,10 @@ pub struct PackedMatrix {
 }
 
 impl PackedMatrix {
-    /// Joins the parts of a `shape` matrix that was packed by `q`; `None` if their lengths do not fit.
+    /// Joins the parts of a `shape` matrix that was packed by `q`; `None` if their lengths do not fit, or if no matrix may
+    /// be so large ([`Packed::check`]).
     pub fn from_parts(q: &Quantizer, shape: Shape, words: Vec<u32>, scales: Vec<bf16>) -> Option<Self> {
+        Packed::check(q, shape).ok()?;
         let layout = Packed::new(q, shape);
         let fits = words.len() == layout.words() && scales.len() == scale_count(q, shape);
         fits.then_some(PackedMatrix { layout, words: words.into(), scales })

@@ -125,7 +125,7 @@ fn feedback_lessens_the_damage() {
             done.fetch_add(n, Ordering::Relaxed);
         };
         let shaped = encoder.encode_for(shape, &w, &feedback, &count).unwrap();
-        assert_eq!(done.into_inner(), u64::from(shape.len()));
+        assert_eq!(done.into_inner(), shape.len());
         let ratio = damage(&q, &shaped, &w, &inputs) / damage(&q, &plain, &w, &inputs);
         // Small blocks and pieces have more neighbours to make good what they lack.
         let most = match (pieces.parts().len(), q.block().cols) {
@@ -151,7 +151,7 @@ fn entries(q: &Quantizer, m: &PackedMatrix) -> Vec<i16> {
             let mut entry = vec![0; code.vector as usize];
             for g in 0..BLOCKS_PER_TILE {
                 l.read_block(&m.words, rt, ct, g, &mut words);
-                for p in 0..code.block.len() {
+                for p in 0..code.weights() {
                     code.entry(code.window_at(&words, p / code.vector), &mut entry);
                     let (r, c) = position(code.block, g, p);
                     let (r, c) = (rt * l.tile.rows + r, ct * l.tile.cols + c);

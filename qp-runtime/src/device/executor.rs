@@ -20,7 +20,7 @@ pub struct Executor(Backend);
 
 #[derive(Clone)]
 enum Backend {
-    Interpreter(Arc<interpret::Options>),
+    Interpreter(Arc<interpret::Options>, Target),
     Cuda(Arc<Context>),
 }
 
@@ -32,7 +32,12 @@ impl Executor {
 
     /// The interpreter with chosen options.
     pub fn interpreter_with(options: interpret::Options) -> Executor {
-        Executor(Backend::Interpreter(Arc::new(options)))
+        Executor::interpreter_of(Target::Sm80, options)
+    }
+
+    /// The interpreter in the place of a GPU of `target`: it runs the kernels that are made for that.
+    pub fn interpreter_of(target: Target, options: interpret::Options) -> Executor {
+        Executor(Backend::Interpreter(Arc::new(options), target))
     }
 
     /// GPU `index` (from 0).
@@ -48,7 +53,7 @@ impl Executor {
     /// What kernels for it should be lowered for. The interpreter runs those of any target.
     pub fn target(&self) -> Target {
         match &self.0 {
-            Backend::Interpreter(_) => Target::Sm80,
+            Backend::Interpreter(_, target) => *target,
             Backend::Cuda(context) => context.target,
         }
     }
@@ -56,7 +61,7 @@ impl Executor {
     /// The GPU; `None` for the interpreter.
     pub fn gpu(&self) -> Option<&Gpu> {
         match &self.0 {
-            Backend::Interpreter(_) => None,
+            Backend::Interpreter(..) => None,
             Backend::Cuda(context) => Some(&context.gpu),
         }
     }
@@ -82,7 +87,7 @@ impl Executor {
     /// A failing driver.
     pub fn free_memory(&self) -> Result<Option<(usize, usize)>, DeviceError> {
         match &self.0 {
-            Backend::Interpreter(_) => Ok(None),
+            Backend::Interpreter(..) => Ok(None),
             Backend::Cuda(context) => context.free_memory().map(Some),
         }
     }
@@ -92,9 +97,15 @@ impl Executor {
     /// # Errors
     /// A full GPU.
     pub fn zeroed<T: Element>(&self, len: usize) -> Result<Buffer<T>, DeviceError> {
+        // Kernels index elements with signed numbers of 32 bits.
+        if len > i32::MAX as usize {
+            return Err(DeviceError::Buffer(format!(
+                "a buffer of {len} elements has more than the 2^31 - 1 of an index"
+            )));
+        }
         let bytes = len * size_of::<T>();
         let raw = match &self.0 {
-            Backend::Interpreter(_) => RawBuffer::Host(Arc::new(RwLock::new(vec![0; bytes]))),
+            Backend::Interpreter(..) => RawBuffer::Host(Arc::new(RwLock::new(vec![0; bytes]))),
             Backend::Cuda(context) => RawBuffer::Cuda(Arc::new(Memory::zeroed(context, bytes)?)),
         };
         Ok(Buffer { raw, len, element: PhantomData })
@@ -186,7 +197,7 @@ impl Executor {
             reason: e.to_string(),
         };
         match &self.0 {
-            Backend::Interpreter(options) => {
+            Backend::Interpreter(options, _) => {
                 let name = kernel.name.clone();
                 let prepared = interpret::Prepared::new(kernel).map_err(|e| invalid(e, &name))?;
                 Ok(Loaded(Arc::new(Code::Interpreter { prepared, options: options.clone() })))
@@ -227,7 +238,7 @@ impl Executor {
     /// What went wrong in a kernel on the GPU.
     pub fn synchronize(&self) -> Result<(), DeviceError> {
         match &self.0 {
-            Backend::Interpreter(_) => Ok(()),
+            Backend::Interpreter(..) => Ok(()),
             Backend::Cuda(context) => context.synchronize(),
         }
     }
@@ -238,7 +249,7 @@ impl Executor {
     /// Those of `work`, or a failing driver.
     pub fn time(&self, work: impl FnOnce() -> Result<(), DeviceError>) -> Result<f64, DeviceError> {
         match &self.0 {
-            Backend::Interpreter(_) => {
+            Backend::Interpreter(..) => {
                 let start = Instant::now();
                 work()?;
                 Ok(start.elapsed().as_secs_f64())
@@ -554,7 +565,7 @@ impl Recorder {
     /// A failing driver.
     pub fn finish(self) -> Result<Graph, DeviceError> {
         let exec = match &self.executor.0 {
-            Backend::Interpreter(_) => None,
+            Backend::Interpreter(..) => None,
             Backend::Cuda(context) => Some(GraphExec::capture(context, |to| {
                 self.launches.iter().try_for_each(|(k, args)| k.run(args, Some(to)))
             })?),

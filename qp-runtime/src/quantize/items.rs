@@ -9,8 +9,10 @@ use safetensors::Dtype;
 use crate::checkpoint::reader::tensor_names;
 use crate::checkpoint::weights::Planned;
 use crate::codec::scale_count;
-use crate::model::{Error, LayerId, Program, TensorDir};
+use crate::model::{LayerId, Program, TensorDir};
 use crate::plan::{self, Resolved};
+
+use super::Error;
 
 /// A layer and the tensor that holds its weights.
 pub struct Place {
@@ -77,6 +79,7 @@ pub fn items(source: &TensorDir, layers: &[Place], plan: &Resolved) -> Result<Ve
         let Some(spec) = spec else { continue };
         let (q, name) = (&plan.specs[*spec], place.layer.name.clone());
         let [packed, scales] = tensor_names(&name);
+        Packed::check(q, place.layer.shape).map_err(|source| Error::TooLarge { layer: name.clone(), source })?;
         let words = Packed::new(q, place.layer.shape).words();
         let tensors = vec![
             Planned { name: packed, dtype: Dtype::U32, shape: vec![words] },

@@ -11,6 +11,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use qp_codegen::layout::TooLarge;
 use qp_codegen::syntax::Diagnostics;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -77,6 +78,14 @@ pub enum Error {
         row: usize,
         /// Its column, from 0.
         col: usize,
+    },
+    /// A layer that no kernel could compute exactly.
+    #[error("layer '{layer}': {source}; leave it as it is with \"{layer}\" = \"keep\" in the plan")]
+    TooLarge {
+        /// The layer.
+        layer: String,
+        /// What is too large.
+        source: TooLarge,
     },
     /// The encoder refused a layer.
     #[error("layer '{layer}': {source}")]
@@ -237,7 +246,7 @@ impl Job {
         let mut draft = Draft::begin(&self.out, &head, planned, self.begin)?;
 
         let weights = |i: &Item| match i.work {
-            Work::Encode { layer, .. } => u64::from(layers[layer].layer.shape.len()),
+            Work::Encode { layer, .. } => layers[layer].layer.shape.len(),
             Work::Copy => 0,
         };
         let total = items.iter().map(weights).sum();

@@ -16,6 +16,8 @@ const MAX_WINDOW: i128 = 24;
 const MAX_ENTRIES: i128 = 1 << 20;
 /// Most weights of a block.
 const MAX_BLOCK: i128 = 1 << 16;
+/// Most steps of a pattern: a program is as long as what it takes to come round.
+const MAX_PATTERN: usize = 16;
 
 /// What a body is checked with.
 pub struct Context<'a> {
@@ -421,6 +423,10 @@ fn steps(e: &Expr, window: Option<u32>, scope: &Scope, sink: &mut Sink) -> Optio
     // [4, 4] is 4.
     let n = (1..=out.len()).find(|n| out.len() % n == 0 && out.iter().enumerate().all(|(i, k)| *k == out[i % n]));
     out.truncate(n.unwrap_or(1));
+    if out.len() > MAX_PATTERN {
+        let d = Diagnostic::error(e.span, format!("a pattern of {} steps is too long", out.len()), "");
+        return sink.fail(d.hint(format!("a pattern has {MAX_PATTERN} steps at most before it begins anew")));
+    }
     Some(out)
 }
 
@@ -461,7 +467,7 @@ fn fits(steps: &[u32], v: u32, block: Shape, step_at: Span, block_at: Span, sink
         let n = steps.len() as u32;
         lane.is_multiple_of(n) && (lane / n * steps.iter().sum::<u32>()).is_multiple_of(32)
     };
-    let t = block.len();
+    let t = block.rows * block.cols;
     if ok(steps, t) {
         return true;
     }
@@ -469,7 +475,7 @@ fn fits(steps: &[u32], v: u32, block: Shape, step_at: Span, block_at: Span, sink
     let mut cures = Vec::new();
     let larger = (2..=32)
         .map(|m| Shape { rows: block.rows * m, cols: block.cols })
-        .find(|s| i128::from(s.len()) <= MAX_BLOCK && ok(steps, s.len()));
+        .find(|s| i128::from(s.len()) <= MAX_BLOCK && ok(steps, s.rows * s.cols));
     if let Some(s) = larger {
         cures.push(format!("`block {} x {}`", s.rows, s.cols));
     }
@@ -593,6 +599,7 @@ fn read(
     sink: &mut Sink,
 ) -> Option<Vec<i16>> {
     let shown = file.display();
+    sink.count_values(entries as usize * vector as usize, path.span)?;
     let text = match cx.files.read(file) {
         Ok(text) => text,
         Err(e) if e.kind() == ErrorKind::NotFound && !must_exist => return Some(Vec::new()),
@@ -658,6 +665,7 @@ fn inline(
     }
     let entries = entries?;
     let wanted = entries as usize * v;
+    sink.count_values(wanted, e.span)?;
     if flat.len() != wanted {
         let shape = if v == 1 { String::new() } else { format!(" ({entries} entries of {v})") };
         let found = flat.len();

@@ -22,7 +22,20 @@ pub enum Const {
     Condition(bool),
 }
 
+/// Most numbers of a list, those in lists within it included.
+const MOST_LIST: usize = 256;
+/// Most constants of a body.
+const MOST_CONSTANTS: usize = 1000;
+
 impl Const {
+    /// Numbers and conditions in it, at least 1.
+    fn count(&self) -> usize {
+        match self {
+            Const::Number(_) | Const::Condition(_) => 1,
+            Const::List(l) => l.iter().map(Const::count).sum::<usize>().max(1),
+        }
+    }
+
     /// What it is, for messages.
     pub fn describe(&self) -> &'static str {
         match self {
@@ -68,6 +81,10 @@ impl Scope {
             sink.push(
                 Diagnostic::error(span, format!("`{name}` is defined twice"), "again here").label(c.span, "first here"),
             );
+            return;
+        }
+        if self.constants.len() == MOST_CONSTANTS {
+            sink.push(Diagnostic::error(span, format!("more than {MOST_CONSTANTS} constants"), ""));
             return;
         }
         self.constants.push(Constant { name: name.to_string(), span, value, used: Cell::new(false), what });
@@ -147,7 +164,14 @@ pub fn eval(e: &Expr, scope: &Scope, sink: &mut Sink) -> Option<Const> {
         }
         ExprKind::List(list) => {
             let values: Vec<_> = list.iter().map(|e| eval(e, scope, sink)).collect();
-            values.into_iter().collect::<Option<_>>().map(Const::List)
+            let list = Const::List(values.into_iter().collect::<Option<_>>()?);
+            if list.count() > MOST_LIST {
+                let d = Diagnostic::error(e.span, format!("a list of {} numbers is too long", list.count()), "");
+                return sink.fail(
+                    d.hint(format!("a constant holds {MOST_LIST} at most; a table's entries stand in its list")),
+                );
+            }
+            Some(list)
         }
         ExprKind::If(c, a, b) => {
             let chosen = choose(c, a, b, scope, sink)?;

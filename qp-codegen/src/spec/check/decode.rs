@@ -10,6 +10,9 @@ use crate::syntax::diag::{Diagnostic, Span};
 /// Functions of a decode block beside those of constants.
 const FUNCTIONS: [&str; 3] = ["byte", "sum_bytes", "signs"];
 
+/// Most operations of a decode block, those included that its result does not need.
+const MOST_OPERATIONS: usize = 1000;
+
 /// The value of an expression.
 #[derive(Clone, Debug)]
 enum Value {
@@ -112,6 +115,11 @@ impl<'a> Checker<'a> {
     }
 
     fn push(&mut self, op: Op) -> Option<Value> {
+        if self.state.decode.nodes.len() == MOST_OPERATIONS {
+            let at = self.state.window_name.as_ref().map(|w| w.span).unwrap_or_default();
+            let d = Diagnostic::error(at, format!("the decode block has more than {MOST_OPERATIONS} operations"), "");
+            return self.sink.fail(d.hint("a kernel has all of them for each step: use a table instead"));
+        }
         Some(Value::Node(self.state.decode.push(op)))
     }
 

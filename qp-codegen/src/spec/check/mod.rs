@@ -17,7 +17,8 @@ use std::path::{Path, PathBuf};
 use code::{CheckedBody, CheckedCode, Context};
 use consts::Scope;
 
-use super::{Fusion, Quantizer};
+use super::{Code, Fusion, Quantizer};
+use crate::kernels::decode::Unit;
 use crate::syntax::ast::{self, Definition, Expr, Ident, Item};
 use crate::syntax::diag::{Diagnostic, Severity, Span};
 
@@ -37,18 +38,32 @@ pub struct Parsed {
     pub uses: Vec<usize>,
 }
 
+/// Most diagnostics that are collected.
+const MOST_FOUND: usize = 1000;
+/// Most integers in the tables of a file's quantizers, all together.
+const MOST_VALUES: usize = 1 << 24;
+/// Most codes of a quantizer.
+const MOST_CODES: usize = 16;
+/// Most operations in the program that decodes a unit of each code of a quantizer: more would take a compiler minutes.
+const MOST_OPERATIONS: u64 = 1 << 15;
+
 /// Collects diagnostics, each once, with the instance in which they were found.
 #[derive(Default)]
 pub struct Sink {
     /// In order of discovery.
     pub list: Vec<Diagnostic>,
     seen: BTreeSet<(Span, String)>,
+    /// Integers in tables so far.
+    values: usize,
     context: Option<(Span, String)>,
 }
 
 impl Sink {
     /// Adds a diagnostic.
     pub fn push(&mut self, mut d: Diagnostic) {
+        if self.list.len() == MOST_FOUND {
+            return;
+        }
         let at = d.labels.first().map(|l| l.0).unwrap_or_default();
         if !self.seen.insert((at, d.message.clone())) {
             return;
@@ -59,6 +74,16 @@ impl Sink {
             d.labels.push((*span, text.clone()));
         }
         self.list.push(d);
+    }
+
+    /// Counts `values` integers of a table at `at`.
+    pub fn count_values(&mut self, values: usize, at: Span) -> Option<()> {
+        self.values = self.values.saturating_add(values);
+        if self.values <= MOST_VALUES {
+            return Some(());
+        }
+        let d = Diagnostic::error(at, "the tables of this file's quantizers are too large", "");
+        self.fail(d.hint(format!("together they have {MOST_VALUES} integers at most: use several files")))
     }
 
     /// Adds a diagnostic; nothing.
@@ -320,7 +345,28 @@ impl<'a> Checker<'a> {
                 ok = false;
             }
         }
+        if body.codes.len() > MOST_CODES {
+            let d = Diagnostic::error(name.span, format!("a quantizer of {} codes", body.codes.len()), "");
+            return self.sink.fail(d.hint(format!("column blocks take turns among {MOST_CODES} codes at most")));
+        }
+        let operations: u64 = body.codes.iter().map(|c| unit_operations(&c.code)).sum();
+        if operations > MOST_OPERATIONS {
+            let d = Diagnostic::error(
+                name.span,
+                format!("decoding is a program of {operations} operations, more than {MOST_OPERATIONS}"),
+                "",
+            );
+            let cure = "use shorter decode blocks, shorter patterns of steps, or fewer codes: a program has the operations \
+                        of the decode block for each step until pattern and registers begin anew, of each code";
+            return self.sink.fail(d.hint(cure));
+        }
         let codes = body.codes.into_iter().map(|c| c.code).collect();
         ok.then(|| Quantizer { name: name.name.clone(), codes, scale: body.scale, rotation: body.rotation })
     }
+}
+
+/// Operations of the program that decodes a unit of a code.
+fn unit_operations(code: &Code) -> u64 {
+    let weights = u64::from(Unit::of(code).operands) * 16;
+    weights / u64::from(code.vector) * code.decode.nodes.len() as u64
 }

@@ -148,18 +148,15 @@ pub(super) fn each_four<'b>(
             let before = layout.lane_words[..c].iter().sum::<u32>() * 32;
             let at = row_tile * layout.row_stride() as u32 + (col_tile / codes * period + before);
             let parts = layout.tile.cols / 32;
-            // The place of register `a` of operand `m`: see `layout`.
-            let place = |m: V<'b>, a: u32| {
-                let row = row_tile * layout.tile.rows + group + m / parts * 16 + a % 2 * 8;
-                let col = col_tile * layout.tile.cols + quad * 4 + m % parts * 32 + a / 2 * 16;
-                (row, col)
-            };
+            // The place of a register's four weights: see `layout`.
             if small {
                 let words = flatten(&load_words(b, weights, at, lane, lane_words));
                 for (i, register) in decoder.tile(c, &words).into_iter().enumerate() {
                     let (m, a) = (i as u32 / 4, i as u32 % 4);
-                    let (row, col) = place(b.i32(m as i32), a);
-                    see(&Four { row, col, line: Some(m / parts * 2 + a % 2), b, register, code });
+                    let line = m / parts * 2 + a % 2;
+                    let row = row_tile * layout.tile.rows + group + line * 8;
+                    let col = col_tile * layout.tile.cols + quad * 4 + (m % parts * 32 + a / 2 * 16);
+                    see(&Four { row, col, line: Some(line), b, register, code });
                 }
                 return;
             }
@@ -168,7 +165,9 @@ pub(super) fn each_four<'b>(
                 let words = decoder.unit_words(c, weights, at, index);
                 let mut steps = decoder.unit(c, &words);
                 for i in 0..unit.operands * 4 {
-                    let (row, col) = place(index * unit.operands + i / 4, i % 4);
+                    let (m, a) = (index * unit.operands + i / 4, i % 4);
+                    let row = row_tile * layout.tile.rows + group + (m / parts * 16 + a % 2 * 8);
+                    let col = col_tile * layout.tile.cols + quad * 4 + (m % parts * 32 + a / 2 * 16);
                     see(&Four { row, col, line: None, b, register: steps.register(i), code });
                 }
             });

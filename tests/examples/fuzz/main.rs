@@ -155,7 +155,8 @@ impl Run<'_> {
 
     /// Keeps an input; its path.
     fn keep(&self, what: &str, input: &[u8]) -> String {
-        let hash = input.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3));
+        let hash =
+            input.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3));
         let folder = PathBuf::from("target/fuzz");
         let path = folder.join(format!("{}-{what}-{hash:016x}", self.target.name));
         match std::fs::create_dir_all(&folder).and_then(|()| std::fs::write(&path, input)) {
@@ -233,9 +234,11 @@ fn fuzz(target: &Target, options: &Options) -> bool {
         }
         run.watch(&running);
     });
-    let done = run.next.into_inner().min(options.count.unwrap_or(u64::MAX)).saturating_sub(
-        if options.count.is_none() { options.threads as u64 } else { 0 },
-    );
+    let done = run
+        .next
+        .into_inner()
+        .min(options.count.unwrap_or(u64::MAX))
+        .saturating_sub(if options.count.is_none() { options.threads as u64 } else { 0 });
     let (accepted, failed) = (run.accepted.into_inner(), run.failed.into_inner());
     println!(
         "{}: {done} inputs, {accepted} accepted, {failed} failed, {:.1} s, the slowest {:.0} ms",

@@ -26,12 +26,58 @@ pub fn targets() -> Vec<Target> {
 }
 
 const WORDS: &[&str] = &[
-    "quantizer q {", "family f(a) {", "fusion f {", "launch q + k", "use \"a\"", "mix(a, b)", "code {", "}", "{", "(", ")",
-    "[", "]", ",", "window 16", "vector 2", "step [4, 5]", "block 2 x 128", "values i8 + 1/2", "values i16", "unit 1/32",
-    "table t[256] = [", "table t[16] trained(seed = 1, rounds = 1, samples = 1) in \"t\"", "decode w {", "scale row",
-    "scale matrix", "rotate none", "rotate hadamard(seed = 0)", "let a = ", "signs(w[0], w[1])", "t[w >> 3]", "byte(w, 1)",
-    "sum_bytes(w)", "if ", "then ", "else ", "**", "<<", ">>", "==", "max(", "log2(", "0x9E3779B1", "1/2", "-", "~", "\"",
-    "//", "///", "\u{feff}", "\u{202e}", "×",
+    "quantizer q {",
+    "family f(a) {",
+    "fusion f {",
+    "launch q + k",
+    "use \"a\"",
+    "mix(a, b)",
+    "code {",
+    "}",
+    "{",
+    "(",
+    ")",
+    "[",
+    "]",
+    ",",
+    "window 16",
+    "vector 2",
+    "step [4, 5]",
+    "block 2 x 128",
+    "values i8 + 1/2",
+    "values i16",
+    "unit 1/32",
+    "table t[256] = [",
+    "table t[16] trained(seed = 1, rounds = 1, samples = 1) in \"t\"",
+    "decode w {",
+    "scale row",
+    "scale matrix",
+    "rotate none",
+    "rotate hadamard(seed = 0)",
+    "let a = ",
+    "signs(w[0], w[1])",
+    "t[w >> 3]",
+    "byte(w, 1)",
+    "sum_bytes(w)",
+    "if ",
+    "then ",
+    "else ",
+    "**",
+    "<<",
+    ">>",
+    "==",
+    "max(",
+    "log2(",
+    "0x9E3779B1",
+    "1/2",
+    "-",
+    "~",
+    "\"",
+    "//",
+    "///",
+    "\u{feff}",
+    "\u{202e}",
+    "×",
 ];
 
 /// The palette's texts with short tables, canonical texts, and what the random generator makes.
@@ -121,8 +167,21 @@ fn table(input: &[u8]) -> bool {
 }
 
 const PLAN_WORDS: &[&str] = &[
-    "default = \"tcq_3\"", "[layers]", "[[groups]]", "fuse = [\"model.layers.*.self_attn.{q,k}_proj\"]", "\"keep\"", "*",
-    "{a,b}", "\"tcq_4\"", "model.layers.0.mlp.down_proj", "= ", "'''", "\"", "\\u0000", "nuq_2", "none.qspec",
+    "default = \"tcq_3\"",
+    "[layers]",
+    "[[groups]]",
+    "fuse = [\"model.layers.*.self_attn.{q,k}_proj\"]",
+    "\"keep\"",
+    "*",
+    "{a,b}",
+    "\"tcq_4\"",
+    "model.layers.0.mlp.down_proj",
+    "= ",
+    "'''",
+    "\"",
+    "\\u0000",
+    "nuq_2",
+    "none.qspec",
 ];
 
 fn plans() -> Vec<Vec<u8>> {
@@ -138,7 +197,8 @@ fn plan(input: &[u8]) -> bool {
     let text = String::from_utf8_lossy(input);
     // Files beside a plan are files: none of them here.
     let Ok(plan) = Plan::parse("input", &text, PathBuf::from("/nowhere")) else { return false };
-    let names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"];
+    let names =
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"];
     let mut layers: Vec<Layer> = (0..3)
         .flat_map(|i| names.map(|n| (format!("model.layers.{i}.{n}"), true)))
         .chain([("lm_head".to_owned(), false)])

@@ -3,6 +3,7 @@
 pub mod add;
 pub mod append;
 pub mod argmax;
+pub mod attend;
 pub mod attention;
 pub mod decode;
 pub mod dense;

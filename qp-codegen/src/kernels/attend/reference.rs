@@ -1,0 +1,391 @@
+//! The twin of the kernels on the CPU: the same bits, and what the CPU engine runs.
+
+use super::append::Append;
+use super::{
+    Attend, CHUNK, Cache, HIGHEST, INVERSE_QUARTERS, LARGEST_OF_TWO_PLANES, LOWEST, PAGE, QUARTERS, SCALE_RANGE, SMALLEST,
+    SPAN, UNSEEN, WEIGHT_ONE, planes,
+};
+use crate::kernels::math::{across_lanes_reference, power_reference, whole_reference};
+use crate::layout::CELL;
+
+/// Positions of a tile.
+const TILE: usize = PAGE as usize;
+/// Columns, or positions, that lie side by side.
+const UNIT: usize = CELL as usize;
+
+/// One token of a step: what [`append`] reads.
+#[derive(Clone, Copy, Debug)]
+pub struct Token<'a> {
+    /// Its heads of queries, not turned, one behind the other.
+    pub q: &'a [f32],
+    /// Its heads of keys, not turned.
+    pub k: &'a [f32],
+    /// Its heads of values.
+    pub v: &'a [f32],
+    /// Cosines of its position, `rotary / 2`.
+    pub cos: &'a [f32],
+    /// Sines of its position.
+    pub sin: &'a [f32],
+    /// Where its key and value go: `page · 64 + offset`.
+    pub slot: usize,
+}
+
+/// Weights of the norms of queries and keys, `head_dim` each; empty without norms.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Norms<'a> {
+    /// Of queries.
+    pub q: &'a [f32],
+    /// Of keys.
+    pub k: &'a [f32],
+}
+
+/// Puts a token's keys and values into `cache`, and its queries, rounded, into `queries` (`heads × 2 × columns`) and
+/// `scales` (`heads`). False if a number is not finite.
+pub fn append(
+    op: &Append,
+    token: &Token<'_>,
+    norms: Norms<'_>,
+    cache: &mut [u8],
+    queries: &mut [i8],
+    scales: &mut [f32],
+) -> bool {
+    let layout = &op.cache;
+    let (d, columns) = (layout.head_dim as usize, layout.columns() as usize);
+    let mut finite = true;
+    let mut head = [0f32; 256];
+    for ((q, planes_of), scale) in token.q.chunks_exact(d).zip(queries.chunks_exact_mut(2 * columns)).zip(scales) {
+        turned(op, q, norms.q, token, &mut head[..d]);
+        let most = largest(&head[..d], &mut finite);
+        let inverse = inverse(LARGEST_OF_TWO_PLANES, most);
+        let (high, low) = planes_of.split_at_mut(columns);
+        for (i, (high, low)) in high.iter_mut().zip(low).enumerate() {
+            (*high, *low) = if i < d { planes((head[i] * inverse).round_ties_even() as i16) } else { (0, 0) };
+        }
+        *scale = most / LARGEST_OF_TWO_PLANES * op.query_factor();
+    }
+    let (page, offset) = (token.slot / TILE, (token.slot % TILE) as u32);
+    let pieces = cache[page * layout.page_bytes() as usize..][..layout.page_bytes() as usize]
+        .chunks_exact_mut(layout.piece_bytes() as usize);
+    for ((piece, k), v) in pieces.zip(token.k.chunks_exact(d)).zip(token.v.chunks_exact(d)) {
+        turned(op, k, norms.k, token, &mut head[..d]);
+        let most = largest(&head[..d], &mut finite);
+        store(layout, piece, &head[..d], inverse(layout.largest(), most), |plane, i| layout.key(plane, offset, i));
+        let key_scale = most / layout.largest();
+        let most = largest(v, &mut finite);
+        let (logarithm, inverse) = value_scale(most / layout.largest());
+        store(layout, piece, v, inverse, |plane, i| layout.value(plane, offset, i));
+        for (i, number) in [key_scale, logarithm, inverse].into_iter().enumerate() {
+            let at = layout.scales() as usize + 4 * (i * TILE + offset as usize);
+            piece[at..at + 4].copy_from_slice(&number.to_le_bytes());
+        }
+    }
+    finite
+}
+
+/// The norm and the turn of a head.
+fn turned(op: &Append, x: &[f32], weights: &[f32], token: &Token<'_>, out: &mut [f32]) {
+    out.copy_from_slice(x);
+    if let Some(eps) = op.norm {
+        let mut lanes = [0f32; 32];
+        for (i, x) in x.iter().enumerate() {
+            lanes[i % 32] += x * x;
+        }
+        let mean = across_lanes_reference(lanes, |a, b| a + b) / x.len() as f32;
+        let factor = 1.0 / (mean + eps).sqrt();
+        out.iter_mut().zip(weights).for_each(|(x, w)| *x = *x * factor * w);
+    }
+    let half = op.rotary as usize / 2;
+    let (low, high) = out.split_at_mut(half);
+    for (((a, b), c), s) in low.iter_mut().zip(high).zip(token.cos).zip(token.sin) {
+        (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+    }
+}
+
+/// The largest magnitude, 0 if one is not finite.
+fn largest(x: &[f32], finite: &mut bool) -> f32 {
+    let bits = x.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
+    let fine = bits < f32::INFINITY.to_bits();
+    *finite &= fine;
+    if fine { f32::from_bits(bits) } else { 0.0 }
+}
+
+fn inverse(largest: f32, most: f32) -> f32 {
+    if most > 0.0 { (largest / most).min(f32::MAX) } else { 0.0 }
+}
+
+/// Logarithm and inverse of the scale of a value: the smallest `2^(k/4)` of at least `scale`, within [`SCALE_RANGE`].
+fn value_scale(scale: f32) -> (f32, f32) {
+    let bits = scale.to_bits();
+    let exponent = (bits >> 23) as i32 - 127;
+    let mantissa = f32::from_bits((bits & 0x7f_ffff) | 0x3f80_0000);
+    let quarter = QUARTERS.iter().filter(|q| mantissa > **q).count() as i32;
+    let (exponent, quarter) = (exponent + quarter / 4, quarter % 4);
+    let clamped = exponent.clamp(SCALE_RANGE.0, SCALE_RANGE.1);
+    let quarter = if clamped == exponent { quarter } else { 0 };
+    let inverse = INVERSE_QUARTERS[quarter as usize] * f32::from_bits(((127 - clamped) as u32) << 23);
+    (clamped as f32 + quarter as f32 * 0.25, inverse)
+}
+
+/// Stores rounded numbers in the places that `at` gives for a plane and a column; the columns beyond the head are zero.
+fn store(layout: &Cache, piece: &mut [u8], x: &[f32], inverse: f32, at: impl Fn(u32, u32) -> u32) {
+    for i in 0..layout.columns() {
+        let q = x.get(i as usize).map_or(0.0, |x| (x * inverse).round_ties_even());
+        let (high, low) = if layout.planes == 2 { planes(q as i16) } else { (q as i8, 0) };
+        piece[at(0, i) as usize] = high as u8;
+        if layout.planes == 2 {
+            piece[at(1, i) as usize] = low as u8;
+        }
+    }
+}
+
+/// One head of one token: what [`attend`] reads beside the cache.
+#[derive(Clone, Copy, Debug)]
+pub struct Query<'a> {
+    /// Two planes, `2 × columns`.
+    pub planes: &'a [i8],
+    /// The scale.
+    pub scale: f32,
+    /// The token's position.
+    pub position: u32,
+    /// The pages of its sequence, at least up to its position.
+    pub pages: &'a [i32],
+    /// The head of keys and values that it sees.
+    pub kv_head: u32,
+    /// The logarithm (natural) of the head's sink, if the model has sinks.
+    pub sink: f32,
+}
+
+/// Sums over the positions seen so far, all relative to `2^high`.
+#[derive(Clone)]
+struct Sums {
+    high: f32,
+    total: f32,
+    columns: [f32; 256],
+}
+
+impl Sums {
+    const NONE: Sums = Sums { high: LOWEST, total: 0.0, columns: [0.0; 256] };
+
+    #[inline(always)]
+    fn fold(&mut self, other: &Sums, columns: usize) {
+        let high = self.high.max(other.high);
+        let (own, others) = (power_reference(self.high - high), power_reference(other.high - high));
+        self.high = high;
+        self.total = other.total.mul_add(others, self.total * own);
+        for (own_sum, sum) in self.columns[..columns].iter_mut().zip(&other.columns) {
+            *own_sum = sum.mul_add(others, *own_sum * own);
+        }
+    }
+}
+
+/// Writes the attention of one head of one token, `head_dim` values, to `out`. False if scores leave the range of numbers;
+/// then what is written is unspecified.
+pub fn attend(op: &Attend, cache: &[u8], query: &Query<'_>, out: &mut [f32]) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vnni") {
+            // SAFETY: the CPU has the instructions.
+            return unsafe { x86::attend_avx512(op, cache, query, out) };
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            // SAFETY: the CPU has the instructions.
+            return unsafe { x86::attend_avx2(op, cache, query, out) };
+        }
+    }
+    attend_here(op, cache, query, out)
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Attend, Query, attend_here};
+
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn attend_avx2(op: &Attend, cache: &[u8], query: &Query<'_>, out: &mut [f32]) -> bool {
+        attend_here(op, cache, query, out)
+    }
+
+    #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+    pub(super) fn attend_avx512(op: &Attend, cache: &[u8], query: &Query<'_>, out: &mut [f32]) -> bool {
+        attend_here(op, cache, query, out)
+    }
+}
+
+/// The body of [`attend`], compiled for each set of instructions.
+#[inline(always)]
+fn attend_here(op: &Attend, cache: &[u8], query: &Query<'_>, out: &mut [f32]) -> bool {
+    let layout = &op.cache;
+    let columns = layout.columns() as usize;
+    let q = Rounded::new(query, columns);
+    let (first, last) = (op.first(query.position) as usize, query.position as usize);
+    let (mut all, mut span, mut chunk) = (Sums::NONE, Sums::NONE, Sums::NONE);
+    let mut fine = true;
+    for tile in first / TILE..=last / TILE {
+        let seen = first.saturating_sub(tile * TILE)..(last + 1 - tile * TILE).min(TILE);
+        let piece = (query.pages[tile] as usize * layout.kv_heads as usize + query.kv_head as usize)
+            * layout.piece_bytes() as usize;
+        let piece = &cache[piece..][..layout.piece_bytes() as usize];
+        let sums = q.tile(op, piece, seen);
+        fine &= sums.high.abs() < HIGHEST;
+        chunk.fold(&sums, columns);
+        let next = tile as u32 + 1;
+        if next.is_multiple_of(CHUNK) || tile == last / TILE {
+            span.fold(&chunk, columns);
+            chunk = Sums::NONE;
+        }
+        if next.is_multiple_of(SPAN) || tile == last / TILE {
+            all.fold(&span, columns);
+            span = Sums::NONE;
+        }
+    }
+    if op.sinks {
+        let score = query.sink * std::f32::consts::LOG2_E;
+        let high = whole_reference(score + 0.5).max(LOWEST);
+        fine &= high.abs() < HIGHEST;
+        all.fold(&Sums { high, total: weight(score - high), ..Sums::NONE }, columns);
+    }
+    let total = all.total * op.one();
+    for (out, sum) in out.iter_mut().zip(&all.columns) {
+        *out = sum / total;
+    }
+    fine
+}
+
+/// `2^x` of `x` up to 0, 0 below [`SMALLEST`].
+#[inline(always)]
+fn weight(x: f32) -> f32 {
+    crate::kernels::math::weight_reference(x, SMALLEST)
+}
+
+/// A query as the CPU multiplies it.
+struct Rounded {
+    /// The numbers, then their high planes.
+    whole: [i16; 256],
+    high: [i16; 256],
+    scale: f32,
+    columns: usize,
+}
+
+impl Rounded {
+    #[inline(always)]
+    fn new(query: &Query<'_>, columns: usize) -> Rounded {
+        let (high, low) = query.planes.split_at(columns);
+        let mut q = Rounded { whole: [0; 256], high: [0; 256], scale: query.scale, columns };
+        for (i, (high, low)) in high.iter().zip(low).enumerate() {
+            q.whole[i] = i16::from(*high) * 256 + i16::from(*low);
+            q.high[i] = (*high).into();
+        }
+        q
+    }
+
+    /// The sums of a tile, of which the positions `seen` are seen.
+    #[inline(always)]
+    fn tile(&self, op: &Attend, piece: &[u8], seen: std::ops::Range<usize>) -> Sums {
+        let number = |i: usize, position: usize| {
+            let at = op.cache.scales() as usize + 4 * (i * TILE + position);
+            f32::from_le_bytes([piece[at], piece[at + 1], piece[at + 2], piece[at + 3]])
+        };
+        let mut scores = self.products(&op.cache, piece).map(|sum| sum as f32);
+        for (position, score) in scores.iter_mut().enumerate() {
+            let scaled = *score * number(0, position);
+            let logarithm = number(1, position);
+            *score = match op.soft_cap {
+                None => scaled.mul_add(self.scale, logarithm),
+                Some(cap) => soft_cap(scaled * self.scale, cap) + logarithm,
+            };
+        }
+        for (position, score) in scores.iter_mut().enumerate() {
+            *score = if seen.contains(&position) { *score } else { UNSEEN };
+        }
+        let most = scores.iter().copied().fold(UNSEEN, f32::max);
+        let high = whole_reference(most + 0.5).max(LOWEST);
+        let mut weights = [0f32; TILE];
+        let mut inverses = [0f32; TILE];
+        for (position, (w, inverse)) in weights.iter_mut().zip(&mut inverses).enumerate() {
+            *w = weight(scores[position] - high);
+            *inverse = number(2, position);
+        }
+        // Lane t of four has positions 2t and 2t + 1 of each eight.
+        let mut lanes = [0f32; 4];
+        for (weights, inverses) in weights.chunks_exact(8).zip(inverses.chunks_exact(8)) {
+            for (i, (weight, inverse)) in weights.iter().zip(inverses).enumerate() {
+                lanes[i / 2] = weight.mul_add(*inverse, lanes[i / 2]);
+            }
+        }
+        let mut sums = Sums { high, total: (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]), ..Sums::NONE };
+        let (mut high, mut low) = ([0u8; TILE], [0u8; TILE]);
+        for (position, weight) in weights.iter().enumerate() {
+            let rounded = (weight * WEIGHT_ONE).round_ties_even() as u16;
+            let at = position / UNIT * UNIT + Cache::place((position % UNIT) as u32) as usize;
+            (high[at], low[at]) = ((rounded >> 8) as u8, rounded as u8);
+        }
+        self.add_values(&op.cache, piece, &high, &low, &mut sums.columns);
+        sums
+    }
+
+    /// The integer products of the query with the keys of a tile, but for that of low planes, over 256 if there are two.
+    #[inline(always)]
+    fn products(&self, layout: &Cache, piece: &[u8]) -> [i32; TILE] {
+        let mut sums = [0i32; TILE];
+        let plane = layout.plane_bytes() as usize;
+        let (high, low) = (&piece[..plane], &piece[plane..2 * plane]);
+        for (i, cells) in high.chunks_exact(TILE * UNIT).enumerate() {
+            let q: &[i16; UNIT] = self.whole[i * UNIT..].first_chunk().expect("columns come in units");
+            add_products(q, cells, &mut sums);
+        }
+        if layout.planes == 2 {
+            for (i, cells) in low.chunks_exact(TILE * UNIT).enumerate() {
+                let q: &[i16; UNIT] = self.high[i * UNIT..].first_chunk().expect("columns come in units");
+                add_products(q, cells, &mut sums);
+            }
+        }
+        sums
+    }
+
+    /// Adds the values of a tile, weighted, but for the product of low planes, to `sums`, over 256 if there are two.
+    #[inline(always)]
+    fn add_values(&self, layout: &Cache, piece: &[u8], high: &[u8; TILE], low: &[u8; TILE], sums: &mut [f32; 256]) {
+        let plane = layout.plane_bytes() as usize;
+        let values = &piece[layout.values() as usize..][..layout.planes as usize * plane];
+        let (mut of_high, mut of_both) = ([0i32; 256], [0i32; 256]);
+        let row = self.columns * UNIT;
+        for (unit, cells) in values[..plane].chunks_exact(row).enumerate() {
+            add_weighted(&high[unit * UNIT..], cells, &mut of_high);
+            add_weighted(&low[unit * UNIT..], cells, &mut of_both);
+        }
+        for (unit, cells) in values[plane..].chunks_exact(row).enumerate() {
+            add_weighted(&high[unit * UNIT..], cells, &mut of_both);
+        }
+        for (sum, (high, both)) in sums[..self.columns].iter_mut().zip(of_high.iter().zip(&of_both)) {
+            *sum = (high * 256 + both) as f32;
+        }
+    }
+}
+
+/// Adds the product of a query's unit with each position's to that position's sum.
+#[inline(always)]
+fn add_products(q: &[i16; UNIT], cells: &[u8], sums: &mut [i32; TILE]) {
+    for (cell, sum) in cells.as_chunks::<UNIT>().0.iter().zip(sums) {
+        *sum += cell.iter().zip(q).map(|(k, q)| i32::from(*k as i8) * i32::from(*q)).sum::<i32>();
+    }
+}
+
+/// Adds the product of a unit of weights with each column's values to that column's sum.
+#[inline(always)]
+fn add_weighted(weights: &[u8], cells: &[u8], sums: &mut [i32; 256]) {
+    let weights: [i16; UNIT] = std::array::from_fn(|i| weights[i].into());
+    for (cell, sum) in cells.as_chunks::<UNIT>().0.iter().zip(sums) {
+        *sum += cell.iter().zip(weights).map(|(v, w)| i32::from(*v as i8) * i32::from(w)).sum::<i32>();
+    }
+}
+
+/// `cap · tanh(score / cap)` in base 2: scores and caps are times `log2 e`.
+fn soft_cap(score: f32, cap: f32) -> f32 {
+    let (factor, cap) = soft_cap_constants(cap);
+    let e = crate::kernels::math::exp2_reference((score * factor).clamp(-100.0, 100.0));
+    cap - (cap + cap) / (e + 1.0)
+}
+
+/// What a score is multiplied with to become the exponent of `tanh`'s power of two, and the cap in base 2.
+pub(super) fn soft_cap_constants(cap: f32) -> (f32, f32) {
+    (2.0 / cap, cap * std::f32::consts::LOG2_E)
+}

@@ -30,6 +30,9 @@
 
 pub mod append;
 mod cache;
+mod emit;
+pub mod few;
+pub mod many;
 pub mod reference;
 
 pub use append::Append;
@@ -63,16 +66,13 @@ pub const HIGHEST: f32 = 16384.0;
 /// * `positions`, `sequence`, `slots`: `i32`, one a token: its position in its sequence, the row of the table, and where its
 ///   key lies ([`Append`]); a token whose slot is negative fills the step up, and its results are zeros;
 /// * `table`: `i32`, rows of `stride` pages: page `i` of a row holds positions `64·i` and up of a sequence;
-/// * `tiles`: `i32`, pairs of a first token and a number of tokens ([`Tiles`]); not read by [`few`];
+/// * `tiles`: `i32`, pairs of a first token and a number of tokens ([`many::tiles`]); not read by [`few`];
 /// * `stride`: `i32` scalar;
 /// * `cache`: `u8`, see [`Cache`];
 /// * `y`: `f32`, `tokens × heads · head_dim`;
 /// * `partial`: `f32`, and `arrived`: `i32`, zero before and after; see [`few::meeting_place`]; not touched by [`many`];
 /// * `faults`: `i32`, one a layer, set to 1 where scores leave the range of numbers ([`HIGHEST`]); results are then unspecified;
 /// * `layer`: `i32` scalar, which of `faults` is this layer's.
-///
-/// [`few`]: self
-/// [`many`]: self
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Attend {
     /// The cache.

@@ -1,6 +1,7 @@
 //! The twin of the kernels on the CPU: the same bits, and what the CPU engine runs.
 
 use super::append::Append;
+use super::emit::BIAS;
 use super::{
     Attend, CHUNK, Cache, HIGHEST, INVERSE_QUARTERS, LARGEST_OF_TWO_PLANES, LOWEST, PAGE, QUARTERS, SCALE_RANGE, SMALLEST,
     SPAN, UNSEEN, WEIGHT_ONE, planes,
@@ -314,7 +315,7 @@ impl Rounded {
         let mut sums = Sums { high, total: (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]), ..Sums::NONE };
         let (mut high, mut low) = ([0u8; TILE], [0u8; TILE]);
         for (position, weight) in weights.iter().enumerate() {
-            let rounded = (weight * WEIGHT_ONE).round_ties_even() as u16;
+            let rounded = weight.mul_add(WEIGHT_ONE, BIAS).to_bits() as u16;
             let at = position / UNIT * UNIT + Cache::place((position % UNIT) as u32) as usize;
             (high[at], low[at]) = ((rounded >> 8) as u8, rounded as u8);
         }

@@ -2,6 +2,8 @@
 
 use super::reference::{self, Norms, Query, Token};
 use super::*;
+use crate::ir::interpret::{Arg, Options, run};
+use crate::ir::{Kernel, validate};
 use crate::kernels::Span;
 
 /// Random numbers.
@@ -239,4 +241,314 @@ fn the_twin_is_near_attention_in_double_precision() {
         assert!(two < 1.5e-4, "{tokens} tokens, {:?}: {two:e}", model.cache);
         assert!(one < 2e-2, "{tokens} tokens, {:?}, 8 bits: {one:e}", model.cache);
     }
+}
+
+/// A step: tokens of several sequences, and those that fill it up (`None`).
+struct Step<'a> {
+    model: Model,
+    sequences: &'a [Sequence],
+    /// Each token's sequence and position.
+    tokens: Vec<Option<(usize, usize)>>,
+    /// The cache with all positions before the step's in it, and rubbish elsewhere.
+    before: Vec<u8>,
+    /// What the twin computes.
+    after: Vec<u8>,
+    queries: Vec<i8>,
+    scales: Vec<f32>,
+    y: Vec<f32>,
+}
+
+fn ints(v: impl IntoIterator<Item = i32>) -> Vec<u8> {
+    v.into_iter().flat_map(i32::to_le_bytes).collect()
+}
+
+fn floats(v: &[f32]) -> Vec<u8> {
+    v.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+impl<'a> Step<'a> {
+    fn new(model: Model, sequences: &'a [Sequence], tokens: Vec<Option<(usize, usize)>>) -> Step<'a> {
+        let pages = sequences.iter().flat_map(|s| &s.pages).max().expect("pages") + 1;
+        let mut before = vec![0x91u8; pages as usize * model.cache.page_bytes() as usize];
+        let scales = model.cache.scales() as usize;
+        for piece in before.chunks_exact_mut(model.cache.piece_bytes() as usize) {
+            piece[scales..].as_chunks_mut::<4>().0.iter_mut().for_each(|x| *x = 1e9f32.to_le_bytes());
+        }
+        for (i, s) in sequences.iter().enumerate() {
+            let first = tokens.iter().flatten().filter(|t| t.0 == i).map(|t| t.1).min();
+            (0..first.unwrap_or(0)).for_each(|p| drop(s.append(&model, p, &mut before)));
+        }
+        let mut after = before.clone();
+        let columns = model.cache.columns() as usize;
+        let (heads, d) = (model.heads as usize, model.cache.head_dim as usize);
+        let (mut queries, mut scales) = (vec![0; tokens.len() * heads * 2 * columns], vec![0.0; tokens.len() * heads]);
+        let appended: Vec<_> =
+            tokens.iter().map(|t| t.map(|(i, p)| sequences[i].append(&model, p, &mut after))).collect();
+        let mut y = vec![0.0; tokens.len() * heads * d];
+        for (t, appended) in appended.iter().enumerate() {
+            if let (Some((q, s)), Some((i, p))) = (appended, tokens[t]) {
+                queries[t * heads * 2 * columns..][..q.len()].copy_from_slice(q);
+                scales[t * heads..][..heads].copy_from_slice(s);
+                y[t * heads * d..][..heads * d].copy_from_slice(&twin(&model, &sequences[i], p, &after, q, s));
+            }
+        }
+        Step { model, sequences, tokens, before, after, queries, scales, y }
+    }
+
+    fn slots(&self) -> Vec<u8> {
+        ints(self.tokens.iter().map(|t| t.map_or(-1, |(i, p)| self.sequences[i].pages[p / 64] * 64 + (p % 64) as i32)))
+    }
+
+    fn positions(&self) -> Vec<u8> {
+        ints(self.tokens.iter().map(|t| t.map_or(77, |t| t.1 as i32)))
+    }
+
+    /// The kernel that appends, against the twin.
+    fn check_append(&self) {
+        let (model, tokens) = (&self.model, self.tokens.len());
+        let mut qkv = vec![f32::NAN; tokens * model.qkv()];
+        for (row, t) in qkv.chunks_exact_mut(model.qkv()).zip(&self.tokens) {
+            if let Some((i, p)) = *t {
+                row.copy_from_slice(&self.sequences[i].qkv[p * model.qkv()..][..model.qkv()]);
+            }
+        }
+        let half = model.rotary as usize / 2;
+        let longest = self.sequences.iter().map(|s| s.pages.len() * 64).max().expect("sequences");
+        let turns: Vec<_> = (0..longest).map(|p| angles(p, half)).collect();
+        let cos: Vec<f32> = turns.iter().flat_map(|t| t.0.clone()).collect();
+        let sin: Vec<f32> = turns.iter().flat_map(|t| t.1.clone()).collect();
+        let qkv = floats(&qkv);
+        let norms = self.sequences[0].norms.each_ref().map(|n| floats(n));
+        let mut cache = self.before.clone();
+        let mut queries = vec![0u8; self.queries.len()];
+        let mut scales = vec![0u8; 4 * self.scales.len()];
+        let mut faults = ints([0, 0]);
+        let kernel = append::lower(&model.append(tokens as u32));
+        let args = &mut [
+            Arg::ReadOnly(&qkv),
+            Arg::ReadOnly(&qkv),
+            Arg::ReadOnly(&qkv),
+            Arg::ReadOnly(&norms[0]),
+            Arg::ReadOnly(&norms[1]),
+            Arg::ReadOnly(&floats(&cos)),
+            Arg::ReadOnly(&floats(&sin)),
+            Arg::ReadOnly(&self.positions()),
+            Arg::ReadOnly(&self.slots()),
+            Arg::Buffer(&mut cache),
+            Arg::Buffer(&mut queries),
+            Arg::Buffer(&mut scales),
+            Arg::Buffer(&mut faults),
+            Arg::I32(1),
+        ];
+        launch(&kernel, args);
+        assert!(cache == self.after, "{}: the cache", kernel.name);
+        assert_eq!(queries.iter().map(|x| *x as i8).collect::<Vec<_>>(), self.queries, "{}", kernel.name);
+        assert_eq!(scales, floats(&self.scales), "{}", kernel.name);
+        assert_eq!(faults, ints([0, 0]));
+    }
+
+    /// A kernel that attends, against the twin. It is run twice: it leaves the places where parts meet as it found them.
+    fn check(&self, kernel: &Kernel, tiles: &[i32], (partial, arrived): (usize, usize), what: &str) {
+        let stride = self.sequences.iter().map(|s| s.pages.len()).max().expect("sequences");
+        let mut table = vec![-1i32; self.sequences.len() * stride];
+        for (row, s) in table.chunks_exact_mut(stride).zip(self.sequences) {
+            row[..s.pages.len()].copy_from_slice(&s.pages);
+        }
+        let queries: Vec<u8> = self.queries.iter().map(|x| *x as u8).collect();
+        let sequence = ints(self.tokens.iter().map(|t| t.map_or(-1, |t| t.0 as i32)));
+        let (mut partial, mut arrived) = (vec![0xffu8; 4 * partial], vec![0u8; 4 * arrived]);
+        let mut faults = ints([0, 0]);
+        for reverse in [false, true] {
+            let mut y = vec![0xffu8; 4 * self.y.len()];
+            let args = &mut [
+                Arg::ReadOnly(&queries),
+                Arg::ReadOnly(&floats(&self.scales)),
+                Arg::ReadOnly(&floats(&self.sequences[0].sinks)),
+                Arg::ReadOnly(&self.positions()),
+                Arg::ReadOnly(&sequence),
+                Arg::ReadOnly(&self.slots()),
+                Arg::ReadOnly(&ints(table.iter().copied())),
+                Arg::ReadOnly(&ints(tiles.iter().copied())),
+                Arg::I32(stride as i32),
+                Arg::ReadOnly(&self.after),
+                Arg::Buffer(&mut y),
+                Arg::Buffer(&mut partial),
+                Arg::Buffer(&mut arrived),
+                Arg::Buffer(&mut faults),
+                Arg::I32(1),
+            ];
+            validate(kernel).unwrap_or_else(|problems| panic!("{problems}"));
+            let options = Options { reverse, ..Options::default() };
+            run(kernel, args, &options).unwrap_or_else(|trap| panic!("{what}, {}: {trap}", kernel.name));
+            let expected = floats(&self.y);
+            if let Some(i) = y.chunks(4).zip(expected.chunks(4)).position(|(a, b)| a != b) {
+                let of = |v: &[u8]| f32::from_le_bytes([v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]]);
+                panic!("{what}, {}: value {i} is {}, not {}", kernel.name, of(&y), of(&expected));
+            }
+            assert!(arrived.iter().all(|x| *x == 0), "{what}: arrivals");
+            assert_eq!(faults, ints([0, 0]), "{what}");
+        }
+    }
+
+    fn check_few(&self, launch: few::Launch) {
+        let op = self.model.attend(self.tokens.len() as u32);
+        let kernel = few::lower(&op, &launch);
+        self.check(&kernel, &[0, 0], few::meeting_place(&op, &launch), &format!("{launch:?}"));
+    }
+
+    fn check_many(&self, launch: many::Launch) {
+        let op = self.model.attend(self.tokens.len() as u32);
+        let mut runs: Vec<many::Run> = Vec::new();
+        for (t, token) in self.tokens.iter().enumerate() {
+            let Some((i, p)) = *token else { continue };
+            match runs.last_mut() {
+                Some(r) if t > 0 && self.tokens[t - 1].is_some_and(|before| before == (i, p.wrapping_sub(1))) => {
+                    r.tokens += 1;
+                }
+                _ => runs.push(many::Run { first: t as u32, tokens: 1, position: p as u32 }),
+            }
+        }
+        let len = launch.most_tiles(&op, runs.len() as u32);
+        let tiles = many::tiles(&runs, launch.tile_tokens(&op), len).expect("room");
+        self.check(&many::lower(&op, &launch, len), &tiles, (1, 1), &format!("{launch:?}"));
+    }
+}
+
+fn launch(kernel: &Kernel, args: &mut [Arg<'_>]) {
+    validate(kernel).unwrap_or_else(|problems| panic!("{problems}"));
+    run(kernel, args, &Options::default()).unwrap_or_else(|trap| panic!("{trap}"));
+}
+
+/// Sequences of so many tokens, whose pages lie mixed.
+fn sequences(model: &Model, random: &mut Random, lengths: &[usize]) -> Vec<Sequence> {
+    let pages: Vec<usize> = lengths.iter().map(|n| n.div_ceil(64)).collect();
+    let mut all: Vec<i32> = (0..pages.iter().sum::<usize>() as i32).collect();
+    for i in (1..all.len()).rev() {
+        all.swap(i, random.below(i as u32 + 1) as usize);
+    }
+    let mut of: Vec<Sequence> = Vec::new();
+    for (n, pages) in lengths.iter().zip(&pages) {
+        let mut s = Sequence::new(model, random, *n, all.split_off(all.len() - pages));
+        if let Some(first) = of.first() {
+            (s.norms, s.sinks) = (first.norms.clone(), first.sinks.clone());
+        }
+        of.push(s);
+    }
+    of
+}
+
+const FEW: few::Launch = few::Launch { blocks: 5, stages: 3, min_blocks: 1, chunks: 1000, spans: 1000, most: 1000 };
+
+#[test]
+fn few_tokens_equal_the_twin_however_they_are_cut() {
+    let mut random = Random(2);
+    let model = Model { heads: 2, cache: Cache { kv_heads: 1, head_dim: 32, planes: 2 }, rotary: 32, ..PLAIN };
+    let all = sequences(&model, &mut random, &[2200, 300, 64, 65]);
+    let step = Step::new(model, &all, vec![Some((0, 2199)), Some((1, 299)), None, Some((2, 63)), Some((3, 64))]);
+    step.check_append();
+    for launch in [
+        FEW,
+        few::Launch { chunks: 1, stages: 2, ..FEW },
+        few::Launch { chunks: 1, spans: 1, blocks: 3, stages: 1, ..FEW },
+        few::Launch { chunks: 1, spans: 1, most: 1, blocks: 2, ..FEW },
+    ] {
+        step.check_few(launch);
+    }
+    let step = Step::new(model, &all[..1], vec![Some((0, 2198))]);
+    for launch in [FEW, few::Launch { chunks: 1, ..FEW }, few::Launch { spans: 1, ..FEW }] {
+        step.check_few(launch);
+    }
+    Step::new(model, &all[..1], vec![None]).check_few(FEW);
+    Step::new(model, &all[1..2], vec![Some((0, 0))]).check_few(FEW);
+}
+
+#[test]
+fn prompts_equal_the_twin_however_they_are_cut() {
+    let mut random = Random(3);
+    let model = Model { heads: 2, cache: Cache { kv_heads: 1, head_dim: 32, planes: 2 }, rotary: 32, ..PLAIN };
+    let all = sequences(&model, &mut random, &[2150, 300, 70, 65]);
+    let run = |i: usize, positions: std::ops::Range<usize>| positions.map(move |p| Some((i, p)));
+    let mut tokens: Vec<_> = run(0, 2100..2120).chain(run(1, 290..300)).chain([None, None]).collect();
+    tokens.extend(run(2, 0..70).chain([Some((3, 64)), None]));
+    let step = Step::new(model, &all, tokens);
+    for (warps, stages) in [(8, 3), (4, 2), (1, 1)] {
+        step.check_many(many::Launch { warps, stages });
+    }
+    // The same tokens one by one.
+    step.check_few(few::Launch { chunks: 1, blocks: 16, ..FEW });
+}
+
+#[test]
+fn every_kind_of_model_equals_the_twin() {
+    let mut random = Random(4);
+    let of = |heads, kv_heads, head_dim, planes| Model {
+        heads,
+        cache: Cache { kv_heads, head_dim, planes },
+        rotary: head_dim,
+        ..PLAIN
+    };
+    for model in [
+        of(4, 1, 128, 2),
+        of(2, 2, 64, 1),
+        Model { norm: Some(1e-6), rotary: 20, ..of(3, 1, 80, 2) },
+        Model { window: Some(70), ..of(7, 1, 96, 1) },
+        Model { soft_cap: Some(2.0), sinks: true, window: Some(100), ..of(2, 1, 256, 2) },
+        Model { sinks: true, ..of(9, 1, 64, 2) },
+    ] {
+        let all = sequences(&model, &mut random, &[300, 40]);
+        let mut tokens: Vec<_> = (295..300).map(|p| Some((0, p))).collect();
+        tokens.extend([None, Some((1, 38)), Some((1, 39))]);
+        let step = Step::new(model, &all, tokens);
+        step.check_append();
+        step.check_few(FEW);
+        step.check_few(few::Launch { chunks: 1, stages: 1, ..FEW });
+        step.check_many(many::Launch { warps: 2, stages: 2 });
+    }
+}
+
+#[test]
+fn numbers_that_are_not_finite_are_noted() {
+    let mut random = Random(5);
+    let model = PLAIN;
+    let mut all = sequences(&model, &mut random, &[3]);
+    let at = |position: usize, column: usize| position * model.qkv() + column;
+    // A key, whose fault the append notes; it counts as zero.
+    all[0].qkv[at(1, 4 * 64 + 3)] = f32::NAN;
+    let op = model.append(1);
+    let (cos, sin) = angles(1, 32);
+    let qkv = &all[0].qkv[at(1, 0)..at(2, 0)];
+    let token = Token { q: &qkv[..256], k: &qkv[256..384], v: &qkv[384..], cos: &cos, sin: &sin, slot: 0 };
+    let mut cache = vec![0; model.cache.page_bytes() as usize];
+    let (mut queries, mut scales) = (vec![0; 4 * 2 * 64], vec![0.0; 4]);
+    assert!(!reference::append(&op, &token, Norms::default(), &mut cache, &mut queries, &mut scales));
+    let mut on_device = vec![0u8; cache.len()];
+    let mut faults = ints([0, 0]);
+    let bytes = floats(qkv);
+    let args = &mut [
+        Arg::ReadOnly(&bytes),
+        Arg::ReadOnly(&bytes),
+        Arg::ReadOnly(&bytes),
+        Arg::ReadOnly(&[0; 4]),
+        Arg::ReadOnly(&[0; 4]),
+        Arg::ReadOnly(&floats(&cos)),
+        Arg::ReadOnly(&floats(&sin)),
+        Arg::ReadOnly(&ints([0])),
+        Arg::ReadOnly(&ints([0])),
+        Arg::Buffer(&mut on_device),
+        Arg::Buffer(&mut vec![0; 4 * 2 * 64]),
+        Arg::Buffer(&mut vec![0; 16]),
+        Arg::Buffer(&mut faults),
+        Arg::I32(1),
+    ];
+    launch(&append::lower(&op), args);
+    assert_eq!(faults, ints([0, 1]));
+    assert!(on_device == cache);
+}
+
+#[test]
+fn tiles_of_queries_begin_with_those_that_see_most() {
+    let run = |first, tokens, position| many::Run { first, tokens, position };
+    let runs = [run(0, 70, 10), run(70, 1, 500), run(80, 32, 0)];
+    assert_eq!(many::tiles(&runs, 32, 6), Some(vec![70, 1, 64, 6, 32, 32, 0, 32, 80, 32, 0, 0]));
+    assert_eq!(many::tiles(&runs, 32, 4), None);
 }

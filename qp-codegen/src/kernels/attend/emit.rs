@@ -56,6 +56,13 @@ pub(super) struct Part<'b> {
     pub total: V<'b>,
 }
 
+/// The weights of a row's tile: their total, and, for each 16 positions, the operand words of the planes.
+pub(super) struct Weights<'b> {
+    pub total: V<'b>,
+    pub high: Vec<V<'b>>,
+    pub low: Vec<V<'b>>,
+}
+
 /// What sums are multiplied with when they fold: those that were, and those that come.
 #[derive(Clone, Copy)]
 pub(super) struct Factors<'b> {
@@ -182,14 +189,12 @@ impl<'b, 'a> Emit<'b, 'a> {
         self.b.load_matrix(self.ring, plane + cell * 4, count).lanes()
     }
 
-    /// The high of a row's scores of a tile, each lane having some of them, and their weights. Notes a fault.
-    pub fn weights(&self, scores: &[V<'b>]) -> (V<'b>, Vec<V<'b>>) {
-        let b = self.b;
+    /// The high of a row's scores of a tile, of which each lane has some.
+    pub fn high(&self, scores: &[V<'b>]) -> V<'b> {
         let most = scores.iter().copied().reduce(V::max).expect("scores");
         let most = most.max(most.shuffle_xor(1));
         let most = most.max(most.shuffle_xor(2));
-        let high = whole(most + 0.5).max(LOWEST);
-        (high, scores.iter().map(|&s| weight(b, s - high, SMALLEST)).collect())
+        whole(most + 0.5).max(LOWEST)
     }
 
     /// Notes a fault unless a high is one that numbers have; that of a tile of which nothing is seen is none.
@@ -199,22 +204,35 @@ impl<'b, 'a> Emit<'b, 'a> {
         b.if_(!fine, || b.store(self.p.faults, self.p.layer, b.i32(1), Elem::I32));
     }
 
-    /// The total of a row's weights of a tile, four lanes' together: `inverses` are those of the values' scales.
-    pub fn total(&self, weights: &[V<'b>], inverses: &[V<'b>]) -> V<'b> {
-        let own = weights.iter().zip(inverses).fold(self.b.f32(0.0), |sum, (w, inverse)| w.fma(*inverse, sum));
-        let own = own + own.shuffle_xor(1);
-        own + own.shuffle_xor(2)
+    /// The weights of a row's scores of a tile, 16 positions at a time; `score(row, i)` gives the lane's `i`th of a row.
+    pub fn weights(&self, piece: V<'b>, highs: &[V<'b>], score: impl Fn(usize, usize) -> V<'b>) -> Vec<Weights<'b>> {
+        let b = self.b;
+        let none = || Weights { total: b.f32(0.0), high: Vec::new(), low: Vec::new() };
+        let mut rows: Vec<Weights> = highs.iter().map(|_| none()).collect();
+        for i in 0..PAGE as usize / 16 {
+            let inverses = [0, 1].map(|j| self.numbers(piece, 2, 2 * i as u32 + j)).concat();
+            for (r, (row, &high)) in rows.iter_mut().zip(highs).enumerate() {
+                let weights = [0, 1, 2, 3].map(|k| weight(b, score(r, 4 * i + k) - high, SMALLEST));
+                for (w, inverse) in weights.iter().zip(&inverses) {
+                    row.total = w.fma(*inverse, row.total);
+                }
+                let [w, x, y, z] = weights.map(|w| w.fma(WEIGHT_ONE, BIAS).bits(Scalar::U32));
+                let (first, second) = (w.permute(x, 0x5410), y.permute(z, 0x5410));
+                row.high.push(first.permute(second, 0x7531));
+                row.low.push(first.permute(second, 0x6420));
+            }
+            self.settle();
+        }
+        for row in &mut rows {
+            let pair = row.total + row.total.shuffle_xor(1);
+            row.total = pair + pair.shuffle_xor(2);
+        }
+        rows
     }
 
-    /// The operand words of a row's weights, the high plane's and the low plane's, one for each 16 positions.
-    pub fn planes(&self, weights: &[V<'b>]) -> (Vec<V<'b>>, Vec<V<'b>>) {
-        let rounded = |w: &V<'b>| w.fma(WEIGHT_ONE, BIAS).bits(Scalar::U32);
-        let word = |four: &[V<'b>]| {
-            let [a, b, c, d] = [0, 1, 2, 3].map(|i| rounded(&four[i]));
-            let (first, second) = (a.permute(b, 0x5410), c.permute(d, 0x5410));
-            (first.permute(second, 0x7531), first.permute(second, 0x6420))
-        };
-        weights.chunks_exact(4).map(word).unzip()
+    /// Keeps the compiler from loading far ahead, for which there are no registers.
+    pub fn settle(&self) {
+        self.b.warp_sync();
     }
 
     /// A row of nothing.

@@ -11,7 +11,7 @@
 //! What a unit gives, if it is not all, goes to global memory. The block that comes last to a span folds its units, the
 //! one that comes last to a token's head its spans, in the order of the positions. So the way of cutting does not show.
 
-use super::emit::{Emit, Factors, Part, Row};
+use super::emit::{Emit, Factors, Part, Row, Weights};
 use super::{Attend, CHUNK, PAGE, SPAN};
 use crate::cuda::Device;
 use crate::ir::{Builder, Cache as Caching, Elem, Kernel, Mem, V, Var};
@@ -430,7 +430,6 @@ impl<'b> Few<'b, '_> {
         let last = place.position - lane_first;
         let first = e.first(place.position).map(|p| p - lane_first);
         let mut scores: Vec<Vec<V>> = vec![Vec::new(); queries.len()];
-        let mut inverses = Vec::new();
         for j in 0..PAGE / 8 {
             let mut high: Vec<V> = queries.iter().map(|_| self.high(true)).collect();
             let mut low: Vec<V> = queries.iter().map(|_| self.low(true)).collect();
@@ -448,8 +447,7 @@ impl<'b> Few<'b, '_> {
                     }
                 }
             }
-            let [key_scales, logarithms, inverse] = [0, 1, 2].map(|i| e.numbers(piece, i, j));
-            inverses.extend(inverse);
+            let [key_scales, logarithms] = [0, 1].map(|i| e.numbers(piece, i, j));
             for (m, (_, scale)) in queries.iter().enumerate() {
                 for i in 0..2 {
                     let sum = self.joined(high[m], low[m], i, true);
@@ -459,18 +457,20 @@ impl<'b> Few<'b, '_> {
                     scores[m].push(first.map_or(score, |first| e.seen(first.le(position), score)));
                 }
             }
+            if j % 2 == 1 {
+                e.settle();
+            }
         }
         let (columns, tiles) = (self.plan.columns, self.column_tiles());
-        let weights = scores.iter().zip(&chunk.rows).map(|(scores, row)| {
-            let (high, weights) = e.weights(scores);
-            e.check(high);
-            let total = e.total(&weights, &inverses);
-            let factors = e.fold(*row, Part { high, total });
-            let (high, low) = e.planes(&weights);
-            let operand = |s: usize| [high[2 * s], low[2 * s], high[2 * s + 1], low[2 * s + 1]];
-            (factors, [operand(0), operand(1)])
-        });
-        let weights: Vec<(Factors, [[V; 4]; 2])> = weights.collect();
+        let highs: Vec<V> = scores.iter().map(|scores| e.high(scores)).collect();
+        highs.iter().for_each(|high| e.check(*high));
+        let weights = e.weights(piece, &highs, |m, i| scores[m][i]);
+        let fold = |(row, (weights, high)): (&Row, (Weights<'b>, &V<'b>))| {
+            let factors = e.fold(*row, Part { high: *high, total: weights.total });
+            let (high, low) = (weights.high, weights.low);
+            (factors, [0, 2].map(|s| [high[s], low[s], high[s + 1], low[s + 1]]))
+        };
+        let weights: Vec<(Factors, [[V; 4]; 2])> = chunk.rows.iter().zip(weights.into_iter().zip(&highs)).map(fold).collect();
         let values = piece + layout.values() / 4;
         for c in 0..tiles {
             let mut high: Vec<V> = queries.iter().map(|_| self.high(false)).collect();
@@ -490,6 +490,9 @@ impl<'b> Few<'b, '_> {
                     let sum = chunk.sums[m][(2 * c + i) as usize];
                     b.set(sum, factors.fold(b.get(sum), self.joined(high[m], low[m], i, false)));
                 }
+            }
+            if c % 2 == 1 {
+                e.settle();
             }
         }
     }

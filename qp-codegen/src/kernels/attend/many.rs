@@ -274,7 +274,6 @@ impl<'b> Many<'b, '_> {
         let units = layout.columns() / 16;
         // By row, two of each eight positions.
         let scores: [Vec<Var>; 2] = [0, 1].map(|_| (0..PAGE / 4).map(|_| b.var(b.f32(0.0))).collect());
-        let mut inverses = Vec::new();
         for j in 0..PAGE / 8 {
             let (mut high, mut both) = (e.of_high(), e.of_both(true));
             for unit in (0..units).step_by(4) {
@@ -294,13 +293,15 @@ impl<'b> Many<'b, '_> {
                     }
                 }
             }
-            let [key_scales, logarithms, inverse] = [0, 1, 2].map(|i| e.numbers(piece, i, j));
-            inverses.extend(inverse);
+            let [key_scales, logarithms] = [0, 1].map(|i| e.numbers(piece, i, j));
             for c in 0..4 {
                 let (row, i) = (c / 2, c % 2);
                 let sum = e.joined(high.lane(c as u32), both.lane(c as u32), true);
                 let score = e.score(sum, key_scales[i], rows.scale[row], logarithms[i]);
                 b.set(scores[row][2 * j as usize + i], score);
+            }
+            if j % 2 == 1 {
+                e.settle();
             }
         }
         // Tiles of which a row does not see all.
@@ -321,16 +322,15 @@ impl<'b> Many<'b, '_> {
                 }
             }
         });
-        let rows_of = [0, 1].map(|row: usize| {
-            let scores: Vec<V> = scores[row].iter().map(|s| b.get(*s)).collect();
-            let (high, weights) = e.weights(&scores);
+        let highs = scores.each_ref().map(|scores| {
+            let high = e.high(&scores.iter().map(|s| b.get(*s)).collect::<Vec<_>>());
             e.check(high);
-            let total = e.total(&weights, &inverses);
-            (e.fold(chunk[row], Part { high, total }), e.planes(&weights))
+            high
         });
-        let factors = [rows_of[0].0, rows_of[1].0];
+        let weights = e.weights(piece, &highs, |row, i| b.get(scores[row][i]));
+        let factors = [0, 1].map(|row| e.fold(chunk[row], Part { high: highs[row], total: weights[row].total }));
         let operand = |low: bool, s: usize| {
-            let words = rows_of.each_ref().map(|(_, (high, of_low))| if low { of_low } else { high });
+            let words = [0, 1].map(|row: usize| if low { &weights[row].low } else { &weights[row].high });
             [words[0][2 * s], words[1][2 * s], words[0][2 * s + 1], words[1][2 * s + 1]]
         };
         let values = piece + layout.values() / 4;
@@ -352,6 +352,9 @@ impl<'b> Many<'b, '_> {
                 let var = sums[4 * c as usize + i];
                 let sum = e.joined(high.lane(i as u32), both.lane(i as u32), false);
                 b.set(var, factors[i / 2].fold(b.get(var), sum));
+            }
+            if c % 2 == 1 {
+                e.settle();
             }
         }
     }

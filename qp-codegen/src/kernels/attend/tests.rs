@@ -2,6 +2,7 @@
 
 use super::reference::{self, Norms, Query, Token};
 use super::*;
+use crate::cuda::Target;
 use crate::ir::interpret::{Arg, Options, run};
 use crate::ir::{Kernel, validate};
 use crate::kernels::Span;
@@ -551,4 +552,57 @@ fn tiles_of_queries_begin_with_those_that_see_most() {
     let runs = [run(0, 70, 10), run(70, 1, 500), run(80, 32, 0)];
     assert_eq!(many::tiles(&runs, 32, 6), Some(vec![70, 1, 64, 6, 32, 32, 0, 32, 80, 32, 0, 0]));
     assert_eq!(many::tiles(&runs, 32, 4), None);
+}
+
+#[test]
+fn kernels_compile_without_spills() {
+    if crate::nvrtc::for_tests().is_none() {
+        return;
+    }
+    let of = |heads, kv_heads, head_dim, planes, tokens| Attend {
+        cache: Cache { kv_heads, head_dim, planes },
+        heads,
+        tokens,
+        window: None,
+        soft_cap: None,
+        sinks: false,
+    };
+    let ops = [
+        of(32, 8, 128, 2, 1),
+        of(32, 8, 128, 1, 64),
+        of(9, 3, 64, 2, 8),
+        of(8, 1, 80, 2, 1),
+        of(32, 2, 96, 2, 4),
+        Attend { window: Some(4096), sinks: true, soft_cap: Some(50.0), ..of(16, 8, 256, 2, 1) },
+    ];
+    let mut bad = Vec::new();
+    for op in ops {
+        for target in [Target::Sm80, Target::Sm89, Target::Sm90a] {
+            let device = target.device();
+            let launch = few::Launch::choose(&op, &device);
+            let plan = many::Launch::choose(&op, &device);
+            let prompt = Attend { tokens: 512, ..op };
+            let kernels = [
+                (format!("{launch:?}"), few::lower(&op, &launch), launch.min_blocks),
+                (format!("{plan:?}"), many::lower(&prompt, &plan, 64), 1),
+            ];
+            for (launch, kernel, resident) in kernels {
+                validate(&kernel).unwrap_or_else(|problems| panic!("{problems}"));
+                let source = crate::cuda::print(&kernel, target);
+                let cubin = crate::nvrtc::compile(&source, &kernel.name, target.nvrtc_arch(), &Default::default())
+                    .unwrap_or_else(|e| panic!("{e}"));
+                let usage = cubin.usage.expect("the compiler says");
+                let shared = kernel.shared_bytes();
+                println!("{} {target}: {} registers, {shared} bytes, {launch}", kernel.name, usage.registers);
+                let registers = usage.registers * kernel.threads * resident;
+                if usage.spill_stores + usage.stack > 0
+                    || shared > device.shared_per_block
+                    || registers > device.registers_per_sm
+                {
+                    bad.push(format!("{} {target}: {usage:?}, {shared} bytes, {launch}", kernel.name));
+                }
+            }
+        }
+    }
+    assert!(bad.is_empty(), "{}", bad.join("\n"));
 }

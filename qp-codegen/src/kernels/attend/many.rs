@@ -379,6 +379,7 @@ impl<'b> Many<'b, '_> {
                 (0..4).map(|i| factors[i / 2].fold(b.get(before[i]), b.get(sums[i]))).collect();
             b.store(self.kept, self.place(c), b.vector(&folded), Elem::F32);
             sums.iter().for_each(|v| b.set(*v, none));
+            e.settle();
         }
         chunk.iter().for_each(|row| e.clear(*row));
     }
@@ -422,6 +423,7 @@ impl<'b> Many<'b, '_> {
                     b.store(e.p.y, at, b.vector(&folded.map(|v| b.get(v))), Elem::F32);
                 });
             }
+            e.settle();
         }
     }
 }

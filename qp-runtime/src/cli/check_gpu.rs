@@ -24,6 +24,9 @@ pub struct CheckGpu {
     #[arg(long, value_delimiter = ',', default_values_t = (1..=8).chain([16, 33, 64, 300]),
           value_parser = clap::value_parser!(u32).range(1..=MAX_BATCH as i64))]
     batches: Vec<u32>,
+    /// Check attention alone.
+    #[arg(long, conflicts_with_all = ["members", "no_models"])]
+    attention: bool,
     /// Do not run the small models.
     #[arg(long)]
     no_models: bool,
@@ -42,6 +45,7 @@ const ENCODED_BLOCKS: usize = 50;
 enum Task {
     Quantizer(Box<Quantizer>, Shape),
     Encoder(Box<Quantizer>),
+    Attention(check::attention::Shape),
     /// Index of shapes and of choice.
     Model(usize, usize),
 }
@@ -85,7 +89,10 @@ impl CheckGpu {
         let large = |q: &Quantizer| self.interpreter && q.codes[0].window > 12;
         let alone = members.iter().filter(|q| q.codes.len() == 1 && !large(q));
         tasks.extend(alone.map(|q| Task::Encoder(Box::new(q.clone()))));
-        if !self.no_models {
+        tasks.extend(check::attention::shapes(self.interpreter).into_iter().map(Task::Attention));
+        if self.attention {
+            tasks.retain(|task| matches!(task, Task::Attention(_)));
+        } else if !self.no_models {
             tasks.extend((0..shapes.len()).flat_map(|i| (0..choices.len()).map(move |j| Task::Model(i, j))));
         }
         let start = Instant::now();
@@ -93,6 +100,7 @@ impl CheckGpu {
             match task {
                 Task::Quantizer(q, shape) => check::quantizer(&on, q, *shape, &self.batches),
                 Task::Encoder(q) => check::encoder(&on, q, ENCODED_BLOCKS),
+                Task::Attention(shape) => check::attention::attention(&on, *shape),
                 Task::Model(i, j) => {
                     let ((shape, shapes), (kind, choose)) = (&shapes[*i], &choices[*j]);
                     let name = format!("{kind} {shape}");

@@ -8,6 +8,7 @@
 //! install, never a panic.
 
 mod args;
+pub mod attend;
 mod driver;
 mod encoder;
 mod error;

@@ -102,7 +102,8 @@ pub fn lower(op: &Attend, launch: &Launch) -> Kernel {
     assert!((1..=MAX_TOKENS).contains(&op.tokens), "tokens");
     assert!(op.heads.is_multiple_of(op.cache.kv_heads) && op.cache.head_dim.is_multiple_of(2), "heads");
     let cache = op.cache;
-    let name = format!("attend_few_{}_{}x{}_p{}_b{}", op.heads, cache.kv_heads, cache.head_dim, cache.planes, op.tokens);
+    let name =
+        format!("attend_few_{}_{}x{}_p{}_b{}", op.heads, cache.kv_heads, cache.head_dim, cache.planes, op.tokens);
     let b = Builder::new(&name, [launch.blocks, 1], THREADS);
     b.doc(format!(
         "Attention of {} token(s), {} heads of {} on {} of keys and values of {} bits.",
@@ -414,14 +415,7 @@ impl<'b> Few<'b, '_> {
     }
 
     /// Folds what the tile whose piece lies at word `piece` of the ring gives into `chunk`.
-    fn tile(
-        &self,
-        piece: V<'b>,
-        tile: V<'b>,
-        place: &Place<'b>,
-        queries: &[(Vec<[V<'b>; 4]>, V<'b>)],
-        chunk: &Sums,
-    ) {
+    fn tile(&self, piece: V<'b>, tile: V<'b>, place: &Place<'b>, queries: &[(Vec<[V<'b>; 4]>, V<'b>)], chunk: &Sums) {
         let (b, e) = (self.b, &self.e);
         let layout = &e.op.cache;
         let plane_words = layout.plane_bytes() / 4;
@@ -470,7 +464,8 @@ impl<'b> Few<'b, '_> {
             let (high, low) = (weights.high, weights.low);
             (factors, [0, 2].map(|s| [high[s], low[s], high[s + 1], low[s + 1]]))
         };
-        let weights: Vec<(Factors, [[V; 4]; 2])> = chunk.rows.iter().zip(weights.into_iter().zip(&highs)).map(fold).collect();
+        let weights: Vec<(Factors, [[V; 4]; 2])> =
+            chunk.rows.iter().zip(weights.into_iter().zip(&highs)).map(fold).collect();
         let values = piece + layout.values() / 4;
         for c in 0..tiles {
             let mut high: Vec<V> = queries.iter().map(|_| self.high(false)).collect();
@@ -627,22 +622,18 @@ impl<'b> Few<'b, '_> {
                 self.merge(place, [first_span, last_span], number, None, None);
             });
         };
-        b.if_else(
-            from.eq(to),
-            spans,
-            || {
-                self.when_all_arrived(begins, to - from + 1, || {
-                    b.if_else(
-                        first_span.eq(last_span),
-                        || self.merge(place, [from, to], number, Some(in_order), None),
-                        || {
-                            self.merge(place, [from, to], number, Some(in_order), Some(begins));
-                            spans();
-                        },
-                    );
-                });
-            },
-        );
+        b.if_else(from.eq(to), spans, || {
+            self.when_all_arrived(begins, to - from + 1, || {
+                b.if_else(
+                    first_span.eq(last_span),
+                    || self.merge(place, [from, to], number, Some(in_order), None),
+                    || {
+                        self.merge(place, [from, to], number, Some(in_order), Some(begins));
+                        spans();
+                    },
+                );
+            });
+        });
     }
 
     /// Folds the parts of units (or spans) `from` to `to`, whose numbers `number` gives: four at a time to a chunk first
@@ -678,7 +669,8 @@ impl<'b> Few<'b, '_> {
                 let load = |j: u32| {
                     let index = base + j;
                     let at = number(index.max(from).min(to)) * plan.unit_words();
-                    let sums = b.load_as(e.p.partial, at + row * plan.columns + column, Elem::F32, width, Caching::Default);
+                    let sums =
+                        b.load_as(e.p.partial, at + row * plan.columns + column, Elem::F32, width, Caching::Default);
                     let at = at + plan.group * plan.columns + row * 2;
                     let part = b.load_as(e.p.partial, at, Elem::F32, 2, Caching::Default).lanes();
                     (index, sums.lanes(), Part { high: part[0], total: part[1] })

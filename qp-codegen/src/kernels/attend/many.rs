@@ -169,9 +169,8 @@ impl<'b> Many<'b, '_> {
         let token = within.map(|t| first + t.min(tokens - 1));
         let heads = row.map(|r| head * group + r % group);
         let position = token.map(|t| e.int(e.p.positions, t));
-        let scale = [0, 1].map(|i| {
-            b.load_as(e.p.query_scale, token[i] * e.op.heads + heads[i], Elem::F32, 1, Caching::ReadOnly)
-        });
+        let scale = [0, 1]
+            .map(|i| b.load_as(e.p.query_scale, token[i] * e.op.heads + heads[i], Elem::F32, 1, Caching::ReadOnly));
         Rows { exist, token, head: heads, position, scale }
     }
 
@@ -215,7 +214,8 @@ impl<'b> Many<'b, '_> {
         let reach = self.reach(first, tokens);
         let columns = e.op.cache.columns();
         let kept = columns <= KEPT;
-        let queries: Vec<Queries> = if kept { (0..columns / 32).map(|s| self.queries(&rows, s)).collect() } else { vec![] };
+        let queries: Vec<Queries> =
+            if kept { (0..columns / 32).map(|s| self.queries(&rows, s)).collect() } else { vec![] };
         let [all, span, chunk] = [0, 1, 2].map(|_| [e.row(), e.row()]);
         let sums: Vec<Var> = (0..4 * sums_of(e.op)).map(|_| b.var(none)).collect();
         let slot = b.var(b.i32(0));
@@ -278,9 +278,8 @@ impl<'b> Many<'b, '_> {
             let (mut high, mut both) = (e.of_high(), e.of_both(true));
             for unit in (0..units).step_by(4) {
                 let count = (units - unit).min(4);
-                let operand = |plane: u32| {
-                    e.operand(piece + plane * plane_words, unit, count, b.i32(8 * j as i32), PAGE)
-                };
+                let operand =
+                    |plane: u32| e.operand(piece + plane * plane_words, unit, count, b.i32(8 * j as i32), PAGE);
                 let planes: Vec<Vec<V>> = (0..layout.planes).map(operand).collect();
                 for i in 0..count / 2 {
                     let s = unit / 2 + i;
@@ -375,8 +374,7 @@ impl<'b> Many<'b, '_> {
                 let loaded = b.load_as(self.kept, self.place(c), Elem::F32, 4, Caching::Default);
                 before.iter().zip(loaded.lanes()).for_each(|(v, x)| b.set(*v, x));
             });
-            let folded: Vec<V> =
-                (0..4).map(|i| factors[i / 2].fold(b.get(before[i]), b.get(sums[i]))).collect();
+            let folded: Vec<V> = (0..4).map(|i| factors[i / 2].fold(b.get(before[i]), b.get(sums[i]))).collect();
             b.store(self.kept, self.place(c), b.vector(&folded), Elem::F32);
             sums.iter().for_each(|v| b.set(*v, none));
             e.settle();

@@ -3,8 +3,8 @@
 use super::append::Append;
 use super::emit::BIAS;
 use super::{
-    Attend, CHUNK, Cache, HIGHEST, INVERSE_QUARTERS, LARGEST_OF_TWO_PLANES, LOWEST, PAGE, QUARTERS, SCALE_RANGE, SMALLEST,
-    SPAN, UNSEEN, WEIGHT_ONE, planes,
+    Attend, CHUNK, Cache, HIGHEST, INVERSE_QUARTERS, LARGEST_OF_TWO_PLANES, LOWEST, PAGE, QUARTERS, SCALE_RANGE,
+    SMALLEST, SPAN, UNSEEN, WEIGHT_ONE, planes,
 };
 use crate::kernels::math::{across_lanes_reference, power_reference, whole_reference};
 use crate::layout::CELL;

@@ -129,8 +129,7 @@ impl Sequence {
     fn exact(&self, model: &Model, position: usize) -> Vec<f64> {
         let d = model.cache.head_dim as usize;
         let at = |p: usize, head: usize, norm: Option<&[f32]>, turn: bool| -> Vec<f64> {
-            let x: Vec<f64> =
-                self.qkv[p * model.qkv() + head * d..][..d].iter().map(|x| f64::from(*x)).collect();
+            let x: Vec<f64> = self.qkv[p * model.qkv() + head * d..][..d].iter().map(|x| f64::from(*x)).collect();
             let mut x = match (norm, model.norm) {
                 (Some(w), Some(eps)) => {
                     let mean = x.iter().map(|x| x * x).sum::<f64>() / d as f64;

@@ -1,5 +1,6 @@
 //! `qp bench`: measurements to publish.
 
+mod attention;
 mod distortion;
 mod distortion_plot;
 mod encode;
@@ -14,6 +15,7 @@ use clap::{Args, Subcommand};
 use qp_codegen::spec::Shape;
 
 use super::Error;
+use attention::AttentionBench;
 use distortion::DistortionBench;
 use encode::EncodeBench;
 use engine::EngineBench;
@@ -30,6 +32,7 @@ pub struct Bench {
 
 #[derive(Subcommand)]
 enum What {
+    Attention(AttentionBench),
     Distortion(DistortionBench),
     Encode(EncodeBench),
     Engine(EngineBench),
@@ -42,6 +45,7 @@ impl Bench {
     /// Runs it.
     pub fn run(self) -> Result<(), Error> {
         match self.what {
+            What::Attention(a) => a.run(),
             What::Distortion(d) => d.run(),
             What::Encode(e) => e.run(),
             What::Engine(e) => e.run(),

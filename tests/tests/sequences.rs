@@ -5,11 +5,11 @@ use std::sync::Arc;
 use qp_codegen::palette;
 use qp_runtime::check::synthetic;
 use qp_runtime::device::Executor;
-use qp_runtime::engine::{Chunk, CpuEngine, CudaEngine, Engine, Error, Logits, PAGE, Room, cut};
+use qp_runtime::engine::{Chunk, CpuEngine, CudaEngine, Engine, Error, Logits, PAGE, Precision, Room, cut};
 use qp_runtime::model::{Model, Weight, Weights};
 use qp_tests::models::{RandomModel, VOCAB};
 
-const ROOM: Room = Room { context: 100, pages: 70 };
+const ROOM: Room = Room { context: 100, pages: 70, cache: Precision::Bits16 };
 
 /// A random model of an architecture, every layer quantized.
 fn model(architecture: &str) -> Arc<Weights> {
@@ -114,6 +114,7 @@ fn a_device_gives_the_bits_of_the_cpu_however_sequences_are_cut_and_mixed() {
         ("Qwen2ForCausalLM", "quantized", model("Qwen2ForCausalLM")),
         ("Qwen2ForCausalLM", "mixed", quantized("Qwen2ForCausalLM", mixed)),
         ("Qwen2ForCausalLM", "unquantized", quantized("Qwen2ForCausalLM", |_| None)),
+        ("Qwen3ForCausalLM", "quantized", model("Qwen3ForCausalLM")),
     ] {
         let mut cpu = CpuEngine::new(weights.clone(), ROOM).unwrap();
         let mut device = CudaEngine::new(Executor::interpreter(), &weights, ROOM).unwrap();

@@ -1,10 +1,8 @@
 //! Lowerings: one file an operation, each from a quantizer, a shape and a target to kernel IR.
 
 pub mod add;
-pub mod append;
 pub mod argmax;
 pub mod attend;
-pub mod attention;
 pub mod decode;
 pub mod dense;
 pub mod dequantize;

@@ -259,6 +259,10 @@ impl Source for Checkpoint {
         Ok(Weight::Quantized { quantizer, matrix: Arc::new(matrix) })
     }
 
+    fn groups(&self) -> Vec<Vec<String>> {
+        self.manifest.groups.clone()
+    }
+
     fn is_quantized(&self, name: &str) -> bool {
         self.layer(name).is_some()
     }

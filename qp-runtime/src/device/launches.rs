@@ -25,52 +25,6 @@ pub struct Norm<'a> {
     pub y: &'a mut Buffer<f32>,
 }
 
-/// Of [`qp_codegen::kernels::append`].
-#[derive(LaunchArgs)]
-pub struct Append<'a> {
-    /// New keys, not turned.
-    pub k: &'a Buffer<f32>,
-    /// New values.
-    pub v: &'a Buffer<f32>,
-    /// Cosines.
-    pub cos: &'a Buffer<f32>,
-    /// Sines.
-    pub sin: &'a Buffer<f32>,
-    /// One a token.
-    pub positions: &'a Buffer<i32>,
-    /// One a token.
-    pub slots: &'a Buffer<i32>,
-    /// The cache.
-    pub keys: &'a mut Buffer<f32>,
-    /// The cache.
-    pub values: &'a mut Buffer<f32>,
-}
-
-/// Of [`qp_codegen::kernels::attention`].
-#[derive(LaunchArgs)]
-pub struct Attention<'a> {
-    /// Queries, not turned.
-    pub q: &'a Buffer<f32>,
-    /// Cosines.
-    pub cos: &'a Buffer<f32>,
-    /// Sines.
-    pub sin: &'a Buffer<f32>,
-    /// One a token.
-    pub positions: &'a Buffer<i32>,
-    /// One a token.
-    pub sequence: &'a Buffer<i32>,
-    /// Pages.
-    pub table: &'a Buffer<i32>,
-    /// The cache.
-    pub keys: &'a Buffer<f32>,
-    /// The cache.
-    pub values: &'a Buffer<f32>,
-    /// Outputs.
-    pub y: &'a mut Buffer<f32>,
-    /// Pages of a row of `table`.
-    pub stride: i32,
-}
-
 /// Of [`qp_codegen::kernels::rows`].
 #[derive(LaunchArgs)]
 pub struct Rows<'a> {

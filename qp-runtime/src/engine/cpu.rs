@@ -8,11 +8,12 @@
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use qp_codegen::kernels::attention as attend;
+use qp_codegen::kernels::attend::reference::{self as twin, Norms, Query, Token};
+use qp_codegen::kernels::{Span, attend};
 use rayon::prelude::*;
 
 use super::linear::Linears;
-use super::{Chunk, Engine, Error, PAGE, Room, check_chunks, check_pages, cut};
+use super::{Chunk, Engine, Error, PAGE, Room, attention_ops, check_chunks, check_pages, cut};
 use crate::model::program::{self, Attention, Node, Norm, Value};
 use crate::model::{LayerId, RopeTables, Weights, rope_tables};
 
@@ -25,15 +26,10 @@ pub struct CpuEngine {
     linears: Linears,
     rope: RopeTables,
     room: Room,
-    caches: Vec<Cache>,
+    /// By [`CacheId`](program::CacheId).
+    caches: Vec<Vec<u8>>,
     /// Of each node, the values that nothing reads after it.
     last_reads: Arc<[Vec<Value>]>,
-}
-
-/// Keys and values of one attention, each `pages × heads × PAGE × head_dim`.
-struct Cache {
-    keys: Vec<f32>,
-    values: Vec<f32>,
 }
 
 /// The values of a step's tokens, by [`Value`]: tokens × width each. What is not read any more is empty.
@@ -63,8 +59,8 @@ impl CpuEngine {
             return Err(Error::Positions { wanted: room.context, max: program.context });
         }
         let cache = |c: &program::Cache| {
-            let size = room.pages * c.heads * PAGE * c.head_dim;
-            Cache { keys: vec![0.0; size], values: vec![0.0; size] }
+            let layout = cache_layout(c, room);
+            vec![0; room.pages * layout.page_bytes() as usize]
         };
         Ok(CpuEngine {
             linears: Linears::new(&weights),
@@ -83,16 +79,20 @@ impl CpuEngine {
 
     /// Runs the nodes `nodes` of the program on the tokens of `chunks`, whose values lie in `values`. `see` is shown the
     /// layers and the input of each linear node before it is computed; if it breaks, the run ends there.
+    ///
+    /// # Errors
+    /// If what is computed is not finite.
     pub fn run(
         &mut self,
         nodes: Range<usize>,
         chunks: &[Chunk<'_>],
         values: &mut Values,
         mut see: impl FnMut(&[(LayerId, Value)], &[f32]) -> ControlFlow<()>,
-    ) {
+    ) -> Result<(), Error> {
         let (weights, last_reads) = (self.weights.clone(), self.last_reads.clone());
-        for (node, last) in weights.program.nodes[nodes.clone()].iter().zip(&last_reads[nodes]) {
-            match node {
+        for at in nodes {
+            let last = &last_reads[at];
+            match &weights.program.nodes[at] {
                 Node::Embed { layer, y } => {
                     let tokens: Vec<u32> = chunks.iter().flat_map(|c| c.tokens).copied().collect();
                     values.put(*y, self.linears.look_up(&weights[*layer], &tokens));
@@ -105,18 +105,18 @@ impl CpuEngine {
                 Node::Linear { x, layers } => {
                     let x = &values.0[x.0];
                     if see(layers, x).is_break() {
-                        return;
+                        return Ok(());
                     }
                     let linear: Vec<_> = layers.iter().map(|(id, _)| &weights[*id]).collect();
-                    let results = self.linears.apply(&linear, x);
+                    let results = self.linears.apply(&linear, x).ok_or_else(|| not_finite(&weights, at))?;
                     for ((_, y), result) in layers.iter().zip(results) {
                         values.put(*y, result);
                     }
                 }
                 Node::Attend(attention) => {
-                    let [q, k, v] = [attention.q, attention.k, attention.v].map(|value| values.take(value));
-                    let y = self.attend(&weights, attention, chunks, q, k, &v);
-                    values.put(attention.y, y);
+                    let qkv = [attention.q, attention.k, attention.v].map(|value| values.0[value.0].as_slice());
+                    let y = self.attend(&weights, attention, chunks, qkv);
+                    values.put(attention.y, y.ok_or_else(|| not_finite(&weights, at))?);
                 }
                 Node::Gate { gate, up, activation, y } => {
                     let mut gate = values.take(*gate);
@@ -144,78 +144,86 @@ impl CpuEngine {
                 values.take(*value);
             }
         }
+        Ok(())
     }
 
-    fn step_at_once(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<f32>) {
+    fn step_at_once(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<f32>) -> Result<(), Error> {
         let program = self.weights.program.clone();
         let mut values = self.values();
         let wanted = chunks.iter().any(|c| c.logits.rows(c.tokens.len()) > 0);
         let behind = program.cuts.last().expect("there is a cut before the head").node;
         let nodes = 0..if wanted { program.nodes.len() } else { behind };
-        self.run(nodes, chunks, &mut values, |_, _| ControlFlow::Continue(()));
+        self.run(nodes, chunks, &mut values, |_, _| ControlFlow::Continue(()))?;
         out.extend(values.take(program.head().1));
+        Ok(())
     }
 
-    /// Keys and values enter the cache; the results of attention, tokens × the queries' width.
+    /// Keys and values enter the cache; the results of attention, tokens × the queries' width. `None` if a number is not
+    /// finite.
     fn attend(
         &mut self,
         weights: &Weights,
         attention: &Attention,
         chunks: &[Chunk<'_>],
-        mut q: Vec<f32>,
-        mut k: Vec<f32>,
-        v: &[f32],
-    ) -> Vec<f32> {
-        let program::Cache { heads: kv_heads, head_dim: d } = weights.program.caches[attention.cache.0];
-        let heads = attention.heads;
-        let positions: Vec<usize> = chunks.iter().flat_map(|c| c.position..c.position + c.tokens.len()).collect();
-        for (heads, norm, x) in [(heads, attention.q_norm, &mut q), (kv_heads, attention.k_norm, &mut k)] {
-            if let Some(norm) = norm {
-                normalize(weights, &norm, x);
-            }
-            for (token, &position) in x.chunks_exact_mut(heads * d).zip(&positions) {
-                let (cos, sin) = self.rope.at(position);
-                token.chunks_exact_mut(d).for_each(|head| turn(head, cos, sin));
-            }
-        }
+        [q, k, v]: [&[f32]; 3],
+    ) -> Option<Vec<f32>> {
+        let tokens: usize = chunks.iter().map(|c| c.tokens.len()).sum();
+        let spans = [q, k, v].map(|x| Span::rows((x.len() / tokens) as u32));
+        let (append, op) = attention_ops(&weights.program, attention, self.room.cache, tokens as u32, spans);
+        let (heads, d) = (attention.heads, op.cache.head_dim as usize);
+        let weights_of = |norm: Option<Norm>| norm.map_or_else(Vec::new, |n| weights.of_heads(&n));
+        let (q_norm, k_norm) = (weights_of(attention.q_norm), weights_of(attention.k_norm));
         let cache = &mut self.caches[attention.cache.0];
-        let mut out = vec![0f32; q.len()];
-        let mut first = 0;
-        for chunk in chunks {
-            let tokens = first..first + chunk.tokens.len();
-            first = tokens.end;
-            let at = |page: u32, head: usize| (page as usize * kv_heads + head) * PAGE * d;
-            let new = tokens.start * kv_heads * d..tokens.end * kv_heads * d;
-            for (new, cached) in [(&k[new.clone()], &mut cache.keys), (&v[new], &mut cache.values)] {
-                for (i, head) in new.chunks_exact(d).enumerate() {
-                    let position = chunk.position + i / kv_heads;
-                    let at = at(chunk.pages[position / PAGE], i % kv_heads) + position % PAGE * d;
-                    cached[at..at + d].copy_from_slice(head);
-                }
-            }
-            let seen = chunk.position + chunk.tokens.len();
-            let gather = |cached: &[f32], head: usize| -> Vec<f32> {
-                let mut all = Vec::with_capacity(seen.next_multiple_of(PAGE) * d);
-                for page in &chunk.pages[..seen.div_ceil(PAGE)] {
-                    all.extend_from_slice(&cached[at(*page, head)..][..PAGE * d]);
-                }
-                all
-            };
-            let gathered: Vec<[Vec<f32>; 2]> = (0..kv_heads)
-                .into_par_iter()
-                .map(|head| [&cache.keys, &cache.values].map(|cached| gather(cached, head)))
-                .collect();
-            let own = tokens.start * heads * d..tokens.end * heads * d;
-            let pairs = out[own.clone()].par_chunks_exact_mut(d).zip(q[own].par_chunks_exact(d)).enumerate();
-            pairs.for_each(|(i, (out, q))| {
-                let (t, h) = (i / heads, i % heads);
-                let [keys, values] = &gathered[h / (heads / kv_heads)];
-                let seen = (chunk.position + t + 1) * d;
-                attend::reference(q, &keys[..seen], &values[..seen], out);
-            });
+        let planes = 2 * op.cache.columns() as usize;
+        let (mut queries, mut scales) = (vec![0i8; tokens * heads * planes], vec![0f32; tokens * heads]);
+        let places = chunks.iter().flat_map(|c| (0..c.tokens.len()).map(move |i| (c, c.position + i)));
+        let mut finite = true;
+        for (t, (chunk, position)) in places.clone().enumerate() {
+            let slot = chunk.pages[position / PAGE] as usize * PAGE + position % PAGE;
+            let (cos, sin) = self.rope.at(position);
+            let row = |span: Span| t * span.stride as usize..(t + 1) * span.stride as usize;
+            let (q, k, v) = (&q[row(spans[0])], &k[row(spans[1])], &v[row(spans[2])]);
+            let token = Token { q, k, v, cos, sin, slot };
+            finite &= twin::append(
+                &append,
+                &token,
+                Norms { q: &q_norm, k: &k_norm },
+                cache,
+                &mut queries[t * heads * planes..(t + 1) * heads * planes],
+                &mut scales[t * heads..(t + 1) * heads],
+            );
         }
-        out
+        if !finite {
+            return None;
+        }
+        let pages: Vec<Vec<i32>> = chunks.iter().map(|c| c.pages.iter().map(|p| p.cast_signed()).collect()).collect();
+        let of_token: Vec<(usize, usize)> = chunks
+            .iter()
+            .enumerate()
+            .flat_map(|(i, c)| (c.position..c.position + c.tokens.len()).map(move |p| (i, p)))
+            .collect();
+        let mut out = vec![0f32; tokens * heads * d];
+        let cache = &self.caches[attention.cache.0];
+        let fine = out.par_chunks_exact_mut(d).enumerate().map(|(i, out)| {
+            let (t, head) = (i / heads, i % heads);
+            let (chunk, position) = of_token[t];
+            let query = Query {
+                planes: &queries[i * planes..(i + 1) * planes],
+                scale: scales[i],
+                position: position as u32,
+                pages: &pages[chunk],
+                kv_head: head as u32 / op.group(),
+                sink: 0.0,
+            };
+            twin::attend(&op, cache, &query, out)
+        });
+        fine.reduce(|| true, |a, b| a && b).then_some(out)
     }
+}
+
+/// How a cache lies in memory.
+fn cache_layout(cache: &program::Cache, room: Room) -> attend::Cache {
+    attend::Cache { kv_heads: cache.heads as u32, head_dim: cache.head_dim as u32, planes: room.cache.planes() }
 }
 
 impl Engine for CpuEngine {
@@ -240,18 +248,15 @@ impl Engine for CpuEngine {
         out.clear();
         // Inside the pool, so that the many small parallel loops need not enter it one by one.
         let steps = cut(chunks, &|left| left.min(MOST_TOKENS), usize::MAX, usize::MAX);
-        rayon::scope(|_| steps.iter().for_each(|step| self.step_at_once(step, out)));
-        Ok(())
+        rayon::scope(|_| steps.iter().try_for_each(|step| self.step_at_once(step, out)))
     }
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<(), Error> {
         check_pages(self, &[from, to])?;
         let pages = self.room.pages;
-        for Cache { keys, values } in &mut self.caches {
-            for cached in [keys, values] {
-                let size = cached.len() / pages;
-                cached.copy_within(from as usize * size..(from as usize + 1) * size, to as usize * size);
-            }
+        for cache in &mut self.caches {
+            let size = cache.len() / pages;
+            cache.copy_within(from as usize * size..(from as usize + 1) * size, to as usize * size);
         }
         Ok(())
     }
@@ -266,10 +271,6 @@ fn normalize(weights: &Weights, norm: &Norm, x: &mut [f32]) {
     }
 }
 
-/// Rotary embedding of one head: element `i` turns with element `i + cos.len()`.
-fn turn(head: &mut [f32], cos: &[f32], sin: &[f32]) {
-    let (a, b) = head.split_at_mut(cos.len());
-    for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
-        (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
-    }
+fn not_finite(weights: &Weights, node: usize) -> Error {
+    Error::NotFinite { layer: weights.program.describe(node) }
 }

@@ -103,7 +103,7 @@ impl Linears {
 
     /// Several linear layers of one input `x` (tokens × columns): tokens × rows each. The input is rotated and rounded
     /// once for all layers that share a rotation.
-    pub fn apply(&self, layers: &[&Linear], x: &[f32]) -> Vec<Vec<f32>> {
+    pub fn apply(&self, layers: &[&Linear], x: &[f32]) -> Option<Vec<Vec<f32>>> {
         let mut prepared: Vec<(Rotation, Vec<Activations>)> = Vec::new();
         let one = |layer: &&Linear| {
             let mut y = match &layer.weight {
@@ -114,6 +114,9 @@ impl Linears {
                         prepared.push((rotation, self.prepare(rotation, layer.cols, x)));
                         prepared.len() - 1
                     });
+                    if prepared[at].1.iter().any(|token| !token.scale.is_finite()) {
+                        return None;
+                    }
                     let decoder = self.decoder(quantizer).expect("added by new");
                     let kept = self.kept.get(&address(matrix)).map(|k| k.get_or_init(|| decoder.entries(matrix)));
                     decoder.linear(matrix, kept, &prepared[at].1)
@@ -122,7 +125,7 @@ impl Linears {
             if let Some(bias) = &layer.bias {
                 y.chunks_exact_mut(layer.rows).for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
             }
-            y
+            Some(y)
         };
         layers.iter().map(one).collect()
     }

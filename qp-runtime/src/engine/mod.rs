@@ -24,11 +24,13 @@ pub use pages::Pool;
 pub use sampling::{Sampler, Sampling};
 pub use session::Session;
 
+use qp_codegen::kernels::{Span, attend};
+
 use crate::device::Executor;
-use crate::model::Weights;
+use crate::model::{Weights, program};
 
 /// Positions of a page of keys and values.
-pub const PAGE: usize = 64;
+pub const PAGE: usize = attend::PAGE as usize;
 
 /// Room for sequences.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,12 +39,34 @@ pub struct Room {
     pub context: usize,
     /// Pages of all sequences together.
     pub pages: usize,
+    /// How precisely keys and values are kept.
+    pub cache: Precision,
+}
+
+/// Bits of a number of keys and values. Each head of a position has scales of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// 8 bits.
+    Bits8,
+    /// 16 bits.
+    #[default]
+    Bits16,
+}
+
+impl Precision {
+    /// Bytes of a number, each of which is a plane of the cache.
+    pub fn planes(self) -> u32 {
+        match self {
+            Precision::Bits8 => 1,
+            Precision::Bits16 => 2,
+        }
+    }
 }
 
 impl Room {
     /// For one sequence of up to `context` tokens.
     pub fn one(context: usize) -> Room {
-        Room { context, pages: context.div_ceil(PAGE) }
+        Room { context, pages: context.div_ceil(PAGE), cache: Precision::default() }
     }
 }
 
@@ -98,6 +122,25 @@ impl Logits {
             Logits::All => tokens,
         }
     }
+}
+
+/// What the kernels of an attention, and their twins, are made for: a step of `tokens` tokens whose queries, keys and values
+/// lie where `spans` say.
+fn attention_ops(
+    program: &program::Program,
+    attention: &program::Attention,
+    cache: Precision,
+    tokens: u32,
+    [q, k, v]: [Span; 3],
+) -> (attend::Append, attend::Attend) {
+    let shape = program.caches[attention.cache.0];
+    let (kv_heads, head_dim) = (shape.heads as u32, shape.head_dim as u32);
+    let cache = attend::Cache { kv_heads, head_dim, planes: cache.planes() };
+    let (heads, scale) = (attention.heads as u32, attention.scale);
+    let (rotary, norm) = (2 * program.rope.frequencies.len() as u32, attention.q_norm.map(|n| n.norm.eps));
+    let append = attend::Append { cache, heads, tokens, q, k, v, rotary, norm, scale };
+    let window = attention.window.map(|w| w as u32);
+    (append, attend::Attend { cache, heads, tokens, window, soft_cap: attention.soft_cap, sinks: false })
 }
 
 /// Tokens that follow a sequence.

@@ -93,6 +93,12 @@ pub struct Attention {
     pub q_norm: Option<Norm>,
     /// The same of the keys.
     pub k_norm: Option<Norm>,
+    /// What scores, the products of queries and keys, are multiplied with.
+    pub scale: f32,
+    /// Positions that a token sees, its own included; all up to its own if there is no window.
+    pub window: Option<usize>,
+    /// Scores `s` become `cap · tanh(s / cap)`.
+    pub soft_cap: Option<f32>,
 }
 
 /// A step of the computation.
@@ -153,6 +159,19 @@ pub enum Node {
 }
 
 impl Node {
+    /// The norms of heads of queries and keys.
+    pub fn head_norms(&self) -> Vec<Norm> {
+        match self {
+            Node::Attend(a) => a.q_norm.into_iter().chain(a.k_norm).collect(),
+            Node::Embed { .. }
+            | Node::Norm { .. }
+            | Node::Linear { .. }
+            | Node::Gate { .. }
+            | Node::Add { .. }
+            | Node::Rows { .. } => Vec::new(),
+        }
+    }
+
     /// The values that it reads.
     pub fn reads(&self) -> Vec<Value> {
         match self {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use qp_codegen::spec::Quantizer;
 
-use super::program::{Layer, LayerId, Program, VectorId};
+use super::program::{Layer, LayerId, Norm, Program, VectorId};
 use super::{Error, Tensor, TensorDir};
 use crate::codec::PackedMatrix;
 
@@ -27,6 +27,11 @@ pub trait Source {
     /// # Errors
     /// If it is missing, damaged or of another shape.
     fn linear(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, Error>;
+
+    /// Names of layers that a plan launches together, group by group.
+    fn groups(&self) -> Vec<Vec<String>> {
+        Vec::new()
+    }
 
     /// True if the layer `name` is quantized by itself. So may be an output layer that is tied to the embedding.
     fn is_quantized(&self, name: &str) -> bool {
@@ -100,6 +105,8 @@ pub struct Weights {
     pub program: Arc<Program>,
     layers: Vec<Linear>,
     vectors: Vec<Vec<f32>>,
+    /// Layers that the plan launches together, group by group.
+    pub groups: Vec<Vec<LayerId>>,
 }
 
 impl Index<LayerId> for Weights {
@@ -147,7 +154,14 @@ impl Weights {
             layers.push(Linear { name, rows, cols, weight, bias });
         }
         let vectors = program.vectors.iter().map(|v| vector(&v.tensor, v.len)).collect::<Result<_, _>>()?;
-        Ok(Weights { program: program.clone(), layers, vectors })
+        let ids = |group: Vec<String>| group.iter().filter_map(|name| program.named(name)).collect();
+        let groups = source.groups().into_iter().map(ids).collect();
+        Ok(Weights { program: program.clone(), layers, vectors, groups })
+    }
+
+    /// The weights of a norm of heads as attention takes them: with the 1 that some norms add.
+    pub fn of_heads(&self, norm: &Norm) -> Vec<f32> {
+        self[norm.weight].iter().map(|w| if norm.norm.add_one { w + 1.0 } else { *w }).collect()
     }
 
     /// Replaces the matrix of a layer, and of those that have the same.

@@ -106,10 +106,10 @@ impl Calibration {
         let (first, pages) = (program.cuts[0], (0..window.div_ceil(PAGE) as u32).collect::<Vec<_>>());
         let streams = texts.iter().map(|text| {
             let mut values = engine.values();
-            engine.run(0..first.node, &[chunk(text, &pages)], &mut values, |_, _| ControlFlow::Continue(()));
-            values.take(first.stream)
+            engine.run(0..first.node, &[chunk(text, &pages)], &mut values, |_, _| ControlFlow::Continue(()))?;
+            Ok(values.take(first.stream))
         });
-        let streams = streams.collect();
+        let streams = streams.collect::<Result<_, engine::Error>>()?;
         Ok(Calibration { program, engine, entry, texts, pages, streams, next: 0, hessians: vec![], last: None })
     }
 
@@ -134,7 +134,7 @@ impl Calibration {
         let piece = self.program.cuts.iter().take_while(|c| c.node <= node).count() - 1;
         while self.next <= piece {
             self.last = None;
-            self.advance(if self.next == piece { rotations } else { &[] });
+            self.advance(if self.next == piece { rotations } else { &[] })?;
         }
         let pieces = Pieces::new(&q.codes[0]);
         if let Some((n, rotation, p, made)) = &self.last
@@ -153,7 +153,7 @@ impl Calibration {
     }
 
     /// Runs piece `next` of the program, and sums Hessians for its layers that `rotations` has.
-    fn advance(&mut self, rotations: &[Option<Rotation>]) {
+    fn advance(&mut self, rotations: &[Option<Rotation>]) -> Result<(), engine::Error> {
         self.hessians.clear();
         let Calibration { program, engine, hessians, texts, pages, streams, next, .. } = self;
         let (cut, behind) = (program.cuts[*next], program.cuts.get(*next + 1));
@@ -181,12 +181,13 @@ impl Calibration {
                 }
                 // Nobody asks for the logits.
                 if layers[0].0 == head { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-            });
+            })?;
             if let Some(behind) = behind {
                 *stream = values.take(behind.stream);
             }
         }
         *next += 1;
+        Ok(())
     }
 }
 

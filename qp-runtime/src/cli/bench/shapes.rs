@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 use qp_codegen::ir::Elem;
 
 use crate::cli::Error;
+use crate::engine::Precision;
 use crate::engine::cuda::layout::{Form, Layout};
 use crate::model::{Config, LayerId, arch};
 use crate::plan::{self, Plan};
@@ -109,6 +110,6 @@ impl ModelArgs {
         let forms: Vec<Form> = program.ids().map(form).collect();
         let fused: Vec<Vec<LayerId>> =
             resolved.groups.iter().map(|g| g.iter().copied().map(LayerId).collect()).collect();
-        Ok(Layout::new(&program, &forms, &fused))
+        Ok(Layout::new(&program, &forms, &fused, Precision::default()))
     }
 }

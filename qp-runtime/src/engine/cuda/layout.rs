@@ -3,10 +3,13 @@
 use std::sync::Arc;
 
 use qp_codegen::ir::Elem;
+use qp_codegen::kernels::attend;
 use qp_codegen::layout::Packed;
 use qp_codegen::spec::{Quantizer, Shape};
 
 use crate::device::ops::{first_rows, stacked};
+use crate::engine::Precision;
+use crate::model::program::CacheId;
 use crate::model::{Dtype, LayerId, Program, Weight, Weights};
 
 /// What a layer's matrix is stored as.
@@ -40,14 +43,18 @@ fn shared(weights: &Weights, id: LayerId, weight: &Weight) -> bool {
     weights.program.layer(id).shares.is_some_and(|of| weight.is(&weights[of].weight))
 }
 
-/// The layers of one input that a launch computes together, as indices into `layers`: those of one group of `fused`, and,
-/// of the rest, those of equal quantizers. What is not packed has a launch of its own.
+/// The layers of one input that a launch computes together, as indices into `layers`: of those with equal quantizers, those
+/// of one group of `fused` and no others, or all of them if no group has any of the layers. What is not packed has a
+/// launch of its own.
 ///
 /// The allocator, the profile and the engine all ask this.
 pub fn launches(layers: &[LayerId], forms: &[Form], fused: &[Vec<LayerId>]) -> Vec<Vec<usize>> {
     let group_of = |id: LayerId| fused.iter().position(|g| g.contains(&id));
+    let planned = layers.iter().any(|l| group_of(*l).is_some());
     let together = |a: LayerId, b: LayerId| match (&forms[a.0], &forms[b.0]) {
-        (Form::Packed(p), Form::Packed(q)) => p == q && group_of(a) == group_of(b),
+        (Form::Packed(p), Form::Packed(q)) => {
+            p == q && (!planned || group_of(a).is_some_and(|g| group_of(b) == Some(g)))
+        }
         (Form::Packed(_) | Form::Dense(_) | Form::Shared, _) => false,
     };
     let mut out: Vec<Vec<usize>> = Vec::new();
@@ -88,16 +95,19 @@ pub struct Layout {
     pub specs: Vec<Arc<Quantizer>>,
     /// The matrix of each layer.
     pub matrix_of: Vec<usize>,
+    /// How precisely keys and values are kept.
+    pub cache: Precision,
 }
 
 impl Layout {
     /// Lays out the layers of a program, whose forms are `forms`; those of a group of `fused` are launched together.
-    pub fn new(program: &Arc<Program>, forms: &[Form], fused: &[Vec<LayerId>]) -> Layout {
+    pub fn new(program: &Arc<Program>, forms: &[Form], fused: &[Vec<LayerId>], cache: Precision) -> Layout {
         let mut out = Layout {
             program: program.clone(),
             matrices: Vec::new(),
             specs: Vec::new(),
             matrix_of: vec![usize::MAX; program.layers.len()],
+            cache,
         };
         let embeddings = program.ids().filter(|id| program.is_embedding(*id)).map(|id| vec![id]);
         for group in program.groups().chain(embeddings) {
@@ -137,6 +147,13 @@ impl Layout {
         self.matrices.push(Stored { layers, firsts, form: form.clone(), shape, stride, spec });
     }
 
+    /// How the keys and values of an attention lie in memory.
+    pub fn cache_of(&self, id: CacheId) -> attend::Cache {
+        let shape = self.program.caches[id.0];
+        let (kv_heads, head_dim) = (shape.heads as u32, shape.head_dim as u32);
+        attend::Cache { kv_heads, head_dim, planes: self.cache.planes() }
+    }
+
     /// The matrix of a layer, and the first of its rows.
     pub fn place(&self, id: LayerId) -> (usize, u32) {
         let matrix = self.matrix_of[id.0];
@@ -144,5 +161,23 @@ impl Layout {
         // A layer that shares a matrix begins where that one does.
         let first = stored.layers.iter().position(|l| *l == id).map_or(stored.firsts[0], |i| stored.firsts[i]);
         (matrix, first)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plans_groups_are_what_is_launched() {
+        let packed = |name: &str| Form::Packed(Arc::new(qp_codegen::palette::get(name).expect("of the palette")));
+        let ids = |ids: &[usize]| ids.iter().copied().map(LayerId).collect::<Vec<_>>();
+        let forms = [packed("nuq_3"), packed("nuq_3"), packed("nuq_3"), packed("nuq_4"), Form::Dense(Elem::F32)];
+        let (all, qkv) = (ids(&[0, 1, 2, 3, 4]), ids(&[0, 1, 2]));
+        assert_eq!(launches(&all, &forms, &[]), [vec![0, 1, 2], vec![3], vec![4]]);
+        assert_eq!(launches(&qkv, &forms, &[ids(&[1, 2])]), [vec![0], vec![1, 2]]);
+        assert_eq!(launches(&qkv, &forms, &[ids(&[0]), ids(&[1]), ids(&[2])]), [vec![0], vec![1], vec![2]]);
+        // Groups of other layers do not matter.
+        assert_eq!(launches(&qkv, &forms, &[ids(&[3, 4])]), [vec![0, 1, 2]]);
     }
 }

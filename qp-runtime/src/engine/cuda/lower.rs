@@ -9,12 +9,11 @@
 use std::collections::BTreeMap;
 
 use qp_codegen::cuda::Device;
-use qp_codegen::ir::{Elem, Kernel};
+use qp_codegen::ir::Kernel;
 use qp_codegen::kernels::Span;
 use qp_codegen::kernels::add::{self, Add};
-use qp_codegen::kernels::append::{self, Append};
 use qp_codegen::kernels::argmax::{self, Argmax};
-use qp_codegen::kernels::attention::{self, Attention};
+use qp_codegen::kernels::attend::{Append, Attend, append, few, many};
 use qp_codegen::kernels::dense::{self, Dense};
 use qp_codegen::kernels::embed::{self, Embed};
 use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
@@ -27,8 +26,14 @@ use qp_codegen::kernels::rows::{self, Rows};
 use qp_codegen::spec::{Rotation, Shape};
 
 use super::layout::{Form, Layout};
+use crate::engine::attention_ops;
 use crate::model::LayerId;
 use crate::model::program::{self, CacheId, Node, Value, VectorId};
+
+/// Most tokens whose attention is computed for each token by itself.
+const FEW: u32 = 64;
+/// Most sequences of a step of more tokens.
+pub const MOST_CHUNKS: u32 = 128;
 
 /// A buffer of `f32` that launches pass on, a row of `stride` values a token. Slots of one stride are numbered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -76,10 +81,12 @@ pub enum Op {
     Dense(Dense),
     /// One slot onto another, or a bias onto a slot.
     Add(Add),
-    /// New keys and values into the cache.
+    /// New keys and values into the cache, queries rounded.
     Append(Append),
-    /// Attention.
-    Attention(Attention),
+    /// Attention, each token for itself.
+    AttendFew(Attend),
+    /// Attention, tokens of up to [`MOST_CHUNKS`] sequences in tiles.
+    AttendMany(Attend),
     /// A gated unit before dense layers.
     Glu(Glu),
     /// The rows whose logits are wanted.
@@ -99,7 +106,7 @@ impl Op {
             Op::Dense(_) => "dense product",
             Op::Add(_) => "add",
             Op::Append(_) => "append",
-            Op::Attention(_) => "attention",
+            Op::AttendFew(_) | Op::AttendMany(_) => "attention",
             Op::Glu(_) => "gated unit",
             Op::Rows(_) => "rows",
             Op::Argmax(_) => "argmax",
@@ -140,7 +147,11 @@ impl Op {
             Op::Dense(op) => dense::lower(op),
             Op::Add(op) => add::lower(op),
             Op::Append(op) => append::lower(op),
-            Op::Attention(op) => attention::lower(op),
+            Op::AttendFew(op) => few::lower(op, &few::Launch::choose(op, device)),
+            Op::AttendMany(op) => {
+                let launch = many::Launch::choose(op, device);
+                many::lower(op, &launch, most_tiles(layout, device, op.tokens))
+            }
             Op::Glu(op) => glu::lower(op),
             Op::Rows(op) => rows::lower(op),
             Op::Argmax(op) => argmax::lower(op),
@@ -167,8 +178,8 @@ pub struct Launch {
     pub write: Option<Slot>,
     /// Index of a matrix.
     pub matrix: Option<usize>,
-    /// Weights of a norm.
-    pub vector: Option<VectorId>,
+    /// Weights of norms.
+    pub vectors: Vec<VectorId>,
     /// The layer whose bias is added.
     pub bias: Option<LayerId>,
     /// Keys and values.
@@ -223,6 +234,29 @@ pub fn step(layout: &Layout, tokens: u32, wanted: Wanted) -> Step {
         lowering.launch(Op::Argmax(op), &[p.slot], None);
     }
     Step { launches: lowering.launches, logits }
+}
+
+/// Most tokens of a tile of the attention of many tokens: what suits every attention of the program.
+pub fn tile_tokens(layout: &Layout, device: &Device) -> u32 {
+    let tile = |node: &Node| match node {
+        Node::Attend(attention) => {
+            let spans = [Span::rows(0); 3];
+            let (_, op) = attention_ops(&layout.program, attention, layout.cache, FEW + 1, spans);
+            Some(many::Launch::choose(&op, device).tile_tokens(&op))
+        }
+        _ => None,
+    };
+    layout.program.nodes.iter().filter_map(tile).min().unwrap_or(1)
+}
+
+/// Tiles of a step of `tokens` tokens, at most.
+pub fn most_tiles(layout: &Layout, device: &Device, tokens: u32) -> u32 {
+    tokens / tile_tokens(layout, device) + MOST_CHUNKS.min(tokens)
+}
+
+/// Whether the attention of a step of `tokens` tokens is computed in tiles.
+pub fn is_many(tokens: u32) -> bool {
+    tokens > FEW
 }
 
 struct Lowering<'l> {
@@ -349,7 +383,7 @@ impl<'l> Lowering<'l> {
             reads: reads.to_vec(),
             write,
             matrix: None,
-            vector: None,
+            vectors: Vec::new(),
             bias: None,
             cache: None,
         });
@@ -430,7 +464,7 @@ impl<'l> Lowering<'l> {
                 let x = self.place(x);
                 let (slot, _) = self.own(value);
                 let op = Norm { columns: width, batch, x: x.span, norm: norm.norm };
-                self.launch(Op::Norm(op), &[x.slot], Some(slot)).vector = Some(norm.weight);
+                self.launch(Op::Norm(op), &[x.slot], Some(slot)).vectors = vec![norm.weight];
             }
             Pending::Gate { gate, up, activation } => {
                 let (gate, up) = (self.place(gate), self.place(up));
@@ -462,7 +496,7 @@ impl<'l> Lowering<'l> {
             rotation,
         };
         let reads: Vec<Slot> = [input.slot].into_iter().chain(up.map(|u| u.0.slot)).collect();
-        self.launch(Op::Prepare(op), &reads, None).vector = norm.map(|n| n.weight);
+        self.launch(Op::Prepare(op), &reads, None).vectors = norm.map(|n| n.weight).into_iter().collect();
     }
 
     /// The residual stream onto which a layer's output is added, if a launch of that layer alone may do so.
@@ -549,18 +583,19 @@ impl<'l> Lowering<'l> {
     }
 
     fn attend(&mut self, attention: &program::Attention) {
-        let program::Attention { cache, q, k, v, y, heads, .. } = *attention;
+        let program::Attention { cache, q, k, v, y, .. } = *attention;
         for value in [q, k, v] {
             self.materialise(value);
         }
-        let (q, k, v) = (self.place(q), self.place(k), self.place(v));
-        let shape = self.layout.program.caches[cache.0];
-        let (kv_heads, head_dim) = (shape.heads as u32, shape.head_dim as u32);
-        let (batch, elem) = (self.batch, Elem::F32);
-        let op = Append { heads: kv_heads, head_dim, batch, k: k.span, v: v.span, cache: elem };
-        self.launch(Op::Append(op), &[k.slot, v.slot], None).cache = Some(cache);
+        let places = [q, k, v].map(|value| self.place(value));
+        let spans = places.map(|p| p.span);
+        let layout = self.layout;
+        let (append, op) = attention_ops(&layout.program, attention, layout.cache, self.batch, spans);
+        let launch = self.launch(Op::Append(append), &places.map(|p| p.slot), None);
+        launch.cache = Some(cache);
+        launch.vectors = attention.q_norm.iter().chain(&attention.k_norm).map(|n| n.weight).collect();
         let (slot, _) = self.own(y);
-        let op = Attention { heads: heads as u32, kv_heads, head_dim, batch, q: q.span, cache: elem };
-        self.launch(Op::Attention(op), &[q.slot], Some(slot)).cache = Some(cache);
+        let op = if is_many(self.batch) { Op::AttendMany(op) } else { Op::AttendFew(op) };
+        self.launch(op, &[], Some(slot)).cache = Some(cache);
     }
 }

@@ -10,6 +10,7 @@ use super::layout::{Form, Layout, Stored};
 use super::lower::{self, Slot, Wanted};
 use super::{MOST_ROWS, most_tokens};
 use crate::engine::{Error, PAGE, Room};
+use crate::model::program::CacheId;
 
 /// Left free for kernels, graphs and what the driver needs.
 const RESERVE: u64 = 256 << 20;
@@ -42,7 +43,7 @@ impl Needs {
         let table = 4 * (room.context.div_ceil(PAGE) * room.pages.min(most as usize)) as u64;
         Needs {
             weights: layout.matrices.iter().map(|m| bytes(layout, m)).sum(),
-            page: program.caches.iter().map(|c| (2 * 4 * PAGE * c.heads * c.head_dim) as u64).sum(),
+            page: (0..program.caches.len()).map(|i| u64::from(layout.cache_of(CacheId(i)).page_bytes())).sum(),
             pages: room.pages as u64,
             step: slots.values().sum::<u64>() + 2 * u64::from(columns) * u64::from(most) + angles + table,
         }

@@ -22,7 +22,9 @@ pub mod rest;
 
 use std::collections::BTreeMap;
 
+use qp_codegen::kernels::attend::many::Run;
 use qp_codegen::kernels::product::MAX_BATCH;
+use qp_codegen::kernels::{Span, attend};
 
 use self::layout::{Form, Layout, Stored};
 use self::lower::{Launch, Slot, Wanted};
@@ -30,11 +32,12 @@ use self::matrix::Matrix;
 pub use self::matrix::Uploads;
 pub use self::memory::Needs;
 use self::record::{Constants, Kernels, State, record};
-use super::{Chunk, Engine, Error, PAGE, Room, check_chunks, check_pages, cut};
+use super::{Chunk, Engine, Error, PAGE, Room, attention_ops, check_chunks, check_pages, cut};
+use crate::device::attend::{Queries, Tokens};
 use crate::device::ops::DeviceActivations;
 use crate::device::{Buffer, DeviceError, Executor, Graph};
-use crate::model::program::VectorId;
-use crate::model::{Weights, program, rope_tables};
+use crate::model::program::{CacheId, Node, Norm, VectorId};
+use crate::model::{Weights, rope_tables};
 
 /// Numbers of tokens that steps are made for: others are padded.
 const SIZES: [u32; 12] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048];
@@ -84,7 +87,7 @@ impl CudaEngine {
         if room.context > weights.program.context {
             return Err(Error::Positions { wanted: room.context, max: weights.program.context });
         }
-        let layout = Layout::new(&weights.program, &Form::of(weights), &[]);
+        let layout = Layout::new(&weights.program, &Form::of(weights), &weights.groups, room.cache);
         if let Some((free, _)) = executor.free_memory()? {
             Needs::of(&layout, room).check(free as u64)?;
         }
@@ -92,17 +95,15 @@ impl CudaEngine {
         let matrices = layout.matrices.iter().map(matrix).collect::<Result<_, DeviceError>>()?;
         uploads.done();
         let count = weights.program.vectors.len();
-        let vectors = (0..count).map(|i| executor.upload(&weights[VectorId(i)]));
+        let heads: Vec<Norm> = weights.program.nodes.iter().flat_map(Node::head_norms).collect();
+        let vectors = (0..count).map(|i| match heads.iter().find(|n| n.weight == VectorId(i)) {
+            Some(norm) => executor.upload(&weights.of_heads(norm)),
+            None => executor.upload(&weights[VectorId(i)]),
+        });
         let vectors = vectors.collect::<Result<_, DeviceError>>()?;
         let biases = weights.layers().iter().map(|l| l.bias.as_ref().map(|b| executor.upload(b)).transpose());
         let biases = biases.collect::<Result<_, DeviceError>>()?;
-        let on_gpu = executor.gpu().is_some();
-        let mut engine = Self::of(executor, layout, room, matrices, vectors, biases)?;
-        if on_gpu {
-            // Compiled now, so that the first tokens are not the slow ones.
-            engine.prepare(1, Wanted { rows: 1, best: true })?;
-        }
-        Ok(engine)
+        Ok(Self::of(executor, layout, room, matrices, vectors, biases)?)
     }
 
     /// An engine of matrices that `matrix` makes, with norms' weights of 1 and biases of 0: for measuring times.
@@ -141,23 +142,34 @@ impl CudaEngine {
         let most = most_tokens as usize;
         let stride = room.context.div_ceil(PAGE).max(1);
         let sequences = most.min(room.pages.max(1));
-        let cache = |c: &program::Cache| {
-            let len = room.pages * c.heads * PAGE * c.head_dim;
-            Ok((on.zeroed(len)?, on.zeroed(len)?))
+        let ids = || (0..layout.program.caches.len()).map(CacheId);
+        let cache = |id| on.zeroed(room.pages * layout.cache_of(id).page_bytes() as usize);
+        let (mut queries, mut heads) = (0, 0);
+        for node in &layout.program.nodes {
+            let Node::Attend(attention) = node else { continue };
+            let (_, op) = attention_ops(&layout.program, attention, room.cache, most_tokens, [Span::rows(0); 3]);
+            heads = heads.max(op.heads);
+            queries = queries.max(2 * op.heads * op.cache.columns());
+        }
+        let tiles = 2 * lower::most_tiles(&layout, &on.device(), most_tokens) as usize;
+        let places = Tokens {
+            positions: on.zeroed(most)?,
+            sequence: on.zeroed(most)?,
+            slots: on.zeroed(most)?,
+            table: on.zeroed(sequences * stride)?,
+            tiles: on.zeroed(tiles)?,
+            stride: stride as i32,
         };
         let state = State {
             tokens: on.zeroed(most)?,
-            positions: on.zeroed(most)?,
-            slots: on.zeroed(most)?,
-            sequence: on.zeroed(most)?,
-            table: on.zeroed(sequences * stride)?,
-            stride: stride as u32,
+            places,
             rows: on.zeroed(MOST_ROWS as usize)?,
             best: on.zeroed(MOST_ROWS as usize)?,
             values: BTreeMap::new(),
             activations: DeviceActivations::new(on, columns, most_tokens)?,
             faults: on.zeroed(layout.program.nodes.len())?,
-            caches: layout.program.caches.iter().map(cache).collect::<Result<_, DeviceError>>()?,
+            queries: Queries { planes: on.zeroed(most * queries as usize)?, scale: on.zeroed(most * heads as usize)? },
+            caches: ids().map(cache).collect::<Result<_, DeviceError>>()?,
         };
         let (kernels, graphs, table) = (Kernels::default(), BTreeMap::new(), vec![0; sequences * stride]);
         Ok(CudaEngine { executor, layout, room, most_tokens, constants, state, table, kernels, graphs })
@@ -181,7 +193,12 @@ impl CudaEngine {
             return Ok(());
         }
         let step = lower::step(&self.layout, tokens, wanted);
-        self.load(&step.launches)?;
+        let mut launches = step.launches.clone();
+        if self.graphs.is_empty() {
+            // The first step's kernels are compiled together with those of the tokens that will follow.
+            launches.extend(lower::step(&self.layout, 1, Wanted { rows: 1, best: true }).launches);
+        }
+        self.load(&launches)?;
         let CudaEngine { executor, constants, state, kernels, graphs, .. } = self;
         let mut recorder = executor.record();
         for launch in &step.launches {
@@ -210,9 +227,9 @@ impl CudaEngine {
         launches.retain(of);
         self.load(&launches)?;
         let CudaEngine { executor, room, constants, state, kernels, .. } = self;
-        state.positions.write(0, &vec![position as i32; tokens as usize])?;
+        state.places.positions.write(0, &vec![position as i32; tokens as usize])?;
         let places: Vec<i32> = (0..tokens as i32).map(|i| i % (room.pages * PAGE) as i32).collect();
-        state.slots.write(0, &places)?;
+        state.places.slots.write(0, &places)?;
         let mut recorder = executor.record();
         for launch in &launches {
             record(launch, &mut recorder, kernels, state, constants)?;
@@ -228,7 +245,7 @@ impl CudaEngine {
         let (mut tokens, mut positions) = (Vec::with_capacity(size as usize), Vec::with_capacity(size as usize));
         let (mut slots, mut sequence) = (Vec::with_capacity(size as usize), Vec::with_capacity(size as usize));
         let mut wanted: Vec<usize> = Vec::new();
-        let stride = self.state.stride as usize;
+        let stride = self.state.places.stride as usize;
         for (row, chunk) in chunks.iter().enumerate() {
             let n = chunk.tokens.len();
             wanted.extend(tokens.len() + n - chunk.logits.rows(n)..tokens.len() + n);
@@ -244,7 +261,7 @@ impl CudaEngine {
             let same = mirror.iter().zip(pages).take_while(|(a, b)| **a == b.cast_signed()).count();
             if same < pages.len() {
                 mirror.iter_mut().zip(pages).for_each(|(a, b)| *a = b.cast_signed());
-                self.state.table.write(row * stride + same, &mirror[same..])?;
+                self.state.places.table.write(row * stride + same, &mirror[same..])?;
             }
         }
         tokens.resize(size as usize, 0);
@@ -255,9 +272,24 @@ impl CudaEngine {
         let rows = if wanted.is_empty() { 0 } else { padded(wanted.len() as u32) };
         let rows_of: Vec<usize> = if rows == size { wanted.clone() } else { (0..wanted.len()).collect() };
         self.state.tokens.write(0, &tokens)?;
-        self.state.positions.write(0, &positions)?;
-        self.state.slots.write(0, &slots)?;
-        self.state.sequence.write(0, &sequence)?;
+        self.state.places.positions.write(0, &positions)?;
+        self.state.places.slots.write(0, &slots)?;
+        self.state.places.sequence.write(0, &sequence)?;
+        if lower::is_many(size) {
+            let mut first = 0;
+            let runs: Vec<Run> = chunks
+                .iter()
+                .map(|c| {
+                    let run = Run { first, tokens: c.tokens.len() as u32, position: c.position as u32 };
+                    first += run.tokens;
+                    run
+                })
+                .collect();
+            let tile = lower::tile_tokens(&self.layout, &self.executor.device());
+            let len = size / tile + lower::MOST_CHUNKS.min(size);
+            let tiles = attend::many::tiles(&runs, tile, len).expect("chunks are counted when steps are cut");
+            self.state.places.tiles.write(0, &tiles)?;
+        }
         if rows > 0 && rows < size {
             let mut chosen: Vec<i32> = wanted.iter().map(|r| *r as i32).collect();
             chosen.resize(rows as usize, 0);
@@ -278,7 +310,7 @@ impl CudaEngine {
     }
 
     fn cut<'a>(&self, chunks: &[Chunk<'a>]) -> Vec<Vec<Chunk<'a>>> {
-        let sequences = self.table.len() / self.state.stride as usize;
+        let sequences = (self.table.len() / self.state.places.stride as usize).min(lower::MOST_CHUNKS as usize);
         cut(chunks, &|left| taken(left, self.most_tokens), MOST_ROWS as usize, sequences)
     }
 }
@@ -355,11 +387,9 @@ impl Engine for CudaEngine {
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<(), Error> {
         check_pages(self, &[from, to])?;
-        for (keys, values) in &mut self.state.caches {
-            for cache in [keys, values] {
-                let len = cache.len() / self.room.pages;
-                cache.copy_within(from as usize * len, to as usize * len, len)?;
-            }
+        for cache in &mut self.state.caches {
+            let len = cache.len() / self.room.pages;
+            cache.copy_within(from as usize * len, to as usize * len, len)?;
         }
         Ok(())
     }

@@ -6,8 +6,9 @@ use qp_codegen::ir::Kernel;
 use rayon::prelude::*;
 
 use super::layout::Layout;
-use super::lower::{Launch, Op, Slot};
+use super::lower::{self, Launch, Op, Slot};
 use super::matrix::{Floats, Matrix};
+use crate::device::attend::{AppendInputs, AppendKernel, AttendKernel, Queries, Tokens};
 use crate::device::launches as args;
 use crate::device::ops::{DeviceActivations, EmbedPackedKernel, Faults, GemvKernel, PrepareInputs, PrepareKernel};
 use crate::device::tune;
@@ -31,16 +32,8 @@ pub struct Constants {
 pub struct State {
     /// One a token.
     pub tokens: Buffer<i32>,
-    /// The position of each in its sequence.
-    pub positions: Buffer<i32>,
-    /// Where its key and value go: page · PAGE + offset; negative for tokens that fill a step up.
-    pub slots: Buffer<i32>,
-    /// Its row of `table`.
-    pub sequence: Buffer<i32>,
-    /// The pages of each sequence of the step.
-    pub table: Buffer<i32>,
-    /// Pages of a row of `table`.
-    pub stride: u32,
+    /// Where each of them belongs.
+    pub places: Tokens,
     /// The tokens whose logits are wanted.
     pub rows: Buffer<i32>,
     /// The likeliest tokens.
@@ -51,8 +44,10 @@ pub struct State {
     pub activations: DeviceActivations,
     /// One a node of the program, not 0 once what it reads was not finite.
     pub faults: Buffer<i32>,
-    /// Keys and values, each `pages × heads × PAGE × head_dim`.
-    pub caches: Vec<(Buffer<f32>, Buffer<f32>)>,
+    /// Rounded queries.
+    pub queries: Queries,
+    /// Keys and values.
+    pub caches: Vec<Buffer<u8>>,
 }
 
 /// A kernel that is ready to be launched, with what belongs to it.
@@ -61,6 +56,10 @@ pub enum Ready {
     Plain(Loaded),
     /// Where blocks meet.
     Product(GemvKernel),
+    /// Of keys, values and queries.
+    Append(AppendKernel),
+    /// Where blocks meet.
+    Attend(AttendKernel),
     /// The rotation.
     Prepare(PrepareKernel),
     /// The rotation's inverse.
@@ -131,6 +130,12 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
             let op = launch.op.embed_packed(layout).expect("an embedding");
             return EmbedPackedKernel::load(on, &op).map(Ready::EmbedPacked);
         }
+        Op::Append(op) => return AppendKernel::load(on, op).map(Ready::Append),
+        Op::AttendFew(op) => return AttendKernel::few(on, op).map(Ready::Attend),
+        Op::AttendMany(op) => {
+            let tiles = lower::most_tiles(layout, &on.device(), op.tokens);
+            return AttendKernel::many(on, op, tiles).map(Ready::Attend);
+        }
         op => op.lower(layout, &on.device()),
     };
     let floats =
@@ -144,12 +149,18 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
         (Op::Dense(_), _) => on.load::<args::Dense<'_, f32>>(kernel)?,
         (Op::Norm(_), _) => on.load::<args::Norm<'_>>(kernel)?,
         (Op::Add(_), _) => on.load::<args::Add<'_>>(kernel)?,
-        (Op::Append(_), _) => on.load::<args::Append<'_>>(kernel)?,
-        (Op::Attention(_), _) => on.load::<args::Attention<'_>>(kernel)?,
         (Op::Glu(_), _) => on.load::<args::Glu<'_>>(kernel)?,
         (Op::Rows(_), _) => on.load::<args::Rows<'_>>(kernel)?,
         (Op::Argmax(_), _) => on.load::<args::Argmax<'_>>(kernel)?,
-        (Op::Prepare(_) | Op::EmbedPacked { .. } | Op::Product { .. }, _) => {
+        (
+            Op::Prepare(_)
+            | Op::EmbedPacked { .. }
+            | Op::Product { .. }
+            | Op::Append(_)
+            | Op::AttendFew(_)
+            | Op::AttendMany(_),
+            _,
+        ) => {
             unreachable!("loaded with what belongs to them")
         }
     }))
@@ -171,19 +182,20 @@ pub fn record(
 ) -> Result<(), DeviceError> {
     let kernel = kernels.get(&launch.op);
     let Constants { matrices, vectors, biases, turns: (cos, sin), nothing } = constants;
-    let State { tokens, positions, slots, sequence, table, stride, rows, best, values, activations, faults, caches } =
-        state;
+    let State { tokens, places, rows, best, values, activations, faults, queries, caches } = state;
     // The buffer that is written cannot be among those that are read.
     let mut written = launch.write.map(|slot| (slot, values.remove(&slot).expect("a buffer for each slot")));
     let read = |i: usize| &values[&launch.reads[i]];
     let matrix = launch.matrix.map(|m| &matrices[m]);
-    let norm = launch.vector.map_or(nothing, |v| &vectors[v.0]);
+    let norm_of = |i: usize| launch.vectors.get(i).map_or(nothing, |v| &vectors[v.0]);
+    let norm = norm_of(0);
+    let layer = launch.node as i32;
     let y = written.as_mut().map(|w| &mut w.1);
     let result = match (&launch.op, kernel, matrix, y) {
         (Op::Prepare(op), Ready::Prepare(kernel), ..) => {
             let up = if op.gate.is_some() { read(1) } else { nothing };
             let inputs = PrepareInputs { input: read(0), up, norm };
-            kernel.record(to, inputs, activations, Faults { faults, layer: launch.node as i32 })
+            kernel.record(to, inputs, activations, Faults { faults, layer })
         }
         (Op::Product { .. }, Ready::Product(kernel), Some(Matrix::Packed(matrix)), Some(y)) => {
             kernel.record(to, matrix, activations, y)
@@ -210,15 +222,15 @@ pub fn record(
             to.launch(kernel, args::Glu { gate: read(0), up: read(1), y })
         }
         (Op::Rows(_), Ready::Plain(kernel), _, Some(y)) => to.launch(kernel, args::Rows { rows, x: read(0), y }),
-        (Op::Append(_), Ready::Plain(kernel), ..) => {
-            let (keys, values) = &mut caches[launch.cache.expect("a cache").0];
-            to.launch(kernel, args::Append { k: read(0), v: read(1), cos, sin, positions, slots, keys, values })
+        (Op::Append(_), Ready::Append(kernel), ..) => {
+            let (norms, turns) = ([norm_of(0), norm_of(1)], [cos, sin]);
+            let inputs = AppendInputs { q: read(0), k: read(1), v: read(2), norms, turns };
+            let cache = &mut caches[launch.cache.expect("a cache").0];
+            kernel.record(to, inputs, places, cache, queries, Faults { faults, layer })
         }
-        (Op::Attention(_), Ready::Plain(kernel), _, Some(y)) => {
-            let (keys, values) = &caches[launch.cache.expect("a cache").0];
-            let (q, stride) = (read(0), *stride as i32);
-            let args = args::Attention { q, cos, sin, positions, sequence, table, keys, values, y, stride };
-            to.launch(kernel, args)
+        (Op::AttendFew(_) | Op::AttendMany(_), Ready::Attend(kernel), _, Some(y)) => {
+            let cache = &caches[launch.cache.expect("a cache").0];
+            kernel.record(to, (queries, nothing), places, cache, y, Faults { faults, layer })
         }
         (Op::Argmax(_), Ready::Plain(kernel), ..) => to.launch(kernel, args::Argmax { logits: read(0), best }),
         _ => unreachable!("a launch has the kernel and the buffers of its operation"),

@@ -12,7 +12,7 @@ use super::layout::{Form, Layout};
 use super::lower::Launch;
 use super::matrix::Matrix;
 use crate::device::{DeviceError, Executor};
-use crate::engine::{PAGE, Room};
+use crate::engine::Room;
 use crate::model::Program;
 
 /// Position of the token.
@@ -46,9 +46,9 @@ pub fn forms(program: &Program, quantizer: &Arc<Quantizer>) -> Vec<Form> {
 /// # Errors
 /// Those of the executor, such as a device that cannot hold the embedding.
 pub fn measure(on: &Executor, program: &Arc<Program>, quantizer: &Arc<Quantizer>) -> Result<Rest, DeviceError> {
-    let layout = Layout::new(program, &forms(program, quantizer), &[]);
     let position = POSITION.min(program.context - 1);
-    let room = Room { context: position + 1, pages: position / PAGE + 1 };
+    let room = Room::one(position + 1);
+    let layout = Layout::new(program, &forms(program, quantizer), &[], room.cache);
     // Equal matrices are one: products are not what is measured here.
     let mut zeros: BTreeMap<(u32, u32), Matrix> = BTreeMap::new();
     let mut engine = CudaEngine::made(on.clone(), layout, room, |layout, stored| {

@@ -56,7 +56,9 @@ pub fn decoder(config: &Config, options: Options) -> Program {
         let mut head_norm = |part: &str| options.head_norms.then(|| b.norm_of(name(part), head_dim, norm));
         let (q_norm, k_norm) = (head_norm("self_attn.q_norm.weight"), head_norm("self_attn.k_norm.weight"));
         let cache = b.cache(kv_heads, head_dim);
-        let y = b.attend(Attention { cache, q, k, v, y: Value(0), heads, q_norm, k_norm });
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let (window, soft_cap) = (None, None);
+        let y = b.attend(Attention { cache, q, k, v, y: Value(0), heads, q_norm, k_norm, scale, window, soft_cap });
         let [o] = b.linear(y, [(name("self_attn.o_proj"), hidden, config.o_bias)]);
         stream = b.add(stream, o);
         let x = b.norm(stream, name("post_attention_layernorm.weight"), norm);

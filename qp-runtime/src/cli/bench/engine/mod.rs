@@ -20,6 +20,7 @@ use crate::cli::Error;
 use crate::cli::device::{Device, open};
 use crate::cli::output::write;
 use crate::device::{DeviceError, Executor};
+use crate::engine::Precision;
 use crate::engine::cuda::layout::{Form, Layout};
 use crate::engine::cuda::lower::{self, Launch, Wanted};
 use crate::engine::cuda::matrix::Matrix;
@@ -170,12 +171,12 @@ impl EngineBench {
         let wanted: Vec<(usize, usize)> = decode.chain(self.prompts.iter().map(|p| (*p, 1))).collect();
         let context = wanted.iter().map(|w| w.0).max().unwrap_or(1).min(layout.program.context);
         let fits = |pages: usize| {
-            let needs = Needs::of(layout, Room { context, pages });
+            let needs = Needs::of(layout, Room { context, pages, cache: Precision::default() });
             // The matrices are there already.
             free.is_none_or(|free| needs.check(free + needs.weights).is_ok())
         };
         let all = wanted.iter().map(|(context, sequences)| sequences * pages(*context));
-        Room { context, pages: all.filter(|p| fits(*p)).max().unwrap_or(1) }
+        Room { context, pages: all.filter(|p| fits(*p)).max().unwrap_or(1), cache: Precision::default() }
     }
 
     /// Seconds of a step that gives each of some sequences its next token.

@@ -58,14 +58,16 @@ impl Model {
         Files::open(dir)?;
         // A checkpoint first: it says of a damaged config.json that it is damaged.
         let checkpoint = is_checkpoint(dir).then(|| Checkpoint::open(dir)).transpose()?;
+        let tensors = if checkpoint.is_none() { Some(TensorDir::open(dir)?) } else { None };
         let config = Config::read(dir)?;
         let program = Arc::new(arch::program(&config));
-        let load = || match &checkpoint {
-            Some(checkpoint) => {
+        let load = || match (&checkpoint, &tensors) {
+            (Some(checkpoint), _) => {
                 checkpoint.check()?;
                 Weights::load(&program, checkpoint)
             }
-            None => Weights::load(&program, &TensorDir::open(dir)?),
+            (None, Some(tensors)) => Weights::load(&program, tensors),
+            (None, None) => unreachable!("what is no checkpoint was opened as tensors"),
         };
         // A large vocabulary takes as long as gigabytes of weights.
         let (weights, tokenizer) = rayon::join(load, || Tokenizer::read(dir));

@@ -1,5 +1,6 @@
 //! Which device runs a model.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use clap::ValueEnum;
@@ -21,12 +22,26 @@ pub enum Device {
     Interpreter,
 }
 
-/// A session of `model` on `device` with a sequence of up to `context` tokens.
+/// The model in `dir` and the executor that `device` means, both opened at once: a driver takes as long to begin as
+/// gigabytes of weights to be checked.
 ///
 /// # Errors
-/// If the device is not there or the model does not fit.
-pub fn open_session(model: Model, device: Device, context: usize) -> Result<Session, super::Error> {
-    Ok(engine::open(open(device)?.as_ref(), &Arc::new(model.weights), context)?)
+/// If the model cannot be opened or the device is not there.
+pub fn open_model(dir: &Path, device: Device) -> Result<(Model, Option<Executor>), super::Error> {
+    std::thread::scope(|scope| {
+        let on = scope.spawn(|| open(device));
+        let model = Model::open(dir);
+        let on = on.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        Ok((model?, on?))
+    })
+}
+
+/// A session of `model` on an executor, or on the CPU, with a sequence of up to `context` tokens.
+///
+/// # Errors
+/// If the model does not fit.
+pub fn open_session(model: Model, on: Option<&Executor>, context: usize) -> Result<Session, super::Error> {
+    Ok(engine::open(on, &Arc::new(model.weights), context)?)
 }
 
 /// The executors that `device` means where several can share the work: all GPUs; none for the CPU.

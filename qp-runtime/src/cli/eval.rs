@@ -7,9 +7,8 @@ use std::time::Instant;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::device::{Device, open_session};
+use super::device::{Device, open_model, open_session};
 use crate::eval::perplexity;
-use crate::model::Model;
 
 /// Measure how well a model predicts a text: its perplexity.
 #[derive(Debug, clap::Args)]
@@ -40,11 +39,11 @@ impl Eval {
     /// If the model cannot be opened, or the text is not UTF-8 or shorter than a window.
     pub fn run(self) -> Result<(), super::Error> {
         let text = read_text(&self.text)?;
-        let model = Model::open(&self.model)?;
+        let (model, on) = open_model(&self.model, self.device)?;
         let mut tokens = model.tokenizer.encode(&text)?;
         tokens.truncate(self.limit.unwrap_or(tokens.len()));
         let window = self.window as usize;
-        let mut session = open_session(model, self.device, window)?;
+        let mut session = open_session(model, on.as_ref(), window)?;
 
         let bar = ProgressBar::new((tokens.len() / window * window) as u64);
         bar.set_style(

@@ -4,9 +4,8 @@ use std::io::{ErrorKind, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use super::device::{Device, open_session};
+use super::device::{Device, open_model, open_session};
 use crate::engine::{self, Sampler, Sampling, Stop};
-use crate::model::Model;
 
 /// Continue a text, printed as it is produced.
 #[derive(Debug, clap::Args)]
@@ -56,7 +55,7 @@ impl Generate {
     /// # Errors
     /// If the model cannot be opened, or prompt and tokens do not fit its context.
     pub fn run(self) -> Result<(), super::Error> {
-        let mut model = Model::open(&self.model)?;
+        let (mut model, on) = open_model(&self.model, self.device)?;
         let mut prompt = model.tokenizer.encode(&self.prompt)?;
         if prompt.is_empty() {
             prompt.extend(model.config.bos);
@@ -66,7 +65,7 @@ impl Generate {
         }
         let end = std::mem::take(&mut model.config.eos);
         let tokenizer = model.tokenizer.clone();
-        let mut session = open_session(model, self.device, prompt.len() + self.count as usize - 1)?;
+        let mut session = open_session(model, on.as_ref(), prompt.len() + self.count as usize - 1)?;
         let sampling =
             Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p, seed: self.seed };
 

@@ -13,6 +13,7 @@ mod profile;
 mod quantize;
 mod sensitivity;
 mod train_codebook;
+mod tune;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -41,6 +42,7 @@ enum Command {
     Quantize(quantize::Quantize),
     Sensitivity(sensitivity::Sensitivity),
     TrainCodebook(train_codebook::TrainCodebook),
+    Tune(tune::Tune),
 }
 
 /// An error of a command, as the user sees it.
@@ -60,6 +62,7 @@ pub fn main() -> ExitCode {
         Command::Quantize(c) => c.run(),
         Command::Sensitivity(c) => c.run(),
         Command::TrainCodebook(c) => c.run(),
+        Command::Tune(c) => c.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -14,6 +14,7 @@ use crate::checkpoint::Checkpoint;
 use crate::device::ops::DeviceMatrix;
 use crate::device::tune::{self, Product};
 use crate::device::{DeviceError, Executor};
+use crate::engine::Precision;
 use crate::engine::cuda::layout::{Form, Layout};
 use crate::engine::cuda::lower::{self, Op, Wanted};
 use crate::model::{Config, Weights, arch};
@@ -50,7 +51,7 @@ impl Tune {
         let checkpoint = Checkpoint::open(&self.model)?;
         let program = Arc::new(arch::program(&Config::read(&self.model)?));
         let weights = Weights::load(&program, &checkpoint)?;
-        let layout = Layout::new(&program, &Form::of(&weights), &[]);
+        let layout = Layout::new(&program, &Form::of(&weights), &[], Precision::default());
         let on = Executor::cuda(self.gpu)?;
         let start = Instant::now();
         let done = tune_all(&on, &layout, &self.tokens)?;
@@ -108,7 +109,7 @@ mod tests {
     fn every_product_of_a_step_is_tuned_once() {
         let q = synthetic::trained(qp_codegen::palette::get("nuq_3").expect("of the palette"));
         let (_, weights) = synthetic::model(&shapes()[0].1, &|_| Some(q.clone())).unwrap();
-        let layout = Layout::new(&weights.program, &Form::of(&weights), &[]);
+        let layout = Layout::new(&weights.program, &Form::of(&weights), &[], Precision::default());
         let all = products(&layout, &[1, 2]);
         // Of each matrix's shape, for one token and for two; the output layer for one row of two tokens, too.
         for ops in &all {

@@ -165,6 +165,69 @@ fn a_copied_page_goes_on_as_its_original() {
     }
 }
 
+/// Two sequences that mostly go on with their likeliest tokens: what each call gives.
+fn conversation(engine: &mut dyn Engine) -> Vec<u32> {
+    let (a, b) = (tokens(7, 60), tokens(8, 3));
+    let (pages, mut out, mut all) = ([[0, 1], [2, 3]], Vec::new(), Vec::new());
+    let mut at = [a.len(), b.len()];
+    fn chunk<'a>(tokens: &'a [u32], position: usize, pages: &'a [u32]) -> Chunk<'a> {
+        Chunk { tokens, position, pages, logits: Logits::Last }
+    }
+    engine.best(&[chunk(&a, 0, &pages[0]), chunk(&b, 0, &pages[1])], &mut out).unwrap();
+    for round in 0..12 {
+        all.extend(&out);
+        let mut next = out.clone();
+        if round == 6 {
+            next[0] = 7;
+        }
+        let both = [(0, &next[..1]), (1, &next[1..])];
+        // The first sequence rests for two rounds.
+        let who = if [8, 9].contains(&round) { &both[1..] } else { &both[..] };
+        let chunks: Vec<Chunk<'_>> = who.iter().map(|&(s, t)| chunk(t, at[s], &pages[s])).collect();
+        let mut given = Vec::new();
+        if round == 3 {
+            // Somebody wants logits in between, of other tokens.
+            let other = [5, 6];
+            engine.step(&[chunk(&other, at[0], &pages[0])], &mut Vec::new()).unwrap();
+        }
+        engine.best(&chunks, &mut given).unwrap();
+        for (&(s, _), token) in who.iter().zip(given) {
+            out[s] = token;
+            at[s] += 1;
+        }
+    }
+    all
+}
+
+#[test]
+fn steps_that_are_launched_ahead_change_nothing() {
+    let weights = model("LlamaForCausalLM");
+    let [cpu, device] = engines(&weights, ROOM).map(|mut e| conversation(e.as_mut()));
+    assert_eq!(cpu, device);
+    // Numbers that are none come from a step that was launched ahead, too.
+    let mut broken = (*weights).clone();
+    let embedding = broken.program.named("model.embed_tokens").unwrap();
+    let mut values = vec![0.5f32; broken[embedding].rows * broken[embedding].cols];
+    values[9 * broken[embedding].cols] = f32::INFINITY;
+    let shape = [broken[embedding].rows, broken[embedding].cols];
+    broken[embedding].weight = Weight::Dense(qp_runtime::model::Tensor::from_f32(&shape, &values).unwrap());
+    let broken = Arc::new(broken);
+    for mut engine in engines(&broken, ROOM) {
+        let mut best = |token: u32, position| {
+            let (tokens, mut out) = ([token], Vec::new());
+            let chunk = Chunk { tokens: &tokens, position, pages: &[0], logits: Logits::Last };
+            engine.best(&[chunk], &mut out).map(|()| out[0])
+        };
+        let first = best(1, 0).unwrap();
+        let error = best(9, 1).unwrap_err();
+        assert!(
+            matches!(&error, Error::NotFinite { layer } if layer.contains("model.layers.0.self_attn.q_proj")),
+            "{error}"
+        );
+        assert_eq!(best(1, 0).unwrap(), first, "an error leaves nothing behind");
+    }
+}
+
 #[test]
 fn what_cannot_be_is_refused() {
     let weights = model("LlamaForCausalLM");

@@ -20,7 +20,7 @@ const THREADS: u32 = 256;
 
 /// Makes the kernel. Its parameters, in order:
 ///
-/// * `tokens`: `i32`, one a token;
+/// * `tokens`: `i32`, one a token; negative ones (no likeliest token was found) count as 0;
 /// * `table`: `vocabulary × columns`;
 /// * `y`: `f32`.
 pub fn lower(op: &Embed) -> Kernel {
@@ -36,7 +36,7 @@ pub fn lower(op: &Embed) -> Kernel {
     let i = b.special(Special::BlockX) * THREADS + b.special(Special::Thread);
     let t = b.special(Special::BlockY);
     b.if_(i.lt(op.columns), || {
-        let row = b.load(tokens, t, Elem::I32);
+        let row = b.load(tokens, t, Elem::I32).max(0);
         b.store(y, op.y.at(t) + i, b.load(table, row * op.columns + i, op.elem), Elem::F32);
     });
     b.finish()

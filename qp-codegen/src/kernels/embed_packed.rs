@@ -29,7 +29,7 @@ const TABLE_BYTES: u32 = 8 << 10;
 /// Makes the kernel. Its parameters, in order:
 ///
 /// * `tables`, `weights`, `scales`: as in [`super::dequantize`];
-/// * `tokens`: `i32`, one a token;
+/// * `tokens`: `i32`, one a token; negative ones count as 0;
 /// * `flips`: see [`super::rotate::flips`];
 /// * `base`: see [`super::rotate::inverse_base`];
 /// * `y`: `f32`.
@@ -64,7 +64,7 @@ fn emit(b: &Builder, op: &EmbedPacked, layout: &Packed, threads: u32) {
     b.grid_launch();
     b.barrier();
 
-    let wanted = b.load(tokens, token, Elem::I32);
+    let wanted = b.load(tokens, token, Elem::I32).max(0);
     let scale = b.load_as(scales, wanted, Elem::BF16, 1, Cache::ReadOnly);
     b.for_(b.special(Special::Warp), layout.col_tiles(), threads / 32, |col_tile| {
         each_four(&decoder, layout, weights, (wanted / layout.tile.rows, col_tile), |four| {

@@ -428,6 +428,15 @@ impl Memory {
             .map_err(fail("copying within the GPU"))
     }
 
+    /// Copies the first `bytes` of `from`, of the same context, to the beginning.
+    pub fn copy_start(&self, from: &Memory, bytes: usize) -> Result<(), DeviceError> {
+        assert!(bytes <= self.bytes && bytes <= from.bytes, "a copy within both");
+        self.context.bind()?;
+        // SAFETY: both allocations have these bytes; freeing waits for the stream.
+        unsafe { result::memcpy_dtod_async(self.pointer, from.pointer, bytes, self.context.stream) }
+            .map_err(fail("copying within the GPU"))
+    }
+
     /// Copies `bytes` from one offset to another; the two ranges do not overlap, or are one.
     pub fn copy_within(&self, from: usize, to: usize, bytes: usize) -> Result<(), DeviceError> {
         assert!(from.max(to) + bytes <= self.bytes, "a copy within the buffer");
@@ -447,6 +456,84 @@ impl Memory {
 
     pub fn context(&self) -> &Arc<Context> {
         &self.context
+    }
+}
+
+/// Memory of the host that a GPU writes to while the host does other things.
+pub(super) struct Pinned {
+    context: Arc<Context>,
+    memory: *mut u8,
+    bytes: usize,
+    /// Over when all that was sent is there.
+    event: sys::CUevent,
+}
+
+// SAFETY: the memory is the driver's and not bound to a thread; it is used through `&mut`.
+unsafe impl Send for Pinned {}
+// SAFETY: as above.
+unsafe impl Sync for Pinned {}
+
+impl Pinned {
+    /// `bytes` bytes.
+    pub fn new(context: &Arc<Context>, bytes: usize) -> Result<Pinned, DeviceError> {
+        context.bind()?;
+        // SAFETY: memory and event are freed in `drop`.
+        unsafe {
+            let event = result::event::create(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING);
+            let event = event.map_err(fail("cuEventCreate"))?;
+            match result::malloc_host(bytes.max(1), 0) {
+                Ok(memory) => {
+                    let memory = memory.cast::<u8>();
+                    memory.write_bytes(0, bytes.max(1));
+                    Ok(Pinned { context: context.clone(), memory, bytes, event })
+                }
+                Err(e) => {
+                    let _ = result::event::destroy(event);
+                    Err(fail("cuMemHostAlloc")(e))
+                }
+            }
+        }
+    }
+
+    /// Copies the first `bytes` of `from` to `at`, after all work before it.
+    pub fn add(&mut self, at: usize, from: &Memory, bytes: usize) -> Result<(), DeviceError> {
+        assert!(at + bytes <= self.bytes && bytes <= from.bytes, "a copy within both");
+        self.context.bind()?;
+        // SAFETY: within both allocations; the host reads the memory only after `wait`.
+        unsafe {
+            let to = std::slice::from_raw_parts_mut(self.memory.add(at), bytes);
+            result::memcpy_dtoh_async(to, from.pointer, self.context.stream)
+        }
+        .map_err(fail("copying from the GPU"))
+    }
+
+    /// Says that all has been added.
+    pub fn send(&mut self) -> Result<(), DeviceError> {
+        self.context.bind()?;
+        // SAFETY: event and stream are alive.
+        unsafe { result::event::record(self.event, self.context.stream) }.map_err(fail("cuEventRecord"))
+    }
+
+    /// The bytes, once all is there.
+    pub fn wait(&mut self) -> Result<&[u8], DeviceError> {
+        self.context.bind()?;
+        // SAFETY: the event is alive; after it no copy to the memory is in flight.
+        unsafe {
+            result::event::synchronize(self.event).map_err(fail("waiting for the GPU"))?;
+            Ok(std::slice::from_raw_parts(self.memory, self.bytes))
+        }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if self.context.synchronize().is_ok() {
+            // SAFETY: allocated in `new`, and no copy is in flight.
+            unsafe {
+                let _ = result::event::destroy(self.event);
+                let _ = result::free_host(self.memory.cast());
+            }
+        }
     }
 }
 

@@ -227,6 +227,19 @@ impl Executor {
         kernel.run(&args.args(), None)
     }
 
+    /// A way for `len` elements from the device to the host.
+    ///
+    /// # Errors
+    /// No memory that the device can write to.
+    pub fn mail<T: Element>(&self, len: usize) -> Result<Mail<T>, DeviceError> {
+        let bytes = len * size_of::<T>();
+        let raw = match &self.0 {
+            Backend::Interpreter(..) => RawMail::Host(vec![0; bytes]),
+            Backend::Cuda(context) => RawMail::Cuda(driver::Pinned::new(context, bytes)?),
+        };
+        Ok(Mail { raw, len, element: PhantomData })
+    }
+
     /// Starts a [`Graph`].
     pub fn record(&self) -> Recorder {
         Recorder { executor: self.clone(), launches: Vec::new() }
@@ -381,6 +394,29 @@ impl<T: Element> Buffer<T> {
         }
     }
 
+    /// Copies the first `count` elements of another buffer of the same executor to the beginning of this one, after all
+    /// launches before it.
+    ///
+    /// # Errors
+    /// More elements than either has, a buffer of another device, a failing driver.
+    pub fn copy_start(&mut self, of: &Buffer<T>, count: usize) -> Result<(), DeviceError> {
+        of.range("copying", 0, count)?;
+        self.range("copying to", 0, count)?;
+        let bytes = count * size_of::<T>();
+        match (&self.raw, &of.raw) {
+            (RawBuffer::Host(to), RawBuffer::Host(from)) => {
+                write_lock(to)[..bytes].copy_from_slice(&read_lock(from)[..bytes]);
+                Ok(())
+            }
+            (RawBuffer::Cuda(to), RawBuffer::Cuda(from)) if Arc::ptr_eq(to.context(), from.context()) => {
+                to.copy_start(from, bytes)
+            }
+            (RawBuffer::Host(_) | RawBuffer::Cuda(_), _) => {
+                Err(DeviceError::Buffer("a buffer of another device cannot be copied".to_owned()))
+            }
+        }
+    }
+
     /// Copies `count` elements from `from..` to `to..`, after all launches before it; the two do not overlap.
     ///
     /// # Errors
@@ -405,6 +441,67 @@ impl<T: Element> Buffer<T> {
     pub fn to_vec(&self) -> Result<Vec<T>, DeviceError> {
         let mut out = vec![T::zeroed(); self.len];
         self.read(0, &mut out)?;
+        Ok(out)
+    }
+}
+
+/// `len` elements on their way from an executor to the host, which can do other things meanwhile.
+pub struct Mail<T> {
+    raw: RawMail,
+    len: usize,
+    element: PhantomData<T>,
+}
+
+enum RawMail {
+    Host(Vec<u8>),
+    Cuda(driver::Pinned),
+}
+
+impl<T: Element> Mail<T> {
+    /// Adds the first `count` elements of `from`, as they are after all launches so far, at place `at`.
+    ///
+    /// # Errors
+    /// More elements than there are, a buffer of another executor, a failing driver.
+    pub fn add(&mut self, at: usize, from: &Buffer<T>, count: usize) -> Result<(), DeviceError> {
+        from.range("sending", 0, count)?;
+        if at + count > self.len {
+            return Err(DeviceError::Buffer(format!("sending {count} elements to {at} of {}", self.len)));
+        }
+        let (at, bytes) = (at * size_of::<T>(), count * size_of::<T>());
+        match (&mut self.raw, &from.raw) {
+            (RawMail::Host(to), RawBuffer::Host(from)) => {
+                to[at..at + bytes].copy_from_slice(&read_lock(from)[..bytes]);
+                Ok(())
+            }
+            (RawMail::Cuda(to), RawBuffer::Cuda(from)) => to.add(at, from, bytes),
+            (RawMail::Host(_) | RawMail::Cuda(_), _) => {
+                Err(DeviceError::Buffer("a buffer of another device cannot be sent".to_owned()))
+            }
+        }
+    }
+
+    /// Says that all has been added.
+    ///
+    /// # Errors
+    /// A failing driver.
+    pub fn send(&mut self) -> Result<(), DeviceError> {
+        match &mut self.raw {
+            RawMail::Host(_) => Ok(()),
+            RawMail::Cuda(pinned) => pinned.send(),
+        }
+    }
+
+    /// The elements, once those that were sent are there.
+    ///
+    /// # Errors
+    /// What went wrong in a kernel on the GPU.
+    pub fn open(&mut self) -> Result<Vec<T>, DeviceError> {
+        let bytes = match &mut self.raw {
+            RawMail::Host(bytes) => bytes,
+            RawMail::Cuda(pinned) => pinned.wait()?,
+        };
+        let mut out = vec![T::zeroed(); self.len];
+        bytemuck::cast_slice_mut(&mut out).copy_from_slice(bytes);
         Ok(out)
     }
 }

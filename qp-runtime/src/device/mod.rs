@@ -23,7 +23,7 @@ pub use args::{Arg, ArgField, Element, LaunchArgs, Mismatch, ParamDecl, check};
 pub use driver::Gpu;
 pub use encoder::DeviceTrellis;
 pub use error::DeviceError;
-pub use executor::{Buffer, Executor, Graph, Loaded, RawBuffer, Recorder};
+pub use executor::{Buffer, Executor, Graph, Loaded, Mail, RawBuffer, Recorder};
 pub use qp_macros::LaunchArgs;
 
 /// What the machine's driver offers: the CUDA version it supports and its GPUs.

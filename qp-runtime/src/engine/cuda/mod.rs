@@ -6,6 +6,7 @@
 //! Numbers of tokens are padded to few sizes. A quantized model gives the same bits as on the CPU, however its tokens are
 //! cut and whatever else is in the step.
 //!
+//! * [`ahead`]: the next step, launched before it is asked for.
 //! * [`layout`]: which layers are one matrix.
 //! * [`lower`]: from a program to launches, without a device.
 //! * [`matrix`]: matrices on the device.
@@ -13,6 +14,7 @@
 //! * [`record`]: kernels and buffers of launches.
 //! * [`rest`]: times of all but the products, without a model.
 
+mod ahead;
 pub mod layout;
 pub mod lower;
 pub mod matrix;
@@ -21,11 +23,13 @@ mod record;
 pub mod rest;
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use qp_codegen::kernels::attend::many::Run;
 use qp_codegen::kernels::product::MAX_BATCH;
 use qp_codegen::kernels::{Span, attend};
 
+use self::ahead::{Ahead, is_decoding};
 use self::layout::{Form, Layout, Stored};
 use self::lower::{Launch, Slot, Wanted};
 use self::matrix::Matrix;
@@ -59,6 +63,7 @@ pub struct CudaEngine {
     /// What lies in the state's table.
     table: Vec<i32>,
     kernels: Kernels,
+    ahead: Ahead,
     /// By tokens and what is wanted of them.
     graphs: BTreeMap<(u32, Wanted), Recorded>,
 }
@@ -172,16 +177,17 @@ impl CudaEngine {
             caches: ids().map(cache).collect::<Result<_, DeviceError>>()?,
         };
         let (kernels, graphs, table) = (Kernels::default(), BTreeMap::new(), vec![0; sequences * stride]);
-        Ok(CudaEngine { executor, layout, room, most_tokens, constants, state, table, kernels, graphs })
+        let ahead = Ahead::new(on, layout.program.nodes.len())?;
+        Ok(CudaEngine { executor, layout, room, most_tokens, ahead, constants, state, table, kernels, graphs })
     }
 
     /// Makes kernels and buffers of launches ready.
     fn load(&mut self, launches: &[Launch]) -> Result<(), DeviceError> {
         let CudaEngine { executor, layout, most_tokens, constants, state, kernels, .. } = self;
         for slot in launches.iter().flat_map(|l| l.reads.iter().copied().chain(l.write)) {
-            if !state.values.contains_key(&slot) {
+            if let Entry::Vacant(place) = state.values.entry(slot) {
                 let rows = if slot.wanted { MOST_ROWS } else { *most_tokens };
-                state.values.insert(slot, executor.zeroed(rows as usize * slot.stride as usize)?);
+                place.insert(executor.zeroed(rows as usize * slot.stride as usize)?);
             }
         }
         kernels.load(executor, layout, &constants.matrices, launches)
@@ -238,8 +244,9 @@ impl CudaEngine {
         executor.time_best(rounds, || graph.launch())
     }
 
-    /// Runs a step that needs no cutting. Gives the graph's key and, of each wanted row of logits, its row there.
-    fn run(&mut self, chunks: &[Chunk<'_>], best: bool) -> Result<((u32, Wanted), Vec<usize>), Error> {
+    /// Launches a step that needs no cutting. Gives the graph's key and, of each wanted row of logits, its row there. If it
+    /// is `fed`, its tokens are the likeliest of the step before, in their order, whatever `chunks` say.
+    fn run(&mut self, chunks: &[Chunk<'_>], best: bool, fed: bool) -> Result<((u32, Wanted), Vec<usize>), Error> {
         let count: usize = chunks.iter().map(|c| c.tokens.len()).sum();
         let size = padded(count as u32);
         let (mut tokens, mut positions) = (Vec::with_capacity(size as usize), Vec::with_capacity(size as usize));
@@ -271,7 +278,11 @@ impl CudaEngine {
         // Rows of all tokens need no choosing.
         let rows = if wanted.is_empty() { 0 } else { padded(wanted.len() as u32) };
         let rows_of: Vec<usize> = if rows == size { wanted.clone() } else { (0..wanted.len()).collect() };
-        self.state.tokens.write(0, &tokens)?;
+        if fed {
+            self.state.tokens.copy_start(&self.state.best, chunks.len())?;
+        } else {
+            self.state.tokens.write(0, &tokens)?;
+        }
         self.state.places.positions.write(0, &positions)?;
         self.state.places.slots.write(0, &slots)?;
         self.state.places.sequence.write(0, &sequence)?;
@@ -304,9 +315,19 @@ impl CudaEngine {
     /// Names what was not finite, if something was.
     fn check_fault(&mut self) -> Result<(), Error> {
         let faults = self.state.faults.to_vec()?;
-        let Some(node) = faults.iter().position(|f| *f != 0) else { return Ok(()) };
-        self.state.faults.write(0, &vec![0; faults.len()])?;
-        Err(Error::NotFinite { layer: self.layout.program.describe(node) })
+        let Some(error) = self.fault_of(&faults) else { return Ok(()) };
+        self.clear_faults()?;
+        Err(error)
+    }
+
+    fn fault_of(&self, faults: &[i32]) -> Option<Error> {
+        let node = faults.iter().position(|f| *f != 0)?;
+        Some(Error::NotFinite { layer: self.layout.program.describe(node) })
+    }
+
+    fn clear_faults(&mut self) -> Result<(), DeviceError> {
+        let none = vec![0; self.state.faults.len()];
+        self.state.faults.write(0, &none)
     }
 
     fn cut<'a>(&self, chunks: &[Chunk<'a>]) -> Vec<Vec<Chunk<'a>>> {
@@ -353,8 +374,9 @@ impl Engine for CudaEngine {
     fn step(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<f32>) -> Result<(), Error> {
         check_chunks(self, chunks)?;
         out.clear();
+        self.forget()?;
         for step in self.cut(chunks) {
-            let (key, rows) = self.run(&step, false)?;
+            let (key, rows) = self.run(&step, false, false)?;
             if let Some((slot, first, stride)) = self.graphs[&key].logits {
                 for row in rows {
                     let at = out.len();
@@ -369,8 +391,12 @@ impl Engine for CudaEngine {
     fn best(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<u32>) -> Result<(), Error> {
         check_chunks(self, chunks)?;
         out.clear();
+        if is_decoding(chunks) {
+            return self.decode(chunks, out);
+        }
+        self.forget()?;
         for step in self.cut(chunks) {
-            let (key, rows) = self.run(&step, true)?;
+            let (key, rows) = self.run(&step, true, false)?;
             if !rows.is_empty() {
                 let mut best = vec![0; key.1.rows as usize];
                 self.state.best.read(0, &mut best)?;

@@ -56,11 +56,13 @@ pub(super) struct Part<'b> {
     pub total: V<'b>,
 }
 
-/// The weights of a row's tile: their total, and, for each 16 positions, the operand words of the planes.
+/// The weights of 16 positions of a row.
 pub(super) struct Weights<'b> {
+    /// The lane's part of the total.
     pub total: V<'b>,
-    pub high: Vec<V<'b>>,
-    pub low: Vec<V<'b>>,
+    /// Operand words of the planes.
+    pub high: V<'b>,
+    pub low: V<'b>,
 }
 
 /// What sums are multiplied with when they fold: those that were, and those that come.
@@ -154,6 +156,11 @@ impl<'b, 'a> Emit<'b, 'a> {
         if keys && self.wide() { self.b.vector(&[self.b.i32(0); 4]) } else { self.of_high() }
     }
 
+    /// What the second of two accumulators starts with, whose sum [`Emit::of_both`] begins.
+    pub fn none(&self) -> V<'b> {
+        self.b.vector(&[self.b.i32(0); 4])
+    }
+
     /// The sum `256·high + both`, rounded once, of what [`Emit::of_high`] and [`Emit::of_both`] began.
     pub fn joined(&self, high: V<'b>, both: V<'b>, keys: bool) -> V<'b> {
         let high = high.bits(Scalar::F32).fma(256.0, -256.0 * BIAS);
@@ -161,11 +168,16 @@ impl<'b, 'a> Emit<'b, 'a> {
         high + both
     }
 
-    /// Numbers `i` of the two positions `2t`, `2t + 1` of eight `j` of the piece at word `piece`: scale of the key, logarithm
-    /// of the value's scale, its inverse.
-    pub fn numbers(&self, piece: V<'b>, i: u32, j: u32) -> Vec<V<'b>> {
-        let at = piece + (self.op.cache.scales() / 4 + i * PAGE + j * 8) + (self.lane & 3) * 2;
+    /// Numbers `i` of the two positions `2t`, `2t + 1` from `position` on, of the piece at word `piece`: scale of the key,
+    /// logarithm of the value's scale, its inverse.
+    pub fn numbers_at(&self, piece: V<'b>, i: u32, position: V<'b>) -> Vec<V<'b>> {
+        let at = piece + (self.op.cache.scales() / 4 + i * PAGE) + position + (self.lane & 3) * 2;
         self.b.load_as(self.ring, at, Elem::F32, 2, Caching::Default).lanes()
+    }
+
+    /// The same of eight positions `j`.
+    pub fn numbers(&self, piece: V<'b>, i: u32, j: u32) -> Vec<V<'b>> {
+        self.numbers_at(piece, i, self.b.i32(8 * j as i32))
     }
 
     /// The score of an integer sum.
@@ -189,11 +201,15 @@ impl<'b, 'a> Emit<'b, 'a> {
         self.b.load_matrix(self.ring, plane + cell * 4, count).lanes()
     }
 
-    /// The high of a row's scores of a tile, of which each lane has some.
-    pub fn high(&self, scores: &[V<'b>]) -> V<'b> {
+    /// The largest of a row's scores, of which four lanes have some each.
+    pub fn largest(&self, scores: &[V<'b>]) -> V<'b> {
         let most = scores.iter().copied().reduce(V::max).expect("scores");
         let most = most.max(most.shuffle_xor(1));
-        let most = most.max(most.shuffle_xor(2));
+        most.max(most.shuffle_xor(2))
+    }
+
+    /// The high of a tile whose largest score is `most`.
+    pub fn high(&self, most: V<'b>) -> V<'b> {
         whole(most + 0.5).max(LOWEST)
     }
 
@@ -204,30 +220,22 @@ impl<'b, 'a> Emit<'b, 'a> {
         b.if_(!fine, || b.store(self.p.faults, self.p.layer, b.i32(1), Elem::I32));
     }
 
-    /// The weights of a row's scores of a tile, 16 positions at a time; `score(row, i)` gives the lane's `i`th of a row.
-    pub fn weights(&self, piece: V<'b>, highs: &[V<'b>], score: impl Fn(usize, usize) -> V<'b>) -> Vec<Weights<'b>> {
+    /// The weights of four scores of a row, the lane's of 16 positions, of which `inverses` are those of the values' scales:
+    /// what they add to the total, and the operand words of the two planes.
+    pub fn weights(&self, scores: &[V<'b>], high: V<'b>, inverses: &[V<'b>]) -> Weights<'b> {
         let b = self.b;
-        let none = || Weights { total: b.f32(0.0), high: Vec::new(), low: Vec::new() };
-        let mut rows: Vec<Weights> = highs.iter().map(|_| none()).collect();
-        for i in 0..PAGE as usize / 16 {
-            let inverses = [0, 1].map(|j| self.numbers(piece, 2, 2 * i as u32 + j)).concat();
-            for (r, (row, &high)) in rows.iter_mut().zip(highs).enumerate() {
-                let weights = [0, 1, 2, 3].map(|k| weight(b, score(r, 4 * i + k) - high, SMALLEST));
-                for (w, inverse) in weights.iter().zip(&inverses) {
-                    row.total = w.fma(*inverse, row.total);
-                }
-                let [w, x, y, z] = weights.map(|w| w.fma(WEIGHT_ONE, BIAS).bits(Scalar::U32));
-                let (first, second) = (w.permute(x, 0x5410), y.permute(z, 0x5410));
-                row.high.push(first.permute(second, 0x7531));
-                row.low.push(first.permute(second, 0x6420));
-            }
-            self.settle();
-        }
-        for row in &mut rows {
-            let pair = row.total + row.total.shuffle_xor(1);
-            row.total = pair + pair.shuffle_xor(2);
-        }
-        rows
+        let weights = [0, 1, 2, 3].map(|k| weight(b, scores[k] - high, SMALLEST));
+        let total = weights.iter().zip(inverses).fold(b.f32(0.0), |sum, (w, inverse)| w.fma(*inverse, sum));
+        let [w, x, y, z] = weights.map(|w| w.fma(WEIGHT_ONE, BIAS).bits(Scalar::U32));
+        let (first, second) = (w.permute(x, 0x5410), y.permute(z, 0x5410));
+        Weights { total, high: first.permute(second, 0x7531), low: first.permute(second, 0x6420) }
+    }
+
+    /// A row's total of a tile, from what each 16 positions of the lane give.
+    pub fn total(&self, sixteens: impl IntoIterator<Item = V<'b>>) -> V<'b> {
+        let own = sixteens.into_iter().reduce(|a, b| a + b).expect("positions");
+        let pair = own + own.shuffle_xor(1);
+        pair + pair.shuffle_xor(2)
     }
 
     /// Keeps the compiler from loading far ahead, for which there are no registers.

@@ -5,8 +5,8 @@
 //! The tiles of a token and a head of keys and values are cut into *units*: tiles, chunks, spans, or all of them, whichever
 //! is the largest that still fills the GPU; the blocks derive it from the positions, alike. Blocks take units in turn, with
 //! the pieces of the next pages, of the next unit too, on their way to shared memory. A block has four warps: each computes
-//! the scores of all the tile's positions for the heads that share the keys (no exchange is needed for that), and sums a
-//! quarter of the values' columns.
+//! the scores of 16 of the tile's positions for the heads that share the keys, and sums a quarter of the values' columns for all
+//! positions; between the two, warps exchange their largest scores, then their weights.
 //!
 //! What a unit gives, if it is not all, goes to global memory. The block that comes last to a span folds its units, the
 //! one that comes last to a token's head its spans, in the order of the positions. So the way of cutting does not show.
@@ -14,7 +14,7 @@
 use super::emit::{Emit, Factors, Part, Row, Weights};
 use super::{Attend, CHUNK, PAGE, SPAN};
 use crate::cuda::Device;
-use crate::ir::{Builder, Cache as Caching, Elem, Kernel, Mem, V, Var};
+use crate::ir::{Builder, Cache as Caching, Elem, Kernel, Mem, Scalar, V, Var};
 use crate::kernels::math::across_lanes;
 
 /// Most tokens of a launch.
@@ -30,6 +30,8 @@ const STAGES: u32 = 3;
 const SHIFTS: [u32; 4] = [0, CHUNK.ilog2(), SPAN.ilog2(), 25];
 /// Heads that the rows of a tensor-core operand hold: two planes each.
 const ROWS: u32 = 8;
+/// Parts that are on their way at once where the last block folds them: whole chunks of tiles.
+const PARTS: u32 = 4 * CHUNK;
 
 /// How the work is laid over the GPU. The result does not depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -56,15 +58,25 @@ impl Launch {
             let bytes = stages * piece + EXTRA_BYTES;
             bytes <= device.shared_per_block && blocks * (bytes + 1024) <= device.shared_per_sm
         };
-        let shapes = [(STAGES, 2), (2, 2), (STAGES, 1), (2, 1), (1, 1)];
+        let shapes = [(STAGES, 3), (2, 3), (STAGES, 2), (2, 2), (STAGES, 1), (2, 1), (1, 1)];
         let (stages, resident) = shapes.into_iter().find(|&(s, n)| fits(s, n)).unwrap_or((1, 1));
+        // Registers for three blocks only where the sums of heads are few.
+        let large = op.group() > ROWS || op.cache.columns() > 128;
+        let resident = if large { resident.min(2) } else { resident };
         let blocks = device.sms * resident;
-        Launch { blocks, stages, min_blocks: resident, chunks: device.sms * 4 / 5, spans: blocks, most: 16 * blocks }
+        Launch {
+            blocks,
+            stages,
+            min_blocks: resident,
+            chunks: device.sms * 3 / 2,
+            spans: 4 * blocks,
+            most: 16 * blocks,
+        }
     }
 }
 
 /// Shared memory beside the pieces, at most.
-const EXTRA_BYTES: u32 = 4 * (MAX_TOKENS + 64);
+const EXTRA_BYTES: u32 = 4 * (MAX_TOKENS + 16) + 4 * 4 * THREADS + 4 * WARPS * ROWS;
 
 /// Elements of `partial` and `arrived` that a launch needs.
 pub fn meeting_place(op: &Attend, launch: &Launch) -> (usize, usize) {
@@ -117,7 +129,16 @@ pub fn lower(op: &Attend, launch: &Launch) -> Kernel {
     b.dependent_launch();
     let plan = Plan::new(op, launch);
     let e = Emit::new(&b, op, launch.stages, THREADS);
-    let few = Few { b: &b, launch, plan: &plan, starts: b.shared("starts", Elem::I32, op.tokens + 3), e };
+    let row_tiles = plan.group.div_ceil(ROWS);
+    let few = Few {
+        b: &b,
+        launch,
+        plan: &plan,
+        starts: b.shared("starts", Elem::I32, op.tokens + 3),
+        highest: b.shared("highest", Elem::F32, row_tiles * WARPS * ROWS),
+        exchanged: b.shared("exchanged", Elem::U32, row_tiles * THREADS * 4),
+        e,
+    };
     few.kernel();
     b.finish()
 }
@@ -129,6 +150,10 @@ struct Few<'b, 'a> {
     plan: &'a Plan,
     /// The first unit of each token, the number of all, the shift of units, and whether the block is the last to arrive.
     starts: Mem,
+    /// Each warp's largest scores, by row tile, warp and row.
+    highest: Mem,
+    /// Each warp's weights, by row tile and thread: operand words of both planes, and the total.
+    exchanged: Mem,
 }
 
 /// The units of a step.
@@ -178,11 +203,12 @@ struct Sums {
 impl<'b> Few<'b, '_> {
     fn kernel(&self) {
         let (b, e) = (self.b, &self.e);
-        b.grid_wait();
-        b.grid_launch();
+        b.comment("What the step is cut into, and the first page: nothing of this is written by the kernel before.");
         let block = b.special(crate::ir::Special::BlockX);
         let units = self.units();
         let next = self.begin(block, &units);
+        b.grid_wait();
+        b.grid_launch();
         let stages = self.launch.stages;
         let slot = b.var(b.i32(0));
         for i in 1..stages {
@@ -419,15 +445,16 @@ impl<'b> Few<'b, '_> {
         let (b, e) = (self.b, &self.e);
         let layout = &e.op.cache;
         let plane_words = layout.plane_bytes() / 4;
-        // Positions count from the tile's first, for lane t from its own first.
-        let lane_first = tile * PAGE + (e.lane & 3) * 2;
+        // Positions of the warp's 16, for lane t counted from its own first.
+        let warp_first = e.warp * 16;
+        let lane_first = tile * PAGE + warp_first + (e.lane & 3) * 2;
         let last = place.position - lane_first;
         let first = e.first(place.position).map(|p| p - lane_first);
         let mut scores: Vec<Vec<V>> = vec![Vec::new(); queries.len()];
-        for j in 0..PAGE / 8 {
+        for j in 0..2 {
             let mut high: Vec<V> = queries.iter().map(|_| self.high(true)).collect();
             let mut low: Vec<V> = queries.iter().map(|_| self.low(true)).collect();
-            let row = b.i32(8 * j as i32);
+            let row = warp_first + 8 * j;
             let units = layout.columns() / 16;
             for unit in (0..units).step_by(4) {
                 let count = (units - unit).min(4);
@@ -441,7 +468,7 @@ impl<'b> Few<'b, '_> {
                     }
                 }
             }
-            let [key_scales, logarithms] = [0, 1].map(|i| e.numbers(piece, i, j));
+            let [key_scales, logarithms] = [0, 1].map(|i| e.numbers_at(piece, i, row));
             for (m, (_, scale)) in queries.iter().enumerate() {
                 for i in 0..2 {
                     let sum = self.joined(high[m], low[m], i, true);
@@ -451,21 +478,42 @@ impl<'b> Few<'b, '_> {
                     scores[m].push(first.map_or(score, |first| e.seen(first.le(position), score)));
                 }
             }
-            if j % 2 == 1 {
-                e.settle();
-            }
         }
-        let (columns, tiles) = (self.plan.columns, self.column_tiles());
-        let highs: Vec<V> = scores.iter().map(|scores| e.high(scores)).collect();
-        highs.iter().for_each(|high| e.check(*high));
-        let weights = e.weights(piece, &highs, |m, i| scores[m][i]);
-        let fold = |(row, (weights, high)): (&Row, (Weights<'b>, &V<'b>))| {
-            let factors = e.fold(*row, Part { high: *high, total: weights.total });
-            let (high, low) = (weights.high, weights.low);
-            (factors, [0, 2].map(|s| [high[s], low[s], high[s + 1], low[s + 1]]))
+        let row_of_lane = e.lane >> 2;
+        for (m, scores) in (0..).zip(&scores) {
+            let most = e.largest(scores);
+            b.if_((e.lane & 3).eq(0), || {
+                b.store(self.highest, (e.warp + m * WARPS) * ROWS + row_of_lane, most, Elem::F32);
+            });
+        }
+        b.barrier();
+        let highs: Vec<V> = (0..queries.len() as u32)
+            .map(|m| {
+                let of_warp = |w: u32| b.load(self.highest, row_of_lane + (m * WARPS + w) * ROWS, Elem::F32);
+                let high = e.high((0..WARPS).map(of_warp).reduce(V::max).expect("warps"));
+                e.check(high);
+                high
+            })
+            .collect();
+        let inverses = [0, 8].map(|j| e.numbers_at(piece, 2, warp_first + j)).concat();
+        for (m, (scores, high)) in (0..).zip(scores.iter().zip(&highs)) {
+            let Weights { total, high, low } = e.weights(scores, *high, &inverses);
+            let four = b.vector(&[high, low, total.bits(Scalar::U32), b.u32(0)]);
+            b.store(self.exchanged, (e.thread + m * THREADS) * 4, four, Elem::U32);
+        }
+        b.barrier();
+        let fold = |(m, (row, high)): (u32, (&Row, &V<'b>))| {
+            let of_warp = |w: u32| {
+                let at = (e.lane + (m * THREADS + w * 32)) * 4;
+                b.load_as(self.exchanged, at, Elem::U32, 4, Caching::Default).lanes()
+            };
+            let warps: Vec<Vec<V>> = (0..WARPS).map(of_warp).collect();
+            let total = e.total(warps.iter().map(|w| w[2].bits(Scalar::F32)));
+            let factors = e.fold(*row, Part { high: *high, total });
+            (factors, [0, 2].map(|s| [warps[s][0], warps[s][1], warps[s + 1][0], warps[s + 1][1]]))
         };
-        let weights: Vec<(Factors, [[V; 4]; 2])> =
-            chunk.rows.iter().zip(weights.into_iter().zip(&highs)).map(fold).collect();
+        let weights: Vec<(Factors, [[V; 4]; 2])> = (0..).zip(chunk.rows.iter().zip(&highs)).map(fold).collect();
+        let (columns, tiles) = (self.plan.columns, self.column_tiles());
         let values = piece + layout.values() / 4;
         for c in 0..tiles {
             let mut high: Vec<V> = queries.iter().map(|_| self.high(false)).collect();
@@ -665,7 +713,7 @@ impl<'b> Few<'b, '_> {
                     b.set(*own, factors.fold(b.get(*own), *sum));
                 }
             };
-            b.for_((from >> 2) << 2, to + 1, CHUNK, |base| {
+            b.for_(from / PARTS * PARTS, to + 1, PARTS, |base| {
                 let load = |j: u32| {
                     let index = base + j;
                     let at = number(index.max(from).min(to)) * plan.unit_words();
@@ -675,8 +723,8 @@ impl<'b> Few<'b, '_> {
                     let part = b.load_as(e.p.partial, at, Elem::F32, 2, Caching::Default).lanes();
                     (index, sums.lanes(), Part { high: part[0], total: part[1] })
                 };
-                let four: Vec<_> = (0..CHUNK).map(load).collect();
-                for (j, (index, sums, part)) in four.iter().enumerate() {
+                let parts: Vec<_> = (0..PARTS).map(load).collect();
+                for (j, (index, sums, part)) in (0..).zip(&parts) {
                     b.if_(index.ge(from) & index.le(to), || fold(&chunk, *part, sums));
                     let hand_on = || {
                         let sums: Vec<V> = chunk.1.iter().map(|v| b.get(*v)).collect();
@@ -685,7 +733,7 @@ impl<'b> Few<'b, '_> {
                         chunk.1.iter().for_each(|v| b.set(*v, none));
                     };
                     match in_order {
-                        Some(in_order) if j as u32 + 1 < CHUNK => b.if_(!in_order, hand_on),
+                        Some(in_order) if (j + 1) % CHUNK != 0 => b.if_(!in_order, hand_on),
                         Some(_) | None => hand_on(),
                     }
                 }

@@ -11,7 +11,7 @@
 //!
 //! Which tokens share a block, the host says ([`tiles`]): those with most to see come first.
 
-use super::emit::{Emit, Factors, Part, Row};
+use super::emit::{Emit, Factors, Part, Row, Weights};
 use super::{Attend, CHUNK, PAGE, SPAN};
 use crate::cuda::Device;
 use crate::ir::{Builder, Cache as Caching, Elem, Kernel, Mem, Special, V, Var};
@@ -275,7 +275,8 @@ impl<'b> Many<'b, '_> {
         // By row, two of each eight positions.
         let scores: [Vec<Var>; 2] = [0, 1].map(|_| (0..PAGE / 4).map(|_| b.var(b.f32(0.0))).collect());
         for j in 0..PAGE / 8 {
-            let (mut high, mut both) = (e.of_high(), e.of_both(true));
+            // Three sums apart: each product waits for the one before of its sum.
+            let (mut high, mut both, mut other) = (e.of_high(), e.of_both(true), e.none());
             for unit in (0..units).step_by(4) {
                 let count = (units - unit).min(4);
                 let operand =
@@ -288,14 +289,15 @@ impl<'b> Many<'b, '_> {
                     high = b.mma_i8(true, q[0], k(0), high);
                     both = b.mma_i8(true, q[1], k(0), both);
                     if layout.planes == 2 {
-                        both = b.mma_i8(true, q[0], k(1), both);
+                        other = b.mma_i8(true, q[0], k(1), other);
                     }
                 }
             }
+            let both = self.added(both, other);
             let [key_scales, logarithms] = [0, 1].map(|i| e.numbers(piece, i, j));
             for c in 0..4 {
                 let (row, i) = (c / 2, c % 2);
-                let sum = e.joined(high.lane(c as u32), both.lane(c as u32), true);
+                let sum = e.joined(high.lane(c as u32), both[c], true);
                 let score = e.score(sum, key_scales[i], rows.scale[row], logarithms[i]);
                 b.set(scores[row][2 * j as usize + i], score);
             }
@@ -322,19 +324,30 @@ impl<'b> Many<'b, '_> {
             }
         });
         let highs = scores.each_ref().map(|scores| {
-            let high = e.high(&scores.iter().map(|s| b.get(*s)).collect::<Vec<_>>());
+            let high = e.high(e.largest(&scores.iter().map(|s| b.get(*s)).collect::<Vec<_>>()));
             e.check(high);
             high
         });
-        let weights = e.weights(piece, &highs, |row, i| b.get(scores[row][i]));
-        let factors = [0, 1].map(|row| e.fold(chunk[row], Part { high: highs[row], total: weights[row].total }));
+        let mut weights: [Vec<Weights>; 2] = [Vec::new(), Vec::new()];
+        for i in 0..PAGE as usize / 16 {
+            let inverses = [0, 1].map(|j| e.numbers(piece, 2, 2 * i as u32 + j)).concat();
+            for (row, weights) in weights.iter_mut().enumerate() {
+                let scores: Vec<V> = scores[row][4 * i..][..4].iter().map(|s| b.get(*s)).collect();
+                weights.push(e.weights(&scores, highs[row], &inverses));
+            }
+            e.settle();
+        }
+        let factors = [0, 1].map(|row: usize| {
+            let total = e.total(weights[row].iter().map(|w| w.total));
+            e.fold(chunk[row], Part { high: highs[row], total })
+        });
         let operand = |low: bool, s: usize| {
-            let words = [0, 1].map(|row: usize| if low { &weights[row].low } else { &weights[row].high });
-            [words[0][2 * s], words[1][2 * s], words[0][2 * s + 1], words[1][2 * s + 1]]
+            let word = |row: usize, i: usize| if low { weights[row][i].low } else { weights[row][i].high };
+            [word(0, 2 * s), word(1, 2 * s), word(0, 2 * s + 1), word(1, 2 * s + 1)]
         };
         let values = piece + layout.values() / 4;
         for c in 0..sums_of(e.op) {
-            let (mut high, mut both) = (e.of_high(), e.of_both(false));
+            let (mut high, mut both, mut other) = (e.of_high(), e.of_both(false), e.none());
             let row = b.i32(8 * c as i32);
             let planes: Vec<Vec<V>> = (0..layout.planes)
                 .map(|plane| e.operand(values + plane * plane_words, 0, 4, row, layout.columns()))
@@ -344,18 +357,25 @@ impl<'b> Many<'b, '_> {
                 high = b.mma_i8(false, operand(false, s), v(0), high);
                 both = b.mma_i8(false, operand(true, s), v(0), both);
                 if layout.planes == 2 {
-                    both = b.mma_i8(false, operand(false, s), v(1), both);
+                    other = b.mma_i8(false, operand(false, s), v(1), other);
                 }
             }
+            let both = self.added(both, other);
             for i in 0..4 {
                 let var = sums[4 * c as usize + i];
-                let sum = e.joined(high.lane(i as u32), both.lane(i as u32), false);
+                let sum = e.joined(high.lane(i as u32), both[i], false);
                 b.set(var, factors[i / 2].fold(b.get(var), sum));
             }
             if c % 2 == 1 {
                 e.settle();
             }
         }
+    }
+
+    /// The components of two accumulators of products of a high and a low plane, together; of one plane there is the first.
+    fn added(&self, both: V<'b>, other: V<'b>) -> Vec<V<'b>> {
+        let (both, other) = (both.lanes(), other.lanes());
+        if self.e.op.cache.planes == 1 { both } else { both.iter().zip(other).map(|(a, b)| *a + b).collect() }
     }
 
     /// Where the four span sums of group `c` of columns of this thread lie.

@@ -13,7 +13,7 @@
 //!    added. The tile's *high* is the largest, rounded to the whole number above.
 //! 3. `2^(score − high)`, a weight with its value's scale in it, is rounded to 16 bits ([`WEIGHT_ONE`]), and the tile's
 //!    values are summed with it, exactly, again by three products of planes. The weights without the values' scales are
-//!    summed in `f32`, 16 to a lane, then the four lanes.
+//!    summed in `f32`: of each 16 positions by four lanes, then the 16s of a lane, then the lanes.
 //! 4. What tiles give, a high, a total and a sum for each column, is folded: brought to the larger high by a power of two,
 //!    then added. Tiles fold in order to chunks of [`CHUNK`], chunks in order to spans of [`SPAN`], spans in order.
 //! 5. A sink, if the model has one, is folded in at the end, and the sums are divided by the total.

@@ -305,11 +305,15 @@ impl Rounded {
             *w = weight(scores[position] - high);
             *inverse = number(2, position);
         }
-        // Lane t of four has positions 2t and 2t + 1 of each eight.
+        // Lane t of four has positions 2t and 2t + 1 of each eight, and sums those of 16 positions first.
         let mut lanes = [0f32; 4];
-        for (weights, inverses) in weights.chunks_exact(8).zip(inverses.chunks_exact(8)) {
+        for (unit, (weights, inverses)) in weights.chunks_exact(UNIT).zip(inverses.chunks_exact(UNIT)).enumerate() {
+            let mut sums = [0f32; 4];
             for (i, (weight, inverse)) in weights.iter().zip(inverses).enumerate() {
-                lanes[i / 2] = weight.mul_add(*inverse, lanes[i / 2]);
+                sums[i % 8 / 2] = weight.mul_add(*inverse, sums[i % 8 / 2]);
+            }
+            for (lane, sum) in lanes.iter_mut().zip(sums) {
+                *lane = if unit == 0 { sum } else { *lane + sum };
             }
         }
         let mut sums = Sums { high, total: (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]), ..Sums::NONE };

@@ -295,9 +295,9 @@ impl<'b> Many<'b, '_> {
             }
             let both = self.added(both, other);
             let [key_scales, logarithms] = [0, 1].map(|i| e.numbers(piece, i, j));
-            for c in 0..4 {
+            for (c, both) in both.into_iter().enumerate() {
                 let (row, i) = (c / 2, c % 2);
-                let sum = e.joined(high.lane(c as u32), both[c], true);
+                let sum = e.joined(high.lane(c as u32), both, true);
                 let score = e.score(sum, key_scales[i], rows.scale[row], logarithms[i]);
                 b.set(scores[row][2 * j as usize + i], score);
             }
@@ -361,9 +361,9 @@ impl<'b> Many<'b, '_> {
                 }
             }
             let both = self.added(both, other);
-            for i in 0..4 {
+            for (i, both) in both.into_iter().enumerate() {
                 let var = sums[4 * c as usize + i];
-                let sum = e.joined(high.lane(i as u32), both[i], false);
+                let sum = e.joined(high.lane(i as u32), both, false);
                 b.set(var, factors[i / 2].fold(b.get(var), sum));
             }
             if c % 2 == 1 {

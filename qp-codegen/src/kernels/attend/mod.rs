@@ -106,11 +106,10 @@ impl Attend {
     }
 }
 
-/// Splits a scale into the grid of values' scales: `(logarithm, inverse)` of the smallest `2^(k/4)` that is at least
-/// `most / largest`; see [`append`].
-const QUARTERS: [f32; 4] = [1.0, 1.189_207_1, 1.414_213_5, 1.681_792_9];
+/// `2^(k/4)` of `k` 0 to 3: the mantissas of values' scales.
+const QUARTERS: [f32; 4] = [1.0, 1.189_207_1, std::f32::consts::SQRT_2, 1.681_792_9];
 /// The inverses of [`QUARTERS`].
-const INVERSE_QUARTERS: [f32; 4] = [1.0, 0.840_896_4, 0.707_106_77, 0.594_603_54];
+const INVERSE_QUARTERS: [f32; 4] = [1.0, 0.840_896_4, std::f32::consts::FRAC_1_SQRT_2, 0.594_603_54];
 /// Bounds of the base-2 logarithm of a value's scale.
 const SCALE_RANGE: (i32, i32) = (-60, 60);
 

@@ -616,9 +616,6 @@ fn kernels_compile_without_spills() {
                 let source = crate::cuda::print(&kernel, target);
                 let cubin = crate::nvrtc::compile(&source, &kernel.name, target.nvrtc_arch(), &Default::default())
                     .unwrap_or_else(|e| panic!("{e}"));
-                    std::fs::write(format!("{dir}/{}_{target}.cubin", kernel.name), &cubin.bytes).unwrap();
-                    std::fs::write(format!("{dir}/{}_{target}.cu", kernel.name), &source).unwrap();
-                }
                 let usage = cubin.usage.expect("the compiler says");
                 let shared = kernel.shared_bytes();
                 println!("{} {target}: {} registers, {shared} bytes, {launch}", kernel.name, usage.registers);

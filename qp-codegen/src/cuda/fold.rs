@@ -144,6 +144,7 @@ impl Folder<'_> {
             | Op::LoadMatrix { .. }
             | Op::AtomicAdd { .. }
             | Op::Shuffle { .. }
+            | Op::Across(..)
             | Op::MmaI8 { .. } => false,
             Op::Extract(base, _) => {
                 if !self.fold(v, here, stmts) {

@@ -542,6 +542,13 @@ impl<'k, 'h> Printer<'k, 'h> {
                 let (value, arg) = (self.expr(*value).text, self.expr(*arg).text);
                 Expr::atom(format!("{name}(0xffffffffu, {value}, {arg})"))
             }
+            Op::Across(op, value) => {
+                let name = match op {
+                    AcrossOp::Add => "__reduce_add_sync",
+                    AcrossOp::Max => "__reduce_max_sync",
+                };
+                Expr::atom(format!("{name}(0xffffffffu, {})", self.expr(*value).text))
+            }
             Op::MmaI8 { signed_a, a, b, acc } => {
                 let name = self.helper(Helper::Mma { signed_a: *signed_a });
                 let args: Vec<Val> = a.iter().chain(b).chain([acc]).copied().collect();

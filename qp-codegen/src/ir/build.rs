@@ -585,6 +585,16 @@ impl<'b> V<'b> {
         self.b.emit(Op::Shuffle { mode: ShuffleMode::Index, value: self.val, arg: lane.val }, self.ty())
     }
 
+    /// The sum of all lanes' values, modulo 2^32; see [`Op::Across`].
+    pub fn sum_across(self) -> V<'b> {
+        self.b.emit(Op::Across(AcrossOp::Add, self.val), Type::U32)
+    }
+
+    /// The largest of all lanes' values.
+    pub fn max_across(self) -> V<'b> {
+        self.b.emit(Op::Across(AcrossOp::Max, self.val), Type::U32)
+    }
+
     /// The value of lane `own xor mask`.
     pub fn shuffle_xor(self, mask: i32) -> V<'b> {
         let arg = self.b.i32(mask);

@@ -23,8 +23,8 @@
 //!
 //! **Lanes.** A value is *cluster-uniform*, *block-uniform*, *warp-uniform* or *divergent* (see `validate`).
 //! [`Stmt::ClusterBarrier`] stands only under cluster-uniform control flow; [`Stmt::Barrier`], [`Stmt::MmaGroup`] and
-//! [`Stmt::GroupWait`] only under block-uniform; [`Op::Shuffle`], [`Op::LoadMatrix`] and [`Op::MmaI8`] only under
-//! warp-uniform. Threads of a block may see each other's shared writes only across a barrier (or, within a warp,
+//! [`Stmt::GroupWait`] only under block-uniform; [`Op::Shuffle`], [`Op::Across`], [`Op::LoadMatrix`] and [`Op::MmaI8`]
+//! only under warp-uniform. Threads of a block may see each other's shared writes only across a barrier (or, within a warp,
 //! [`Stmt::WarpSync`]); the interpreter reports a race otherwise. Blocks of a cluster may see each other's global
 //! writes across a cluster barrier. Clusters run in any order and meet only in atomics.
 //!
@@ -278,6 +278,15 @@ pub enum ShuffleMode {
     Xor,
 }
 
+/// How the values of a warp's lanes become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AcrossOp {
+    /// Their sum, modulo 2^32.
+    Add,
+    /// The largest.
+    Max,
+}
+
 /// Literal constants.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Const {
@@ -412,6 +421,8 @@ pub enum Op {
         /// Lane or mask (`I32`).
         arg: Val,
     },
+    /// One value of those of all 32 lanes (`U32`), which each of them gets: PTX `redux.sync`.
+    Across(AcrossOp, Val),
     /// `mma.m16n8k32.s32`: acc + A·B with A 16 × 32 (bytes, signed or not), B 32 × 8 signed bytes.
     /// `a`: four `U32`, `b`: two `U32`, `acc` and result: `I32 × 4`, in PTX's fragment layout.
     MmaI8 {
@@ -431,7 +442,7 @@ impl Op {
     pub fn operands(&self, f: &mut impl FnMut(Val)) {
         match self {
             Op::Const(_) | Op::Param(_) | Op::Special(_) | Op::LoopIndex | Op::Get(_) => {}
-            Op::Unary(_, a) | Op::Convert(_, a) | Op::Bitcast(_, a) | Op::Extract(a, _) => f(*a),
+            Op::Unary(_, a) | Op::Convert(_, a) | Op::Bitcast(_, a) | Op::Extract(a, _) | Op::Across(_, a) => f(*a),
             Op::Binary(_, a, b) | Op::Compare(_, a, b) | Op::Halves(_, a, b) | Op::Permute { a, b, selector: _ } => {
                 [*a, *b].into_iter().for_each(f)
             }

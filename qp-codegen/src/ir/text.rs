@@ -119,6 +119,8 @@ fn operation(kernel: &Kernel, v: Val) -> String {
             ShuffleMode::Index => format!("shuffle {} from {}", value(v), value(arg)),
             ShuffleMode::Xor => format!("shuffle {} xor {}", value(v), value(arg)),
         },
+        Op::Across(AcrossOp::Add, v) => format!("sum_across {}", value(v)),
+        Op::Across(AcrossOp::Max, v) => format!("max_across {}", value(v)),
         Op::MmaI8 { signed_a, a, b, acc } => format!(
             "mma_{}8s8 {} by {} onto {}",
             if *signed_a { "s" } else { "u" },

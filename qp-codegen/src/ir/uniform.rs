@@ -122,6 +122,7 @@ impl Uniformity {
             // Each block has its own.
             Op::Load { mem: Mem::Shared(_), .. } => worst.max(Level::Block),
             Op::LoadMatrix { .. } | Op::AtomicAdd { .. } | Op::MmaI8 { .. } => Level::Divergent,
+            Op::Across(_, value) => self.value(*value).min(Level::Warp),
             Op::Shuffle { mode, value, arg } => match mode {
                 ShuffleMode::Index if self.value(*arg) <= Level::Warp => self.value(*value).min(Level::Warp),
                 ShuffleMode::Index | ShuffleMode::Xor => self.value(*value),

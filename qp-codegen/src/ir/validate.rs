@@ -557,6 +557,10 @@ impl<'k> Validator<'k> {
                     (ShuffleMode::Xor | ShuffleMode::Index, _) => Ok(Type { scalar, lanes: 1 }),
                 }
             }
+            Op::Across(_, value) => {
+                self.of(*value, Type::U32, "u32")?;
+                Ok(Type::U32)
+            }
             Op::MmaI8 { signed_a: _, a, b, acc } => {
                 a.iter().chain(b).try_for_each(|v| self.of(*v, Type::U32, "u32"))?;
                 self.of(*acc, Type::I32X4, "i32x4")?;
@@ -745,7 +749,10 @@ impl<'k> Validator<'k> {
                 }
                 Stmt::Let(v) => {
                     let op = &self.kernel.value(*v).op;
-                    let together = matches!(op, Op::Shuffle { .. } | Op::LoadMatrix { .. } | Op::MmaI8 { .. });
+                    let together = matches!(
+                        op,
+                        Op::Shuffle { .. } | Op::Across(..) | Op::LoadMatrix { .. } | Op::MmaI8 { .. }
+                    );
                     if together && control > Level::Warp {
                         self.problem(Invalid::Divergent("warp"));
                     }

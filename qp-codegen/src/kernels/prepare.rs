@@ -44,6 +44,68 @@ const MOST_IN_REGISTERS: u32 = 8;
 /// Most warps of a block.
 const MOST_WARPS: u32 = 32;
 
+/// How a token's columns are spread over a GPU. The result does not depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Spread {
+    /// Blocks of the cluster that takes a token.
+    pub blocks: u32,
+    /// Groups of 128 columns that a warp takes.
+    pub per_warp: u32,
+}
+
+impl Spread {
+    /// That of an engine.
+    pub fn choose(op: &Prepare, device: &Device) -> Spread {
+        let form = Groups::new(op);
+        // Meeting in a cluster takes longer than in a block: twice with a norm.
+        let worth = if op.norm.is_some() { 2 * MOST_WARPS } else { MOST_WARPS };
+        let mut blocks = 1;
+        if form.count > worth && !form.across {
+            blocks = form.count.div_ceil(MOST_WARPS).next_power_of_two().min(device.cluster);
+            while blocks > 1 && op.batch * blocks > 2 * device.sms {
+                blocks /= 2;
+            }
+        }
+        Spread { blocks, per_warp: form.count.div_ceil(blocks * MOST_WARPS).next_multiple_of(form.together) }
+    }
+
+    /// All that a GPU can run, [`Spread::choose`]'s among them: to be measured.
+    pub fn all(op: &Prepare, device: &Device) -> Vec<Spread> {
+        let form = Groups::new(op);
+        let clusters = [1, 2, 4, 8].into_iter().filter(|n| *n <= device.cluster && (*n == 1 || !form.across));
+        let mut all: Vec<Spread> = clusters
+            .flat_map(|blocks| {
+                let fewest = form.count.div_ceil(blocks * MOST_WARPS).next_multiple_of(form.together);
+                [1, 2, 4].map(|times| Spread { blocks, per_warp: fewest * times })
+            })
+            // Every block has work.
+            .filter(|s| (s.blocks - 1) * s.per_warp < form.count && (s.blocks == 1 || s.per_warp <= MOST_IN_REGISTERS))
+            .collect();
+        all.retain(|s| *s == Spread::choose(op, device) || s.per_warp <= MOST_IN_REGISTERS);
+        all
+    }
+}
+
+/// A token's groups of columns.
+struct Groups {
+    count: u32,
+    /// A warp takes a multiple of so many, since the rotation mixes them.
+    together: u32,
+    /// Whether a part of the rotation goes through shared memory.
+    across: bool,
+}
+
+impl Groups {
+    fn new(op: &Prepare) -> Self {
+        let transforms = Transforms::of(op.rotation, op.columns);
+        let levels = transforms.levels();
+        // Butterflies between a thread's own values reach as far as what it holds.
+        let across = transforms.has_dense() || levels > GROUP_LEVELS + MOST_IN_REGISTERS.ilog2();
+        let together = if across { 1 } else { 1 << levels.saturating_sub(GROUP_LEVELS) };
+        Groups { count: op.columns.next_multiple_of(COLUMN_PAD) / GROUP, together, across }
+    }
+}
+
 /// How a token's groups are spread: group `(block · warps + warp) · per_warp + k` is the `k`-th of a warp.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Geometry {
@@ -57,25 +119,9 @@ struct Geometry {
 }
 
 impl Geometry {
-    fn new(op: &Prepare, device: &Device) -> Self {
-        let transforms = Transforms::of(op.rotation, op.columns);
-        let groups = op.columns.next_multiple_of(COLUMN_PAD) / GROUP;
-        let levels = transforms.levels();
-        // Butterflies between a thread's own values reach as far as what it holds.
-        let across = transforms.has_dense() || levels > GROUP_LEVELS + MOST_IN_REGISTERS.ilog2();
-        let together = if across { 1 } else { 1 << levels.saturating_sub(GROUP_LEVELS) };
-        // Meeting in a cluster takes longer than in a block: twice with a norm.
-        let worth = if op.norm.is_some() { 2 * MOST_WARPS } else { MOST_WARPS };
-        let mut blocks = 1;
-        if groups > worth && !across {
-            blocks = groups.div_ceil(MOST_WARPS).next_power_of_two().min(device.cluster);
-            while blocks > 1 && op.batch * blocks > 2 * device.sms {
-                blocks /= 2;
-            }
-        }
-        let per_warp = groups.div_ceil(blocks * MOST_WARPS).next_multiple_of(together);
-        let warps = groups.div_ceil(blocks * per_warp);
-        Geometry { groups, per_warp, warps, blocks, across }
+    fn new(op: &Prepare, Spread { blocks, per_warp }: Spread) -> Self {
+        let Groups { count, together: _, across } = Groups::new(op);
+        Geometry { groups: count, per_warp, warps: count.div_ceil(blocks * per_warp), blocks, across }
     }
 
     /// Whether no warp has groups past the last one.
@@ -90,8 +136,8 @@ impl Geometry {
 
 impl Prepare {
     /// Words of the buffer `scratch`, at least one.
-    pub fn scratch(&self, device: &Device) -> usize {
-        let geometry = Geometry::new(self, device);
+    pub fn scratch(&self, spread: Spread) -> usize {
+        let geometry = Geometry::new(self, spread);
         if geometry.blocks == 1 { 1 } else { (self.batch * scratch_of_token(&geometry)) as usize }
     }
 }
@@ -113,7 +159,12 @@ fn scratch_of_token(g: &Geometry) -> u32 {
 /// * `faults`: `i32`, one a layer of the model: that of `layer` becomes 1 if a token's values are not finite;
 /// * `layer`: `i32`, the place in `faults`.
 pub fn lower(op: &Prepare, device: &Device) -> Kernel {
-    let g = Geometry::new(op, device);
+    lower_as(op, Spread::choose(op, device))
+}
+
+/// As [`lower`], spread in a given way.
+pub fn lower_as(op: &Prepare, spread: Spread) -> Kernel {
+    let g = Geometry::new(op, spread);
     let b = Builder::new(&format!("prepare_{}_b{}", op.columns, op.batch), [op.batch * g.blocks, 1], g.warps * 32);
     b.doc(format!(
         "{} columns of {} token(s){}{}{}, as signed bytes.",
@@ -446,7 +497,7 @@ impl<'a, 'b> Emit<'a, 'b> {
             let most = bits.into_iter().fold(b.get(largest), |m, v| m.max(v));
             b.set(largest, most);
         });
-        let of_warp = across_lanes(b.get(largest), |a, b| a.max(b));
+        let of_warp = b.get(largest).max_across();
         let all = g.blocks * g.warps;
         let (mem, first) = self.meeting("largest", Elem::U32, 0, all);
         b.if_(self.lane.eq(0), || b.store(mem, first + self.warp, of_warp, Elem::U32));
@@ -457,7 +508,7 @@ impl<'a, 'b> Emit<'a, 'b> {
             b.load(mem, first + if (i + 1) * 32 <= all { at } else { at.min(all - 1) }, Elem::U32)
         });
         let each: Vec<V> = each.collect();
-        let most = across_lanes(each.into_iter().reduce(|a, b| a.max(b)).expect("a warp"), |a, b| a.max(b));
+        let most = each.into_iter().reduce(|a, b| a.max(b)).expect("a warp").max_across();
         let magnitude = most.bits(Scalar::F32);
         let inverse = magnitude.gt(0.0).select(b.f32(ACTIVATION_MAX) / magnitude, 0.0);
 
@@ -474,7 +525,7 @@ impl<'a, 'b> Emit<'a, 'b> {
             b.store(self.x, at + 4, bytes(low), Elem::U32);
             b.set(sum, b.get(sum) + ((q[0] + q[1]) + (q[2] + q[3])));
         });
-        let sum = across_lanes(b.get(sum), |a, b| a + b);
+        let sum = b.get(sum).bits(Scalar::U32).sum_across().bits(Scalar::I32);
         b.if_(self.lane.eq(0), || {
             b.atomic_add(self.x_sum, self.token, sum);
         });

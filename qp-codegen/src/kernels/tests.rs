@@ -4,7 +4,7 @@ use super::decode::pack_tables;
 use super::dequantize::{self, Dequantize};
 use super::embed_packed::{self, EmbedPacked};
 use super::gemv::{self, Gemv};
-use super::prepare::{self, Gate, Prepare};
+use super::prepare::{self, Gate, Prepare, Spread};
 use super::product::{Launch, Way};
 use super::{Span, gemm, rotate};
 use crate::ir::interpret::{Arg, Options, run};
@@ -547,17 +547,19 @@ fn check_prepare(columns: u32, batch: u32, rotation: Rotation, norm: Option<RmsN
     ];
     let gate = gate.map(|activation| Gate { activation, up });
     let op = Prepare { columns, batch, input: input_span, gate, norm, rotation };
-    for target in [crate::cuda::Target::Sm80, crate::cuda::Target::Sm90a] {
-        let device = target.device();
-        let mut scratch = vec![0xee; 4 * op.scratch(&device)];
+    let chosen = [crate::cuda::Target::Sm80, crate::cuda::Target::Sm90a].map(|t| Spread::choose(&op, &t.device()));
+    let all = Spread::all(&op, &crate::cuda::Target::Sm90a.device());
+    assert!(all.contains(&chosen[1]), "{what}");
+    for spread in if batch == 1 { all } else { chosen.into() } {
+        let mut scratch = vec![0xee; 4 * op.scratch(spread)];
         let mut out = expect.each_ref().map(|e| vec![0xee; e.len()]);
         let mut faults = vec![0; 12];
         let mut args: Vec<Arg> = given.iter().map(|b| Arg::ReadOnly(b)).collect();
         args.push(Arg::Buffer(&mut scratch));
         args.extend(out.iter_mut().map(|o| Arg::Buffer(o)));
         args.extend([Arg::Buffer(&mut faults), Arg::I32(1)]);
-        launch(&prepare::lower(&op, &device), args);
-        assert!(out == expect, "{what}, {target}");
+        launch(&prepare::lower_as(&op, spread), args);
+        assert!(out == expect, "{what}, {spread:?}");
         assert_eq!(faults, [0; 12], "{what}");
     }
 }
@@ -572,16 +574,16 @@ fn preparing_notices_what_is_not_finite() {
         let span = Span::rows(columns);
         let gate = gate.then_some(Gate { activation: Activation::Silu, up: span });
         let op = Prepare { columns, batch: 2, input: span, gate, norm: None, rotation };
-        let device = crate::cuda::Target::Sm90a.device();
+        let spread = Spread::choose(&op, &crate::cuda::Target::Sm90a.device());
         let input = bytes(&x, f32::to_le_bytes);
         let flips = bytes(&rotate::flips(rotation, columns), u32::to_le_bytes);
-        let mut scratch = vec![0; 4 * op.scratch(&device)];
+        let mut scratch = vec![0; 4 * op.scratch(spread)];
         let (mut planes, mut scale, mut sum) = (vec![0xee; 4 * 512], vec![0; 8], vec![0; 8]);
         let mut faults = vec![0; 12];
         let mut args: Vec<Arg> = [&input, &input, &input, &flips, &flips].map(|b| Arg::ReadOnly(b)).into();
         args.extend([&mut scratch, &mut planes, &mut scale, &mut sum, &mut faults].map(|b| Arg::Buffer(b)));
         args.push(Arg::I32(1));
-        launch(&prepare::lower(&op, &device), args);
+        launch(&prepare::lower_as(&op, spread), args);
         assert_eq!(faults, bytes(&[0, 1, 0], i32::to_le_bytes), "{bad}");
         let scales = floats(&scale);
         assert!(scales[0].is_finite() && scales[1] == f32::INFINITY, "{bad}: {scales:?}");

@@ -7,7 +7,7 @@ use qp_codegen::kernels::decode::pack_tables;
 use qp_codegen::kernels::dequantize::{self, Dequantize};
 use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
 use qp_codegen::kernels::gemv::Gemv;
-use qp_codegen::kernels::prepare::{self, Prepare};
+use qp_codegen::kernels::prepare::{self, Prepare, Spread};
 use qp_codegen::kernels::product::Launch;
 use qp_codegen::kernels::rotate;
 use qp_codegen::layout::{COLUMN_PAD, Packed};
@@ -374,9 +374,22 @@ impl PrepareKernel {
     /// # Errors
     /// Those of the executor.
     pub fn load(on: &Executor, op: &Prepare) -> Result<Self, DeviceError> {
-        let kernel = on.load::<PrepareArgs<'_>>(prepare::lower(op, &on.device()))?;
+        PrepareKernel::load_as(on, op, Spread::choose(op, &on.device()))
+    }
+
+    /// Makes the kernel that is spread so.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn load_as(on: &Executor, op: &Prepare, spread: Spread) -> Result<Self, DeviceError> {
+        let kernel = on.load::<PrepareArgs<'_>>(prepare::lower_as(op, spread))?;
         let signs = Signs::upload(on, op.rotation, op.columns, rotate::base)?;
-        Ok(PrepareKernel { kernel, signs, scratch: on.zeroed(op.scratch(&on.device()))? })
+        Ok(PrepareKernel { kernel, signs, scratch: on.zeroed(op.scratch(spread))? })
+    }
+
+    /// The kernel.
+    pub fn loaded(&self) -> &Loaded {
+        &self.kernel
     }
 
     /// Adds the launch to a graph.

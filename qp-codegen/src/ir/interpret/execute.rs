@@ -250,6 +250,17 @@ impl<'p, 'a> Machine<'p, 'a> {
                     }
                 }
             }
+            Code::Across { op, d, value } => {
+                for warp in m.warps()? {
+                    let lanes = warp * 32..warp * 32 + 32;
+                    let values = self.words[*value as usize][lanes.clone()].iter().copied();
+                    let one = match op {
+                        AcrossOp::Add => values.fold(0u32, u32::wrapping_add),
+                        AcrossOp::Max => values.fold(0, u32::max),
+                    };
+                    self.words[*d as usize][lanes].fill(one);
+                }
+            }
             Code::Mma { signed_a, a, b, acc, d } => {
                 for warp in m.warps()? {
                     self.mma(warp * 32, *signed_a, a, b, acc, d)?;

@@ -107,7 +107,7 @@ pub enum OpKind {
     Atomic,
     /// Asynchronous copies.
     AsyncCopy,
-    /// Shuffles.
+    /// Shuffles, and values of all lanes.
     Shuffle,
     /// Barriers and waits.
     Sync,

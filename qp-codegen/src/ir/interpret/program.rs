@@ -125,6 +125,11 @@ pub(super) enum Code {
         value: Reg,
         arg: Reg,
     },
+    Across {
+        op: AcrossOp,
+        d: Reg,
+        value: Reg,
+    },
     Mma {
         signed_a: bool,
         a: [Reg; 4],
@@ -491,6 +496,12 @@ impl Compiler<'_> {
                 push(Code::Shuffle { mode: *mode, d: d[0], value, arg }, OpKind::Shuffle);
                 d
             }
+            Op::Across(op, value) => {
+                let d = self.fresh(*ty, false);
+                let value = self.one(*value);
+                push(Code::Across { op: *op, d: d[0], value }, OpKind::Shuffle);
+                d
+            }
             Op::MmaI8 { signed_a, a, b, acc } => {
                 let d = self.fresh(*ty, false);
                 let (a, b) = (a.map(|v| self.one(v)), b.map(|v| self.one(v)));
@@ -568,6 +579,10 @@ impl Code {
             Code::Shuffle { d, value, arg, .. } => {
                 f(value, Use);
                 f(arg, Use);
+                f(d, Def);
+            }
+            Code::Across { op: _, d, value } => {
+                f(value, Use);
                 f(d, Def);
             }
             Code::Mma { a, b, acc, d, .. } => {

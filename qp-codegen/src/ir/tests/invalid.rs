@@ -324,6 +324,18 @@ refused! {
         let Some(shuffle) = k.body.pop() else { panic!() };
         k.body.push(Stmt::If { cond, then: vec![shuffle], els: vec![] });
     };
+    across_in_branch: |k| {
+        let t = add(k, DIVERGENT, Type::I32);
+        let cond = add(k, Op::Compare(CompareOp::Lt, t, t), Type::BOOL);
+        let word = add(k, Op::Bitcast(Scalar::U32, t), Type::U32);
+        add(k, Op::Across(AcrossOp::Max, word), Type::U32);
+        let Some(across) = k.body.pop() else { panic!() };
+        k.body.push(Stmt::If { cond, then: vec![across], els: vec![] });
+    };
+    across_of_signed: |k| {
+        let t = add(k, DIVERGENT, Type::I32);
+        add(k, Op::Across(AcrossOp::Add, t), Type::U32);
+    };
     dependent_without_wait: |k| k.dependent_launch = true;
     wait_in_branch: |k| {
         k.dependent_launch = true;

@@ -380,6 +380,23 @@ fn shuffles() {
 }
 
 #[test]
+fn values_across_lanes() {
+    let mut r = Random(8);
+    let b = Builder::new("across", [1, 1], 64);
+    let x = b.buffer("x", Elem::U32, true);
+    let t = b.special(Special::Thread);
+    let own = b.load(x, t, Elem::U32);
+    b.store(x, t * 2 + 64, b.vector(&[own.sum_across(), own.max_across()]), Elem::U32);
+    let input: Vec<u32> = (0..64).map(|_| r.word()).collect();
+    let mut memory = bytes(input.iter().copied().chain([0; 128]));
+    run(&b.finish(), &mut [Arg::Buffer(&mut memory)], &Options::default()).unwrap();
+    for (t, got) in words(&memory)[64..].chunks(2).enumerate() {
+        let lanes = || input[t / 32 * 32..][..32].iter().copied();
+        assert_eq!(got, [lanes().fold(0, u32::wrapping_add), lanes().max().unwrap()]);
+    }
+}
+
+#[test]
 fn products() {
     let mut r = Random(4);
     for signed_a in [true, false] {

@@ -7,6 +7,7 @@ mod encode;
 mod engine;
 mod jit;
 mod kernels;
+mod prepare;
 mod results;
 mod roofline;
 mod shapes;
@@ -21,6 +22,7 @@ use encode::EncodeBench;
 use engine::EngineBench;
 use jit::JitBench;
 use kernels::KernelBench;
+use prepare::PrepareBench;
 use roofline::RooflineBench;
 
 /// Measure kernels, codes and whole models.
@@ -38,6 +40,7 @@ enum What {
     Engine(EngineBench),
     Jit(JitBench),
     Kernels(KernelBench),
+    Prepare(PrepareBench),
     Roofline(RooflineBench),
 }
 
@@ -51,6 +54,7 @@ impl Bench {
             What::Engine(e) => e.run(),
             What::Jit(j) => j.run(),
             What::Kernels(k) => k.run(),
+            What::Prepare(p) => p.run(),
             What::Roofline(r) => r.run(),
         }
     }

@@ -749,10 +749,8 @@ impl<'k> Validator<'k> {
                 }
                 Stmt::Let(v) => {
                     let op = &self.kernel.value(*v).op;
-                    let together = matches!(
-                        op,
-                        Op::Shuffle { .. } | Op::Across(..) | Op::LoadMatrix { .. } | Op::MmaI8 { .. }
-                    );
+                    let together =
+                        matches!(op, Op::Shuffle { .. } | Op::Across(..) | Op::LoadMatrix { .. } | Op::MmaI8 { .. });
                     if together && control > Level::Warp {
                         self.problem(Invalid::Divergent("warp"));
                     }

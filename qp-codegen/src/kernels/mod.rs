@@ -21,6 +21,7 @@ pub mod product;
 pub mod read;
 pub mod rotate;
 pub mod rows;
+pub mod sample;
 mod span;
 pub mod walk;
 

@@ -200,9 +200,8 @@ fn expected(op: &Prepare, values: &[f32], weights: &[f32]) -> Vec<Activations> {
 fn check(what: &str, out: &DeviceActivations, expected: &[Activations]) -> Result<(), Error> {
     let scales: Vec<f32> = expected.iter().map(|a| a.scale).collect();
     let sums: Vec<i32> = expected.iter().map(|a| a.sum as i32).collect();
-    let equal = out.x.to_vec()? == activation_cells(expected)
-        && out.scale.to_vec()? == scales
-        && out.sum.to_vec()? == sums;
+    let equal =
+        out.x.to_vec()? == activation_cells(expected) && out.scale.to_vec()? == scales && out.sum.to_vec()? == sums;
     if equal { Ok(()) } else { Err(format!("{what}: the result is not the CPU's").into()) }
 }
 

@@ -108,7 +108,7 @@ fn sampling_repeats_with_its_seed() {
     let prompt = model.tokenizer.encode("In the beginning").unwrap();
     let mut engine = engine(&model, 64);
     let mut draw = |seed| {
-        let mut sampler = Sampler::new(Sampling { temperature: 0.9, top_k: 50, top_p: 0.95, seed });
+        let mut sampler = Sampler::new(Sampling { temperature: 0.9, top_k: 50, top_p: 0.95, min_p: 0.0, seed });
         let go = |_| Ok::<_, engine::Error>(ControlFlow::Continue(()));
         engine::generate(&mut engine, &prompt, 20, &[], &mut sampler, go).unwrap().tokens
     };

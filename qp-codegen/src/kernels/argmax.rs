@@ -1,7 +1,8 @@
 //! The likeliest token of each row of logits.
 
 use super::span::Span;
-use crate::ir::{Builder, Elem, Kernel, Scalar, Special, V};
+use crate::ir::{Builder, Cache, Elem, Kernel, Scalar, Special, V};
+use crate::reference::INFINITY_BITS;
 
 /// What to compute.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -15,8 +16,8 @@ pub struct Argmax {
 }
 
 const THREADS: u32 = 1024;
-/// Bits of an infinity.
-const INFINITY: u32 = 0x7f80_0000;
+/// Loads that a thread has in flight.
+const AHEAD: u32 = 4;
 
 /// Makes the kernel. Its parameters, in order:
 ///
@@ -28,44 +29,59 @@ pub fn lower(op: &Argmax) -> Kernel {
     b.dependent_launch();
     let logits = b.buffer("logits", Elem::F32, false);
     let best = b.buffer("best", Elem::I32, true);
-    let (of_warps, where_) = (b.shared("of_warps", Elem::F32, 32), b.shared("where", Elem::I32, 32));
+    let (of_warps, where_) = (b.shared("of_warps", Elem::U32, 32), b.shared("where", Elem::I32, 32));
     let (thread, lane, warp) = (b.special(Special::Thread), b.special(Special::Lane), b.special(Special::Warp));
     let row = b.special(Special::BlockX);
     b.grid_wait();
     b.grid_launch();
-    let (most, at) = (b.var(b.f32(f32::MIN)), b.var(b.i32(-1)));
-    b.for_(thread, op.columns, THREADS, |i| {
-        let v = b.load(logits, op.logits.at(row) + i, Elem::F32);
-        let magnitude = v.bits(Scalar::U32) & 0x7fff_ffff;
-        b.if_(magnitude.lt(INFINITY) & v.gt(b.get(most)), || {
-            b.set(most, v);
-            b.set(at, i);
-        });
-        // What is not a number beats all numbers, at the first index.
-        b.if_(magnitude.gt(INFINITY), || {
-            b.set(most, b.f32(f32::MAX));
-            b.set(at, b.i32(-1));
-        });
+    let from = op.logits.at(row);
+    let aligned = op.logits.first.is_multiple_of(4) && (op.batch == 1 || op.logits.stride.is_multiple_of(4));
+    let width = if aligned && op.columns.is_multiple_of(4) { 4 } else { 1 };
+    let (most, at) = (b.var(b.u32(0)), b.var(b.i32(0)));
+    b.for_(thread * width, op.columns, AHEAD * THREADS * width, |first| {
+        // Past the last the last are read again, which changes nothing.
+        let at_of = |k: u32| (first + k * THREADS * width).min(op.columns - width);
+        let starts: Vec<V> = (0..AHEAD).map(at_of).collect();
+        let loaded: Vec<V> =
+            starts.iter().map(|&i| b.load_as(logits, from + i, Elem::F32, width, Cache::Default)).collect();
+        for (&start, v) in starts.iter().zip(&loaded) {
+            for j in 0..width {
+                let key = ordered(&b, v.lane(j));
+                b.if_(key.gt(b.get(most)), || {
+                    b.set(most, key);
+                    b.set(at, start + j);
+                });
+            }
+        }
     });
     let (v, i) = first_largest(b.get(most), b.get(at));
     b.if_(lane.eq(0), || {
-        b.store(of_warps, warp, v, Elem::F32);
+        b.store(of_warps, warp, v, Elem::U32);
         b.store(where_, warp, i, Elem::I32);
     });
     b.barrier();
     b.if_(warp.eq(0), || {
-        let (_, i) = first_largest(b.load(of_warps, lane, Elem::F32), b.load(where_, lane, Elem::I32));
-        b.if_(lane.eq(0), || b.store(best, row, i, Elem::I32));
+        let (v, i) = first_largest(b.load(of_warps, lane, Elem::U32), b.load(where_, lane, Elem::I32));
+        let none = v.eq(0) | v.eq(u32::MAX);
+        b.if_(lane.eq(0), || b.store(best, row, none.select(b.i32(-1), i), Elem::I32));
     });
     b.finish()
 }
 
-/// The largest of the lanes' values and the smallest index that has it.
-fn first_largest<'b>(mut v: V<'b>, mut i: V<'b>) -> (V<'b>, V<'b>) {
-    for mask in [16, 8, 4, 2, 1] {
-        let (other, j) = (v.shuffle_xor(mask), i.shuffle_xor(mask));
-        let take = other.gt(v) | (other.eq(v) & j.lt(i));
-        (v, i) = (take.select(other, v), take.select(j, i));
-    }
-    (v, i)
+/// A word that is larger for a larger finite logit: 0 for infinite ones, more than any for what is not a number.
+pub(super) fn ordered<'b>(b: &'b Builder, v: V<'b>) -> V<'b> {
+    let bits = v.bits(Scalar::U32);
+    let magnitude = bits & (i32::MAX as u32);
+    let flip = bits.ge(1u32 << 31).select(b.u32(u32::MAX), 1u32 << 31);
+    // Zeros are equal.
+    let word = magnitude.eq(0).select(b.u32(1 << 31), bits ^ flip);
+    let finite = magnitude.lt(INFINITY_BITS).select(word, 0u32);
+    magnitude.gt(INFINITY_BITS).select(b.u32(u32::MAX), finite)
+}
+
+/// The largest of the lanes' words and the smallest index that has it.
+fn first_largest<'b>(v: V<'b>, i: V<'b>) -> (V<'b>, V<'b>) {
+    let most = v.max_across();
+    let index = !v.eq(most).select(!i.bits(Scalar::U32), 0u32).max_across();
+    (most, index.bits(Scalar::I32))
 }

@@ -6,6 +6,7 @@
 //! So what is kept are the tokens nearer than some distance, and the first few of those at it. The draw is a sum over the
 //! warps and then over the run of one.
 
+use super::argmax::ordered;
 use super::math::exp;
 use super::span::Span;
 use crate::ir::{Builder, Cache, Const, Elem, Kernel, Mem, Scalar, Special, V, Var};
@@ -209,12 +210,7 @@ impl<'a, 'b> Emit<'a, 'b> {
         );
         let largest = b.var(b.u32(0));
         self.each(&s, |_, v| {
-            let bits = v.bits(Scalar::U32);
-            let magnitude = bits & (i32::MAX as u32);
-            let flip = bits.ge(1u32 << 31).select(b.u32(u32::MAX), 1u32 << 31);
-            let ordered = magnitude.lt(INFINITY_BITS).select(bits ^ flip, 0u32);
-            let ordered = magnitude.gt(INFINITY_BITS).select(b.u32(u32::MAX), ordered);
-            b.set(largest, b.get(largest).max(ordered));
+            b.set(largest, b.get(largest).max(ordered(b, v)));
         });
         let of_warp = b.get(largest).max_across();
         b.if_(self.lane.eq(0), || b.store(self.of_warps[0], self.warp, of_warp, Elem::U32));
@@ -222,13 +218,13 @@ impl<'a, 'b> Emit<'a, 'b> {
         let all = b.load(self.of_warps[0], self.lane, Elem::U32).max_across();
         b.if_(self.thread.eq(0), || b.store(self.found, b.i32(0), all, Elem::U32));
         b.barrier();
-        let ordered = b.load(self.found, b.i32(0), Elem::U32);
+        let word_of = b.load(self.found, b.i32(0), Elem::U32);
         b.if_else(
-            ordered.eq(0) | ordered.eq(u32::MAX),
+            word_of.eq(0) | word_of.eq(u32::MAX),
             || b.if_(self.thread.eq(0), || b.store(self.tokens, self.row, b.i32(-1), Elem::I32)),
             || {
-                let flip = ordered.ge(1u32 << 31).select(b.u32(1 << 31), u32::MAX);
-                self.draw(&s, (ordered ^ flip).bits(Scalar::F32), word(5), word(6));
+                let flip = word_of.ge(1u32 << 31).select(b.u32(1 << 31), u32::MAX);
+                self.draw(&s, (word_of ^ flip).bits(Scalar::F32), word(5), word(6));
             },
         );
     }
@@ -488,7 +484,7 @@ mod tests {
     use crate::reference::sampling::Sampling;
 
     /// Draws tokens of rows of `logits` by all `settings`, and compares them with the reference's.
-    fn check(columns: usize, logits: &[f32], settings: &[Sampling]) {
+    fn check(columns: usize, logits: &[f32], settings: &[(Sampling, f32)]) {
         let rows = settings.len();
         let op = Sample {
             columns: columns as u32,
@@ -511,7 +507,8 @@ mod tests {
         }
         let bytes = |words: &[u32]| words.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>();
         let memory: Vec<u32> = memory.iter().map(|v| v.to_bits()).collect();
-        let all: Vec<u32> = settings.iter().enumerate().flat_map(|(r, s)| s.words((rows - r) as u32)).collect();
+        let all: Vec<u32> =
+            settings.iter().enumerate().flat_map(|(r, (s, penalty))| s.words(*penalty, (rows - r) as u32)).collect();
         let draws: Vec<u32> = (0..rows as u32).map(|r| 1000 + r).collect();
         let (mut masks, mut tokens) = (bytes(&mask), vec![0xee; 4 * rows]);
         let (memory, all, draws_bytes) = (bytes(&memory), bytes(&all), bytes(&draws));
@@ -523,18 +520,18 @@ mod tests {
             Arg::Buffer(&mut tokens),
         ];
         run(&kernel, &mut args, &Options::default()).unwrap_or_else(|trap| panic!("{trap}"));
-        for (r, (s, got)) in settings.iter().zip(tokens.as_chunks::<4>().0).enumerate() {
-            let expect = s.choose(row(r), seen, draws[r]);
+        for (r, ((s, penalty), got)) in settings.iter().zip(tokens.as_chunks::<4>().0).enumerate() {
+            let expect = s.choose(row(r), *penalty, seen, draws[r]);
             let expect = expect.map_or(-1, |token| token as i32);
-            assert_eq!(i32::from_le_bytes(*got), expect, "row {r} of {columns}: {s:?}");
-            if let (Ok(token), true) = (usize::try_from(expect), s.repetition_penalty != 1.0) {
+            assert_eq!(i32::from_le_bytes(*got), expect, "row {r} of {columns}: {s:?} {penalty}");
+            if let (Ok(token), true) = (usize::try_from(expect), *penalty != 1.0) {
                 mask[(rows - r) * words + token / 32] |= 1 << (token % 32);
             }
         }
         assert_eq!(masks, bytes(&mask));
     }
 
-    fn settings() -> Vec<Sampling> {
+    fn settings() -> Vec<(Sampling, f32)> {
         let base = Sampling { temperature: 1.0, ..Sampling::default() };
         let kinds = [
             Sampling::default(),
@@ -550,11 +547,11 @@ mod tests {
             Sampling { min_p: 0.05, ..base },
             Sampling { min_p: 1.0, ..base },
             Sampling { top_k: 20, top_p: 0.7, min_p: 0.1, ..base },
-            Sampling { repetition_penalty: 1.7, ..Sampling::default() },
-            Sampling { repetition_penalty: 1.2, top_k: 50, top_p: 0.9, temperature: 0.8, ..base },
         ];
+        let penalized = [(kinds[0], 1.7), (Sampling { top_k: 50, top_p: 0.9, temperature: 0.8, ..base }, 1.2)];
         let seeds = [0, u64::MAX, 12_345_678_901_234];
-        kinds.into_iter().flat_map(|kind| seeds.map(|seed| Sampling { seed, ..kind })).collect()
+        let kinds = kinds.map(|kind| (kind, 1.0)).into_iter().chain(penalized);
+        kinds.flat_map(|(kind, penalty)| seeds.map(|seed| (Sampling { seed, ..kind }, penalty))).collect()
     }
 
     /// Numbers like logits, many of them equal if `coarse`.

@@ -156,7 +156,13 @@ fn dense_equals_the_reference_and_is_near_the_exact_product() {
 
 #[test]
 fn argmax_finds_the_first_of_the_largest() {
-    let columns = 2500;
+    // Rows whose fours are aligned, and others; one that no thread has to itself.
+    for (columns, first, stride) in [(2500, 0, 2500), (2500, 3, 2501), (2501, 0, 2501), (40_000, 4, 40_004)] {
+        argmax_of(columns, Span { first, stride });
+    }
+}
+
+fn argmax_of(columns: usize, span: Span) {
     let mut logits = random(10, 6 * columns);
     for at in [2300, 700, 1724] {
         logits[at] = 5.0;
@@ -167,9 +173,15 @@ fn argmax_finds_the_first_of_the_largest() {
     logits[2 * columns + 99] = -1e9;
     logits[3 * columns + 1024] = f32::NAN;
     logits[4 * columns..5 * columns].fill(f32::INFINITY);
-    logits[5 * columns + 2499] = 9.0;
+    logits[5 * columns..].fill(-1.0);
+    logits[5 * columns + 2400] = -0.0;
+    logits[5 * columns + 2499] = 0.0;
+    let mut memory = vec![f32::NAN; (span.first + 6 * span.stride) as usize];
+    for (t, row) in logits.chunks(columns).enumerate() {
+        memory[(span.first + t as u32 * span.stride) as usize..][..columns].copy_from_slice(row);
+    }
     let mut best = ints(&[-7; 6]);
-    let op = Argmax { columns: columns as u32, batch: 6, logits: Span::rows(columns as u32) };
-    launch(&argmax::lower(&op), &mut [Arg::ReadOnly(&bytes(&logits)), Arg::Buffer(&mut best)]);
-    assert_eq!(best, ints(&[700, 0, 99, -1, -1, 2499]));
+    let op = Argmax { columns: columns as u32, batch: 6, logits: span };
+    launch(&argmax::lower(&op), &mut [Arg::ReadOnly(&bytes(&memory)), Arg::Buffer(&mut best)]);
+    assert_eq!(best, ints(&[700, 0, 99, -1, -1, 2400]), "{columns} {span:?}");
 }

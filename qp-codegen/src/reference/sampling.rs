@@ -22,20 +22,18 @@ pub struct Sampling {
     /// Divides the logits; 0 takes the largest logit (greedy).
     pub temperature: f32,
     /// Only the so many largest logits are drawn from; 0 for no limit.
-    pub top_k: u32,
+    pub top_k: usize,
     /// Only the fewest tokens are drawn from whose probabilities reach this sum; 1 for no limit.
     pub top_p: f32,
     /// Only tokens are drawn from whose probability is at least this share of the largest; 0 for no limit.
     pub min_p: f32,
-    /// Divides positive logits of tokens that were seen before, multiplies negative ones; 1 changes nothing.
-    pub repetition_penalty: f32,
     /// Equal seeds draw equal tokens from equal logits.
     pub seed: u64,
 }
 
 impl Default for Sampling {
     fn default() -> Self {
-        Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 }
+        Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0 }
     }
 }
 
@@ -51,23 +49,23 @@ pub const MOST_TOKENS: usize = 1 << 18;
 pub const WORDS: usize = 8;
 
 impl Sampling {
-    /// True if the first of the largest logits is always taken, whatever was seen before.
+    /// True if the first of the largest logits is always taken.
     pub fn is_greedy(&self) -> bool {
-        (self.temperature <= 0.0 || self.top_k == 1) && self.repetition_penalty == 1.0
+        self.temperature <= 0.0 || self.top_k == 1
     }
 
     /// The settings as the kernel takes them: bits of the temperature; tokens of the first limit, 0 for none; the second in
-    /// parts of 2^24; the least weight; bits of the penalty; the seed, low and high half; `slot`, the row of the mask of
-    /// seen tokens (see [`crate::kernels::sample`]).
-    pub fn words(&self, slot: u32) -> [u32; WORDS] {
+    /// parts of 2^24; the least weight; bits of the repetition penalty; the seed, low and high half; `slot`, the row of the
+    /// mask of seen tokens (see [`crate::kernels::sample`]).
+    pub fn words(&self, penalty: f32, slot: u32) -> [u32; WORDS] {
         let share = |p: f32, bits: u32| (p.clamp(0.0, 1.0) * (1u64 << bits) as f32).round_ties_even() as u32;
         let greedy = self.temperature <= 0.0;
         [
             if greedy { 1.0f32.to_bits() } else { self.temperature.to_bits() },
-            if greedy { 1 } else { self.top_k },
+            if greedy { 1 } else { u32::try_from(self.top_k).unwrap_or(0) },
             share(self.top_p, SHARE_BITS),
             share(self.min_p, WEIGHT_BITS),
-            self.repetition_penalty.to_bits(),
+            penalty.to_bits(),
             self.seed as u32,
             (self.seed >> 32) as u32,
             slot,
@@ -75,11 +73,10 @@ impl Sampling {
     }
 
     /// The next token by its logits, or nothing if one is not a number or none is finite. `seen` says whether a token was seen
-    /// before; it is not asked without a penalty. `draw` numbers the draws of the seed, as by the position of the token.
-    pub fn choose(&self, logits: &[f32], seen: impl Fn(usize) -> bool, draw: u32) -> Option<u32> {
-        let [temperature, top_k, top_p, least, ..] = self.words(0);
+    /// before, for which the repetition penalty is; it is not asked if that is 1. `draw` numbers the draws of the seed.
+    pub fn choose(&self, logits: &[f32], penalty: f32, seen: impl Fn(usize) -> bool, draw: u32) -> Option<u32> {
+        let [temperature, top_k, top_p, least, ..] = self.words(penalty, 0);
         let temperature = f32::from_bits(temperature);
-        let penalty = self.repetition_penalty;
         let penalized = |(i, &v): (usize, &f32)| match penalty != 1.0 && seen(i) {
             true if v > 0.0 => v / penalty,
             true => v * penalty,
@@ -156,17 +153,17 @@ mod tests {
     const NONE: fn(usize) -> bool = |_| false;
 
     fn draws(sampling: Sampling, logits: &[f32], n: u32) -> Vec<u32> {
-        (0..n).map(|draw| sampling.choose(logits, NONE, draw).unwrap()).collect()
+        (0..n).map(|draw| sampling.choose(logits, 1.0, NONE, draw).unwrap()).collect()
     }
 
     #[test]
     fn without_a_temperature_the_first_of_the_largest_is_taken() {
         let greedy = Sampling::default();
         assert!(greedy.is_greedy());
-        assert_eq!(greedy.choose(&[0.0, 2.0, 2.0, f32::NEG_INFINITY, f32::INFINITY], NONE, 3), Some(1));
-        assert_eq!(greedy.choose(&[-0.0, 0.0], NONE, 0), Some(0));
-        assert_eq!(greedy.choose(&[0.0, f32::NAN], NONE, 0), None);
-        assert_eq!(greedy.choose(&[f32::NEG_INFINITY], NONE, 0), None);
+        assert_eq!(greedy.choose(&[0.0, 2.0, 2.0, f32::NEG_INFINITY, f32::INFINITY], 1.0, NONE, 3), Some(1));
+        assert_eq!(greedy.choose(&[-0.0, 0.0], 1.0, NONE, 0), Some(0));
+        assert_eq!(greedy.choose(&[0.0, f32::NAN], 1.0, NONE, 0), None);
+        assert_eq!(greedy.choose(&[f32::NEG_INFINITY], 1.0, NONE, 0), None);
     }
 
     #[test]
@@ -205,12 +202,11 @@ mod tests {
 
     #[test]
     fn a_penalty_is_for_what_was_seen() {
-        let base = Sampling { repetition_penalty: 2.0, ..Sampling::default() };
-        assert!(!base.is_greedy());
-        assert_eq!(base.choose(&[3.0, 2.0, -4.0], NONE, 0), Some(0));
-        assert_eq!(base.choose(&[3.0, 2.0, -4.0], |i| i == 0, 0), Some(1));
-        assert_eq!(base.choose(&[-3.0, -4.0], |i| i == 0, 0), Some(1));
-        assert_eq!(base.choose(&[-3.0, -7.0], |i| i == 0, 0), Some(0));
+        let choose = |logits: &[f32], seen: fn(usize) -> bool| Sampling::default().choose(logits, 2.0, seen, 0);
+        assert_eq!(choose(&[3.0, 2.0, -4.0], NONE), Some(0));
+        assert_eq!(choose(&[3.0, 2.0, -4.0], |i| i == 0), Some(1));
+        assert_eq!(choose(&[-3.0, -4.0], |i| i == 0), Some(1));
+        assert_eq!(choose(&[-3.0, -7.0], |i| i == 0), Some(0));
     }
 
     #[test]

@@ -27,6 +27,12 @@ pub struct Generate {
     /// Draw from the fewest tokens only whose probabilities reach this sum.
     #[arg(long, value_name = "SUM", default_value_t = 1.0, value_parser = probability)]
     top_p: f32,
+    /// Draw only from tokens whose probability is at least this part of the largest.
+    #[arg(long, value_name = "PART", default_value_t = 0.0, value_parser = probability)]
+    min_p: f32,
+    /// Divides positive logits of tokens that occurred before, prompt included, and multiplies negative ones; 1 for none.
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = penalty)]
+    repetition_penalty: f32,
     /// Seed of the draws: equal seeds give equal texts.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -39,6 +45,13 @@ fn temperature(text: &str) -> Result<f32, String> {
     match text.parse::<f32>() {
         Ok(v) if v.is_finite() && v >= 0.0 => Ok(v),
         _ => Err("expected a number that is not negative".to_owned()),
+    }
+}
+
+fn penalty(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(v) if (0.01..=100.0).contains(&v) => Ok(v),
+        _ => Err("expected a number from 0.01 to 100".to_owned()),
     }
 }
 
@@ -66,13 +79,18 @@ impl Generate {
         let end = std::mem::take(&mut model.config.eos);
         let tokenizer = model.tokenizer.clone();
         let mut session = open_session(model, on.as_ref(), prompt.len() + self.count as usize - 1)?;
-        let sampling =
-            Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p, seed: self.seed };
+        let sampling = Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            seed: self.seed,
+        };
 
         let mut output = Output::new();
         output.print(&self.prompt)?;
         let mut text = tokenizer.stream(&prompt);
-        let mut sampler = Sampler::new(sampling);
+        let mut sampler = Sampler::with_penalty(sampling, self.repetition_penalty);
         let done = engine::generate(&mut session, &prompt, self.count as usize, &end, &mut sampler, |token| {
             output.print(&text.push(token)?)?;
             Ok::<_, super::Error>(if output.closed { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })

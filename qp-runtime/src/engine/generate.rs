@@ -64,6 +64,7 @@ pub fn generate<E: From<Error>>(
     let mut out = Generated { tokens: Vec::new(), stop: Stop::Count, prefill: Duration::ZERO, decode: Duration::ZERO };
     let mut logits = Vec::new();
     session.truncate(0);
+    sampler.saw(prompt);
     let mut next = |session: &mut Session, tokens: &[u32]| {
         if sampler.is_greedy() {
             return session.greedy(tokens);

@@ -28,6 +28,7 @@ pub fn write(
         temperature: 1.0,
         top_k: 50,
         top_p: 0.98,
+        min_p: 0.0,
         seed: seed.wrapping_add((i as u64 + 1).wrapping_mul(0xD134_2543_DE82_EF95)),
     };
     let mut sampler = Sampler::new(sampling);

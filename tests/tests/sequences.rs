@@ -5,7 +5,9 @@ use std::sync::Arc;
 use qp_codegen::palette;
 use qp_runtime::check::synthetic;
 use qp_runtime::device::Executor;
-use qp_runtime::engine::{Chunk, CpuEngine, CudaEngine, Engine, Error, Logits, PAGE, Precision, Room, cut};
+use qp_runtime::engine::{
+    Choice, Chunk, CpuEngine, CudaEngine, Engine, Error, Logits, PAGE, Precision, Room, Sampling, cut,
+};
 use qp_runtime::model::{Model, Weight, Weights};
 use qp_tests::models::{RandomModel, VOCAB};
 
@@ -225,6 +227,41 @@ fn steps_that_are_launched_ahead_change_nothing() {
             "{error}"
         );
         assert_eq!(best(1, 0).unwrap(), first, "an error leaves nothing behind");
+    }
+}
+
+/// Two sequences whose tokens are drawn: what each call gives.
+fn drawn(engine: &mut dyn Engine) -> Vec<u32> {
+    let (a, b) = (tokens(5, 6), tokens(6, 9));
+    let settings =
+        |temperature, top_k, top_p, seed| Sampling { temperature, top_k, top_p, seed, ..Sampling::default() };
+    let samplings = [settings(1.0, 40, 0.9, 3), settings(0.7, 0, 1.0, 4)];
+    let (mut prompts, mut at, mut all) = ([a, b], [0, 0], Vec::new());
+    for draw in 0..9 {
+        let pages = [[0], [1]];
+        let chunks: Vec<Chunk<'_>> = (0..2)
+            .map(|s| Chunk { tokens: &prompts[s], position: at[s], pages: &pages[s], logits: Logits::Last })
+            .collect();
+        // The draws of the second sequence skip some.
+        let choices = [0, 1].map(|s| Choice { sampling: samplings[s], draw: draw + 5 * (s as u32) * (draw / 5) });
+        let mut out = Vec::new();
+        engine.choose(&chunks, &choices, &mut out).unwrap();
+        for s in 0..2 {
+            at[s] += prompts[s].len();
+            prompts[s] = vec![out[s]];
+        }
+        all.extend(out);
+    }
+    all
+}
+
+#[test]
+fn engines_draw_the_same_tokens() {
+    for quantize in [true, false] {
+        let name = "LlamaForCausalLM";
+        let weights = if quantize { model(name) } else { quantized(name, |_| None) };
+        let [cpu, device] = engines(&weights, ROOM).map(|mut e| drawn(e.as_mut()));
+        assert_eq!(cpu, device);
     }
 }
 

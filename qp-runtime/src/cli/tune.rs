@@ -16,7 +16,7 @@ use crate::device::tune::{self, Product};
 use crate::device::{DeviceError, Executor};
 use crate::engine::Precision;
 use crate::engine::cuda::layout::{Form, Layout};
-use crate::engine::cuda::lower::{self, Op, Wanted};
+use crate::engine::cuda::lower::{self, Op, Pick, Wanted};
 use crate::model::{Config, Weights, arch};
 
 /// Measure how each product of a quantized model is launched best on this GPU, for steps of several sizes; later starts take
@@ -63,7 +63,7 @@ impl Tune {
 /// The products of steps of so many tokens, those of one matrix together; each once.
 fn products(layout: &Layout, tokens: &[u32]) -> Vec<Vec<Op>> {
     let mut out: Vec<Vec<Op>> = Vec::new();
-    let wanted = |tokens: u32| [tokens.min(ROWS), 1].map(|rows| (tokens, Wanted { rows, best: true }));
+    let wanted = |tokens: u32| [tokens.min(ROWS), 1].map(|rows| (tokens, Wanted { rows, pick: Pick::Best }));
     for (tokens, wanted) in tokens.iter().flat_map(|t| wanted(*t)) {
         let launches = lower::step(layout, tokens, wanted).launches;
         for op in launches.into_iter().map(|l| l.op) {
@@ -118,7 +118,7 @@ mod tests {
         }
         let count = all.iter().map(Vec::len).sum::<usize>();
         assert_eq!(tune_all(&Executor::interpreter(), &layout, &[1, 2]).unwrap(), count);
-        let step = lower::step(&layout, 2, Wanted { rows: 2, best: true });
+        let step = lower::step(&layout, 2, Wanted { rows: 2, pick: Pick::Best });
         for launch in step.launches.iter().filter(|l| matches!(l.op, Op::Product { .. })) {
             assert!(all.iter().flatten().any(|op| *op == launch.op), "{:?}", launch.op);
         }

@@ -76,6 +76,21 @@ pub struct Argmax<'a> {
     pub best: &'a mut Buffer<i32>,
 }
 
+/// Of [`qp_codegen::kernels::sample`].
+#[derive(LaunchArgs)]
+pub struct Sample<'a> {
+    /// Rows × columns.
+    pub logits: &'a Buffer<f32>,
+    /// Settings of each row.
+    pub settings: &'a Buffer<u32>,
+    /// Number of each row's draw.
+    pub draws: &'a Buffer<i32>,
+    /// Masks of tokens that were seen.
+    pub seen: &'a mut Buffer<u32>,
+    /// One a row.
+    pub tokens: &'a mut Buffer<i32>,
+}
+
 /// Of [`qp_codegen::kernels::read`].
 #[derive(LaunchArgs)]
 pub struct Read<'a> {

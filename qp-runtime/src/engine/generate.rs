@@ -69,6 +69,9 @@ pub fn generate<E: From<Error>>(
         if sampler.is_greedy() {
             return session.greedy(tokens);
         }
+        if let Some(choice) = sampler.choice() {
+            return session.choose(tokens, choice);
+        }
         session.forward(tokens, Logits::Last, &mut logits)?;
         sampler.next(&logits)
     };

@@ -143,6 +143,15 @@ fn attention_ops(
     (append, attend::Attend { cache, heads, tokens, window, soft_cap: attention.soft_cap, sinks: false })
 }
 
+/// How the next token is chosen from a row of logits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Choice {
+    /// Temperature and limits.
+    pub sampling: Sampling,
+    /// Number of the draw among those of the sampling's seed.
+    pub draw: u32,
+}
+
 /// Tokens that follow a sequence.
 #[derive(Clone, Copy, Debug)]
 pub struct Chunk<'a> {
@@ -278,11 +287,31 @@ pub trait Engine: Send {
         Ok(())
     }
 
+    /// As [`Engine::best`], but each row's token is drawn as `choices` say: one for each row that is wanted. Equal choices
+    /// draw equal tokens on every engine.
+    ///
+    /// # Errors
+    /// As [`Engine::best`].
+    fn choose(&mut self, chunks: &[Chunk<'_>], choices: &[Choice], out: &mut Vec<u32>) -> Result<(), Error> {
+        let mut logits = Vec::new();
+        self.step(chunks, &mut logits)?;
+        choose_from(&logits, self.vocab(), choices, out)
+    }
+
     /// Copies the keys and values of a page to another one.
     ///
     /// # Errors
     /// If there is no such page or the device fails.
     fn copy_page(&mut self, from: u32, to: u32) -> Result<(), Error>;
+}
+
+/// Chooses a token from each row of logits.
+fn choose_from(logits: &[f32], vocab: usize, choices: &[Choice], out: &mut Vec<u32>) -> Result<(), Error> {
+    out.clear();
+    for (row, Choice { sampling, draw }) in logits.chunks_exact(vocab).zip(choices) {
+        out.push(sampling.choose(row, 1.0, |_| false, *draw).ok_or(Error::NotANumber)?);
+    }
+    Ok(())
 }
 
 /// What every [`Engine::step`] checks first.

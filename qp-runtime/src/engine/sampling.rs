@@ -2,7 +2,7 @@
 
 pub use qp_codegen::reference::sampling::Sampling;
 
-use super::Error;
+use super::{Choice, Error};
 
 /// Draws the tokens of a text one after another.
 #[derive(Clone, Debug)]
@@ -30,6 +30,15 @@ impl Sampler {
     /// True if always the first of the largest logits is taken, so that [`super::Session::greedy`] can do it.
     pub fn is_greedy(&self) -> bool {
         self.sampling.is_greedy() && self.penalty == 1.0
+    }
+
+    /// The next choice, for an engine to make: there is none if it depends on the tokens that were seen.
+    pub fn choice(&mut self) -> Option<Choice> {
+        let choice = Choice { sampling: self.sampling, draw: self.draws };
+        (self.penalty == 1.0).then(|| {
+            self.draws = self.draws.wrapping_add(1);
+            choice
+        })
     }
 
     /// Notes tokens of the text that were not drawn, such as those of the prompt.

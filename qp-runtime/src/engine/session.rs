@@ -1,6 +1,6 @@
 //! One sequence with an engine of its own.
 
-use super::{Chunk, Engine, Error, Logits, PAGE, Pool};
+use super::{Choice, Chunk, Engine, Error, Logits, PAGE, Pool};
 
 /// An engine and the sequence that it computes.
 pub struct Session {
@@ -62,6 +62,16 @@ impl Session {
         let mut best = Vec::new();
         self.append(tokens, Logits::Last, |engine, chunk| engine.best(&[chunk], &mut best))?;
         best.first().copied().ok_or(Error::EmptyPrompt)
+    }
+
+    /// Appends `tokens` to the sequence and chooses the next one.
+    ///
+    /// # Errors
+    /// As [`Session::greedy`].
+    pub fn choose(&mut self, tokens: &[u32], choice: Choice) -> Result<u32, Error> {
+        let mut chosen = Vec::new();
+        self.append(tokens, Logits::Last, |engine, chunk| engine.choose(&[chunk], &[choice], &mut chosen))?;
+        chosen.first().copied().ok_or(Error::EmptyPrompt)
     }
 
     fn append(

@@ -16,7 +16,7 @@ use super::shapes::ModelArgs;
 use crate::cli::Error;
 use crate::cli::output::write;
 use crate::engine::cuda::layout::Layout;
-use crate::engine::cuda::lower::{self, Op, Wanted};
+use crate::engine::cuda::lower::{self, Op, Pick, Wanted};
 use crate::jit::{self, Cache};
 
 /// Time the making of kernels: lowering, validating, printing, compiling. Needs NVRTC, but no GPU.
@@ -179,7 +179,7 @@ impl JitBench {
 /// The kernels of a decode step of one token.
 fn kernels(layout: &Layout) -> Vec<Op> {
     let mut out: Vec<Op> = Vec::new();
-    for launch in lower::step(layout, 1, Wanted { rows: 1, best: true }).launches {
+    for launch in lower::step(layout, 1, Wanted { rows: 1, pick: Pick::Best }).launches {
         if !out.contains(&launch.op) {
             out.push(launch.op);
         }

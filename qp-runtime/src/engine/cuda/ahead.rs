@@ -4,9 +4,9 @@
 //! positions follow. So it is launched before the present step's tokens are read. If something else is
 //! asked for, what was computed ahead is forgotten: the keys and values that it wrote lie behind the sequences' ends.
 
-use super::{CudaEngine, MOST_ROWS};
+use super::{CudaEngine, How, MOST_ROWS};
 use crate::device::{DeviceError, Executor, Mail};
-use crate::engine::{Chunk, Error, Logits, PAGE};
+use crate::engine::{Choice, Chunk, Error, Logits, PAGE};
 
 /// The tokens that were chosen last, and what was launched to follow them.
 pub struct Ahead {
@@ -14,8 +14,10 @@ pub struct Ahead {
     mails: [Mail<i32>; 2],
     /// The mail that is sent next.
     next: usize,
-    /// What each sequence was given last: its likeliest token, and the position where that belongs.
+    /// What each sequence was given last: a token, and the position where that belongs.
     last: Vec<(u32, usize)>,
+    /// How the next tokens are chosen if all goes on as before; empty if the likeliest are.
+    choices: Vec<Choice>,
     /// The step that was launched ahead.
     launched: Option<Launched>,
 }
@@ -30,12 +32,13 @@ impl Ahead {
     /// Nothing is launched yet. `nodes` is the number of the program's nodes.
     pub fn new(on: &Executor, nodes: usize) -> Result<Self, DeviceError> {
         let mail = || on.mail(MOST_ROWS as usize + nodes);
-        Ok(Ahead { mails: [mail()?, mail()?], next: 0, last: Vec::new(), launched: None })
+        Ok(Ahead { mails: [mail()?, mail()?], next: 0, last: Vec::new(), choices: Vec::new(), launched: None })
     }
 
     /// True if `chunks` go on with the tokens that were chosen last.
-    fn go_on(&self, chunks: &[Chunk<'_>]) -> bool {
+    fn go_on(&self, chunks: &[Chunk<'_>], choices: &[Choice]) -> bool {
         chunks.len() == self.last.len()
+            && choices == self.choices
             && chunks.iter().zip(&self.last).all(|(c, last)| (c.tokens[0], c.position) == *last)
     }
 }
@@ -56,9 +59,11 @@ impl CudaEngine {
         Ok(())
     }
 
-    /// The likeliest next tokens of a step for which [`is_decoding`] is true.
-    pub(super) fn decode(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<u32>) -> Result<(), Error> {
-        let goes_on = self.ahead.go_on(chunks);
+    /// The next tokens of a step for which [`is_decoding`] is true.
+    pub(super) fn decode(&mut self, chunks: &[Chunk<'_>], how: How<'_>, out: &mut Vec<u32>) -> Result<(), Error> {
+        let choices = if let How::Drawn(choices) = how { choices } else { &[] };
+        let goes_on = self.ahead.go_on(chunks, choices);
+        let later: Vec<Choice> = choices.iter().map(|c| Choice { draw: c.draw.wrapping_add(1), ..*c }).collect();
         let launched = self.ahead.launched.take();
         let is_this = |launched: &Launched| {
             goes_on && chunks.iter().zip(&launched.pages).all(|(c, pages)| c.pages.starts_with(pages))
@@ -69,14 +74,15 @@ impl CudaEngine {
                 if launched.is_some() {
                     self.clear_faults()?;
                 }
-                self.run(chunks, true, false)?;
+                self.run(chunks, how, false)?;
                 self.send(chunks.len())?
             }
         };
         let next: Vec<Chunk<'_>> = chunks.iter().map(|c| Chunk { position: c.position + 1, ..*c }).collect();
         let fits = |c: &Chunk<'_>| c.position < self.room.context && c.position < c.pages.len() * PAGE;
         if goes_on && next.iter().all(fits) {
-            self.run(&next, true, true)?;
+            let how = if later.is_empty() { How::Best } else { How::Drawn(&later) };
+            self.run(&next, how, true)?;
             let pages = next.iter().map(|c| c.pages[..=c.position / PAGE].to_vec()).collect();
             self.ahead.launched = Some(Launched { pages, mail: self.send(chunks.len())? });
         }
@@ -89,6 +95,7 @@ impl CudaEngine {
             self.clear_faults()?;
             return Err(failed.unwrap_or(Error::NotANumber));
         };
+        self.ahead.choices = later;
         self.ahead.last = best.iter().zip(chunks).map(|(t, c)| (*t, c.position + 1)).collect();
         out.extend(best);
         Ok(())

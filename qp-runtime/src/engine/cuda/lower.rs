@@ -23,6 +23,7 @@ use qp_codegen::kernels::norm::{self, Norm};
 use qp_codegen::kernels::prepare::{self, Gate, Prepare};
 use qp_codegen::kernels::product;
 use qp_codegen::kernels::rows::{self, Rows};
+use qp_codegen::kernels::sample::{self, Sample};
 use qp_codegen::spec::{Rotation, Shape};
 
 use super::layout::{Form, Layout};
@@ -93,6 +94,8 @@ pub enum Op {
     Rows(Rows),
     /// The likeliest tokens.
     Argmax(Argmax),
+    /// Tokens drawn.
+    Sample(Sample),
 }
 
 impl Op {
@@ -110,6 +113,7 @@ impl Op {
             Op::Glu(_) => "gated unit",
             Op::Rows(_) => "rows",
             Op::Argmax(_) => "argmax",
+            Op::Sample(_) => "sample",
         }
     }
 
@@ -155,6 +159,7 @@ impl Op {
             Op::Glu(op) => glu::lower(op),
             Op::Rows(op) => rows::lower(op),
             Op::Argmax(op) => argmax::lower(op),
+            Op::Sample(op) => sample::lower(op),
             Op::Product { .. } => {
                 let op = self.product(layout).expect("a product");
                 product::Launch::choose(&op, device).lower(&op)
@@ -191,8 +196,19 @@ pub struct Launch {
 pub struct Wanted {
     /// Rows of logits; as many as tokens: those of all tokens, in their order.
     pub rows: u32,
-    /// Whether the likeliest tokens are wanted, not the logits.
-    pub best: bool,
+    /// What is made of the logits.
+    pub pick: Pick,
+}
+
+/// What a step makes of logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Pick {
+    /// They are read as they are.
+    Logits,
+    /// The likeliest token of each row.
+    Best,
+    /// A token of each row, drawn.
+    Drawn,
 }
 
 /// Where a value lies.
@@ -229,9 +245,17 @@ pub fn step(layout: &Layout, tokens: u32, wanted: Wanted) -> Step {
         lowering.node(node);
     }
     let logits = lowering.places[program.head().1.0].map(|p| (p.slot, p.span));
-    if let Some(p) = lowering.places[program.head().1.0].filter(|_| wanted.best) {
-        let op = Argmax { columns: p.columns, batch: wanted.rows, logits: p.span };
-        lowering.launch(Op::Argmax(op), &[p.slot], None);
+    if let Some(Place { slot, span: logits, columns }) = lowering.places[program.head().1.0] {
+        let batch = wanted.rows;
+        match wanted.pick {
+            Pick::Logits => (),
+            Pick::Best => {
+                lowering.launch(Op::Argmax(Argmax { columns, batch, logits }), &[slot], None);
+            }
+            Pick::Drawn => {
+                lowering.launch(Op::Sample(Sample { columns, batch, logits }), &[slot], None);
+            }
+        }
     }
     Step { launches: lowering.launches, logits }
 }

@@ -7,7 +7,7 @@ use qp_codegen::ir::Elem;
 use qp_codegen::layout::{COLUMN_PAD, Packed};
 
 use super::layout::{Form, Layout, Stored};
-use super::lower::{self, Slot, Wanted};
+use super::lower::{self, Pick, Slot, Wanted};
 use super::{MOST_ROWS, most_tokens};
 use crate::engine::{Error, PAGE, Room};
 use crate::model::program::CacheId;
@@ -34,7 +34,7 @@ impl Needs {
         let program = &layout.program;
         let most = most_tokens(room);
         let rows = |slot: &Slot| u64::from(if slot.wanted { MOST_ROWS } else { most });
-        let wanted = Wanted { rows: most.min(MOST_ROWS), best: true };
+        let wanted = Wanted { rows: most.min(MOST_ROWS), pick: Pick::Best };
         let launches = lower::step(layout, most, wanted).launches;
         let slots: BTreeMap<Slot, u64> =
             launches.iter().flat_map(|l| l.write).map(|s| (s, 4 * rows(&s) * u64::from(s.stride))).collect();

@@ -27,16 +27,19 @@ use std::collections::btree_map::Entry;
 
 use qp_codegen::kernels::attend::many::Run;
 use qp_codegen::kernels::product::MAX_BATCH;
+use qp_codegen::kernels::sample::mask_words;
 use qp_codegen::kernels::{Span, attend};
+
+use qp_codegen::reference::sampling::{MOST_TOKENS as MOST_VOCAB, Sampling, WORDS};
 
 use self::ahead::{Ahead, is_decoding};
 use self::layout::{Form, Layout, Stored};
-use self::lower::{Launch, Slot, Wanted};
+use self::lower::{Launch, Pick, Slot, Wanted};
 use self::matrix::Matrix;
 pub use self::matrix::Uploads;
 pub use self::memory::Needs;
-use self::record::{Constants, Kernels, State, record};
-use super::{Chunk, Engine, Error, PAGE, Room, attention_ops, check_chunks, check_pages, cut};
+use self::record::{Choices, Constants, Kernels, State, record};
+use super::{Choice, Chunk, Engine, Error, PAGE, Room, attention_ops, check_chunks, check_pages, cut};
 use crate::device::attend::{Queries, Tokens};
 use crate::device::ops::DeviceActivations;
 use crate::device::{Buffer, DeviceError, Executor, Graph};
@@ -60,6 +63,8 @@ pub struct CudaEngine {
     most_tokens: u32,
     constants: Constants,
     state: State,
+    /// The settings that lie in the state.
+    settings: Vec<[u32; WORDS]>,
     /// What lies in the state's table.
     table: Vec<i32>,
     kernels: Kernels,
@@ -170,6 +175,11 @@ impl CudaEngine {
             places,
             rows: on.zeroed(MOST_ROWS as usize)?,
             best: on.zeroed(MOST_ROWS as usize)?,
+            choices: Choices {
+                settings: on.zeroed(MOST_ROWS as usize * WORDS)?,
+                draws: on.zeroed(MOST_ROWS as usize)?,
+                seen: on.zeroed(mask_words(layout.program.vocab as u32) as usize)?,
+            },
             values: BTreeMap::new(),
             activations: DeviceActivations::new(on, columns, most_tokens)?,
             faults: on.zeroed(layout.program.nodes.len())?,
@@ -178,7 +188,20 @@ impl CudaEngine {
         };
         let (kernels, graphs, table) = (Kernels::default(), BTreeMap::new(), vec![0; sequences * stride]);
         let ahead = Ahead::new(on, layout.program.nodes.len())?;
-        Ok(CudaEngine { executor, layout, room, most_tokens, ahead, constants, state, table, kernels, graphs })
+        let settings = Vec::new();
+        Ok(CudaEngine {
+            executor,
+            settings,
+            layout,
+            room,
+            most_tokens,
+            ahead,
+            constants,
+            state,
+            table,
+            kernels,
+            graphs,
+        })
     }
 
     /// Makes kernels and buffers of launches ready.
@@ -202,7 +225,7 @@ impl CudaEngine {
         let mut launches = step.launches.clone();
         if self.graphs.is_empty() {
             // The first step's kernels are compiled together with those of the tokens that will follow.
-            launches.extend(lower::step(&self.layout, 1, Wanted { rows: 1, best: true }).launches);
+            launches.extend(lower::step(&self.layout, 1, Wanted { rows: 1, pick: Pick::Best }).launches);
         }
         self.load(&launches)?;
         let CudaEngine { executor, constants, state, kernels, graphs, .. } = self;
@@ -228,7 +251,7 @@ impl CudaEngine {
         rounds: usize,
         of: &dyn Fn(&Launch) -> bool,
     ) -> Result<f64, DeviceError> {
-        let wanted = Wanted { rows: tokens.min(MOST_ROWS), best: true };
+        let wanted = Wanted { rows: tokens.min(MOST_ROWS), pick: Pick::Best };
         let mut launches = lower::step(&self.layout, tokens, wanted).launches;
         launches.retain(of);
         self.load(&launches)?;
@@ -246,7 +269,7 @@ impl CudaEngine {
 
     /// Launches a step that needs no cutting. Gives the graph's key and, of each wanted row of logits, its row there. If it
     /// is `fed`, its tokens are the likeliest of the step before, in their order, whatever `chunks` say.
-    fn run(&mut self, chunks: &[Chunk<'_>], best: bool, fed: bool) -> Result<((u32, Wanted), Vec<usize>), Error> {
+    fn run(&mut self, chunks: &[Chunk<'_>], how: How<'_>, fed: bool) -> Result<((u32, Wanted), Vec<usize>), Error> {
         let count: usize = chunks.iter().map(|c| c.tokens.len()).sum();
         let size = padded(count as u32);
         let (mut tokens, mut positions) = (Vec::with_capacity(size as usize), Vec::with_capacity(size as usize));
@@ -306,10 +329,58 @@ impl CudaEngine {
             chosen.resize(rows as usize, 0);
             self.state.rows.write(0, &chosen)?;
         }
-        let key = (size, Wanted { rows, best: best && rows > 0 });
+        let pick = if rows > 0 { how.pick() } else { Pick::Logits };
+        if let (Pick::Drawn, How::Drawn(choices)) = (pick, how) {
+            self.write_choices(rows as usize, rows_of.iter().copied().zip(choices))?;
+        }
+        let key = (size, Wanted { rows, pick });
         self.prepare(key.0, key.1)?;
         self.graphs[&key].graph.launch()?;
         Ok((key, rows_of))
+    }
+
+    /// Says how tokens are drawn for some of the rows; the others are not looked at.
+    fn write_choices<'c>(
+        &mut self,
+        rows: usize,
+        choices: impl Iterator<Item = (usize, &'c Choice)>,
+    ) -> Result<(), DeviceError> {
+        let mut settings = vec![Sampling::default().words(1.0, 0); rows];
+        let mut draws = vec![0; rows];
+        for (row, Choice { sampling, draw }) in choices {
+            settings[row] = sampling.words(1.0, 0);
+            draws[row] = draw.cast_signed();
+        }
+        if self.settings != settings {
+            self.state.choices.settings.write(0, settings.as_flattened())?;
+            self.settings = settings;
+        }
+        self.state.choices.draws.write(0, &draws)
+    }
+
+    /// The next tokens of the rows that are wanted.
+    fn pick(&mut self, chunks: &[Chunk<'_>], how: How<'_>, out: &mut Vec<u32>) -> Result<(), Error> {
+        check_chunks(self, chunks)?;
+        out.clear();
+        if is_decoding(chunks) {
+            return self.decode(chunks, how, out);
+        }
+        self.forget()?;
+        for step in self.cut(chunks) {
+            let rest = how.after(out.len());
+            let (key, rows) = self.run(&step, rest, false)?;
+            if !rows.is_empty() {
+                let mut best = vec![0; key.1.rows as usize];
+                self.state.best.read(0, &mut best)?;
+                for row in rows {
+                    match u32::try_from(best[row]) {
+                        Ok(token) => out.push(token),
+                        Err(_) => return Err(self.check_fault().err().unwrap_or(Error::NotANumber)),
+                    }
+                }
+            }
+        }
+        self.check_fault()
     }
 
     /// Names what was not finite, if something was.
@@ -333,6 +404,35 @@ impl CudaEngine {
     fn cut<'a>(&self, chunks: &[Chunk<'a>]) -> Vec<Vec<Chunk<'a>>> {
         let sequences = (self.table.len() / self.state.places.stride as usize).min(lower::MOST_CHUNKS as usize);
         cut(chunks, &|left| taken(left, self.most_tokens), MOST_ROWS as usize, sequences)
+    }
+}
+
+/// What is made of logits.
+#[derive(Clone, Copy)]
+enum How<'a> {
+    /// They are read.
+    Logits,
+    /// The likeliest tokens are.
+    Best,
+    /// Tokens are drawn, one for each wanted row.
+    Drawn(&'a [Choice]),
+}
+
+impl<'a> How<'a> {
+    fn pick(self) -> Pick {
+        match self {
+            How::Logits => Pick::Logits,
+            How::Best => Pick::Best,
+            How::Drawn(_) => Pick::Drawn,
+        }
+    }
+
+    /// Without the first `rows` rows.
+    fn after(self, rows: usize) -> How<'a> {
+        match self {
+            How::Drawn(choices) => How::Drawn(choices.get(rows..).unwrap_or(&[])),
+            other => other,
+        }
     }
 }
 
@@ -376,7 +476,7 @@ impl Engine for CudaEngine {
         out.clear();
         self.forget()?;
         for step in self.cut(chunks) {
-            let (key, rows) = self.run(&step, false, false)?;
+            let (key, rows) = self.run(&step, How::Logits, false)?;
             if let Some((slot, first, stride)) = self.graphs[&key].logits {
                 for row in rows {
                     let at = out.len();
@@ -389,26 +489,20 @@ impl Engine for CudaEngine {
     }
 
     fn best(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<u32>) -> Result<(), Error> {
-        check_chunks(self, chunks)?;
-        out.clear();
-        if is_decoding(chunks) {
-            return self.decode(chunks, out);
+        self.pick(chunks, How::Best, out)
+    }
+
+    fn choose(&mut self, chunks: &[Chunk<'_>], choices: &[Choice], out: &mut Vec<u32>) -> Result<(), Error> {
+        if choices.iter().all(|c| c.sampling.is_greedy()) {
+            return self.pick(chunks, How::Best, out);
         }
-        self.forget()?;
-        for step in self.cut(chunks) {
-            let (key, rows) = self.run(&step, true, false)?;
-            if !rows.is_empty() {
-                let mut best = vec![0; key.1.rows as usize];
-                self.state.best.read(0, &mut best)?;
-                for row in rows {
-                    match u32::try_from(best[row]) {
-                        Ok(token) => out.push(token),
-                        Err(_) => return Err(self.check_fault().err().unwrap_or(Error::NotANumber)),
-                    }
-                }
-            }
+        if self.layout.program.vocab > MOST_VOCAB {
+            // More than the kernel sums exactly.
+            let mut logits = Vec::new();
+            self.step(chunks, &mut logits)?;
+            return super::choose_from(&logits, self.vocab(), choices, out);
         }
-        self.check_fault()
+        self.pick(chunks, How::Drawn(choices), out)
     }
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<(), Error> {

@@ -36,8 +36,10 @@ pub struct State {
     pub places: Tokens,
     /// The tokens whose logits are wanted.
     pub rows: Buffer<i32>,
-    /// The likeliest tokens.
+    /// The likeliest tokens, or those drawn.
     pub best: Buffer<i32>,
+    /// How tokens are drawn.
+    pub choices: Choices,
     /// Values.
     pub values: BTreeMap<Slot, Buffer<f32>>,
     /// Activations as integers.
@@ -48,6 +50,16 @@ pub struct State {
     pub queries: Queries,
     /// Keys and values.
     pub caches: Vec<Buffer<u8>>,
+}
+
+/// What the drawing of tokens reads.
+pub struct Choices {
+    /// Settings of each row.
+    pub settings: Buffer<u32>,
+    /// Number of each row's draw.
+    pub draws: Buffer<i32>,
+    /// Tokens that were seen: no row asks for them.
+    pub seen: Buffer<u32>,
 }
 
 /// A kernel that is ready to be launched, with what belongs to it.
@@ -152,6 +164,7 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
         (Op::Glu(_), _) => on.load::<args::Glu<'_>>(kernel)?,
         (Op::Rows(_), _) => on.load::<args::Rows<'_>>(kernel)?,
         (Op::Argmax(_), _) => on.load::<args::Argmax<'_>>(kernel)?,
+        (Op::Sample(_), _) => on.load::<args::Sample<'_>>(kernel)?,
         (
             Op::Prepare(_)
             | Op::EmbedPacked { .. }
@@ -182,7 +195,7 @@ pub fn record(
 ) -> Result<(), DeviceError> {
     let kernel = kernels.get(&launch.op);
     let Constants { matrices, vectors, biases, turns: (cos, sin), nothing } = constants;
-    let State { tokens, places, rows, best, values, activations, faults, queries, caches } = state;
+    let State { tokens, places, rows, best, choices, values, activations, faults, queries, caches } = state;
     // The buffer that is written cannot be among those that are read.
     let mut written = launch.write.map(|slot| (slot, values.remove(&slot).expect("a buffer for each slot")));
     let read = |i: usize| &values[&launch.reads[i]];
@@ -233,6 +246,10 @@ pub fn record(
             kernel.record(to, (queries, nothing), places, cache, y, Faults { faults, layer })
         }
         (Op::Argmax(_), Ready::Plain(kernel), ..) => to.launch(kernel, args::Argmax { logits: read(0), best }),
+        (Op::Sample(_), Ready::Plain(kernel), ..) => {
+            let Choices { settings, draws, seen } = choices;
+            to.launch(kernel, args::Sample { logits: read(0), settings, draws, seen, tokens: best })
+        }
         _ => unreachable!("a launch has the kernel and the buffers of its operation"),
     };
     values.extend(written);

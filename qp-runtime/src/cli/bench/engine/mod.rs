@@ -22,7 +22,7 @@ use crate::cli::output::write;
 use crate::device::{DeviceError, Executor};
 use crate::engine::Precision;
 use crate::engine::cuda::layout::{Form, Layout};
-use crate::engine::cuda::lower::{self, Launch, Wanted};
+use crate::engine::cuda::lower::{self, Launch, Pick, Wanted};
 use crate::engine::cuda::matrix::Matrix;
 use crate::engine::cuda::{CudaEngine, Needs};
 use crate::engine::{Chunk, Engine, Logits, PAGE, Room};
@@ -311,7 +311,7 @@ fn prompt(engine: &mut CudaEngine, tokens: usize) -> Result<(f64, f64), Error> {
 fn kinds(engine: &mut CudaEngine, layout: &Layout, tokens: u32, position: usize) -> Result<Vec<Kind>, Error> {
     let head = layout.program.nodes.len() - 1;
     let kind = |l: &Launch| if l.op.is_product() && l.node == head { "output layer" } else { l.op.kind() };
-    let step = lower::step(layout, tokens, Wanted { rows: tokens.min(64), best: true });
+    let step = lower::step(layout, tokens, Wanted { rows: tokens.min(64), pick: Pick::Best });
     let mut names: Vec<(&'static str, usize)> = Vec::new();
     for launch in &step.launches {
         match names.iter_mut().find(|n| n.0 == kind(launch)) {

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use crate::layout::{self, BLOCKS_PER_TILE, LANES_PER_BLOCK, Packed};
+use crate::metric::Effort;
 use crate::palette;
 use crate::spec::expr::{Decode, Op};
 use crate::spec::{Code, Quantizer, Rotation, ScaleKind, Shape, TableSource, Value};
@@ -115,6 +116,16 @@ fn decimal(x: f64) -> String {
     text.trim_end_matches('0').trim_end_matches('.').to_string()
 }
 
+/// About `x`, to two digits.
+fn rounded(x: f64) -> String {
+    let digits = (1 - x.log10().floor() as i32).clamp(0, 12) as usize;
+    decimal(format!("{x:.digits$}").parse().unwrap_or(x))
+}
+
+fn megabytes(bytes: u64) -> String {
+    rounded((bytes as f64 / 1e6).max(0.01))
+}
+
 fn significant(x: f64) -> String {
     let digits = (3 - x.log10().floor() as i32).clamp(0, 12) as usize;
     format!("{x:.digits$}")
@@ -168,6 +179,18 @@ fn explain_code(o: &mut String, c: &Code) {
     let operations = step_operations(&c.decode, c.vector);
     let each = f64::from(operations) / f64::from(c.vector);
     line(o, &format!("  decode      {operations} operations a step, {} a weight", decimal(each)));
+    let effort = Effort::of(c);
+    line(
+        o,
+        &format!(
+            "  encode      {:.0} windows compared a weight; on a CPU about {} s of a core for a million weights, {} MB a thread \
+             and {} MB for all",
+            effort.windows,
+            rounded(effort.seconds * 1e6),
+            megabytes(effort.of_thread),
+            megabytes(effort.shared),
+        ),
+    );
     line(o, "");
     picture(o, c);
     line(o, "");

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use qp_codegen::cuda::{Target, print};
-use qp_codegen::ir::{Elem, Kernel, validate};
+use qp_codegen::cuda::{self, Target, print};
+use qp_codegen::ir::{Elem, Kernel};
 use qp_codegen::kernels::{Span, dequantize, embed_packed, encode, gemv, prepare, product};
 use qp_codegen::layout::{Packed, TooLarge};
 use qp_codegen::nvrtc;
@@ -314,8 +314,7 @@ fn kernel(e: &Emit) -> Result<Kernel, Failure> {
 
 fn emit(e: &Emit) -> Result<(), Failure> {
     let kernel = kernel(e)?;
-    validate(&kernel).map_err(|problems| Failure::Other(problems.to_string()))?;
-    let source = print(&kernel, e.target);
+    let source = print(cuda::check(&kernel, e.target).map_err(|problems| Failure::Other(problems.to_string()))?);
     let (target, options) = (e.target.nvrtc_arch(), nvrtc::Options::default());
     let failed = |e: nvrtc::CompileError| Failure::Other(e.to_string());
     let bytes = if e.ir {

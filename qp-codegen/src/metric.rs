@@ -155,9 +155,74 @@ impl Nearest {
     }
 }
 
+/// Bytes of costs that a thread of the CPU's encoder keeps unless more is needed (`qp-runtime`'s `codec::viterbi`).
+pub const HISTORY_BYTES: u64 = 48 << 20;
+/// Blocks of weights that it searches side by side, each with a cost of two bytes a state.
+const SIDE_BY_SIDE: u64 = 32;
+/// Seconds that a core of some 3 GHz with AVX2 takes to add one of the components of a window to its cost: a rough figure,
+/// for warnings.
+const SECONDS: f64 = 0.7 / 32.0 / 3e9;
+
+/// What looking for the windows of weights takes on a CPU, roughly.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Effort {
+    /// Windows that are compared for each weight.
+    pub windows: f64,
+    /// Seconds of one core for each weight.
+    pub seconds: f64,
+    /// Bytes that each thread keeps.
+    pub of_thread: u64,
+    /// Bytes that all threads share: the codebook written out.
+    pub shared: u64,
+}
+
+impl Effort {
+    /// That of a code.
+    pub fn of(code: &Code) -> Effort {
+        let (v, all) = (f64::from(code.vector), 2f64.powi(code.window as i32));
+        let shared = u64::from(2 * code.vector + 4) << code.window;
+        if code.is_memoryless() {
+            let windows = all / v;
+            return Effort { windows, seconds: windows * v * SECONDS, of_thread: 0, shared };
+        }
+        let steps = code.steps_per_block();
+        let boundary = SIDE_BY_SIDE * 2 << (code.window - code.steps.iter().min().expect("a step"));
+        let wanted = u64::from(steps) + 1;
+        // Where not all boundaries are kept, halves of the path are searched again and again.
+        let least = u64::from(steps.max(1).ilog2()) + 3;
+        let kept = (HISTORY_BYTES / boundary).max(least).min(wanted);
+        let again = 1.0 + (wanted as f64 / kept as f64).log2() / 2.0;
+        let seam = (2 * code.reach(steps)).min(steps);
+        let windows = all * f64::from(steps + seam) * again / f64::from(code.weights());
+        Effort { windows, seconds: windows * (v + 2.0) * SECONDS, of_thread: kept * boundary, shared }
+    }
+
+    /// That of a quantizer whose codes take turns: means of what each weight takes, and the memory of the code that needs most.
+    pub fn of_all(codes: &[Code]) -> Effort {
+        let all: Vec<Effort> = codes.iter().map(Effort::of).collect();
+        let mean = |f: fn(&Effort) -> f64| all.iter().map(f).sum::<f64>() / all.len() as f64;
+        Effort {
+            windows: mean(|e| e.windows),
+            seconds: mean(|e| e.seconds),
+            of_thread: all.iter().map(|e| e.of_thread).max().unwrap_or(0),
+            shared: all.iter().map(|e| e.shared).sum(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_windows_take_gigabytes_and_ordinary_ones_do_not() {
+        let mut code = palette::get("tcq_3").expect("of the palette").codes[0].clone();
+        let usual = Effort::of(&code);
+        assert!(usual.of_thread + usual.shared < 100 << 20, "{usual:?}");
+        (code.window, code.steps) = (24, vec![1]);
+        let long = Effort::of(&code);
+        assert!(long.of_thread > 4 << 30 && long.windows > 1e7, "{long:?}");
+    }
     use crate::{palette, spec};
 
     /// Codes of both entry types and several shapes, some with the largest entries that their types have.

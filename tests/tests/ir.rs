@@ -1,6 +1,6 @@
 //! The kernel IR across its three readers: one kernel that has everything is printed, run and compiled.
 
-use qp_codegen::cuda::{Target, print};
+use qp_codegen::cuda::{self, Target};
 use qp_codegen::ir::interpret::{Arg, Options, run};
 use qp_codegen::ir::{Builder, Cache, Const, Elem, Kernel, Scalar, Special, V};
 use qp_runtime::jit;
@@ -164,6 +164,11 @@ fn groups() -> Kernel {
     b.finish()
 }
 
+/// The source of a kernel that must be valid for `target`.
+fn print(kernel: &Kernel, target: Target) -> String {
+    cuda::print(cuda::check(kernel, target).unwrap_or_else(|e| panic!("{e}")))
+}
+
 #[test]
 fn products_of_warp_groups_are_printed_and_compile_where_there_are_any() {
     let kernel = groups();
@@ -182,9 +187,15 @@ fn products_of_warp_groups_are_printed_and_compile_where_there_are_any() {
 }
 
 #[test]
-#[should_panic(expected = "groups: sm_100 has no products of warp groups")]
-fn products_of_warp_groups_are_not_printed_where_there_are_none() {
-    print(&groups(), Target::Sm100);
+fn a_kernel_is_refused_where_its_target_lacks_something() {
+    let kernel = groups();
+    let refused = |kernel: &Kernel, target| cuda::check(kernel, target).map(|_| ()).unwrap_err().to_string();
+    assert!(refused(&kernel, Target::Sm100).contains("sm_100 has no products of warp groups"));
+    let b = Builder::new("large", [1, 1], 32);
+    b.shared("all", Elem::U32, 30_000);
+    let kernel = b.finish();
+    assert!(cuda::check(&kernel, Target::Sm80).is_ok());
+    assert!(refused(&kernel, Target::Sm89).contains("120000 bytes of shared memory, more than the 101376"));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use qp_codegen::cuda::{Target, print};
+use qp_codegen::cuda::{self, Target};
 use qp_codegen::ir::{Elem, Kernel};
 use qp_codegen::kernels::dequantize::{self, Dequantize};
 use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
@@ -19,6 +19,11 @@ use rayon::prelude::*;
 
 fn palette() -> Vec<Quantizer> {
     palette::names().iter().map(|name| palette::get(name).expect("listed and trained")).collect()
+}
+
+/// The source of a kernel that must be valid for `target`.
+fn print(kernel: &Kernel, target: Target) -> String {
+    cuda::print(cuda::check(kernel, target).unwrap_or_else(|e| panic!("{e}")))
 }
 
 #[test]

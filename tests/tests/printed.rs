@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::fmt::Write as _;
 use std::process::Command;
 
-use qp_codegen::cuda::{Target, print_module};
+use qp_codegen::cuda::{self, Target};
 use qp_codegen::ir::interpret::{Arg, Options, run};
 use qp_codegen::ir::{Builder, Cache, Elem, Kernel, Mem, Scalar, Special, V, Var};
 
@@ -308,6 +308,12 @@ fn program(seed: u64) -> Kernel {
     b.finish()
 }
 
+fn print_module(kernels: &[&Kernel]) -> String {
+    cuda::print_module(
+        &kernels.iter().map(|k| cuda::check(k, Target::Sm80).unwrap_or_else(|e| panic!("{e}"))).collect::<Vec<_>>(),
+    )
+}
+
 #[test]
 fn printed_programs_mean_what_the_interpreter_does() {
     if Command::new("c++").arg("--version").output().is_err() {
@@ -327,7 +333,7 @@ fn printed_programs_mean_what_the_interpreter_does() {
         expect.extend(out);
     }
 
-    let mut source = STAND_IN.to_owned() + &print_module(&kernels.iter().collect::<Vec<_>>(), Target::Sm80);
+    let mut source = STAND_IN.to_owned() + &print_module(&kernels.iter().collect::<Vec<_>>());
     let words: Vec<String> =
         input.chunks(4).map(|b| format!("{}u", u32::from_le_bytes(b.try_into().unwrap()))).collect();
     writeln!(source, "alignas(16) static const unsigned x[] = {{{}}};", words.join(", ")).unwrap();
@@ -357,7 +363,7 @@ fn printed_programs_mean_what_the_interpreter_does() {
         let differs = got.iter().zip(want).position(|(a, b)| a != b);
         if let Some(at) = differs {
             let (thread, slot) = (at / 4 / SLOTS as usize, at / 4 % SLOTS as usize);
-            panic!("thread {thread}, result {slot} differs in\n{k}\n{}", print_module(&[k], Target::Sm80));
+            panic!("thread {thread}, result {slot} differs in\n{k}\n{}", print_module(&[k]));
         }
     }
     assert_eq!(got.stdout.len(), expect.len());

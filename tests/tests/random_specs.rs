@@ -6,15 +6,23 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use qp_codegen::cuda::Target;
+use qp_codegen::cuda::{self, Target};
 use qp_codegen::ir::interpret::Options;
+use qp_codegen::ir::{Elem, Kernel};
+use qp_codegen::kernels::dequantize::{self, Dequantize};
+use qp_codegen::kernels::gemv::Gemv;
+use qp_codegen::kernels::product::Launch;
 use qp_codegen::layout::Packed;
 use qp_codegen::spec::{Quantizer, Shape, load_str};
 use qp_runtime::check;
 use qp_runtime::check::synthetic;
 use qp_runtime::device::Executor;
+use qp_runtime::jit;
 use qp_tests::random_specs::{Random, text};
 use rayon::prelude::*;
+
+/// One case of so many is compiled, too.
+const COMPILED: u64 = 25;
 
 fn number(variable: &str, default: u64) -> u64 {
     std::env::var(variable).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
@@ -43,7 +51,11 @@ fn case(i: u64) -> Option<Case> {
         rows: r.within(1, (tile.rows * most).min(200 + tile.rows / 2)),
         cols: r.within(1, (tile.cols * most * quantizer.codes.len() as u32).min(800)),
     };
-    let batch = if r.once_in(3) { r.within(9, 64) } else { r.within(1, 8) };
+    let batch = match r.below(12) {
+        0 => r.within(65, 160),
+        1..4 => r.within(9, 64),
+        _ => r.within(1, 8),
+    };
     Some(Case { text, quantizer, shape, batch, target })
 }
 
@@ -60,16 +72,43 @@ fn run(case: &Case) -> Result<usize, String> {
     Ok(done)
 }
 
+/// Compiles what a case launches; `None` without NVRTC, or where it does not know the target.
+fn compile(case: &Case) -> Option<Result<(), String>> {
+    let Case { quantizer, shape, batch, target, .. } = case;
+    jit::nvrtc_for_tests()?.supports(target.nvrtc_arch()).then_some(())?;
+    let op = Gemv { quantizer, shape: *shape, batch: *batch, accumulate: true };
+    let device = target.device();
+    let kernels = [
+        Launch::choose(&op, &device).lower(&op),
+        dequantize::lower(&Dequantize { quantizer, shape: *shape, output: Elem::F16 }, device.sms),
+    ];
+    let make = |kernel: &Kernel| {
+        let source = cuda::print(cuda::check(kernel, *target).map_err(|e| e.to_string())?);
+        let (arch, options) = (target.nvrtc_arch(), jit::Options::default());
+        let cubin = jit::compile_in(&jit::Cache::none(), &source, &kernel.name, arch, &options);
+        cubin.map(|_| ()).map_err(|e| e.to_string())
+    };
+    Some(kernels.iter().try_for_each(make))
+}
+
 #[test]
 fn what_the_checker_accepts_works_on_every_target() {
-    let (first, count) = (number("QP_SEED", 0), number("QP_CASES", 300));
-    let (accepted, compared) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let (first, count) = (number("QP_SEED", 0), number("QP_CASES", 200));
+    let (accepted, compared, compiled) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
     let failed: Vec<String> = (first..first + count)
         .into_par_iter()
         .filter_map(|i| {
             let outcome = catch_unwind(AssertUnwindSafe(|| {
                 let case = case(i)?;
-                Some((run(&case), case))
+                let ran = run(&case);
+                if i % COMPILED == 0 && ran.is_ok() {
+                    match compile(&case) {
+                        Some(Ok(())) => compiled.fetch_add(1, Ordering::Relaxed),
+                        Some(Err(e)) => return Some((Err(e), case)),
+                        None => 0,
+                    };
+                }
+                Some((ran, case))
             }));
             match outcome {
                 Ok(None) => None,
@@ -91,7 +130,11 @@ fn what_the_checker_accepts_works_on_every_target() {
         })
         .collect();
     let (accepted, compared) = (accepted.into_inner(), compared.into_inner());
-    println!("{count} specs, {accepted} accepted, {compared} comparisons, {} failed", failed.len());
+    let compiled = compiled.into_inner();
+    println!(
+        "{count} specs, {accepted} accepted, {compared} comparisons, {compiled} compiled, {} failed",
+        failed.len()
+    );
     assert!(failed.is_empty(), "{} of {count} cases fail, the first: {}", failed.len(), failed[0]);
     assert!(accepted * 10 >= count as usize * 7, "only {accepted} of {count} specs are accepted");
 }

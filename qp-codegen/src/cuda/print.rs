@@ -7,28 +7,30 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
-use super::Target;
 use super::fold::{self, Form, Plan};
 use super::helpers::Helper;
 use super::names::Names;
+use super::{Checked, Target};
 use crate::ir::*;
 
 /// Width that comments are wrapped to.
 const WIDTH: usize = 110;
 
-/// The CUDA source of one kernel that the validator accepts.
-///
-/// # Panics
-/// If the kernel has a [`Stmt::MmaGroup`] or clusters and the target has not ([`Target::has_wgmma`],
-/// [`Target::has_clusters`]): a mistake of its lowering.
-pub fn print(kernel: &Kernel, target: Target) -> String {
-    print_module(&[kernel], target)
+/// The CUDA source of one kernel for the target that it was checked for.
+pub fn print(kernel: Checked<'_>) -> String {
+    print_module(&[kernel])
 }
 
-/// The CUDA source of several kernels, to be compiled in one go. Their names must differ.
-pub fn print_module(kernels: &[&Kernel], target: Target) -> String {
+/// The CUDA source of several kernels, to be compiled in one go.
+///
+/// # Panics
+/// If their names are not different, their targets not the same, or there is none.
+pub fn print_module(kernels: &[Checked<'_>]) -> String {
+    let target = kernels[0].target();
+    let names: BTreeSet<&str> = kernels.iter().map(|k| k.kernel().name.as_str()).collect();
+    assert!(names.len() == kernels.len() && kernels.iter().all(|k| k.target() == target), "kernels of one program");
     let mut helpers = BTreeSet::new();
-    let texts: Vec<String> = kernels.iter().map(|k| Printer::new(k, target, &mut helpers).kernel()).collect();
+    let texts: Vec<String> = kernels.iter().map(|k| Printer::new(k.kernel(), target, &mut helpers).kernel()).collect();
     let needed: Vec<Helper> = helpers.iter().filter_map(|h| h.needs()).collect();
     helpers.extend(needed);
     let mut out = format!("// For {target}.\n");
@@ -169,10 +171,7 @@ impl<'k, 'h> Printer<'k, 'h> {
         self.line(&format!("// Grid {x} x {y}, {} threads, {} bytes of shared memory.", k.threads, k.shared_bytes()));
         let cluster = match k.cluster {
             1 => String::new(),
-            n => {
-                assert!(self.target.has_clusters(), "{}: {} has no clusters", k.name, self.target);
-                format!("__cluster_dims__({n}, 1, 1) ")
-            }
+            n => format!("__cluster_dims__({n}, 1, 1) "),
         };
         let dependent = k.dependent_launch && self.target.has_dependent_launch();
         let waits = dependent && contains_wait(&k.body);
@@ -364,12 +363,6 @@ impl<'k, 'h> Printer<'k, 'h> {
                 self.line(&format!("asm volatile(\"wgmma.wait_group.sync.aligned {pending};\" ::: \"memory\");"));
             }
             Stmt::MmaGroup { signed_a, a, acc, mem, first, stride } => {
-                assert!(
-                    self.target.has_wgmma(),
-                    "{}: {} has no products of warp groups",
-                    self.kernel.name,
-                    self.target
-                );
                 let (groups, steps) = (acc.len() as u8, a.len() as u8);
                 let h = self.helper(Helper::MmaGroup { signed_a: *signed_a, groups, steps });
                 let mut args: Vec<String> = acc.iter().map(|x| self.vars[x.0 as usize].clone()).collect();

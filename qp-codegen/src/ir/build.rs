@@ -126,10 +126,19 @@ impl Builder {
         self.kernel.borrow_mut().apart = true;
     }
 
-    /// Adds a buffer parameter.
+    /// Adds a buffer parameter of which the kernel touches up to `len` elements.
+    pub fn sized(&self, name: &str, elem: Elem, writable: bool, len: u64) -> Mem {
+        self.add_buffer(name, elem, writable, Some(len))
+    }
+
+    /// Adds a buffer parameter of a length that the launch's scalars decide.
     pub fn buffer(&self, name: &str, elem: Elem, writable: bool) -> Mem {
+        self.add_buffer(name, elem, writable, None)
+    }
+
+    fn add_buffer(&self, name: &str, elem: Elem, writable: bool, len: Option<u64>) -> Mem {
         let params = &mut self.kernel.borrow_mut().params;
-        params.push(Param { name: name.into(), kind: ParamKind::Buffer { elem, writable } });
+        params.push(Param { name: name.into(), kind: ParamKind::Buffer { elem, writable }, len });
         Mem::Global(params.len() as u32 - 1)
     }
 
@@ -137,7 +146,7 @@ impl Builder {
     pub fn scalar(&self, name: &str, ty: Scalar) -> V<'_> {
         let i = {
             let params = &mut self.kernel.borrow_mut().params;
-            params.push(Param { name: name.into(), kind: ParamKind::Scalar(ty) });
+            params.push(Param { name: name.into(), kind: ParamKind::Scalar(ty), len: None });
             params.len() as u32 - 1
         };
         self.emit(Op::Param(i), Type { scalar: ty, lanes: 1 })

@@ -126,6 +126,9 @@ pub struct Param {
     pub name: String,
     /// Buffer or scalar.
     pub kind: ParamKind,
+    /// Of a buffer, the elements that the kernel may touch, counted in its natural type: a launch refuses a shorter one,
+    /// and the interpreter an access beyond. `None` where the launch's scalars decide.
+    pub len: Option<u64>,
 }
 
 /// Kind of a parameter.
@@ -702,9 +705,17 @@ impl Kernel {
         match mem {
             Mem::Shared(i) => (&self.shared[i as usize].name, self.shared[i as usize].elem),
             Mem::Global(i) => match &self.params[i as usize] {
-                Param { name, kind: ParamKind::Buffer { elem, .. } } => (name, *elem),
-                Param { name, kind: ParamKind::Scalar(_) } => panic!("`{name}` is no buffer"),
+                Param { name, kind: ParamKind::Buffer { elem, .. }, .. } => (name, *elem),
+                Param { name, kind: ParamKind::Scalar(_), .. } => panic!("`{name}` is no buffer"),
             },
+        }
+    }
+
+    /// Bytes that a launch's buffer for parameter `i` must have; 0 if the parameter does not say, or is a scalar.
+    pub fn least_bytes(&self, i: usize) -> u64 {
+        match &self.params[i] {
+            Param { kind: ParamKind::Buffer { elem, .. }, len: Some(len), .. } => len * u64::from(elem.bytes()),
+            Param { .. } => 0,
         }
     }
 

@@ -66,6 +66,32 @@ pub enum Invalid {
     /// A parameter of a type that cannot be passed.
     #[error("a parameter cannot be a {0}")]
     Parameter(Scalar),
+    /// A buffer longer than an index can count.
+    #[error("`{name}` has {len} elements: an index counts up to 2^31 - 1")]
+    Length {
+        /// The parameter.
+        name: String,
+        /// Its elements.
+        len: u64,
+    },
+    /// Something that a target has not.
+    #[error("{target} has no {what}")]
+    Target {
+        /// The target.
+        target: &'static str,
+        /// What it lacks.
+        what: &'static str,
+    },
+    /// More shared memory than a block of a target has.
+    #[error("{bytes} bytes of shared memory, more than the {most} of a block on {target}")]
+    SharedOfTarget {
+        /// The target.
+        target: &'static str,
+        /// Bytes of the arrays.
+        bytes: u32,
+        /// Bytes that there are.
+        most: u32,
+    },
     /// A vector of other than 2 or 4 words.
     #[error("there is no type {0}")]
     NoType(Type),
@@ -260,6 +286,9 @@ impl<'k> Validator<'k> {
             self.problem(Invalid::Shared(bytes));
         }
         for p in &k.params {
+            if let Some(len) = p.len.filter(|len| *len > i32::MAX as u64) {
+                self.problem(Invalid::Length { name: p.name.clone(), len });
+            }
             if let ParamKind::Scalar(s @ (Scalar::Bool | Scalar::I64)) = p.kind {
                 self.problem(Invalid::Parameter(s));
             }
@@ -639,7 +668,10 @@ impl<'k> Validator<'k> {
         self.memory(mem, elem, lanes)?;
         let Some(at) = self.constant(index) else { return Ok(()) };
         let size = match mem {
-            Mem::Global(_) => i64::MAX,
+            Mem::Global(i) => match self.kernel.params[i as usize].len {
+                Some(_) => i64::try_from(self.kernel.least_bytes(i as usize)).unwrap_or(i64::MAX),
+                None => i64::MAX,
+            },
             Mem::Shared(i) => {
                 let s = &self.kernel.shared[i as usize];
                 i64::from(s.len) * i64::from(s.elem.bytes())

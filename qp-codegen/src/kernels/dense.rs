@@ -50,9 +50,9 @@ pub fn lower(op: &Dense) -> Kernel {
     let b = Builder::new(&name, [op.rows.div_ceil(WARPS), parts], WARPS * 32);
     b.doc(format!("{} × {} unquantized weights, {} token(s).", op.rows, op.cols, op.batch));
     b.dependent_launch();
-    let weights = b.buffer("weights", op.elem, false);
-    let x = b.buffer("x", Elem::F32, false);
-    let y = b.buffer("y", Elem::F32, true);
+    let weights = b.sized("weights", op.elem, false, u64::from(op.rows) * u64::from(op.cols));
+    let x = b.sized("x", Elem::F32, false, op.x.len(op.batch, op.cols));
+    let y = b.sized("y", Elem::F32, true, op.y.len(op.batch, op.rows));
     let (lane, warp) = (b.special(Special::Lane), b.special(Special::Warp));
     b.grid_wait();
     b.grid_launch();

@@ -46,9 +46,9 @@ pub fn lower(op: &Dequantize, sms: u32) -> Kernel {
 
 fn emit(b: &Builder, op: &Dequantize, layout: &Packed, grid: u32) {
     let decoder = Decoder::new(b, op.quantizer, TABLE_BYTES);
-    let weights = b.buffer("weights", Elem::U32, false);
-    let scales = b.buffer("scales", Elem::BF16, false);
-    let y = b.buffer("y", op.output, true);
+    let weights = b.sized("weights", Elem::U32, false, layout.words() as u64);
+    let scales = b.sized("scales", Elem::BF16, false, layout.padded_rows().into());
+    let y = b.sized("y", op.output, true, op.shape.len());
     decoder.fill(WARPS * 32);
     b.barrier();
     b.grid_wait();

@@ -28,9 +28,9 @@ pub fn lower(op: &Embed) -> Kernel {
     let b = Builder::new(&name, [op.columns.div_ceil(THREADS), op.batch], THREADS);
     b.doc(format!("Embedding of {} token(s), {} columns.", op.batch, op.columns));
     b.dependent_launch();
-    let tokens = b.buffer("tokens", Elem::I32, false);
+    let tokens = b.sized("tokens", Elem::I32, false, op.batch.into());
     let table = b.buffer("table", op.elem, false);
-    let y = b.buffer("y", Elem::F32, true);
+    let y = b.sized("y", Elem::F32, true, op.y.len(op.batch, op.columns));
     b.grid_wait();
     b.grid_launch();
     let i = b.special(Special::BlockX) * THREADS + b.special(Special::Thread);

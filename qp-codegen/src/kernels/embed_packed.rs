@@ -50,12 +50,12 @@ pub fn lower(op: &EmbedPacked) -> Kernel {
 fn emit(b: &Builder, op: &EmbedPacked, layout: &Packed, threads: u32) {
     let (q, n) = (op.quantizer, op.shape.cols);
     let decoder = Decoder::new(b, q, TABLE_BYTES);
-    let weights = b.buffer("weights", Elem::U32, false);
-    let scales = b.buffer("scales", Elem::BF16, false);
-    let tokens = b.buffer("tokens", Elem::I32, false);
+    let weights = b.sized("weights", Elem::U32, false, layout.words() as u64);
+    let scales = b.sized("scales", Elem::BF16, false, layout.padded_rows().into());
+    let tokens = b.sized("tokens", Elem::I32, false, op.batch.into());
     let flips = b.buffer("flips", Elem::U32, false);
     let base = b.buffer("base", Elem::U32, false);
-    let y = b.buffer("y", Elem::F32, true);
+    let y = b.sized("y", Elem::F32, true, op.y.len(op.batch, n));
     let padded = n.next_multiple_of(GROUP);
     let values = b.shared("values", Elem::F32, padded);
     let (thread, token) = (b.special(Special::Thread), b.special(Special::BlockX));

@@ -234,7 +234,7 @@ type Fragments<'b> = Option<Vec<Vec<Vec<[V<'b>; 2]>>>>;
 
 impl<'b, 'a> Emit<'b, 'a> {
     fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
-        let operands = Operands::new(b, op, &plan.layout, launch.table_bytes);
+        let operands = Operands::new(b, op, &plan.layout, launch.table_bytes, meeting_place(op, launch));
         let sums = b.shared("sums", Elem::I32, plan.sum_words(launch));
         let staged = (!plan.resident).then(|| b.shared("staged", Elem::U32, plan.planes * plan.plane_words(launch)));
 

@@ -67,17 +67,25 @@ pub(super) struct Operands<'b, 'a> {
 pub(super) type TokenScale<'b> = (V<'b>, Option<V<'b>>);
 
 impl<'b, 'a> Operands<'b, 'a> {
-    /// Declares the parameters, and the tables in shared memory.
-    pub(super) fn new(b: &'b Builder, op: &'a Gemv<'a>, layout: &'a Packed, table_bytes: u32) -> Self {
+    /// Declares the parameters, and the tables in shared memory. `meeting_place`: elements of `partial` and `arrived`.
+    pub(super) fn new(
+        b: &'b Builder,
+        op: &'a Gemv<'a>,
+        layout: &'a Packed,
+        table_bytes: u32,
+        meeting_place: (usize, usize),
+    ) -> Self {
         let decoder = Decoder::new(b, op.quantizer, table_bytes);
-        let weights = b.buffer("weights", Elem::U32, false);
-        let scales = b.buffer("scales", Elem::BF16, false);
-        let x = b.buffer("x", Elem::I8, false);
-        let x_scale = b.buffer("x_scale", Elem::F32, false);
-        let x_sum = b.buffer("x_sum", Elem::I32, false);
-        let y = b.buffer("y", Elem::F32, true);
-        let partial = b.buffer("partial", Elem::I32, true);
-        let arrived = b.buffer("arrived", Elem::I32, true);
+        let (batch, rows) = (u64::from(op.batch), u64::from(layout.padded_rows()));
+        let columns = u64::from(op.shape.cols.next_multiple_of(layout::COLUMN_PAD));
+        let weights = b.sized("weights", Elem::U32, false, layout.words() as u64);
+        let scales = b.sized("scales", Elem::BF16, false, rows);
+        let x = b.sized("x", Elem::I8, false, 2 * batch * columns);
+        let x_scale = b.sized("x_scale", Elem::F32, false, batch);
+        let x_sum = b.sized("x_sum", Elem::I32, false, batch);
+        let y = b.sized("y", Elem::F32, true, batch * rows);
+        let partial = b.sized("partial", Elem::I32, true, meeting_place.0 as u64);
+        let arrived = b.sized("arrived", Elem::I32, true, meeting_place.1 as u64);
         Operands { b, op, layout, decoder, weights, scales, x, x_scale, x_sum, y, partial, arrived }
     }
 

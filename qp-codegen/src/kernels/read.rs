@@ -34,7 +34,8 @@ impl Read {
 pub fn lower(op: &Read) -> Kernel {
     let b = Builder::new("read", [op.blocks, 1], THREADS);
     b.doc(format!("Reads {} words.", op.words()));
-    let (x, y) = (b.buffer("x", Elem::U32, false), b.buffer("y", Elem::U32, true));
+    let (x, y) =
+        (b.sized("x", Elem::U32, false, op.words().into()), b.sized("y", Elem::U32, true, op.threads().into()));
     let thread = b.special(Special::BlockX) * THREADS + b.special(Special::Thread);
     let sum = b.var(b.u32(0));
     let apart = 4 * op.threads();

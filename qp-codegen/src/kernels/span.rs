@@ -12,6 +12,11 @@ pub struct Span {
 }
 
 impl Span {
+    /// Elements up to the end of the last of `tokens` rows of `values`.
+    pub fn len(self, tokens: u32, values: u32) -> u64 {
+        u64::from(self.first) + u64::from(self.stride) * u64::from(tokens - 1) + u64::from(values)
+    }
+
     /// Rows of `stride` values, from the beginning.
     pub fn rows(stride: u32) -> Span {
         Span { first: 0, stride }

@@ -72,7 +72,7 @@ pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
     let b = Builder::new(&name, grid, launch.warps * 32);
     b.doc(operands::doc(op));
     b.dependent_launch();
-    let operands = Operands::new(&b, op, &plan.layout, launch.table_bytes);
+    let operands = Operands::new(&b, op, &plan.layout, launch.table_bytes, (1, 1));
     let sums = b.shared("sums", Elem::I32, plan.sums());
     let (row_tile, strip) = divide(&b, b.special(Special::BlockX), plan.strips);
     let e = Emit { b: &b, op, launch, plan: &plan, operands, sums, row_tile, strip, part: b.special(Special::BlockY) };

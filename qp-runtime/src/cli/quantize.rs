@@ -142,6 +142,10 @@ impl Progress for Bar {
         }
     }
 
+    fn note(&self, text: &str) {
+        self.bar.println(format!("note: {text}"));
+    }
+
     fn text(&self, done: usize, total: usize) {
         self.bar.set_length(total as u64);
         self.bar.set_position(done as u64);

@@ -32,14 +32,14 @@
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-use qp_codegen::metric::{Metric, Nearest, REBASE};
+use qp_codegen::metric::{self, Metric, Nearest, REBASE};
 use qp_codegen::spec::Code;
 
 use super::simd::{LANES, Lanes, for_each_instruction_set};
 
 /// Costs that are kept for the way back, in bytes a thread, unless [`Trellis::with_history`] says otherwise. Where a
 /// search needs more, only some boundaries are kept and the steps between them are run again.
-const HISTORY_BYTES: usize = 48 << 20;
+const HISTORY_BYTES: usize = metric::HISTORY_BYTES as usize;
 
 /// A code made ready to encode.
 #[derive(Clone, Debug)]

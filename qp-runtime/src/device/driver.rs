@@ -331,6 +331,11 @@ impl Memory {
         }
     }
 
+    /// Bytes that were asked for.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// Copies `data` to `offset` (bytes). The data may be reused at once.
     pub fn write(&self, offset: usize, data: &[u8]) -> Result<(), DeviceError> {
         assert!(offset + data.len() <= self.bytes, "a write within the buffer");

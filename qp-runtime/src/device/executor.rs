@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Instant;
 
 use qp_codegen::cuda::{self, Device, Target};
-use qp_codegen::ir::{Kernel, ParamKind, interpret, validate};
+use qp_codegen::ir::{Kernel, ParamKind, interpret};
 use rayon::prelude::*;
 
 use super::Gpu;
@@ -203,8 +203,8 @@ impl Executor {
                 Ok(Loaded(Arc::new(Code::Interpreter { prepared, options: options.clone() })))
             }
             Backend::Cuda(context) => {
-                validate(&kernel).map_err(|e| invalid(e, &kernel.name))?;
-                let source = cuda::print(&kernel, context.target);
+                let checked = cuda::check(&kernel, context.target).map_err(|e| invalid(e, &kernel.name))?;
+                let source = cuda::print(checked);
                 let cubin = jit::compile(&source, &kernel.name, context.target.nvrtc_arch(), &jit::Options::default())?;
                 let shape = Shape {
                     grid: kernel.grid,
@@ -224,7 +224,9 @@ impl Executor {
     /// Arguments that do not fit the kernel, a trap of the interpreter, a failing driver.
     pub fn launch<A: LaunchArgs>(&self, kernel: &Loaded, args: A) -> Result<(), DeviceError> {
         check(kernel.name(), &kernel.kernel().params, A::PARAMS)?;
-        kernel.run(&args.args(), None)
+        let args = args.args();
+        kernel.fits(&args)?;
+        kernel.run(&args, None)
     }
 
     /// A way for `len` elements from the device to the host.
@@ -567,6 +569,28 @@ impl Loaded {
         }
     }
 
+    /// Checks that no buffer is shorter than what the kernel touches.
+    fn fits(&self, args: &[Arg]) -> Result<(), DeviceError> {
+        let kernel = self.kernel();
+        for (i, arg) in args.iter().enumerate() {
+            let bytes = match arg {
+                Arg::Buffer(RawBuffer::Host(host)) => read_lock(host).len(),
+                Arg::Buffer(RawBuffer::Cuda(memory)) => memory.bytes(),
+                Arg::I32(_) | Arg::U32(_) | Arg::F32(_) => continue,
+            };
+            let least = kernel.least_bytes(i);
+            if (bytes as u64) < least {
+                let name = &kernel.params[i].name;
+                let what = format!(
+                    "kernel `{}` was passed {bytes} bytes for `{name}`, of which it touches {least}",
+                    kernel.name
+                );
+                return Err(DeviceError::Buffer(what));
+            }
+        }
+        Ok(())
+    }
+
     fn run(&self, args: &[Arg], into: Option<&Capture>) -> Result<(), DeviceError> {
         match &*self.0 {
             Code::Interpreter { prepared, options } => interpret(prepared, options, args),
@@ -652,7 +676,9 @@ impl Recorder {
     pub fn launch<A: LaunchArgs>(&mut self, kernel: &Loaded, args: A) -> Result<(), DeviceError> {
         let params: &[ParamDecl] = A::PARAMS;
         check(kernel.name(), &kernel.kernel().params, params)?;
-        self.launches.push((kernel.clone(), args.args()));
+        let args = args.args();
+        kernel.fits(&args)?;
+        self.launches.push((kernel.clone(), args));
         Ok(())
     }
 

@@ -154,7 +154,7 @@ fn step_kernels_compile_without_spills_for_every_target() {
     let targets: Vec<Target> = Target::ALL.into_iter().filter(|t| nvrtc.supports(t.nvrtc_arch())).collect();
     targets.into_par_iter().flat_map_iter(|t| [(t, 1), (t, 8)]).for_each(|(target, batch)| {
         for kernel in step_kernels(batch) {
-            let source = cuda::print(&kernel, target);
+            let source = cuda::print(cuda::check(&kernel, target).unwrap_or_else(|e| panic!("{e}")));
             let options = jit::Options::default();
             let cubin = jit::compile_in(&Cache::none(), &source, &kernel.name, target.nvrtc_arch(), &options);
             let cubin = cubin.unwrap_or_else(|e| panic!("{e}"));

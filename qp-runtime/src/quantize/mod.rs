@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use qp_codegen::layout::TooLarge;
+use qp_codegen::metric::Effort;
+use qp_codegen::spec::Quantizer;
 use qp_codegen::syntax::Diagnostics;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -148,6 +150,10 @@ pub enum Error {
 pub trait Progress: Sync {
     /// `done` of `total` weights were finished by an earlier run; the work is kept in `draft` until it is whole.
     fn start(&self, total: u64, done: u64, draft: &Path);
+    /// Something to know before the work begins.
+    fn note(&self, text: &str) {
+        let _ = text;
+    }
     /// So many of all calibration texts are written.
     fn text(&self, done: usize, total: usize) {
         let _ = (done, total);
@@ -158,6 +164,25 @@ pub trait Progress: Sync {
     fn advance(&self, weights: u64);
     /// A layer is encoded and written. `Break` stops the work.
     fn finished(&self, layer: &LayerEntry) -> ControlFlow<()>;
+}
+
+/// What a CPU of `threads` threads should be warned of before it encodes so many weights by each quantizer: hours, or
+/// gigabytes.
+fn warning<'q>(work: impl Iterator<Item = (&'q Arc<Quantizer>, u64)>, threads: usize) -> Option<String> {
+    let (mut seconds, mut most) = (0.0, (0, ""));
+    for (q, weights) in work {
+        let effort = Effort::of_all(&q.codes);
+        seconds += effort.seconds * weights as f64;
+        most = most.max((effort.of_thread * threads as u64 + effort.shared, q.name.as_str()));
+    }
+    let (hours, gigabytes) = (seconds / threads as f64 / 3600.0, most.0 as f64 / 1e9);
+    if hours < 1.0 && gigabytes < 4.0 {
+        return None;
+    }
+    let time = if hours < 1.0 { String::new() } else { format!(" takes about {hours:.0} hours on {threads} threads") };
+    let memory = if gigabytes < 4.0 { String::new() } else { format!(" needs about {gigabytes:.0} GB for {}", most.1) };
+    let both = if time.is_empty() || memory.is_empty() { "" } else { ", and" };
+    Some(format!("encoding{time}{both}{memory}: a GPU is much faster (--device cuda), shorter windows need less"))
 }
 
 /// Says nothing.
@@ -252,6 +277,17 @@ impl Job {
         let total = items.iter().map(weights).sum();
         let done = items.iter().filter(|i| draft.record(&i.name).is_some()).map(weights).sum();
         progress.start(total, done, draft.dir());
+        if self.devices.is_empty() {
+            let left = items.iter().filter(|i| draft.record(&i.name).is_none());
+            let left = left.filter_map(|i| match i.work {
+                Work::Encode { layer, .. } => Some((spec_of(layer)?, layers[layer].layer.shape.len())),
+                Work::Copy => None,
+            });
+            let threads = self.threads.unwrap_or_else(rayon::current_num_threads);
+            if let Some(text) = warning(left, threads) {
+                progress.note(&text);
+            }
+        }
         let (source, layers, items, devices) = (&source, &layers[..], &items[..], &self.devices[..]);
         let pipeline = Pipeline { source, program: &program, layers, plan: &plan, items, devices, pool, progress };
         let entries = pipeline.run(&mut draft, calibration)?;

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use qp_codegen::cuda::{Target as Gpu, print};
-use qp_codegen::ir::{Elem, validate};
+use qp_codegen::cuda::{Target as Gpu, check, print};
+use qp_codegen::ir::Elem;
 use qp_codegen::kernels::dequantize::{self, Dequantize};
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::product::Launch;
@@ -137,9 +137,7 @@ fn lower(q: &Quantizer, r: &mut Random) {
         dequantize::lower(&Dequantize { quantizer: q, shape, output: Elem::F16 }, device.sms),
     ];
     for kernel in kernels {
-        validate(&kernel).unwrap_or_else(|e| panic!("{e}"));
-        assert!(kernel.shared_bytes() <= device.shared_per_block, "{} does not fit", kernel.name);
-        print(&kernel, gpu);
+        print(check(&kernel, gpu).unwrap_or_else(|e| panic!("{e}")));
     }
 }
 

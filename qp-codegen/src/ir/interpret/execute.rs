@@ -597,7 +597,12 @@ impl<'p, 'a> Machine<'p, 'a> {
 
     fn place(&self, mem: Mem, elem: Elem, lanes: usize) -> Place {
         let size = match mem {
-            Mem::Global(i) => self.buffers[i as usize].bytes().len(),
+            Mem::Global(i) => {
+                let bytes = self.buffers[i as usize].bytes().len();
+                // What lies beyond the length that the kernel states is none of its business.
+                let stated = self.kernel.params[i as usize].len.map(|_| self.kernel.least_bytes(i as usize) as usize);
+                stated.map_or(bytes, |stated| stated.min(bytes))
+            }
             Mem::Shared(i) => self.shared.size(i),
         };
         Place { elem, lanes: lanes as u32, unit: elem.bytes(), size }

@@ -389,7 +389,7 @@ fn check_arguments(kernel: &Kernel, args: &[Arg<'_>]) -> Result<(), String> {
     if kernel.params.len() != args.len() {
         return Err(format!("{} arguments for {} parameters", args.len(), kernel.params.len()));
     }
-    for (p, a) in kernel.params.iter().zip(args) {
+    for (i, (p, a)) in kernel.params.iter().zip(args).enumerate() {
         let fits = match (p.kind, a) {
             (ParamKind::Buffer { .. }, Arg::Buffer(_)) => true,
             (ParamKind::Buffer { writable, .. }, Arg::ReadOnly(_)) => !writable,
@@ -400,6 +400,17 @@ fn check_arguments(kernel: &Kernel, args: &[Arg<'_>]) -> Result<(), String> {
         };
         if !fits {
             return Err(format!("the argument for `{}` is of another kind", p.name));
+        }
+        let (bytes, least) = match a {
+            Arg::Buffer(bytes) => (bytes.len(), kernel.least_bytes(i)),
+            Arg::ReadOnly(bytes) => (bytes.len(), kernel.least_bytes(i)),
+            Arg::I32(_) | Arg::U32(_) | Arg::F32(_) => (0, 0),
+        };
+        if (bytes as u64) < least {
+            return Err(format!(
+                "the buffer for `{}` has {bytes} bytes, fewer than the {least} that it must have",
+                p.name
+            ));
         }
     }
     Ok(())

@@ -6,8 +6,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use clap::Args;
-use qp_codegen::cuda::{Target, print};
-use qp_codegen::ir::validate;
+use qp_codegen::cuda::{Target, check, print};
 use qp_codegen::spec::Shape;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -148,9 +147,9 @@ impl JitBench {
         };
         let kernel = op.lower(layout, &self.target.device());
         let lower = lap();
-        validate(&kernel).map_err(|e| e.to_string())?;
+        let checked = check(&kernel, self.target).map_err(|e| e.to_string())?;
         let validate = lap();
-        let source = print(&kernel, self.target);
+        let source = print(checked);
         let print = lap();
         let cubin = self.compile(&Cache::none(), &source, &kernel.name)?;
         let nvrtc = lap();
@@ -169,8 +168,8 @@ impl JitBench {
         let (device, cache) = (self.target.device(), Cache::of_user());
         ops.par_iter().try_for_each(|op| {
             let kernel = op.lower(layout, &device);
-            validate(&kernel).map_err(|e| e.to_string())?;
-            self.compile(&cache, &print(&kernel, self.target), &kernel.name)?;
+            let checked = check(&kernel, self.target).map_err(|e| e.to_string())?;
+            self.compile(&cache, &print(checked), &kernel.name)?;
             Ok(())
         })
     }

@@ -107,7 +107,7 @@ impl<'b, 'q> Decoder<'b, 'q> {
         let count = |c: &Code| c.tables.iter().map(|t| t.entries * entry_words(c)).sum::<u32>();
         let total: u32 = q.codes.iter().map(count).sum();
         let fits = total <= table_bytes / 4;
-        let buffer = b.sized("tables", Elem::U32, false, total.max(1).into());
+        let buffer = b.sized("tables", Elem::U32, false, total.into());
         let lane = b.special(Special::Lane);
         let mut first = 0;
         let mut tables = Vec::new();

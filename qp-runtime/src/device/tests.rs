@@ -2,7 +2,7 @@
 
 use qp_codegen::cuda::{self, Target};
 use qp_codegen::ir::{Builder, Elem, Kernel, Scalar, Special};
-use qp_codegen::kernels::{Span, add, argmax, dense, embed, glu, norm, rows};
+use qp_codegen::kernels::{Span, add, argmax, dense, embed, glu, norm, read, rows};
 use qp_codegen::reference::{Activation, RmsNorm};
 
 use rayon::prelude::*;
@@ -115,6 +115,33 @@ fn short_buffers_trap_and_ranges_are_checked() {
     assert!(output.write(60, &[0; 5]).is_err());
     assert!(output.read(usize::MAX, &mut [0; 2]).is_err());
     assert!(output.write(64, &[]).is_ok());
+}
+
+#[test]
+fn a_buffer_shorter_than_a_kernel_says_is_refused_before_it_runs() {
+    #[derive(LaunchArgs)]
+    struct ReadArgs<'a> {
+        x: &'a Buffer<u32>,
+        y: &'a mut Buffer<u32>,
+    }
+    let on = Executor::interpreter();
+    let op = read::Read { blocks: 1, rounds: 1 };
+    let kernel = on.load::<ReadArgs<'_>>(read::lower(&op)).unwrap();
+    let (words, threads) = (op.words() as usize, op.threads() as usize);
+    for (x, y, short) in [(words, threads, None), (words - 1, threads, Some("x")), (words + 8, threads - 1, Some("y"))]
+    {
+        let (x, mut y) = (on.zeroed(x).unwrap(), on.zeroed(y).unwrap());
+        let launched = on.launch(&kernel, ReadArgs { x: &x, y: &mut y });
+        let recorded = on.record().launch(&kernel, ReadArgs { x: &x, y: &mut y });
+        for result in [launched, recorded] {
+            match (result, short) {
+                (Ok(()), None) => (),
+                (Err(e), Some(name)) => assert!(e.to_string().contains(&format!("bytes for `{name}`")), "{e}"),
+                (result, _) => panic!("{result:?} for {short:?}"),
+            }
+        }
+    }
+    assert!(on.zeroed::<u8>(1 << 31).is_err());
 }
 
 #[test]

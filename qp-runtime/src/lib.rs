@@ -8,6 +8,7 @@ pub mod codec;
 pub mod device;
 pub mod engine;
 pub mod eval;
+pub mod input;
 pub mod jit;
 pub mod matrix;
 pub mod memory;

@@ -22,6 +22,8 @@ pub enum Value {
     Texts(Vec<String>),
     /// A list of `int32`.
     I32s(Vec<i32>),
+    /// A list of `float32`.
+    F32s(Vec<f32>),
 }
 
 /// A file to be written: what a test may change before [`Gguf::bytes`].
@@ -128,6 +130,10 @@ impl Gguf {
                 }
                 Value::I32s(numbers) => {
                     list(&mut out, 5, numbers.len());
+                    numbers.iter().for_each(|n| out.extend(n.to_le_bytes()));
+                }
+                Value::F32s(numbers) => {
+                    list(&mut out, 6, numbers.len());
                     numbers.iter().for_each(|n| out.extend(n.to_le_bytes()));
                 }
             }

@@ -60,6 +60,15 @@ impl RandomModel {
         model
     }
 
+    /// Random biases for the layers of `kind`, such as `self_attn.o_proj`, in both blocks.
+    pub fn bias(&mut self, kind: &str) {
+        for i in 0..2 {
+            let name = format!("model.layers.{i}.{kind}");
+            let rows = self.tensors[&format!("{name}.weight")].0[0];
+            self.random(&mut Random(rows as u64), &format!("{name}.bias"), &[rows]);
+        }
+    }
+
     fn random(&mut self, random: &mut Random, name: &str, shape: &[usize]) {
         let values = (0..shape.iter().product()).map(|_| random.next() * 0.4).collect();
         self.tensors.insert(name.to_owned(), (shape.to_vec(), values));

@@ -113,14 +113,180 @@ fn tokenizers() {
         file.values.insert("tokenizer.ggml.add_bos_token".to_owned(), Value::Bool(true));
     };
     assert_eq!(tokens("smollm", "a", bos).unwrap(), [1, 97]);
-    let spm = |file: &mut Gguf| {
-        file.values.insert("tokenizer.ggml.model".to_owned(), Value::Text("llama".to_owned()));
+    // The same pattern under another name.
+    for (other, known) in [("deepseek-r1-qwen", "qwen2"), ("falcon3", "llama-bpe"), ("pixtral", "llama-bpe")] {
+        let text = "It's 0012 or 12,\n\n  don't  you\tthink?";
+        assert_eq!(tokens(other, text, same).unwrap(), tokens(known, text, same).unwrap(), "{other}");
+    }
+    // Single digits; a capital begins a word.
+    assert_eq!(tokens("tekken", "12", same).unwrap(), [vec![1], bytes("12")].concat());
+    assert_eq!(tokens("gpt-4o", "12", same).unwrap(), [256]);
+    assert_eq!(tokens("deepseek-coder", "12", same).unwrap(), bytes("12"));
+    assert_eq!(tokens("deepseek-v3", "12", same).unwrap(), [256]);
+    let eos = |file: &mut Gguf| {
+        file.values.insert("tokenizer.ggml.add_eos_token".to_owned(), Value::Bool(true));
+    };
+    assert_eq!(tokens("smollm", "a", eos).unwrap(), [97, 2]);
+    let other = |file: &mut Gguf| {
+        file.values.insert("tokenizer.ggml.model".to_owned(), Value::Text("bert".to_owned()));
     };
     assert_eq!(
-        tokens("smollm", "", spm).unwrap_err(),
-        "DIR/m.gguf: tokenizer 'llama' is not supported (supported: gpt2 (byte-level BPE))"
+        tokens("smollm", "", other).unwrap_err(),
+        "DIR/m.gguf: tokenizer 'bert' is not supported (supported: gpt2 (byte-level BPE), llama (SentencePiece BPE))"
     );
     assert!(tokens("bert", "", same).unwrap_err().contains("tokenizer.ggml.pre 'bert' is not supported"));
+}
+
+#[test]
+fn sentence_piece_merges_by_score() {
+    let space = "\u{2581}";
+    let mut names: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).to_vec();
+    let mut kinds = vec![2, 3, 3];
+    let mut scores = vec![0.0; 3];
+    for byte in 0..256 {
+        names.push(format!("<0x{byte:02X}>"));
+        kinds.push(6);
+        scores.push(0.0);
+    }
+    // Of "abc", "bc" is merged first; "ab" only where no "c" follows.
+    let pieces = [(space, -9.0), ("a", -9.0), ("b", -9.0), ("c", -9.0), ("ab", -2.0), ("bc", -1.0), ("ca", -3.0)];
+    let words = [(format!("{space}a"), -4.0), (format!("{space}ab"), -2.5)];
+    for (name, score) in pieces.map(|(n, s)| (n.to_owned(), s)).into_iter().chain(words) {
+        names.push(name);
+        kinds.push(1);
+        scores.push(score);
+    }
+    let id = |name: &str| names.iter().position(|n| n == name).unwrap() as u32;
+    let set = |file: &mut Gguf, prefix: bool| {
+        let values = &mut file.values;
+        let mut set = |key: &str, value: Value| values.insert(format!("tokenizer.ggml.{key}"), value);
+        set("model", Value::Text("llama".to_owned()));
+        set("tokens", Value::Texts(names.clone()));
+        set("token_type", Value::I32s(kinds.clone()));
+        set("scores", Value::F32s(scores.clone()));
+        set("add_space_prefix", Value::Bool(prefix));
+    };
+    let encode = |text: &str, prefix: bool| tokens("default", text, |file| set(file, prefix)).unwrap();
+    let ids = |names: &[&str]| names.iter().map(|n| id(n)).collect::<Vec<_>>();
+    assert_eq!(encode("abc", true), ids(&["<s>", &format!("{space}a"), "bc"]));
+    assert_eq!(encode("ab", true), ids(&["<s>", &format!("{space}ab")]));
+    assert_eq!(encode("ab", false), ids(&["<s>", "ab"]));
+    // What no piece has is spelt in bytes; special tokens are found in a text.
+    assert_eq!(encode("é", false), ids(&["<s>", "<0xC3>", "<0xA9>"]));
+    assert_eq!(encode("a</s>", false), ids(&["<s>", "a", "</s>"]));
+    let error = tokens("default", "", |file| {
+        set(file, true);
+        file.values.remove("tokenizer.ggml.scores");
+    });
+    assert_eq!(error.unwrap_err(), "DIR/m.gguf: has no key 'tokenizer.ggml.scores': convert the model again");
+}
+
+#[test]
+fn biases_are_used_or_refused() {
+    let with = |kinds: &[&str]| {
+        let mut model = model("LlamaForCausalLM");
+        kinds.iter().for_each(|kind| model.bias(kind));
+        model
+    };
+    let from_file = |model: &RandomModel| {
+        let dir = tempfile::tempdir().unwrap();
+        Model::open(&write(dir.path(), &Gguf::of(model, "llama", true)))
+    };
+    let feed_forward = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"];
+    let attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"];
+    let plain = logits(from_file(&with(&[])).unwrap());
+    for kinds in [&feed_forward[..], &attention, &feed_forward[2..], &attention[3..], &attention[..3]] {
+        let model = with(kinds);
+        let mut whole = model.clone();
+        let is_attention = attention.contains(&kinds[0]);
+        let (all, key) =
+            if is_attention { (&attention[..], "attention_bias") } else { (&feed_forward[..], "mlp_bias") };
+        // A directory has all biases of a kind, or none.
+        for kind in all.iter().filter(|kind| !kinds.contains(kind)) {
+            whole.bias(kind);
+            for i in 0..2 {
+                whole.tensors.get_mut(&format!("model.layers.{i}.{kind}.bias")).unwrap().1.fill(0.0);
+            }
+        }
+        whole.config[key] = json!(true);
+        let dir = tempfile::tempdir().unwrap();
+        whole.write(dir.path());
+        let expected = logits(Model::open(dir.path()).unwrap());
+        assert_eq!(logits(from_file(&model).unwrap()), expected, "{kinds:?}");
+        assert_ne!(expected, plain);
+    }
+    for (name, values) in [("lm_head.bias", 256), ("model.norm.bias", 64), ("model.layers.1.input_layernorm.bias", 64)] {
+        let mut model = with(&[]);
+        model.tensors.insert(name.to_owned(), (vec![values], vec![0.5; values]));
+        let error = from_file(&model).unwrap_err().to_string();
+        assert!(error.contains(&format!("tensor '{name}' would not be used")), "{error}");
+    }
+}
+
+#[test]
+fn parts_of_a_model_are_read_together() {
+    let model = model("LlamaForCausalLM");
+    let dir = tempfile::tempdir().unwrap();
+    let whole = Gguf::of(&model, "llama", true);
+    let expected = logits(Model::open(&write(dir.path(), &whole)).unwrap());
+    let names: Vec<String> = whole.tensors.keys().cloned().collect();
+    let path = |part: usize| dir.path().join(format!("m-{part:05}-of-00003.gguf"));
+    for (part, names) in names.chunks(names.len().div_ceil(3)).enumerate() {
+        let mut file = whole.clone();
+        file.tensors.retain(|name, _| names.contains(name));
+        if part > 0 {
+            file.values.retain(|key, _| key == "general.architecture");
+        }
+        file.values.insert("split.no".to_owned(), Value::U32(part as u32));
+        file.values.insert("split.count".to_owned(), Value::U32(3));
+        std::fs::write(path(part + 1), file.bytes()).unwrap();
+    }
+    for part in 1..=3 {
+        assert_eq!(logits(Model::open(&path(part)).unwrap()), expected, "by part {part}");
+    }
+    let message = |path: &Path| {
+        let error = Model::open(path).unwrap_err().to_string();
+        error.replace(&dir.path().display().to_string(), "DIR")
+    };
+    std::fs::copy(path(1), dir.path().join("first.gguf")).unwrap();
+    assert_eq!(
+        message(&dir.path().join("first.gguf")),
+        "DIR/first.gguf: is part 1 of 3, but its name does not end in -00001-of-00003.gguf: give its name back"
+    );
+    std::fs::copy(path(2), path(3)).unwrap();
+    assert!(message(&path(1)).contains("says that it is part 2, not 3"));
+    std::fs::remove_file(path(2)).unwrap();
+    assert_eq!(message(&path(1)), "DIR/m-00002-of-00003.gguf: part 2 of 3 is missing: get it again");
+}
+
+#[test]
+fn keys_are_used_refused_or_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = |values: &[(&str, Value)]| {
+        let mut file = Gguf::of(&model("LlamaForCausalLM"), "llama", true);
+        file.values.extend(values.iter().map(|(k, v)| ((*k).to_owned(), v.clone())));
+        Model::open(&write(dir.path(), &file))
+    };
+    let text = |t: &str| Value::Text(t.to_owned());
+    let scaling = |values: &[(&str, Value)]| open(values).unwrap().config.rope_scaling;
+    let (kind, factor) = ("llama.rope.scaling.type", ("llama.rope.scaling.factor", Value::F32(4.0)));
+    assert_eq!(scaling(&[(kind, text("none")), factor.clone()]), RopeScaling::None);
+    assert_eq!(scaling(&[(kind, text("linear")), factor.clone()]), RopeScaling::Linear { factor: 4.0 });
+    assert_eq!(scaling(std::slice::from_ref(&factor)), RopeScaling::Linear { factor: 4.0 });
+    assert_eq!(scaling(&[("llama.rope.scaling.factor", Value::F32(0.0))]), RopeScaling::None);
+
+    let error = |key: &str, value: Value| open(&[(key, value)]).unwrap_err().to_string();
+    assert!(error("llama.attn_logit_softcapping", Value::F32(50.0)).contains("key 'llama.attn_logit_softcapping'"));
+    assert!(error("llama.logit_scale", Value::F32(0.5)).contains("LlamaForCausalLM without it"));
+    assert!(error("llama.attention.causal", Value::Bool(false)).contains("not supported"));
+    assert!(open(&[("llama.logit_scale", Value::F32(1.0)), ("llama.vocab_size", Value::U32(256))]).unwrap().notes.is_empty());
+    let notes = open(&[("llama.novelty", Value::U32(3))]).unwrap().notes;
+    assert!(notes.len() == 1 && notes[0].ends_with("key 'llama.novelty' is not used"), "{notes:?}");
+
+    let ends = open(&[("tokenizer.ggml.eot_token_id", Value::U32(5)), ("tokenizer.ggml.eom_token_id", Value::U32(6))]);
+    assert_eq!(ends.unwrap().config.eos, [2, 5, 6]);
+    let window = open(&[("llama.attention.sliding_window", Value::U32(32))]).unwrap().config;
+    assert_eq!((window.architecture.as_str(), window.max_positions), ("MistralForCausalLM", 32));
 }
 
 #[test]
@@ -165,6 +331,24 @@ fn bad_files_are_refused_by_name() {
     assert!(
         message(&|f| f.tensors.get_mut("blk.0.ffn_up.weight").unwrap().1 = 12)
             .contains("rows that are not whole blocks")
+    );
+    assert_eq!(
+        message(&set("llama.block_count", Value::U32(1))),
+        "DIR/m.gguf: tensor 'blk.1.attn_k.weight' is of block 1, but llama.block_count is 1: convert the model again"
+    );
+    assert!(message(&set("llama.block_count", Value::U32(u32::MAX))).contains("expected 1 to 4096"));
+    assert_eq!(
+        message(&|f| f.tensors.get_mut("blk.0.attn_q.weight").unwrap().0 = vec![0, 64]),
+        "DIR/m.gguf: tensor 'blk.0.attn_q.weight' of shape [0, 64] has no elements: convert the model again"
+    );
+    let nan = |f: &mut Gguf| {
+        let bytes = &mut f.tensors.get_mut("blk.1.attn_norm.weight").unwrap().2;
+        bytes[12..16].copy_from_slice(&f32::NAN.to_le_bytes());
+    };
+    assert_eq!(
+        message(&nan),
+        "tensor 'model.layers.1.input_layernorm.weight' has 1 values that are not finite, the first (NaN) at [3]: \
+         the model is damaged, get it again"
     );
     let path = dir.path().join("other.gguf");
     std::fs::write(&path, "text that is long enough").unwrap();

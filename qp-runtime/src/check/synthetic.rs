@@ -127,6 +127,10 @@ impl Source for Synthetic<'_> {
         })
     }
 
+    fn names(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     fn is_quantized(&self, name: &str) -> bool {
         (self.choose)(name).is_some()
     }

@@ -89,6 +89,14 @@ pub enum Error {
         /// What is wrong.
         message: String,
     },
+    /// A tensor's values cannot be used.
+    #[error("{}: {message}", path.display())]
+    Values {
+        /// The weight file.
+        path: PathBuf,
+        /// What is wrong with which.
+        message: String,
+    },
     /// A tensor's checksum differs.
     #[error("{}: tensor `{tensor}` was changed after it was written (its checksum differs); {RESTORE}", path.display())]
     TensorChanged {

@@ -86,8 +86,8 @@ impl Checkpoint {
             .collect::<Result<_, Error>>()?;
         for t in &manifest.tensors {
             let header = |message| Error::Header { path: dir.join(&t.file), message };
-            let (dtype, shape, _) =
-                shards[&t.file].raw(&t.name).map_err(|_| header(format!("no tensor `{}` in it", t.name)))?;
+            let (dtype, shape) =
+                shards[&t.file].layout(&t.name).map_err(|_| header(format!("no tensor `{}` in it", t.name)))?;
             if (dtype, shape) != (t.dtype, t.shape.as_slice()) {
                 return Err(header(format!(
                     "`{}` is {dtype:?} {shape:?}, expected {:?} {:?}",
@@ -163,7 +163,7 @@ impl Checkpoint {
     pub fn tensor(&self, name: &str) -> Result<Tensor, Error> {
         self.raw(name)?;
         let file = &self.manifest.tensors[self.tensors[name]].file;
-        self.shards[file].tensor(name).map_err(|e| Error::Header { path: self.dir.join(file), message: e.to_string() })
+        self.shards[file].tensor(name).map_err(|e| Error::Values { path: self.dir.join(file), message: e.to_string() })
     }
 
     /// A tensor as it is stored: element type, shape and checked bytes.
@@ -178,7 +178,7 @@ impl Checkpoint {
         let t = &self.manifest.tensors[index];
         let raw = self.shards[&t.file]
             .raw(name)
-            .map_err(|e| Error::Header { path: self.dir.join(&t.file), message: e.to_string() })?;
+            .map_err(|e| Error::Values { path: self.dir.join(&t.file), message: e.to_string() })?;
         let checked = |set: &Mutex<BTreeSet<usize>>| {
             set.lock().unwrap_or_else(std::sync::PoisonError::into_inner).contains(&index)
         };
@@ -261,6 +261,14 @@ impl Source for Checkpoint {
 
     fn groups(&self) -> Vec<Vec<String>> {
         self.manifest.groups.clone()
+    }
+
+    fn check(&self) -> Result<(), model::Error> {
+        Ok(Checkpoint::check(self)?)
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.tensors.keys().cloned().collect()
     }
 
     fn is_quantized(&self, name: &str) -> bool {

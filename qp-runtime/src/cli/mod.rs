@@ -7,6 +7,7 @@ mod doctor;
 mod eval;
 mod generate;
 mod inspect;
+mod model;
 mod output;
 mod plan;
 mod profile;
@@ -15,7 +16,7 @@ mod sensitivity;
 mod train_codebook;
 mod tune;
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -68,8 +69,9 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             match e.downcast_ref::<Diagnostics>() {
-                Some(d) => eprint!("{}", d.render(std::io::stderr().is_terminal())),
-                None => eprintln!("error: {e}"),
+                // Escapes what it quotes itself.
+                Some(d) => drop(write!(std::io::stderr(), "{}", d.render(std::io::stderr().is_terminal()))),
+                None => output::say(&format!("error: {e}\n")),
             }
             ExitCode::FAILURE
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 
-use super::Error;
+use super::{Error, output};
 use super::device::{Device, open_all};
 use crate::checkpoint::{Begin, LayerEntry};
 use crate::model::weights::{EMBEDDING, HEAD};
@@ -142,8 +142,8 @@ impl Progress for Bar {
         }
     }
 
-    fn note(&self, text: &str) {
-        self.bar.println(format!("note: {text}"));
+    fn note(&self, note: &str) {
+        self.bar.suspend(|| output::note(note));
     }
 
     fn text(&self, done: usize, total: usize) {

@@ -6,7 +6,6 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::device::{Device, open};
 use crate::allocate::sensitivity::{self, Progress, Sensitivities, Settings, measure};
-use crate::model::Model;
 
 /// Measure how much the predictions of a model suffer from noise in each of its linear layers and in its embedding.
 ///
@@ -64,7 +63,7 @@ impl Sensitivity {
             true => Some(Sensitivities::read(&self.out)?),
             false => None,
         };
-        let model = Model::open(&self.model)?;
+        let model = super::model::open(&self.model)?;
         let on = open(self.device)?;
         let name = std::fs::canonicalize(&self.model)
             .ok()

@@ -2,11 +2,17 @@
 
 use std::path::Path;
 
-use serde::Deserialize;
 use serde_json::Value;
 
+use super::Error;
+use super::arch::{self, Architecture, Window};
 use super::files::Files;
-use super::{Error, arch};
+use super::keys::{Keys, shown};
+
+/// Largest size that a model may have in any direction.
+pub const MOST: usize = 1 << 28;
+/// Most decoder layers.
+const MOST_LAYERS: usize = 1 << 12;
 
 /// How rotary frequencies are stretched for long contexts.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -70,47 +76,85 @@ pub struct Config {
     pub bos: Option<u32>,
     /// Tokens that end a text.
     pub eos: Vec<u32>,
+    /// What `generation_config.json` suggests for sampling, as `KEY VALUE`: it is followed only where asked for.
+    pub suggested: Vec<String>,
+    /// What the files say that is not used and changes nothing, for the user.
+    pub notes: Vec<String>,
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(u32),
-    Many(Vec<u32>),
-}
+/// Keys that change what a model computes, in architectures that are not read here. A value that changes nothing is
+/// accepted: false, zero, one for what multiplies, an empty list.
+const CHANGING: [&str; 31] = [
+    "alibi",
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "clip_qkv",
+    "cross_attention_layers",
+    "dim_model_base",
+    "embedding_multiplier",
+    "embedding_scale",
+    "final_logit_softcapping",
+    "first_k_dense_replace",
+    "kv_lora_rank",
+    "logit_scale",
+    "logits_scaling",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "no_rope_layers",
+    "num_experts",
+    "num_local_experts",
+    "partial_rotary_factor",
+    "qk_layernorm",
+    "qk_norm",
+    "query_pre_attn_scalar",
+    "residual_multiplier",
+    "residual_scale",
+    "rope_interleaved",
+    "scale_depth",
+    "scale_emb",
+    "use_parallel_residual",
+    "use_qk_norm",
+    "use_qkv_norm",
+    "value_norm",
+];
 
-#[derive(Deserialize)]
-struct Raw {
-    #[serde(default)]
-    architectures: Vec<String>,
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    vocab_size: usize,
-    max_position_embeddings: usize,
-    rms_norm_eps: f64,
-    hidden_act: Option<String>,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<Value>,
-    rope_parameters: Option<Value>,
-    tie_word_embeddings: Option<bool>,
-    attention_bias: Option<bool>,
-    mlp_bias: Option<bool>,
-    sliding_window: Option<usize>,
-    use_sliding_window: Option<bool>,
-    bos_token_id: Option<u32>,
-    eos_token_id: Option<OneOrMany>,
-    quantization_config: Option<Value>,
-}
+/// Keys that say how a model was made, trained or saved, and nothing of what it computes.
+const SILENT: [&str; 30] = [
+    "_attn_implementation_autoset",
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_name_or_path",
+    "attention_dropout",
+    "attn_implementation",
+    "chunk_size_feed_forward",
+    "decoder_start_token_id",
+    "dtype",
+    "embd_pdrop",
+    "embedding_dropout",
+    "hidden_dropout",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "label2id",
+    "name",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "pretraining_tp",
+    "resid_pdrop",
+    "return_dict",
+    "sep_token_id",
+    "torch_dtype",
+    "transformers_version",
+    "unk_token_id",
+    "unsloth_version",
+    "use_cache",
+];
 
-#[derive(Deserialize)]
-struct RawGeneration {
-    bos_token_id: Option<u32>,
-    eos_token_id: Option<OneOrMany>,
-}
+/// Keys of `generation_config.json` that neither change a text nor are followed.
+const SILENT_GENERATION: [&str; 6] =
+    ["_from_model_config", "do_sample", "pad_token_id", "return_dict_in_generate", "transformers_version", "use_cache"];
 
 impl Config {
     /// Reads `config.json` and, if it is there, `generation_config.json` of a model directory or GGUF file.
@@ -118,17 +162,27 @@ impl Config {
     /// # Errors
     /// If a file cannot be read or parsed, or asks for something unsupported.
     pub fn read(model: &Path) -> Result<Self, Error> {
-        let files = Files::open(model)?;
+        Config::of(&Files::open(model)?)
+    }
+
+    /// As [`Config::read`], of a model that is open.
+    ///
+    /// # Errors
+    /// As [`Config::read`].
+    pub fn of(files: &Files) -> Result<Self, Error> {
         let path = files.path("config.json");
         let missing = || Error::file(&path, "not found: it says what the model is; get the model again");
         let mut config = Config::parse(&path, &files.text("config.json")?.ok_or_else(missing)?)?;
         if let Some(text) = files.text("generation_config.json")? {
-            let path = files.path("generation_config.json");
-            let raw: RawGeneration = serde_json::from_str(&text).map_err(|e| Error::file(&path, e.to_string()))?;
-            config.bos = raw.bos_token_id.or(config.bos);
-            if let Some(eos) = raw.eos_token_id {
-                config.eos = eos.into_vec();
+            let keys = Keys::parse(&files.path("generation_config.json"), &text)?;
+            if let Some(bos) = first(&keys, "bos_token_id", &mut config.notes)? {
+                config.bos = Some(bos);
             }
+            if let Some(eos) = keys.tokens("eos_token_id")? {
+                config.eos = eos;
+            }
+            keys.ignore(&SILENT_GENERATION);
+            config.suggested = keys.unasked().map(|(k, v)| format!("{k} {}", shown(v))).collect();
         }
         Ok(config)
     }
@@ -138,136 +192,216 @@ impl Config {
     /// # Errors
     /// If it is malformed or asks for something unsupported.
     pub fn parse(path: &Path, text: &str) -> Result<Self, Error> {
-        let raw: Raw = serde_json::from_str(text).map_err(|e| Error::file(path, e.to_string()))?;
+        let keys = Keys::parse(path, text)?;
         let unsupported = |what: String, supported: &str| Error::Unsupported {
             path: path.to_owned(),
             what,
             supported: supported.to_owned(),
         };
-        let Some(architecture) = raw.architectures.iter().find_map(|a| arch::find(a)) else {
-            let what = match raw.architectures.as_slice() {
-                [] => "a model without 'architectures'".to_owned(),
-                names => format!("architecture {}", names.join(", ")),
-            };
-            return Err(unsupported(what, &arch::names().collect::<Vec<_>>().join(", ")));
-        };
-        if let Some(q) = &raw.quantization_config {
-            let method = q.get("quant_method").and_then(Value::as_str).unwrap_or("of an unnamed method");
+        // First what the model is: of another kind, all else would be beside the point.
+        let reading = architecture(&keys)?;
+        if let Some(q) = keys.object("quantization_config")? {
+            let method = q.text("quant_method")?.unwrap_or("of an unnamed method".to_owned());
             return Err(unsupported(format!("a checkpoint already quantized ({method})"), "the unquantized model"));
         }
-        if let Some(act) = raw.hidden_act.filter(|a| a != "silu") {
-            return Err(unsupported(format!("hidden_act '{act}'"), "silu"));
-        }
-        let (rope_theta, rope_scaling) = rope(
-            path,
-            raw.rope_parameters.as_ref(),
-            raw.rope_theta,
-            raw.rope_scaling.as_ref(),
-            raw.max_position_embeddings,
-        )?;
-
-        let heads = raw.num_attention_heads;
-        let sizes = [
-            ("hidden_size", raw.hidden_size),
-            ("intermediate_size", raw.intermediate_size),
-            ("num_hidden_layers", raw.num_hidden_layers),
-            ("num_attention_heads", heads),
-            ("num_key_value_heads", raw.num_key_value_heads.unwrap_or(heads)),
-            ("head_dim", raw.head_dim.unwrap_or(1)),
-            ("vocab_size", raw.vocab_size),
-            ("max_position_embeddings", raw.max_position_embeddings),
-        ];
-        for (name, value) in sizes {
-            // The bound keeps every product of two sizes within usize and every size within u32.
-            if value == 0 || value > 1 << 28 {
-                return Err(Error::file(path, format!("{name} is {value}: expected 1 to {}", 1 << 28)));
+        for key in ["hidden_act", "hidden_activation"] {
+            if let Some(act) = keys.text(key)?.filter(|a| a != "silu" && a != "swish") {
+                return Err(unsupported(format!("{key} '{act}'"), "silu"));
             }
         }
-        let kv_heads = raw.num_key_value_heads.unwrap_or(heads);
+        let mut notes = Vec::new();
+        let size = |name: &str, default: Option<usize>| match keys.whole(name)?.or(default) {
+            None => Err(Error::file(path, format!("{name} is missing: get the model again"))),
+            // The bound keeps every product of two sizes within usize and every size within u32.
+            Some(0) => Err(Error::file(path, format!("{name} is 0: expected 1 to {MOST}"))),
+            Some(n) if n > MOST => Err(Error::file(path, format!("{name} is {n}: expected 1 to {MOST}"))),
+            Some(n) => Ok(n),
+        };
+        let (hidden, intermediate) = (size("hidden_size", None)?, size("intermediate_size", None)?);
+        let (layers, heads) = (layers_of(&keys)?, size("num_attention_heads", None)?);
+        let kv_heads = size("num_key_value_heads", Some(reading.kv_heads.unwrap_or(heads)))?;
+        let (vocab, max_positions) = (size("vocab_size", None)?, size("max_position_embeddings", None)?);
         if !heads.is_multiple_of(kv_heads) {
             let what = format!("num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})");
             return Err(Error::file(path, what));
         }
-        let head_dim = match raw.head_dim {
-            Some(d) => d,
-            None if raw.hidden_size.is_multiple_of(heads) => raw.hidden_size / heads,
-            None => {
-                let what = format!(
-                    "hidden_size ({}) is not a multiple of num_attention_heads ({heads}), and head_dim is not given",
-                    raw.hidden_size
-                );
-                return Err(Error::file(path, what));
-            }
-        };
+        let by_default = reading.head_dim.or(hidden.is_multiple_of(heads).then_some(hidden / heads));
+        if keys.get("head_dim").is_none() && by_default.is_none() {
+            let what = format!(
+                "hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads}), and head_dim is not given"
+            );
+            return Err(Error::file(path, what));
+        }
+        let head_dim = size("head_dim", by_default)?;
         if !head_dim.is_multiple_of(2) {
             return Err(Error::file(path, format!("head_dim is {head_dim}: rotary embedding needs an even one")));
         }
-        if !raw.rms_norm_eps.is_finite() || raw.rms_norm_eps < 0.0 {
-            return Err(Error::file(
-                path,
-                format!("rms_norm_eps is {}: expected a small positive number", raw.rms_norm_eps),
-            ));
+        // Widths of q and of the keys: products of two sizes, which are sizes too.
+        if heads.checked_mul(head_dim).is_none_or(|n| n > MOST) {
+            return Err(Error::file(path, format!("{heads} heads of {head_dim} are wider than {MOST}")));
         }
-        let attention_bias = raw.attention_bias.unwrap_or(false);
-        let window =
-            raw.sliding_window.filter(|&w| w > 0 && raw.use_sliding_window.unwrap_or(!architecture.window_by_flag));
-        Ok(Config {
-            hidden: raw.hidden_size,
-            intermediate: raw.intermediate_size,
-            layers: raw.num_hidden_layers,
+        let eps = keys.number("rms_norm_eps")?.unwrap_or(1e-6);
+        if eps < 0.0 {
+            return Err(Error::file(path, format!("rms_norm_eps is {eps}: expected a small positive number")));
+        }
+        let (rope_theta, rope_scaling) = rope(&keys, max_positions, &mut notes)?;
+        let window = window(reading, &keys, layers)?;
+        let bias = |read: bool, key: &str| Ok::<_, Error>(read && keys.truth(key)?.unwrap_or(false));
+        let attention_bias = bias(reading.attention_bias, "attention_bias")?;
+        let mlp_bias = bias(reading.mlp_bias, "mlp_bias")?;
+        for key in CHANGING {
+            let neutral = |v: &Value| match v {
+                Value::Bool(b) => !b,
+                Value::Number(n) => n.as_f64() == Some(1.0) || n.as_f64() == Some(0.0),
+                Value::Array(values) => values.is_empty(),
+                _ => false,
+            };
+            if let Some(value) = keys.get(key).filter(|v| !neutral(v)) {
+                return Err(unsupported(format!("{key} {}", shown(value)), &format!("{} without it", reading.name)));
+            }
+        }
+        let config = Config {
+            hidden,
+            intermediate,
+            layers,
             heads,
             kv_heads,
             head_dim,
-            vocab: raw.vocab_size,
-            max_positions: raw.max_position_embeddings.min(window.unwrap_or(usize::MAX)),
-            norm_eps: raw.rms_norm_eps as f32,
+            vocab,
+            max_positions: max_positions.min(window.unwrap_or(usize::MAX)),
+            norm_eps: eps as f32,
             rope_theta,
             rope_scaling,
-            tied: raw.tie_word_embeddings.unwrap_or(false),
-            qkv_bias: architecture.qkv_bias || attention_bias,
-            o_bias: !architecture.qkv_bias && attention_bias,
-            mlp_bias: raw.mlp_bias.unwrap_or(false),
-            bos: raw.bos_token_id,
-            eos: raw.eos_token_id.map(OneOrMany::into_vec).unwrap_or_default(),
-            architecture: architecture.name.to_owned(),
-        })
+            tied: keys.truth("tie_word_embeddings")?.unwrap_or(false),
+            qkv_bias: reading.qkv_bias || attention_bias,
+            o_bias: attention_bias,
+            mlp_bias,
+            bos: first(&keys, "bos_token_id", &mut notes)?,
+            eos: keys.tokens("eos_token_id")?.unwrap_or_default(),
+            architecture: reading.name.to_owned(),
+            suggested: Vec::new(),
+            notes: Vec::new(),
+        };
+        keys.ignore(&SILENT);
+        let unknown: Vec<&str> = keys.unasked().filter(|(_, v)| **v != Value::Bool(false)).map(|(k, _)| k).collect();
+        if !unknown.is_empty() {
+            let name = reading.name;
+            notes.push(format!("{}: {name} has no use for {}", path.display(), unknown.join(", ")));
+        }
+        Ok(Config { notes, ..config })
     }
 }
 
-impl OneOrMany {
-    fn into_vec(self) -> Vec<u32> {
-        match self {
-            OneOrMany::One(id) => vec![id],
-            OneOrMany::Many(ids) => ids,
+/// The architecture that `keys` name: by `architectures`, which `model_type` must not contradict.
+fn architecture(keys: &Keys) -> Result<&'static Architecture, Error> {
+    let (names, kind) = (keys.texts("architectures")?.unwrap_or_default(), keys.text("model_type")?);
+    let by_type = kind.as_deref().and_then(arch::of_type);
+    match names.iter().find_map(|n| arch::find(n)) {
+        Some(found) => {
+            let Some(kind) = kind.filter(|k| k != found.model_type) else { return Ok(found) };
+            let what = format!(
+                "architectures says {}, whose model_type is '{}', but model_type says '{kind}': \
+                 correct the one that is wrong",
+                found.name, found.model_type
+            );
+            return Err(Error::file(keys.path(), what));
+        }
+        None => {
+            if let Some(by_type) = by_type.filter(|_| names.is_empty()) {
+                return Ok(by_type);
+            }
         }
     }
+    let mut what = match (names.as_slice(), kind) {
+        ([], None) => "a model without 'architectures'".to_owned(),
+        ([], Some(kind)) => format!("model_type '{kind}'"),
+        (names, _) => format!("architecture {}", names.join(", ")),
+    };
+    if keys.object("text_config").is_ok_and(|c| c.is_some()) {
+        what += ", a model of several parts (text_config),";
+    }
+    let supported = arch::names().collect::<Vec<_>>().join(", ");
+    Err(Error::Unsupported { path: keys.path().to_owned(), what, supported })
 }
 
-/// Base and scaling of the rotary frequencies, from `rope_parameters` (transformers 5) or else from top-level
-/// `rope_theta` and `rope_scaling`.
-fn rope(
-    path: &Path,
-    parameters: Option<&Value>,
-    theta: Option<f64>,
-    scaling: Option<&Value>,
-    max_positions: usize,
-) -> Result<(f64, RopeScaling), Error> {
-    let number = |name: &str| [parameters, scaling].into_iter().flatten().find_map(|v| v.get(name)?.as_f64());
-    let theta = number("rope_theta").or(theta).unwrap_or(10000.0);
-    if !(theta.is_finite() && theta > 0.0) {
+/// The number of decoder layers: bounded, since each takes memory before its tensors are looked for.
+fn layers_of(keys: &Keys) -> Result<usize, Error> {
+    match keys.whole("num_hidden_layers")? {
+        None => Err(Error::file(keys.path(), "num_hidden_layers is missing: get the model again")),
+        Some(n) if (1..=MOST_LAYERS).contains(&n) => Ok(n),
+        Some(n) => Err(Error::file(keys.path(), format!("num_hidden_layers is {n}: expected 1 to {MOST_LAYERS}"))),
+    }
+}
+
+/// The token of `key`, which may be in a list; of several the first, which is said.
+fn first(keys: &Keys, key: &str, notes: &mut Vec<String>) -> Result<Option<u32>, Error> {
+    let ids = keys.tokens(key)?.unwrap_or_default();
+    if ids.len() > 1 {
+        notes.push(format!("{}: {key} has {} ids; the first is used", keys.path().display(), ids.len()));
+    }
+    Ok(ids.first().copied())
+}
+
+/// The narrowest window of a layer, if there is one.
+fn window(reading: &Architecture, keys: &Keys, layers: usize) -> Result<Option<usize>, Error> {
+    let default = match reading.window {
+        Window::Never => return Ok(None),
+        Window::Always(n) => Some(n).filter(|_| !keys.has("sliding_window")),
+        Window::Flagged if keys.truth("use_sliding_window")?.unwrap_or(false) => None,
+        Window::Flagged => {
+            // Read, and without meaning.
+            keys.ignore(&["sliding_window", "max_window_layers", "layer_types"]);
+            return Ok(None);
+        }
+    };
+    let kinds = keys.texts("layer_types")?;
+    if let Some(other) = kinds.iter().flatten().find(|k| !matches!(k.as_str(), "full_attention" | "sliding_attention")) {
+        return Err(Error::Unsupported {
+            path: keys.path().to_owned(),
+            what: format!("layer_types '{other}'"),
+            supported: "full_attention, sliding_attention".to_owned(),
+        });
+    }
+    let from = keys.whole("max_window_layers")?.filter(|_| matches!(reading.window, Window::Flagged)).unwrap_or(0);
+    let slides = match kinds {
+        Some(kinds) => kinds.iter().any(|k| k == "sliding_attention"),
+        None => from < layers,
+    };
+    Ok(keys.whole("sliding_window")?.or(default).filter(|&w| w > 0 && slides))
+}
+
+/// Base and scaling of the rotary frequencies: from `rope_scaling` or else `rope_parameters`, as transformers 5 has it,
+/// with the base from the top level where they have none.
+fn rope(keys: &Keys, max_positions: usize, notes: &mut Vec<String>) -> Result<(f64, RopeScaling), Error> {
+    let path = keys.path();
+    let full = |key: &str| keys.object(key).map(|o| o.filter(|o| o.unasked().next().is_some()));
+    let (scaling, parameters) = (full("rope_scaling")?, full("rope_parameters")?);
+    if let (Some(s), Some(p)) = (&scaling, &parameters)
+        && !s.unasked().eq(p.unasked())
+    {
+        notes.push(format!("{}: rope_scaling is used, and rope_parameters beside it is not", path.display()));
+    }
+    let named = if scaling.is_some() { "rope_scaling" } else { "rope_parameters" };
+    let source = scaling.or(parameters);
+    let number = |name: &str| source.as_ref().map_or(Ok(None), |s| s.number(name));
+    let (inner, outer) = (number("rope_theta")?, keys.number("rope_theta")?);
+    let theta = inner.or(outer).unwrap_or(10000.0);
+    if theta <= 0.0 {
         return Err(Error::file(path, format!("rope_theta is {theta}: expected a positive number")));
     }
-    let source = parameters.or(scaling).unwrap_or(&Value::Null);
+    let outer_original = keys.number("original_max_position_embeddings")?;
+    let Some(source) = &source else { return Ok((theta, RopeScaling::None)) };
     // Before transformers 4.43 the key was `type`.
-    let kind = source.get("rope_type").or(source.get("type")).and_then(Value::as_str).unwrap_or("default");
-    let need = |name: &str| match number(name) {
-        Some(v) if v.is_finite() && v > 0.0 => Ok(v),
+    let (kind, old) = (source.text("rope_type")?, source.text("type")?);
+    let kind = kind.or(old).unwrap_or("default".to_owned());
+    let need = |name: &str| match number(name)? {
+        Some(v) if v > 0.0 => Ok(v),
         Some(v) => {
             Err(Error::file(path, format!("{name} of rope scaling '{kind}' is {v}: expected a positive number")))
         }
         None => Err(Error::file(path, format!("rope scaling '{kind}' needs {name}"))),
     };
-    let scaling = match kind {
+    let scaling = match kind.as_str() {
         "default" => RopeScaling::None,
         "linear" => RopeScaling::Linear { factor: need("factor")? },
         "llama3" => {
@@ -278,7 +412,11 @@ fn rope(
                     format!("high_freq_factor ({high}) must be above low_freq_factor ({low})"),
                 ));
             }
-            let original = number("original_max_position_embeddings").unwrap_or(max_positions as f64);
+            let original = number("original_max_position_embeddings")?.or(outer_original);
+            let original = original.unwrap_or(max_positions as f64);
+            if original <= 0.0 {
+                return Err(Error::file(path, format!("original_max_position_embeddings is {original}")));
+            }
             RopeScaling::Llama3 { factor: need("factor")?, low_freq_factor: low, high_freq_factor: high, original }
         }
         other => {
@@ -289,6 +427,24 @@ fn rope(
             });
         }
     };
+    if let Some(part) = number("partial_rotary_factor")?.filter(|p| *p != 1.0) {
+        return Err(Error::Unsupported {
+            path: path.to_owned(),
+            what: format!("partial_rotary_factor {part}"),
+            supported: "1".to_owned(),
+        });
+    }
+    if let Some((key, _)) = source.unasked().find(|(k, _)| k.contains("section")) {
+        return Err(Error::Unsupported {
+            path: path.to_owned(),
+            what: format!("{key} of {named}"),
+            supported: "one position for each token".to_owned(),
+        });
+    }
+    let unused: Vec<&str> = source.unasked().map(|(k, _)| k).collect();
+    if !unused.is_empty() {
+        notes.push(format!("{}: rope scaling '{kind}' has no use for {}", path.display(), unused.join(", ")));
+    }
     Ok((theta, scaling))
 }
 

@@ -33,7 +33,7 @@ pub enum Error {
         /// The directory.
         path: PathBuf,
         /// What to do, or nothing.
-        hint: &'static str,
+        hint: String,
     },
     /// The model is of a kind that no engine here computes.
     #[error("{}: {what} is not supported (supported: {supported})", path.display())]
@@ -70,6 +70,29 @@ pub enum Error {
         name: String,
         /// Its element type.
         found: String,
+    },
+    /// A tensor holds what is not a number, or is infinite.
+    #[error(
+        "tensor '{name}' has {count} values that are not finite, the first ({value}) at {at:?}: \
+         the model is damaged, get it again"
+    )]
+    NotFinite {
+        /// Its name.
+        name: String,
+        /// How many there are.
+        count: usize,
+        /// The first one.
+        value: f32,
+        /// Its indices, from 0, outermost first.
+        at: Vec<usize>,
+    },
+    /// A tensor that nothing would use, though it would change the result.
+    #[error("{}: {what}", path.display())]
+    Unused {
+        /// The directory or file.
+        path: PathBuf,
+        /// Which tensors, and what to do.
+        what: String,
     },
     /// A weight of a block that 16 bits cannot hold.
     #[error("tensor '{name}' holds {value}, too large for F16: the model is damaged, get it again")]

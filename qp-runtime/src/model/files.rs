@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::Error;
 use super::gguf::Gguf;
+use crate::input;
 
 /// A model's small files by name.
 #[derive(Debug)]
@@ -46,7 +47,7 @@ impl Files {
         match self {
             Files::Dir(dir) => {
                 let path = dir.join(name);
-                match std::fs::read(&path) {
+                match input::read(&path, input::SMALL) {
                     Ok(bytes) => Ok(Some(bytes)),
                     Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
                     Err(e) => Err(Error::io(&path, e)),

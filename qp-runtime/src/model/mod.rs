@@ -5,9 +5,12 @@
 //! * [`config`]: the keys of `config.json`, checked.
 //! * [`arch`]: architectures: from a configuration to a program, one file each.
 //! * [`program`]: what a model computes, without weights or a device; all else walks it.
+//! * [`keys`]: the keys of a JSON file, taken by name and type.
+//! * [`shards`]: which files hold the tensors.
 //! * [`tensors`]: the tensors of mapped files.
 //! * [`weights`]: the tensors put in their places, each linear layer dense or packed.
 //! * [`rope`]: tables of rotary position embedding, shared by every engine.
+//! * [`unused`]: tensors that nothing asks for are refused or named.
 //! * [`tokenizer`]: text to tokens, and tokens to text as they come.
 
 pub mod arch;
@@ -15,12 +18,16 @@ pub mod config;
 pub mod error;
 pub mod files;
 pub mod gguf;
+pub mod keys;
 pub mod program;
 pub mod rope;
+pub mod shards;
 pub mod tensors;
 pub mod tokenizer;
+pub mod unused;
 pub mod weights;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -42,35 +49,75 @@ pub struct Model {
     pub dir: PathBuf,
     /// `config.json` and `generation_config.json`.
     pub config: Config,
-    /// `tokenizer.json`.
+    /// The tokenizer.
     pub tokenizer: Tokenizer,
     /// All tensors.
     pub weights: Weights,
+    /// What the files say that is not used and changes nothing, or that was decided between contradictions: for the
+    /// user.
+    pub notes: Vec<String>,
 }
 
 impl Model {
-    /// Opens `dir`: a directory, plain or a quantized checkpoint, or a GGUF file. Dense tensors are mapped, not read.
+    /// Opens `dir`: a directory, plain or a quantized checkpoint, or a GGUF file. Dense tensors are mapped, and their
+    /// values looked at once.
     ///
     /// # Errors
-    /// If a file is missing, malformed or truncated, the architecture is not supported, or a tensor is missing or
-    /// has another shape than the configuration says.
+    /// If a file is missing, malformed or truncated, the architecture is not supported, a tensor is missing, has
+    /// another shape than the configuration says or values that are not finite, or something would not be used that
+    /// changes the result.
     pub fn open(dir: &Path) -> Result<Self, Error> {
-        Files::open(dir)?;
-        // A checkpoint first: it says of a damaged config.json that it is damaged.
-        let checkpoint = is_checkpoint(dir).then(|| Checkpoint::open(dir)).transpose()?;
-        let tensors = if checkpoint.is_none() { Some(TensorDir::open(dir)?) } else { None };
-        let config = Config::read(dir)?;
-        let program = Arc::new(arch::program(&config));
-        let load = || match (&checkpoint, &tensors) {
-            (Some(checkpoint), _) => {
-                checkpoint.check()?;
-                Weights::load(&program, checkpoint)
-            }
-            (None, Some(tensors)) => Weights::load(&program, tensors),
-            (None, None) => unreachable!("what is no checkpoint was opened as tensors"),
+        if !is_checkpoint(dir) {
+            return Ok(Self::open_plain(dir)?.0);
+        }
+        // Before config.json is read: of a damaged one it says that it is damaged.
+        let checkpoint = Checkpoint::open(dir)?;
+        let files = Files::open(dir)?;
+        let config = Config::of(&files)?;
+        Ok(Self::of(dir, &files, config, &checkpoint)?.0)
+    }
+
+    /// As [`Model::open`], of what is not a quantized checkpoint; and its tensors, as far as they are used.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn open_plain(dir: &Path) -> Result<(Self, TensorDir), Error> {
+        let files = Files::open(dir)?;
+        // First what the model is: of another kind, all else would be beside the point. But where there are no tensors,
+        // there is no model.
+        let (config, tensors) = (Config::of(&files), TensorDir::of(&files));
+        if let Err(none @ Error::NoWeights { .. }) = tensors {
+            return Err(none);
+        }
+        let (config, mut tensors) = (config?, tensors?);
+        let (mut model, used) = Self::of(dir, &files, config, &tensors)?;
+        model.notes.append(&mut tensors.notes);
+        tensors.retain(|name| used.contains(name));
+        Ok((model, tensors))
+    }
+
+    /// The model, and the names of the tensors that it uses.
+    fn of(
+        dir: &Path,
+        files: &Files,
+        mut config: Config,
+        source: &(dyn Source + Sync),
+    ) -> Result<(Self, BTreeSet<String>), Error> {
+        let load = || {
+            source.check()?;
+            unused::untie(&mut config, source)?;
+            let asked = unused::Asked::new(source);
+            let weights = Weights::load(&Arc::new(arch::program(&config)), &asked)?;
+            let asked = asked.names();
+            let notes = unused::check(dir, &config, source, &asked)?;
+            Ok::<_, Error>((weights, asked, notes))
         };
         // A large vocabulary takes as long as gigabytes of weights.
-        let (weights, tokenizer) = rayon::join(load, || Tokenizer::read(dir));
-        Ok(Model { dir: dir.to_owned(), weights: weights?, tokenizer: tokenizer?, config })
+        let (loaded, tokenizer) = rayon::join(load, || Tokenizer::of(files));
+        let ((weights, asked, unused), tokenizer) = (loaded?, tokenizer?);
+        let mut notes = std::mem::take(&mut config.notes);
+        notes.extend(unused);
+        notes.extend(tokenizer.settle(&mut config));
+        Ok((Model { dir: dir.to_owned(), config, tokenizer, weights, notes }, asked))
     }
 }

@@ -1,21 +1,23 @@
 //! Tensors of mapped files.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use memmap2::Mmap;
+use rayon::prelude::*;
 use safetensors::SafeTensors;
-use serde::Deserialize;
 
-use super::Error;
 use super::files::Files;
 use super::gguf::Block;
 use super::gguf::blocks::MOST;
+use super::{Error, shards};
+use crate::input;
 
 /// Element type of a dense tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,12 +180,46 @@ impl Tensor {
         }
     }
 
+    /// Looks at every value, at the speed of memory.
+    ///
+    /// # Errors
+    /// If one is infinite or not a number; `name` is for the message.
+    fn check_finite(&self, name: &str) -> Result<(), Error> {
+        let whole = match self.dtype {
+            Dtype::F32 => finite(self.bytes(), |b: [u8; 4]| u32::from_le_bytes(b) & 0x7F80_0000 != 0x7F80_0000),
+            Dtype::F16 => finite(self.bytes(), |b: [u8; 2]| u16::from_le_bytes(b) & 0x7C00 != 0x7C00),
+            Dtype::Bf16 => finite(self.bytes(), |b: [u8; 2]| u16::from_le_bytes(b) & 0x7F80 != 0x7F80),
+            // Finite scales make finite weights: their products are far below the largest `f32`.
+            Dtype::Blocks(block) => self.bytes().par_chunks(block.bytes() << 12).all(|part| {
+                part.chunks_exact(block.bytes()).all(|block_bytes| block.has_finite_scales(block_bytes))
+            }),
+        };
+        if whole {
+            return Ok(());
+        }
+        let values = self.to_f32();
+        let bad = || values.iter().enumerate().filter(|(_, v)| !v.is_finite());
+        let Some((mut index, &value)) = bad().next() else { return Ok(()) };
+        let mut at = vec![0; self.shape.len()];
+        for (at, &size) in at.iter_mut().zip(&self.shape).rev() {
+            (*at, index) = (index % size, index / size);
+        }
+        Err(Error::NotFinite { name: name.to_owned(), count: bad().count(), value, at })
+    }
+
     /// All elements as `f32`.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.len()];
         self.read(0, &mut out);
         out
     }
+}
+
+/// Whether `good` holds of every element of `bytes`.
+fn finite<const N: usize>(bytes: &[u8], good: impl Fn([u8; N]) -> bool + Sync) -> bool {
+    // Parts are looked at whole, without a branch for each element.
+    let part = |part: &[u8]| part.as_chunks().0.iter().fold(true, |all, b| all & good(*b));
+    bytes.par_chunks(1 << 16).all(part)
 }
 
 /// Where a tensor lies.
@@ -194,6 +230,8 @@ pub(super) struct Entry {
     pub bytes: Bytes,
     /// Heads whose halves are interleaved row by row, if they are.
     pub interleaved: Option<usize>,
+    /// True once all values were found finite.
+    finite: AtomicBool,
 }
 
 /// All tensors of a model's files, mapped.
@@ -203,59 +241,36 @@ pub(super) struct Entry {
 pub struct TensorDir {
     dir: PathBuf,
     entries: BTreeMap<String, Entry>,
-}
-
-#[derive(Deserialize)]
-struct Index {
-    weight_map: BTreeMap<String, String>,
+    /// What is to be said to the user about the choice of files.
+    pub notes: Vec<String>,
 }
 
 impl TensorDir {
     /// Tensors that have been found; `dir` is for messages.
     pub(super) fn new(dir: PathBuf, entries: BTreeMap<String, Entry>) -> Self {
-        TensorDir { dir, entries }
+        TensorDir { dir, entries, notes: Vec::new() }
     }
 
-    /// Maps `dir/model.safetensors`, or the files that `dir/model.safetensors.index.json` names; or the GGUF file
-    /// `dir`.
+    /// Maps the safetensors files of the directory `dir` (see [`shards`]), or the GGUF file `dir`.
     ///
     /// # Errors
     /// If a file is missing, malformed or truncated.
     pub fn open(dir: &Path) -> Result<Self, Error> {
-        if let Files::Gguf(file) = Files::open(dir)? {
-            return file.tensors();
-        }
-        let index = dir.join("model.safetensors.index.json");
-        if index.is_file() {
-            let text = std::fs::read_to_string(&index).map_err(|e| Error::io(&index, e))?;
-            let map: Index = serde_json::from_str(&text).map_err(|e| Error::file(&index, e.to_string()))?;
-            let files: BTreeSet<&String> = map.weight_map.values().collect();
-            if let Some(bad) = files.iter().find(|f| f.contains(['/', '\\']) || f.as_str() == "..") {
-                return Err(Error::file(&index, format!("names the file '{bad}', which lies outside the directory")));
+        Self::of(&Files::open(dir)?)
+    }
+
+    /// As [`TensorDir::open`], of a model that is open.
+    ///
+    /// # Errors
+    /// As [`TensorDir::open`].
+    pub fn of(files: &Files) -> Result<Self, Error> {
+        match files {
+            Files::Gguf(file) => file.tensors(),
+            Files::Dir(dir) => {
+                let found = shards::find(dir)?;
+                Ok(TensorDir { notes: found.notes, ..Self::from_files(dir, &found.paths)? })
             }
-            let paths: Vec<PathBuf> = files.iter().map(|f| dir.join(f)).collect();
-            let all = Self::from_files(dir, &paths)?;
-            if let Some((name, file)) = map.weight_map.iter().find(|(name, _)| !all.entries.contains_key(*name)) {
-                return Err(Error::file(
-                    &dir.join(file),
-                    format!("tensor '{name}' is not in it, but the index says so"),
-                ));
-            }
-            return Ok(all);
         }
-        let single = dir.join("model.safetensors");
-        if !single.is_file() {
-            let other = dir.join("pytorch_model.bin").is_file() || dir.join("pytorch_model.bin.index.json").is_file();
-            let hint = if other {
-                ": convert pytorch_model.bin to safetensors first"
-            } else if dir.join("specs").is_dir() {
-                ": if it was a quantized checkpoint, its qp.json is missing; copy it again from where it came"
-            } else {
-                ""
-            };
-            return Err(Error::NoWeights { path: dir.to_owned(), hint });
-        }
-        Self::from_files(dir, &[single])
     }
 
     /// Maps the given files; `dir` is for messages.
@@ -265,7 +280,7 @@ impl TensorDir {
     pub fn from_files(dir: &Path, paths: &[PathBuf]) -> Result<Self, Error> {
         let mut entries = BTreeMap::new();
         for path in paths {
-            let file = std::fs::File::open(path).map_err(|e| Error::io(path, e))?;
+            let file = input::open(path, false).map_err(|e| Error::io(path, e))?;
             // SAFETY: the map is read-only; the documentation asks that the file stay unchanged.
             let map = Arc::new(unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?);
             let (header, meta) = SafeTensors::read_metadata(&map).map_err(|e| {
@@ -275,19 +290,23 @@ impl TensorDir {
             for (name, info) in meta.tensors() {
                 let range = data + info.data_offsets.0..data + info.data_offsets.1;
                 let bytes = Bytes { owner: Owner::Map(map.clone()), range };
-                let entry =
-                    Entry { kind: Kind::Plain(info.dtype), shape: info.shape.clone(), bytes, interleaved: None };
+                let entry = Entry::new(Kind::Plain(info.dtype), info.shape.clone(), bytes);
                 if entries.insert(name.clone(), entry).is_some() {
                     return Err(Error::file(path, format!("tensor '{name}' is in another file of the model too")));
                 }
             }
         }
-        Ok(TensorDir { dir: dir.to_owned(), entries })
+        Ok(TensorDir::new(dir.to_owned(), entries))
     }
 
     /// Names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.entries.keys().map(String::as_str)
+    }
+
+    /// Forgets all tensors but those that `keep` keeps.
+    pub fn retain(&mut self, keep: impl Fn(&str) -> bool) {
+        self.entries.retain(|name, _| keep(name));
     }
 
     /// True if there is a tensor of that name.
@@ -316,11 +335,15 @@ impl TensorDir {
     /// below their own.
     ///
     /// # Errors
-    /// If there is none of that name, or a block holds a weight that is too large for `F16`.
+    /// If there is none of that name, it holds floats that are not finite, or a block holds a weight that is too large
+    /// for `F16`.
     pub fn raw(&self, name: &str) -> Result<(safetensors::Dtype, &[usize], Bytes), Error> {
         let (dtype, shape) = self.layout(name)?;
         let e = self.entry(name)?;
         let bytes = match e.kind {
+            Kind::Plain(safetensors::Dtype::F32 | safetensors::Dtype::F16 | safetensors::Dtype::BF16) => {
+                self.tensor(name)?.bytes
+            }
             Kind::Plain(_) => e.in_order(),
             Kind::Block(_) => {
                 let weights = self.tensor(name)?.to_f32();
@@ -334,10 +357,10 @@ impl TensorDir {
         Ok((dtype, shape, bytes))
     }
 
-    /// A tensor of floats, or of blocks.
+    /// A tensor of floats, or of blocks. When it is asked for first, all its values are looked at.
     ///
     /// # Errors
-    /// If there is none of that name, or it has another element type.
+    /// If there is none of that name, it has another element type, or a value is infinite or not a number.
     pub fn tensor(&self, name: &str) -> Result<Tensor, Error> {
         let e = self.entry(name)?;
         let dtype = match e.kind {
@@ -347,11 +370,21 @@ impl TensorDir {
             Kind::Block(block) => Dtype::Blocks(block),
             Kind::Plain(other) => return Err(Error::Dtype { name: name.to_owned(), found: format!("{other:?}") }),
         };
-        Ok(Tensor { dtype, shape: e.shape.clone(), bytes: e.in_order() })
+        let tensor = Tensor { dtype, shape: e.shape.clone(), bytes: e.in_order() };
+        if !e.finite.load(Ordering::Relaxed) {
+            tensor.check_finite(name)?;
+            e.finite.store(true, Ordering::Relaxed);
+        }
+        Ok(tensor)
     }
 }
 
 impl Entry {
+    /// A tensor whose rows are in order.
+    pub fn new(kind: Kind, shape: Vec<usize>, bytes: Bytes) -> Self {
+        Entry { kind, shape, bytes, interleaved: None, finite: AtomicBool::new(false) }
+    }
+
     /// The bytes, rows in the order in which the model computes them: a copy if the file has another.
     fn in_order(&self) -> Bytes {
         let Some(heads) = self.interleaved else { return self.bytes.clone() };
@@ -423,12 +456,38 @@ mod tests {
         let index = |text: &str| std::fs::write(dir.path().join("model.safetensors.index.json"), text).unwrap();
         index(r#"{"metadata":{},"weight_map":{"x":"a.safetensors","y":"b.safetensors"}}"#);
         assert_eq!(TensorDir::open(dir.path()).unwrap().names().collect::<Vec<_>>(), ["x", "y"]);
+        // What the index says of a tensor that is not there counts when somebody needs it.
         index(r#"{"weight_map":{"x":"a.safetensors","z":"b.safetensors"}}"#);
-        assert!(message(TensorDir::open(dir.path())).contains("b.safetensors: tensor 'z' is not in it"));
-        index(r#"{"weight_map":{"x":"../a.safetensors"}}"#);
-        assert!(message(TensorDir::open(dir.path())).contains("outside the directory"));
-        index(r#"{"weight_map":{"x":"c.safetensors"}}"#);
-        assert!(message(TensorDir::open(dir.path())).contains("c.safetensors: No such file"));
+        assert_eq!(TensorDir::open(dir.path()).unwrap().names().collect::<Vec<_>>(), ["x", "y"]);
+        write(&dir.path().join("b.safetensors"), &[("x", safetensors::Dtype::F32, &[1], &one)]);
+        assert!(message(TensorDir::open(dir.path())).contains("'x' is in another file of the model too"));
+    }
+
+    #[test]
+    fn values_that_are_not_finite() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        let (rows, cols) = (700, 100);
+        for (dtype, size, one, inf) in [
+            (safetensors::Dtype::F32, 4, 0x3F80_0000u32, 0x7F80_0000u32),
+            (safetensors::Dtype::F16, 2, 0x3C00, 0xFC00),
+            (safetensors::Dtype::BF16, 2, 0x3F80, 0x7FC0),
+        ] {
+            let mut bytes: Vec<u8> = (0..rows * cols).flat_map(|_| one.to_le_bytes()[..size].to_vec()).collect();
+            write(&path, &[("x", dtype, &[rows, cols], &bytes)]);
+            TensorDir::open(dir.path()).unwrap().tensor("x").unwrap();
+            for index in [0, 57 * cols + 3, rows * cols - 1] {
+                let place = index * size..(index + 1) * size;
+                bytes[place.clone()].copy_from_slice(&inf.to_le_bytes()[..size]);
+                write(&path, &[("x", dtype, &[rows, cols], &bytes)]);
+                let read = TensorDir::open(dir.path()).unwrap();
+                let error = message(read.tensor("x"));
+                assert!(error.contains(&format!("at [{}, {}]", index / cols, index % cols)), "{error}");
+                assert!(error.starts_with("tensor 'x' has 1 values that are not finite"), "{error}");
+                assert_eq!(message(read.raw("x")), error);
+                bytes[place].copy_from_slice(&one.to_le_bytes()[..size]);
+            }
+        }
     }
 
     #[test]

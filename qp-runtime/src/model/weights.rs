@@ -33,6 +33,17 @@ pub trait Source {
         Vec::new()
     }
 
+    /// Names of all tensors.
+    fn names(&self) -> Vec<String>;
+
+    /// Checks beforehand and on all cores what is checked otherwise when it is first read.
+    ///
+    /// # Errors
+    /// If something is damaged.
+    fn check(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// True if the layer `name` is quantized by itself. So may be an output layer that is tied to the embedding.
     fn is_quantized(&self, name: &str) -> bool {
         let _ = name;
@@ -47,6 +58,10 @@ impl Source for TensorDir {
 
     fn linear(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, Error> {
         shaped(self, &format!("{name}.weight"), &[rows, cols]).map(Weight::Dense)
+    }
+
+    fn names(&self) -> Vec<String> {
+        TensorDir::names(self).map(str::to_owned).collect()
     }
 }
 

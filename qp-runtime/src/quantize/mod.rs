@@ -23,7 +23,7 @@ use crate::checkpoint::{self, Begin, Draft, Head, LayerEntry, Manifest, ModelId,
 use crate::codec::EncodeError;
 use crate::device::{DeviceError, Executor};
 use crate::engine;
-use crate::model::{self, Config, Files, TensorDir, Weights, arch};
+use crate::model::{self, Files, Model, TensorDir};
 use crate::plan::{Plan, Resolved};
 use calibrate::{Calibrate, Calibration};
 use items::{Item, Work, items, join_tied, layers};
@@ -62,24 +62,16 @@ pub enum Error {
         /// The directory.
         dir: PathBuf,
     },
-    /// Weights that are no numbers.
+    /// Finite weights whose rotation is not.
     #[error(
-        "tensor '{tensor}' has {count} weights that are not finite, the first ({value}) at row {row}, column {col}; \
-         the model is damaged: get it again, or leave the layer as it is with \"{layer}\" = \"keep\" in the plan"
+        "layer '{layer}': its weights are too large to be rotated (row {row} overflows); the model is damaged: get it \
+         again, or leave the layer as it is with \"{layer}\" = \"keep\" in the plan"
     )]
-    NotFinite {
-        /// The tensor.
-        tensor: String,
+    TooLarge {
         /// The layer as a plan names it.
         layer: String,
-        /// How many there are.
-        count: usize,
-        /// The first one.
-        value: f32,
-        /// Its row, from 0.
+        /// The first row, from 0.
         row: usize,
-        /// Its column, from 0.
-        col: usize,
     },
     /// A layer that no kernel could compute exactly.
     #[error("layer '{layer}': {source}; leave it as it is with \"{layer}\" = \"keep\" in the plan")]
@@ -157,6 +149,10 @@ pub trait Progress: Sync {
     /// So many of all calibration texts are written.
     fn text(&self, done: usize, total: usize) {
         let _ = (done, total);
+    }
+    /// Something that the user should know of the model.
+    fn note(&self, note: &str) {
+        let _ = note;
     }
     /// The next layer, with its quantizer's name.
     fn layer(&self, name: &str, spec: &str);
@@ -241,11 +237,11 @@ impl Job {
         if is_checkpoint(&self.model) {
             return Err(Error::Quantized { dir: self.model.clone() });
         }
-        let config = Config::read(&self.model)?;
-        let source = TensorDir::open(&self.model)?;
-        // Whatever is missing or misshapen is found now and not after hours.
-        let program = Arc::new(arch::program(&config));
-        let weights = Arc::new(Weights::load(&program, &source)?);
+        // Whatever is missing, misshapen or broken is found now and not after hours.
+        let (model, source) = Model::open_plain(&self.model)?;
+        model.notes.iter().for_each(|n| progress.note(n));
+        let (config, weights) = (model.config, Arc::new(model.weights));
+        let program = weights.program.clone();
         let layers = layers(&program);
         let mut plan = self.plan.resolve(&layers.iter().map(|l| l.layer.clone()).collect::<Vec<_>>())?;
         join_tied(&program, &mut plan);

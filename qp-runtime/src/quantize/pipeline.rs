@@ -324,22 +324,18 @@ fn load(source: &TensorDir, tensor: &str, layer: &str, q: &Quantizer, shape: Sha
     let stored = source.tensor(tensor)?;
     let cols = shape.cols as usize;
     let mut w = vec![0f32; stored.len()];
-    let wrong: usize = w
-        .par_chunks_exact_mut(cols)
-        .enumerate()
-        .map(|(r, row)| {
-            stored.read(r * cols, row);
-            row.iter().filter(|v| !v.is_finite()).count()
-        })
-        .sum();
-    if wrong > 0 {
-        let at = w.iter().position(|v| !v.is_finite()).unwrap_or(0);
-        let (tensor, layer) = (tensor.to_owned(), layer.to_owned());
-        return Err(Error::NotFinite { tensor, layer, count: wrong, value: w[at], row: at / cols, col: at % cols });
-    }
     let rotator = Rotator::new(q.rotation, shape.cols);
-    w.par_chunks_exact_mut(cols).for_each(|row| rotator.apply(row));
-    Ok(w)
+    let rows = w.par_chunks_exact_mut(cols).enumerate().map(|(r, row)| {
+        stored.read(r * cols, row);
+        rotator.apply(row);
+        row.iter().all(|v| v.is_finite())
+    });
+    // What is stored is finite.
+    let rows: Vec<bool> = rows.collect();
+    match rows.iter().position(|finite| !finite) {
+        Some(row) => Err(Error::TooLarge { layer: layer.to_owned(), row }),
+        None => Ok(w),
+    }
 }
 
 /// Σ (w − ŵ)² / Σ w², six digits, ŵ being what `packed` decodes to. Sums are by row, so that the result does not depend on

@@ -5,7 +5,7 @@
 
 use qp_codegen::reference::{Activation, RmsNorm};
 
-use super::Architecture;
+use super::{Architecture, Window};
 use crate::model::config::Config;
 use crate::model::program::{Attention, Builder, Program, Rope, Value};
 use crate::model::rope::frequencies;
@@ -14,17 +14,38 @@ use crate::model::weights::{EMBEDDING, HEAD};
 /// Meta's Llama.
 pub const LLAMA: Architecture = Architecture {
     name: "LlamaForCausalLM",
+    model_type: "llama",
+    kv_heads: None,
+    head_dim: None,
     qkv_bias: false,
-    window_by_flag: false,
+    attention_bias: true,
+    mlp_bias: true,
+    window: Window::Never,
     program: |config| decoder(config, Options::default()),
 };
 
 /// Mistral.
-pub const MISTRAL: Architecture = Architecture { name: "MistralForCausalLM", ..LLAMA };
+pub const MISTRAL: Architecture = Architecture {
+    name: "MistralForCausalLM",
+    model_type: "mistral",
+    kv_heads: Some(8),
+    attention_bias: false,
+    mlp_bias: false,
+    window: Window::Always(4096),
+    ..LLAMA
+};
 
 /// Qwen 2 and 2.5.
-pub const QWEN2: Architecture =
-    Architecture { name: "Qwen2ForCausalLM", qkv_bias: true, window_by_flag: true, ..LLAMA };
+pub const QWEN2: Architecture = Architecture {
+    name: "Qwen2ForCausalLM",
+    model_type: "qwen2",
+    kv_heads: Some(32),
+    qkv_bias: true,
+    attention_bias: false,
+    mlp_bias: false,
+    window: Window::Flagged,
+    ..LLAMA
+};
 
 /// What others of this kind add.
 #[derive(Clone, Copy, Debug, Default)]

@@ -1,12 +1,16 @@
 //! Qwen 3: a Llama whose queries and keys pass a norm, head by head, before they turn.
 
-use super::Architecture;
-use super::llama::{Options, decoder};
+use super::llama::{LLAMA, Options, decoder};
+use super::{Architecture, Window};
 
 /// Qwen 3, without experts.
 pub const QWEN3: Architecture = Architecture {
     name: "Qwen3ForCausalLM",
-    qkv_bias: false,
-    window_by_flag: true,
+    model_type: "qwen3",
+    kv_heads: Some(32),
+    head_dim: Some(128),
+    mlp_bias: false,
+    window: Window::Flagged,
     program: |config| decoder(config, Options { head_norms: true }),
+    ..LLAMA
 };

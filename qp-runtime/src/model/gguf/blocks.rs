@@ -61,6 +61,18 @@ impl Block {
         }
     }
 
+    /// Whether the scales (and minima) that all weights of a block are multiplied with are finite.
+    pub fn has_finite_scales(self, block: &[u8]) -> bool {
+        let places: &[usize] = match self {
+            Block::Q4_0 | Block::Q5_0 | Block::Q8_0 => &[0],
+            Block::Q4_1 | Block::Q5_1 | Block::Q4_K | Block::Q5_K => &[0, 2],
+            Block::Q2_K => &[80, 82],
+            Block::Q3_K => &[108],
+            Block::Q6_K => &[208],
+        };
+        places.iter().all(|&at| f16::from_le_bytes([block[at], block[at + 1]]).is_finite())
+    }
+
     /// The weights of whole blocks that lie side by side.
     ///
     /// # Panics

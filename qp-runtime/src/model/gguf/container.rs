@@ -1,18 +1,22 @@
-//! The container: a header of keys and values, a directory of tensors, then their data.
+//! The container: a header of keys and values, a directory of tensors, then their data; in one file or in several parts.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
 
 use super::super::Error;
-use super::super::tensors::Kind;
+use super::super::shards::{part_name, part_of};
+use super::super::tensors::{Bytes, Kind};
 use super::blocks::Block;
+use crate::input;
+
+/// Most bytes of a header: what it says takes a few times as much memory.
+const HEADER: usize = 256 << 20;
 
 /// A value of the header.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub enum Value {
     /// Any integer type.
     Int(i128),
@@ -22,8 +26,68 @@ pub enum Value {
     Bool(bool),
     /// Text.
     Text(String),
-    /// Several of one type.
-    Array(Vec<Value>),
+    /// Several texts.
+    Texts(Vec<String>),
+    /// Several numbers.
+    Numbers(Numbers),
+    /// Several lists.
+    Lists(Vec<Value>),
+}
+
+/// A list of numbers or truths, left in the file.
+#[derive(Clone, Debug)]
+pub struct Numbers {
+    code: u32,
+    bytes: Bytes,
+}
+
+impl Numbers {
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.bytes.as_slice().len() / scalar_bytes(self.code).expect("the type of a scalar")
+    }
+
+    /// Number `index`; false is 0 and true is 1.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub fn get(&self, index: usize) -> f64 {
+        let size = scalar_bytes(self.code).expect("the type of a scalar");
+        match scalar(self.code, &self.bytes.as_slice()[index * size..(index + 1) * size]) {
+            Value::Int(n) => n as f64,
+            Value::Float(n) => n,
+            Value::Bool(b) => f64::from(u8::from(b)),
+            Value::Text(_) | Value::Texts(_) | Value::Numbers(_) | Value::Lists(_) => unreachable!("a scalar"),
+        }
+    }
+}
+
+/// Bytes of the scalar type number `code`; `None` if it is no scalar.
+fn scalar_bytes(code: u32) -> Option<usize> {
+    Some(match code {
+        0 | 1 | 7 => 1,
+        2 | 3 => 2,
+        4..=6 => 4,
+        10..=12 => 8,
+        _ => return None,
+    })
+}
+
+/// A scalar of type number `code` from as many bytes as it has.
+fn scalar(code: u32, bytes: &[u8]) -> Value {
+    let mut wide = [0; 8];
+    wide[..bytes.len()].copy_from_slice(bytes);
+    let n = u64::from_le_bytes(wide);
+    match code {
+        1 => Value::Int((n as i8).into()),
+        3 => Value::Int((n as i16).into()),
+        5 => Value::Int((n as i32).into()),
+        6 => Value::Float(f32::from_bits(n as u32).into()),
+        7 => Value::Bool(n != 0),
+        11 => Value::Int((n as i64).into()),
+        12 => Value::Float(f64::from_bits(n)),
+        _ => Value::Int(n.into()),
+    }
 }
 
 /// A tensor of the directory.
@@ -33,20 +97,18 @@ pub struct Place {
     pub kind: Kind,
     /// Shape, outermost first (the file has the innermost first).
     pub shape: Vec<usize>,
-    /// Bytes of the file.
-    pub range: Range<usize>,
+    /// Its bytes.
+    pub bytes: Bytes,
 }
 
-/// A mapped file, its header and directory read and checked.
+/// Mapped files, their headers and directories read and checked.
 #[derive(Debug)]
 pub struct Container {
-    /// The file.
+    /// The file, or the first of several parts.
     pub path: PathBuf,
-    /// All of it.
-    pub map: Arc<Mmap>,
-    /// Keys and values.
+    /// Keys and values, of the first part if there are several.
     pub values: BTreeMap<String, Value>,
-    /// Tensors by name.
+    /// Tensors of all parts, by name.
     pub tensors: BTreeMap<String, Place>,
 }
 
@@ -98,24 +160,73 @@ fn kind(code: u32) -> Option<Kind> {
 }
 
 impl Container {
-    /// Maps the file `path` and reads its header. The file must not be changed while it is mapped.
+    /// Maps the file `path` and reads its header. If it is a part of a model, all parts are read, which lie beside it.
+    /// No file must be changed while it is mapped.
     ///
     /// # Errors
-    /// If it cannot be read, is no GGUF file of version 2 or 3, is cut short, or has a tensor of an unsupported type.
+    /// If it cannot be read, is no GGUF file of version 2 or 3, is cut short, or has a tensor of an unsupported type; or
+    /// if another part is missing.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let file = std::fs::File::open(path).map_err(|e| Error::io(path, e))?;
+        let one = Self::open_part(path)?;
+        let whole = |key: &str| match one.values.get(key) {
+            Some(Value::Int(n)) => usize::try_from(*n).ok(),
+            _ => None,
+        };
+        let count = whole("split.count").unwrap_or(1);
+        if count <= 1 {
+            return Ok(one);
+        }
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        let stem = match part_of(name, "gguf") {
+            Some((stem, _, n)) if n == count => stem,
+            _ => {
+                let part = whole("split.no").map_or(0, |n| n + 1);
+                let ending = part_name("", part, count, "gguf");
+                let what = format!("is part {part} of {count}, but its name does not end in {ending}: give its name back");
+                return Err(Error::file(path, what));
+            }
+        };
+        let mut all: Option<Container> = None;
+        for part in 1..=count {
+            let path = path.with_file_name(part_name(stem, part, count, "gguf"));
+            if !path.exists() {
+                return Err(Error::file(&path, format!("part {part} of {count} is missing: get it again")));
+            }
+            let next = Self::open_part(&path)?;
+            let found = match next.values.get("split.no") {
+                Some(Value::Int(n)) => *n + 1,
+                _ => 0,
+            };
+            if found != part as i128 {
+                return Err(Error::file(&path, format!("says that it is part {found}, not {part}: get it again")));
+            }
+            let Some(all) = &mut all else {
+                all = Some(next);
+                continue;
+            };
+            for (name, place) in next.tensors {
+                if all.tensors.insert(name.clone(), place).is_some() {
+                    return Err(Error::file(&path, format!("tensor '{name}' is in another part too: get them again")));
+                }
+            }
+        }
+        Ok(all.expect("several parts"))
+    }
+
+    fn open_part(path: &Path) -> Result<Self, Error> {
+        let file = input::open(path, false).map_err(|e| Error::io(path, e))?;
         // SAFETY: the map is read-only; the documentation asks that the file stay unchanged.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
-        let (values, tensors) = read(path, &map)?;
-        Ok(Container { path: path.to_owned(), map: Arc::new(map), values, tensors })
+        let (values, tensors) = read(path, &Arc::new(map))?;
+        Ok(Container { path: path.to_owned(), values, tensors })
     }
 }
 
 type Contents = (BTreeMap<String, Value>, BTreeMap<String, Place>);
 
-fn read(path: &Path, bytes: &[u8]) -> Result<Contents, Error> {
+fn read(path: &Path, map: &Arc<Mmap>) -> Result<Contents, Error> {
     let wrong = |what: String| Error::file(path, what);
-    let mut r = Reader { path, bytes, at: 0, what: "the header".to_owned() };
+    let mut r = Reader { path, map, at: 0, what: "the header".to_owned() };
     if r.take(4)? != b"GGUF" {
         return Err(wrong("not a GGUF file: it does not begin with 'GGUF'; download it again".to_owned()));
     }
@@ -155,6 +266,9 @@ fn read(path: &Path, bytes: &[u8]) -> Result<Contents, Error> {
             shape.push(usize::try_from(r.u64()?).unwrap_or(usize::MAX));
         }
         shape.reverse();
+        if shape.contains(&0) {
+            return Err(wrong(format!("tensor '{name}' of shape {shape:?} has no elements: convert the model again")));
+        }
         let code = r.u32()?;
         let kind = kind(code).ok_or_else(|| {
             let found = match UNUSED.iter().find(|(c, _)| *c == code) {
@@ -186,10 +300,11 @@ fn read(path: &Path, bytes: &[u8]) -> Result<Contents, Error> {
             let start = data.checked_add(o)?;
             Some(start..start.checked_add(size)?)
         });
-        let range = range.filter(|r| r.end <= bytes.len()).ok_or_else(|| {
+        let range = range.filter(|r| r.end <= map.len()).ok_or_else(|| {
             wrong(format!("tensor '{name}' ends behind the end of the file, which is cut short: download it again"))
         })?;
-        if tensors.insert(name.clone(), Place { kind, shape, range }).is_some() {
+        let bytes = Bytes::mapped(map.clone(), range);
+        if tensors.insert(name.clone(), Place { kind, shape, bytes }).is_some() {
             return Err(wrong(format!("tensor '{name}' is in it twice: convert the model again")));
         }
     }
@@ -209,7 +324,7 @@ fn size(kind: Kind, shape: &[usize]) -> Option<usize> {
 
 struct Reader<'a> {
     path: &'a Path,
-    bytes: &'a [u8],
+    map: &'a Arc<Mmap>,
     at: usize,
     /// What is being read, for messages.
     what: String,
@@ -217,8 +332,12 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn take(&mut self, n: usize) -> Result<&'a [u8], Error> {
-        let end = self.at.checked_add(n).filter(|&end| end <= self.bytes.len()).ok_or_else(|| self.short())?;
-        let taken = &self.bytes[self.at..end];
+        let end = self.at.checked_add(n).filter(|&end| end <= self.map.len()).ok_or_else(|| self.short())?;
+        if end > HEADER {
+            let what = format!("its header is longer than the {HEADER} bytes that are read, at {}", self.what);
+            return Err(Error::file(self.path, what));
+        }
+        let taken = &self.map[self.at..end];
         self.at = end;
         Ok(taken)
     }
@@ -242,7 +361,7 @@ impl<'a> Reader<'a> {
     /// A count of things of at least `size` bytes, all of which must be in the file.
     fn count(&mut self, size: usize) -> Result<usize, Error> {
         let n = self.u64()?;
-        let room = (self.bytes.len() - self.at) / size;
+        let room = (self.map.len() - self.at) / size;
         usize::try_from(n).ok().filter(|&n| n <= room).ok_or_else(|| self.short())
     }
 
@@ -255,24 +374,31 @@ impl<'a> Reader<'a> {
     }
 
     fn value(&mut self, code: u32, depth: u32) -> Result<Value, Error> {
+        if let Some(size) = scalar_bytes(code) {
+            return Ok(scalar(code, self.take(size)?));
+        }
         Ok(match code {
-            0 => Value::Int(i128::from(u8::from_le_bytes(self.array()?))),
-            1 => Value::Int(i128::from(i8::from_le_bytes(self.array()?))),
-            2 => Value::Int(i128::from(u16::from_le_bytes(self.array()?))),
-            3 => Value::Int(i128::from(i16::from_le_bytes(self.array()?))),
-            4 => Value::Int(i128::from(self.u32()?)),
-            5 => Value::Int(i128::from(i32::from_le_bytes(self.array()?))),
-            6 => Value::Float(f64::from(f32::from_le_bytes(self.array()?))),
-            7 => Value::Bool(self.array::<1>()? != [0]),
             8 => Value::Text(self.text()?),
             9 if depth < 4 => {
                 let code = self.u32()?;
-                let n = self.count(1)?;
-                (0..n).map(|_| self.value(code, depth + 1)).collect::<Result<_, _>>().map(Value::Array)?
+                match scalar_bytes(code) {
+                    Some(size) => {
+                        let n = self.count(size)?;
+                        let start = self.at;
+                        self.take(n * size)?;
+                        Value::Numbers(Numbers { code, bytes: Bytes::mapped(self.map.clone(), start..self.at) })
+                    }
+                    // The length of a text alone takes 8 bytes, that of a list with its type 12.
+                    None if code == 8 => {
+                        let n = self.count(8)?;
+                        Value::Texts((0..n).map(|_| self.text()).collect::<Result<_, _>>()?)
+                    }
+                    None => {
+                        let n = self.count(12)?;
+                        Value::Lists((0..n).map(|_| self.value(code, depth + 1)).collect::<Result<_, _>>()?)
+                    }
+                }
             }
-            10 => Value::Int(i128::from(self.u64()?)),
-            11 => Value::Int(i128::from(i64::from_le_bytes(self.array()?))),
-            12 => Value::Float(f64::from_le_bytes(self.array()?)),
             _ => {
                 let what =
                     format!("{} is of type number {code}, which GGUF does not have: download it again", self.what);

@@ -2,24 +2,29 @@
 //!
 //! * `container`: header and directory, as <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md> defines them.
 //! * [`blocks`]: the block types, weights in small groups with scales of their own.
-//! * `files`: `config.json` and `tokenizer.json` made from the header's keys.
+//! * `values`: keys by name and type.
+//! * `config`, `tokenizer`: `config.json` and `tokenizer.json` made from the header's keys.
 //!
 //! Tensors are mapped; a tensor's blocks become `f32` when it is read.
 
 pub mod blocks;
+mod config;
 mod container;
-mod files;
 #[cfg(test)]
 mod tests;
+mod tokenizer;
+mod values;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 pub use blocks::Block;
 use container::{Container, Value};
 
 use super::Error;
-use super::tensors::{Bytes, Entry, TensorDir};
+use super::config::MOST;
+use super::tensors::{Bytes, Entry, Kind, TensorDir};
 
 /// Architectures that are read: as GGUF and as Hugging Face name them, and whether rows of q and k are interleaved.
 ///
@@ -45,6 +50,13 @@ const INNER: [(&str, &str); 9] = [
     ("ffn_down", "mlp.down_proj"),
 ];
 
+/// The embedding, whose rows are the tokens known.
+const EMBEDDING: &str = "token_embd.weight";
+/// Linear layers of a block's attention, and how many rows they have.
+const ATTENTION: [&str; 4] = ["attn_q", "attn_k", "attn_v", "attn_output"];
+/// Linear layers of a block's feed-forward part.
+const FEED_FORWARD: [&str; 3] = ["ffn_gate", "ffn_up", "ffn_down"];
+
 /// Factors of rotary frequencies, which `config.json` describes by a rule.
 const FACTORS: &str = "rope_freqs.weight";
 
@@ -57,6 +69,8 @@ pub struct Gguf {
     /// Hugging Face's name of the architecture.
     architecture: &'static str,
     interleaved: bool,
+    /// Keys that were asked for.
+    asked: Mutex<BTreeSet<String>>,
 }
 
 impl Gguf {
@@ -74,7 +88,7 @@ impl Gguf {
             let supported = ARCHITECTURES.map(|(p, ..)| p).join(", ");
             return Err(Error::Unsupported { path: path.to_owned(), what: format!("architecture {name}"), supported });
         };
-        Ok(Gguf { file, prefix, architecture, interleaved })
+        Ok(Gguf { file, prefix, architecture, interleaved, asked: Mutex::default() })
     }
 
     /// The file.
@@ -95,12 +109,33 @@ impl Gguf {
         })
     }
 
-    /// The tensors, by Hugging Face's names.
+    /// Keys that were asked for.
+    fn asked(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Blocks of the model, at least 1.
+    fn blocks(&self) -> Result<usize, Error> {
+        self.size("block_count")
+    }
+
+    /// True if one of `layers` has a bias in some block.
+    fn has_biases(&self, layers: &[&str]) -> bool {
+        let biased = |name: &String| {
+            let inner = name.strip_prefix("blk.").and_then(|n| n.split_once('.')).map(|(_, inner)| inner);
+            inner.and_then(|i| i.strip_suffix(".bias")).is_some_and(|i| layers.contains(&i))
+        };
+        self.file.tensors.keys().any(biased)
+    }
+
+    /// The tensors, by Hugging Face's names. Where some layers have biases and others of their kind have none, these
+    /// have zeros: the format may leave out each bias by itself, Hugging Face's configuration only all of a kind.
     ///
     /// # Errors
     /// If there is a tensor that no engine here would use.
     pub fn tensors(&self) -> Result<TensorDir, Error> {
         let heads = [("attn_q", self.heads()?), ("attn_k", self.kv_heads()?)];
+        let blocks = self.blocks()?;
         let mut entries = BTreeMap::new();
         for (name, place) in self.file.tensors.iter().filter(|(n, _)| *n != FACTORS) {
             let Some((translated, inner)) = translate(name) else {
@@ -110,23 +145,51 @@ impl Gguf {
                     supported: format!("the tensors of {}", self.architecture),
                 });
             };
-            let heads = heads.iter().find(|(n, _)| self.interleaved && Some(*n) == inner).map(|(_, heads)| *heads);
+            if let Some((block, _)) = inner.filter(|(block, _)| *block >= blocks) {
+                let what = format!(
+                    "tensor '{name}' is of block {block}, but {}.block_count is {blocks}: convert the model again",
+                    self.prefix
+                );
+                return Err(Error::file(self.path(), what));
+            }
+            let heads = heads.iter().find(|(n, _)| self.interleaved && inner.is_some_and(|(_, i)| i == *n));
+            let heads = heads.map(|(_, heads)| *heads);
             if let Some(heads) = heads
                 && !place.shape[0].is_multiple_of(2 * heads)
             {
                 let what = format!("tensor '{name}' has {} rows, which {heads} heads cannot share", place.shape[0]);
                 return Err(Error::file(self.path(), what));
             }
-            let bytes = Bytes::mapped(self.file.map.clone(), place.range.clone());
-            let entry = Entry { kind: place.kind, shape: place.shape.clone(), bytes, interleaved: heads };
+            let mut entry = Entry::new(place.kind, place.shape.clone(), place.bytes.clone());
+            entry.interleaved = heads;
             entries.insert(translated, entry);
         }
-        Ok(TensorDir::new(PathBuf::from(self.path()), entries))
+        let always: &[&str] = if self.prefix == "qwen2" { &ATTENTION[..3] } else { &[] };
+        let kinds = [&ATTENTION[..], &FEED_FORWARD].into_iter();
+        let biased = kinds.filter(|l| self.prefix == "llama" && self.has_biases(l));
+        let biased: Vec<&str> = biased.flatten().chain(always).copied().collect();
+        for (name, weight) in &self.file.tensors {
+            let Some((_, Some((_, inner)))) = translate(name) else { continue };
+            let Some(bias) = name.strip_suffix(".weight").map(|n| format!("{n}.bias")) else { continue };
+            if !biased.contains(&inner) || self.file.tensors.contains_key(&bias) {
+                continue;
+            }
+            let (name, _) = translate(&bias).expect("the name of a layer");
+            let (kind, rows) = (Kind::Plain(safetensors::Dtype::F32), weight.shape[0]);
+            if rows > MOST {
+                return Err(Error::file(self.path(), format!("tensor '{bias}' would have {rows} values")));
+            }
+            entries.insert(name, Entry::new(kind, vec![rows], Bytes::from(vec![0; 4 * rows])));
+        }
+        let mut dir = TensorDir::new(PathBuf::from(self.path()), entries);
+        self.config()?;
+        dir.notes = self.unused_keys();
+        Ok(dir)
     }
 }
 
-/// Hugging Face's name of a tensor, and its GGUF name within a block.
-fn translate(name: &str) -> Option<(String, Option<&str>)> {
+/// Hugging Face's name of a tensor; and its block, if it is in one, with its GGUF name there.
+fn translate(name: &str) -> Option<(String, Option<(usize, &str)>)> {
     let (stem, part) = name.rsplit_once('.').filter(|(_, part)| matches!(*part, "weight" | "bias"))?;
     let find = |names: &[(&str, &str)], stem: &str| names.iter().find(|(n, _)| *n == stem).map(|(_, t)| t.to_string());
     if let Some(outer) = find(&OUTER, stem) {
@@ -134,5 +197,5 @@ fn translate(name: &str) -> Option<(String, Option<&str>)> {
     }
     let (block, stem) = stem.strip_prefix("blk.")?.split_once('.')?;
     let block: usize = block.parse().ok()?;
-    Some((format!("model.layers.{block}.{}.{part}", find(&INNER, stem)?), Some(stem)))
+    Some((format!("model.layers.{block}.{}.{part}", find(&INNER, stem)?), Some((block, stem))))
 }

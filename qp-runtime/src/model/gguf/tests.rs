@@ -42,7 +42,7 @@ fn blocks(block: Block, scales: &[usize]) -> Vec<u8> {
 
 fn dir(block: Block, bytes: Vec<u8>) -> TensorDir {
     let shape = vec![2, bytes.len() / block.bytes() * block.weights() / 2];
-    let entry = Entry { kind: Kind::Block(block), shape, bytes: Bytes::from(bytes), interleaved: None };
+    let entry = Entry::new(Kind::Block(block), shape, Bytes::from(bytes));
     TensorDir::new("m.gguf".into(), [("t".to_owned(), entry)].into())
 }
 
@@ -78,4 +78,17 @@ fn copies_are_halves_and_refused_where_too_large() {
     large[..2].copy_from_slice(&f16::from_f32(60000.0).to_le_bytes());
     let error = dir(Block::Q4_1, large).raw("t").unwrap_err().to_string();
     assert!(error.starts_with("tensor 't' holds ") && error.contains("too large for F16"), "{error}");
+}
+
+#[test]
+fn scales_that_are_not_finite_are_found() {
+    for (block, scales, ..) in KNOWN {
+        for &scale in scales {
+            let mut bytes = blocks(block, scales);
+            let at = block.bytes() + scale;
+            bytes[at..at + 2].copy_from_slice(&f16::NAN.to_le_bytes());
+            let error = dir(block, bytes).tensor("t").unwrap_err().to_string();
+            assert!(error.contains("values that are not finite") && error.contains("at [1, "), "{block:?}: {error}");
+        }
+    }
 }

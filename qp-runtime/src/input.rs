@@ -1,0 +1,77 @@
+//! Reading files that others wrote, with a bound on what is taken into memory.
+
+use std::fs::File;
+use std::io::{Error, ErrorKind, Read, Result};
+use std::path::Path;
+
+/// Most bytes of a small file of a model: a configuration or a tokenizer.
+pub const SMALL: u64 = 256 << 20;
+/// Most bytes of a text.
+pub const TEXT: u64 = 1 << 30;
+
+/// The whole file `path`.
+///
+/// # Errors
+/// If it cannot be read, has more than `most` bytes, or is neither a file nor a pipe (a device may never end).
+pub fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let file = open(path, true)?;
+    bounded(file, most)
+}
+
+/// Opens the regular file `path`, or a pipe if `pipes` are welcome.
+///
+/// # Errors
+/// If it cannot be opened, or is something else.
+pub fn open(path: &Path, pipes: bool) -> Result<File> {
+    // Looked at before it is opened: opening a pipe waits for its writer.
+    let kind = std::fs::metadata(path)?.file_type();
+    if !(kind.is_file() || pipes && is_pipe(kind)) {
+        let expected = if pipes { "a file or a pipe" } else { "a file" };
+        let found = if kind.is_dir() { "a directory" } else { "a device, a socket or a pipe" };
+        return Err(Error::new(ErrorKind::InvalidInput, format!("it is {found}, expected {expected}")));
+    }
+    File::open(path)
+}
+
+/// All that `source` gives.
+///
+/// # Errors
+/// If reading fails, or there are more than `most` bytes.
+pub fn bounded(source: impl Read, most: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    source.take(most + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > most {
+        return Err(Error::new(ErrorKind::FileTooLarge, format!("it has more than the {most} bytes that are read")));
+    }
+    Ok(bytes)
+}
+
+#[cfg(unix)]
+fn is_pipe(kind: std::fs::FileType) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    kind.is_fifo()
+}
+
+#[cfg(not(unix))]
+fn is_pipe(_: std::fs::FileType) -> bool {
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bounds() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, "12345").unwrap();
+        assert_eq!(read(&path, 5).unwrap(), b"12345");
+        let message = |r: Result<Vec<u8>>| r.unwrap_err().to_string();
+        assert_eq!(message(read(&path, 4)), "it has more than the 4 bytes that are read");
+        assert_eq!(message(read(dir.path(), 4)), "it is a directory, expected a file or a pipe");
+        assert_eq!(message(bounded(std::io::repeat(0), 1000)), "it has more than the 1000 bytes that are read");
+        #[cfg(unix)]
+        assert!(message(read(Path::new("/dev/zero"), 4)).starts_with("it is a device"));
+    }
+}

@@ -33,6 +33,26 @@ pub fn open(path: &Path, pipes: bool) -> Result<File> {
     File::open(path)
 }
 
+/// The text in the file `path`, or on standard input if it is `-`, without a byte order mark.
+///
+/// # Errors
+/// If it cannot be read, is not UTF-8 or has more than [`TEXT`] bytes; the message names it.
+pub fn text(path: &Path) -> std::result::Result<String, String> {
+    let bytes = match path.to_str() {
+        Some("-") => bounded(std::io::stdin().lock(), TEXT),
+        _ => read(path, TEXT),
+    };
+    let bytes = bytes.map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+    let mut text = String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        format!("{} is not UTF-8 (byte {at}): convert it to UTF-8 first", path.display())
+    })?;
+    if text.starts_with('\u{feff}') {
+        text.drain(..'\u{feff}'.len_utf8());
+    }
+    Ok(text)
+}
+
 /// All that `source` gives.
 ///
 /// # Errors
@@ -71,6 +91,10 @@ mod tests {
         assert_eq!(message(read(&path, 4)), "it has more than the 4 bytes that are read");
         assert_eq!(message(read(dir.path(), 4)), "it is a directory, expected a file or a pipe");
         assert_eq!(message(bounded(std::io::repeat(0), 1000)), "it has more than the 1000 bytes that are read");
+        std::fs::write(&path, "\u{feff}é").unwrap();
+        assert_eq!(text(&path).unwrap(), "é");
+        std::fs::write(&path, b"ab\xff").unwrap();
+        assert!(text(&path).unwrap_err().ends_with("f is not UTF-8 (byte 2): convert it to UTF-8 first"));
         #[cfg(unix)]
         assert!(message(read(Path::new("/dev/zero"), 4)).starts_with("it is a device"));
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qp_runtime::checkpoint::Checkpoint;
-use qp_runtime::engine::{CpuEngine, Engine, Logits};
+use qp_runtime::engine::{self, Logits};
 use qp_runtime::model::Model;
 use qp_runtime::plan::Plan;
 use qp_runtime::quantize::{Job, Silent};
@@ -41,7 +41,7 @@ fn refusal(change: impl Fn(&mut RandomModel)) -> String {
 }
 
 fn logits(model: Model) -> Vec<f32> {
-    let mut engine = CpuEngine::new(&model.config, Arc::new(model.weights), 16).unwrap();
+    let mut engine = engine::open(None, &Arc::new(model.weights), 16).unwrap();
     let mut out = Vec::new();
     engine.forward(&[3, 200, 77, 5, 5, 130, 9], Logits::All, &mut out).unwrap();
     out
@@ -121,13 +121,18 @@ fn every_tensor_is_looked_at() {
         let mut model = RandomModel::new("Qwen2ForCausalLM");
         model.tensors.get_mut(name).unwrap().1[7] = f32::NAN;
         let error = open(&model).unwrap_err();
-        assert!(error.starts_with(&format!("tensor '{name}' has 1 values that are not finite, the first (NaN)")), "{error}");
+        assert!(
+            error.starts_with(&format!("tensor '{name}' has 1 values that are not finite, the first (NaN)")),
+            "{error}"
+        );
         // Before anything is written.
         model.write(dir.path());
         let out = dir.path().join("out");
         let job = Job::new(dir.path(), Plan::uniform("nuq_3"), &out);
         assert_eq!(job.run(&Silent).unwrap_err().to_string(), error);
-        assert!(!fs::read_dir(dir.path()).unwrap().any(|e| e.unwrap().file_name().to_string_lossy().starts_with("out")));
+        assert!(
+            !fs::read_dir(dir.path()).unwrap().any(|e| e.unwrap().file_name().to_string_lossy().starts_with("out"))
+        );
     }
 }
 
@@ -139,16 +144,21 @@ fn weights_too_large_to_rotate_are_called_so() {
     model.write(dir.path());
     let error = Job::new(dir.path(), Plan::uniform("nuq_3"), dir.path().join("out")).run(&Silent).unwrap_err();
     let error = error.to_string();
-    assert!(error.contains("'model.layers.0.mlp.up_proj': its weights are too large") && error.contains("row 1"), "{error}");
+    assert!(
+        error.contains("'model.layers.0.mlp.up_proj': its weights are too large") && error.contains("row 1"),
+        "{error}"
+    );
 }
 
 #[test]
 fn what_the_model_is_comes_first() {
     let config = |value: Value| move |m: &mut RandomModel| m.config = value.clone();
     assert_eq!(
-        refusal(config(json!({ "architectures": ["Gemma3ForConditionalGeneration"], "text_config": {}, "vision_config": {} }))),
+        refusal(config(
+            json!({ "architectures": ["Gemma3ForConditionalGeneration"], "text_config": {}, "vision_config": {} })
+        )),
         "DIR/config.json: architecture Gemma3ForConditionalGeneration, a model of several parts (text_config), is not \
-         supported (supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)"
+         supported (supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)"
     );
     assert!(refusal(config(json!({ "model_type": "mamba" }))).contains("model_type 'mamba' is not supported"));
     assert!(refusal(config(json!({}))).contains("a model without 'architectures' is not supported"));
@@ -170,9 +180,14 @@ fn keys_that_nothing_uses() {
     assert!(refusal(|m| m.config["num_local_experts"] = json!(8)).contains("num_local_experts 8 is not supported"));
     assert!(refusal(|m| m.config["partial_rotary_factor"] = json!(0.5)).contains("partial_rotary_factor 0.5"));
     assert!(refusal(|m| m.config["num_hidden_layers"] = json!(1u64 << 40)).contains("expected 1 to 4096"));
-    assert!(refusal(|m| m.config["hidden_size"] = json!(64.5)).contains("hidden_size is 64.5: expected a whole number"));
+    assert!(
+        refusal(|m| m.config["hidden_size"] = json!(64.5)).contains("hidden_size is 64.5: expected a whole number")
+    );
     let notes = notes(|m| m.config["novelty"] = json!(1));
-    assert!(notes.len() == 1 && notes[0].ends_with("config.json: LlamaForCausalLM has no use for novelty"), "{notes:?}");
+    assert!(
+        notes.len() == 1 && notes[0].ends_with("config.json: LlamaForCausalLM has no use for novelty"),
+        "{notes:?}"
+    );
 }
 
 /// A model whose tokenizer is all of the bytes, in a directory with more files.
@@ -196,7 +211,8 @@ fn with_files(files: &[(&str, Value)]) -> Result<Model, String> {
 #[test]
 fn tokens_that_other_files_know() {
     let start = json!({ "content": "<|im_start|>", "special": true });
-    let listed = json!({ "added_tokens_decoder": { "257": { "content": "<|im_end|>", "special": true }, "256": start } });
+    let listed =
+        json!({ "added_tokens_decoder": { "257": { "content": "<|im_end|>", "special": true }, "256": start } });
     let model = with_files(&[("tokenizer_config.json", listed)]).unwrap();
     assert_eq!(model.tokenizer.encode("<|im_start|>a<|im_end|>").unwrap(), [256, 97, 257]);
     assert_eq!(model.config.eos, [257]);
@@ -204,7 +220,10 @@ fn tokens_that_other_files_know() {
 
     let model = with_files(&[
         ("added_tokens.json", json!({ "<two>": 257, "<one>": 256 })),
-        ("special_tokens_map.json", json!({ "eos_token": { "content": "<stop>" }, "additional_special_tokens": ["<x>"] })),
+        (
+            "special_tokens_map.json",
+            json!({ "eos_token": { "content": "<stop>" }, "additional_special_tokens": ["<x>"] }),
+        ),
     ]);
     let model = model.unwrap();
     assert_eq!(model.tokenizer.encode("<one><two><stop><x>").unwrap(), [256, 257, 258, 259]);

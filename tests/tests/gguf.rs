@@ -38,6 +38,7 @@ fn the_same_logits_as_a_directory() {
         ("LlamaForCausalLM", "llama", true, false),
         ("LlamaForCausalLM", "llama", true, true),
         ("Qwen2ForCausalLM", "qwen2", false, false),
+        ("Qwen3ForCausalLM", "qwen3", false, false),
     ] {
         let mut model = model(architecture);
         model.config["tie_word_embeddings"] = json!(tied);
@@ -215,7 +216,8 @@ fn biases_are_used_or_refused() {
         assert_eq!(logits(from_file(&model).unwrap()), expected, "{kinds:?}");
         assert_ne!(expected, plain);
     }
-    for (name, values) in [("lm_head.bias", 256), ("model.norm.bias", 64), ("model.layers.1.input_layernorm.bias", 64)] {
+    for (name, values) in [("lm_head.bias", 256), ("model.norm.bias", 64), ("model.layers.1.input_layernorm.bias", 64)]
+    {
         let mut model = with(&[]);
         model.tensors.insert(name.to_owned(), (vec![values], vec![0.5; values]));
         let error = from_file(&model).unwrap_err().to_string();
@@ -279,7 +281,12 @@ fn keys_are_used_refused_or_named() {
     assert!(error("llama.attn_logit_softcapping", Value::F32(50.0)).contains("key 'llama.attn_logit_softcapping'"));
     assert!(error("llama.logit_scale", Value::F32(0.5)).contains("LlamaForCausalLM without it"));
     assert!(error("llama.attention.causal", Value::Bool(false)).contains("not supported"));
-    assert!(open(&[("llama.logit_scale", Value::F32(1.0)), ("llama.vocab_size", Value::U32(256))]).unwrap().notes.is_empty());
+    assert!(
+        open(&[("llama.logit_scale", Value::F32(1.0)), ("llama.vocab_size", Value::U32(256))])
+            .unwrap()
+            .notes
+            .is_empty()
+    );
     let notes = open(&[("llama.novelty", Value::U32(3))]).unwrap().notes;
     assert!(notes.len() == 1 && notes[0].ends_with("key 'llama.novelty' is not used"), "{notes:?}");
 
@@ -308,7 +315,7 @@ fn bad_files_are_refused_by_name() {
     );
     assert_eq!(
         message(&set("general.architecture", Value::Text("mamba".to_owned()))),
-        "DIR/m.gguf: architecture mamba is not supported (supported: llama, qwen2)"
+        "DIR/m.gguf: architecture mamba is not supported (supported: llama, qwen2, qwen3)"
     );
     assert_eq!(
         message(&|f| drop(f.values.remove("llama.block_count"))),

@@ -8,7 +8,6 @@
 //!
 //! The predicted loss of a plan is then Σ a · distortion, the relative growth of perplexity on the model's own texts.
 
-use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -141,17 +140,9 @@ impl Sensitivities {
     /// If it cannot be written.
     pub fn write(&self, path: &Path) -> Result<(), Error> {
         let io = |source| Error::Io { path: path.display().to_string(), source };
-        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut new = tempfile::Builder::new();
-        // As any file that a program makes; temporary ones are private by default.
-        #[cfg(unix)]
-        new.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let mut file = new.tempfile_in(folder).map_err(io)?;
         let mut text = serde_json::to_string_pretty(self).map_err(|e| io(e.into()))?;
         text.push('\n');
-        file.write_all(text.as_bytes()).map_err(io)?;
-        file.persist(path).map_err(|e| io(e.error))?;
-        Ok(())
+        crate::output::write(path, text.as_bytes()).map_err(io)
     }
 
     /// The layers as the allocator wants them.

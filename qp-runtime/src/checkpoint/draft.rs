@@ -8,7 +8,7 @@
 //!
 //! The journal stays locked while a process writes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -20,6 +20,7 @@ use super::weights::{Planned, Shard, layout};
 use super::{
     CalibrationEntry, Error, FORMAT, FileEntry, MANIFEST, Manifest, TensorEntry, hash_file, is_checkpoint, sha256,
 };
+use crate::output;
 
 /// Name of the journal in a partial directory.
 const JOURNAL: &str = "journal";
@@ -143,8 +144,11 @@ impl Draft {
     /// If the output exists (see [`Begin`]), an unfinished run is in the way or is of something else, another process
     /// writes it, or the disk cannot hold it.
     pub fn begin(out: &Path, head: &Head, items: Vec<(String, Vec<Planned>)>, how: Begin) -> Result<Draft, Error> {
-        let out = std::path::absolute(out).map_err(Error::io("find", out))?;
-        check_output(&out, how.force)?;
+        check_output(out, how.force)?;
+        // The directory that a link names is what is replaced.
+        let given = out;
+        let out = if out.is_symlink() { fs::canonicalize(out) } else { std::path::absolute(out) };
+        let out = out.map_err(Error::io("find", given))?;
         let parent = out.parent().unwrap_or(&out).to_owned();
         fs::create_dir_all(&parent).map_err(Error::io("create", &parent))?;
         let json = head.to_json();
@@ -371,6 +375,7 @@ impl Draft {
         let old = self.dir.with_extension(format!("{}-replaced", extension(&self.dir)));
         let replaces = self.out.exists();
         if replaces {
+            self.keep_foreign()?;
             remove_replaced(&old)?;
             fs::rename(&self.out, &old).map_err(Error::io("replace", &self.out))?;
         }
@@ -386,6 +391,39 @@ impl Draft {
         fs::remove_file(&journal).map_err(Error::io("remove", &journal))?;
         remove_replaced(&old)?;
         sync_dir(&self.out)
+    }
+
+    /// Links what the output holds beside its own files into the partial directory, so that it is there afterwards.
+    fn keep_foreign(&self) -> Result<(), Error> {
+        let own = own_files(&self.out);
+        let mut folders = vec![PathBuf::new()];
+        while let Some(folder) = folders.pop() {
+            let here = self.out.join(&folder);
+            for entry in fs::read_dir(&here).map_err(Error::io("read", &here))? {
+                let entry = entry.map_err(Error::io("read", &here))?;
+                let (name, path) = (folder.join(entry.file_name()), entry.path());
+                if entry.file_type().is_ok_and(|t| t.is_dir()) {
+                    folders.push(name);
+                    continue;
+                }
+                if own.contains(&name) {
+                    continue;
+                }
+                let mut to = self.dir.join(&name);
+                if to.symlink_metadata().is_ok() {
+                    // A file of this checkpoint has that name now.
+                    let mut other = name.into_os_string();
+                    other.push(".before");
+                    to = self.dir.join(other);
+                }
+                let parent = to.parent().unwrap_or(&self.dir);
+                fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+                if to.symlink_metadata().is_err() && fs::hard_link(&path, &to).is_err() {
+                    fs::copy(&path, &to).map_err(Error::io("keep", &path))?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Appends a line to the journal: 16 digits of its hash, a blank, `json`.
@@ -422,7 +460,13 @@ impl Draft {
 }
 
 /// Refuses an output that exists, unless it may be replaced: an empty directory, or with `force` a checkpoint.
-fn check_output(out: &Path, force: bool) -> Result<(), Error> {
+///
+/// # Errors
+/// If it may not, or is a link to nothing.
+pub fn check_output(out: &Path, force: bool) -> Result<(), Error> {
+    if output::dangles(out) {
+        return Err(Error::Dangling { out: out.to_owned() });
+    }
     match fs::read_dir(out).map(Iterator::count) {
         Ok(0) => Ok(()),
         Ok(_) if !is_checkpoint(out) => Err(Error::Foreign { out: out.to_owned() }),
@@ -465,6 +509,14 @@ pub(crate) mod fault {
             }
         }
     }
+}
+
+/// The files that a checkpoint wrote, by its manifest, however damaged.
+fn own_files(out: &Path) -> BTreeSet<PathBuf> {
+    let text = fs::read(out.join(MANIFEST)).unwrap_or_default();
+    let manifest: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+    let listed = manifest["files"].as_array().into_iter().flatten().filter_map(|f| f["name"].as_str());
+    listed.map(PathBuf::from).chain([MANIFEST, JOURNAL].map(PathBuf::from)).collect()
 }
 
 /// Removes what was replaced, now or by a run that was killed between its two renames.

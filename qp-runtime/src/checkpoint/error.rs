@@ -149,6 +149,12 @@ pub enum Error {
         /// The output.
         out: PathBuf,
     },
+    /// The output is a link to nothing.
+    #[error("{} is a link to nothing: remove it, make what it names, or choose another output", out.display())]
+    Dangling {
+        /// The output.
+        out: PathBuf,
+    },
     /// The output is there and is no checkpoint, so not even `--force` replaces it.
     #[error("{} exists and is not a quantized checkpoint: --force replaces checkpoints only; choose another output or remove it yourself", out.display())]
     Foreign {

@@ -28,7 +28,7 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
-pub use draft::{Begin, Draft, Head};
+pub use draft::{Begin, Draft, Head, check_output};
 pub use error::Error;
 pub use manifest::{CalibrationEntry, FileEntry, LayerEntry, Manifest, ModelId, SpecEntry, TensorEntry};
 pub use reader::Checkpoint;

@@ -10,6 +10,7 @@ use qp_codegen::spec::{self, Quantizer, Shape};
 use rayon::prelude::*;
 
 use super::Error;
+use super::output::outln;
 use crate::check::{self, Failure, synthetic};
 use crate::device::Executor;
 
@@ -78,8 +79,8 @@ impl CheckGpu {
         let on = if self.interpreter { Executor::interpreter() } else { Executor::cuda(0)? };
         let members = self.quantizers()?;
         match on.gpu() {
-            Some(gpu) => println!("{} ({}), {} quantizers", gpu.name, on.target(), members.len()),
-            None => println!("interpreter, {} quantizers", members.len()),
+            Some(gpu) => outln!("{} ({}), {} quantizers", gpu.name, on.target(), members.len())?,
+            None => outln!("interpreter, {} quantizers", members.len())?,
         }
         let (first, last) = (&members[0], &members[members.len() - 1]);
         let (shapes, choices) = (check::shapes(), check::choices(first, last));
@@ -112,9 +113,9 @@ impl CheckGpu {
         let done: usize = results.iter().filter_map(|r| r.as_ref().ok()).sum();
         let failures: Vec<&Failure> = results.iter().filter_map(|r| r.as_ref().err()).collect();
         for failure in &failures {
-            println!("FAILED {failure}");
+            outln!("FAILED {failure}")?;
         }
-        println!("{done} comparisons equal, {} failed, {:.1} s", failures.len(), start.elapsed().as_secs_f64());
+        outln!("{done} comparisons equal, {} failed, {:.1} s", failures.len(), start.elapsed().as_secs_f64())?;
         match failures.len() {
             0 => Ok(()),
             n => Err(format!("{n} of {} checks failed", tasks.len()).into()),

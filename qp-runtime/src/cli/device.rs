@@ -74,7 +74,7 @@ pub fn open(device: Device) -> Result<Option<Executor>, super::Error> {
             Ok(executor) => Some(executor),
             Err(DeviceError::NoDriver | DeviceError::NoGpu { .. }) => None,
             Err(e) => {
-                eprintln!("running on the CPU: {e}");
+                super::output::note(format_args!("running on the CPU: {e}"));
                 None
             }
         },

@@ -1,12 +1,12 @@
 //! `qp doctor`: what this machine has for running kernels, and what is missing.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 
 use clap::Args;
 use serde_json::{Value, json};
 
 use super::Error;
+use super::output::out;
 use crate::device;
 use crate::jit::launches::{Choice, VARIABLE as LAUNCHES_VARIABLE};
 use crate::jit::{Cache, Nvrtc};
@@ -61,8 +61,7 @@ impl Doctor {
             }
             text
         };
-        std::io::stdout().write_all(text.as_bytes())?;
-        Ok(())
+        out!("{text}")
     }
 }
 

@@ -9,6 +9,7 @@ use qp_codegen::spec::{Quantizer, Shape};
 use serde::Serialize;
 
 use super::Error;
+use super::output::{out, outln};
 use crate::checkpoint::Checkpoint;
 use crate::codec::scale_count;
 
@@ -90,9 +91,9 @@ impl Inspect {
         }
         let view = view(&checkpoint, self.verify);
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&view)?);
+            outln!("{}", serde_json::to_string_pretty(&view)?)?;
         } else {
-            print!("{}", table(&view));
+            out!("{}", table(&view))?;
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ mod doctor;
 mod eval;
 mod generate;
 mod inspect;
+mod interrupt;
 mod model;
 mod output;
 mod plan;
@@ -26,6 +27,9 @@ use qp_codegen::syntax::Diagnostics;
 #[derive(Parser)]
 #[command(name = "qp", version, about)]
 struct Cli {
+    /// Threads to use on the CPU [default: one a core]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    threads: Option<u32>,
     #[command(subcommand)]
     command: Command,
 }
@@ -51,7 +55,14 @@ pub type Error = Box<dyn std::error::Error + Send + Sync>;
 
 /// Runs the command line; exit code 0, or 1 after a printed error (2 is clap's, for bad usage).
 pub fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let cli = Cli::parse();
+    if let Some(n) = cli.threads
+        && let Err(e) = rayon::ThreadPoolBuilder::new().num_threads(n as usize).build_global()
+    {
+        output::say(&format!("error: cannot start {n} threads: {e}\n"));
+        return ExitCode::FAILURE;
+    }
+    let result = match cli.command {
         Command::Bench(c) => c.run(),
         Command::CheckGpu(c) => c.run(),
         Command::Doctor(c) => c.run(),

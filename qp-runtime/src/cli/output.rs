@@ -63,21 +63,37 @@ pub(super) fn plain(text: &str) -> Cow<'_, str> {
 }
 
 /// Writes a file whole or not at all.
+///
+/// # Errors
+/// If it cannot be written; the message names it.
 pub(super) fn write(path: &Path, text: &str) -> Result<(), Error> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let failed = |e: std::io::Error| format!("cannot write {}: {e}", path.display());
-    std::fs::create_dir_all(folder).map_err(failed)?;
-    let mut file = tempfile::Builder::new().permissions(permissions()).tempfile_in(folder).map_err(failed)?;
-    file.write_all(text.as_bytes()).map_err(failed)?;
-    file.persist(path).map_err(|e| failed(e.error))?;
-    Ok(())
+    crate::output::write(path, text.as_bytes()).map_err(|e| failed(path, &e))
 }
 
-/// What a new file usually gets; the process's mask is taken off it.
-#[cfg(unix)]
-fn permissions() -> std::fs::Permissions {
-    std::os::unix::fs::PermissionsExt::from_mode(0o666)
+/// Whether [`write()`] is likely to succeed: to be asked before long work.
+///
+/// # Errors
+/// If it would not.
+pub(super) fn check(path: &Path) -> Result<(), Error> {
+    crate::output::check(path).map_err(|e| failed(path, &e))
 }
+
+fn failed(path: &Path, e: &std::io::Error) -> Error {
+    format!("cannot write {}: {e}", path.display()).into()
+}
+
+/// As `print!`, but a closed pipe is no error and others are errors of the command.
+macro_rules! out {
+    ($($text:tt)*) => { $crate::cli::output::print(format_args!($($text)*)) };
+}
+
+/// As [`out!`], with the end of a line.
+macro_rules! outln {
+    () => { $crate::cli::output::print(format_args!("\n")) };
+    ($($text:tt)*) => { $crate::cli::output::print(format_args!("{}\n", format_args!($($text)*))) };
+}
+
+pub(super) use {out, outln};
 
 #[cfg(test)]
 mod tests {

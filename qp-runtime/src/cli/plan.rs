@@ -1,12 +1,13 @@
 //! `qp plan`: the best quantizer and launch for every layer.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use qp_codegen::layout::Packed;
 use qp_codegen::palette;
 use qp_codegen::spec::{Quantizer, ScaleKind};
 
 use super::Error;
+use super::output::{self, note, out, outln, write};
 use crate::allocate::choice::{MEMORY, TIME};
 use crate::allocate::problem::Times;
 use crate::allocate::profile::{Origin, Profile, femtoseconds};
@@ -102,6 +103,9 @@ impl Plan {
     /// # Errors
     /// If a file cannot be read or written, or no plan keeps within the budgets.
     pub fn run(self) -> Result<(), Error> {
+        for path in self.out.iter().chain(&self.svg) {
+            output::check(path)?;
+        }
         let problem = self.problem()?;
         let full = problem.full_bytes();
         let budget = Budget {
@@ -120,18 +124,17 @@ impl Plan {
             let resource = if self.profile.is_some() && budget.time.is_none() { TIME } else { MEMORY };
             let other = if resource == TIME { budget.memory } else { budget.time };
             let plans = frontier::frontier(&problem, resource, other, points.into(), effort).map_err(explained)?;
-            print_frontier(&problem, &plans);
-            return Ok(());
+            return print_frontier(&problem, &plans);
         }
         if budget.memory.is_none() && budget.time.is_none() {
             let known = "--bits, --memory, --as-uniform, --tokens-per-second or --milliseconds";
             return Err(format!("no budget: give one of {known}, or one of memory and one of time").into());
         }
         let plan = problem.solve(budget.memory, budget.time, effort).map_err(explained)?;
-        print!("{}\n{}", report::table(&problem, &plan), report::totals(&problem, &plan));
-        println!("In brackets: bits by the closed form, if any number of bits could be had.");
+        out!("{}\n{}", report::table(&problem, &plan), report::totals(&problem, &plan))?;
+        outln!("In brackets: bits by the closed form, if any number of bits could be had.")?;
         if self.explain {
-            print!("\n{}", report::explain(&problem, &plan, budget, effort).map_err(explained)?);
+            out!("\n{}", report::explain(&problem, &plan, budget, effort).map_err(explained)?)?;
         }
         if let Some(path) = &self.out {
             let command: Vec<String> = std::env::args().skip(1).collect();
@@ -167,7 +170,7 @@ impl Plan {
         }
         let profile = self.profile.as_deref().map(Profile::read).transpose()?;
         if let Some(p) = profile.as_ref().filter(|p| p.origin == Origin::Predicted) {
-            eprintln!("note: the times for {} are predicted, not measured", p.device);
+            note(format_args!("the times for {} are predicted, not measured", p.device));
         }
         let quantizers = candidates(&self.quantizers)?;
         let packed: Vec<Quantizer> = quantizers.iter().map(|(q, _)| q.clone()).collect();
@@ -238,7 +241,7 @@ fn candidates(patterns: &[String]) -> Result<Vec<(Quantizer, f64)>, Error> {
         return Err(format!("no measured distortion of {}: see specs/distortion.toml", unmeasured.join(", ")).into());
     }
     if !unmeasured.is_empty() {
-        eprintln!("note: left out, since not trained or without a measured distortion: {}", unmeasured.join(", "));
+        note(format_args!("left out, since not trained or without a measured distortion: {}", unmeasured.join(", ")));
     }
     Ok(out)
 }
@@ -253,20 +256,17 @@ fn matches(pattern: &str, name: &str) -> bool {
     }
 }
 
-fn print_frontier(problem: &Problem, plans: &[Allocation]) {
+fn print_frontier(problem: &Problem, plans: &[Allocation]) -> Result<(), Error> {
     let weights: u64 = problem.layers.iter().map(Layer::weights).sum();
-    println!("{:>14}  {:>8}  {:>12}  {:>14}  {:>8}", "bytes", "bits", "ms a token", "predicted loss", "gap");
+    outln!("{:>14}  {:>8}  {:>12}  {:>14}  {:>8}", "bytes", "bits", "ms a token", "predicted loss", "gap")?;
     for plan in plans {
         let s = &plan.solution;
         let timed = plan.launches.iter().any(|l| l.core.is_some());
         let time = if timed { format!("{:.4}", plan.time(problem) as f64 / 1e12) } else { "-".to_owned() };
         let bits = 8.0 * s.uses[MEMORY] as f64 / weights as f64;
-        println!("{:>14}  {bits:>8.4}  {time:>12}  {:>14.8}  {:>8.1e}", s.uses[MEMORY], s.cost, s.gap());
+        outln!("{:>14}  {bits:>8.4}  {time:>12}  {:>14.8}  {:>8.1e}", s.uses[MEMORY], s.cost, s.gap())?;
     }
-}
-
-fn write(path: &Path, text: &str) -> Result<(), Error> {
-    std::fs::write(path, text).map_err(|e| format!("cannot write {}: {e}", path.display()).into())
+    Ok(())
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use qp_codegen::palette;
 use qp_codegen::spec::{Quantizer, Rotation, Shape};
 
 use super::Error;
+use super::output::{self, outln};
 use super::plan::choose;
 use crate::allocate::problem::{Layer, groups};
 use crate::allocate::profile::{FORMAT, KEEP, Kernel, Origin, Profile};
@@ -59,7 +60,9 @@ impl ProfileCommand {
     /// # Errors
     /// If the model's configuration cannot be read, there is no GPU to measure on, or the file cannot be written.
     pub fn run(self) -> Result<(), Error> {
+        output::check(&self.out)?;
         let config = Config::read(&self.model)?;
+        config.notes.iter().for_each(output::note);
         let program = Arc::new(arch::program(&config));
         let layers = layers(&program);
         // A kernel's time does not depend on the values of its tables, so untrained quantizers can be timed too.
@@ -134,7 +137,7 @@ impl ProfileCommand {
             kernels,
         };
         profile.write(&self.out)?;
-        println!("{}: {} kernels, {}", self.out.display(), profile.kernels.len(), profile.device);
+        outln!("{}: {} kernels, {}", self.out.display(), profile.kernels.len(), profile.device)?;
         Ok(())
     }
 }

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 
-use super::{Error, output};
 use super::device::{Device, open_all};
+use super::output::{self, outln};
+use super::{Error, interrupt};
 use crate::checkpoint::{Begin, LayerEntry};
 use crate::model::weights::{EMBEDDING, HEAD};
 use crate::plan::Plan;
@@ -51,9 +52,6 @@ pub struct Quantize {
     /// Replace an existing checkpoint (at the end); without --resume, discard an unfinished run
     #[arg(long)]
     force: bool,
-    /// Threads to use [default: one a core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
-    threads: Option<u32>,
     /// Where to search for the best bits: on all GPUs there are, or on the CPU; the checkpoint is the same
     #[arg(long, value_enum, default_value = "auto")]
     device: Device,
@@ -81,7 +79,15 @@ impl Quantize {
             tokens: self.calibrate_tokens as usize,
         });
         job.begin = Begin { resume: self.resume, force: self.force };
-        job.threads = self.threads.map(|n| n as usize);
+        if let Some(bits) = self.spec.as_deref().and_then(few_bits)
+            && job.calibrate.is_none()
+            && !self.quiet
+        {
+            output::note(format_args!(
+                "at {bits} bits the rounding should be fitted with --calibrate self: SmolLM2-135M's perplexity of 19 \
+                 became 53 at 3 bits without it, and 22 with it"
+            ));
+        }
         job.devices = open_all(self.device)?;
         let bar = Bar::new(self.quiet);
         let manifest = match job.run(&bar) {
@@ -98,16 +104,22 @@ impl Quantize {
         bar.bar.finish_and_clear();
         if !self.quiet {
             let bytes: u64 = manifest.files.iter().map(|f| f.bytes).sum();
-            println!(
+            outln!(
                 "{}: {} layers quantized, {} in {}",
                 self.out.display(),
                 manifest.layers.len(),
                 HumanBytes(bytes),
                 HumanDuration(bar.bar.elapsed()),
-            );
+            )?;
         }
         Ok(())
     }
+}
+
+/// The bits a weight of a quantizer, if they are so few that rounding to the nearest costs much.
+fn few_bits(spec: &str) -> Option<f64> {
+    let bits = qp_codegen::spec::resolve(spec).ok()?.rate();
+    (bits <= 3.5).then_some(bits)
 }
 
 /// The progress bar: weights a second, time left, and the draft's name if the work is cut short.
@@ -125,6 +137,7 @@ impl Bar {
 
 impl Progress for Bar {
     fn start(&self, total: u64, done: u64, _: &Path) {
+        interrupt::can_resume();
         let style = ProgressStyle::with_template(
             "{msg:40!} [{wide_bar:.cyan/blue}] {percent:>3}% {human_pos}/{human_len} weights, {per_sec}, {eta} left",
         );

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::device::{Device, open};
+use super::output::{self, outln};
 use crate::allocate::sensitivity::{self, Progress, Sensitivities, Settings, measure};
 
 /// Measure how much the predictions of a model suffer from noise in each of its linear layers and in its embedding.
@@ -59,6 +60,7 @@ impl Sensitivity {
         if self.quick {
             settings = Settings { sequences: settings.sequences.min(2), levels: 1, draws: 1, ..settings };
         }
+        output::check(&self.out)?;
         let earlier = match self.resume && self.out.exists() {
             true => Some(Sensitivities::read(&self.out)?),
             false => None,
@@ -74,11 +76,12 @@ impl Sensitivity {
             ProgressStyle::with_template("{msg:40!} [{wide_bar:.cyan/blue}] {pos}/{len} trials, {eta} left")
                 .expect("a valid template"),
         );
+        super::interrupt::can_resume();
         let mut shown = Bar { bar, out: &self.out };
         let done = measure(on.as_ref(), &name, model.config.bos, &model.weights, settings, earlier, &mut shown)?;
         shown.bar.finish_and_clear();
         done.write(&self.out)?;
-        println!("{}: {} layers", self.out.display(), done.layers.len());
+        outln!("{}: {} layers", self.out.display(), done.layers.len())?;
         Ok(())
     }
 }

@@ -7,7 +7,7 @@ use qp_codegen::spec::{self, Quantizer, TableSource, table_file};
 
 use super::Error;
 use super::device::{Device, open};
-use super::output::write;
+use super::output::{outln, say, write};
 use crate::codec::{distortion, train};
 use crate::device::Executor;
 
@@ -73,7 +73,8 @@ impl TrainCodebook {
             let failed = |e| format!("{}: {e}", q.name);
             let training = train::training(code).ok_or(train::TrainError::NoTable).map_err(failed)?;
             let values = train::train(code, training, device, &mut |round, error| {
-                eprintln!("{}: round {} of {}, mean squared error {error:.6}", q.name, round + 1, training.rounds);
+                let rounds = training.rounds;
+                say(&format!("{}: round {} of {rounds}, mean squared error {error:.6}\n", q.name, round + 1));
             })
             .map_err(failed)?;
             let mut code = code.clone();
@@ -85,7 +86,7 @@ impl TrainCodebook {
             );
             for (i, file) in files {
                 write(file, &table_file::write(&q.name, &code.tables[i], code.vector, std::slice::from_ref(&note)))?;
-                println!("{}: {note}: {}", q.name, file.display());
+                outln!("{}: {note}: {}", q.name, file.display())?;
                 written.push(file.clone());
             }
         }

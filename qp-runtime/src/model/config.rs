@@ -355,7 +355,8 @@ fn window(reading: &Architecture, keys: &Keys, layers: usize) -> Result<Option<u
         }
     };
     let kinds = keys.texts("layer_types")?;
-    if let Some(other) = kinds.iter().flatten().find(|k| !matches!(k.as_str(), "full_attention" | "sliding_attention")) {
+    if let Some(other) = kinds.iter().flatten().find(|k| !matches!(k.as_str(), "full_attention" | "sliding_attention"))
+    {
         return Err(Error::Unsupported {
             path: keys.path().to_owned(),
             what: format!("layer_types '{other}'"),
@@ -491,15 +492,51 @@ mod tests {
     fn ends_of_text_and_windows() {
         assert_eq!(parse(r#","eos_token_id":[1,2]"#).unwrap().eos, [1, 2]);
         assert_eq!(parse(r#","eos_token_id":7"#).unwrap().eos, [7]);
-        assert_eq!(parse(r#","sliding_window":100"#).unwrap().max_positions, 100);
-        assert_eq!(parse(r#","sliding_window":null"#).unwrap().max_positions, 512);
-        assert_eq!(parse(r#","sliding_window":100,"use_sliding_window":false"#).unwrap().max_positions, 512);
+        // Llama has no window, Mistral one of 4096 unless it says null, Qwen's has a switch.
+        let of = |name: &str, rest: &str| {
+            let text = format!("{BASE}{rest}}}").replace("Llama", name).replace(":512", ":5120");
+            Config::parse(Path::new("c"), &text).unwrap().max_positions
+        };
+        assert_eq!(of("Llama", r#","sliding_window":100"#), 5120);
+        assert_eq!(of("Mistral", r#","num_key_value_heads":4,"sliding_window":100"#), 100);
+        assert_eq!(of("Mistral", r#","num_key_value_heads":4,"sliding_window":null"#), 5120);
+        assert_eq!(of("Mistral", r#","num_key_value_heads":4"#), 4096);
+        let qwen = |rest: &str| of("Qwen2", &format!(r#","num_key_value_heads":4,"sliding_window":100{rest}"#));
+        assert_eq!(qwen(""), 5120);
+        assert_eq!(qwen(r#","use_sliding_window":true"#), 100);
+        assert_eq!(qwen(r#","use_sliding_window":true,"max_window_layers":2"#), 5120);
+        assert_eq!(qwen(r#","use_sliding_window":true,"layer_types":["full_attention","full_attention"]"#), 5120);
+    }
+
+    /// Checked against `LlamaConfig` of transformers 5.24, but for `original_max_position_embeddings` at the top level,
+    /// which it ignores there and takes the longest context.
+    #[test]
+    fn rope_parameters_by_rank() {
+        let old = r#""rope_scaling":{"type":"linear","factor":2}"#;
+        let new = r#""rope_parameters":{"rope_type":"linear","factor":4,"rope_theta":500000}"#;
+        let of = |rest: &str| {
+            let c = parse(rest).unwrap();
+            (c.rope_scaling, c.rope_theta, c.notes.len())
+        };
+        let linear = |factor| RopeScaling::Linear { factor };
+        assert_eq!(of(&format!(r#",{old},{new},"rope_theta":7"#)), (linear(2.0), 7.0, 1));
+        assert_eq!(of(&format!(r#","rope_scaling":{{}},{new},"rope_theta":7"#)), (linear(4.0), 500000.0, 0));
+        assert_eq!(of(r#","rope_parameters":{"rope_type":"linear","factor":4},"rope_theta":7"#), (linear(4.0), 7.0, 0));
+        assert_eq!(of(r#","rope_scaling":{"rope_type":"default","factor":3}"#), (RopeScaling::None, 10000.0, 1));
+        let llama3 = r#""rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0"#;
+        let original = |rest: &str| match of(&format!(r#","rope_scaling":{{{llama3}{rest}"#)).0 {
+            RopeScaling::Llama3 { original, .. } => original,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(original(r#","original_max_position_embeddings":64},"original_max_position_embeddings":128"#), 64.0);
+        assert_eq!(original(r#"},"original_max_position_embeddings":128"#), 128.0);
+        assert_eq!(original("}"), 512.0);
     }
 
     #[test]
     fn biases_by_architecture() {
         let qwen = BASE.replace("Llama", "Qwen2");
-        let c = Config::parse(Path::new("c"), &format!("{qwen}}}")).unwrap();
+        let c = Config::parse(Path::new("c"), &format!(r#"{qwen},"num_key_value_heads":4}}"#)).unwrap();
         assert!(c.qkv_bias && !c.o_bias && !c.mlp_bias);
         let c = parse(r#","attention_bias":true,"mlp_bias":true"#).unwrap();
         assert!(c.qkv_bias && c.o_bias && c.mlp_bias);
@@ -522,7 +559,7 @@ mod tests {
             (r#","num_key_value_heads":0"#, "num_key_value_heads is 0"),
             (r#","head_dim":7"#, "head_dim is 7"),
             (r#","quantization_config":{"quant_method":"gptq"}"#, "already quantized (gptq)"),
-            (r#","hidden_size":64"#, "duplicate field"),
+            (r#","hidden_size":64"#, "key 'hidden_size' is in it twice"),
             (r#","vocab"#, "m/config.json: "),
         ] {
             let message = parse(rest).unwrap_err();

@@ -121,7 +121,12 @@ impl Keys {
         self.values.iter().filter(move |(k, v)| !v.is_null() && !asked.contains(*k)).map(|(k, v)| (k.as_str(), v))
     }
 
-    fn typed<'a, T>(&'a self, key: &str, expected: &str, get: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>, Error> {
+    fn typed<'a, T>(
+        &'a self,
+        key: &str,
+        expected: &str,
+        get: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>, Error> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match get(value) {
             Some(value) => Ok(Some(value)),

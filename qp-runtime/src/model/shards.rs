@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::{Component, Path, PathBuf};
 
-use super::keys::Keys;
 use super::Error;
+use super::keys::Keys;
 use crate::input;
 
 /// The file that holds everything, if there is one.
@@ -138,7 +138,8 @@ fn hint(dir: &Path) -> String {
         return ": convert pytorch_model.bin to safetensors first".to_owned();
     }
     if has("specs") {
-        return ": if it was a quantized checkpoint, its qp.json is missing; copy it again from where it came".to_owned();
+        return ": if it was a quantized checkpoint, its qp.json is missing; copy it again from where it came"
+            .to_owned();
     }
     let names = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.file_name());
     let mut other: Vec<String> = names.filter_map(|n| n.into_string().ok()).collect();

@@ -190,9 +190,10 @@ impl Tensor {
             Dtype::F16 => finite(self.bytes(), |b: [u8; 2]| u16::from_le_bytes(b) & 0x7C00 != 0x7C00),
             Dtype::Bf16 => finite(self.bytes(), |b: [u8; 2]| u16::from_le_bytes(b) & 0x7F80 != 0x7F80),
             // Finite scales make finite weights: their products are far below the largest `f32`.
-            Dtype::Blocks(block) => self.bytes().par_chunks(block.bytes() << 12).all(|part| {
-                part.chunks_exact(block.bytes()).all(|block_bytes| block.has_finite_scales(block_bytes))
-            }),
+            Dtype::Blocks(block) => self
+                .bytes()
+                .par_chunks(block.bytes() << 12)
+                .all(|part| part.chunks_exact(block.bytes()).all(|block_bytes| block.has_finite_scales(block_bytes))),
         };
         if whole {
             return Ok(());

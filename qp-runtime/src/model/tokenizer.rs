@@ -14,8 +14,7 @@ use super::keys::Keys;
 use super::{Error, keys};
 
 /// Keys that name one token.
-const NAMED: [&str; 7] =
-    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
 /// Names of special tokens that end a text or a turn, whatever the configuration says.
 const ENDS: [&str; 16] = [
@@ -240,7 +239,8 @@ fn added(keys: &Keys, key: &str, value: &Value) -> Result<AddedToken, Error> {
         other => other.get("content").and_then(Value::as_str),
     };
     let Some(content) = content else {
-        let what = format!("{key} has the token {}: expected a text, or an object with its content", keys::shown(value));
+        let what =
+            format!("{key} has the token {}: expected a text, or an object with its content", keys::shown(value));
         return Err(Error::file(keys.path(), what));
     };
     let truth = |name: &str| value.get(name).and_then(Value::as_bool);

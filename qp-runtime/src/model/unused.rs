@@ -81,7 +81,12 @@ pub fn untie(config: &mut Config, source: &dyn Source) -> Result<(), Error> {
 ///
 /// # Errors
 /// If one of them would change the result.
-pub fn check(model: &Path, config: &Config, source: &dyn Source, asked: &BTreeSet<String>) -> Result<Vec<String>, Error> {
+pub fn check(
+    model: &Path,
+    config: &Config,
+    source: &dyn Source,
+    asked: &BTreeSet<String>,
+) -> Result<Vec<String>, Error> {
     let unused: Vec<String> = source.names().into_iter().filter(|n| !asked.contains(n)).collect();
     // Equal to the embedding, or else it would have been asked for.
     let twin = format!("{HEAD}.weight");

@@ -18,6 +18,7 @@ use super::Error;
 use crate::checkpoint::{self, CalibrationEntry};
 use crate::codec::feedback::{Feedback, Hessian, Pieces};
 use crate::engine::{self, Chunk, CpuEngine, Logits, PAGE, Room, texts};
+use crate::input;
 use crate::model::program::Node;
 use crate::model::{Config, LayerId, Program, Tokenizer, Weights};
 
@@ -83,7 +84,7 @@ impl Calibration {
                 ("self", all)
             }
             Texts::File(path) => {
-                let tokens = Tokenizer::read(dir)?.encode(&read_text(path)?)?;
+                let tokens = Tokenizer::read(dir)?.encode(&input::text(path).map_err(Error::Text)?)?;
                 engine::check_tokens(&tokens, 0, tokens.len(), config.vocab)?;
                 let windows: Vec<&[u32]> = tokens.chunks_exact(window).collect();
                 if windows.is_empty() {
@@ -194,9 +195,4 @@ impl Calibration {
 /// A whole text.
 fn chunk<'a>(tokens: &'a [u32], pages: &'a [u32]) -> Chunk<'a> {
     Chunk { tokens, position: 0, pages, logits: Logits::All }
-}
-
-fn read_text(path: &Path) -> Result<String, Error> {
-    let bytes = std::fs::read(path).map_err(checkpoint::Error::io("read", path))?;
-    String::from_utf8(bytes).map_err(|e| Error::Text { path: path.to_owned(), at: e.utf8_error().valid_up_to() })
 }

@@ -95,14 +95,9 @@ pub enum Error {
     /// The model cannot run over the calibration's texts.
     #[error(transparent)]
     Engine(#[from] engine::Error),
-    /// The calibration's text is not UTF-8.
-    #[error("{} is not UTF-8 (byte {at}): convert it to UTF-8 first", path.display())]
-    Text {
-        /// The file.
-        path: PathBuf,
-        /// Where it ceases to be.
-        at: usize,
-    },
+    /// The calibration's text cannot be read.
+    #[error("{0}")]
+    Text(String),
     /// The calibration's text is shorter than a window.
     #[error("{} has {tokens} tokens, fewer than the {window} of one window: calibrate with a longer text, or with self", path.display())]
     ShortText {
@@ -238,6 +233,7 @@ impl Job {
             return Err(Error::Quantized { dir: self.model.clone() });
         }
         // Whatever is missing, misshapen or broken is found now and not after hours.
+        checkpoint::check_output(&self.out, self.begin.force)?;
         let (model, source) = Model::open_plain(&self.model)?;
         model.notes.iter().for_each(|n| progress.note(n));
         let (config, weights) = (model.config, Arc::new(model.weights));

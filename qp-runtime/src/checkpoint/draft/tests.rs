@@ -197,6 +197,27 @@ fn what_exists_is_not_lost() {
     assert_eq!(message(begin(&mine, false, true)), format!("DIR/mine {foreign}"));
     assert_eq!(message(begin(&mine.join("thesis.txt"), false, true)), format!("DIR/mine/thesis.txt {foreign}"));
 
+    // What was put beside a checkpoint's files is there after it was replaced, under another name if need be.
+    fs::create_dir(out.join("notes")).unwrap();
+    for name in ["README.md", "notes/a.txt"] {
+        fs::write(out.join(name), name).unwrap();
+    }
+    complete(&out, false, true).unwrap();
+    for name in ["README.md", "notes/a.txt"] {
+        assert_eq!(fs::read_to_string(out.join(name)).unwrap(), name);
+    }
+    crate::checkpoint::Checkpoint::open(&out).unwrap();
+    #[cfg(unix)]
+    {
+        let (link, dangling) = (dir.path().join("link"), dir.path().join("dangling"));
+        std::os::unix::fs::symlink(&out, &link).unwrap();
+        complete(&link, false, true).unwrap();
+        assert!(link.is_symlink() && out.join("README.md").exists());
+        std::os::unix::fs::symlink(dir.path().join("nowhere"), &dangling).unwrap();
+        let found = "DIR/dangling is a link to nothing: remove it, make what it names, or choose another output";
+        assert_eq!(message(begin(&dangling, false, true)), found);
+    }
+
     let other = dir.path().join("other");
     let mut draft = begin(&other, false, false).unwrap();
     put(&mut draft, "a").unwrap();

@@ -10,7 +10,7 @@ use qp_codegen::spec::{self, Code, Quantizer};
 use super::distortion_plot::{self, Series};
 use crate::cli::Error;
 use crate::cli::device::{Device, open};
-use crate::cli::output::write;
+use crate::cli::output::{outln, write};
 use crate::codec::distortion::{self, Distortion};
 
 /// The errors of Q-Palette's quantizers, by the names of the same rates here.
@@ -57,7 +57,7 @@ impl DistortionBench {
         // Mixes are made of codes that stand alone too: each is measured once.
         let mut known: Vec<(&Code, Distortion)> = vec![];
         let mut rows = vec![];
-        println!("{HEADER}");
+        outln!("{HEADER}")?;
         let device = open(self.device)?;
         for quantizer in &quantizers {
             let mut parts: Vec<Distortion> = vec![];
@@ -74,7 +74,7 @@ impl DistortionBench {
             }
             let q_palette = q_palette.get(&quantizer.name).and_then(toml::Value::as_float);
             let row = Row { quantizer, distortion: distortion::combine(&parts), q_palette };
-            println!("{}", row.line());
+            outln!("{}", row.line())?;
             rows.push(row);
         }
         if self.write {

@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use crate::check::synthetic;
 use crate::cli::Error;
+use crate::cli::output::{out, outln, write};
 use crate::codec::Gaussian;
 use crate::codec::plain::Plain;
 use crate::codec::viterbi::{Scratch, Trellis};
@@ -75,8 +76,8 @@ impl EncodeBench {
             gpu.as_deref().unwrap_or("no GPU")
         );
         text += "|---|---|---|---|---|---|---|---|---|---|\n";
-        println!("Weights a second, millions.\n");
-        print!("{text}");
+        outln!("Weights a second, millions.\n")?;
+        out!("{text}")?;
         for name in &self.spec {
             let q = synthetic::trained(spec::resolve_untrained(name).map_err(|d| d.to_string())?);
             for code in &q.codes {
@@ -96,12 +97,12 @@ impl EncodeBench {
                     cpu.join(" | "),
                     gpu.join(" | "),
                 );
-                print!("{line}");
+                out!("{line}")?;
                 text += &line;
             }
         }
         if let Some(path) = &self.out {
-            std::fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))?;
+            write(path, &text)?;
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::shapes::ModelArgs;
 use crate::cli::Error;
-use crate::cli::output::write;
+use crate::cli::output::{out, outln, write};
 use crate::engine::cuda::layout::Layout;
 use crate::engine::cuda::lower::{self, Op, Pick, Wanted};
 use crate::jit::{self, Cache};
@@ -104,7 +104,7 @@ impl JitBench {
             let layout = self.model.layout()?;
             let ops = kernels(&layout);
             self.compile_all(&layout, &ops)?;
-            println!("{} {}", ops.len(), start.elapsed().as_secs_f64());
+            outln!("{} {}", ops.len(), start.elapsed().as_secs_f64())?;
             return Ok(());
         }
         let version = jit::Nvrtc::get()?.version();
@@ -127,7 +127,7 @@ impl JitBench {
             step: starts()?,
         };
         let text = table(&report);
-        print!("{text}");
+        out!("{text}")?;
         if let Some(path) = &self.out {
             write(path, &text)?;
         }

@@ -15,6 +15,7 @@ use super::results::{Fp16, Kernel, Results};
 use super::{COPIES, ROTATE, rounded, shape};
 use crate::check::synthetic::{self, Random};
 use crate::cli::Error;
+use crate::cli::output::outln;
 use crate::codec;
 use crate::device::ops::{DeviceActivations, DeviceMatrix, GemvKernel};
 use crate::device::tune::{self, Product};
@@ -68,17 +69,25 @@ impl KernelBench {
         let on = Executor::cuda(self.gpu)?;
         let gpu = on.gpu().ok_or("no GPU")?;
         let (peak, read) = (on.device().bandwidth, bandwidth(&on, ROTATE)?);
-        println!(
+        outln!(
             "{} ({} SMs); memory: {:.2} TB/s by its clock, {:.2} TB/s reading alone",
             gpu.name,
             gpu.sms,
             peak / 1e12,
             read / 1e12
-        );
-        println!(
+        )?;
+        outln!(
             "{:>10} {:>13} {:>4} {:>9} {:>9} {:>7} {:>8} {:>9} {:>6}  launch",
-            "spec", "shape", "b", "us", "GB/s", "reading", "fp16", "expected", "model"
-        );
+            "spec",
+            "shape",
+            "b",
+            "us",
+            "GB/s",
+            "reading",
+            "fp16",
+            "expected",
+            "model"
+        )?;
         let mut results = Results {
             gpu: gpu.name.clone(),
             peak_bytes_per_second: peak.round(),
@@ -96,13 +105,13 @@ impl KernelBench {
                     worst.add(ratio, &rows[0]);
                     // Unless many are asked for, the model's choice is seen in the ratio.
                     for row in rows.iter().filter(|r| self.launches > 1 || r.used) {
-                        print_row(&results, row, ratio);
+                        print_row(&results, row, ratio)?;
                     }
                     results.kernels.extend(rows);
                 }
             }
         }
-        println!("\n{worst}");
+        outln!("\n{worst}")?;
         if let Some(path) = &self.json {
             results.write(path)?;
         }
@@ -110,10 +119,10 @@ impl KernelBench {
     }
 }
 
-fn print_row(results: &Results, row: &Kernel, ratio: f64) {
+fn print_row(results: &Results, row: &Kernel, ratio: f64) -> Result<(), Error> {
     let fp16 = results.fp16_us(row.rows, row.cols).filter(|_| row.batch == 1);
     let share = results.read_bytes_per_second.map_or(f64::NAN, |read| row.gb_per_s * 1e9 / read * 100.0);
-    println!(
+    outln!(
         "{:>10} {:>13} {:>4} {:>9.2} {:>9.0} {:>6.0}% {:>8} {:>9.2} {:>6.3}  {}registers {}{}",
         row.spec,
         format!("{}x{}", row.rows, row.cols),
@@ -127,7 +136,7 @@ fn print_row(results: &Results, row: &Kernel, ratio: f64) {
         row.launch.iter().map(|(name, value)| format!("{name} {value}, ")).collect::<String>(),
         row.registers,
         if row.used { ", used" } else { "" },
-    );
+    )
 }
 
 /// Time of the model's own choice, which is among `rows`, over the best.

@@ -182,7 +182,8 @@ impl Container {
             _ => {
                 let part = whole("split.no").map_or(0, |n| n + 1);
                 let ending = part_name("", part, count, "gguf");
-                let what = format!("is part {part} of {count}, but its name does not end in {ending}: give its name back");
+                let what =
+                    format!("is part {part} of {count}, but its name does not end in {ending}: give its name back");
                 return Err(Error::file(path, what));
             }
         };

@@ -30,20 +30,22 @@ use super::tensors::{Bytes, Entry, Kind, TensorDir};
 ///
 /// For architectures whose rope turns neighbouring elements, llama.cpp's converter interleaves the two halves of each
 /// head of q and k.
-const ARCHITECTURES: [(&str, &str, bool); 2] =
-    [("llama", "LlamaForCausalLM", true), ("qwen2", "Qwen2ForCausalLM", false)];
+const ARCHITECTURES: [(&str, &str, bool); 3] =
+    [("llama", "LlamaForCausalLM", true), ("qwen2", "Qwen2ForCausalLM", false), ("qwen3", "Qwen3ForCausalLM", false)];
 
 /// Tensors outside of blocks.
 const OUTER: [(&str, &str); 3] =
     [("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")];
 
 /// Tensors of a block.
-const INNER: [(&str, &str); 9] = [
+const INNER: [(&str, &str); 11] = [
     ("attn_norm", "input_layernorm"),
     ("attn_q", "self_attn.q_proj"),
     ("attn_k", "self_attn.k_proj"),
     ("attn_v", "self_attn.v_proj"),
     ("attn_output", "self_attn.o_proj"),
+    ("attn_q_norm", "self_attn.q_norm"),
+    ("attn_k_norm", "self_attn.k_norm"),
     ("ffn_norm", "post_attention_layernorm"),
     ("ffn_gate", "mlp.gate_proj"),
     ("ffn_up", "mlp.up_proj"),

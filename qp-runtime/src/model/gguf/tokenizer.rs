@@ -159,7 +159,8 @@ impl Gguf {
         let mut vocab = Map::new();
         for (id, token) in tokens.iter().enumerate() {
             if token.len() > LONGEST {
-                let what = format!("token {id} has {} bytes, more than {LONGEST}: convert the model again", token.len());
+                let what =
+                    format!("token {id} has {} bytes, more than {LONGEST}: convert the model again", token.len());
                 return Err(Error::file(self.path(), what));
             }
             if vocab.insert(token.clone(), json!(id)).is_some() {

@@ -1,0 +1,94 @@
+//! Writing files whole: beside their place and renamed, so that a full disk or a stop leaves what was there.
+
+use std::fs::{self, File};
+use std::io::{Error, ErrorKind, Result, Write};
+use std::path::{Path, PathBuf};
+
+/// Writes the file `path`, replacing it at once or not at all; folders on the way are made. A link is followed to the
+/// file that it names. What is no regular file (a pipe, `/dev/stdout`) is written to as it is.
+///
+/// # Errors
+/// If it cannot be written, is a directory, or is a link to nothing.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let path = &target(path)?;
+    if fs::metadata(path).is_ok_and(|m| !m.is_file()) {
+        return File::options().write(true).open(path)?.write_all(bytes);
+    }
+    let folder = folder(path);
+    fs::create_dir_all(folder)?;
+    let mut new = tempfile::Builder::new();
+    // As any file that a program makes, with the process's mask taken off; temporary ones are private by default.
+    #[cfg(unix)]
+    new.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = new.tempfile_in(folder)?;
+    file.write_all(bytes)?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|e| e.error)?;
+    Ok(())
+}
+
+/// What can be seen beforehand: whether [`write()`] is likely to succeed. To be asked before long work.
+///
+/// # Errors
+/// As [`write()`], and if the folder cannot be written.
+pub fn check(path: &Path) -> Result<()> {
+    let path = &target(path)?;
+    if fs::metadata(path).is_ok_and(|m| !m.is_file()) {
+        return File::options().write(true).open(path).map(drop);
+    }
+    let folder = folder(path);
+    fs::create_dir_all(folder)?;
+    tempfile::tempfile_in(folder).map(drop)
+}
+
+/// The place that `path` means: what a link names, itself otherwise.
+///
+/// # Errors
+/// If it is a link to nothing, or a directory.
+fn target(path: &Path) -> Result<PathBuf> {
+    if dangles(path) {
+        return Err(Error::new(ErrorKind::NotFound, "it is a link to nothing: remove it, or make what it names"));
+    }
+    if path.is_dir() {
+        return Err(Error::new(ErrorKind::IsADirectory, "it is a directory: give the name of a file"));
+    }
+    if path.is_symlink() { fs::canonicalize(path) } else { Ok(path.to_owned()) }
+}
+
+/// True if `path` is a link whose end is not there.
+pub fn dangles(path: &Path) -> bool {
+    path.is_symlink() && !path.exists()
+}
+
+fn folder(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_links_and_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        write(&at("new/folder/file"), b"1").unwrap();
+        assert_eq!(fs::read(at("new/folder/file")).unwrap(), b"1");
+        write(&at("new/folder/file"), b"2").unwrap();
+        assert_eq!(fs::read_dir(at("new/folder")).unwrap().count(), 1, "nothing is left beside it");
+        assert!(write(&at("new"), b"").unwrap_err().to_string().contains("is a directory"));
+        #[cfg(unix)]
+        {
+            std::os::unix::fs::symlink(at("new/folder/file"), at("link")).unwrap();
+            write(&at("link"), b"3").unwrap();
+            assert!(at("link").is_symlink() && fs::read(at("new/folder/file")).unwrap() == b"3");
+            std::os::unix::fs::symlink(at("nowhere"), at("dangling")).unwrap();
+            for result in [check(&at("dangling")), write(&at("dangling"), b"")] {
+                assert!(result.unwrap_err().to_string().contains("link to nothing"));
+            }
+            // A device stays one.
+            write(Path::new("/dev/null"), b"4").unwrap();
+            assert!(!fs::metadata("/dev/null").unwrap().is_file());
+        }
+    }
+}

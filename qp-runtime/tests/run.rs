@@ -61,7 +61,7 @@ fn failures_of_the_work_exit_with_1() {
     };
     let none = dir.path().join("none").to_str().unwrap().to_owned();
     let latin = file("latin", b"abc\xE9def");
-    let short = file("short", b"In the beginning");
+    let one = file("one", b".");
     let long = "word ".repeat(2000);
     for (args, part) in [
         (vec!["generate", &none, "-p", "a"], "none: No such file"),
@@ -69,8 +69,8 @@ fn failures_of_the_work_exit_with_1() {
         (vec!["generate", MODEL, "-p", &long], "the model's context ends at 1024"),
         (vec!["eval", MODEL, "--text", &none], "none: No such file"),
         (vec!["eval", MODEL, "--text", &latin], "latin is not UTF-8 (byte 3)"),
-        (vec!["eval", MODEL, "--text", &short], "fewer than one window of 256"),
-        (vec!["eval", MODEL, "--text", &short, "--window", "5000"], "the model's context ends at 1024"),
+        (vec!["eval", MODEL, "--text", &one], "fewer than one window of 256"),
+        (vec!["eval", MODEL, "--text", "/dev/zero"], "cannot read /dev/zero: it is a device"),
     ] {
         let (message, code) = fails(&args);
         assert!(message.starts_with("error: ") && message.contains(part), "{args:?}: {message}");
@@ -92,4 +92,54 @@ fn bad_flags_exit_with_2() {
     ] {
         assert_eq!(fails(&args).1, 2, "{args:?}");
     }
+}
+
+#[test]
+fn windows_fit_the_model_and_the_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("text");
+    let valid = std::fs::read_to_string(Path::new(MODEL).join("valid.txt")).unwrap();
+    std::fs::write(&path, &valid[..6000]).unwrap();
+    let o = qp(&["eval", MODEL, "--text", path.to_str().unwrap(), "--window", "5000", "--json"]);
+    let json: serde_json::Value = serde_json::from_slice(&o.stdout).unwrap();
+    assert_eq!(json["window"], 1024, "{}", text(&o.stderr));
+    assert!(text(&o.stderr).starts_with("note: the window is 1024 tokens, not 5000: the model's context has no more"));
+    // A byte order mark is no text; `-` is standard input.
+    let with_mark = [b"\xef\xbb\xbf", "In the beginning God created".as_bytes()].concat();
+    let run = |bytes: &[u8]| {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_qp"))
+            .args(["eval", MODEL, "--text", "-", "--json", "--threads", "1"])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), bytes).unwrap();
+        let o = child.wait_with_output().unwrap();
+        let json: serde_json::Value = serde_json::from_slice(&o.stdout).unwrap();
+        (json["loss"].clone(), json["tokens"].clone())
+    };
+    assert_eq!(run(&with_mark), run(&with_mark[3..]));
+}
+
+/// What is written where nobody reads, or nothing can be written.
+#[cfg(target_os = "linux")]
+#[test]
+fn closed_pipes_and_full_disks() {
+    let plan = ["doctor"];
+    let mut child = Command::new(env!("CARGO_BIN_EXE_qp"))
+        .args(plan)
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let o = child.wait_with_output().unwrap();
+    assert_eq!((o.status.code(), text(&o.stderr)), (Some(0), ""));
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let o = Command::new(env!("CARGO_BIN_EXE_qp")).args(plan).stdout(full).output().unwrap();
+    assert_eq!(o.status.code(), Some(1));
+    assert!(text(&o.stderr).starts_with("error: cannot write to standard output: No space"), "{}", text(&o.stderr));
+    let o = qp(&["sensitivity", MODEL, "-o", "/dev/full", "--quick", "--tokens", "2", "--sequences", "1"]);
+    assert_eq!(o.status.code(), Some(1), "{}", text(&o.stderr));
 }

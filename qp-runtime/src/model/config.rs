@@ -11,6 +11,8 @@ use super::keys::{Keys, shown};
 
 /// Largest size that a model may have in any direction.
 pub const MOST: usize = 1 << 28;
+/// Widest head.
+const MOST_HEAD: usize = 1 << 16;
 /// Most decoder layers.
 const MOST_LAYERS: usize = 1 << 12;
 
@@ -235,6 +237,10 @@ impl Config {
         let head_dim = size("head_dim", by_default)?;
         if !head_dim.is_multiple_of(2) {
             return Err(Error::file(path, format!("head_dim is {head_dim}: rotary embedding needs an even one")));
+        }
+        // Each pair of a head's elements has a frequency of its own.
+        if head_dim > MOST_HEAD {
+            return Err(Error::file(path, format!("head_dim is {head_dim}: expected at most {MOST_HEAD}")));
         }
         // Widths of q and of the keys: products of two sizes, which are sizes too.
         if heads.checked_mul(head_dim).is_none_or(|n| n > MOST) {

@@ -18,7 +18,7 @@ use super::{ROTATE, kernels, rounded};
 use crate::checkpoint::Checkpoint;
 use crate::cli::Error;
 use crate::cli::device::{Device, open};
-use crate::cli::output::write;
+use crate::cli::output::{out, outln, write};
 use crate::device::{DeviceError, Executor};
 use crate::engine::Precision;
 use crate::engine::cuda::layout::{Form, Layout};
@@ -83,12 +83,12 @@ impl EngineBench {
     /// No device, a model or plan that cannot be read, a failing device.
     pub(super) fn run(self) -> Result<(), Error> {
         if self.start {
-            println!("{}", serde_json::to_string(&self.start()?)?);
+            outln!("{}", serde_json::to_string(&self.start()?)?)?;
             return Ok(());
         }
         let report = self.measure()?;
         let text = report.text();
-        print!("{text}");
+        out!("{text}")?;
         if let Some(path) = &self.out {
             write(path, &text)?;
         }

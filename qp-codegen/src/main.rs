@@ -178,9 +178,16 @@ fn print_out(text: &str) -> Result<(), Failure> {
 
 fn check(files: &[PathBuf], trained: bool) -> Result<(), Failure> {
     let (mut errors, mut warnings) = (0, 0);
+    let (mut quantizers, mut fusions) = (0, 0);
     for file in files {
         let found = match spec::load_file(file) {
             Ok(library) => {
+                quantizers += library.quantizers.len();
+                fusions += library.fusions.len();
+                if library.quantizers.is_empty() && library.fusions.is_empty() {
+                    eprintln!("warning: {} defines no quantizer and no fusion", file.display());
+                    warnings += 1;
+                }
                 let mut found = library.warnings;
                 if trained {
                     let arg = |q: &Quantizer| format!("{}:{}", file.display(), q.name);
@@ -199,7 +206,11 @@ fn check(files: &[PathBuf], trained: bool) -> Result<(), Failure> {
     if errors + warnings > 0 {
         eprintln!("{}, {}", count(errors, "error"), count(warnings, "warning"));
     }
-    if errors > 0 { Err(Failure::Specs(Diagnostics::default())) } else { Ok(()) }
+    if errors > 0 {
+        return Err(Failure::Specs(Diagnostics::default()));
+    }
+    let fusions = if fusions > 0 { format!(", {}", count(fusions, "fusion")) } else { String::new() };
+    print_out(&format!("ok: {}{fusions}\n", count(quantizers, "quantizer")))
 }
 
 fn fmt(files: &[PathBuf], check: bool) -> Result<(), Failure> {

@@ -17,7 +17,13 @@ fn example(name: &str) -> String {
 
 #[test]
 fn check_counts_errors_and_warnings() {
-    assert_eq!(run(&["check", &example("pass/minimal.qspec")]), (String::new(), String::new(), 0));
+    assert_eq!(run(&["check", &example("pass/minimal.qspec")]), ("ok: 1 quantizer\n".to_owned(), String::new(), 0));
+    let folder = tempfile::tempdir().unwrap();
+    let empty = folder.path().join("empty.qspec").display().to_string();
+    fs::write(&empty, "\u{feff}// nothing yet\n").unwrap();
+    let (said, told, code) = run(&["check", &empty]);
+    assert_eq!((said.as_str(), code), ("ok: 0 quantizers\n", 0));
+    assert_eq!(told, format!("warning: {empty} defines no quantizer and no fusion\n0 errors, 1 warning\n"));
     let (_, told, code) = run(&["check", &example("pass/warnings.qspec")]);
     assert!(told.ends_with("0 errors, 6 warnings\n") && code == 0, "{told}");
     let (_, told, code) = run(&["check", &example("fail/several_errors.qspec"), &example("pass/minimal.qspec")]);

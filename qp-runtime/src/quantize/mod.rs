@@ -67,7 +67,7 @@ pub enum Error {
         "layer '{layer}': its weights are too large to be rotated (row {row} overflows); the model is damaged: get it \
          again, or leave the layer as it is with \"{layer}\" = \"keep\" in the plan"
     )]
-    TooLarge {
+    Overflow {
         /// The layer as a plan names it.
         layer: String,
         /// The first row, from 0.

@@ -333,7 +333,7 @@ fn load(source: &TensorDir, tensor: &str, layer: &str, q: &Quantizer, shape: Sha
     // What is stored is finite.
     let rows: Vec<bool> = rows.collect();
     match rows.iter().position(|finite| !finite) {
-        Some(row) => Err(Error::TooLarge { layer: layer.to_owned(), row }),
+        Some(row) => Err(Error::Overflow { layer: layer.to_owned(), row }),
         None => Ok(w),
     }
 }

@@ -11,6 +11,7 @@
 //! with the files of `tests/corpus/TARGET` and what the target itself names; each is changed a few times, and parts of
 //! others are put into it. The same seed gives the same inputs, whatever the number of threads.
 
+mod files;
 mod mutate;
 mod specs;
 
@@ -26,6 +27,7 @@ use std::time::{Duration, Instant};
 use mutate::Mutator;
 
 /// Something that reads inputs.
+#[derive(Clone, Copy)]
 pub struct Target {
     /// Its name, that of its folder in `tests/corpus`.
     pub name: &'static str,
@@ -39,7 +41,7 @@ pub struct Target {
 
 /// Every target.
 fn targets() -> Vec<Target> {
-    specs::targets()
+    [specs::targets(), files::targets()].concat()
 }
 
 /// Longest that an input may take.

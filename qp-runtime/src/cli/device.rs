@@ -30,7 +30,7 @@ pub enum Device {
 pub fn open_model(dir: &Path, device: Device) -> Result<(Model, Option<Executor>), super::Error> {
     std::thread::scope(|scope| {
         let on = scope.spawn(|| open(device));
-        let model = Model::open(dir);
+        let model = super::model::open(dir);
         let on = on.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         Ok((model?, on?))
     })

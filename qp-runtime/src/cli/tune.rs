@@ -9,6 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use qp_codegen::kernels::product::MAX_BATCH;
 
 use super::Error;
+use super::output::outln;
 use crate::check::synthetic::Random;
 use crate::checkpoint::Checkpoint;
 use crate::device::ops::DeviceMatrix;
@@ -55,7 +56,7 @@ impl Tune {
         let on = Executor::cuda(self.gpu)?;
         let start = Instant::now();
         let done = tune_all(&on, &layout, &self.tokens)?;
-        println!("{done} products of {} in {:.1} s", self.model.display(), start.elapsed().as_secs_f64());
+        outln!("{done} products of {} in {:.1} s", self.model.display(), start.elapsed().as_secs_f64())?;
         Ok(())
     }
 }

@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::{ROTATE, rounded};
 use crate::check::synthetic::Random;
 use crate::cli::Error;
-use crate::cli::output::write;
+use crate::cli::output::{outln, write};
 use crate::device::attend::{AppendInputs, AppendKernel, AttendKernel, Queries, Tokens};
 use crate::device::ops::Faults;
 use crate::device::{Buffer, DeviceError, Executor};
@@ -103,23 +103,23 @@ impl AttentionBench {
     pub fn run(self) -> Result<(), Error> {
         let on = Executor::cuda(self.gpu)?;
         let gpu = on.gpu().map(|gpu| gpu.name.clone()).unwrap_or_default();
-        println!("{gpu}; {} heads of {} on {} of keys and values", self.heads, self.head_dim, self.kv_heads);
-        println!(
+        outln!("{gpu}; {} heads of {} on {} of keys and values", self.heads, self.head_dim, self.kv_heads)?;
+        outln!(
             "{:>14} {:>4} {:>6} {:>7} {:>10} {:>7} {:>7} {:>9} {:>7}",
             "what", "bits", "tokens", "context", "us", "GB/s", "TOP/s", "registers", "spilled"
-        );
+        )?;
         let mut rows = Vec::new();
         for &planes in &self.planes {
             let cache = Cache { kv_heads: self.kv_heads, head_dim: self.head_dim, planes };
             for &(tokens, context) in &self.steps {
                 for row in measure_few(&on, self.heads, cache, tokens, context, ROTATE)? {
-                    self.print(&row);
+                    self.print(&row)?;
                     rows.push(row);
                 }
             }
             for &prompt in &self.prompts {
                 for row in measure_prompt(&on, self.heads, cache, prompt)? {
-                    self.print(&row);
+                    self.print(&row)?;
                     rows.push(row);
                 }
             }
@@ -131,16 +131,16 @@ impl AttentionBench {
         Ok(())
     }
 
-    fn print(&self, row: &Row) {
+    fn print(&self, row: &Row) -> Result<(), Error> {
         let Row { what, bits, tokens, context, us, gb_per_s, tops, registers, spilled } = row;
         let layers = if *tokens > few::MAX_TOKENS {
             format!("  {:.1} ms in {} layers", us * f64::from(self.layers) / 1e3, self.layers)
         } else {
             String::new()
         };
-        println!(
+        outln!(
             "{what:>14} {bits:>4} {tokens:>6} {context:>7} {us:>10.2} {gb_per_s:>7.0} {tops:>7.0} {registers:>9} {spilled:>7}{layers}"
-        );
+        )
     }
 }
 

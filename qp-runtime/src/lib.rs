@@ -1,6 +1,7 @@
 //! Quantize a language model with `.qspec` quantizers and run it on CPU or GPU.
 
 pub mod allocate;
+pub mod chat;
 pub mod check;
 pub mod checkpoint;
 pub mod cli;
@@ -16,6 +17,7 @@ pub mod model;
 pub mod output;
 pub mod plan;
 pub mod quantize;
+pub mod serve;
 pub mod svg;
 
 // So that the paths which derives write work in this crate too.

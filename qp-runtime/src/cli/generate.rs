@@ -1,11 +1,17 @@
 //! `qp generate`: continue a text.
 
-use std::io::{ErrorKind, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
+use serde_json::json;
+
+use super::chat::say_answer;
 use super::device::{Device, open_model, open_session};
-use crate::engine::{self, Sampler, Sampling, Stop};
+use super::output;
+use crate::chat::{Chat, Options};
+use crate::device::Executor;
+use crate::engine::{self, Generated, Sampler, Sampling, Stop};
+use crate::model::{Files, Model};
 
 /// Continue a text, printed as it is produced.
 #[derive(Debug, clap::Args)]
@@ -18,6 +24,19 @@ pub struct Generate {
     /// Tokens to produce at most.
     #[arg(long = "tokens", short = 'n', value_name = "COUNT", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
     count: u32,
+    #[command(flatten)]
+    drawing: Drawing,
+    /// Take the prompt for a question and answer it, by the model's chat template.
+    #[arg(long)]
+    chat: bool,
+    /// Where to run.
+    #[arg(long, value_enum, default_value = "auto")]
+    device: Device,
+}
+
+/// How tokens are drawn.
+#[derive(Debug, clap::Args)]
+pub(super) struct Drawing {
     /// Divides the logits before drawing; 0 always takes the most likely token.
     #[arg(long, default_value_t = 0.0, value_parser = temperature)]
     temperature: f32,
@@ -36,9 +55,20 @@ pub struct Generate {
     /// Seed of the draws: equal seeds give equal texts.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Where to run.
-    #[arg(long, value_enum, default_value = "auto")]
-    device: Device,
+}
+
+impl Drawing {
+    /// A sampler that draws so.
+    pub(super) fn sampler(&self) -> Sampler {
+        self.sampler_of(0)
+    }
+
+    /// As [`Drawing::sampler`], by a seed that differs by `more`.
+    pub(super) fn sampler_of(&self, more: u64) -> Sampler {
+        let Drawing { temperature, top_k, top_p, min_p, repetition_penalty, seed } = *self;
+        let seed = seed.wrapping_add(more);
+        Sampler::with_penalty(Sampling { temperature, top_k, top_p, min_p, seed }, repetition_penalty)
+    }
 }
 
 fn temperature(text: &str) -> Result<f32, String> {
@@ -69,6 +99,9 @@ impl Generate {
     /// If the model cannot be opened, or prompt and tokens do not fit its context.
     pub fn run(self) -> Result<(), super::Error> {
         let (mut model, on) = open_model(&self.model, self.device)?;
+        if self.chat {
+            return self.answer(model, on.as_ref());
+        }
         let mut prompt = model.tokenizer.encode(&self.prompt)?;
         if prompt.is_empty() {
             prompt.extend(model.config.bos);
@@ -79,58 +112,46 @@ impl Generate {
         let end = std::mem::take(&mut model.config.eos);
         let tokenizer = model.tokenizer.clone();
         let mut session = open_session(model, on.as_ref(), prompt.len() + self.count as usize - 1)?;
-        let sampling = Sampling {
-            temperature: self.temperature,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            seed: self.seed,
-        };
 
-        let mut output = Output::new();
-        output.print(&self.prompt)?;
+        output::print(format_args!("{}", self.prompt))?;
         let mut text = tokenizer.stream(&prompt);
-        let mut sampler = Sampler::with_penalty(sampling, self.repetition_penalty);
+        let mut sampler = self.drawing.sampler();
         let done = engine::generate(&mut session, &prompt, self.count as usize, &end, &mut sampler, |token| {
-            output.print(&text.push(token)?)?;
-            Ok::<_, super::Error>(if output.closed { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+            output::print(format_args!("{}", text.push(token)?))?;
+            Ok::<_, super::Error>(if output::closed() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         })?;
-        output.print(&text.finish()?)?;
-        output.print("\n")?;
+        output::print(format_args!("{}\n", text.finish()?))?;
         if done.stop == Stop::Caller {
             return Ok(());
         }
-        eprintln!(
-            "prompt: {} tokens in {:.2} s; then {} tokens at {:.1} tokens/s{}",
-            prompt.len(),
-            done.prefill.as_secs_f64(),
-            done.tokens.len(),
-            done.rate(),
-            if done.stop == Stop::End { " (end of text)" } else { "" },
-        );
+        report(prompt.len(), &done);
+        Ok(())
+    }
+
+    /// Answers the prompt as a question.
+    fn answer(self, model: Model, on: Option<&Executor>) -> Result<(), super::Error> {
+        let chat = Chat::open(&Files::open(&self.model)?, &model.tokenizer, &model.config.eos)?;
+        let tokenizer = model.tokenizer.clone();
+        let question = json!({"role": "user", "content": self.prompt});
+        let (_, prompt) = chat.prompt(&tokenizer, &[question], &Options::default())?;
+        let count = self.count as usize;
+        let mut session = open_session(model, on, prompt.len() + count - 1)?;
+        let mut sampler = self.drawing.sampler();
+        let (_, done) = say_answer(&mut session, &tokenizer, &chat, &prompt, count, &mut sampler, || false)?;
+        if !output::closed() {
+            report(prompt.len(), &done);
+        }
         Ok(())
     }
 }
 
-/// Standard output. A reader that went away (`qp generate … | head`) ends the work without an error.
-struct Output {
-    out: std::io::Stdout,
-    closed: bool,
-}
-
-impl Output {
-    fn new() -> Self {
-        Output { out: std::io::stdout(), closed: false }
-    }
-
-    fn print(&mut self, text: &str) -> std::io::Result<()> {
-        let mut out = self.out.lock();
-        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-            Err(e) if e.kind() == ErrorKind::BrokenPipe => {
-                self.closed = true;
-                Ok(())
-            }
-            other => other,
-        }
-    }
+/// Says how fast it went.
+fn report(prompt: usize, done: &Generated) {
+    output::say(&format!(
+        "prompt: {prompt} tokens in {:.2} s; then {} tokens at {:.1} tokens/s{}\n",
+        done.prefill.as_secs_f64(),
+        done.tokens.len(),
+        done.rate(),
+        if done.stop == Stop::End { " (end of text)" } else { "" },
+    ));
 }

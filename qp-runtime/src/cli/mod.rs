@@ -1,6 +1,7 @@
 //! The `qp` command line: one file a command.
 
 mod bench;
+mod chat;
 mod check_gpu;
 mod device;
 mod doctor;
@@ -14,6 +15,7 @@ mod plan;
 mod profile;
 mod quantize;
 mod sensitivity;
+mod serve;
 mod train_codebook;
 mod tune;
 
@@ -37,6 +39,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Bench(bench::Bench),
+    Chat(chat::ChatCommand),
     CheckGpu(check_gpu::CheckGpu),
     Doctor(doctor::Doctor),
     Eval(eval::Eval),
@@ -46,6 +49,7 @@ enum Command {
     Profile(profile::ProfileCommand),
     Quantize(quantize::Quantize),
     Sensitivity(sensitivity::Sensitivity),
+    Serve(serve::Serve),
     TrainCodebook(train_codebook::TrainCodebook),
     Tune(tune::Tune),
 }
@@ -64,6 +68,7 @@ pub fn main() -> ExitCode {
     }
     let result = match cli.command {
         Command::Bench(c) => c.run(),
+        Command::Chat(c) => c.run(),
         Command::CheckGpu(c) => c.run(),
         Command::Doctor(c) => c.run(),
         Command::Eval(c) => c.run(),
@@ -73,6 +78,7 @@ pub fn main() -> ExitCode {
         Command::Profile(c) => c.run(),
         Command::Quantize(c) => c.run(),
         Command::Sensitivity(c) => c.run(),
+        Command::Serve(c) => c.run(),
         Command::TrainCodebook(c) => c.run(),
         Command::Tune(c) => c.run(),
     };

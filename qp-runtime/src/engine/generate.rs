@@ -39,7 +39,7 @@ impl Generated {
     }
 }
 
-/// Starts a new sequence with `prompt` and appends up to `count` tokens; `on_token` sees each as it is chosen.
+/// Begins with `prompt`, of which the session may have computed a part already, and appends up to `count` tokens; `on_token` sees each as it is chosen.
 /// A token of `end` ends the text and is not given to `on_token`.
 ///
 /// # Errors
@@ -63,7 +63,6 @@ pub fn generate<E: From<Error>>(
     let start = Instant::now();
     let mut out = Generated { tokens: Vec::new(), stop: Stop::Count, prefill: Duration::ZERO, decode: Duration::ZERO };
     let mut logits = Vec::new();
-    session.truncate(0);
     sampler.saw(prompt);
     let mut next = |session: &mut Session, tokens: &[u32]| {
         if sampler.is_greedy() {
@@ -75,7 +74,8 @@ pub fn generate<E: From<Error>>(
         session.forward(tokens, Logits::Last, &mut logits)?;
         sampler.next(&logits)
     };
-    let mut token = next(session, prompt)?;
+    let rest = session.keep_common(prompt);
+    let mut token = next(session, rest)?;
     while out.tokens.len() < count {
         if out.tokens.is_empty() {
             out.prefill = start.elapsed();

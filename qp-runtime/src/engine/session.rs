@@ -7,14 +7,14 @@ pub struct Session {
     engine: Box<dyn Engine>,
     pool: Pool,
     pages: Vec<u32>,
-    position: usize,
+    tokens: Vec<u32>,
 }
 
 impl Session {
     /// An empty sequence, which may take all pages of `engine`.
     pub fn new(engine: Box<dyn Engine>) -> Self {
         let pool = Pool::new(engine.pages());
-        Session { engine, pool, pages: Vec::new(), position: 0 }
+        Session { engine, pool, pages: Vec::new(), tokens: Vec::new() }
     }
 
     /// Tokens that the model knows: the length of a row of logits.
@@ -34,15 +34,24 @@ impl Session {
 
     /// Tokens of the sequence so far.
     pub fn position(&self) -> usize {
-        self.position
+        self.tokens.len()
     }
 
     /// Shortens the sequence to its first `position` tokens; no effect if it is not longer.
     pub fn truncate(&mut self, position: usize) {
-        self.position = self.position.min(position);
-        for page in self.pages.drain(self.position.div_ceil(PAGE)..) {
+        self.tokens.truncate(position);
+        for page in self.pages.drain(self.tokens.len().div_ceil(PAGE)..) {
             self.pool.release(page);
         }
+    }
+
+    /// Shortens the sequence to what it has in common with the beginning of `tokens`, and gives the rest of these: what
+    /// is to be appended so that the sequence is `tokens`. The last token is always among the rest.
+    pub fn keep_common<'t>(&mut self, tokens: &'t [u32]) -> &'t [u32] {
+        let same = self.tokens.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+        let same = same.min(tokens.len().saturating_sub(1));
+        self.truncate(same);
+        &tokens[same..]
     }
 
     /// Appends `tokens` to the sequence and writes the wanted logits to `out`, replacing what it held:
@@ -80,7 +89,7 @@ impl Session {
         logits: Logits,
         run: impl FnOnce(&mut dyn Engine, Chunk<'_>) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let (end, context) = (self.position + tokens.len(), self.context());
+        let (end, context) = (self.tokens.len() + tokens.len(), self.context());
         if end > context {
             return Err(Error::Context { wanted: end, context });
         }
@@ -88,9 +97,9 @@ impl Session {
             // There are as many as the context takes.
             self.pages.extend(self.pool.take());
         }
-        let chunk = Chunk { tokens, position: self.position, pages: &self.pages, logits };
+        let chunk = Chunk { tokens, position: self.tokens.len(), pages: &self.pages, logits };
         run(self.engine.as_mut(), chunk)?;
-        self.position = end;
+        self.tokens.extend_from_slice(tokens);
         Ok(())
     }
 }

@@ -3,6 +3,8 @@
 //! `tokenizer.json` says almost everything. As in transformers, tokens that only `tokenizer_config.json` (or, where that
 //! lists none, `added_tokens.json` and `special_tokens_map.json`) know are added to it.
 
+use std::borrow::Borrow;
+use std::collections::HashMap;
 use std::path::Path;
 
 use serde_json::Value;
@@ -216,6 +218,56 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// Tokens of a prompt that has its special tokens written out: the tokenizer adds none.
+    ///
+    /// # Errors
+    /// If the tokenizer has no tokens for some part of the text.
+    pub fn encode_exact(&self, text: &str) -> Result<Vec<u32>, Error> {
+        let encoding = self.0.encode_fast(text, false).map_err(|e| Error::Tokenizer(e.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The number of the token that is written `text`, a special one for instance.
+    pub fn id(&self, text: &str) -> Option<u32> {
+        self.0.token_to_id(text)
+    }
+
+    /// True if the token marks something and is no text.
+    pub fn is_special(&self, token: u32) -> bool {
+        self.0.get_added_tokens_decoder().get(&token).is_some_and(|t| t.special)
+    }
+
+    /// One more than the largest number of a token.
+    pub fn size(&self) -> usize {
+        self.0.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1)
+    }
+
+    /// The bytes that each token stands for, by its number; a special token's are its name after the byte 255, which no
+    /// text has. Numbers without a token have none.
+    pub fn all_bytes(&self) -> Vec<Vec<u8>> {
+        let decoder = self.0.get_decoder().and_then(|d| serde_json::to_string(d).ok()).unwrap_or_default();
+        let level = decoder.contains("\"ByteLevel\"").then(byte_level);
+        let special = self.0.get_added_tokens_decoder();
+        let mut all = vec![Vec::new(); self.size()];
+        for (token, id) in self.0.get_vocab(true) {
+            all[id as usize] = match (special.get(&id), &level) {
+                (Some(added), _) if added.special => [b"\xff", token.as_bytes()].concat(),
+                (Some(_), _) => token.into_bytes(),
+                (None, Some(level)) => {
+                    let bytes: Option<Vec<u8>> = token.chars().map(|c| level.get(&c).copied()).collect();
+                    bytes.unwrap_or_else(|| token.into_bytes())
+                }
+                (None, None) => match token.strip_prefix("<0x").and_then(|t| t.strip_suffix('>')) {
+                    Some(hex) if hex.len() == 2 && u8::from_str_radix(hex, 16).is_ok() => {
+                        u8::from_str_radix(hex, 16).map(|b| vec![b]).unwrap_or_default()
+                    }
+                    _ => token.replace('\u{2581}', " ").into_bytes(),
+                },
+            };
+        }
+        all
+    }
+
     /// Text of `tokens`, without special tokens. Bytes that are no UTF-8 become U+FFFD.
     ///
     /// # Errors
@@ -225,10 +277,8 @@ impl Tokenizer {
     }
 
     /// Decodes the tokens that follow `prompt` one by one.
-    pub fn stream(&self, prompt: &[u32]) -> TextStream<'_> {
-        // A few tokens of context settle whether a leading space is part of the text.
-        let context = &prompt[prompt.len().saturating_sub(6)..];
-        TextStream { tokenizer: self, tokens: context.to_vec(), done: context.len() }
+    pub fn stream(&self, prompt: &[u32]) -> TextStream<&Tokenizer> {
+        TextStream::new(self, prompt)
     }
 }
 
@@ -252,17 +302,50 @@ fn added(keys: &Keys, key: &str, value: &Value) -> Result<AddedToken, Error> {
         .normalized(truth("normalized").unwrap_or(!special)))
 }
 
+/// The byte that each character of a byte-level token stands for: printable Latin-1 characters stand for themselves,
+/// the other bytes for the characters from U+0100 on, in their order.
+fn byte_level() -> HashMap<char, u8> {
+    let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let mut next = 0x100;
+    let mut map = HashMap::new();
+    for byte in 0..=u8::MAX {
+        let c = if printable(byte) {
+            Some(char::from(byte))
+        } else {
+            next += 1;
+            char::from_u32(next - 1)
+        };
+        map.extend(c.map(|c| (c, byte)));
+    }
+    map
+}
+
 /// Text of tokens as they come. A character whose bytes lie in several tokens comes with the last of them.
+///
+/// All texts joined are what [`Tokenizer::decode`] makes of all tokens, unless more than [`PENDING`] tokens in a row
+/// leave a character open, which no text does.
 #[derive(Debug)]
-pub struct TextStream<'a> {
-    tokenizer: &'a Tokenizer,
-    /// Context, then tokens whose text has not come out yet.
+pub struct TextStream<T> {
+    tokenizer: T,
+    /// Context, then tokens whose text has not come out whole.
     tokens: Vec<u32>,
     /// Length of the context.
     done: usize,
+    /// Bytes of the tokens' text after the context that came out already.
+    given: usize,
 }
 
-impl TextStream<'_> {
+/// Tokens that may wait for the end of a character.
+const PENDING: usize = 16;
+
+impl<T: Borrow<Tokenizer>> TextStream<T> {
+    /// Decodes the tokens that follow `prompt`.
+    pub fn new(tokenizer: T, prompt: &[u32]) -> Self {
+        // A few tokens of context settle whether a leading space is part of the text.
+        let context = &prompt[prompt.len().saturating_sub(6)..];
+        TextStream { tokenizer, tokens: context.to_vec(), done: context.len(), given: 0 }
+    }
+
     /// Adds a token; the text that is now certain, which may be empty.
     ///
     /// # Errors
@@ -270,12 +353,19 @@ impl TextStream<'_> {
     pub fn push(&mut self, token: u32) -> Result<String, Error> {
         self.tokens.push(token);
         let text = self.pending()?;
-        if text.is_empty() || text.ends_with(char::REPLACEMENT_CHARACTER) {
-            return Ok(String::new());
+        // An incomplete character at the end is one U+FFFD.
+        let open = text.ends_with(char::REPLACEMENT_CHARACTER) && self.tokens.len() - self.done < PENDING;
+        if open || text.is_empty() {
+            let certain = text.len() - if open { char::REPLACEMENT_CHARACTER.len_utf8() } else { 0 };
+            let new = text.get(self.given..certain).unwrap_or_default().to_owned();
+            self.given += new.len();
+            return Ok(new);
         }
+        let new = text.get(self.given..).unwrap_or_default().to_owned();
         self.tokens.drain(..self.done);
         self.done = self.tokens.len();
-        Ok(text)
+        self.given = 0;
+        Ok(new)
     }
 
     /// The text of what is left, incomplete characters as U+FFFD.
@@ -283,14 +373,82 @@ impl TextStream<'_> {
     /// # Errors
     /// If the tokenizer's decoder fails.
     pub fn finish(self) -> Result<String, Error> {
-        self.pending()
+        Ok(self.pending()?.get(self.given..).unwrap_or_default().to_owned())
     }
 
+    /// The text after the context's.
     fn pending(&self) -> Result<String, Error> {
-        let before = self.tokenizer.decode(&self.tokens[..self.done])?;
-        let all = self.tokenizer.decode(&self.tokens)?;
+        let tokenizer = self.tokenizer.borrow();
+        let before = tokenizer.decode(&self.tokens[..self.done])?;
+        let all = tokenizer.decode(&self.tokens)?;
         // Usually `before` is a prefix of `all`; a decoder that tidies up spaces may still change its end.
         let same = before.chars().zip(all.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum();
         Ok(all[same..].to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The bundled model's byte-level tokenizer.
+    fn bundled() -> Tokenizer {
+        Tokenizer::read(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../models/kjv-llama"))).unwrap()
+    }
+
+    fn streamed(tokenizer: &Tokenizer, prompt: &[u32], tokens: &[u32]) -> (Vec<String>, String) {
+        let mut stream = tokenizer.stream(prompt);
+        let mut texts: Vec<String> = tokens.iter().map(|&t| stream.push(t).unwrap()).collect();
+        texts.push(stream.finish().unwrap());
+        let all = texts.concat();
+        (texts, all)
+    }
+
+    #[test]
+    fn a_stream_joins_to_the_whole_text() {
+        let tokenizer = bundled();
+        // The tokenizer has one token a byte for what its training text has not.
+        for text in ["And it came to pass", "naïve café 😀😀 日本語 end", "\u{fffd}\u{fffd}a", "😀"] {
+            let tokens = tokenizer.encode_exact(text).unwrap();
+            let (texts, all) = streamed(&tokenizer, &[], &tokens);
+            assert_eq!(all, text);
+            let early = texts.iter().filter(|t| t.contains(char::REPLACEMENT_CHARACTER)).count();
+            assert!(early == 0 || text.contains(char::REPLACEMENT_CHARACTER), "{texts:?}");
+        }
+        // Random tokens: bytes that are no UTF-8 among them, mixed with whole words.
+        let mut state = 1u64;
+        let mut next = |n: u64| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) % n
+        };
+        for _ in 0..300 {
+            let tokens: Vec<u32> = (0..12).map(|_| if next(2) == 0 { next(300) } else { next(2048) } as u32).collect();
+            let (prompt, tokens) = tokens.split_at(2);
+            let (_, all) = streamed(&tokenizer, &[], tokens);
+            assert_eq!(all, tokenizer.decode(tokens).unwrap(), "{tokens:?}");
+            streamed(&tokenizer, prompt, tokens);
+        }
+    }
+
+    #[test]
+    fn bytes_of_tokens_join_to_the_text() {
+        let tokenizer = bundled();
+        let all = tokenizer.all_bytes();
+        assert_eq!(all.len(), 2048);
+        let text = "And God said, naïve 😀\n\tx";
+        let bytes: Vec<u8> =
+            tokenizer.encode_exact(text).unwrap().iter().flat_map(|&t| all[t as usize].clone()).collect();
+        assert_eq!(String::from_utf8(bytes).unwrap(), text);
+        assert_eq!((all[0].as_slice(), tokenizer.is_special(0)), (&b"\xff<|begin|>"[..], true));
+    }
+
+    #[test]
+    fn text_before_an_open_character_comes_at_once_and_nothing_waits_for_ever() {
+        let tokenizer = bundled();
+        let open = tokenizer.encode_exact("😀").unwrap()[0];
+        let mut stream = tokenizer.stream(&[]);
+        let texts: Vec<String> = (0..40).map(|_| stream.push(open).unwrap()).collect();
+        assert!(texts[1..].iter().any(|t| !t.is_empty()), "{texts:?}");
+        assert!(stream.tokens.len() <= 2 * PENDING);
     }
 }

@@ -106,6 +106,7 @@ impl Gguf {
         Ok(match name {
             "config.json" => Some(self.config()?.to_string().into_bytes()),
             "tokenizer.json" => Some(self.tokenizer()?.to_string().into_bytes()),
+            "tokenizer_config.json" => Some(self.tokenizer_config()?.to_string().into_bytes()),
             "chat_template.jinja" => self.text("tokenizer.chat_template")?.map(|t| t.as_bytes().to_vec()),
             _ => None,
         })

@@ -1,4 +1,4 @@
-//! `tokenizer.json` of a GGUF file.
+//! `tokenizer.json` and `tokenizer_config.json` of a GGUF file.
 //!
 //! Byte-level BPE (`gpt2`) is split by a pattern that the file names only; which name has which pattern is llama.cpp's
 //! table. SentencePiece's BPE (`llama`) has scores in place of merges: of two neighbours, those are merged first whose
@@ -151,6 +151,20 @@ const LONGEST: usize = 512;
 const SPACE: &str = "\u{2581}";
 
 impl Gguf {
+    /// `tokenizer_config.json`: the special tokens that chat templates name.
+    pub(super) fn tokenizer_config(&self) -> Result<Json, Error> {
+        let tokens = self.texts("tokenizer.ggml.tokens")?;
+        let mut config = Map::new();
+        let names = [("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")];
+        for (name, key) in names {
+            let id = self.integer(&format!("tokenizer.ggml.{key}_token_id"))?;
+            if let Some(token) = id.and_then(|id| tokens.get(id as usize)) {
+                config.insert(name.to_owned(), json!(token));
+            }
+        }
+        Ok(config.into())
+    }
+
     /// `tokenizer.json`.
     pub(super) fn tokenizer(&self) -> Result<Json, Error> {
         let key = "tokenizer.ggml.model";

@@ -1,0 +1,221 @@
+//! `qp serve`: an OpenAI-compatible server.
+
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use indicatif::HumanBytes;
+use serde_json::json;
+
+use super::device::{Device, open_model};
+use super::{Error, output};
+use crate::chat::Chat;
+use crate::engine::cuda::Needs;
+use crate::engine::cuda::layout::{Form, Layout};
+use crate::engine::{PAGE, Precision, Room, SharedWeights};
+use crate::model::{Files, Model};
+use crate::serve::api::{App, Bounds, Parts, key_hash};
+use crate::serve::listen::Connections;
+use crate::serve::scheduler::{Limits, Scheduler};
+use crate::serve::stats::Stats;
+use crate::serve::worker::Worker;
+use crate::serve::{self, describe};
+
+/// Serve a model to OpenAI's clients, and a page to chat at http://HOST:PORT/.
+///
+/// A key that clients must send is taken from the environment variable QP_API_KEY or from --api-key-file.
+#[derive(Debug, clap::Args)]
+pub struct Serve {
+    /// Model: a directory in Hugging Face's layout, quantized by `qp quantize` or not, or a GGUF file.
+    model: PathBuf,
+    /// Address to listen on; 0.0.0.0 for all.
+    #[arg(long, default_value = "127.0.0.1", value_name = "ADDRESS")]
+    host: IpAddr,
+    /// Port to listen on; 0 for any that is free.
+    #[arg(long, default_value_t = 8000)]
+    port: u16,
+    /// Name of the model for clients; by default that of its directory or file.
+    #[arg(long)]
+    name: Option<String>,
+    /// Tokens of a prompt with its answer at most. By default the model's, 32768 at most.
+    #[arg(long, value_name = "TOKENS")]
+    context: Option<usize>,
+    /// Tokens of all sequences together whose keys and values are kept. By default as many as fit comfortably.
+    #[arg(long, value_name = "TOKENS")]
+    cache: Option<usize>,
+    /// Bits of a number of keys and values: 8 or 16.
+    #[arg(long, default_value_t = 16, value_name = "BITS", value_parser = cache_bits)]
+    cache_bits: u8,
+    /// Sequences computed together.
+    #[arg(long, default_value_t = 64, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..))]
+    sequences: u16,
+    /// Requests that may wait; beyond, clients are told to come again later.
+    #[arg(long, default_value_t = 256, value_name = "COUNT")]
+    queue: u16,
+    /// Tokens of prompts that are read in a step while answers are written: more reads faster and writes less evenly.
+    #[arg(long, default_value_t = 512, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    chunk: u32,
+    /// Connections at once; others wait.
+    #[arg(long, default_value_t = 512, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..))]
+    connections: u16,
+    /// Bytes of a request's body at most.
+    #[arg(long, default_value_t = 4 << 20, value_name = "BYTES")]
+    body: usize,
+    /// Seconds that an answer may take.
+    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+    time: u64,
+    /// Seconds that running answers get when the server is asked to stop.
+    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
+    grace: u64,
+    /// Seconds that a client may take to send a request's head, to send its body, or to take what it is sent.
+    #[arg(long, default_value_t = 30, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    patience: u64,
+    /// File whose first line is the key that clients must send.
+    #[arg(long, value_name = "FILE")]
+    api_key_file: Option<PathBuf>,
+    /// Where to run.
+    #[arg(long, value_enum, default_value = "auto")]
+    device: Device,
+}
+
+fn cache_bits(text: &str) -> Result<u8, String> {
+    match text {
+        "8" => Ok(8),
+        "16" => Ok(16),
+        _ => Err("expected 8 or 16".to_owned()),
+    }
+}
+
+impl Serve {
+    /// Runs the command until it is interrupted.
+    ///
+    /// # Errors
+    /// If the model cannot be opened, does not fit the device, or the address is in use.
+    pub fn run(self) -> Result<(), Error> {
+        let key = self.key()?;
+        let address = SocketAddr::new(self.host, self.port);
+        // Before the model is loaded: an address in use is known at once.
+        let listener = TcpListener::bind(address)
+            .map_err(|e| format!("cannot listen on {address}: {e}; give another --port or --host"))?;
+        let address = listener.local_addr()?;
+        let (model, executor) = open_model(&self.model, self.device)?;
+        let chat = Chat::open(&Files::open(&self.model)?, &model.tokenizer, &model.config.eos)?;
+        let Model { config, tokenizer, weights, .. } = model;
+        let weights = Arc::new(weights);
+        let context = self.context.unwrap_or(config.max_positions.min(32_768));
+        let memory = describe::memory(&weights);
+        let cache = if self.cache_bits == 8 { Precision::Bits8 } else { Precision::Bits16 };
+        let layout = Layout::new(&weights.program, &Form::of(&weights), &[], cache);
+        let whole = context.div_ceil(PAGE);
+        let most = whole * usize::from(self.sequences);
+        let needs = Needs::of(&layout, Room { context, pages: most, cache });
+        let pages = match self.cache {
+            Some(tokens) => tokens.div_ceil(PAGE).max(1),
+            None => {
+                let budget = match executor.as_ref().map(|e| e.free_memory()).transpose()?.flatten() {
+                    // What is left beside the weights and a step, but for a twentieth.
+                    Some((free, _)) => (free as u64 / 20 * 19).saturating_sub(needs.weights + needs.step),
+                    None => 1 << 30,
+                };
+                ((budget / needs.page.max(1)) as usize).clamp(whole, most)
+            }
+        };
+        let engine = SharedWeights::on(executor.as_ref()).open(&weights, Room { context, pages, cache })?;
+        let (context, vocab) = (Scheduler::context(engine.as_ref()), engine.vocab());
+        let layers = describe::layers(&weights);
+        drop(weights);
+
+        let name = match self.name.clone() {
+            Some(name) => name,
+            None => self.model.canonicalize()?.file_stem().map_or("model".into(), |s| s.to_string_lossy().into_owned()),
+        };
+        if chat.is_plain() {
+            output::note("the model has no chat template: it is given a plain dialogue of 'User:' and 'Assistant:'");
+        }
+        let on = match (&executor, self.device) {
+            (None, _) => "CPU",
+            (Some(_), Device::Interpreter) => "interpreter",
+            (Some(_), _) => "CUDA",
+        };
+        let cache = needs.page * pages as u64;
+        let kinds = memory.iter().copied().chain([("keys and values", cache)]).filter(|(_, bytes)| *bytes > 0);
+        let kinds: Vec<_> = kinds.map(|(kind, bytes)| json!({"kind": kind, "bytes": bytes})).collect();
+        let description = json!({
+            "name": name, "architecture": config.architecture, "device": on, "context": context, "page": PAGE,
+            "template": !chat.is_plain(), "needs_key": key.is_some(), "layers": layers, "memory": kinds,
+        });
+        let stats = Arc::new(Stats::default());
+        let limits = Limits { sequences: usize::from(self.sequences), chunk: self.chunk as usize };
+        let app = App::new(Parts {
+            name: name.clone(),
+            tokenizer: Arc::new(tokenizer),
+            chat,
+            end: Arc::from(config.eos),
+            bos: config.bos,
+            context,
+            vocab,
+            worker: Worker::start(engine, limits, stats.clone())?,
+            stats,
+            places: usize::from(self.queue) + usize::from(self.sequences),
+            bounds: Bounds {
+                body: self.body,
+                body_time: Duration::from_secs(self.patience),
+                answer_time: Duration::from_secs(self.time),
+                key,
+                local: self.host.is_loopback(),
+            },
+            description,
+        });
+        let patience = Duration::from_secs(self.patience);
+        let bounds = Connections { most: usize::from(self.connections), head: patience, write: patience };
+        output::say(&format!(
+            "serving {name} on http://{address} ({on}; context {context} tokens; room for {} tokens, {})\n",
+            pages * PAGE,
+            HumanBytes(cache),
+        ));
+        serve::run(app, listener, bounds, Duration::from_secs(self.grace), interrupted())?;
+        Ok(())
+    }
+
+    /// The hash of the key that clients must send.
+    fn key(&self) -> Result<Option<[u8; 32]>, Error> {
+        let text = match &self.api_key_file {
+            Some(path) => {
+                let text = std::fs::read_to_string(path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+                text.lines().next().unwrap_or_default().trim().to_owned()
+            }
+            None => match std::env::var("QP_API_KEY") {
+                Ok(key) => key,
+                Err(_) => return Ok(None),
+            },
+        };
+        if text.is_empty() {
+            return Err("the API key is empty: put one into the file or the variable, or give none".into());
+        }
+        Ok(Some(key_hash(&text)))
+    }
+}
+
+/// Waits for Ctrl-C or SIGTERM; a second one ends the program at once.
+async fn interrupted() {
+    signal().await;
+    output::say("stopping: running answers may end; once more to stop at once\n");
+    tokio::spawn(async {
+        signal().await;
+        std::process::exit(130);
+    });
+}
+
+async fn signal() {
+    let interrupt = tokio::signal::ctrl_c();
+    #[cfg(unix)]
+    if let Ok(mut terminate) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+        tokio::select! {
+            _ = interrupt => (),
+            _ = terminate.recv() => (),
+        }
+        return;
+    }
+    let _ = interrupt.await;
+}

@@ -1,0 +1,71 @@
+//! An OpenAI-compatible server for one model on one device.
+//!
+//! * [`scheduler`]: which sequences the engine computes, plain code without threads; [`prefix`]: pages that sequences
+//!   share; [`choose`]: the next token; [`grammar`]: structured output.
+//! * [`worker`]: the thread that the engine lives on.
+//! * [`answer`]: tokens as text, on the other side of a channel.
+//! * [`api`]: the HTTP interface; [`listen`]: connections; [`stats`]: numbers; [`describe`]: what the page shows.
+//!
+//! The engine's thread never waits for a client: events go through channels whose length is bounded by what was asked
+//! for, and what was asked for by the places in the queue.
+
+pub mod answer;
+pub mod api;
+pub mod choose;
+pub mod describe;
+pub mod grammar;
+pub mod listen;
+pub mod prefix;
+pub mod scheduler;
+pub mod stats;
+pub mod worker;
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use api::App;
+use listen::Connections;
+
+/// Serves `app` on `listener` until `stop` comes: then no more requests are taken, those that are there get `grace` to
+/// end, and the rest is told that the server stops.
+///
+/// # Errors
+/// If the system gives no threads.
+pub fn run(
+    app: App,
+    listener: std::net::TcpListener,
+    bounds: Connections,
+    grace: Duration,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("http").build()?;
+    let app = Arc::new(app);
+    runtime.block_on(async {
+        listener.set_nonblocking(true)?;
+        let listener = TcpListener::from_std(listener)?;
+        let (end, ended) = watch::channel(false);
+        let server = listen::serve(listener, api::router(app.clone()), bounds, app.stats.clone(), ended);
+        let server = tokio::spawn(server);
+        stop.await;
+        app.stopping.store(true, Ordering::Relaxed);
+        let patience = tokio::time::sleep(grace);
+        tokio::pin!(patience);
+        while app.open_requests() > 0 {
+            tokio::select! {
+                () = &mut patience => break,
+                () = tokio::time::sleep(Duration::from_millis(20)) => (),
+            }
+        }
+        // Whoever still waits is told so; connections end with what they are sending.
+        app.worker.stop();
+        let _ = end.send(true);
+        let _ = tokio::time::timeout(Duration::from_secs(5), server).await;
+        Ok(())
+    })
+}

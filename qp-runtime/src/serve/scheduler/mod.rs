@@ -1,0 +1,503 @@
+//! Many requests on one engine: which tokens of which sequences a step computes, and in which pages.
+//!
+//! A step holds one token of every sequence that is generating and, in the room left, parts of prompts (continuous
+//! batching). Half of that room is the longest waiting prompt's, the rest goes to the prompts that are nearest their
+//! end, so that neither a long prompt nor many short ones keep others waiting for ever.
+//!
+//! Sequences hold pages only for the tokens they have. Whole pages are shared with those that begin alike
+//! ([`super::prefix`]) and never written to again: what follows the last whole page lies in pages of the sequence's own,
+//! so nothing ever needs to be copied. When pages run out, the youngest sequence gives its own up and is computed again
+//! later. None of this can be seen in an answer, because an engine's bits depend on the sequence alone.
+//!
+//! All of it is plain code without threads or clocks. [`Scheduler::step`] does one step; events go to each request's
+//! [`Sink`].
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::choose::{Chooser, Choosing, LogProbs};
+use super::prefix::{PrefixCache, ROOT};
+use super::stats::Stats;
+use crate::engine::{Chunk, Engine, Error, Logits, PAGE, Pool};
+
+/// Bounds of a scheduler.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Sequences computed together.
+    pub sequences: usize,
+    /// Tokens of prompts in a step while others generate: bounds how long these wait for their next token.
+    pub chunk: usize,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// A token that ends a text, or the end of the grammar.
+    End,
+    /// As many tokens as were asked for.
+    Count,
+    /// The engine or the grammar failed.
+    Failed(String),
+    /// The server is stopping.
+    Stopped,
+}
+
+/// What happens to a request.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// It was taken up; so many tokens of its prompt were in the cache.
+    Started {
+        /// Tokens that need not be computed.
+        cached: usize,
+    },
+    /// A token was generated.
+    Token {
+        /// The token.
+        token: u32,
+        /// Its probability, if it was asked for.
+        logprobs: Option<Box<LogProbs>>,
+    },
+    /// The answer has ended; nothing follows.
+    Done(Reason),
+}
+
+/// Where a request's events go.
+pub trait Sink: Send {
+    /// Takes an event; never waits.
+    fn send(&mut self, event: Event);
+    /// True if nobody listens any more: the request is given up then.
+    fn is_closed(&self) -> bool;
+}
+
+/// A text to be continued.
+pub struct Request {
+    /// Its tokens, at least one.
+    pub prompt: Vec<u32>,
+    /// Tokens to generate at most.
+    pub most: usize,
+    /// Tokens that end the answer and are no part of it.
+    pub end: Arc<[u32]>,
+    /// How tokens are chosen.
+    pub choosing: Choosing,
+    /// Where events go.
+    pub sink: Box<dyn Sink>,
+}
+
+/// A request with what was computed of it.
+struct Sequence {
+    /// The prompt, then what was generated.
+    tokens: Vec<u32>,
+    prompt: usize,
+    most: usize,
+    end: Arc<[u32]>,
+    chooser: Chooser,
+    sink: Box<dyn Sink>,
+    started: bool,
+    /// Tokens whose keys and values are there.
+    computed: usize,
+    pages: Vec<u32>,
+    /// Pages of it that are in the prefix cache, and the number there of the last.
+    shared: usize,
+    parent: u64,
+}
+
+impl Sequence {
+    /// Tokens that are to be computed before the next one can be chosen; at least one.
+    fn left(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+}
+
+/// Requests and the engine that computes them.
+pub struct Scheduler {
+    engine: Box<dyn Engine>,
+    limits: Limits,
+    pool: Pool,
+    cache: PrefixCache,
+    /// By arrival: the smallest number came first, and is looked after first.
+    running: BTreeMap<u64, Sequence>,
+    waiting: BTreeMap<u64, Sequence>,
+    arrivals: u64,
+    stats: Arc<Stats>,
+    logits: Vec<f32>,
+    best: Vec<u32>,
+}
+
+/// Tokens of a sequence that a step computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Part {
+    id: u64,
+    count: usize,
+    /// Whether the next token is chosen after it.
+    last: bool,
+}
+
+impl Scheduler {
+    /// A scheduler without requests.
+    pub fn new(engine: Box<dyn Engine>, limits: Limits, stats: Arc<Stats>) -> Self {
+        let pool = Pool::new(engine.pages());
+        stats.pages.set(engine.pages() as u64);
+        Scheduler {
+            engine,
+            limits,
+            pool,
+            cache: PrefixCache::default(),
+            running: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            arrivals: 0,
+            stats,
+            logits: Vec::new(),
+            best: Vec::new(),
+        }
+    }
+
+    /// The longest prompt with its answer, in tokens, that can ever be computed.
+    pub fn context(engine: &dyn Engine) -> usize {
+        engine.context().min(engine.pages() * PAGE)
+    }
+
+    /// Takes a request. One that can never be computed ends at once with a failure.
+    pub fn submit(&mut self, request: Request) {
+        let Request { prompt, most, end, choosing, mut sink } = request;
+        let wanted = prompt.len() + most.saturating_sub(1);
+        let context = Self::context(self.engine.as_ref());
+        let vocab = self.engine.vocab();
+        let refusal = match prompt.iter().find(|&&t| t as usize >= vocab) {
+            _ if prompt.is_empty() => Some(Error::EmptyPrompt),
+            _ if wanted > context => Some(Error::Context { wanted, context }),
+            Some(&token) => Some(Error::Token { token, vocab }),
+            None => None,
+        };
+        if let Some(e) = refusal {
+            sink.send(Event::Done(Reason::Failed(e.to_string())));
+            return;
+        }
+        if most == 0 {
+            sink.send(Event::Done(Reason::Count));
+            return;
+        }
+        self.arrivals += 1;
+        let sequence = Sequence {
+            chooser: Chooser::new(choosing, &prompt),
+            prompt: prompt.len(),
+            tokens: prompt,
+            most,
+            end,
+            sink,
+            started: false,
+            computed: 0,
+            pages: Vec::new(),
+            shared: 0,
+            parent: ROOT,
+        };
+        self.waiting.insert(self.arrivals, sequence);
+        self.count();
+    }
+
+    /// True if there is nothing to do.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Computes one step: forgets requests that nobody waits for, takes up new ones, runs the engine, and tells
+    /// everybody what came out. A step that fails as a whole is tried sequence by sequence, so that only those end that
+    /// cannot be computed. True if the engine computed something.
+    pub fn step(&mut self) -> bool {
+        self.forget_closed();
+        self.admit();
+        let mut parts = self.share_out();
+        self.reserve(&mut parts);
+        if !parts.is_empty() {
+            self.run(&parts);
+        }
+        self.count();
+        !parts.is_empty()
+    }
+
+    /// Ends all requests.
+    pub fn stop(&mut self) {
+        for mut sequence in
+            std::mem::take(&mut self.running).into_values().chain(std::mem::take(&mut self.waiting).into_values())
+        {
+            sequence.sink.send(Event::Done(Reason::Stopped));
+            release(&mut sequence, &mut self.pool);
+        }
+        self.count();
+    }
+
+    fn forget_closed(&mut self) {
+        let (pool, stats) = (&mut self.pool, &self.stats);
+        for sequences in [&mut self.running, &mut self.waiting] {
+            sequences.retain(|_, sequence| {
+                let closed = sequence.sink.is_closed();
+                if closed {
+                    stats.cancelled.add(1);
+                    release(sequence, pool);
+                }
+                !closed
+            });
+        }
+    }
+
+    /// Takes up waiting requests in their order while there is room.
+    fn admit(&mut self) {
+        let ids: Vec<u64> = self.waiting.keys().copied().collect();
+        for id in ids {
+            if self.running.len() >= self.limits.sequences {
+                return;
+            }
+            let Some(sequence) = self.waiting.get(&id) else { continue };
+            // The last token is always computed, for its logits.
+            let known = &sequence.tokens[..sequence.tokens.len() - 1];
+            let (pages, parent) = self.cache.find(known, &mut self.pool);
+            // What a running sequence is about to compute anyway is waited for.
+            let wait = self.running.values().any(|r| begins_alike(r, known, pages.len()));
+            // The step after the prompt may want a page, and so may each running sequence.
+            let needed = (sequence.tokens.len() + 1).div_ceil(PAGE) - pages.len() + self.running.len();
+            let free = self.pool.free();
+            let fits = self.running.is_empty() || free >= needed || free + self.cache.idle(&self.pool) >= needed;
+            if wait || !fits {
+                pages.iter().for_each(|&p| self.pool.release(p));
+                match wait {
+                    true => continue,
+                    false => return,
+                }
+            }
+            let Some(mut sequence) = self.waiting.remove(&id) else { continue };
+            let computed = pages.len() * PAGE;
+            sequence.shared = pages.len();
+            sequence.pages = pages;
+            sequence.parent = parent;
+            sequence.computed = computed;
+            if !sequence.started {
+                sequence.started = true;
+                sequence.sink.send(Event::Started { cached: computed });
+                self.stats.prompt_tokens.add(sequence.prompt as u64);
+                self.stats.cached_tokens.add(computed as u64);
+            }
+            self.running.insert(id, sequence);
+        }
+    }
+
+    /// Which tokens the next step computes.
+    fn share_out(&self) -> Vec<Part> {
+        let mut room = self.engine.most_tokens();
+        let mut parts = Vec::new();
+        for (&id, _) in self.running.iter().filter(|(_, s)| s.left() == 1) {
+            if room == 0 {
+                break;
+            }
+            parts.push(Part { id, count: 1, last: true });
+            room -= 1;
+        }
+        if !parts.is_empty() {
+            room = room.min(self.limits.chunk);
+        }
+        let mut prompts: Vec<(u64, usize)> =
+            self.running.iter().map(|(&id, s)| (id, s.left())).filter(|&(_, left)| left > 1).collect();
+        let mut counts: BTreeMap<u64, usize> = BTreeMap::new();
+        if let Some(&(oldest, left)) = prompts.first() {
+            let count = left.min(room.div_ceil(2));
+            counts.insert(oldest, count);
+            room -= count;
+            prompts[1..].sort_by_key(|&(id, left)| (left, id));
+            for &(id, left) in &prompts[1..] {
+                let count = left.min(room);
+                counts.insert(id, count);
+                room -= count;
+            }
+            let more = (left - count).min(room);
+            *counts.entry(oldest).or_default() += more;
+        }
+        for (id, count) in counts.into_iter().filter(|&(_, count)| count > 0) {
+            let last = self.running.get(&id).is_some_and(|s| s.left() == count);
+            parts.push(Part { id, count, last });
+        }
+        parts
+    }
+
+    /// Makes sure that the sequences of a step have pages of their own to write to. Where there are none left, the
+    /// youngest sequences give theirs up and wait again.
+    fn reserve(&mut self, parts: &mut Vec<Part>) {
+        let mut ids: Vec<u64> = parts.iter().map(|p| p.id).collect();
+        ids.sort_unstable();
+        for id in ids {
+            loop {
+                let Some(part) = parts.iter().find(|p| p.id == id).copied() else { break };
+                if self.reserve_one(part) {
+                    break;
+                }
+                // The youngest of all, perhaps this one itself.
+                let Some(youngest) = self.running.last_key_value().map(|(&id, _)| id) else { break };
+                self.preempt(youngest);
+                parts.retain(|p| p.id != youngest);
+            }
+        }
+    }
+
+    /// Pages for one part of a step; false if there are none left.
+    fn reserve_one(&mut self, part: Part) -> bool {
+        let Some(sequence) = self.running.get_mut(&part.id) else { return false };
+        while sequence.pages.len() * PAGE < sequence.computed + part.count {
+            let page = self.pool.take().or_else(|| {
+                // One that only the cache owns.
+                self.cache.evict(&mut self.pool).then(|| self.pool.take()).flatten()
+            });
+            let Some(page) = page else { return false };
+            sequence.pages.push(page);
+        }
+        true
+    }
+
+    /// Puts a sequence back among the waiting ones, without its pages.
+    fn preempt(&mut self, id: u64) {
+        if let Some(mut sequence) = self.running.remove(&id) {
+            release(&mut sequence, &mut self.pool);
+            self.stats.preemptions.add(1);
+            self.waiting.insert(id, sequence);
+        }
+    }
+
+    fn run(&mut self, parts: &[Part]) {
+        self.stats.steps.add(1);
+        match self.compute(parts) {
+            Ok(()) => {
+                self.stats.failing.set(0);
+                self.advance(parts);
+            }
+            Err(e) if parts.len() == 1 => {
+                self.stats.failing.add(1);
+                self.fail(parts[0].id, &e);
+            }
+            Err(_) => {
+                for part in parts {
+                    self.run(std::slice::from_ref(part));
+                }
+            }
+        }
+    }
+
+    /// Runs the engine: logits or tokens of the parts that want them are in `logits` or `best`.
+    fn compute(&mut self, parts: &[Part]) -> Result<(), Error> {
+        let chunk = |part: &Part| {
+            let s = self.running.get(&part.id)?;
+            let tokens = &s.tokens[s.computed..s.computed + part.count];
+            let logits = if part.last { Logits::Last } else { Logits::None };
+            Some(Chunk { tokens, position: s.computed, pages: &s.pages, logits })
+        };
+        let chunks: Vec<Chunk<'_>> = parts.iter().filter_map(chunk).collect();
+        let choosers = || parts.iter().filter(|p| p.last).filter_map(|p| Some(&self.running.get(&p.id)?.chooser));
+        self.best.clear();
+        self.logits.clear();
+        if choosers().all(Chooser::is_greedy) {
+            return self.engine.best(&chunks, &mut self.best);
+        }
+        match choosers().map(Chooser::choice).collect::<Option<Vec<_>>>() {
+            Some(choices) => self.engine.choose(&chunks, &choices, &mut self.best),
+            None => self.engine.step(&chunks, &mut self.logits),
+        }
+    }
+
+    /// Notes what was computed and chooses tokens.
+    fn advance(&mut self, parts: &[Part]) {
+        for part in parts {
+            if let Some(sequence) = self.running.get_mut(&part.id) {
+                sequence.computed += part.count;
+                cache_pages(sequence, &mut self.cache, &mut self.pool);
+                self.stats.computed.add(part.count as u64);
+            }
+        }
+        let ids: Vec<u64> = parts.iter().filter(|p| p.last).map(|p| p.id).collect();
+        let vocab = self.engine.vocab();
+        let mut chosen = Vec::with_capacity(ids.len());
+        if self.logits.is_empty() {
+            for (&id, &token) in ids.iter().zip(&self.best) {
+                let Some(sequence) = self.running.get_mut(&id) else { continue };
+                sequence.chooser.took();
+                chosen.push((id, Ok((token, None))));
+            }
+        } else {
+            let mut rows: BTreeMap<u64, &mut [f32]> =
+                ids.iter().copied().zip(self.logits.chunks_exact_mut(vocab)).collect();
+            let jobs: Vec<(u64, &mut Sequence, &mut [f32])> =
+                self.running.iter_mut().filter_map(|(&id, s)| Some((id, s, rows.remove(&id)?))).collect();
+            let run = |(id, s, row): (u64, &mut Sequence, &mut [f32])| (id, s.chooser.choose(row));
+            chosen = jobs.into_par_iter().map(run).collect();
+        }
+        for (id, result) in chosen {
+            match result {
+                Ok((token, logprobs)) => self.give(id, token, logprobs.map(Box::new)),
+                Err(e) => self.fail(id, &e),
+            }
+        }
+    }
+
+    /// A token was chosen for a sequence.
+    fn give(&mut self, id: u64, token: u32, logprobs: Option<Box<LogProbs>>) {
+        let Some(sequence) = self.running.get_mut(&id) else { return };
+        if sequence.end.contains(&token) {
+            return self.end(id, Reason::End);
+        }
+        sequence.tokens.push(token);
+        self.stats.generated.add(1);
+        sequence.sink.send(Event::Token { token, logprobs });
+        if sequence.chooser.is_done() {
+            self.end(id, Reason::End);
+        } else if sequence.tokens.len() - sequence.prompt >= sequence.most {
+            self.end(id, Reason::Count);
+        }
+    }
+
+    fn fail(&mut self, id: u64, error: &dyn std::error::Error) {
+        self.stats.failures.add(1);
+        self.end(id, Reason::Failed(error.to_string()));
+    }
+
+    fn end(&mut self, id: u64, reason: Reason) {
+        if let Some(mut sequence) = self.running.remove(&id) {
+            sequence.sink.send(Event::Done(reason));
+            release(&mut sequence, &mut self.pool);
+        }
+    }
+
+    fn count(&self) {
+        self.stats.running.set(self.running.len() as u64);
+        self.stats.waiting.set(self.waiting.len() as u64);
+        self.stats.free_pages.set(self.pool.free() as u64);
+        self.stats.cached_pages.set(self.cache.len() as u64);
+    }
+}
+
+/// True if `running` will, before it generates, have computed a page that `tokens` begin with beyond `have` pages.
+fn begins_alike(running: &Sequence, tokens: &[u32], have: usize) -> bool {
+    let end = (have + 1) * PAGE;
+    running.computed < end
+        && end <= running.tokens.len()
+        && end <= tokens.len()
+        && running.tokens[..end] == tokens[..end]
+}
+
+/// Gives up a sequence's pages.
+fn release(sequence: &mut Sequence, pool: &mut Pool) {
+    for page in sequence.pages.drain(..) {
+        pool.release(page);
+    }
+    sequence.computed = 0;
+    sequence.shared = 0;
+    sequence.parent = ROOT;
+}
+
+/// Puts the pages that have become whole into the cache.
+fn cache_pages(sequence: &mut Sequence, cache: &mut PrefixCache, pool: &mut Pool) {
+    while sequence.shared < sequence.computed / PAGE {
+        let i = sequence.shared;
+        let tokens = &sequence.tokens[i * PAGE..(i + 1) * PAGE];
+        sequence.parent = cache.add(sequence.parent, tokens, sequence.pages[i], pool);
+        sequence.shared += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests;

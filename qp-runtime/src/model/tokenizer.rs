@@ -223,33 +223,33 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer has no tokens for some part of the text.
     pub fn encode_exact(&self, text: &str) -> Result<Vec<u32>, Error> {
-        let encoding = self.0.encode_fast(text, false).map_err(|e| Error::Tokenizer(e.to_string()))?;
+        let encoding = self.inner.encode_fast(text, false).map_err(|e| Error::Tokenizer(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// The number of the token that is written `text`, a special one for instance.
     pub fn id(&self, text: &str) -> Option<u32> {
-        self.0.token_to_id(text)
+        self.inner.token_to_id(text)
     }
 
     /// True if the token marks something and is no text.
     pub fn is_special(&self, token: u32) -> bool {
-        self.0.get_added_tokens_decoder().get(&token).is_some_and(|t| t.special)
+        self.inner.get_added_tokens_decoder().get(&token).is_some_and(|t| t.special)
     }
 
     /// One more than the largest number of a token.
     pub fn size(&self) -> usize {
-        self.0.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1)
+        self.inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1)
     }
 
     /// The bytes that each token stands for, by its number; a special token's are its name after the byte 255, which no
     /// text has. Numbers without a token have none.
     pub fn all_bytes(&self) -> Vec<Vec<u8>> {
-        let decoder = self.0.get_decoder().and_then(|d| serde_json::to_string(d).ok()).unwrap_or_default();
+        let decoder = self.inner.get_decoder().and_then(|d| serde_json::to_string(d).ok()).unwrap_or_default();
         let level = decoder.contains("\"ByteLevel\"").then(byte_level);
-        let special = self.0.get_added_tokens_decoder();
+        let special = self.inner.get_added_tokens_decoder();
         let mut all = vec![Vec::new(); self.size()];
-        for (token, id) in self.0.get_vocab(true) {
+        for (token, id) in self.inner.get_vocab(true) {
             all[id as usize] = match (special.get(&id), &level) {
                 (Some(added), _) if added.special => [b"\xff", token.as_bytes()].concat(),
                 (Some(_), _) => token.into_bytes(),

@@ -137,15 +137,11 @@ pub enum Error {
 pub trait Progress: Sync {
     /// `done` of `total` weights were finished by an earlier run; the work is kept in `draft` until it is whole.
     fn start(&self, total: u64, done: u64, draft: &Path);
-    /// Something to know before the work begins.
-    fn note(&self, text: &str) {
-        let _ = text;
-    }
     /// So many of all calibration texts are written.
     fn text(&self, done: usize, total: usize) {
         let _ = (done, total);
     }
-    /// Something that the user should know of the model.
+    /// Something that the user should know, of the model or of the work ahead.
     fn note(&self, note: &str) {
         let _ = note;
     }

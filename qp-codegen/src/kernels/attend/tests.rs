@@ -612,8 +612,8 @@ fn kernels_compile_without_spills() {
                 (format!("{plan:?}"), many::lower(&prompt, &plan, 64), 1),
             ];
             for (launch, kernel, resident) in kernels {
-                validate(&kernel).unwrap_or_else(|problems| panic!("{problems}"));
-                let source = crate::cuda::print(&kernel, target);
+                let checked = crate::cuda::check(&kernel, target).unwrap_or_else(|problems| panic!("{problems}"));
+                let source = crate::cuda::print(checked);
                 let cubin = crate::nvrtc::compile(&source, &kernel.name, target.nvrtc_arch(), &Default::default())
                     .unwrap_or_else(|e| panic!("{e}"));
                 let usage = cubin.usage.expect("the compiler says");

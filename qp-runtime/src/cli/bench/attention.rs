@@ -106,7 +106,15 @@ impl AttentionBench {
         outln!("{gpu}; {} heads of {} on {} of keys and values", self.heads, self.head_dim, self.kv_heads)?;
         outln!(
             "{:>14} {:>4} {:>6} {:>7} {:>10} {:>7} {:>7} {:>9} {:>7}",
-            "what", "bits", "tokens", "context", "us", "GB/s", "TOP/s", "registers", "spilled"
+            "what",
+            "bits",
+            "tokens",
+            "context",
+            "us",
+            "GB/s",
+            "TOP/s",
+            "registers",
+            "spilled"
         )?;
         let mut rows = Vec::new();
         for &planes in &self.planes {

@@ -4,6 +4,7 @@
 //! and the logits of small models. Products are compared with a sum in double precision too, so that a mistake common to device and CPU
 //! shows.
 
+pub mod activations;
 pub mod attention;
 pub mod synthetic;
 

@@ -47,6 +47,8 @@ enum Task {
     Quantizer(Box<Quantizer>, Shape),
     Encoder(Box<Quantizer>),
     Attention(check::attention::Shape),
+    Preparing,
+    Choosing,
     /// Index of shapes and of choice.
     Model(usize, usize),
 }
@@ -90,6 +92,7 @@ impl CheckGpu {
         let large = |q: &Quantizer| self.interpreter && q.codes[0].window > 12;
         let alone = members.iter().filter(|q| q.codes.len() == 1 && !large(q));
         tasks.extend(alone.map(|q| Task::Encoder(Box::new(q.clone()))));
+        tasks.extend([Task::Preparing, Task::Choosing]);
         tasks.extend(check::attention::shapes(self.interpreter).into_iter().map(Task::Attention));
         if self.attention {
             tasks.retain(|task| matches!(task, Task::Attention(_)));
@@ -101,6 +104,8 @@ impl CheckGpu {
             match task {
                 Task::Quantizer(q, shape) => check::quantizer(&on, q, *shape, &self.batches),
                 Task::Encoder(q) => check::encoder(&on, q, ENCODED_BLOCKS),
+                Task::Preparing => check::activations::preparing(&on, self.interpreter),
+                Task::Choosing => check::activations::choosing(&on, self.interpreter),
                 Task::Attention(shape) => check::attention::attention(&on, *shape),
                 Task::Model(i, j) => {
                     let ((shape, shapes), (kind, choose)) = (&shapes[*i], &choices[*j]);

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use clap::Args;
 use qp_codegen::kernels::Span;
 use qp_codegen::kernels::prepare::{Gate, Prepare, Spread};
-use qp_codegen::reference::{self, Activation, Activations, RmsNorm, Rotator, activation_cells};
+use qp_codegen::reference::{Activation, Activations, RmsNorm, activation_cells};
 use qp_codegen::spec::Rotation;
 use serde::Serialize;
 
 use super::rounded;
+use crate::check::activations::prepared;
 use crate::check::synthetic::Random;
 use crate::cli::Error;
 use crate::cli::output::write;
@@ -117,7 +118,7 @@ fn measure(on: &Executor, op: &Prepare, kind: &'static str, all: bool) -> Result
     let (n, tokens) = (op.columns as usize, op.batch as usize);
     let values = random.values(2 * n * tokens, 3.0);
     let weights = random.values(n, 2.0);
-    let expected = expected(op, &values, &weights);
+    let expected = prepared(op, &values, &weights);
     let (input, norm) = (on.upload(&values)?, on.upload(&weights)?);
     let inputs = PrepareInputs { input: &input, up: &input, norm: &norm };
     let mut out = DeviceActivations::new(on, op.columns, op.batch)?;
@@ -175,27 +176,6 @@ fn time(
     Ok(on.time_best(ROUNDS, || graph.launch())? / LAUNCHES as f64)
 }
 
-/// What the CPU computes.
-fn expected(op: &Prepare, values: &[f32], weights: &[f32]) -> Vec<Activations> {
-    let rotator = Rotator::new(op.rotation, op.columns);
-    let of = |span: Span, token: u32| {
-        let first = (span.first + token * span.stride) as usize;
-        &values[first..first + op.columns as usize]
-    };
-    let one = |token| {
-        let mut x = of(op.input, token).to_vec();
-        if let Some(Gate { activation, up }) = op.gate {
-            x.iter_mut().zip(of(up, token)).for_each(|(x, up)| *x = activation.apply(*x) * up);
-        }
-        if let Some(norm) = op.norm {
-            x = norm.apply(&x, weights);
-        }
-        rotator.apply(&mut x);
-        reference::quantize_activations(&x)
-    };
-    (0..op.batch).map(one).collect()
-}
-
 /// Compares a launch's result with the CPU's.
 fn check(what: &str, out: &DeviceActivations, expected: &[Activations]) -> Result<(), Error> {
     let scales: Vec<f32> = expected.iter().map(|a| a.scale).collect();
@@ -218,7 +198,7 @@ mod tests {
             assert_eq!(rows.iter().filter(|r| r.used).count(), 1);
         }
         let out = DeviceActivations::new(&on, 256, 1).expect("memory");
-        let mut expected = vec![reference::quantize_activations(&[0.0; 256])];
+        let mut expected = vec![qp_codegen::reference::quantize_activations(&[0.0; 256])];
         check("nothing", &out, &expected).expect("zeros");
         expected[0].q[255] = 1;
         let message = check("nothing", &out, &expected).expect_err("a column differs").to_string();

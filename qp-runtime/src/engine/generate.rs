@@ -65,9 +65,6 @@ pub fn generate<E: From<Error>>(
     let mut logits = Vec::new();
     sampler.saw(prompt);
     let mut next = |session: &mut Session, tokens: &[u32]| {
-        if sampler.is_greedy() {
-            return session.greedy(tokens);
-        }
         if let Some(choice) = sampler.choice() {
             return session.choose(tokens, choice);
         }

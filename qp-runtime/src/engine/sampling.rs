@@ -27,11 +27,6 @@ impl Sampler {
         Sampler { sampling, penalty, seen: Vec::new(), draws: 0 }
     }
 
-    /// True if always the first of the largest logits is taken, so that [`super::Session::greedy`] can do it.
-    pub fn is_greedy(&self) -> bool {
-        self.sampling.is_greedy() && self.penalty == 1.0
-    }
-
     /// The next choice, for an engine to make: there is none if it depends on the tokens that were seen.
     pub fn choice(&mut self) -> Option<Choice> {
         let choice = Choice { sampling: self.sampling, draw: self.draws };
@@ -110,7 +105,7 @@ mod tests {
     #[test]
     fn a_penalty_is_for_the_prompt_and_for_what_was_drawn() {
         let mut s = Sampler::with_penalty(Sampling::default(), 2.0);
-        assert!(!s.is_greedy());
+        assert!(s.choice().is_none(), "it depends on what was seen");
         s.saw(&[1]);
         let logits = [3.0, 4.0, 2.5, -1.0];
         let tokens: Vec<u32> = (0..4).map(|_| s.next(&logits).unwrap()).collect();

@@ -18,7 +18,8 @@ use serde::{Deserialize, Serialize};
 
 use super::weights::{Planned, Shard, layout};
 use super::{
-    CalibrationEntry, Error, FORMAT, FileEntry, MANIFEST, Manifest, TensorEntry, hash_file, is_checkpoint, sha256,
+    CalibrationEntry, Error, FORMAT, FileEntry, MANIFEST, Manifest, TensorEntry, blake3, hash_file, is_checkpoint,
+    sha256,
 };
 use crate::output;
 
@@ -244,13 +245,7 @@ impl Draft {
 
     /// Takes over the records whose tensors are on the disk as they were written.
     fn keep_verified(&mut self, records: Vec<Record>) -> Result<(), Error> {
-        let maps = self
-            .files
-            .iter()
-            .zip(&self.shards)
-            // SAFETY: the journal's lock keeps other writers away, and this process writes only after the maps are gone.
-            .map(|(f, s)| unsafe { memmap2::Mmap::map(f) }.map_err(Error::io("read", self.dir.join(&s.file))))
-            .collect::<Result<Vec<_>, _>>()?;
+        let maps = self.maps()?;
         let tensors: BTreeMap<&str, &[Planned]> = self.items.iter().map(|(n, t)| (n.as_str(), t.as_slice())).collect();
         for record in records {
             let Some(planned) = tensors.get(record.item.as_str()) else { continue };
@@ -264,6 +259,16 @@ impl Draft {
             }
         }
         Ok(())
+    }
+
+    /// The weight files, mapped.
+    fn maps(&self) -> Result<Vec<memmap2::Mmap>, Error> {
+        self.files
+            .iter()
+            .zip(&self.shards)
+            // SAFETY: the journal's lock keeps other writers away, and this process writes only after the maps are gone.
+            .map(|(f, s)| unsafe { memmap2::Mmap::map(f) }.map_err(Error::io("read", self.dir.join(&s.file))))
+            .collect()
     }
 
     fn check_space(&self) -> Result<(), Error> {
@@ -343,18 +348,24 @@ impl Draft {
             let record = self.done.get(name).expect("every item is finished");
             sums.extend(tensors.iter().map(|t| t.name.as_str()).zip(&record.sha256));
         }
+        let maps = self.maps()?;
         manifest.tensors = self
             .shards
             .iter()
-            .flat_map(|s| s.tensors.iter().map(move |(t, _)| (s, t)))
-            .map(|(s, t)| TensorEntry {
+            .zip(&maps)
+            .flat_map(|(s, map)| {
+                s.tensors.iter().map(move |(t, at)| (s, t, &map[*at as usize..][..t.bytes() as usize]))
+            })
+            .map(|(s, t, bytes)| TensorEntry {
                 name: t.name.clone(),
                 file: s.file.clone(),
                 dtype: t.dtype,
                 shape: t.shape.clone(),
                 sha256: sums[t.name.as_str()].clone(),
+                blake3: Some(blake3(bytes)),
             })
             .collect();
+        drop(maps);
         let mut names: Vec<String> = self.small.drain(..).chain(self.shards.iter().map(|s| s.file.clone())).collect();
         names.sort();
         manifest.files = names

@@ -87,6 +87,10 @@ pub struct TensorEntry {
     pub shape: Vec<usize>,
     /// Hash of its bytes, hexadecimal.
     pub sha256: String,
+    /// BLAKE3 of its bytes, hexadecimal, which all cores can compute together; absent where an older program wrote the
+    /// checkpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blake3: Option<String>,
 }
 
 /// A file.

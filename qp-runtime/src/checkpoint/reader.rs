@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::manifest::{LayerEntry, Manifest, SpecEntry, TensorEntry};
-use super::{Error, MANIFEST, hash_file, sha256};
+use super::{Error, MANIFEST, blake3, hash_file, sha256};
 use crate::codec::{PackedMatrix, Words, scale_count};
 use crate::model::tensors::Bytes;
 use crate::model::weights::shaped;
@@ -183,7 +183,12 @@ impl Checkpoint {
             set.lock().unwrap_or_else(std::sync::PoisonError::into_inner).contains(&index)
         };
         if !checked(&self.checked) {
-            if sha256(raw.2.as_slice()) != t.sha256 {
+            let bytes = raw.2.as_slice();
+            let same = match &t.blake3 {
+                Some(sum) => blake3(bytes) == *sum,
+                None => sha256(bytes) == t.sha256,
+            };
+            if !same {
                 return Err(Error::TensorChanged { path: self.dir.join(&t.file), tensor: name.to_owned() });
             }
             self.checked.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(index);
@@ -192,7 +197,7 @@ impl Checkpoint {
     }
 
     /// Checks the checksums of all tensors, on all cores, so that those who read them later need not wait: the largest
-    /// first, since a tensor is hashed by one core.
+    /// first, since a tensor without a BLAKE3 sum is hashed by one core.
     ///
     /// # Errors
     /// The first tensor, in the manifest's order, that is damaged.

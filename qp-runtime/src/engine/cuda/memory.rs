@@ -24,6 +24,8 @@ pub struct Needs {
     pub page: u64,
     /// Pages.
     pub pages: u64,
+    /// Pages that indices reach, at most.
+    pub most_pages: u64,
     /// Values of a step's tokens, tables of angles and of pages.
     pub step: u64,
 }
@@ -45,6 +47,10 @@ impl Needs {
             weights: layout.matrices.iter().map(|m| bytes(layout, m)).sum(),
             page: (0..program.caches.len()).map(|i| u64::from(layout.cache_of(CacheId(i)).page_bytes())).sum(),
             pages: room.pages as u64,
+            most_pages: (0..program.caches.len())
+                .map(|i| u64::from(layout.cache_of(CacheId(i)).most_pages()))
+                .min()
+                .unwrap_or(u64::MAX),
             step: slots.values().sum::<u64>() + 2 * u64::from(columns) * u64::from(most) + angles + table,
         }
     }
@@ -55,10 +61,10 @@ impl Needs {
     /// If it does not, with the longest context that would.
     pub fn check(&self, free: u64) -> Result<(), Error> {
         let others = self.weights + self.step + RESERVE;
-        if others + self.pages * self.page <= free {
+        if others + self.pages * self.page <= free && self.pages <= self.most_pages {
             return Ok(());
         }
-        let fits = free.saturating_sub(others) / self.page.max(1) * PAGE as u64;
+        let fits = (free.saturating_sub(others) / self.page.max(1)).min(self.most_pages) * PAGE as u64;
         Err(Error::Memory { needs: *self, free, fits })
     }
 }
@@ -91,12 +97,15 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused_with_what_would() {
-        let needs = Needs { weights: 3 << 30, page: 1 << 20, pages: 2048, step: 1 << 28 };
+        let needs = Needs { weights: 3 << 30, page: 1 << 20, pages: 2048, most_pages: 8000, step: 1 << 28 };
         let all = (5u64 << 30) + (1 << 29);
         assert!(needs.check(all).is_ok());
         let message = needs.check(all - 1).expect_err("too much").to_string();
         assert!(message.contains("weights 3.00 GiB, keys and values of 131072 tokens 2.00 GiB"), "{message}");
         assert!(message.contains("at most 131008 tokens"), "{message}");
+        // Memory enough, but more pages than an index reaches.
+        let message = Needs { most_pages: 2000, ..needs }.check(all).expect_err("too many").to_string();
+        assert!(message.contains("at most 128000 tokens"), "{message}");
         let message = needs.check(2 << 30).expect_err("too much").to_string();
         assert!(message.contains("no tokens"), "{message}");
     }

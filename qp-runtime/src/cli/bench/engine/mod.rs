@@ -208,22 +208,32 @@ impl EngineBench {
 
     /// A start in this process, which is fresh.
     fn start(&self) -> Result<Start, Error> {
-        let mut last = Instant::now();
+        let start = Instant::now();
+        let mut last = start;
         let mut lap = || std::mem::replace(&mut last, Instant::now()).elapsed().as_secs_f64();
-        let on = self.open()?;
-        let device = lap();
         let room = Room::one((SHORT + 2).next_multiple_of(PAGE));
-        let (mut engine, weights, engine_seconds) = match &self.save {
+        let (mut engine, device, weights, engine_seconds) = match &self.save {
             Some(dir) => {
-                let checkpoint = Checkpoint::open(dir)?;
-                checkpoint.check()?;
-                let program = Arc::new(arch::program(&Config::read(dir)?));
-                let weights = Weights::load(&program, &checkpoint)?;
-                let read = lap();
+                // Both at once, as commands do it.
+                let load = || -> Result<Weights, Error> {
+                    let checkpoint = Checkpoint::open(dir)?;
+                    checkpoint.check()?;
+                    let program = Arc::new(arch::program(&Config::read(dir)?));
+                    Ok(Weights::load(&program, &checkpoint)?)
+                };
+                let (on, device, weights) = std::thread::scope(|scope| {
+                    let on = scope.spawn(|| Ok::<_, Error>((self.open()?, Instant::now())));
+                    let weights = load();
+                    let (on, opened) = on.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+                    Ok::<_, Error>((on, (opened - start).as_secs_f64(), weights?))
+                })?;
+                let read = (lap() - device).max(0.0);
                 let engine = CudaEngine::new(on, &weights, room)?;
-                (engine, read, lap())
+                (engine, device, read, lap())
             }
             None => {
+                let on = self.open()?;
+                let device = lap();
                 let layout = self.model.layout()?;
                 let noise = Noise::new();
                 let matrices =
@@ -232,7 +242,7 @@ impl EngineBench {
                 lap();
                 let mut next = matrices.into_iter();
                 let engine = CudaEngine::made(on, layout, room, |_, _| Ok(next.next().expect("a matrix each")))?;
-                (engine, 0.0, lap())
+                (engine, device, 0.0, lap())
             }
         };
         let tokens: Vec<u32> = (1..=SHORT as u32).collect();

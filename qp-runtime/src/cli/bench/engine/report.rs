@@ -86,7 +86,7 @@ pub struct Start {
     pub what: String,
     /// Until the device was open.
     pub device: f64,
-    /// Until the weights were read and checked; 0 where they are made up.
+    /// From then until the weights were read and checked, which begins with the process; 0 where they are made up.
     pub weights: f64,
     /// Until the engine was ready: matrices on the device, first kernels made.
     pub engine: f64,

@@ -51,8 +51,17 @@ struct Common {
     unit: &'static str,
 }
 
-/// The text of a random file, whose last quantizer is the one that is meant.
+/// The text of a random file, whose last quantizer is the one that is meant. Its tables are untrained.
 pub fn text(r: &mut Random) -> String {
+    write(r, false)
+}
+
+/// The same with small tables written in it, so that it stands alone.
+pub fn text_alone(r: &mut Random) -> String {
+    write(r, true)
+}
+
+fn write(r: &mut Random, alone: bool) -> String {
     let large = r.once_in(12);
     let (rows, cols) = loop {
         // Blocks of ordinary and of extreme shapes, small ones more often.
@@ -72,7 +81,7 @@ pub fn text(r: &mut Random) -> String {
     let mut out = String::new();
     for i in 0..mixed {
         let name = if mixed == 1 { "q".to_string() } else { format!("part_{i}") };
-        let body = body(r, &common);
+        let body = body(r, &common, alone);
         let _ = writeln!(out, "quantizer {name} {{\n{body}    scale {scale}\n    rotate {rotate}\n}}\n");
     }
     if mixed > 1 {
@@ -82,7 +91,7 @@ pub fn text(r: &mut Random) -> String {
     out
 }
 
-fn body(r: &mut Random, common: &Common) -> String {
+fn body(r: &mut Random, common: &Common, alone: bool) -> String {
     let weights = common.rows * common.cols;
     let vector = r.pick(&[1, 2, 2, 4]);
     let lane_steps = weights / vector / 4;
@@ -110,10 +119,15 @@ fn body(r: &mut Random, common: &Common) -> String {
     let mut names = Vec::new();
     for i in 0..tables {
         // Rarely one that leaves no room for itself in shared memory.
-        let bits = if r.once_in(20) { r.within(12, 16) } else { r.within(0, 9) };
+        let bits = if r.once_in(20) && !alone { r.within(12, 16) } else { r.within(0, 9) };
         let name = ["t", "u"][i as usize];
-        let _ =
-            writeln!(text, "    table {name}[{}] trained(seed = 1, rounds = 1, samples = 1) in \"none\"", 1 << bits);
+        let source = if alone {
+            let values: Vec<String> = (0..vector << bits).map(|_| (r.below(256) as i32 - 128).to_string()).collect();
+            format!("= [{}]", values.join(", "))
+        } else {
+            "trained(seed = 1, rounds = 1, samples = 1) in \"none\"".to_string()
+        };
+        let _ = writeln!(text, "    table {name}[{}] {source}", 1 << bits);
         names.push((name, bits));
     }
     let _ = writeln!(text, "    decode w {{");

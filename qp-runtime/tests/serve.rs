@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use server::{Response, Server, model_with};
@@ -183,34 +183,27 @@ fn keys_limits_and_queues() {
     // More answers than there are places.
     assert_eq!(post(key, &json!({"prompt": "a", "n": 3}).to_string()).status, 400);
 
-    // Two fill the running and the waiting place; the third is told when to come again. None is lost, though the time
-    // for an answer ends the long ones.
+    // Two fill the running and the waiting place; the third is told when to come again, and does. None is lost, though the
+    // time for an answer may end it.
     let long = json!({"prompt": "a", "max_tokens": 1000, "ignore_eos": true, "temperature": 0}).to_string();
     let refused = AtomicUsize::new(0);
     std::thread::scope(|s| {
-        for _ in 0..2 {
+        for _ in 0..3 {
             s.spawn(|| {
-                let status = loop {
-                    match post(key, &long).status {
-                        // The short ones below may have been faster.
-                        429 => continue,
-                        status => break status,
+                loop {
+                    let r = post(key, &long);
+                    if r.status != 429 {
+                        assert!([200, 504].contains(&r.status), "{}", r.status);
+                        break;
                     }
-                };
-                assert!([200, 504].contains(&status), "{status}");
+                    let after: u64 = r.header("retry-after").unwrap().parse().unwrap();
+                    assert!((1..=60).contains(&after) && r.json()["error"]["code"] == "queue_full");
+                    refused.fetch_add(1, Ordering::Relaxed);
+                }
             });
         }
-        let until = Instant::now() + Duration::from_secs(20);
-        while refused.load(Ordering::Relaxed) == 0 && Instant::now() < until {
-            let r = post(key, &body);
-            if r.status == 429 {
-                let after: u64 = r.header("retry-after").unwrap().parse().unwrap();
-                assert!((1..=60).contains(&after) && r.json()["error"]["code"] == "queue_full");
-                refused.fetch_add(1, Ordering::Relaxed);
-            }
-        }
     });
-    assert_eq!(refused.into_inner(), 1);
+    assert!(refused.into_inner() > 0);
     assert_eq!(post(key, &body).status, 200);
 }
 
@@ -292,7 +285,7 @@ fn clients_that_misbehave_do_not_keep_others_waiting() {
     let mut deaf = TcpStream::connect(server.address).unwrap();
     deaf.set_write_timeout(Some(Duration::from_secs(120))).unwrap();
     let ask_for_page = "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(100);
-    let lost = (0..1000).any(|_| deaf.write_all(ask_for_page.as_bytes()).is_err());
+    let lost = (0..100_000).any(|_| deaf.write_all(ask_for_page.as_bytes()).is_err());
     assert!(lost, "the server waits for a client that reads nothing");
     assert_eq!(server.post("/v1/completions", &ask).status, 200);
     server.assert_idle();

@@ -95,7 +95,7 @@ impl Chooser {
 
     /// True if the first of the largest logits is always taken, and nothing else is wanted of them.
     pub fn is_greedy(&self) -> bool {
-        self.choice().is_some() && self.sampler.is_greedy()
+        self.choice().is_some_and(|c| c.sampling.is_greedy())
     }
 
     /// The next choice, if an engine can make it: then [`Chooser::took`] is to be told what came out.

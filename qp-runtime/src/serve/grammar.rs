@@ -42,8 +42,8 @@ impl Grammars {
     /// If the form is malformed or too large, or the model has no token that ends a text.
     pub fn compile(&self, form: &Form) -> Result<Box<dyn Grammar>, String> {
         let grammar = match form {
-            Form::Object => TopLevelGrammar::from_json_schema(serde_json::json!({"type": "object"})),
-            Form::Schema(schema) => TopLevelGrammar::from_json_schema(schema.clone()),
+            Form::Object => TopLevelGrammar::from_json_schema(compact(serde_json::json!({"type": "object"}))),
+            Form::Schema(schema) => TopLevelGrammar::from_json_schema(compact(schema.clone())),
             Form::Regex(pattern) => TopLevelGrammar::from_regex(pattern),
             Form::Lark(text) => TopLevelGrammar::from_lark(text.clone()),
         };
@@ -94,6 +94,15 @@ impl Grammar for Tokens {
     fn is_done(&self) -> bool {
         self.0.is_stopped()
     }
+}
+
+/// The schema, with no space between the parts of a text unless it says otherwise: a model that is allowed to may write
+/// spaces until its tokens are used up.
+fn compact(mut schema: Value) -> Value {
+    if let Value::Object(keys) = &mut schema {
+        keys.entry("x-guidance").or_insert_with(|| serde_json::json!({"whitespace_flexible": false}));
+    }
+    schema
 }
 
 #[cfg(test)]

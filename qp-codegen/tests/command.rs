@@ -23,7 +23,8 @@ fn check_counts_errors_and_warnings() {
     fs::write(&empty, "\u{feff}// nothing yet\n").unwrap();
     let (said, told, code) = run(&["check", &empty]);
     assert_eq!((said.as_str(), code), ("ok: 0 quantizers\n", 0));
-    assert_eq!(told, format!("warning: {empty} defines no quantizer and no fusion\n0 errors, 1 warning\n"));
+    assert!(told.starts_with(&format!("warning: {empty} defines nothing; ")), "{told}");
+    assert!(told.ends_with("0 errors, 1 warning\n") && told.lines().count() == 2, "{told}");
     let (_, told, code) = run(&["check", &example("pass/warnings.qspec")]);
     assert!(told.ends_with("0 errors, 6 warnings\n") && code == 0, "{told}");
     let (_, told, code) = run(&["check", &example("fail/several_errors.qspec"), &example("pass/minimal.qspec")]);

@@ -186,7 +186,7 @@ impl Effort {
             return Effort { windows, seconds: windows * v * SECONDS, of_thread: 0, shared };
         }
         let steps = code.steps_per_block();
-        let boundary = SIDE_BY_SIDE * 2 << (code.window - code.steps.iter().min().expect("a step"));
+        let boundary = (SIDE_BY_SIDE * 2) << (code.window - code.steps.iter().min().expect("a step"));
         let wanted = u64::from(steps) + 1;
         // Where not all boundaries are kept, halves of the path are searched again and again.
         let least = u64::from(steps.max(1).ilog2()) + 3;

@@ -184,7 +184,7 @@ pub fn gelu_tanh(x: f32) -> f32 {
 }
 
 /// `−2 √(2/π)` and 0.044715 times that.
-pub const GELU: (f32, f32) = (-1.595_769_1, -0.071_354_82);
+pub const GELU: (f32, f32) = (-1.595_769, -0.071_354_82);
 
 /// The factor of a token that [`scale_output`] takes: activation scale × grid unit (halved for half offsets).
 pub fn output_factor(code: &Code, activation_scale: f32) -> f32 {

@@ -23,7 +23,7 @@ impl Random {
 
     /// A number below `n`.
     pub fn below(&mut self, n: u32) -> u32 {
-        (u64::from(self.word()) * u64::from(n) >> 32) as u32
+        ((u64::from(self.word()) * u64::from(n)) >> 32) as u32
     }
 
     /// A number of `from..=to`.
@@ -102,7 +102,7 @@ fn body(r: &mut Random, common: &Common, alone: bool) -> String {
             let n = if i > 150 || r.once_in(2) { 1 } else { r.within(2, 16) };
             let steps: Vec<u32> = (0..n).map(|_| r.within(1, 4 * vector.min(2) + 2)).collect();
             let bits = (lane_steps / n) * steps.iter().sum::<u32>();
-            (lane_steps % n == 0 && bits % 32 == 0).then_some(steps)
+            (lane_steps.is_multiple_of(n) && bits.is_multiple_of(32)).then_some(steps)
         })
         .unwrap_or_else(|| vec![r.within(1, 8)]);
     let most = steps.iter().copied().max().unwrap_or(1);
@@ -133,7 +133,7 @@ fn body(r: &mut Random, common: &Common, alone: bool) -> String {
     let _ = writeln!(text, "    decode w {{");
     let mut words = vec!["w".to_string()];
     for i in 0..r.below(4) {
-        let word = word(r, &words, window, 3);
+        let word = word(r, &words, 3);
         let _ = writeln!(text, "        let x{i} = {word}");
         words.push(format!("x{i}"));
     }
@@ -147,11 +147,11 @@ fn body(r: &mut Random, common: &Common, alone: bool) -> String {
 }
 
 /// An expression of words.
-fn word(r: &mut Random, words: &[String], window: u32, depth: u32) -> String {
+fn word(r: &mut Random, words: &[String], depth: u32) -> String {
     if depth == 0 || r.once_in(4) {
         return if r.once_in(5) { r.word().to_string() } else { words[r.below(words.len() as u32) as usize].clone() };
     }
-    let a = word(r, words, window, depth - 1);
+    let a = word(r, words, depth - 1);
     match r.below(9) {
         0 => format!("~{a}"),
         1 => format!("byte({a}, {})", r.below(4)),
@@ -160,7 +160,7 @@ fn word(r: &mut Random, words: &[String], window: u32, depth: u32) -> String {
         4 => format!("({a} {} {})", r.pick(&["<<", ">>"]), r.below(34)),
         5 => format!("({a} & 0x{:x})", r.word()),
         _ => {
-            let b = word(r, words, window, depth - 1);
+            let b = word(r, words, depth - 1);
             format!("({a} {} {b})", r.pick(&["+", "-", "*", "&", "|", "^", "<<", ">>"]))
         }
     }
@@ -171,7 +171,7 @@ fn vector_of(r: &mut Random, words: &[String], tables: &[(&str, u32)], window: u
     match r.below(5) {
         0..3 if !tables.is_empty() => {
             let (name, bits) = tables[r.below(tables.len() as u32) as usize];
-            let index = word(r, words, window, 2);
+            let index = word(r, words, 2);
             if r.once_in(2) { format!("{name}[({index}) >> {}]", 32 - bits.max(1)) } else { format!("{name}[{index}]") }
         }
         3 => {
@@ -184,7 +184,7 @@ fn vector_of(r: &mut Random, words: &[String], tables: &[(&str, u32)], window: u
             format!("signs({})", bits.join(", "))
         }
         _ => {
-            let parts: Vec<String> = (0..vector).map(|_| word(r, words, window, 2)).collect();
+            let parts: Vec<String> = (0..vector).map(|_| word(r, words, 2)).collect();
             format!("[{}]", parts.join(", "))
         }
     }

@@ -107,7 +107,7 @@ mod tests {
         assert_eq!(whole.dropped, 0);
         let most = whole.tokens.len() / 2;
         let part = c.prompt(&chat, &tokenizer, most).unwrap().unwrap();
-        assert!(part.tokens.len() <= most && part.dropped >= 8 && part.dropped % 2 == 0, "{part:?}");
+        assert!(part.tokens.len() <= most && part.dropped >= 8 && part.dropped.is_multiple_of(2), "{part:?}");
         let messages = c.messages();
         assert_eq!(messages[0]["role"], "system");
         assert_eq!(messages[1]["role"], "user");

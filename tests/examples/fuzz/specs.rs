@@ -133,7 +133,7 @@ fn lower(q: &Quantizer, r: &mut Random) {
     explain::explain(q, shape);
     if q.is_trained() {
         let again = load_alone("canonical", &q.canonical()).unwrap_or_else(|e| panic!("a canonical text: {e}"));
-        assert_eq!(again.quantizers, [q.clone()]);
+        assert_eq!(again.quantizers, std::slice::from_ref(q));
     }
     let op = Gemv { quantizer: q, shape, batch: r.within(1, 64), accumulate: r.once_in(2) };
     let kernels = [

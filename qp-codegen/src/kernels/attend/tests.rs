@@ -561,7 +561,7 @@ fn numbers_that_are_not_finite_are_noted() {
         Arg::ReadOnly(&ints([0])),
         Arg::Buffer(&mut on_device),
         Arg::Buffer(&mut vec![0; 4 * 2 * 64]),
-        Arg::Buffer(&mut vec![0; 16]),
+        Arg::Buffer(&mut [0; 16]),
         Arg::Buffer(&mut faults),
         Arg::I32(1),
     ];

@@ -324,8 +324,7 @@ impl Scheduler {
         let mut ids: Vec<u64> = parts.iter().map(|p| p.id).collect();
         ids.sort_unstable();
         for id in ids {
-            loop {
-                let Some(part) = parts.iter().find(|p| p.id == id).copied() else { break };
+            while let Some(part) = parts.iter().find(|p| p.id == id).copied() {
                 if self.reserve_one(part) {
                     break;
                 }

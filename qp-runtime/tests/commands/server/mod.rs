@@ -1,8 +1,5 @@
 //! A server's process, and as much of an HTTP client as tests need.
 
-// Not every test file uses everything.
-#![allow(dead_code)]
-
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;

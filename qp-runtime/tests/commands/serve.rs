@@ -1,15 +1,13 @@
 //! `qp serve` as a process: the interface, load, faults, and other people's clients.
 
-mod server;
-
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use crate::server::{Response, Server, model_with};
 use serde_json::{Value, json};
-use server::{Response, Server, model_with};
 
 fn message(text: &str) -> Value {
     json!([{"role": "user", "content": text}])
@@ -358,11 +356,11 @@ fn the_openai_package_is_served() {
     let python = std::env::var("QP_PYTHON").unwrap_or_else(|_| "python3".to_owned());
     let has = Command::new(&python).args(["-c", "import openai"]).output().is_ok_and(|o| o.status.success());
     if !has {
-        server::skip("the Python package 'openai' is not here (set QP_PYTHON to a Python that has it)");
+        crate::server::skip("the Python package 'openai' is not here (set QP_PYTHON to a Python that has it)");
         return;
     }
     let server = Server::start(&["--name", "kjv"]);
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/server/openai_client.py");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/commands/server/openai_client.py");
     let out = Command::new(&python).arg(script).arg(format!("http://{}/v1", server.address)).output().unwrap();
     let said = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
     assert!(out.status.success() && said.contains("all as expected"), "{said}");
@@ -371,7 +369,7 @@ fn the_openai_package_is_served() {
 #[test]
 fn curl_is_served() {
     if Command::new("curl").arg("--version").output().is_err() {
-        server::skip("curl is not here");
+        crate::server::skip("curl is not here");
         return;
     }
     let server = Server::start(&[]);

@@ -2,15 +2,13 @@
 //!
 //! Pictures of what was seen are left in the folder that the environment variable `QP_PICTURES` names.
 
-mod server;
-
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::server::{Server, exchange_with, skip};
 use serde_json::{Value, json};
-use server::{Server, exchange_with, skip};
 
 /// A browser's session; dropping it ends the browser.
 struct Browser {

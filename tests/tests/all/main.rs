@@ -1,0 +1,21 @@
+//! Every test that crosses crates, as one program: it is linked once, and its tests share the machine's cores.
+
+mod allocation;
+mod checkpoint;
+mod device_engine;
+mod directories;
+mod gguf;
+mod ir;
+mod launch_args;
+mod palette;
+mod plan;
+mod plans;
+mod printed;
+mod qspec;
+mod quantized;
+mod random_model;
+mod random_specs;
+mod sensitivity;
+mod sequences;
+mod specs;
+mod unquantized;

@@ -34,7 +34,7 @@ fn the_interface() {
 
     // What the model is known to say, by the reference in its directory.
     let alone = complete(json!({}));
-    let known: Value = serde_json::from_str(include_str!("../../models/kjv-llama/reference.json")).unwrap();
+    let known: Value = serde_json::from_str(include_str!("../../../models/kjv-llama/reference.json")).unwrap();
     let said = known.to_string();
     assert!(said.contains(text(&alone).trim()), "{} is not in the reference", text(&alone));
     let usage = &alone.json()["usage"];

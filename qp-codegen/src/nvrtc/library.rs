@@ -155,7 +155,10 @@ impl Nvrtc {
         let nul = |_| CompileError::Nul;
         let source = CString::new(source).map_err(nul)?;
         let name = CString::new(name).map_err(nul)?;
-        let options = options.iter().map(|o| CString::new(o.as_str())).collect::<Result<Vec<_>, _>>().map_err(nul)?;
+        // From 13.0 on NVRTC keeps a cache of its own, which gives no log: register counts would be unknown.
+        let own_cache = (self.version() >= (13, 0)).then_some("--no-cache");
+        let options = options.iter().map(String::as_str).chain(own_cache).map(CString::new);
+        let options = options.collect::<Result<Vec<_>, _>>().map_err(nul)?;
         let pointers: Vec<*const c_char> = options.iter().map(|o| o.as_ptr()).collect();
         // SAFETY: all pointers outlive the calls; buffers have the sizes that NVRTC asks for.
         unsafe {

@@ -23,11 +23,11 @@ const TINY: &str = r#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 128
     "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "rope_theta": 10000.0}"#;
 
 /// 3.23 bits a weight in decoder blocks, 4 in the output layer.
-const MIXED: &str = r#"default = "tcq_3"
+const MIXED: &str = r#"default = "fast_3"
 
 [layers]
-"model.layers.*.self_attn.{q,k,v,o}_proj" = "tcq_3.5"
-"model.layers.*.mlp.down_proj" = "tcq_3.5"
+"model.layers.*.self_attn.{q,k,v,o}_proj" = "fast_3.5"
+"model.layers.*.mlp.down_proj" = "fast_3.5"
 "lm_head" = "tcq_4"
 "#;
 
@@ -80,7 +80,7 @@ impl ModelArgs {
         match (&self.plan, &self.spec) {
             (Some(plan), _) => plan.display().to_string(),
             (None, Some(spec)) => spec.clone(),
-            (None, None) => "a mix of tcq_3, tcq_3.5 and tcq_4".to_owned(),
+            (None, None) => "a mix of fast_3, fast_3.5 and tcq_4".to_owned(),
         }
     }
 

@@ -11,6 +11,8 @@
 //! What a unit gives, if it is not all, goes to global memory. The block that comes last to a span folds its units, the
 //! one that comes last to a token's head its spans, in the order of the positions. So the way of cutting does not show.
 
+mod meet;
+
 use super::emit::{Emit, Factors, Part, Row, Weights};
 use super::{Attend, CHUNK, PAGE, SPAN};
 use crate::cuda::Device;
@@ -30,9 +32,6 @@ const STAGES: u32 = 3;
 const SHIFTS: [u32; 4] = [0, CHUNK.ilog2(), SPAN.ilog2(), 25];
 /// Heads that the rows of a tensor-core operand hold: two planes each.
 const ROWS: u32 = 8;
-/// Parts that are on their way at once where the last block folds them: whole chunks of tiles.
-const PARTS: u32 = 4 * CHUNK;
-
 /// How the work is laid over the GPU. The result does not depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Launch {
@@ -150,9 +149,10 @@ struct Few<'b, 'a> {
     plan: &'a Plan,
     /// The first unit of each token, the number of all, the shift of units, and whether the block is the last to arrive.
     starts: Mem,
-    /// Each warp's largest scores, by row tile, warp and row.
+    /// Each warp's largest scores, by row tile, warp and row; where parts meet, the highs of rows.
     highest: Mem,
-    /// Each warp's weights, by row tile and thread: operand words of both planes, and the total.
+    /// Each warp's weights, by row tile and thread: operand words of both planes, and the total; where parts meet, factors
+    /// of a row's parts.
     exchanged: Mem,
 }
 
@@ -628,149 +628,5 @@ impl<'b> Few<'b, '_> {
                 if d == self.plan.columns { write() } else { b.if_(column.lt(d), write) }
             }
         });
-    }
-
-    /// Counts the block as arrived at counter `at`, where `count` meet, and runs `last` in the last.
-    fn when_all_arrived(&self, at: V<'b>, count: V<'b>, last: impl FnOnce()) {
-        let (b, e) = (self.b, &self.e);
-        let flag = b.i32(e.op.tokens as i32 + 2);
-        b.fence();
-        b.barrier();
-        b.if_(e.thread.eq(0), || {
-            let before = b.atomic_add(e.p.arrived, at, b.i32(1));
-            b.store(self.starts, flag, (before + 1).eq(count).select(b.i32(1), 0), Elem::I32);
-        });
-        b.barrier();
-        b.if_(b.load(self.starts, flag, Elem::I32).eq(1), || {
-            b.fence();
-            b.if_(e.thread.eq(0), || b.store(e.p.arrived, at, b.i32(0), Elem::I32));
-            last();
-        });
-    }
-
-    /// Folds the units of the span, if the block is the last, and the spans, if it is the last of those.
-    fn meet(&self, units: &Units<'b>, place: &Place<'b>, unit: V<'b>) {
-        let (b, e) = (self.b, &self.e);
-        let kv_heads = e.op.cache.kv_heads;
-        let [first, last] = place.tiles.map(|t| t >> units.shift);
-        // A unit's number follows from its place among those of the token.
-        let number = |index: V<'b>| place.start + (index - first) * kv_heads + place.head;
-        let index = first + (unit - place.start) / kv_heads;
-        let shift = b.i32(SPAN.ilog2() as i32) - units.shift;
-        let span = index >> shift;
-        let [first_span, last_span] = place.tiles.map(|t| t / SPAN);
-        let of_span = |span: V<'b>| [first.max(span << shift), last.min(((span + 1) << shift) - 1)];
-        let [from, to] = of_span(span);
-        let begins = number(from);
-        let in_order = units.shift.eq(0);
-        let spans = || {
-            let at = (place.token * kv_heads + place.head) + self.plan.capacity;
-            self.when_all_arrived(at, last_span - first_span + 1, || {
-                let number = |span: V<'b>| number(of_span(span)[0]);
-                self.merge(place, [first_span, last_span], number, None, None);
-            });
-        };
-        b.if_else(from.eq(to), spans, || {
-            self.when_all_arrived(begins, to - from + 1, || {
-                b.if_else(
-                    first_span.eq(last_span),
-                    || self.merge(place, [from, to], number, Some(in_order), None),
-                    || {
-                        self.merge(place, [from, to], number, Some(in_order), Some(begins));
-                        spans();
-                    },
-                );
-            });
-        });
-    }
-
-    /// Folds the parts of units (or spans) `from` to `to`, whose numbers `number` gives: four at a time to a chunk first
-    /// where `in_order` holds. Writes the part of unit `into`, or the result.
-    fn merge(
-        &self,
-        place: &Place<'b>,
-        [from, to]: [V<'b>; 2],
-        number: impl Fn(V<'b>) -> V<'b>,
-        in_order: Option<V<'b>>,
-        into: Option<V<'b>>,
-    ) {
-        let (b, e, plan) = (self.b, &self.e, self.plan);
-        let width = 4;
-        let quads = plan.columns / width;
-        let all = plan.group * quads;
-        let none = b.f32(0.0);
-        // What is read may be what is written by another thread: all read first.
-        let rounds = all.div_ceil(THREADS);
-        let mut results = Vec::new();
-        for round in 0..rounds {
-            let item = (e.thread + round * THREADS).min(all as i32 - 1);
-            let (row, column) = (item / quads, item % quads * width);
-            let new = || (e.row(), (0..width).map(|_| b.var(none)).collect::<Vec<Var>>());
-            let (span, chunk) = (new(), new());
-            let fold = |to: &(Row, Vec<Var>), part: Part<'b>, sums: &[V<'b>]| {
-                let factors = e.fold(to.0, part);
-                for (own, sum) in to.1.iter().zip(sums) {
-                    b.set(*own, factors.fold(b.get(*own), *sum));
-                }
-            };
-            b.for_(from / PARTS * PARTS, to + 1, PARTS, |base| {
-                let load = |j: u32| {
-                    let index = base + j;
-                    let at = number(index.max(from).min(to)) * plan.unit_words();
-                    let sums =
-                        b.load_as(e.p.partial, at + row * plan.columns + column, Elem::F32, width, Caching::Default);
-                    let at = at + plan.group * plan.columns + row * 2;
-                    let part = b.load_as(e.p.partial, at, Elem::F32, 2, Caching::Default).lanes();
-                    (index, sums.lanes(), Part { high: part[0], total: part[1] })
-                };
-                let parts: Vec<_> = (0..PARTS).map(load).collect();
-                for (j, (index, sums, part)) in (0..).zip(&parts) {
-                    b.if_(index.ge(from) & index.le(to), || fold(&chunk, *part, sums));
-                    let hand_on = || {
-                        let sums: Vec<V> = chunk.1.iter().map(|v| b.get(*v)).collect();
-                        fold(&span, e.part(chunk.0), &sums);
-                        e.clear(chunk.0);
-                        chunk.1.iter().for_each(|v| b.set(*v, none));
-                    };
-                    match in_order {
-                        Some(in_order) if (j + 1) % CHUNK != 0 => b.if_(!in_order, hand_on),
-                        Some(_) | None => hand_on(),
-                    }
-                }
-            });
-            results.push((item, row, column, span));
-        }
-        if let Some(into) = into {
-            b.barrier();
-            let at = into * plan.unit_words();
-            for (round, (item, row, column, (totals, sums))) in (0..).zip(&results) {
-                let store = || {
-                    let sums: Vec<V> = sums.iter().map(|v| b.get(*v)).collect();
-                    b.store(e.p.partial, at + *row * plan.columns + *column, b.vector(&sums), Elem::F32);
-                    b.if_(column.eq(0), || {
-                        let Part { high, total } = e.part(*totals);
-                        let at = at + plan.group * plan.columns + *row * 2;
-                        b.store(e.p.partial, at, b.vector(&[high, total]), Elem::F32);
-                    });
-                };
-                let _ = item;
-                if (round + 1) * THREADS <= all { store() } else { b.if_((e.thread + round * THREADS).lt(all), store) }
-            }
-            return;
-        }
-        let d = e.op.cache.head_dim;
-        for (round, (_, row, column, (totals, sums))) in (0..).zip(&results) {
-            let store = || {
-                let head = self.head(place, *row);
-                let (factors, divisor) = self.closing(e.part(*totals), head);
-                let first = (place.token * e.op.heads + head) * d + *column;
-                let sums: Vec<V> = sums.iter().map(|v| self.closed(factors, b.get(*v)) / divisor).collect();
-                for (i, two) in (0..).zip(sums.chunks_exact(2)) {
-                    let write = || b.store(e.p.y, first + 2 * i, b.vector(two), Elem::F32);
-                    if d == plan.columns { write() } else { b.if_((*column + 2 * i).lt(d), write) }
-                }
-            };
-            if (round + 1) * THREADS <= all { store() } else { b.if_((e.thread + round * THREADS).lt(all), store) }
-        }
     }
 }

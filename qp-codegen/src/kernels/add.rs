@@ -24,7 +24,8 @@ pub fn lower(op: &Add) -> Kernel {
     let b = Builder::new(&name, [op.columns.div_ceil(THREADS), op.batch], THREADS);
     b.doc(format!("y += x, {} columns of {} token(s).", op.columns, op.batch));
     b.dependent_launch();
-    let (x, y) = (b.buffer("x", Elem::F32, false), b.buffer("y", Elem::F32, true));
+    let x = b.sized("x", Elem::F32, false, op.x.len(op.batch, op.columns));
+    let y = b.sized("y", Elem::F32, true, op.y.len(op.batch, op.columns));
     b.grid_wait();
     b.grid_launch();
     let i = b.special(Special::BlockX) * THREADS + b.special(Special::Thread);

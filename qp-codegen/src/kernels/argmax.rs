@@ -27,8 +27,8 @@ pub fn lower(op: &Argmax) -> Kernel {
     let b = Builder::new(&format!("argmax_{}_b{}", op.columns, op.batch), [op.batch, 1], THREADS);
     b.doc(format!("First of the largest of {} logits, {} row(s).", op.columns, op.batch));
     b.dependent_launch();
-    let logits = b.buffer("logits", Elem::F32, false);
-    let best = b.buffer("best", Elem::I32, true);
+    let logits = b.sized("logits", Elem::F32, false, op.logits.len(op.batch, op.columns));
+    let best = b.sized("best", Elem::I32, true, op.batch.into());
     let (of_warps, where_) = (b.shared("of_warps", Elem::U32, 32), b.shared("where", Elem::I32, 32));
     let (thread, lane, warp) = (b.special(Special::Thread), b.special(Special::Lane), b.special(Special::Warp));
     let row = b.special(Special::BlockX);

@@ -32,8 +32,9 @@ pub fn lower(op: &Glu) -> Kernel {
     let b = Builder::new(&name, [op.columns.div_ceil(THREADS), op.batch], THREADS);
     b.doc(format!("Gated unit, {} columns of {} token(s).", op.columns, op.batch));
     b.dependent_launch();
-    let (gate, up) = (b.buffer("gate", Elem::F32, false), b.buffer("up", Elem::F32, false));
-    let y = b.buffer("y", Elem::F32, true);
+    let gate = b.sized("gate", Elem::F32, false, op.gate.len(op.batch, op.columns));
+    let up = b.sized("up", Elem::F32, false, op.up.len(op.batch, op.columns));
+    let y = b.sized("y", Elem::F32, true, u64::from(op.batch) * u64::from(op.columns));
     b.grid_wait();
     b.grid_launch();
     let i = b.special(Special::BlockX) * THREADS + b.special(Special::Thread);

@@ -31,9 +31,9 @@ pub fn lower(op: &Norm) -> Kernel {
     let b = Builder::new(&format!("norm_{n}_b{}", op.batch), [op.batch, 1], threads);
     b.doc(format!("Norm of {n} columns of {} token(s).", op.batch));
     b.dependent_launch();
-    let x = b.buffer("x", Elem::F32, false);
-    let norm = b.buffer("norm", Elem::F32, false);
-    let y = b.buffer("y", Elem::F32, true);
+    let x = b.sized("x", Elem::F32, false, op.x.len(op.batch, n));
+    let norm = b.sized("norm", Elem::F32, false, n.into());
+    let y = b.sized("y", Elem::F32, true, u64::from(op.batch) * u64::from(n));
     let sums = b.shared("squares", Elem::F32, groups);
     let (lane, token) = (b.special(Special::Lane), b.special(Special::BlockX));
     b.grid_wait();

@@ -43,6 +43,10 @@ pub struct Gate {
 const MOST_IN_REGISTERS: u32 = 8;
 /// Most warps of a block.
 const MOST_WARPS: u32 = 32;
+/// Tokens from which on a warp takes [`MANY_PER_WARP`] groups of columns.
+const MANY: u32 = 32;
+/// See [`MANY`].
+const MANY_PER_WARP: u32 = 4;
 
 /// How a token's columns are spread over a GPU. The result does not depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -61,12 +65,19 @@ impl Spread {
         let worth = if op.norm.is_some() { 2 * MOST_WARPS } else { MOST_WARPS };
         let mut blocks = 1;
         if form.count > worth && !form.across {
-            blocks = form.count.div_ceil(MOST_WARPS).next_power_of_two().min(device.cluster);
-            while blocks > 1 && op.batch * blocks > 2 * device.sms {
+            // One token's columns are read sooner by few blocks; those of several by as many as there are SMs.
+            let wanted =
+                if op.batch == 1 { form.count.div_ceil(MOST_WARPS).next_power_of_two() } else { device.cluster };
+            blocks = wanted.min(device.cluster);
+            while blocks > 1 && op.batch * blocks > device.sms {
                 blocks /= 2;
             }
         }
-        Spread { blocks, per_warp: form.count.div_ceil(blocks * MOST_WARPS).next_multiple_of(form.together) }
+        let fewest = form.count.div_ceil(blocks * MOST_WARPS).next_multiple_of(form.together);
+        // With many tokens it is throughput that counts: more at once in a thread, and several blocks an SM.
+        let several = fewest.max(MANY_PER_WARP.next_multiple_of(form.together));
+        let per_warp = if op.batch >= MANY && several <= MOST_IN_REGISTERS { several } else { fewest };
+        Spread { blocks, per_warp }
     }
 
     /// All that a GPU can run, [`Spread::choose`]'s among them: to be measured.
@@ -137,8 +148,11 @@ impl Geometry {
 impl Prepare {
     /// Words of the buffer `scratch`, at least one.
     pub fn scratch(&self, spread: Spread) -> usize {
-        let geometry = Geometry::new(self, spread);
-        if geometry.blocks == 1 { 1 } else { (self.batch * scratch_of_token(&geometry)) as usize }
+        self.scratch_of(&Geometry::new(self, spread))
+    }
+
+    fn scratch_of(&self, geometry: &Geometry) -> usize {
+        if geometry.blocks == 1 { 1 } else { (self.batch * scratch_of_token(geometry)) as usize }
     }
 }
 
@@ -221,15 +235,17 @@ struct Emit<'a, 'b> {
 
 impl<'a, 'b> Emit<'a, 'b> {
     fn new(b: &'b Builder, op: &'a Prepare, g: Geometry) -> Self {
-        let input = b.buffer("input", Elem::F32, false);
-        let up = b.buffer("up", Elem::F32, false);
-        let weights = b.buffer("norm", Elem::F32, false);
+        let (batch, columns) = (u64::from(op.batch), u64::from(op.columns.next_multiple_of(COLUMN_PAD)));
+        let input = b.sized("input", Elem::F32, false, op.input.len(op.batch, op.columns));
+        // What there is no need of is not read.
+        let up = b.sized("up", Elem::F32, false, op.gate.map_or(0, |g| g.up.len(op.batch, op.columns)));
+        let weights = b.sized("norm", Elem::F32, false, op.norm.map_or(0, |_| op.columns.into()));
         let flips = b.buffer("flips", Elem::U32, false);
         let base = b.buffer("base", Elem::U32, false);
-        let scratch = b.buffer("scratch", Elem::U32, true);
-        let x = b.buffer("x", Elem::I8, true);
-        let x_scale = b.buffer("x_scale", Elem::F32, true);
-        let x_sum = b.buffer("x_sum", Elem::I32, true);
+        let scratch = b.sized("scratch", Elem::U32, true, op.scratch_of(&g) as u64);
+        let x = b.sized("x", Elem::I8, true, 2 * batch * columns);
+        let x_scale = b.sized("x_scale", Elem::F32, true, batch);
+        let x_sum = b.sized("x_sum", Elem::I32, true, batch);
         let faults = b.buffer("faults", Elem::I32, true);
         let layer = b.scalar("layer", Scalar::I32);
         let (lane, warp) = (b.special(Special::Lane), b.special(Special::Warp));

@@ -27,8 +27,10 @@ pub fn lower(op: &Rows) -> Kernel {
     let b = Builder::new(&name, [op.columns.div_ceil(THREADS), op.batch], THREADS);
     b.doc(format!("{} chosen row(s) of {} columns.", op.batch, op.columns));
     b.dependent_launch();
-    let rows = b.buffer("rows", Elem::I32, false);
-    let (x, y) = (b.buffer("x", Elem::F32, false), b.buffer("y", Elem::F32, true));
+    let rows = b.sized("rows", Elem::I32, false, op.batch.into());
+    // How many rows there are to choose from is the caller's business.
+    let x = b.sized("x", Elem::F32, false, op.x.len(1, op.columns));
+    let y = b.sized("y", Elem::F32, true, op.y.len(op.batch, op.columns));
     b.grid_wait();
     b.grid_launch();
     let i = b.special(Special::BlockX) * THREADS + b.special(Special::Thread);

@@ -66,13 +66,17 @@ pub fn lower(op: &Append) -> Kernel {
         8 * planes
     ));
     b.dependent_launch();
-    let [q, k, v] = ["q", "k", "v"].map(|name| b.buffer(name, Elem::F32, false));
-    let [q_norm, k_norm] = ["q_norm", "k_norm"].map(|name| b.buffer(name, Elem::F32, false));
+    let inputs = [("q", op.q, op.heads), ("k", op.k, kv_heads), ("v", op.v, kv_heads)];
+    let [q, k, v] =
+        inputs.map(|(name, span, heads)| b.sized(name, Elem::F32, false, span.len(op.tokens, heads * head_dim)));
+    let weights = op.norm.map_or(0, |_| head_dim.into());
+    let [q_norm, k_norm] = ["q_norm", "k_norm"].map(|name| b.sized(name, Elem::F32, false, weights));
     let [cos, sin] = ["cos", "sin"].map(|name| b.buffer(name, Elem::F32, false));
-    let [positions, slots] = ["positions", "slots"].map(|name| b.buffer(name, Elem::I32, false));
+    let [positions, slots] = ["positions", "slots"].map(|name| b.sized(name, Elem::I32, false, op.tokens.into()));
     let cache = b.buffer("cache", Elem::U8, true);
-    let queries = b.buffer("queries", Elem::I8, true);
-    let query_scale = b.buffer("query_scale", Elem::F32, true);
+    let rows = u64::from(op.tokens) * u64::from(op.heads);
+    let queries = b.sized("queries", Elem::I8, true, rows * 2 * u64::from(op.cache.columns()));
+    let query_scale = b.sized("query_scale", Elem::F32, true, rows);
     let faults = b.buffer("faults", Elem::I32, true);
     let layer = b.scalar("layer", Scalar::I32);
     b.grid_wait();

@@ -80,22 +80,24 @@ impl<'b> Factors<'b> {
 }
 
 impl<'b, 'a> Emit<'b, 'a> {
-    /// Declares parameters and `stages` pieces in shared memory.
-    pub fn new(b: &'b Builder, op: &'a Attend, stages: u32, threads: u32) -> Self {
+    /// Declares parameters and `stages` pieces in shared memory. `meeting_place` is how many elements of `partial` and
+    /// `arrived` the kernel uses.
+    pub fn new(b: &'b Builder, op: &'a Attend, stages: u32, threads: u32, meeting_place: (usize, usize)) -> Self {
+        let rows = u64::from(op.tokens) * u64::from(op.heads);
         let p = Params {
-            queries: b.buffer("queries", Elem::I8, false),
-            query_scale: b.buffer("query_scale", Elem::F32, false),
-            sinks: b.buffer("sinks", Elem::F32, false),
-            positions: b.buffer("positions", Elem::I32, false),
-            sequence: b.buffer("sequence", Elem::I32, false),
-            slots: b.buffer("slots", Elem::I32, false),
+            queries: b.sized("queries", Elem::I8, false, rows * 2 * u64::from(op.cache.columns())),
+            query_scale: b.sized("query_scale", Elem::F32, false, rows),
+            sinks: b.sized("sinks", Elem::F32, false, if op.sinks { op.heads.into() } else { 0 }),
+            positions: b.sized("positions", Elem::I32, false, op.tokens.into()),
+            sequence: b.sized("sequence", Elem::I32, false, op.tokens.into()),
+            slots: b.sized("slots", Elem::I32, false, op.tokens.into()),
             table: b.buffer("table", Elem::I32, false),
             tiles: b.buffer("tiles", Elem::I32, false),
             stride: b.scalar("stride", Scalar::I32),
             cache: b.buffer("cache", Elem::U8, false),
-            y: b.buffer("y", Elem::F32, true),
-            partial: b.buffer("partial", Elem::F32, true),
-            arrived: b.buffer("arrived", Elem::I32, true),
+            y: b.sized("y", Elem::F32, true, rows * u64::from(op.cache.head_dim)),
+            partial: b.sized("partial", Elem::F32, true, meeting_place.0 as u64),
+            arrived: b.sized("arrived", Elem::I32, true, meeting_place.1 as u64),
             faults: b.buffer("faults", Elem::I32, true),
             layer: b.scalar("layer", Scalar::I32),
         };

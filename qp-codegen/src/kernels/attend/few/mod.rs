@@ -127,7 +127,7 @@ pub fn lower(op: &Attend, launch: &Launch) -> Kernel {
     b.min_blocks(launch.min_blocks);
     b.dependent_launch();
     let plan = Plan::new(op, launch);
-    let e = Emit::new(&b, op, launch.stages, THREADS);
+    let e = Emit::new(&b, op, launch.stages, THREADS, meeting_place(op, launch));
     let row_tiles = plan.group.div_ceil(ROWS);
     let few = Few {
         b: &b,

@@ -45,8 +45,8 @@ pub struct Serve {
     #[arg(long, value_name = "TOKENS")]
     cache: Option<usize>,
     /// Bits of a number of keys and values: 8 or 16.
-    #[arg(long, default_value_t = 16, value_name = "BITS", value_parser = cache_bits)]
-    cache_bits: u8,
+    #[arg(long, default_value_t, value_name = "BITS")]
+    cache_bits: Precision,
     /// Sequences computed together.
     #[arg(long, default_value_t = 64, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..))]
     sequences: u16,
@@ -79,14 +79,6 @@ pub struct Serve {
     device: Device,
 }
 
-fn cache_bits(text: &str) -> Result<u8, String> {
-    match text {
-        "8" => Ok(8),
-        "16" => Ok(16),
-        _ => Err("expected 8 or 16".to_owned()),
-    }
-}
-
 impl Serve {
     /// Runs the command until it is interrupted.
     ///
@@ -105,7 +97,7 @@ impl Serve {
         let weights = Arc::new(weights);
         let context = self.context.unwrap_or(config.max_positions.min(32_768));
         let memory = describe::memory(&weights);
-        let cache = if self.cache_bits == 8 { Precision::Bits8 } else { Precision::Bits16 };
+        let cache = self.cache_bits;
         let layout = Layout::new(&weights.program, &Form::of(&weights), &[], cache);
         let whole = context.div_ceil(PAGE);
         let most = whole * usize::from(self.sequences);

@@ -53,6 +53,25 @@ pub enum Precision {
     Bits16,
 }
 
+impl std::str::FromStr for Precision {
+    type Err = String;
+
+    /// From the number of bits.
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "8" => Ok(Precision::Bits8),
+            "16" => Ok(Precision::Bits16),
+            _ => Err(format!("keys and values are kept in 8 or 16 bits, not {text}")),
+        }
+    }
+}
+
+impl std::fmt::Display for Precision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", 8 * self.planes())
+    }
+}
+
 impl Precision {
     /// Bytes of a number, each of which is a plane of the cache.
     pub fn planes(self) -> u32 {

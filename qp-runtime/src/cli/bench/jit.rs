@@ -14,6 +14,7 @@ use serde::Serialize;
 use super::shapes::ModelArgs;
 use crate::cli::Error;
 use crate::cli::output::{out, outln, write};
+use crate::engine::Precision;
 use crate::engine::cuda::layout::Layout;
 use crate::engine::cuda::lower::{self, Op, Pick, Wanted};
 use crate::jit::{self, Cache};
@@ -101,14 +102,14 @@ impl JitBench {
         if self.once {
             // What a process of an engine does before it can launch: from here on, all of it counts.
             let start = Instant::now();
-            let layout = self.model.layout()?;
+            let layout = self.model.layout(Precision::default())?;
             let ops = kernels(&layout);
             self.compile_all(&layout, &ops)?;
             outln!("{} {}", ops.len(), start.elapsed().as_secs_f64())?;
             return Ok(());
         }
         let version = jit::Nvrtc::get()?.version();
-        let layout = self.model.layout()?;
+        let layout = self.model.layout(Precision::default())?;
         let (all, alone) = (kernels(&layout), alone(&layout));
         let named = all.iter().map(|k| (k, "")).chain(alone.iter().map(|k| (k, " (unfused)")));
         let mut rows = Vec::new();

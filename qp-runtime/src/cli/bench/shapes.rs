@@ -88,7 +88,7 @@ impl ModelArgs {
     ///
     /// # Errors
     /// A model, quantizer or plan that cannot be read.
-    pub fn layout(&self) -> Result<Layout, Error> {
+    pub fn layout(&self, cache: Precision) -> Result<Layout, Error> {
         let config = match &self.model {
             Some(model) => Config::read(model)?,
             None => Config::parse(Path::new("config.json"), &self.config_text()?)?,
@@ -110,6 +110,6 @@ impl ModelArgs {
         let forms: Vec<Form> = program.ids().map(form).collect();
         let fused: Vec<Vec<LayerId>> =
             resolved.groups.iter().map(|g| g.iter().copied().map(LayerId).collect()).collect();
-        Ok(Layout::new(&program, &forms, &fused, Precision::default()))
+        Ok(Layout::new(&program, &forms, &fused, cache))
     }
 }

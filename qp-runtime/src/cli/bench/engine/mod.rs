@@ -50,6 +50,9 @@ pub struct EngineBench {
     /// Steps that are timed together.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
     steps: u16,
+    /// Bits of a number of keys and values: 8 or 16.
+    #[arg(long, default_value_t, value_name = "BITS")]
+    cache_bits: Precision,
     /// Write the model as a checkpoint into this folder, if it is not there, and time opening it.
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
@@ -103,7 +106,7 @@ impl EngineBench {
     }
 
     fn measure(&self) -> Result<Report, Error> {
-        let layout = self.model.layout()?;
+        let layout = self.model.layout(self.cache_bits)?;
         if let Some(dir) = self.save.as_ref().filter(|dir| !dir.exists()) {
             Noise::new().save(dir, &self.model.config_text()?, &layout)?;
         }
@@ -151,6 +154,7 @@ impl EngineBench {
         let gpu = on.gpu().map(|gpu| gpu.name.clone());
         Ok(Report {
             quantizers: self.model.quantizers(),
+            cache_bits: 8 * self.cache_bits.planes(),
             bits: rounded(read_bytes as f64 * 8.0 / weights as f64, 1e3),
             read_bytes,
             token_bytes: needs.page / PAGE as u64,
@@ -171,12 +175,12 @@ impl EngineBench {
         let wanted: Vec<(usize, usize)> = decode.chain(self.prompts.iter().map(|p| (*p, 1))).collect();
         let context = wanted.iter().map(|w| w.0).max().unwrap_or(1).min(layout.program.context);
         let fits = |pages: usize| {
-            let needs = Needs::of(layout, Room { context, pages, cache: Precision::default() });
+            let needs = Needs::of(layout, Room { context, pages, cache: self.cache_bits });
             // The matrices are there already.
             free.is_none_or(|free| needs.check(free + needs.weights).is_ok())
         };
         let all = wanted.iter().map(|(context, sequences)| sequences * pages(*context));
-        Room { context, pages: all.filter(|p| fits(*p)).max().unwrap_or(1), cache: Precision::default() }
+        Room { context, pages: all.filter(|p| fits(*p)).max().unwrap_or(1), cache: self.cache_bits }
     }
 
     /// Seconds of a step that gives each of some sequences its next token.
@@ -211,7 +215,7 @@ impl EngineBench {
         let start = Instant::now();
         let mut last = start;
         let mut lap = || std::mem::replace(&mut last, Instant::now()).elapsed().as_secs_f64();
-        let room = Room::one((SHORT + 2).next_multiple_of(PAGE));
+        let room = Room { cache: self.cache_bits, ..Room::one((SHORT + 2).next_multiple_of(PAGE)) };
         let (mut engine, device, weights, engine_seconds) = match &self.save {
             Some(dir) => {
                 // Both at once, as commands do it.
@@ -234,7 +238,7 @@ impl EngineBench {
             None => {
                 let on = self.open()?;
                 let device = lap();
-                let layout = self.model.layout()?;
+                let layout = self.model.layout(self.cache_bits)?;
                 let noise = Noise::new();
                 let matrices =
                     layout.matrices.iter().map(|m| noise.matrix(&on, &layout, m)).collect::<Result<Vec<_>, _>>()?;
@@ -291,6 +295,7 @@ impl EngineBench {
         add("--device", name(&|| self.device.to_possible_value()).into());
         spec.iter().for_each(|s| add("--spec", s.into()));
         plan.iter().for_each(|p| add("--plan", p.into()));
+        add("--cache-bits", self.cache_bits.to_string().into());
         self.save.iter().for_each(|p| add("--save", p.into()));
         out
     }

@@ -11,6 +11,8 @@ pub struct Report {
     pub device: String,
     /// Quantizers of the matrices.
     pub quantizers: String,
+    /// Bits of a number of keys and values.
+    pub cache_bits: u32,
     /// Bits a weight of all packed matrices.
     pub bits: f64,
     /// Bytes of matrices that a step of one token reads.
@@ -114,11 +116,12 @@ impl Report {
     pub fn text(&self) -> String {
         let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
         let mut out = format!(
-            "{}; {}: {:.2} bits a weight, {:.2} GB a step{}.\n\n",
+            "{}; {}: {:.2} bits a weight, {:.2} GB a step; keys and values in {} bits{}.\n\n",
             self.device,
             self.quantizers,
             self.bits,
             self.read_bytes as f64 / 1e9,
+            self.cache_bits,
             self.bandwidth.map_or(String::new(), |b| format!(", memory read alone {:.2} TB/s", b / 1e12)),
         );
         out += "| sequences | context | ms a step | tokens/s | of the bandwidth |\n|---|---|---|---|---|\n";

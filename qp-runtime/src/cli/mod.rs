@@ -3,7 +3,7 @@
 mod bench;
 mod chat;
 mod check_gpu;
-mod device;
+pub mod device;
 mod doctor;
 mod eval;
 mod generate;

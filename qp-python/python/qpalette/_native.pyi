@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__version__: str
+
+class SpecError(ValueError):
+    """A spec with errors. Its text shows them with excerpts, `diagnostics` has them as data."""
+
+    diagnostics: list[Diagnostic]
+
+class Diagnostic:
+    """One thing that is wrong with a spec ("error"), or odd ("warning")."""
+
+    severity: str
+    message: str
+    file: Optional[str]
+    line: Optional[int]
+    """Counted from 1, as is `column`; None if the diagnostic is about no place."""
+    column: Optional[int]
+    span: Optional[tuple[int, int]]
+    """First byte of the text, and one past the last."""
+    hint: Optional[str]
+    """What cures it."""
+
+class Quantizer:
+    """A quantizer, checked. `spec` is the text of a spec (str) or the file that holds one (Path); `name` says which
+    quantizer of several is meant. Raises SpecError."""
+
+    def __init__(self, spec: str | Path, name: Optional[str] = None) -> None: ...
+    @staticmethod
+    def named(name: str) -> Quantizer:
+        """What a command line names: "tcq_3" of the palette, "file.qspec", or "file.qspec:member"."""
+
+    name: str
+    bits: float
+    """Bits a weight, without scales and tables."""
+    block: tuple[int, int]
+    """Rows and columns of a block."""
+    text: str
+    """The canonical text, tables included: equal quantizers have equal texts."""
+    digest: str
+    """SHA-256 of the text, hexadecimal."""
+    trained: bool
+    """Whether its tables are there."""
+    distortion: Optional[float]
+    """Mean squared error on a Gaussian source of variance 1, measured; None but for the palette."""
+
+    def encode(self, weights: ArrayLike) -> PackedMatrix:
+        """Rotates and encodes a matrix of finite numbers, rows x columns = out x in features, on all cores."""
+    def explain(self, rows: int = 4096, columns: int = 4096) -> str:
+        """Rate, bytes, distortion and the layout of the bits."""
+    def packed_bytes(self, rows: int = 4096, columns: int = 4096) -> int:
+        """Bytes of a matrix of this shape, scales included."""
+    def emit(
+        self, op: str = "product", rows: int = 4096, columns: int = 4096, batch: int = 1, target: str = "sm_90a"
+    ) -> str:
+        """CUDA source of a kernel: "product" with the activations of `batch` tokens (1 to 2048), or "dequantize"."""
+
+class PackedMatrix:
+    """A quantized matrix of rows x columns = out x in features."""
+
+    @staticmethod
+    def from_parts(
+        quantizer: Quantizer, rows: int, columns: int, words: ArrayLike, scales: ArrayLike
+    ) -> PackedMatrix:
+        """What `words` and `scales` gave, put together again. Raises ValueError if their lengths do not fit."""
+    shape: tuple[int, int]
+    quantizer: Quantizer
+    nbytes: int
+    words: NDArray[np.uint32]
+    """The windows' bits, as they lie on a device. A copy."""
+    scales: NDArray[np.float32]
+    """One a row, or one for all: numbers that bfloat16 holds."""
+
+    def decode(self) -> NDArray[np.float32]:
+        """The weights that it stands for, rotated back: rows x columns."""
+    def linear(self, x: ArrayLike) -> NDArray[np.float32]:
+        """`x @ weights.T`, tokens x rows, of tokens x columns: activations are rotated and rounded to 16 bits, sums are exact;
+        the same bits as qp's engine on any device."""
+
+class Checkpoint:
+    """A directory that `quantize` wrote: its quantized layers by name. Raises ValueError if it is damaged."""
+
+    def __init__(self, dir: str | PathLike[str]) -> None: ...
+    manifest: str
+    """JSON: quantizers, layers with their errors, tensors, files and their hashes."""
+    layers: list[str]
+    def __len__(self) -> int: ...
+    def __contains__(self, layer: str) -> bool: ...
+    def __getitem__(self, layer: str) -> PackedMatrix: ...
+
+def check(spec: str | Path) -> list[Diagnostic]:
+    """Checks the text of a spec (str) or a file (Path): gives warnings, raises SpecError for errors."""
+
+def palette() -> list[Quantizer]:
+    """The quantizers that come along."""
+
+def quantize(
+    model: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    spec: Optional[str] = None,
+    plan: Optional[str | PathLike[str]] = None,
+    calibrate: Optional[str | PathLike[str]] = None,
+    calibrate_tokens: int = 32768,
+    resume: bool = False,
+    force: bool = False,
+    device: str = "auto",
+    threads: Optional[int] = None,
+    progress: Optional[Callable[[int, int, str], Any]] = None,
+) -> None:
+    """Quantizes a model's directory or GGUF file into the checkpoint `out`, as `qp quantize` does: with one quantizer
+    (`spec`) or a plan. `calibrate` is a text file, or "self", that the rounding is fitted to. `progress` is called after
+    each layer with the weights done, all weights, and the layer's name. Ctrl-C stops between layers; `resume` goes on."""
+
+def perplexity(
+    model: str | PathLike[str], text: str, *, window: int = 256, limit: Optional[int] = None, device: str = "auto"
+) -> float:
+    """Perplexity of `text`, scored in windows of so many tokens, each on its own; `limit` takes its first tokens alone."""
+
+def generate(
+    model: str | PathLike[str],
+    prompt: str,
+    *,
+    tokens: int = 60,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+) -> str:
+    """What follows `prompt`, at most so many tokens. Equal seeds give equal texts on every device."""

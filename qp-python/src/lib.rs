@@ -1,0 +1,30 @@
+//! The native half of the Python package `qpalette`. What each item does is said where Python users read it: in
+//! `python/qpalette/_native.pyi`.
+
+mod matrix;
+mod model;
+mod spec;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+mod _native {
+    #[pymodule_export]
+    use super::matrix::PackedMatrix;
+    #[pymodule_export]
+    use super::model::{Checkpoint, generate, perplexity, quantize};
+    #[pymodule_export]
+    use super::spec::{Diagnostic, Quantizer, SpecError, check, palette};
+
+    use pyo3::prelude::*;
+
+    #[pymodule_init]
+    fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {
+        m.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}
+
+/// An error of the runtime, as Python's `ValueError`.
+fn invalid(e: impl std::fmt::Display) -> PyErr {
+    pyo3::exceptions::PyValueError::new_err(e.to_string())
+}

@@ -1,0 +1,134 @@
+"""The package without PyTorch."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qpalette as qp
+
+MODEL = Path(__file__).parents[2] / "models" / "kjv-llama"
+SPEC = """quantizer two {
+    window 2  vector 1  step 2  block 2 x 32
+    values i8  unit 1/2
+    table t[4] = [-3, -1, 1, 3]
+    decode w { t[w] }
+    scale row  rotate hadamard(seed = 0)
+}"""
+
+
+def matrix(rows=64, columns=256, seed=0):
+    return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+
+
+def test_the_palette():
+    names = [q.name for q in qp.palette()]
+    assert "tcq_3" in names and len(names) == len(set(names))
+    q = qp.Quantizer.named("tcq_3")
+    assert q.bits == 3 and q.trained and 0.01 < q.distortion < 0.02
+    assert q in qp.palette() and len({q, qp.Quantizer(q.text)}) == 1
+    assert "tcq_3" in repr(q) and "<pre>" in q._repr_html_()
+
+
+def test_specs_from_text_and_file(tmp_path):
+    q = qp.Quantizer(SPEC)
+    assert (q.name, q.bits, q.block, q.distortion) == ("two", 2, (2, 32), None)
+    file = tmp_path / "two.qspec"
+    file.write_text(SPEC + SPEC.replace("two", "three"))
+    assert qp.Quantizer(file, "two") == q
+    with pytest.raises(ValueError, match="two, three"):
+        qp.Quantizer(file)
+    with pytest.raises(ValueError, match="no `four`"):
+        qp.Quantizer(file, name="four")
+    assert qp.check(SPEC) == []
+
+
+def test_errors_say_where():
+    with pytest.raises(qp.SpecError) as caught:
+        qp.Quantizer(SPEC.replace("step 2", "step 9"))
+    [first, *_] = caught.value.diagnostics
+    assert first.severity == "error" and first.line == 2
+    begin, end = first.span
+    assert SPEC.replace("step 2", "step 9").encode()[begin:end]
+    assert first.message in str(caught.value)
+    with pytest.raises(qp.SpecError, match="tcq_3"):
+        qp.Quantizer.named("tcq_33")
+
+
+def test_matrices():
+    w, q = matrix(), qp.Quantizer.named("tcq_4")
+    packed = q.encode(w)
+    assert packed.shape == w.shape and packed.quantizer == q
+    assert packed.nbytes == 4 * packed.words.size + 2 * packed.scales.size == q.packed_bytes(*w.shape)
+    decoded = packed.decode()
+    error = ((decoded - w) ** 2).mean() / (w**2).mean()
+    assert 0.5 * q.distortion < error < 1.5 * q.distortion
+    again = qp.PackedMatrix.from_parts(q, *packed.shape, packed.words, packed.scales)
+    assert (again.decode() == decoded).all()
+    x = matrix(5, 256, seed=1)
+    y = packed.linear(x)
+    assert y.shape == (5, 64)
+    exact = x.astype(np.float64) @ decoded.T.astype(np.float64)
+    assert np.abs(y - exact).max() < 2e-3 * np.abs(exact).max()
+    assert (packed.linear(x[2:3]) == y[2:3]).all(), "the bits of a token do not depend on the batch"
+
+
+def test_matrices_that_cannot_be():
+    q = qp.Quantizer.named("tcq_3")
+    broken = matrix()
+    broken[3, 4] = np.nan
+    with pytest.raises(ValueError, match="finite|number"):
+        q.encode(broken)
+    with pytest.raises(TypeError):
+        q.encode(np.zeros(4))
+    packed = q.encode(matrix())
+    with pytest.raises(ValueError, match="256 columns"):
+        packed.linear(np.zeros((1, 255), np.float32))
+    with pytest.raises(ValueError, match="as many"):
+        qp.PackedMatrix.from_parts(q, *packed.shape, packed.words[1:], packed.scales)
+
+
+def test_kernels_are_printed():
+    q = qp.Quantizer.named("tcq_2.5")
+    assert "__global__" in q.emit() and "__global__" in q.emit("dequantize", target="sm_80")
+    for wrong in [dict(target="sm_1"), dict(op="sing"), dict(batch=0), dict(rows=0)]:
+        with pytest.raises(ValueError):
+            q.emit(**wrong)
+    assert "2.5" in q.explain(1024, 1024)
+
+
+def test_a_model_from_quantizing_to_a_text(tmp_path):
+    seen = []
+    out = tmp_path / "model"
+    qp.quantize(MODEL, out, spec="nuq_4", device="cpu", progress=lambda *what: seen.append(what))
+    checkpoint = qp.Checkpoint(out)
+    assert len(seen) == len(checkpoint) == len(checkpoint.layers)
+    assert seen[-1][0] == seen[-1][1], "all weights are done at the end"
+    layer = checkpoint.layers[0]
+    assert layer in checkpoint and checkpoint[layer].quantizer.name == "nuq_4"
+    assert any(l["name"] == layer for l in json.loads(checkpoint.manifest)["layers"])
+    with pytest.raises(KeyError):
+        checkpoint["nothing"]
+    text = (MODEL / "valid.txt").read_text()
+    assert 10 < qp.perplexity(out, text, limit=1024, device="cpu") < 30
+    said = qp.generate(out, "And it came to pass", tokens=8, device="cpu")
+    assert said and said == qp.generate(out, "And it came to pass", tokens=8, device="cpu")
+
+
+def test_quantizing_stops_when_python_does(tmp_path):
+    class Enough(Exception):
+        pass
+
+    def progress(done, total, layer):
+        raise Enough(layer)
+
+    with pytest.raises(Enough):
+        qp.quantize(MODEL, tmp_path / "model", spec="nuq_4", device="cpu", progress=progress)
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(ValueError, match="spec= or plan="):
+        qp.quantize(MODEL, tmp_path / "model")
+    with pytest.raises(ValueError, match="no device"):
+        qp.generate(MODEL, "a", device="tpu")
+    with pytest.raises(qp.SpecError, match="nothing_3"):
+        qp.quantize(MODEL, tmp_path / "model", spec="nothing_3", device="cpu")

@@ -23,6 +23,8 @@ pub mod metric;
 pub mod nvrtc;
 pub mod palette;
 pub mod reference;
+#[doc(hidden)]
+pub mod skipped;
 pub mod spec;
 pub mod syntax;
 pub mod text_file;

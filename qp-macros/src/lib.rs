@@ -2,6 +2,8 @@
 
 mod launch_args;
 mod qspec;
+#[cfg(test)]
+mod tests;
 
 /// Makes a struct the parameters of a kernel: see `qp_runtime::device::LaunchArgs`.
 #[proc_macro_derive(LaunchArgs)]

@@ -63,7 +63,7 @@ pub fn include(input: TokenStream) -> syn::Result<TokenStream> {
 
 /// The folder of the file that holds `span`, or of the package.
 fn folder(span: Span) -> PathBuf {
-    let file = span.unwrap().local_file();
+    let file = span.local_file();
     let folder = file.as_deref().and_then(Path::parent).map(Path::to_path_buf);
     folder.or_else(|| std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from)).unwrap_or_default()
 }

@@ -33,6 +33,7 @@
 
 mod build;
 pub mod interpret;
+mod problem;
 #[cfg(test)]
 mod tests;
 mod text;
@@ -41,8 +42,9 @@ mod uniform;
 mod validate;
 
 pub use build::{Builder, V};
+pub use problem::{Invalid, Problem, Problems};
 pub use text::statement;
-pub use validate::{Invalid, Problem, Problems, validate};
+pub use validate::validate;
 
 /// Index of a value in [`Kernel::values`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -122,14 +122,14 @@ pub fn compile(source: &str, name: &str, target: &str, options: &Options) -> Res
     }
 }
 
-/// NVRTC for a test that needs it: without it the test says that it was skipped, or fails if `QP_REQUIRE_NVRTC` is set.
+/// NVRTC for a test that needs it: without it the test is noted as skipped, or fails if `QP_REQUIRE_NVRTC` is set.
 #[doc(hidden)]
 pub fn for_tests() -> Option<&'static Nvrtc> {
     match Nvrtc::get() {
         Ok(nvrtc) => Some(nvrtc),
         Err(e) if std::env::var_os("QP_REQUIRE_NVRTC").is_some() => panic!("QP_REQUIRE_NVRTC is set, but {e}"),
         Err(e) => {
-            eprintln!("skipped: {e}");
+            crate::skipped::note(&e.to_string());
             None
         }
     }

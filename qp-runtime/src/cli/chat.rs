@@ -52,6 +52,7 @@ impl ChatCommand {
     /// If the model cannot be opened, its template fails or it cannot be computed.
     pub fn run(self) -> Result<(), Error> {
         let (model, on) = open_model(&self.model, self.device)?;
+        self.drawing.say_suggested(&model.config.suggested);
         let chat = Chat::open(&Files::open(&self.model)?, &model.tokenizer, &model.config.eos)?;
         if chat.is_plain() {
             output::note("the model has no chat template: it is given a plain dialogue of 'User:' and 'Assistant:'");

@@ -1,14 +1,14 @@
 //! `qp generate`: continue a text.
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
 use super::chat::say_answer;
 use super::device::{Device, open_model, open_session};
 use super::output;
-use crate::chat::{Chat, Options};
+use crate::chat::{Chat, Options, StopTexts};
 use crate::device::Executor;
 use crate::engine::{self, Generated, Sampler, Sampling, Stop};
 use crate::model::{Files, Model};
@@ -18,9 +18,15 @@ use crate::model::{Files, Model};
 pub struct Generate {
     /// Model: a directory in Hugging Face's layout, quantized by `qp quantize` or not, or a GGUF file.
     model: PathBuf,
-    /// The text to continue; without it, the model begins a text of its own.
-    #[arg(long, short, default_value = "")]
+    /// The text to continue, or `-` to read it from standard input; without it, the model begins a text of its own.
+    #[arg(long, short, default_value = "", allow_hyphen_values = true)]
     prompt: String,
+    /// File with the text to continue; `-` is standard input. A line end at its end is left out.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    prompt_file: Option<PathBuf>,
+    /// End before this text appears in what the model writes; may be given several times.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    stop: Vec<String>,
     /// Tokens to produce at most.
     #[arg(long = "tokens", short = 'n', value_name = "COUNT", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
     count: u32,
@@ -63,12 +69,33 @@ impl Drawing {
         self.sampler_of(0)
     }
 
+    /// Says what the model's makers suggest, if nothing was asked for: a file does not change how tokens are drawn.
+    pub(super) fn say_suggested(&self, suggested: &[String]) {
+        let asked = self.temperature != 0.0 || self.repetition_penalty != 1.0;
+        if let Some(said) = suggestion(suggested).filter(|_| !asked) {
+            output::note(said);
+        }
+    }
+
     /// As [`Drawing::sampler`], by a seed that differs by `more`.
     pub(super) fn sampler_of(&self, more: u64) -> Sampler {
         let Drawing { temperature, top_k, top_p, min_p, repetition_penalty, seed } = *self;
         let seed = seed.wrapping_add(more);
         Sampler::with_penalty(Sampling { temperature, top_k, top_p, min_p, seed }, repetition_penalty)
     }
+}
+
+/// What `generation_config.json` suggests, as `KEY VALUE`, with the options that do so.
+fn suggestion(suggested: &[String]) -> Option<String> {
+    const OPTIONS: [&str; 5] = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"];
+    let option = |s: &String| {
+        let (key, value) = s.split_once(' ')?;
+        OPTIONS.contains(&key).then(|| format!(" --{} {value}", key.replace('_', "-")))
+    };
+    let options: String = suggested.iter().filter_map(option).collect();
+    let follow = if options.is_empty() { String::new() } else { format!("; to draw so:{options}") };
+    let said = format!("generation_config.json suggests {}, which is not followed{follow}", suggested.join(", "));
+    (!suggested.is_empty()).then_some(said)
 }
 
 fn temperature(text: &str) -> Result<f32, String> {
@@ -98,11 +125,13 @@ impl Generate {
     /// # Errors
     /// If the model cannot be opened, or prompt and tokens do not fit its context.
     pub fn run(self) -> Result<(), super::Error> {
+        let given = self.given()?;
         let (mut model, on) = open_model(&self.model, self.device)?;
+        self.drawing.say_suggested(&model.config.suggested);
         if self.chat {
-            return self.answer(model, on.as_ref());
+            return self.answer(&given, model, on.as_ref());
         }
-        let mut prompt = model.tokenizer.encode(&self.prompt)?;
+        let mut prompt = model.tokenizer.encode(&given)?;
         if prompt.is_empty() {
             prompt.extend(model.config.bos);
         }
@@ -113,26 +142,49 @@ impl Generate {
         let tokenizer = model.tokenizer.clone();
         let mut session = open_session(model, on.as_ref(), prompt.len() + self.count as usize - 1)?;
 
-        output::print(format_args!("{}", self.prompt))?;
-        let mut text = tokenizer.stream(&prompt);
+        output::print(format_args!("{given}"))?;
+        let mut stream = tokenizer.stream(&prompt);
+        let mut texts = StopTexts::new(self.stop);
         let mut sampler = self.drawing.sampler();
         let done = engine::generate(&mut session, &prompt, self.count as usize, &end, &mut sampler, |token| {
-            output::print(format_args!("{}", text.push(token)?))?;
-            Ok::<_, super::Error>(if output::closed() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+            let (text, found) = texts.push(&stream.push(token)?);
+            output::print(format_args!("{text}"))?;
+            let end = found || output::closed();
+            Ok::<_, super::Error>(if end { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         })?;
-        output::print(format_args!("{}\n", text.finish()?))?;
-        if done.stop == Stop::Caller {
-            return Ok(());
+        if done.stop != Stop::Caller {
+            let (text, found) = texts.push(&stream.finish()?);
+            let rest = if found { String::new() } else { texts.rest() };
+            output::print(format_args!("{text}{rest}"))?;
         }
-        report(prompt.len(), &done);
+        output::print(format_args!("\n"))?;
+        if !output::closed() {
+            report(prompt.len(), &done);
+        }
         Ok(())
     }
 
-    /// Answers the prompt as a question.
-    fn answer(self, model: Model, on: Option<&Executor>) -> Result<(), super::Error> {
-        let chat = Chat::open(&Files::open(&self.model)?, &model.tokenizer, &model.config.eos)?;
+    /// The prompt, wherever it was given.
+    fn given(&self) -> Result<String, super::Error> {
+        let file = match &self.prompt_file {
+            Some(file) => file,
+            None if self.prompt == "-" => Path::new("-"),
+            None => return Ok(self.prompt.clone()),
+        };
+        let mut text = crate::input::text(file)?;
+        if text.ends_with('\n') {
+            text.pop();
+            text.truncate(text.strip_suffix('\r').unwrap_or(&text).len());
+        }
+        Ok(text)
+    }
+
+    /// Answers the question that was `given`.
+    fn answer(self, given: &str, model: Model, on: Option<&Executor>) -> Result<(), super::Error> {
+        let mut chat = Chat::open(&Files::open(&self.model)?, &model.tokenizer, &model.config.eos)?;
+        chat.stop.extend(self.stop);
         let tokenizer = model.tokenizer.clone();
-        let question = json!({"role": "user", "content": self.prompt});
+        let question = json!({"role": "user", "content": given});
         let (_, prompt) = chat.prompt(&tokenizer, &[question], &Options::default())?;
         let count = self.count as usize;
         let mut session = open_session(model, on, prompt.len() + count - 1)?;
@@ -152,6 +204,28 @@ fn report(prompt: usize, done: &Generated) {
         done.prefill.as_secs_f64(),
         done.tokens.len(),
         done.rate(),
-        if done.stop == Stop::End { " (end of text)" } else { "" },
+        match done.stop {
+            Stop::End => " (end of text)",
+            Stop::Caller => " (stopped at a text)",
+            Stop::Count => "",
+        },
     ));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn suggestions_come_with_their_options() {
+        let of = |s: &[&str]| suggestion(&s.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>());
+        assert_eq!(of(&[]), None);
+        let all = of(&["temperature 0.6", "max_length 4096", "top_p 0.9"]).unwrap();
+        assert_eq!(
+            all,
+            "generation_config.json suggests temperature 0.6, max_length 4096, top_p 0.9, which is not followed; to draw so: \
+             --temperature 0.6 --top-p 0.9"
+        );
+        assert_eq!(of(&["seed 4"]).unwrap(), "generation_config.json suggests seed 4, which is not followed");
+    }
 }

@@ -16,6 +16,31 @@
 //! assert_eq!(Scale::PARAMS[1].name, "output");
 //! ```
 //!
+//! A field of another type does not compile:
+//!
+//! ```compile_fail,E0277
+//! # use qp_runtime::device::{Buffer, LaunchArgs};
+//! #[derive(LaunchArgs)]
+//! struct Scale<'a> {
+//!     input: &'a Buffer<f32>,
+//!     factor: f64,
+//! }
+//! ```
+//!
+//! Nor does a launch that reads and writes one buffer:
+//!
+//! ```compile_fail,E0502
+//! # use qp_runtime::device::{Buffer, LaunchArgs};
+//! # #[derive(LaunchArgs)]
+//! # struct Scale<'a> {
+//! #     input: &'a Buffer<f32>,
+//! #     output: &'a mut Buffer<f32>,
+//! # }
+//! fn twice(buffer: &mut Buffer<f32>) {
+//!     let _ = Scale { input: buffer, output: buffer }.args();
+//! }
+//! ```
+//!
 //! Where a kernel meets a struct, [`check`] compares names, order, element types and who writes.
 
 use std::fmt;

@@ -160,7 +160,7 @@ pub struct Chosen<K> {
 }
 
 /// A kernel for each product, with its launch: the one remembered; else, if `measure` is set, the fastest candidate, which is
-/// then remembered, or else the model's first.
+/// then remembered, or else the model's first that does not spill, for the model does not foresee every register.
 ///
 /// `load` makes the kernel of product `i`, many at once on all cores; `spills` tells whether it ran out of registers;
 /// `time` gives the seconds of each kernel of product `i`, one product after the other. Where nothing can be remembered
@@ -190,6 +190,10 @@ pub fn choose<K: Send, E: Send>(
     for (i, wanted) in wanted.iter().enumerate() {
         let own = std::iter::from_fn(|| loaded.next_if(|((of, _), _)| *of == i));
         let mut kernels = usable(own.map(|((_, launch), kernel)| Ok((launch, kernel?))), |(_, k)| spills(k))?;
+        if !measure && remembered[i].is_none() && spills(&kernels[0].1) {
+            let sound = |&launch: &Launch| load(i, launch).ok().filter(|k| !spills(k)).map(|k| (launch, k));
+            kernels = wanted.candidates[1..].iter().find_map(sound).map_or(kernels, |sound| vec![sound]);
+        }
         let times = if kernels.len() == 1 { Ok(None) } else { time(i, &mut kernels).map(Some) };
         let decided = times.is_ok();
         let times = times.ok().flatten();
@@ -452,6 +456,22 @@ mod tests {
         let (chosen, ..) = run(&cache, one, |_| false, never).unwrap();
         assert_eq!(run(&cache, one, |_| false, never).unwrap().0, chosen);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "one entry, no temporary file");
+    }
+
+    #[test]
+    fn what_the_model_likes_best_gives_way_if_it_spills() {
+        if nvrtc_for_tests().is_none() {
+            return;
+        }
+        let product = wanted(4096, "a");
+        let (one, first) = (std::slice::from_ref(&product), product.candidates[0]);
+        let chosen = |spills: &dyn Fn(&Launch) -> bool| {
+            let load = |_, launch| Ok::<_, String>(launch);
+            let never = |_: usize, _: &mut [(Launch, Launch)]| unreachable!("nothing is to be timed");
+            choose(&Cache::none(), one, false, load, spills, never).unwrap()[0].launch
+        };
+        assert_eq!(chosen(&|l| *l == first), product.candidates[1]);
+        assert_eq!(chosen(&|_| true), first, "if all do");
     }
 
     #[test]

@@ -7,7 +7,8 @@ use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::server::{Server, exchange_with, skip};
+use crate::server::{Server, exchange_with};
+use qp_codegen::skipped;
 use serde_json::{Value, json};
 
 /// A browser's session; dropping it ends the browser.
@@ -117,7 +118,7 @@ const ESCAPE: &str = "\u{e00c}";
 #[test]
 fn a_conversation_in_a_browser() {
     let Some(browser) = Browser::start() else {
-        skip("there is no chromium with chromedriver");
+        skipped::note("there is no chromium with chromedriver");
         return;
     };
     let server = Server::start(&["--name", "kjv", "--context", "1024"]);

@@ -33,6 +33,31 @@ fn generate_prints_prompt_and_continuation() {
 }
 
 #[test]
+fn prompts_come_from_anywhere_and_texts_may_end_what_follows() {
+    const PROMPT: &str = "And it came to pass in those days, that";
+    let arguments = |more: &[&'static str]| [&["generate", MODEL, "--device", "cpu"], more].concat();
+    let o = qp(&arguments(&["-p", "-5 degrees", "-n", "1"]));
+    assert!(text(&o.stdout).starts_with("-5 degrees"), "{o:?}");
+    let plain = qp(&arguments(&["-p", PROMPT, "-n", "6"])).stdout;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("prompt");
+    std::fs::write(&file, format!("{PROMPT}\r\n")).unwrap();
+    let mut of_file = arguments(&["-n", "6", "--prompt-file"]);
+    of_file.push(file.to_str().unwrap());
+    assert_eq!(qp(&of_file).stdout, plain);
+    for from_input in [["--prompt-file", "-"], ["-p", "-"]] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_qp"));
+        command.args(arguments(&["-n", "6"])).args(from_input).stdin(std::fs::File::open(&file).unwrap());
+        assert_eq!(command.output().unwrap().stdout, plain);
+    }
+    let o = qp(&arguments(&["-p", PROMPT, "-n", "60", "--stop", "nowhere", "--stop", "id unto"]));
+    assert_eq!(text(&o.stdout), format!("{PROMPT} the king sa\n"));
+    assert!(text(&o.stderr).ends_with("(stopped at a text)\n"), "{}", text(&o.stderr));
+    let (message, code) = fails(&["generate", MODEL, "-p", "a", "--prompt-file", "b"]);
+    assert!(message.contains("cannot be used with") && code == 2, "{message}");
+}
+
+#[test]
 fn eval_reports_numbers() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("text");

@@ -356,7 +356,7 @@ fn the_openai_package_is_served() {
     let python = std::env::var("QP_PYTHON").unwrap_or_else(|_| "python3".to_owned());
     let has = Command::new(&python).args(["-c", "import openai"]).output().is_ok_and(|o| o.status.success());
     if !has {
-        crate::server::skip("the Python package 'openai' is not here (set QP_PYTHON to a Python that has it)");
+        qp_codegen::skipped::note("the Python package 'openai' is not here (set QP_PYTHON to a Python that has it)");
         return;
     }
     let server = Server::start(&["--name", "kjv"]);
@@ -369,7 +369,7 @@ fn the_openai_package_is_served() {
 #[test]
 fn curl_is_served() {
     if Command::new("curl").arg("--version").output().is_err() {
-        crate::server::skip("curl is not here");
+        qp_codegen::skipped::note("curl is not here");
         return;
     }
     let server = Server::start(&[]);

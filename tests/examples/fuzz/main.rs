@@ -9,7 +9,8 @@
 //! An input fails if the target panics, takes longer than [`SLOW`], or holds more than [`LARGE`] bytes at once. What fails is
 //! kept in `target/fuzz/TARGET-…`; a slow or a large input ends the run, as it cannot be stopped otherwise. Inputs begin
 //! with the files of `tests/corpus/TARGET` and what the target itself names; each is changed a few times, and parts of
-//! others are put into it. The same seed gives the same inputs, whatever the number of threads.
+//! others are put into it. The same seed gives the same inputs, whatever the number of threads. At the end the table of
+//! `docs/reliability.md` is printed.
 
 mod files;
 mod mutate;
@@ -168,9 +169,15 @@ impl Run<'_> {
     }
 }
 
+/// The folder of this package: where it was built, or, on a machine to which the program was carried, in the current folder.
+pub fn package() -> PathBuf {
+    let built = Path::new(env!("CARGO_MANIFEST_DIR"));
+    if built.is_dir() { built.to_owned() } else { PathBuf::from("tests") }
+}
+
 /// The files of `tests/corpus/NAME`, by name.
 fn corpus(name: &str) -> Vec<Vec<u8>> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(name);
+    let folder = package().join("corpus").join(name);
     let mut files: Vec<PathBuf> =
         std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
     files.sort();
@@ -206,7 +213,42 @@ fn options() -> Result<Options, String> {
     Ok(options)
 }
 
-fn fuzz(target: &Target, options: &Options) -> bool {
+/// What a run over a target saw.
+struct Done {
+    name: &'static str,
+    inputs: u64,
+    accepted: u64,
+    failed: u64,
+    seconds: f64,
+    /// Milliseconds that the slowest input took.
+    slowest: f64,
+}
+
+/// `n` with its thousands apart.
+fn thousands(n: u64) -> String {
+    match n {
+        0..1000 => n.to_string(),
+        _ => format!("{},{:03}", thousands(n / 1000), n % 1000),
+    }
+}
+
+/// The table of `docs/reliability.md`.
+fn table(all: &[Done]) -> String {
+    let mut out =
+        "| target | inputs | accepted | failed | seconds | slowest, ms |\n|---|---|---|---|---|---|\n".to_owned();
+    let row = |name: &str, inputs, accepted, failed, seconds: f64, slowest: f64| {
+        let [inputs, accepted, failed] = [inputs, accepted, failed].map(thousands);
+        format!("| {name} | {inputs} | {accepted} | {failed} | {seconds:.0} | {slowest:.0} |\n")
+    };
+    for d in all {
+        out += &row(&format!("`{}`", d.name), d.inputs, d.accepted, d.failed, d.seconds, d.slowest);
+    }
+    let sum = |f: fn(&Done) -> u64| all.iter().map(f).sum();
+    let (seconds, slowest) = (all.iter().map(|d| d.seconds).sum(), all.iter().map(|d| d.slowest).fold(0.0, f64::max));
+    out + &row("all", sum(|d| d.inputs), sum(|d| d.accepted), sum(|d| d.failed), seconds, slowest)
+}
+
+fn fuzz(target: &Target, options: &Options) -> Done {
     let corpus = [corpus(target.name), (target.seeds)()].concat();
     let start = Instant::now();
     let seconds = options.seconds.or(options.count.is_none().then_some(10));
@@ -241,14 +283,19 @@ fn fuzz(target: &Target, options: &Options) -> bool {
         .into_inner()
         .min(options.count.unwrap_or(u64::MAX))
         .saturating_sub(if options.count.is_none() { options.threads as u64 } else { 0 });
-    let (accepted, failed) = (run.accepted.into_inner(), run.failed.into_inner());
+    let done = Done {
+        name: target.name,
+        inputs: done,
+        accepted: run.accepted.into_inner(),
+        failed: run.failed.into_inner(),
+        seconds: start.elapsed().as_secs_f64(),
+        slowest: run.slowest.into_inner() as f64 / 1e3,
+    };
+    let Done { name, inputs, accepted, failed, seconds, slowest } = &done;
     println!(
-        "{}: {done} inputs, {accepted} accepted, {failed} failed, {:.1} s, the slowest {:.0} ms",
-        target.name,
-        start.elapsed().as_secs_f64(),
-        run.slowest.into_inner() as f64 / 1e3,
+        "{name}: {inputs} inputs, {accepted} accepted, {failed} failed, {seconds:.1} s, the slowest {slowest:.0} ms"
     );
-    failed == 0
+    done
 }
 
 fn main() -> ExitCode {
@@ -278,6 +325,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let chosen = all.iter().filter(|t| options.names.is_empty() || options.names.iter().any(|n| n == t.name));
-    let failed: Vec<&str> = chosen.filter(|t| !fuzz(t, &options)).map(|t| t.name).collect();
-    if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    let all: Vec<Done> = chosen.map(|t| fuzz(t, &options)).collect();
+    print!("\n{}", table(&all));
+    if all.iter().all(|d| d.failed == 0) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -82,7 +82,7 @@ const WORDS: &[&str] = &[
 
 /// The palette's texts with short tables, canonical texts, and what the random generator makes.
 fn specs() -> Vec<Vec<u8>> {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let folder = super::package();
     let mut seeds = Vec::new();
     for of in ["specs/pass", "specs/fail", "../specs"] {
         let mut files: Vec<PathBuf> =

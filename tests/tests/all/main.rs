@@ -6,7 +6,6 @@ mod device_engine;
 mod directories;
 mod gguf;
 mod ir;
-mod launch_args;
 mod palette;
 mod plan;
 mod plans;

@@ -317,7 +317,7 @@ fn print_module(kernels: &[&Kernel]) -> String {
 #[test]
 fn printed_programs_mean_what_the_interpreter_does() {
     if Command::new("c++").arg("--version").output().is_err() {
-        eprintln!("no C++ compiler: skipped");
+        qp_codegen::skipped::note("there is no C++ compiler (c++)");
         return;
     }
     let kernels: Vec<Kernel> = (0..60).map(program).collect();

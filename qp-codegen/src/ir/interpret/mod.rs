@@ -31,6 +31,7 @@
 //! assert_eq!(trap.thread, 16);
 //! ```
 
+mod arithmetic;
 mod execute;
 mod float;
 mod mask;

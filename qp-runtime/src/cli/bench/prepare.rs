@@ -13,7 +13,7 @@ use super::rounded;
 use crate::check::activations::prepared;
 use crate::check::synthetic::Random;
 use crate::cli::Error;
-use crate::cli::output::write;
+use crate::cli::output::{outln, write};
 use crate::device::ops::{DeviceActivations, Faults, PrepareInputs, PrepareKernel};
 use crate::device::{Buffer, DeviceError, Executor};
 
@@ -75,8 +75,8 @@ impl PrepareBench {
     pub(super) fn run(self) -> Result<(), Error> {
         let on = Executor::cuda(self.gpu)?;
         let gpu = on.gpu().ok_or("no GPU")?;
-        println!("{} ({} SMs)", gpu.name, gpu.sms);
-        println!("{:>6} {:>8} {:>6} {:>6} {:>9}  spread", "", "columns", "tokens", "block", "us");
+        outln!("{} ({} SMs)", gpu.name, gpu.sms)?;
+        outln!("{:>6} {:>8} {:>6} {:>6} {:>9}  spread", "", "columns", "tokens", "block", "us")?;
         let mut rows = Vec::new();
         for &columns in &self.columns {
             for &batch in &self.batch {
@@ -144,7 +144,7 @@ fn measure(on: &Executor, op: &Prepare, kind: &'static str, all: bool) -> Result
             us: rounded(seconds * 1e6, 1e3),
             registers: kernel.loaded().usage().map_or(0, |u| u.registers),
         };
-        println!(
+        outln!(
             "{:>6} {:>8} {:>6} {:>6} {:>9.2}  blocks {}, groups a warp {}, registers {}{}",
             row.kind,
             row.columns,
@@ -155,7 +155,7 @@ fn measure(on: &Executor, op: &Prepare, kind: &'static str, all: bool) -> Result
             row.per_warp,
             row.registers,
             if row.used && all { ", used" } else { "" },
-        );
+        )?;
         rows.push(row);
     }
     Ok(rows)

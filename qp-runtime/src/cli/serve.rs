@@ -15,7 +15,7 @@ use crate::engine::cuda::Needs;
 use crate::engine::cuda::layout::{Form, Layout};
 use crate::engine::{PAGE, Precision, Room, SharedWeights};
 use crate::model::{Files, Model};
-use crate::serve::api::{App, Bounds, Parts, key_hash};
+use crate::serve::api::{App, Bounds, Served, key_hash};
 use crate::serve::listen::Connections;
 use crate::serve::scheduler::{Limits, Scheduler};
 use crate::serve::stats::Stats;
@@ -139,7 +139,7 @@ impl Serve {
         });
         let stats = Arc::new(Stats::default());
         let limits = Limits { sequences: usize::from(self.sequences), chunk: self.chunk as usize };
-        let app = App::new(Parts {
+        let served = Served {
             name: name.clone(),
             tokenizer: Arc::new(tokenizer),
             chat,
@@ -147,19 +147,18 @@ impl Serve {
             bos: config.bos,
             context,
             vocab,
-            worker: Worker::start(engine, limits, stats.clone())?,
-            stats,
-            places: usize::from(self.queue) + usize::from(self.sequences),
-            bounds: Bounds {
-                body: self.body,
-                body_time: Duration::from_secs(self.patience),
-                answer_time: Duration::from_secs(self.time),
-                key,
-                local: self.host.is_loopback(),
-            },
             description,
-        });
+        };
+        let places = usize::from(self.queue) + usize::from(self.sequences);
         let patience = Duration::from_secs(self.patience);
+        let bounds = Bounds {
+            body: self.body,
+            body_time: patience,
+            answer_time: Duration::from_secs(self.time),
+            key,
+            local: self.host.is_loopback(),
+        };
+        let app = App::new(served, Worker::start(engine, limits, stats.clone())?, stats, places, bounds);
         let bounds = Connections { most: usize::from(self.connections), head: patience, write: patience };
         output::say(&format!(
             "serving {name} on http://{address} ({on}; context {context} tokens; room for {} tokens, {})\n",
@@ -184,6 +183,11 @@ impl Serve {
         };
         if text.is_empty() {
             return Err("the API key is empty: put one into the file or the variable, or give none".into());
+        }
+        if !text.bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(
+                "the API key has characters that no client can send: use ASCII letters, digits and signs".into()
+            );
         }
         Ok(Some(key_hash(&text)))
     }

@@ -36,11 +36,11 @@ impl Grammars {
         Grammars { tokenizer, end, factory: OnceLock::new() }
     }
 
-    /// A grammar at its beginning.
+    /// A grammar at its beginning, for each of `n` answers.
     ///
     /// # Errors
     /// If the form is malformed or too large, or the model has no token that ends a text.
-    pub fn compile(&self, form: &Form) -> Result<Box<dyn Grammar>, String> {
+    pub fn compile(&self, form: &Form, n: usize) -> Result<Vec<Box<dyn Grammar>>, String> {
         let grammar = match form {
             Form::Object => TopLevelGrammar::from_json_schema(compact(serde_json::json!({"type": "object"}))),
             Form::Schema(schema) => TopLevelGrammar::from_json_schema(compact(schema.clone())),
@@ -54,7 +54,8 @@ impl Grammars {
             None => {
                 // An unsatisfiable form shows when the first token is to be chosen.
                 matcher.compute_mask_or_eos().map_err(|e| e.to_string())?;
-                Ok(Box::new(Tokens(matcher)))
+                // Each by itself: answers are chosen on several threads.
+                Ok((0..n).map(|_| Box::new(Tokens(matcher.deep_clone())) as Box<dyn Grammar>).collect())
             }
         }
     }
@@ -123,7 +124,7 @@ mod tests {
         let tokenizer = Arc::new(Tokenizer::read(model).unwrap());
         let grammars = Grammars::new(tokenizer.clone(), Arc::from([END]));
         let sampling = Sampling { temperature: 1.0, seed, ..Sampling::default() };
-        let grammar = Some(grammars.compile(form).unwrap());
+        let grammar = grammars.compile(form, 1).unwrap().pop();
         let mut chooser = Chooser::new(Choosing { sampling, grammar, ..Choosing::default() }, &[]);
         let mut tokens = Vec::new();
         let mut state = seed;
@@ -175,8 +176,8 @@ mod tests {
             Form::Regex("(".to_owned()),
             Form::Lark("start: nowhere".to_owned()),
         ] {
-            assert!(grammars.compile(&form).is_err(), "{form:?}");
+            assert!(grammars.compile(&form, 1).is_err(), "{form:?}");
         }
-        assert!(Grammars::new(tokenizer, Arc::from([])).compile(&Form::Object).err().unwrap().contains("no token"));
+        assert!(Grammars::new(tokenizer, Arc::from([])).compile(&Form::Object, 1).err().unwrap().contains("no token"));
     }
 }

@@ -161,7 +161,7 @@ impl Scheduler {
     /// Takes a request. One that can never be computed ends at once with a failure.
     pub fn submit(&mut self, request: Request) {
         let Request { prompt, most, end, choosing, mut sink } = request;
-        let wanted = prompt.len() + most.saturating_sub(1);
+        let wanted = prompt.len().saturating_add(most.saturating_sub(1));
         let context = Self::context(self.engine.as_ref());
         let vocab = self.engine.vocab();
         let refusal = match prompt.iter().find(|&&t| t as usize >= vocab) {

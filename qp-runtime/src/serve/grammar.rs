@@ -50,10 +50,10 @@ impl Grammars {
         let factory = self.factory.get_or_init(|| self.factory()).as_ref().map_err(Clone::clone)?;
         let mut matcher = Matcher::new(factory.create_parser(grammar));
         match matcher.get_error() {
-            Some(error) => Err(error),
+            Some(error) => Err(said(error)),
             None => {
                 // An unsatisfiable form shows when the first token is to be chosen.
-                matcher.compute_mask_or_eos().map_err(|e| e.to_string())?;
+                matcher.compute_mask_or_eos().map_err(said)?;
                 // Each by itself: answers are chosen on several threads.
                 Ok((0..n).map(|_| Box::new(Tokens(matcher.deep_clone())) as Box<dyn Grammar>).collect())
             }
@@ -68,18 +68,23 @@ impl Grammars {
         let info = TokRxInfo::new(words.len() as u32, first);
         let trie = TokTrie::from(&info, &words).with_eos_tokens(&self.end);
         let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
-        let mut factory = ParserFactory::new_simple(&env).map_err(|e| e.to_string())?;
+        let mut factory = ParserFactory::new_simple(&env).map_err(said)?;
         factory.quiet();
         factory.limits_mut().verbose_errors = false;
         Ok(factory)
     }
 }
 
+/// An error of llguidance's without the mark of what it leaves out.
+fn said(error: impl std::fmt::Display) -> String {
+    error.to_string().replace("<non-verbose/>", "").trim_end().to_owned()
+}
+
 struct Tokens(Matcher);
 
 impl Grammar for Tokens {
     fn mask(&mut self, logits: &mut [f32]) -> Result<(), String> {
-        let mask = self.0.compute_mask_or_eos().map_err(|e| e.to_string())?;
+        let mask = self.0.compute_mask_or_eos().map_err(said)?;
         for (token, logit) in logits.iter_mut().enumerate() {
             if token >= mask.len() || !mask.is_allowed(token as u32) {
                 *logit = f32::NEG_INFINITY;
@@ -89,7 +94,7 @@ impl Grammar for Tokens {
     }
 
     fn accept(&mut self, token: u32) -> Result<(), String> {
-        self.0.consume_token(token).map_err(|e| e.to_string())
+        self.0.consume_token(token).map_err(said)
     }
 
     fn is_done(&self) -> bool {

@@ -44,7 +44,10 @@ pub fn run(
     grace: Duration,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("http").build()?;
+    // Templates, tokenizing and grammars use the cores; more of them at once would only use more memory.
+    let blocking = std::thread::available_parallelism().map_or(4, |n| n.get().max(4));
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.enable_all().thread_name("http").max_blocking_threads(blocking).build()?;
     let app = Arc::new(app);
     runtime.block_on(async {
         listener.set_nonblocking(true)?;

@@ -73,6 +73,7 @@ impl From<Broken> for ApiError {
         let message = broken.to_string();
         match broken {
             Broken::Failed(_) => ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, message).with_code("engine_failed"),
+            Broken::Form(_) => ApiError::parameter("response_format", message),
             Broken::Stopped => ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("stopping").after(5),
             Broken::Dead => ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("engine_ended"),
         }

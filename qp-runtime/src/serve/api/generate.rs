@@ -35,14 +35,25 @@ pub async fn chat(State(app): State<Arc<App>>, request: Request) -> Result<Respo
     let ChatRequest { messages, tools, variables, mut ask } = ChatRequest::read(fields, app.serving())?;
     let places = places(&app, ask.n)?;
     let shared = app.clone();
-    let render = move || shared.model.chat.prompt(&shared.model.tokenizer, &messages, &Options { tools, variables });
-    let (_, tokens) = blocking(render).await?.map_err(|e| {
-        let param = if matches!(e, chat::Error::Template { .. }) { None } else { Some("messages".to_owned()) };
-        ApiError { param, ..ApiError::new(StatusCode::BAD_REQUEST, e.to_string()) }
-    })?;
+    let tokens = blocking(move || rendered(&shared, &messages, &Options { tools, variables })).await??;
     ask.stop.extend(app.model.chat.stop.iter().cloned());
     let end = Arc::from(app.model.chat.end.as_slice());
     answer(app, Kind::Chat, vec![tokens], ask, end, places).await
+}
+
+/// The tokens of messages as the model's template writes them.
+///
+/// # Errors
+/// If a message is malformed, the template fails, or the text is too long.
+pub fn rendered(app: &App, messages: &[Value], options: &Options) -> Result<Vec<u32>, ApiError> {
+    let wrong = |e: chat::Error| {
+        let param = if matches!(e, chat::Error::Template { .. }) { None } else { Some("messages".to_owned()) };
+        ApiError { param, ..ApiError::new(StatusCode::BAD_REQUEST, e.to_string()) }
+    };
+    let chat = &app.model.chat;
+    let text = chat.text(messages, options).map_err(wrong)?;
+    app.check_length(&text)?;
+    chat.tokens(&app.model.tokenizer, &text).map_err(wrong)
 }
 
 /// `POST /v1/completions`.
@@ -54,7 +65,11 @@ pub async fn completions(State(app): State<Arc<App>>, request: Request) -> Resul
     let encode = move || {
         let tokens = |prompt| {
             let mut tokens = match prompt {
-                Prompt::Text(text) => shared.model.tokenizer.encode(&text)?,
+                Prompt::Text(text) => {
+                    shared.check_length(&text)?;
+                    let tokens = shared.model.tokenizer.encode(&text);
+                    tokens.map_err(|e| ApiError::parameter("prompt", e.to_string()))?
+                }
                 Prompt::Tokens(tokens) => tokens,
             };
             if tokens.is_empty() {
@@ -62,9 +77,9 @@ pub async fn completions(State(app): State<Arc<App>>, request: Request) -> Resul
             }
             Ok(tokens)
         };
-        prompts.into_iter().map(tokens).collect::<Result<Vec<_>, crate::model::Error>>()
+        prompts.into_iter().map(tokens).collect::<Result<Vec<_>, ApiError>>()
     };
-    let prompts = blocking(encode).await?.map_err(|e| ApiError::parameter("prompt", e.to_string()))?;
+    let prompts = blocking(encode).await??;
     let end = app.model.end.clone();
     answer(app, Kind::Text, prompts, ask, end, places).await
 }

@@ -167,9 +167,30 @@ impl App {
         Serving { model: &self.model.name, seed: self.clock.next() }
     }
 
+    /// The bytes of each token.
+    fn token_bytes(&self) -> &[Vec<u8>] {
+        self.bytes.get_or_init(|| self.model.tokenizer.all_bytes())
+    }
+
+    /// Refuses a text that cannot but have more tokens than the context holds, before it is cut into them: that takes about
+    /// a hundred bytes of memory each.
+    fn check_length(&self, text: &str) -> Result<(), ApiError> {
+        let longest = self.token_bytes().iter().map(Vec::len).max().unwrap_or(1);
+        let context = self.model.context;
+        // Some tokenizers drop or join characters first.
+        if text.len() / 4 <= longest.saturating_mul(context) {
+            return Ok(());
+        }
+        let message = format!(
+            "the prompt has {} bytes, more than any of the {context} tokens that the context holds could be: shorten it",
+            text.len()
+        );
+        Err(ApiError::new(StatusCode::BAD_REQUEST, message).with_code("context_length_exceeded"))
+    }
+
     /// The bytes of a token as text, and themselves.
     fn piece(&self, token: u32) -> (String, &[u8]) {
-        let all = self.bytes.get_or_init(|| self.model.tokenizer.all_bytes());
+        let all = self.token_bytes();
         let bytes = all.get(token as usize).map_or(&[][..], Vec::as_slice);
         let bytes = bytes.strip_prefix(b"\xff").unwrap_or(bytes);
         (String::from_utf8_lossy(bytes).into_owned(), bytes)
@@ -331,19 +352,17 @@ async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Result<Respo
     let _place = generate::places(&app, 1)?;
     let work = move || {
         let tokens = match (text, messages) {
-            (Some(text), None) if special => app.model.tokenizer.encode(&text).map_err(|e| e.to_string()),
-            (Some(text), None) => app.model.tokenizer.encode_exact(&text).map_err(|e| e.to_string()),
-            (None, Some(messages)) => {
-                let options = Options { tools: tools.map(Value::Array), ..Options::default() };
-                app.model
-                    .chat
-                    .prompt(&app.model.tokenizer, &messages, &options)
-                    .map(|(_, t)| t)
-                    .map_err(|e| e.to_string())
+            (Some(text), None) => {
+                app.check_length(&text)?;
+                let tokenizer = &app.model.tokenizer;
+                let tokens = if special { tokenizer.encode(&text) } else { tokenizer.encode_exact(&text) };
+                tokens.map_err(|e| ApiError::parameter("text", e.to_string()))?
             }
-            _ => Err("expected either 'text' or 'messages'".to_owned()),
+            (None, Some(messages)) => {
+                generate::rendered(&app, &messages, &Options { tools: tools.map(Value::Array), ..Options::default() })?
+            }
+            _ => return Err(ApiError::new(StatusCode::BAD_REQUEST, "expected either 'text' or 'messages'")),
         };
-        let tokens = tokens.map_err(|e| ApiError::new(StatusCode::BAD_REQUEST, e))?;
         let pieces: Vec<String> = tokens.iter().map(|&t| app.piece(t).0).collect();
         Ok(axum::Json(json!({"tokens": tokens, "count": tokens.len(), "pieces": pieces, "context": app.model.context}))
             .into_response())
@@ -388,13 +407,17 @@ async fn read(app: &App, request: Request) -> Result<Fields, ApiError> {
 /// answer when they have sent everything.
 async fn collect(mut body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
     let (mut bytes, mut length) = (Vec::new(), 0);
+    let fits = body.size_hint().lower() <= limit as u64;
     while let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
         let frame = frame.map_err(|e| ApiError::new(StatusCode::BAD_REQUEST, format!("the body broke off: {e}")))?;
         let Ok(data) = frame.into_data() else { continue };
         length += data.len();
-        if length <= limit {
+        if fits && length <= limit {
             bytes.extend_from_slice(&data);
-        } else if length > limit.saturating_mul(8) {
+        } else {
+            bytes = Vec::new();
+        }
+        if length > limit.saturating_mul(8) {
             break;
         }
     }

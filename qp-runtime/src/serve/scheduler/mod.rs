@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::choose::{Chooser, Choosing, LogProbs};
+use super::choose::{Chooser, Choosing, Failure, LogProbs};
 use super::prefix::{PrefixCache, ROOT};
 use super::stats::Stats;
 use crate::engine::{Chunk, Engine, Error, Logits, PAGE, Pool};
@@ -38,8 +38,10 @@ pub enum Reason {
     End,
     /// As many tokens as were asked for.
     Count,
-    /// The engine or the grammar failed.
+    /// The engine failed.
     Failed(String),
+    /// The form that was asked for is too complex to go on with.
+    Form(String),
     /// The server is stopping.
     Stopped,
 }
@@ -428,7 +430,8 @@ impl Scheduler {
         for (id, result) in chosen {
             match result {
                 Ok((token, logprobs)) => self.give(id, token, logprobs.map(Box::new)),
-                Err(e) => self.fail(id, &e),
+                Err(Failure::Grammar(what)) => self.end(id, Reason::Form(what)),
+                Err(Failure::Engine(e)) => self.fail(id, &e),
             }
         }
     }

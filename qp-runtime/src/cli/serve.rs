@@ -14,6 +14,7 @@ use crate::chat::Chat;
 use crate::engine::cuda::Needs;
 use crate::engine::cuda::layout::{Form, Layout};
 use crate::engine::{PAGE, Precision, Room, SharedWeights};
+use crate::memory;
 use crate::model::{Files, Model};
 use crate::serve::api::{App, Bounds, Served, key_hash};
 use crate::serve::listen::Connections;
@@ -39,8 +40,8 @@ pub struct Serve {
     #[arg(long)]
     name: Option<String>,
     /// Tokens of a prompt with its answer at most. By default the model's, 32768 at most.
-    #[arg(long, value_name = "TOKENS")]
-    context: Option<usize>,
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    context: Option<u32>,
     /// Tokens of all sequences together whose keys and values are kept. By default as many as fit comfortably.
     #[arg(long, value_name = "TOKENS")]
     cache: Option<usize>,
@@ -63,7 +64,7 @@ pub struct Serve {
     #[arg(long, default_value_t = 4 << 20, value_name = "BYTES")]
     body: usize,
     /// Seconds that an answer may take.
-    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 600, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     time: u64,
     /// Seconds that running answers get when the server is asked to stop.
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
@@ -78,6 +79,9 @@ pub struct Serve {
     #[arg(long, value_enum, default_value = "auto")]
     device: Device,
 }
+
+/// Bytes of keys and values on a CPU, unless it is said how many.
+const CPU_CACHE: u64 = 1 << 30;
 
 impl Serve {
     /// Runs the command until it is interrupted.
@@ -95,24 +99,39 @@ impl Serve {
         let chat = Chat::open(&Files::open(&self.model)?, &model.tokenizer, &model.config.eos)?;
         let Model { config, tokenizer, weights, .. } = model;
         let weights = Arc::new(weights);
-        let context = self.context.unwrap_or(config.max_positions.min(32_768));
-        let memory = describe::memory(&weights);
+        let context = self.context.map_or(config.max_positions.min(32_768), |c| c as usize);
+        let kinds = describe::memory(&weights);
         let cache = self.cache_bits;
         let layout = Layout::new(&weights.program, &Form::of(&weights), &[], cache);
         let whole = context.div_ceil(PAGE);
         let most = whole * usize::from(self.sequences);
         let needs = Needs::of(&layout, Room { context, pages: most, cache });
+        let free = match &executor {
+            // What is left beside the weights and a step, but for a twentieth.
+            Some(on) => {
+                on.free_memory()?.map(|(free, _)| (free as u64 / 20 * 19).saturating_sub(needs.weights + needs.step))
+            }
+            None => Some(memory::available()).filter(|&free| free > 0),
+        };
+        let page = needs.page.max(1);
         let pages = match self.cache {
             Some(tokens) => tokens.div_ceil(PAGE).max(1),
             None => {
-                let budget = match executor.as_ref().map(|e| e.free_memory()).transpose()?.flatten() {
-                    // What is left beside the weights and a step, but for a twentieth.
-                    Some((free, _)) => (free as u64 / 20 * 19).saturating_sub(needs.weights + needs.step),
-                    None => 1 << 30,
+                let budget = match &executor {
+                    Some(_) => free,
+                    None => free.map(|free| (free / 2).min(CPU_CACHE)),
                 };
-                ((budget / needs.page.max(1)) as usize).clamp(whole, most)
+                usize::try_from(budget.unwrap_or(CPU_CACHE) / page).unwrap_or(usize::MAX).clamp(whole, most)
             }
         };
+        if executor.is_none() && free.is_some_and(|free| pages as u64 > free / page) || u32::try_from(pages).is_err() {
+            let fit = (free.unwrap_or(0) / page).saturating_mul(PAGE as u64);
+            return Err(format!(
+                "the memory is too small for keys and values of {} tokens: {fit} fit; give a smaller --cache",
+                pages.saturating_mul(PAGE)
+            )
+            .into());
+        }
         let engine = SharedWeights::on(executor.as_ref()).open(&weights, Room { context, pages, cache })?;
         let (context, vocab) = (Scheduler::context(engine.as_ref()), engine.vocab());
         let layers = describe::layers(&weights);
@@ -131,7 +150,7 @@ impl Serve {
             (Some(_), _) => "CUDA",
         };
         let cache = needs.page * pages as u64;
-        let kinds = memory.iter().copied().chain([("keys and values", cache)]).filter(|(_, bytes)| *bytes > 0);
+        let kinds = kinds.into_iter().chain([("keys and values", cache)]).filter(|(_, bytes)| *bytes > 0);
         let kinds: Vec<_> = kinds.map(|(kind, bytes)| json!({"kind": kind, "bytes": bytes})).collect();
         let description = json!({
             "name": name, "architecture": config.architecture, "device": on, "context": context, "page": PAGE,

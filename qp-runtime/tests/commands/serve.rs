@@ -464,6 +464,53 @@ fn templates_that_fail_or_loop_are_told_to_the_client() {
 }
 
 #[test]
+fn tools_are_for_the_template() {
+    let template = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}{{ messages[-1].content }}";
+    let model = model_with("chat_template.jinja", template);
+    let server = Server::of(model.path(), &[], &[]);
+    let tools = json!([{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]);
+    let pieces = |more: Value| {
+        let r = server.post("/tokenize", &with(json!({"messages": message("x")}), more)).json();
+        r["pieces"].as_array().unwrap().iter().map(|p| p.as_str().unwrap()).collect::<String>()
+    };
+    assert_eq!((pieces(json!({})).trim(), pieces(json!({"tools": tools})).trim()), ("x", "weather x"));
+    // Tools that are not to be called are not shown to the model.
+    let read = |more: Value| {
+        let body = with(json!({"messages": message("x"), "max_tokens": 1, "tools": tools}), more);
+        server.post("/v1/chat/completions", &body).json()["usage"]["prompt_tokens"].as_u64().unwrap()
+    };
+    assert!(read(json!({"tool_choice": "none"})) < read(json!({"tool_choice": "auto"})));
+}
+
+/// What cannot be served is said before anybody connects.
+#[test]
+fn starts_that_cannot_succeed_say_why() {
+    let here = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = here.local_addr().unwrap().port().to_string();
+    for (args, key, message) in [
+        (&["--cache", "18446744073709551615"][..], "", "give a smaller --cache"),
+        (&["--context", "5000"], "", "context ends at 1024"),
+        (&["--context", "0"], "", "invalid value '0' for '--context"),
+        (&["--port", &taken], "", "give another --port or --host"),
+        (&[], " ", "the API key is empty"),
+        (&[], "a b", "no client can send"),
+        (&["--api-key-file", "/nowhere"], "", "cannot read /nowhere"),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_qp"));
+        command.args(["serve", crate::server::MODEL, "--device", "cpu"]).args(args).env_remove("QP_API_KEY");
+        if !args.contains(&"--port") {
+            command.args(["--port", "0"]);
+        }
+        if !key.is_empty() {
+            command.env("QP_API_KEY", key);
+        }
+        let out = command.output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(!out.status.success() && said.contains(message) && !said.contains("panicked"), "{args:?}: {said}");
+    }
+}
+
+#[test]
 fn stopping_lets_answers_end_and_killing_leaves_nothing_behind() {
     let mut server = Server::start(&["--grace", "900"]);
     let long = json!({"prompt": "a", "max_tokens": 60, "stream": true, "ignore_eos": true, "temperature": 0});

@@ -1,12 +1,13 @@
 //! `qp serve`: an OpenAI-compatible server.
 
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use indicatif::HumanBytes;
 use serde_json::json;
+use tokio::net::TcpSocket;
 
 use super::device::{Device, open_model};
 use super::{Error, output};
@@ -92,9 +93,9 @@ impl Serve {
         let key = self.key()?;
         let address = SocketAddr::new(self.host, self.port);
         // Before the model is loaded: an address in use is known at once.
-        let listener = TcpListener::bind(address)
-            .map_err(|e| format!("cannot listen on {address}: {e}; give another --port or --host"))?;
-        let address = listener.local_addr()?;
+        let socket =
+            bound(address).map_err(|e| format!("cannot listen on {address}: {e}; give another --port or --host"))?;
+        let address = socket.local_addr()?;
         let (model, executor) = open_model(&self.model, self.device)?;
         let chat = Chat::open(&Files::open(&self.model)?, &model.tokenizer, &model.config.eos)?;
         let Model { config, tokenizer, weights, .. } = model;
@@ -179,12 +180,14 @@ impl Serve {
         };
         let app = App::new(served, Worker::start(engine, limits, stats.clone())?, stats, places, bounds);
         let bounds = Connections { most: usize::from(self.connections), head: patience, write: patience };
-        output::say(&format!(
-            "serving {name} on http://{address} ({on}; context {context} tokens; room for {} tokens, {})\n",
-            pages * PAGE,
-            HumanBytes(cache),
-        ));
-        serve::run(app, listener, bounds, Duration::from_secs(self.grace), interrupted())?;
+        let ready = || {
+            output::say(&format!(
+                "serving {name} on http://{address} ({on}; context {context} tokens; room for {} tokens, {})\n",
+                pages * PAGE,
+                HumanBytes(cache),
+            ));
+        };
+        serve::run(app, socket, bounds, Duration::from_secs(self.grace), ready, interrupted())?;
         Ok(())
     }
 
@@ -210,6 +213,15 @@ impl Serve {
         }
         Ok(Some(key_hash(&text)))
     }
+}
+
+/// A socket of this address, which does not listen yet.
+fn bound(address: SocketAddr) -> std::io::Result<TcpSocket> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // A server that ended a moment ago does not keep the address.
+    socket.set_reuseaddr(cfg!(unix))?;
+    socket.bind(address)?;
+    Ok(socket)
 }
 
 /// Waits for Ctrl-C or SIGTERM; a second one ends the program at once.

@@ -8,6 +8,7 @@ use llguidance::{Matcher, ParserFactory};
 use serde_json::Value;
 
 use super::choose::Grammar;
+use crate::engine::mask_words;
 use crate::model::Tokenizer;
 
 /// What a text must be like.
@@ -83,14 +84,12 @@ fn said(error: impl std::fmt::Display) -> String {
 struct Tokens(Matcher);
 
 impl Grammar for Tokens {
-    fn mask(&mut self, logits: &mut [f32]) -> Result<(), String> {
-        let mask = self.0.compute_mask_or_eos().map_err(said)?;
-        for (token, logit) in logits.iter_mut().enumerate() {
-            if token >= mask.len() || !mask.is_allowed(token as u32) {
-                *logit = f32::NEG_INFINITY;
-            }
-        }
-        Ok(())
+    fn forbidden(&mut self, vocab: usize) -> Result<Vec<u32>, String> {
+        let allowed = self.0.compute_mask_or_eos().map_err(said)?;
+        let mut words: Vec<u32> = allowed.as_slice().iter().map(|word| !word).collect();
+        // The model may have more tokens than the tokenizer.
+        words.resize(mask_words(vocab as u32) as usize, u32::MAX);
+        Ok(words)
     }
 
     fn accept(&mut self, token: u32) -> Result<(), String> {

@@ -1,10 +1,11 @@
 //! Connections: how many, how long they may be silent, and how they end.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::pin::{Pin, pin};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -19,8 +20,8 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, TryAcquireError, watch};
+use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::stats::Stats;
 
@@ -35,51 +36,74 @@ pub struct Connections {
     pub write: Duration,
 }
 
-/// How long a connection may keep the server waiting while others wait to be accepted.
-const HURRY: Duration = Duration::from_secs(2);
+/// How long a client has to ask, once it is connected, before its place may be given to somebody else.
+const TO_ASK: Duration = Duration::from_millis(200);
+/// The same to send the rest of what it asks, to take what it was answered, or to ask again.
+const TO_GO_ON: Duration = Duration::from_secs(2);
 
-/// Whose turn it is on a connection, as handlers see it among a request's extensions.
+/// The connections whose clients keep the server waiting. Where all places are taken and another client comes, the one that
+/// has done so for the longest time goes.
+#[derive(Default)]
+struct Silent(Mutex<BTreeMap<(Instant, u64), Arc<Notify>>>);
+
+impl Silent {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<(Instant, u64), Arc<Notify>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the connection that has been silent for the longest time, if it had its time.
+    fn end_one(&self) {
+        let mut silent = self.lock();
+        if let Some(first) = silent.first_entry().filter(|e| e.key().0 <= Instant::now()) {
+            first.remove().notify_one();
+        }
+    }
+}
+
+/// Whose turn it is on a connection. Handlers find it among a request's extensions.
 pub struct Turn {
-    /// Since when the server waits for the client to ask; nothing while it answers.
-    client: Mutex<Option<Instant>>,
-    /// True while a connection waits for a place.
-    crowd: watch::Receiver<bool>,
+    silent: Arc<Silent>,
+    /// Number of the connection.
+    number: u64,
+    /// Until when the client has time, while it is its turn.
+    until: Mutex<Option<Instant>>,
+    end: Arc<Notify>,
 }
 
 impl Turn {
-    fn new(crowd: watch::Receiver<bool>) -> Self {
-        Turn { client: Mutex::new(Some(Instant::now())), crowd }
+    fn new(silent: Arc<Silent>, number: u64) -> Self {
+        let turn = Turn { silent, number, until: Mutex::new(None), end: Arc::default() };
+        turn.set(Some(TO_ASK));
+        turn
     }
 
-    fn set(&self, client: Option<Instant>) {
-        *self.client.lock().unwrap_or_else(PoisonError::into_inner) = client;
-    }
-
-    /// Waits until somebody else waits for the place of a client that has kept the server waiting since `since`.
-    async fn overdue(&self, since: impl Fn() -> Option<Instant>) {
-        let mut crowd = self.crowd.clone();
-        loop {
-            if crowd.wait_for(|&c| c).await.is_err() {
-                // Nobody is accepted any more.
-                std::future::pending::<()>().await;
-            }
-            if since().is_some_and(|since| since.elapsed() >= HURRY) {
-                return;
-            }
-            sleep(Duration::from_millis(200)).await;
+    fn set(&self, time: Option<Duration>) {
+        let mut until = self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut silent = self.silent.lock();
+        if let Some(until) = until.take() {
+            silent.remove(&(until, self.number));
+        }
+        if let Some(time) = time {
+            let time = Instant::now() + time;
+            silent.insert((time, self.number), self.end.clone());
+            *until = Some(time);
         }
     }
 
-    /// Waits until the client has not asked for long enough that its place is given to somebody else.
-    async fn idle(&self) {
-        self.overdue(|| *self.client.lock().unwrap_or_else(PoisonError::into_inner)).await;
+    /// The server waits for the client.
+    pub fn is_clients(&self) {
+        self.set(Some(TO_GO_ON));
     }
 
-    /// Waits until the client, a part of whose request is there, has been sending the rest for long enough that its place
-    /// is given to somebody else.
-    pub async fn slow(&self) {
-        let now = Instant::now();
-        self.overdue(|| Some(now)).await;
+    /// The client waits for the server.
+    pub fn is_servers(&self) {
+        self.set(None);
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.set(None);
     }
 }
 
@@ -108,7 +132,7 @@ impl HttpBody for Answering {
 
 impl Drop for Answering {
     fn drop(&mut self) {
-        self.turn.set(Some(Instant::now()));
+        self.turn.is_clients();
     }
 }
 
@@ -121,15 +145,15 @@ pub async fn serve(
     stop: watch::Receiver<bool>,
 ) {
     let places = Arc::new(Semaphore::new(bounds.most));
-    let (crowd, crowded) = watch::channel(false);
+    let silent = Arc::new(Silent::default());
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(bounds.head).max_buf_size(64 << 10);
     let router = TowerToHyperService::new(router);
     let mut stopped = stop.clone();
-    loop {
+    for number in 0.. {
         let accepted = tokio::select! {
             () = told(&mut stopped) => break,
-            accepted = accept(&listener, &places, &crowd) => accepted,
+            accepted = accept(&listener, &places, &silent) => accepted,
         };
         let (stream, place) = match accepted {
             Ok(accepted) => accepted,
@@ -141,7 +165,7 @@ pub async fn serve(
         };
         // Parts of an answer are small and wanted at once.
         let _ = stream.set_nodelay(true);
-        let turn = Arc::new(Turn::new(crowded.clone()));
+        let turn = Arc::new(Turn::new(silent.clone(), number));
         let io = TokioIo::new(Prompt { stream, patience: bounds.write, waiting: None });
         let connection = http.serve_connection(io, answering(router.clone(), turn.clone()));
         let (stats, mut stop) = (stats.clone(), stop.clone());
@@ -150,7 +174,7 @@ pub async fn serve(
             let mut connection = pin!(connection);
             tokio::select! {
                 _ = connection.as_mut() => (),
-                () = turn.idle() => (),
+                () = turn.end.notified() => (),
                 () = told(&mut stop) => {
                     connection.as_mut().graceful_shutdown();
                     let _ = connection.await;
@@ -171,7 +195,7 @@ fn answering(
     turn: Arc<Turn>,
 ) -> impl Service<Request<Incoming>, Response = Response, Error = Infallible, Future: Send> {
     service_fn(move |mut request: Request<Incoming>| {
-        turn.set(None);
+        turn.is_servers();
         request.extensions_mut().insert(turn.clone());
         let (answer, turn) = (router.call(request), turn.clone());
         async move { Ok(answer.await?.map(|body| Body::new(Answering { body, turn }))) }
@@ -184,23 +208,22 @@ async fn told(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|&s| s).await;
 }
 
-/// The next connection, and a place for it: where there is none, clients that keep the server waiting are told to hurry.
+/// The next connection, and a place for it.
 async fn accept(
     listener: &TcpListener,
     places: &Arc<Semaphore>,
-    crowd: &watch::Sender<bool>,
+    silent: &Silent,
 ) -> io::Result<(TcpStream, OwnedSemaphorePermit)> {
     let (stream, _) = listener.accept().await?;
-    let place = match places.clone().try_acquire_owned() {
-        Ok(place) => place,
-        Err(_) => {
-            let _ = crowd.send(true);
-            let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
-            let _ = crowd.send(false);
-            place
-        }
-    };
-    Ok((stream, place))
+    let mut place = places.clone().try_acquire_owned();
+    while place.is_err() {
+        silent.end_one();
+        place = match timeout(Duration::from_millis(20), places.clone().acquire_owned()).await {
+            Ok(place) => Ok(place.map_err(io::Error::other)?),
+            Err(_) => Err(TryAcquireError::NoPermits),
+        };
+    }
+    Ok((stream, place.map_err(io::Error::other)?))
 }
 
 /// A connection that ends if its client does not take what it is sent.

@@ -26,22 +26,26 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use tokio::net::TcpSocket;
 use tokio::sync::watch;
 
 use api::App;
 use listen::Connections;
 
-/// Serves `app` on `listener` until `stop` comes: then no more requests are taken, those that are there get `grace` to
-/// end, and the rest is told that the server stops.
+/// Clients that the system lets wait until they are accepted.
+const BACKLOG: u32 = 4096;
+
+/// Serves `app` on `socket`, which has an address, until `stop` comes: then no more requests are taken, those that are there
+/// get `grace` to end, and the rest is told that the server stops. `ready` is called once clients can connect.
 ///
 /// # Errors
-/// If the system gives no threads.
+/// If the system gives no threads or does not listen.
 pub fn run(
     app: App,
-    listener: std::net::TcpListener,
+    socket: TcpSocket,
     bounds: Connections,
     grace: Duration,
+    ready: impl FnOnce(),
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
     // Templates, tokenizing and grammars use the cores; more of them at once would only use more memory.
@@ -50,8 +54,8 @@ pub fn run(
     let runtime = runtime.enable_all().thread_name("http").max_blocking_threads(blocking).build()?;
     let app = Arc::new(app);
     runtime.block_on(async {
-        listener.set_nonblocking(true)?;
-        let listener = TcpListener::from_std(listener)?;
+        let listener = socket.listen(BACKLOG)?;
+        ready();
         let (end, ended) = watch::channel(false);
         let server = listen::serve(listener, api::router(app.clone()), bounds, app.stats.clone(), ended);
         let server = tokio::spawn(server);

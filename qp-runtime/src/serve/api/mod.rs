@@ -385,22 +385,15 @@ async fn read(app: &App, request: Request) -> Result<Fields, ApiError> {
         return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "expected 'Content-Type: application/json'"));
     }
     let turn = request.extensions().get::<Arc<Turn>>().cloned();
-    let slow = async {
-        match turn {
-            Some(turn) => turn.slow().await,
-            None => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        body = collect(request.into_body(), app.bounds.body) => Fields::parse(&body?),
-        () = tokio::time::sleep(app.bounds.body_time) => {
-            Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time"))
-        }
-        () = slow => {
-            let message = "the body did not arrive in the time that is left to each while others wait: send it faster";
-            Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, message))
-        }
+    if let Some(turn) = &turn {
+        turn.is_clients();
     }
+    let body = tokio::time::timeout(app.bounds.body_time, collect(request.into_body(), app.bounds.body)).await;
+    if let Some(turn) = &turn {
+        turn.is_servers();
+    }
+    let late = |_| ApiError::new(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time");
+    Fields::parse(&body.map_err(late)??)
 }
 
 /// The bytes of a body of at most `limit`. Some of a longer one is still read, because many clients only look at the

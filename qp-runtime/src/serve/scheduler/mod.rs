@@ -211,6 +211,7 @@ impl Scheduler {
         self.admit();
         let mut parts = self.share_out();
         self.reserve(&mut parts);
+        self.prepare(&mut parts);
         if !parts.is_empty() {
             self.run(&parts);
         }
@@ -361,6 +362,20 @@ impl Scheduler {
         }
     }
 
+    /// Finds out which tokens the grammars of those sequences allow that are given one; without those whose grammars fail.
+    fn prepare(&mut self, parts: &mut Vec<Part>) {
+        let vocab = self.engine.vocab();
+        let chosen = |id: &u64| parts.iter().any(|p| p.last && p.id == *id);
+        let choosers: Vec<(u64, &mut Chooser)> =
+            self.running.iter_mut().filter(|(id, _)| chosen(id)).map(|(&id, s)| (id, &mut s.chooser)).collect();
+        let prepare = |(id, chooser): (u64, &mut Chooser)| Some((id, chooser.prepare(vocab).err()?));
+        let failed: Vec<(u64, Failure)> = choosers.into_par_iter().filter_map(prepare).collect();
+        for (id, failure) in failed {
+            parts.retain(|p| p.id != id);
+            self.refuse(id, failure);
+        }
+    }
+
     fn run(&mut self, parts: &[Part]) {
         self.stats.steps.add(1);
         match self.compute(parts) {
@@ -396,7 +411,10 @@ impl Scheduler {
             return self.engine.best(&chunks, &mut self.best);
         }
         match choosers().map(Chooser::choice).collect::<Option<Vec<_>>>() {
-            Some(choices) => self.engine.choose(&chunks, &choices, &mut self.best),
+            Some(choices) => {
+                let forbidden: Vec<&[u32]> = choosers().map(Chooser::forbidden).collect();
+                self.engine.choose_allowed(&chunks, &choices, &forbidden, &mut self.best)
+            }
             None => self.engine.step(&chunks, &mut self.logits),
         }
     }
@@ -416,8 +434,7 @@ impl Scheduler {
         if self.logits.is_empty() {
             for (&id, &token) in ids.iter().zip(&self.best) {
                 let Some(sequence) = self.running.get_mut(&id) else { continue };
-                sequence.chooser.took();
-                chosen.push((id, Ok((token, None))));
+                chosen.push((id, sequence.chooser.took(token).map(|()| (token, None))));
             }
         } else {
             let mut rows: BTreeMap<u64, &mut [f32]> =
@@ -430,8 +447,7 @@ impl Scheduler {
         for (id, result) in chosen {
             match result {
                 Ok((token, logprobs)) => self.give(id, token, logprobs.map(Box::new)),
-                Err(Failure::Grammar(what)) => self.end(id, Reason::Form(what)),
-                Err(Failure::Engine(e)) => self.fail(id, &e),
+                Err(failure) => self.refuse(id, failure),
             }
         }
     }
@@ -449,6 +465,14 @@ impl Scheduler {
             self.end(id, Reason::End);
         } else if sequence.tokens.len() - sequence.prompt >= sequence.most {
             self.end(id, Reason::Count);
+        }
+    }
+
+    /// A token could not be chosen for a sequence.
+    fn refuse(&mut self, id: u64, failure: Failure) {
+        match failure {
+            Failure::Grammar(what) => self.end(id, Reason::Form(what)),
+            Failure::Engine(e) => self.fail(id, &e),
         }
     }
 

@@ -145,6 +145,9 @@ impl Serve {
         if chat.is_plain() {
             output::note("the model has no chat template: it is given a plain dialogue of 'User:' and 'Assistant:'");
         }
+        if key.is_none() && !self.host.is_loopback() {
+            output::note("whoever reaches this address can use it: ask for a key by --api-key-file or QP_API_KEY");
+        }
         let on = match (&executor, self.device) {
             (None, _) => "CPU",
             (Some(_), Device::Interpreter) => "interpreter",

@@ -31,6 +31,7 @@ use tokio::sync::watch;
 
 use api::App;
 use listen::Connections;
+use stats::Stats;
 
 /// Clients that the system lets wait until they are accepted.
 const BACKLOG: u32 = 4096;
@@ -39,7 +40,7 @@ const BACKLOG: u32 = 4096;
 /// get `grace` to end, and the rest is told that the server stops. `ready` is called once clients can connect.
 ///
 /// # Errors
-/// If the system gives no threads or does not listen.
+/// If the system gives no threads or does not listen, or the engine has failed for good.
 pub fn run(
     app: App,
     socket: TcpSocket,
@@ -59,7 +60,10 @@ pub fn run(
         let (end, ended) = watch::channel(false);
         let server = listen::serve(listener, api::router(app.clone()), bounds, app.stats.clone(), ended);
         let server = tokio::spawn(server);
-        stop.await;
+        let died = tokio::select! {
+            () = stop => false,
+            () = dead(&app.stats) => true,
+        };
         app.stopping.store(true, Ordering::Relaxed);
         let patience = tokio::time::sleep(grace);
         tokio::pin!(patience);
@@ -73,6 +77,14 @@ pub fn run(
         app.worker.stop();
         let _ = end.send(true);
         let _ = tokio::time::timeout(Duration::from_secs(5), server).await;
-        Ok(())
+        // Whoever started the server can start it again.
+        if died { Err(io::Error::other("the engine has failed: start the server again")) } else { Ok(()) }
     })
+}
+
+/// Waits until the engine's thread has ended by itself.
+async fn dead(stats: &Stats) {
+    while stats.dead.get() == 0 {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
 }

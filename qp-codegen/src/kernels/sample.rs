@@ -46,8 +46,8 @@ pub fn mask_words(columns: u32) -> u32 {
 /// * `settings`: 32-bit words, [`WORDS`] a row: [`crate::reference::sampling::Sampling::words`];
 /// * `draws`: `i32`, one a row: number of the draw among those of the row's seed;
 /// * `seen`: 32-bit words, [`mask_words`] a slot: bit `i mod 32` of word `i / 32` is set if token `i` was seen. Rows with a
-///   penalty other than 1 read the mask of their slot and set the bit of the token that is drawn. Such rows must have slots
-///   of their own;
+///   penalty other than 1 read the mask of their slot, and unless it is 0 set the bit of the token that is drawn. Such rows
+///   must have slots of their own;
 /// * `tokens`: `i32`, one a row: the token; −1 if a logit is not a number, or none is finite.
 ///
 /// # Panics
@@ -140,7 +140,8 @@ impl<'a, 'b> Emit<'a, 'b> {
             let bit = (word >> (i & 31).bits(Scalar::U32)) & 1;
             b.if_(bit.ne(0), || {
                 let old = b.get(v);
-                b.set(v, old.gt(0.0).select(old / s.penalty, old * s.penalty));
+                let penalized = old.gt(0.0).select(old / s.penalty, old * s.penalty);
+                b.set(v, s.penalty.eq(0.0).select(old - f32::INFINITY, penalized));
             });
         });
         b.get(v)
@@ -460,7 +461,7 @@ impl<'a, 'b> Emit<'a, 'b> {
     fn take(&self, s: &Settings<'b>, token: V<'b>) {
         let b = self.b;
         b.store(self.tokens, self.row, token, Elem::I32);
-        b.if_(s.penalty.ne(1.0), || {
+        b.if_(s.penalty.ne(1.0) & s.penalty.ne(0.0), || {
             let at = s.mask + (token >> 5);
             let bit = b.u32(1) << (token & 31).bits(Scalar::U32);
             b.store(self.seen, at, b.load(self.seen, at, Elem::U32) | bit, Elem::U32);
@@ -524,7 +525,9 @@ mod tests {
             let expect = s.choose(row(r), *penalty, seen, draws[r]);
             let expect = expect.map_or(-1, |token| token as i32);
             assert_eq!(i32::from_le_bytes(*got), expect, "row {r} of {columns}: {s:?} {penalty}");
-            if let (Ok(token), true) = (usize::try_from(expect), *penalty != 1.0) {
+            let forbidden = *penalty == 0.0 && usize::try_from(expect).is_ok_and(seen);
+            assert!(!forbidden, "row {r}: {expect} is forbidden");
+            if let (Ok(token), true) = (usize::try_from(expect), ![0.0, 1.0].contains(penalty)) {
                 mask[(rows - r) * words + token / 32] |= 1 << (token % 32);
             }
         }
@@ -548,7 +551,8 @@ mod tests {
             Sampling { min_p: 1.0, ..base },
             Sampling { top_k: 20, top_p: 0.7, min_p: 0.1, ..base },
         ];
-        let penalized = [(kinds[0], 1.7), (Sampling { top_k: 50, top_p: 0.9, temperature: 0.8, ..base }, 1.2)];
+        let limited = Sampling { top_k: 50, top_p: 0.9, temperature: 0.8, ..base };
+        let penalized = [(kinds[0], 1.7), (limited, 1.2), (kinds[0], 0.0), (base, 0.0), (limited, 0.0)];
         let seeds = [0, u64::MAX, 12_345_678_901_234];
         let kinds = kinds.map(|kind| (kind, 1.0)).into_iter().chain(penalized);
         kinds.flat_map(|(kind, penalty)| seeds.map(|seed| (Sampling { seed, ..kind }, penalty))).collect()

@@ -1,7 +1,7 @@
 //! Choosing the next token from logits, exactly: the CPU and the kernel [`crate::kernels::sample`] choose the same token.
 //!
 //! 1. **Penalty.** A positive logit of a token that was seen before is divided by the repetition penalty, a negative one is
-//!    multiplied with it.
+//!    multiplied with it. A penalty of 0 forbids those tokens: their logits are −∞.
 //! 2. **Order.** Tokens are ordered by how far, as a rounded `f32`, their logits lie below the largest finite one, then by
 //!    number. Logits that are infinite lie infinitely far below. One that is not a number is an error.
 //! 3. **Weights.** `e^(−distance / temperature)` by [`exp`], times 2^26, rounded to a whole number. Sums of
@@ -78,6 +78,7 @@ impl Sampling {
         let [temperature, top_k, top_p, least, ..] = self.words(penalty, 0);
         let temperature = f32::from_bits(temperature);
         let penalized = |(i, &v): (usize, &f32)| match penalty != 1.0 && seen(i) {
+            true if penalty == 0.0 => v - f32::INFINITY,
             true if v > 0.0 => v / penalty,
             true => v * penalty,
             false => v,

@@ -95,14 +95,29 @@ impl Chat {
         messages: &[Value],
         options: &Options,
     ) -> Result<(String, Vec<u32>), Error> {
-        let messages = normalise(messages)?;
-        let text = self.template.render(&messages, options)?;
-        // A template writes the special tokens itself; the plain dialogue leaves them to the tokenizer.
-        let tokens = match self.is_plain() {
-            true => tokenizer.encode(&text)?,
-            false => tokenizer.encode_exact(&text)?,
-        };
+        let text = self.text(messages, options)?;
+        let tokens = self.tokens(tokenizer, &text)?;
         Ok((text, tokens))
+    }
+
+    /// The text of [`Chat::prompt`].
+    ///
+    /// # Errors
+    /// If a message is malformed or the template fails.
+    pub fn text(&self, messages: &[Value], options: &Options) -> Result<String, Error> {
+        self.template.render(&normalise(messages)?, options)
+    }
+
+    /// The tokens of what [`Chat::text`] gave.
+    ///
+    /// # Errors
+    /// If the tokenizer fails.
+    pub fn tokens(&self, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, Error> {
+        // A template writes the special tokens itself; the plain dialogue leaves them to the tokenizer.
+        Ok(match self.is_plain() {
+            true => tokenizer.encode(text)?,
+            false => tokenizer.encode_exact(text)?,
+        })
     }
 }
 

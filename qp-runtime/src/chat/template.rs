@@ -1,8 +1,8 @@
 //! A model's chat template, in Jinja, rendered as Hugging Face's transformers renders it.
 //!
-//! Where it is found, in this order: `chat_template.jinja` (and the named ones of `additional_chat_templates/`, and
-//! `tokenizer.chat_template` of a GGUF file), `chat_template.json`, `chat_template` of `tokenizer_config.json`, which is a
-//! text or a list of named ones. Of named ones `tool_use` is taken when there are tools, else `default`.
+//! Where it is found, in this order: `chat_template.jinja` (with `additional_chat_templates/tool_use.jinja`; in a GGUF file
+//! `tokenizer.chat_template`), `chat_template.json`, `chat_template` of `tokenizer_config.json`, which is a text or a list of
+//! named ones. Of named ones `tool_use` is taken when there are tools, else `default`.
 //!
 //! Blocks take their line with them (`trim_blocks`, `lstrip_blocks`), loops have `break` and `continue`, values print as
 //! Python prints them, `tojson`, `raise_exception` and `strftime_now` are there, and the marks of training

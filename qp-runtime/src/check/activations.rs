@@ -110,6 +110,8 @@ pub fn choosing(on: &Executor, small: bool) -> Result<usize, Failure> {
         (Sampling { top_p: 0.9, ..base }, 1.0),
         (Sampling { top_k: 500, top_p: 0.95, min_p: 0.01, temperature: 1.3, ..base }, 1.2),
         (Sampling { min_p: 0.1, ..base }, 1.3),
+        (Sampling::default(), 0.0),
+        (Sampling { temperature: 0.6, top_p: 0.9, ..base }, 0.0),
     ];
     let mut done = 0;
     for columns in [1000usize, 128_256, 262_144] {

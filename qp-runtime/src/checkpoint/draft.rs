@@ -320,11 +320,12 @@ impl Draft {
         Ok(())
     }
 
-    /// Writes a small file; `name` is relative to the checkpoint.
+    /// Writes a small file; `name` is relative to the checkpoint. Its folder is made.
     pub fn put_file(&mut self, name: &str, bytes: &[u8]) -> Result<(), Error> {
         let path = self.dir.join(name);
         admit().map_err(|e| self.failed(&path, e))?;
         let write = || {
+            fs::create_dir_all(path.parent().unwrap_or(&self.dir))?;
             let mut f = File::create(&path)?;
             f.write_all(bytes)?;
             f.sync_all()
@@ -373,7 +374,10 @@ impl Draft {
             .map(|name| hash_file(&self.dir.join(&name)).map(|(bytes, sha256)| FileEntry { name, bytes, sha256 }))
             .collect::<Result<_, _>>()?;
         self.put_file(MANIFEST, manifest.to_text().as_bytes())?;
-        sync_dir(&self.dir.join("specs"))?;
+        let folders: BTreeSet<&Path> = manifest.files.iter().filter_map(|f| Path::new(&f.name).parent()).collect();
+        for folder in folders {
+            sync_dir(&self.dir.join(folder))?;
+        }
         sync_dir(&self.dir)?;
         self.publish()?;
         Ok(manifest)

@@ -1,13 +1,12 @@
 //! `qp chat`: a conversation in the terminal.
 
-use std::io::{BufRead, IsTerminal, Write};
+use std::io::{BufRead, IsTerminal};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::device::{Device, open_model, open_session};
 use super::generate::Drawing;
+use super::interrupt::Noted;
 use super::{Error, output};
 use crate::chat::{Chat, Conversation, StopTexts};
 use crate::engine::{self, Generated, Sampler, Session, Stop};
@@ -67,7 +66,6 @@ impl ChatCommand {
             count: self.count.map(|c| c as usize),
             drawing: self.drawing,
             conversation: Conversation::new(self.system),
-            interrupt: Interrupt::watch(),
             answers: 0,
         };
         let terminal = std::io::stdin().is_terminal();
@@ -119,7 +117,6 @@ struct Talk {
     count: Option<usize>,
     drawing: Drawing,
     conversation: Conversation,
-    interrupt: Interrupt,
     /// Answers so far: each draws by a seed of its own.
     answers: u64,
 }
@@ -190,13 +187,12 @@ impl Talk {
         let count = self.count.unwrap_or(usize::MAX).min(context + 1 - prompt.tokens.len());
         let mut sampler = self.drawing.sampler_of(self.answers);
         self.answers += 1;
-        self.interrupt.begin();
-        let said =
-            say_answer(&mut self.session, &self.tokenizer, &self.chat, &prompt.tokens, count, &mut sampler, || {
-                self.interrupt.asked()
-            });
-        let stopped = self.interrupt.end();
-        let (text, done) = said?;
+        let interruption = Noted::begin();
+        let Talk { session, tokenizer, chat, .. } = self;
+        let (text, done) =
+            say_answer(session, tokenizer, chat, &prompt.tokens, count, &mut sampler, || interruption.asked())?;
+        let stopped = interruption.asked();
+        drop(interruption);
         self.conversation.answer(&text);
         let why = match done.stop {
             _ if stopped => " (stopped)",
@@ -250,52 +246,4 @@ pub(super) fn say_answer(
     }
     output::print(format_args!("\n"))?;
     Ok((all.trim_end().to_owned(), done))
-}
-
-/// What Ctrl-C means at the moment.
-#[derive(Clone, Debug)]
-struct Interrupt(Arc<AtomicU8>);
-
-/// Nothing is being computed: Ctrl-C ends the program.
-const IDLE: u8 = 0;
-/// An answer is being computed.
-const BUSY: u8 = 1;
-/// It is to end.
-const ASKED: u8 = 2;
-
-impl Interrupt {
-    /// Watches for Ctrl-C on a thread of its own; without such a thread, Ctrl-C ends the program as ever.
-    fn watch() -> Interrupt {
-        let state = Arc::new(AtomicU8::new(IDLE));
-        let seen = state.clone();
-        let watch = move || {
-            let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
-            runtime.block_on(async {
-                while tokio::signal::ctrl_c().await.is_ok() {
-                    if seen.compare_exchange(BUSY, ASKED, Ordering::Relaxed, Ordering::Relaxed).is_err()
-                        && seen.load(Ordering::Relaxed) == IDLE
-                    {
-                        let _ = std::io::stdout().flush();
-                        output::say("\n");
-                        std::process::exit(130);
-                    }
-                }
-            });
-        };
-        let _ = std::thread::Builder::new().name("interrupt".to_owned()).spawn(watch);
-        Interrupt(state)
-    }
-
-    fn begin(&self) {
-        self.0.store(BUSY, Ordering::Relaxed);
-    }
-
-    fn asked(&self) -> bool {
-        self.0.load(Ordering::Relaxed) == ASKED
-    }
-
-    /// Back to idle; true if the answer was to end.
-    fn end(&self) -> bool {
-        self.0.swap(IDLE, Ordering::Relaxed) == ASKED
-    }
 }

@@ -1,12 +1,13 @@
 //! `qp serve`: an OpenAI-compatible server.
 
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use indicatif::HumanBytes;
 use serde_json::json;
+use tokio::net::TcpSocket;
 
 use super::device::{Device, open_model};
 use super::{Error, output};
@@ -14,8 +15,9 @@ use crate::chat::Chat;
 use crate::engine::cuda::Needs;
 use crate::engine::cuda::layout::{Form, Layout};
 use crate::engine::{PAGE, Precision, Room, SharedWeights};
+use crate::memory;
 use crate::model::{Files, Model};
-use crate::serve::api::{App, Bounds, Parts, key_hash};
+use crate::serve::api::{App, Bounds, Served, key_hash};
 use crate::serve::listen::Connections;
 use crate::serve::scheduler::{Limits, Scheduler};
 use crate::serve::stats::Stats;
@@ -39,8 +41,8 @@ pub struct Serve {
     #[arg(long)]
     name: Option<String>,
     /// Tokens of a prompt with its answer at most. By default the model's, 32768 at most.
-    #[arg(long, value_name = "TOKENS")]
-    context: Option<usize>,
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    context: Option<u32>,
     /// Tokens of all sequences together whose keys and values are kept. By default as many as fit comfortably.
     #[arg(long, value_name = "TOKENS")]
     cache: Option<usize>,
@@ -63,7 +65,7 @@ pub struct Serve {
     #[arg(long, default_value_t = 4 << 20, value_name = "BYTES")]
     body: usize,
     /// Seconds that an answer may take.
-    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 600, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     time: u64,
     /// Seconds that running answers get when the server is asked to stop.
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
@@ -79,6 +81,9 @@ pub struct Serve {
     device: Device,
 }
 
+/// Bytes of keys and values on a CPU, unless it is said how many.
+const CPU_CACHE: u64 = 1 << 30;
+
 impl Serve {
     /// Runs the command until it is interrupted.
     ///
@@ -88,31 +93,46 @@ impl Serve {
         let key = self.key()?;
         let address = SocketAddr::new(self.host, self.port);
         // Before the model is loaded: an address in use is known at once.
-        let listener = TcpListener::bind(address)
-            .map_err(|e| format!("cannot listen on {address}: {e}; give another --port or --host"))?;
-        let address = listener.local_addr()?;
+        let socket =
+            bound(address).map_err(|e| format!("cannot listen on {address}: {e}; give another --port or --host"))?;
+        let address = socket.local_addr()?;
         let (model, executor) = open_model(&self.model, self.device)?;
         let chat = Chat::open(&Files::open(&self.model)?, &model.tokenizer, &model.config.eos)?;
         let Model { config, tokenizer, weights, .. } = model;
         let weights = Arc::new(weights);
-        let context = self.context.unwrap_or(config.max_positions.min(32_768));
-        let memory = describe::memory(&weights);
+        let context = self.context.map_or(config.max_positions.min(32_768), |c| c as usize);
+        let kinds = describe::memory(&weights);
         let cache = self.cache_bits;
         let layout = Layout::new(&weights.program, &Form::of(&weights), &[], cache);
         let whole = context.div_ceil(PAGE);
         let most = whole * usize::from(self.sequences);
         let needs = Needs::of(&layout, Room { context, pages: most, cache });
+        let free = match &executor {
+            // What is left beside the weights and a step, but for a twentieth.
+            Some(on) => {
+                on.free_memory()?.map(|(free, _)| (free as u64 / 20 * 19).saturating_sub(needs.weights + needs.step))
+            }
+            None => Some(memory::available()).filter(|&free| free > 0),
+        };
+        let page = needs.page.max(1);
         let pages = match self.cache {
             Some(tokens) => tokens.div_ceil(PAGE).max(1),
             None => {
-                let budget = match executor.as_ref().map(|e| e.free_memory()).transpose()?.flatten() {
-                    // What is left beside the weights and a step, but for a twentieth.
-                    Some((free, _)) => (free as u64 / 20 * 19).saturating_sub(needs.weights + needs.step),
-                    None => 1 << 30,
+                let budget = match &executor {
+                    Some(_) => free,
+                    None => free.map(|free| (free / 2).min(CPU_CACHE)),
                 };
-                ((budget / needs.page.max(1)) as usize).clamp(whole, most)
+                usize::try_from(budget.unwrap_or(CPU_CACHE) / page).unwrap_or(usize::MAX).clamp(whole, most)
             }
         };
+        if executor.is_none() && free.is_some_and(|free| pages as u64 > free / page) || u32::try_from(pages).is_err() {
+            let fit = (free.unwrap_or(0) / page).saturating_mul(PAGE as u64);
+            return Err(format!(
+                "the memory is too small for keys and values of {} tokens: {fit} fit; give a smaller --cache",
+                pages.saturating_mul(PAGE)
+            )
+            .into());
+        }
         let engine = SharedWeights::on(executor.as_ref()).open(&weights, Room { context, pages, cache })?;
         let (context, vocab) = (Scheduler::context(engine.as_ref()), engine.vocab());
         let layers = describe::layers(&weights);
@@ -125,13 +145,16 @@ impl Serve {
         if chat.is_plain() {
             output::note("the model has no chat template: it is given a plain dialogue of 'User:' and 'Assistant:'");
         }
+        if key.is_none() && !self.host.is_loopback() {
+            output::note("whoever reaches this address can use it: ask for a key by --api-key-file or QP_API_KEY");
+        }
         let on = match (&executor, self.device) {
             (None, _) => "CPU",
             (Some(_), Device::Interpreter) => "interpreter",
             (Some(_), _) => "CUDA",
         };
         let cache = needs.page * pages as u64;
-        let kinds = memory.iter().copied().chain([("keys and values", cache)]).filter(|(_, bytes)| *bytes > 0);
+        let kinds = kinds.into_iter().chain([("keys and values", cache)]).filter(|(_, bytes)| *bytes > 0);
         let kinds: Vec<_> = kinds.map(|(kind, bytes)| json!({"kind": kind, "bytes": bytes})).collect();
         let description = json!({
             "name": name, "architecture": config.architecture, "device": on, "context": context, "page": PAGE,
@@ -139,7 +162,7 @@ impl Serve {
         });
         let stats = Arc::new(Stats::default());
         let limits = Limits { sequences: usize::from(self.sequences), chunk: self.chunk as usize };
-        let app = App::new(Parts {
+        let served = Served {
             name: name.clone(),
             tokenizer: Arc::new(tokenizer),
             chat,
@@ -147,26 +170,27 @@ impl Serve {
             bos: config.bos,
             context,
             vocab,
-            worker: Worker::start(engine, limits, stats.clone())?,
-            stats,
-            places: usize::from(self.queue) + usize::from(self.sequences),
-            bounds: Bounds {
-                body: self.body,
-                body_time: Duration::from_secs(self.patience),
-                answer_time: Duration::from_secs(self.time),
-                key,
-                local: self.host.is_loopback(),
-            },
             description,
-        });
+        };
+        let places = usize::from(self.queue) + usize::from(self.sequences);
         let patience = Duration::from_secs(self.patience);
+        let bounds = Bounds {
+            body: self.body,
+            body_time: patience,
+            answer_time: Duration::from_secs(self.time),
+            key,
+            local: self.host.is_loopback(),
+        };
+        let app = App::new(served, Worker::start(engine, limits, stats.clone())?, stats, places, bounds);
         let bounds = Connections { most: usize::from(self.connections), head: patience, write: patience };
-        output::say(&format!(
-            "serving {name} on http://{address} ({on}; context {context} tokens; room for {} tokens, {})\n",
-            pages * PAGE,
-            HumanBytes(cache),
-        ));
-        serve::run(app, listener, bounds, Duration::from_secs(self.grace), interrupted())?;
+        let ready = || {
+            output::say(&format!(
+                "serving {name} on http://{address} ({on}; context {context} tokens; room for {} tokens, {})\n",
+                pages * PAGE,
+                HumanBytes(cache),
+            ));
+        };
+        serve::run(app, socket, bounds, Duration::from_secs(self.grace), ready, interrupted())?;
         Ok(())
     }
 
@@ -185,8 +209,22 @@ impl Serve {
         if text.is_empty() {
             return Err("the API key is empty: put one into the file or the variable, or give none".into());
         }
+        if !text.bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(
+                "the API key has characters that no client can send: use ASCII letters, digits and signs".into()
+            );
+        }
         Ok(Some(key_hash(&text)))
     }
+}
+
+/// A socket of this address, which does not listen yet.
+fn bound(address: SocketAddr) -> std::io::Result<TcpSocket> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // A server that ended a moment ago does not keep the address.
+    socket.set_reuseaddr(cfg!(unix))?;
+    socket.bind(address)?;
+    Ok(socket)
 }
 
 /// Waits for Ctrl-C or SIGTERM; a second one ends the program at once.

@@ -24,6 +24,7 @@ pub use pages::Pool;
 pub use sampling::{Sampler, Sampling};
 pub use session::Session;
 
+pub use qp_codegen::kernels::sample::mask_words;
 use qp_codegen::kernels::{Span, attend};
 
 use crate::device::Executor;
@@ -312,9 +313,24 @@ pub trait Engine: Send {
     /// # Errors
     /// As [`Engine::best`].
     fn choose(&mut self, chunks: &[Chunk<'_>], choices: &[Choice], out: &mut Vec<u32>) -> Result<(), Error> {
+        self.choose_allowed(chunks, choices, &vec![&[][..]; choices.len()], out)
+    }
+
+    /// As [`Engine::choose`], but of each row some tokens may be forbidden: bit `i mod 32` of word `i / 32` is set for token
+    /// `i`, in [`mask_words`] words, or there are no words if all tokens are allowed.
+    ///
+    /// # Errors
+    /// As [`Engine::best`], and if all tokens of a row are forbidden.
+    fn choose_allowed(
+        &mut self,
+        chunks: &[Chunk<'_>],
+        choices: &[Choice],
+        forbidden: &[&[u32]],
+        out: &mut Vec<u32>,
+    ) -> Result<(), Error> {
         let mut logits = Vec::new();
         self.step(chunks, &mut logits)?;
-        choose_from(&logits, self.vocab(), choices, out)
+        choose_from(&logits, self.vocab(), choices, forbidden, out)
     }
 
     /// Copies the keys and values of a page to another one.
@@ -324,13 +340,26 @@ pub trait Engine: Send {
     fn copy_page(&mut self, from: u32, to: u32) -> Result<(), Error>;
 }
 
-/// Chooses a token from each row of logits.
-fn choose_from(logits: &[f32], vocab: usize, choices: &[Choice], out: &mut Vec<u32>) -> Result<(), Error> {
+/// Chooses a token from each row of logits: see [`Engine::choose_allowed`].
+fn choose_from(
+    logits: &[f32],
+    vocab: usize,
+    choices: &[Choice],
+    forbidden: &[&[u32]],
+    out: &mut Vec<u32>,
+) -> Result<(), Error> {
     out.clear();
-    for (row, Choice { sampling, draw }) in logits.chunks_exact(vocab).zip(choices) {
-        out.push(sampling.choose(row, 1.0, |_| false, *draw).ok_or(Error::NotANumber)?);
+    for ((row, Choice { sampling, draw }), mask) in logits.chunks_exact(vocab).zip(choices).zip(forbidden) {
+        let is_forbidden = |token: usize| mask[token / 32] >> (token % 32) & 1 == 1;
+        let token = sampling.choose(row, penalty(mask), is_forbidden, *draw);
+        out.push(token.ok_or(Error::NotANumber)?);
     }
     Ok(())
+}
+
+/// The penalty of [`qp_codegen::reference::sampling`] by which the tokens of a mask are forbidden.
+fn penalty(mask: &[u32]) -> f32 {
+    if mask.is_empty() { 1.0 } else { 0.0 }
 }
 
 /// What every [`Engine::step`] checks first.

@@ -30,7 +30,7 @@ use items::{Item, Work, items, join_tied, layers};
 use pipeline::{Pipeline, Pool};
 
 /// Files of a model directory that a checkpoint takes along, where they exist.
-const COPIED: [&str; 11] = [
+const COPIED: [&str; 12] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -42,6 +42,7 @@ const COPIED: [&str; 11] = [
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
 ];
 
 /// An error of quantization. What existed before is untouched; a partial directory may stay, to be resumed.

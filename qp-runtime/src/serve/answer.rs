@@ -37,6 +37,9 @@ pub enum Broken {
     /// The engine could not compute it.
     #[error("{0}")]
     Failed(String),
+    /// The form that was asked for cannot be kept.
+    #[error("response_format: the form is too complex to go on: {0}")]
+    Form(String),
     /// The server is stopping.
     #[error("the server is stopping: ask again later")]
     Stopped,
@@ -178,6 +181,7 @@ impl Answer {
                     Reason::End => Finish::Stop,
                     Reason::Count => Finish::Length,
                     Reason::Failed(text) => return Err(Broken::Failed(text)),
+                    Reason::Form(what) => return Err(Broken::Form(what)),
                     Reason::Stopped => return Err(Broken::Stopped),
                 };
                 let rest = self.text.take().map(TextStream::finish).transpose();

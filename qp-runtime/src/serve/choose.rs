@@ -1,7 +1,8 @@
 //! Choosing a sequence's next token from its logits, as a request asks for it.
 //!
-//! Where a request wants no more than drawing, the engine draws ([`Chooser::choice`]). Otherwise, in this order: the
-//! grammar's mask, `logit_bias`, penalties, then the [`Sampler`] with the repetition penalty. Probabilities that are reported
+//! Where a request wants no more than drawing, of all tokens or of those that a grammar allows, the engine draws
+//! ([`Chooser::choice`]). Otherwise, in this order: the grammar's mask, `logit_bias`, penalties, then the [`Sampler`] with
+//! the repetition penalty. Probabilities that are reported
 //! are those of the model itself, before all of these.
 
 use std::collections::BTreeMap;
@@ -11,11 +12,12 @@ use crate::engine::{Choice, Error, Sampler, Sampling};
 
 /// What a grammar allows next. See [`super::grammar`].
 pub trait Grammar: Send {
-    /// Sets the logits of tokens that may not come next to −∞.
+    /// Which of `vocab` tokens may not come next, as [`Engine::choose_allowed`](crate::engine::Engine::choose_allowed) takes
+    /// them.
     ///
     /// # Errors
     /// If the grammar is too complex to go on.
-    fn mask(&mut self, logits: &mut [f32]) -> Result<(), String>;
+    fn forbidden(&mut self, vocab: usize) -> Result<Vec<u32>, String>;
 
     /// The token was chosen.
     ///
@@ -79,6 +81,8 @@ pub enum Failure {
 pub struct Chooser {
     choosing: Choosing,
     sampler: Sampler,
+    /// What the grammar forbids next, once it was asked.
+    forbidden: Option<Vec<u32>>,
     /// Generated tokens and how often; ordered, so that sums are always formed in one order.
     counts: BTreeMap<u32, u32>,
 }
@@ -90,30 +94,50 @@ impl Chooser {
         if choosing.repetition.is_some() {
             sampler.saw(prompt);
         }
-        Chooser { sampler, choosing, counts: BTreeMap::new() }
+        Chooser { sampler, choosing, forbidden: None, counts: BTreeMap::new() }
     }
 
     /// True if the first of the largest logits is always taken, and nothing else is wanted of them.
     pub fn is_greedy(&self) -> bool {
-        self.choice().is_some_and(|c| c.sampling.is_greedy())
+        self.choosing.grammar.is_none() && self.choice().is_some_and(|c| c.sampling.is_greedy())
     }
 
-    /// The next choice, if an engine can make it: then [`Chooser::took`] is to be told what came out.
+    /// Finds out which of `vocab` tokens may come next; to be called before a token is chosen.
+    ///
+    /// # Errors
+    /// If the grammar fails.
+    pub fn prepare(&mut self, vocab: usize) -> Result<(), Failure> {
+        if let (Some(grammar), None) = (&mut self.choosing.grammar, &self.forbidden) {
+            self.forbidden = Some(grammar.forbidden(vocab).map_err(Failure::Grammar)?);
+        }
+        Ok(())
+    }
+
+    /// The tokens that may not come next, if some may not: see [`Chooser::prepare`].
+    pub fn forbidden(&self) -> &[u32] {
+        self.forbidden.as_deref().unwrap_or_default()
+    }
+
+    /// The next choice, of the tokens that are not [`Chooser::forbidden`], if an engine can make it: then [`Chooser::took`] is
+    /// to be told what came out.
     pub fn choice(&self) -> Option<Choice> {
         let c = &self.choosing;
         let simple = c.bias.is_empty()
             && c.presence == 0.0
             && c.frequency == 0.0
             && c.repetition.is_none()
-            && c.logprobs.is_none()
-            && c.grammar.is_none();
+            && c.logprobs.is_none();
         // The draw counts only once a token has come out.
         if simple { self.sampler.clone().choice() } else { None }
     }
 
     /// The engine made the next choice.
-    pub fn took(&mut self) {
+    ///
+    /// # Errors
+    /// If the grammar fails.
+    pub fn took(&mut self, token: u32) -> Result<(), Failure> {
         self.sampler.choice();
+        self.accept(token)
     }
 
     /// The next token by `logits`, which are changed.
@@ -125,8 +149,13 @@ impl Chooser {
             return Err(Error::NotANumber.into());
         }
         let original = self.choosing.logprobs.map(|top| (top, logits.to_vec()));
-        if let Some(grammar) = &mut self.choosing.grammar {
-            grammar.mask(logits).map_err(Failure::Grammar)?;
+        self.prepare(logits.len())?;
+        if self.forbidden.is_some() {
+            for (token, logit) in logits.iter_mut().enumerate() {
+                if self.forbidden()[token / 32] >> (token % 32) & 1 == 1 {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
         }
         for &(token, bias) in &self.choosing.bias {
             if let Some(logit) = logits.get_mut(token as usize) {
@@ -136,17 +165,18 @@ impl Chooser {
         self.penalise(logits);
         let token = self.sampler.next(logits)?;
         let report = original.map(|(top, logits)| logprobs(&logits, token, top));
-        self.note(token)?;
+        self.accept(token)?;
+        *self.counts.entry(token).or_default() += 1;
         Ok((token, report))
     }
 
-    /// `token` was chosen.
-    fn note(&mut self, token: u32) -> Result<(), Failure> {
-        if let Some(grammar) = &mut self.choosing.grammar {
-            grammar.accept(token).map_err(Failure::Grammar)?;
+    /// Tells the grammar that `token` was chosen.
+    fn accept(&mut self, token: u32) -> Result<(), Failure> {
+        self.forbidden = None;
+        match &mut self.choosing.grammar {
+            Some(grammar) => grammar.accept(token).map_err(Failure::Grammar),
+            None => Ok(()),
         }
-        *self.counts.entry(token).or_default() += 1;
-        Ok(())
     }
 
     /// True if the grammar allows nothing more.
@@ -191,14 +221,9 @@ mod tests {
     struct Only(Vec<u32>);
 
     impl Grammar for Only {
-        fn mask(&mut self, logits: &mut [f32]) -> Result<(), String> {
-            let allowed = self.0.clone();
-            logits
-                .iter_mut()
-                .enumerate()
-                .filter(|(i, _)| !allowed.contains(&(*i as u32)))
-                .for_each(|(_, l)| *l = f32::NEG_INFINITY);
-            Ok(())
+        fn forbidden(&mut self, vocab: usize) -> Result<Vec<u32>, String> {
+            assert!(vocab <= 32);
+            Ok(vec![self.0.iter().fold(u32::MAX, |mask, token| mask & !(1 << token))])
         }
         fn accept(&mut self, token: u32) -> Result<(), String> {
             self.0.contains(&token).then_some(()).ok_or_else(|| "not allowed".to_owned())
@@ -236,8 +261,13 @@ mod tests {
             [3]
         );
         let mut chooser = Chooser::new(choosing(), &[]);
-        assert!(chooser.choice().is_none());
-        assert!(matches!(chooser.note(1), Err(Failure::Grammar(_))));
+        // An engine makes the same choice by the mask.
+        assert!(chooser.choice().is_some() && !chooser.is_greedy());
+        chooser.prepare(4).unwrap();
+        assert_eq!(chooser.forbidden(), [!0b1100]);
+        chooser.took(2).unwrap();
+        assert!(chooser.forbidden().is_empty());
+        assert!(matches!(chooser.took(1), Err(Failure::Grammar(_))));
     }
 
     #[test]
@@ -262,7 +292,7 @@ mod tests {
             assert_eq!(chooser.choice(), chooser.choice());
             let choice = chooser.choice().unwrap();
             assert_eq!(choice.sampling.choose(&logits, 1.0, |_| false, choice.draw), Some(token));
-            chooser.took();
+            chooser.took(token).unwrap();
         }
     }
 

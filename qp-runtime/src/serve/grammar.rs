@@ -8,6 +8,7 @@ use llguidance::{Matcher, ParserFactory};
 use serde_json::Value;
 
 use super::choose::Grammar;
+use crate::engine::mask_words;
 use crate::model::Tokenizer;
 
 /// What a text must be like.
@@ -36,11 +37,11 @@ impl Grammars {
         Grammars { tokenizer, end, factory: OnceLock::new() }
     }
 
-    /// A grammar at its beginning.
+    /// A grammar at its beginning, for each of `n` answers.
     ///
     /// # Errors
     /// If the form is malformed or too large, or the model has no token that ends a text.
-    pub fn compile(&self, form: &Form) -> Result<Box<dyn Grammar>, String> {
+    pub fn compile(&self, form: &Form, n: usize) -> Result<Vec<Box<dyn Grammar>>, String> {
         let grammar = match form {
             Form::Object => TopLevelGrammar::from_json_schema(compact(serde_json::json!({"type": "object"}))),
             Form::Schema(schema) => TopLevelGrammar::from_json_schema(compact(schema.clone())),
@@ -50,11 +51,12 @@ impl Grammars {
         let factory = self.factory.get_or_init(|| self.factory()).as_ref().map_err(Clone::clone)?;
         let mut matcher = Matcher::new(factory.create_parser(grammar));
         match matcher.get_error() {
-            Some(error) => Err(error),
+            Some(error) => Err(said(error)),
             None => {
                 // An unsatisfiable form shows when the first token is to be chosen.
-                matcher.compute_mask_or_eos().map_err(|e| e.to_string())?;
-                Ok(Box::new(Tokens(matcher)))
+                matcher.compute_mask_or_eos().map_err(said)?;
+                // Each by itself: answers are chosen on several threads.
+                Ok((0..n).map(|_| Box::new(Tokens(matcher.deep_clone())) as Box<dyn Grammar>).collect())
             }
         }
     }
@@ -67,28 +69,31 @@ impl Grammars {
         let info = TokRxInfo::new(words.len() as u32, first);
         let trie = TokTrie::from(&info, &words).with_eos_tokens(&self.end);
         let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
-        let mut factory = ParserFactory::new_simple(&env).map_err(|e| e.to_string())?;
+        let mut factory = ParserFactory::new_simple(&env).map_err(said)?;
         factory.quiet();
         factory.limits_mut().verbose_errors = false;
         Ok(factory)
     }
 }
 
+/// An error of llguidance's without the mark of what it leaves out.
+fn said(error: impl std::fmt::Display) -> String {
+    error.to_string().replace("<non-verbose/>", "").trim_end().to_owned()
+}
+
 struct Tokens(Matcher);
 
 impl Grammar for Tokens {
-    fn mask(&mut self, logits: &mut [f32]) -> Result<(), String> {
-        let mask = self.0.compute_mask_or_eos().map_err(|e| e.to_string())?;
-        for (token, logit) in logits.iter_mut().enumerate() {
-            if token >= mask.len() || !mask.is_allowed(token as u32) {
-                *logit = f32::NEG_INFINITY;
-            }
-        }
-        Ok(())
+    fn forbidden(&mut self, vocab: usize) -> Result<Vec<u32>, String> {
+        let allowed = self.0.compute_mask_or_eos().map_err(said)?;
+        let mut words: Vec<u32> = allowed.as_slice().iter().map(|word| !word).collect();
+        // The model may have more tokens than the tokenizer.
+        words.resize(mask_words(vocab as u32) as usize, u32::MAX);
+        Ok(words)
     }
 
     fn accept(&mut self, token: u32) -> Result<(), String> {
-        self.0.consume_token(token).map_err(|e| e.to_string())
+        self.0.consume_token(token).map_err(said)
     }
 
     fn is_done(&self) -> bool {
@@ -123,7 +128,7 @@ mod tests {
         let tokenizer = Arc::new(Tokenizer::read(model).unwrap());
         let grammars = Grammars::new(tokenizer.clone(), Arc::from([END]));
         let sampling = Sampling { temperature: 1.0, seed, ..Sampling::default() };
-        let grammar = Some(grammars.compile(form).unwrap());
+        let grammar = grammars.compile(form, 1).unwrap().pop();
         let mut chooser = Chooser::new(Choosing { sampling, grammar, ..Choosing::default() }, &[]);
         let mut tokens = Vec::new();
         let mut state = seed;
@@ -175,8 +180,8 @@ mod tests {
             Form::Regex("(".to_owned()),
             Form::Lark("start: nowhere".to_owned()),
         ] {
-            assert!(grammars.compile(&form).is_err(), "{form:?}");
+            assert!(grammars.compile(&form, 1).is_err(), "{form:?}");
         }
-        assert!(Grammars::new(tokenizer, Arc::from([])).compile(&Form::Object).err().unwrap().contains("no token"));
+        assert!(Grammars::new(tokenizer, Arc::from([])).compile(&Form::Object, 1).err().unwrap().contains("no token"));
     }
 }

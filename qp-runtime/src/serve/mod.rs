@@ -26,33 +26,44 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use tokio::net::TcpSocket;
 use tokio::sync::watch;
 
 use api::App;
 use listen::Connections;
+use stats::Stats;
 
-/// Serves `app` on `listener` until `stop` comes: then no more requests are taken, those that are there get `grace` to
-/// end, and the rest is told that the server stops.
+/// Clients that the system lets wait until they are accepted.
+const BACKLOG: u32 = 4096;
+
+/// Serves `app` on `socket`, which has an address, until `stop` comes: then no more requests are taken, those that are there
+/// get `grace` to end, and the rest is told that the server stops. `ready` is called once clients can connect.
 ///
 /// # Errors
-/// If the system gives no threads.
+/// If the system gives no threads or does not listen, or the engine has failed for good.
 pub fn run(
     app: App,
-    listener: std::net::TcpListener,
+    socket: TcpSocket,
     bounds: Connections,
     grace: Duration,
+    ready: impl FnOnce(),
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("http").build()?;
+    // Templates, tokenizing and grammars use the cores; more of them at once would only use more memory.
+    let blocking = std::thread::available_parallelism().map_or(4, |n| n.get().max(4));
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.enable_all().thread_name("http").max_blocking_threads(blocking).build()?;
     let app = Arc::new(app);
     runtime.block_on(async {
-        listener.set_nonblocking(true)?;
-        let listener = TcpListener::from_std(listener)?;
+        let listener = socket.listen(BACKLOG)?;
+        ready();
         let (end, ended) = watch::channel(false);
         let server = listen::serve(listener, api::router(app.clone()), bounds, app.stats.clone(), ended);
         let server = tokio::spawn(server);
-        stop.await;
+        let died = tokio::select! {
+            () = stop => false,
+            () = dead(&app.stats) => true,
+        };
         app.stopping.store(true, Ordering::Relaxed);
         let patience = tokio::time::sleep(grace);
         tokio::pin!(patience);
@@ -66,6 +77,14 @@ pub fn run(
         app.worker.stop();
         let _ = end.send(true);
         let _ = tokio::time::timeout(Duration::from_secs(5), server).await;
-        Ok(())
+        // Whoever started the server can start it again.
+        if died { Err(io::Error::other("the engine has failed: start the server again")) } else { Ok(()) }
     })
+}
+
+/// Waits until the engine's thread has ended by itself.
+async fn dead(stats: &Stats) {
+    while stats.dead.get() == 0 {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
 }

@@ -152,7 +152,7 @@ impl Stats {
                 "qp_requests_cancelled_total",
                 "counter",
                 &self.cancelled,
-                "Requests given up because nobody waited for them.",
+                "Requests given up because nobody waited for more of them: gone, or ended by a text.",
             ),
             ("qp_requests_failed_total", "counter", &self.failures, "Requests that ended because the engine failed."),
             ("qp_requests_refused_total", "counter", &self.refused, "Requests refused because the queue was full."),

@@ -34,7 +34,7 @@ impl Worker {
             let ended = catch_unwind(AssertUnwindSafe(|| run(scheduler, &receiver)));
             stats.dead.set(1);
             if ended.is_err() {
-                eprintln!("the engine's thread has failed; start the server again");
+                eprintln!("the engine's thread has failed");
             }
         })?;
         Ok(Worker { commands, thread: Some(thread) })

@@ -59,9 +59,12 @@ fn a_whole_model_is_timed_and_saved() {
     assert!(starts.len() == 2 && starts.iter().all(|s| positive(&s["weights"]) && positive(&s["first"])), "{report}");
     let tables = text(&o.stdout);
     assert!(tables.contains("| 3 | 70 | ") && tables.contains("a checkpoint, no kernel in the cache"), "{tables}");
-    // What was saved is a whole checkpoint.
+    // What was saved is a whole checkpoint, and a model that can be asked.
     let inspect = Command::new(env!("CARGO_BIN_EXE_qp")).args(["inspect", "--verify"]).arg(&saved).output().unwrap();
     assert!(inspect.status.success(), "{}", text(&inspect.stderr));
+    let ask = ["--prompt", "Ask \u{e9}", "--tokens", "3", "--device", "cpu"];
+    let said = Command::new(env!("CARGO_BIN_EXE_qp")).arg("generate").arg(&saved).args(ask).output().unwrap();
+    assert!(said.status.success() && text(&said.stderr).contains("prompt: 6 tokens"), "{}", text(&said.stderr));
 }
 
 #[test]

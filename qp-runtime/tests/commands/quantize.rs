@@ -146,6 +146,25 @@ fn what_exists_is_replaced_only_by_force_and_inspect_tells() {
 }
 
 #[test]
+fn templates_go_along() {
+    let place = Place::new();
+    let model = place.path("model");
+    fs::create_dir_all(model.join("additional_chat_templates")).unwrap();
+    for file in fs::read_dir(MODEL).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_file()) {
+        fs::copy(&file, model.join(file.file_name().unwrap())).unwrap();
+    }
+    let template = "additional_chat_templates/tool_use.jinja";
+    fs::write(model.join(template), "tools").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_qp"));
+    command.current_dir(place.0.path()).args(["quantize", "model", "--spec", "./small.qspec", "-o", "out"]);
+    let made = command.output().unwrap();
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    assert_eq!(contents(&place.path("out"))[template], b"tools");
+    let inspect = Command::new(env!("CARGO_BIN_EXE_qp")).args(["inspect", "--verify"]).arg(place.path("out")).output();
+    assert!(text(&inspect.unwrap().stdout).ends_with("verified: every byte is as it was written\n"));
+}
+
+#[test]
 fn failures_and_bad_usage() {
     let place = Place::new();
     let fails = |args: &[&str]| {

@@ -303,6 +303,149 @@ fn clients_that_misbehave_do_not_keep_others_waiting() {
     assert_eq!(server.post("/v1/completions", &ask).status, 200);
 }
 
+/// Requests that no client of good will makes: each is answered at once, in OpenAI's form, and names what is wrong.
+#[test]
+fn strange_requests_get_errors_in_openais_form() {
+    let server = Server::start(&["--name", "kjv", "--context", "256"]);
+    let deep = "[".repeat(10_000) + &"]".repeat(10_000);
+    let long = "x".repeat(1 << 20);
+    let u64_max = u64::MAX;
+    // What is sent, and what the message must say.
+    let completions = [
+        ("", "not JSON"),
+        ("null", "no JSON object"),
+        ("\u{feff}{}", "not JSON"),
+        (&format!(r#"{{"prompt": {deep}}}"#), "recursion"),
+        (r#"{"prompt": "a", "max_tokens": NaN}"#, "not JSON"),
+        (r#"{"prompt": "a", "temperature": 1e999}"#, "number out of range"),
+        (r#"{"prompt": "a\ud800"}"#, "not JSON"),
+        (r#"{"prompt": 3}"#, "a list of tokens"),
+        (r#"{"prompt": [1, "a"]}"#, "a list of tokens"),
+        (r#"{"prompt": [-1]}"#, "a list of tokens"),
+        (r#"{"prompt": []}"#, "0 prompts"),
+        (r#"{"prompt": [4294967295]}"#, "not among the model's 2048"),
+        (r#"{"prompt": "a", "max_tokens": -1}"#, "max_tokens"),
+        (r#"{"prompt": "a", "max_tokens": 1.5}"#, "max_tokens"),
+        (&format!(r#"{{"prompt": "a", "max_tokens": {u64_max}}}"#), "the context holds 256"),
+        (r#"{"prompt": "a", "max_tokens": 18446744073709551616}"#, "max_tokens"),
+        (r#"{"prompt": "a", "n": -1}"#, "n: "),
+        (r#"{"prompt": "a", "n": 129}"#, "expected 1 to 128"),
+        (r#"{"prompt": ["a", "b"], "n": 100}"#, "expected 1 to 128 answers"),
+        (r#"{"prompt": "a", "top_p": 2}"#, "expected 0 to 1"),
+        (r#"{"prompt": "a", "top_k": -5}"#, "top_k"),
+        (r#"{"prompt": "a", "seed": 1e3}"#, "seed"),
+        (r#"{"prompt": "a", "presence_penalty": "1"}"#, "presence_penalty"),
+        (r#"{"prompt": "a", "logit_bias": {"2048": 1}}"#, "not among the model's 2048"),
+        (r#"{"prompt": "a", "logit_bias": {"-1": 1}}"#, "numbers of tokens"),
+        (r#"{"prompt": "a", "logit_bias": {"1": 101}}"#, "-100 to 100"),
+        (r#"{"prompt": "a", "logit_bias": [1]}"#, "logit_bias"),
+        (r#"{"prompt": "a", "logprobs": 21}"#, "expected 0 to 20"),
+        (r#"{"prompt": "a", "logprobs": true}"#, "logprobs"),
+        (r#"{"prompt": "a", "stop": [1]}"#, "a list of texts"),
+        (r#"{"prompt": "a", "stop": ""}"#, "1 to 1000 bytes"),
+        (r#"{"prompt": "a", "stream": "yes"}"#, "stream"),
+        (r#"{"prompt": "a", "stream_options": {"include_usage": true}}"#, "needs stream"),
+        (r#"{"prompt": "a", "stream": true, "stream_options": {"x": 1}}"#, "unknown field"),
+        (r#"{"prompt": "a", "suffix": "b"}"#, "'suffix' is not supported"),
+        (&format!(r#"{{"prompt": "a", "{long}": 1}}"#), "is not supported"),
+        (&format!(r#"{{"prompt": "a", "model": "{long}"}}"#), "is not here"),
+        (&format!(r#"{{"prompt": "a", "temperature": "{long}"}}"#), "temperature"),
+        (r#"{"prompt": "a", "response_format": 1}"#, "expected text, json_object"),
+        (r#"{"prompt": "a", "response_format": {"type": "json_schema"}}"#, "schema is missing"),
+        (
+            r#"{"prompt": "a", "response_format": {"type": "regex", "regex": "(((a{1,999}){1,999}){1,999}){1,999}"}}"#,
+            "response_format",
+        ),
+    ];
+    let messages = r#""messages": [{"role": "user", "content": "a"}]"#;
+    let chats = [
+        ("{}", "at least one message"),
+        (r#"{"messages": []}"#, "at least one message"),
+        (r#"{"messages": "a"}"#, "messages"),
+        (r#"{"messages": [1]}"#, "message 0: expected an object"),
+        (r#"{"messages": [{"role": "user"}]}"#, "'content' is missing"),
+        (r#"{"messages": [{"role": 1, "content": "a"}]}"#, "'role' is missing"),
+        (
+            r#"{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}"#,
+            "no text",
+        ),
+        (&format!(r#"{{{messages}, "tools": {{}}}}"#), "tools"),
+        (&format!(r#"{{{messages}, "tool_choice": "required"}}"#), "tool_choice"),
+        (&format!(r#"{{{messages}, "functions": [{{}}]}}"#), "use 'tools'"),
+        (&format!(r#"{{{messages}, "top_logprobs": 2}}"#), "needs logprobs"),
+        (&format!(r#"{{{messages}, "logprobs": true, "top_logprobs": 21}}"#), "expected 0 to 20"),
+        (&format!(r#"{{{messages}, "chat_template_kwargs": 1}}"#), "chat_template_kwargs"),
+        (&format!(r#"{{{messages}, "modalities": ["text", "audio"]}}"#), "text only"),
+    ];
+    let all =
+        completions.iter().map(|c| ("/v1/completions", c)).chain(chats.iter().map(|c| ("/v1/chat/completions", c)));
+    let others = [("/tokenize", &("{}", "either 'text' or 'messages'")), ("/v1/embeddings", &("{", "no embeddings"))];
+    for (path, (body, message)) in all.chain(others) {
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        );
+        let r = server.raw(&format!("{head}Content-Length: {}\r\n\r\n{body}", body.len()));
+        let said = r.json()["error"]["message"].as_str().unwrap_or_default().to_owned();
+        let shown: String = body.chars().take(200).collect();
+        assert!(matches!(r.status, 400 | 404) && said.contains(message), "{path} {shown}: {}: {said}", r.status);
+        assert!(r.body.len() < 10_000, "{path} {shown}: {} bytes", r.body.len());
+    }
+    let r = server.raw("GET /v1/models/%ff HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    assert!(r.status == 400 && r.json()["error"]["message"].is_string(), "{}", r.text());
+
+    // What is unusual and yet allowed.
+    for body in [
+        json!({"prompt": "", "max_tokens": 1}),
+        json!({"prompt": "a", "max_tokens": 0}),
+        json!({"prompt": [[]], "max_tokens": 1}),
+        json!({"prompt": "\u{0}\u{1F600}\u{202E}\u{10FFFF}", "max_tokens": 1}),
+        json!({"prompt": "a", "max_tokens": 2, "temperature": 1e-40}),
+        json!({"prompt": "a", "max_tokens": 2, "temperature": 100, "top_p": 0, "seed": i64::MIN}),
+        json!({"prompt": "a", "max_tokens": 2, "logit_bias": {"5": 100}, "presence_penalty": -2, "frequency_penalty": 2}),
+    ] {
+        let r = server.post("/v1/completions", &body);
+        assert_eq!(r.status, 200, "{body}: {}", r.text());
+    }
+    server.assert_idle();
+}
+
+/// Connections that keep the server waiting lose their places when others want them, however patient it is otherwise.
+#[test]
+fn silent_connections_make_room() {
+    let server = Server::start(&["--patience", "3600", "--connections", "20"]);
+    let ask = json!({"prompt": "a", "max_tokens": 3, "temperature": 0});
+    let held: Vec<TcpStream> = (0..50)
+        .map(|i| {
+            let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n";
+            let body = format!("{head}Content-Length: 100\r\n\r\n{{");
+            let mut stream = TcpStream::connect(server.address).unwrap();
+            stream.write_all(["", head, &body][i % 3].as_bytes()).unwrap();
+            stream
+        })
+        .collect();
+    assert_eq!(server.post("/v1/completions", &ask).status, 200);
+    drop(held);
+    server.assert_idle();
+}
+
+/// A client that goes away frees what its request holds, whether or not it was reading a stream.
+#[test]
+fn closing_a_connection_ends_its_request() {
+    let server = Server::start(&["--sequences", "1"]);
+    for stream in [false, true] {
+        let long = json!({"prompt": "a", "ignore_eos": true, "max_tokens": 500, "stream": stream, "temperature": 0});
+        let mut client = TcpStream::connect(server.address).unwrap();
+        let body = long.to_string();
+        let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n";
+        client.write_all(format!("{head}Content-Length: {}\r\n\r\n{body}", body.len()).as_bytes()).unwrap();
+        server.wait_until_running(1);
+        drop(client);
+        server.assert_idle();
+    }
+    let cancelled = |line: &&str| line.starts_with("qp_requests_cancelled_total");
+    assert_eq!(server.get("/metrics").text().lines().find(cancelled), Some("qp_requests_cancelled_total 2"));
+}
+
 #[test]
 fn templates_that_fail_or_loop_are_told_to_the_client() {
     let loops = model_with(
@@ -318,6 +461,53 @@ fn templates_that_fail_or_loop_are_told_to_the_client() {
     let server = Server::of(refuses.path(), &[], &[]);
     let r = server.post("/v1/chat/completions", &json!({"messages": message("x")}));
     assert!(r.status == 400 && r.text().contains("refuses these messages: never user"), "{}", r.text());
+}
+
+#[test]
+fn tools_are_for_the_template() {
+    let template = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}{{ messages[-1].content }}";
+    let model = model_with("chat_template.jinja", template);
+    let server = Server::of(model.path(), &[], &[]);
+    let tools = json!([{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]);
+    let pieces = |more: Value| {
+        let r = server.post("/tokenize", &with(json!({"messages": message("x")}), more)).json();
+        r["pieces"].as_array().unwrap().iter().map(|p| p.as_str().unwrap()).collect::<String>()
+    };
+    assert_eq!((pieces(json!({})).trim(), pieces(json!({"tools": tools})).trim()), ("x", "weather x"));
+    // Tools that are not to be called are not shown to the model.
+    let read = |more: Value| {
+        let body = with(json!({"messages": message("x"), "max_tokens": 1, "tools": tools}), more);
+        server.post("/v1/chat/completions", &body).json()["usage"]["prompt_tokens"].as_u64().unwrap()
+    };
+    assert!(read(json!({"tool_choice": "none"})) < read(json!({"tool_choice": "auto"})));
+}
+
+/// What cannot be served is said before anybody connects.
+#[test]
+fn starts_that_cannot_succeed_say_why() {
+    let here = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = here.local_addr().unwrap().port().to_string();
+    for (args, key, message) in [
+        (&["--cache", "18446744073709551615"][..], "", "give a smaller --cache"),
+        (&["--context", "5000"], "", "context ends at 1024"),
+        (&["--context", "0"], "", "invalid value '0' for '--context"),
+        (&["--port", &taken], "", "give another --port or --host"),
+        (&[], " ", "the API key is empty"),
+        (&[], "a b", "no client can send"),
+        (&["--api-key-file", "/nowhere"], "", "cannot read /nowhere"),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_qp"));
+        command.args(["serve", crate::server::MODEL, "--device", "cpu"]).args(args).env_remove("QP_API_KEY");
+        if !args.contains(&"--port") {
+            command.args(["--port", "0"]);
+        }
+        if !key.is_empty() {
+            command.env("QP_API_KEY", key);
+        }
+        let out = command.output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(!out.status.success() && said.contains(message) && !said.contains("panicked"), "{args:?}: {said}");
+    }
 }
 
 #[test]

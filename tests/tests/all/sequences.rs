@@ -6,7 +6,7 @@ use qp_codegen::palette;
 use qp_runtime::check::synthetic;
 use qp_runtime::device::Executor;
 use qp_runtime::engine::{
-    Choice, Chunk, CpuEngine, CudaEngine, Engine, Error, Logits, PAGE, Precision, Room, Sampling, cut,
+    Choice, Chunk, CpuEngine, CudaEngine, Engine, Error, Logits, PAGE, Precision, Room, Sampling, cut, mask_words,
 };
 use qp_runtime::model::{Model, Weight, Weights};
 use qp_tests::models::{RandomModel, VOCAB};
@@ -230,7 +230,7 @@ fn steps_that_are_launched_ahead_change_nothing() {
     }
 }
 
-/// Two sequences whose tokens are drawn: what each call gives.
+/// Two sequences whose tokens are drawn, or are the likeliest that are not forbidden: what each call gives.
 fn drawn(engine: &mut dyn Engine) -> Vec<u32> {
     let (a, b) = (tokens(5, 6), tokens(6, 9));
     let settings =
@@ -243,9 +243,19 @@ fn drawn(engine: &mut dyn Engine) -> Vec<u32> {
             .map(|s| Chunk { tokens: &prompts[s], position: at[s], pages: &pages[s], logits: Logits::Last })
             .collect();
         // The draws of the second sequence skip some.
-        let choices = [0, 1].map(|s| Choice { sampling: samplings[s], draw: draw + 5 * (s as u32) * (draw / 5) });
+        let choices = [0, 1].map(|s| Choice {
+            sampling: if draw == 4 { Sampling::default() } else { samplings[s] },
+            draw: draw + 5 * (s as u32) * (draw / 5),
+        });
         let mut out = Vec::new();
-        engine.choose(&chunks, &choices, &mut out).unwrap();
+        // Some steps forbid the first sequence, or both, a part of the tokens.
+        let words = mask_words(engine.vocab() as u32) as usize;
+        let third = vec![0x2492_4924u32.rotate_left(draw); words];
+        let forbidden: [&[u32]; 2] = [if draw % 3 == 1 { &third } else { &[] }, if draw == 4 { &third } else { &[] }];
+        engine.choose_allowed(&chunks, &choices, &forbidden, &mut out).unwrap();
+        for (token, mask) in out.iter().zip(forbidden) {
+            assert!(mask.is_empty() || mask[*token as usize / 32] >> (token % 32) & 1 == 0, "{token} is forbidden");
+        }
         for s in 0..2 {
             at[s] += prompts[s].len();
             prompts[s] = vec![out[s]];

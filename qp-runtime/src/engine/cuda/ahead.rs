@@ -61,7 +61,7 @@ impl CudaEngine {
 
     /// The next tokens of a step for which [`is_decoding`] is true.
     pub(super) fn decode(&mut self, chunks: &[Chunk<'_>], how: How<'_>, out: &mut Vec<u32>) -> Result<(), Error> {
-        let choices = if let How::Drawn(choices) = how { choices } else { &[] };
+        let choices = if let How::Drawn(choices, _) = how { choices } else { &[] };
         let goes_on = self.ahead.go_on(chunks, choices);
         let later: Vec<Choice> = choices.iter().map(|c| Choice { draw: c.draw.wrapping_add(1), ..*c }).collect();
         let launched = self.ahead.launched.take();
@@ -81,7 +81,7 @@ impl CudaEngine {
         let next: Vec<Chunk<'_>> = chunks.iter().map(|c| Chunk { position: c.position + 1, ..*c }).collect();
         let fits = |c: &Chunk<'_>| c.position < self.room.context && c.position < c.pages.len() * PAGE;
         if goes_on && next.iter().all(fits) {
-            let how = if later.is_empty() { How::Best } else { How::Drawn(&later) };
+            let how = if later.is_empty() { How::Best } else { How::Drawn(&later, &[]) };
             self.run(&next, how, true)?;
             let pages = next.iter().map(|c| c.pages[..=c.position / PAGE].to_vec()).collect();
             self.ahead.launched = Some(Launched { pages, mail: self.send(chunks.len())? });

@@ -39,7 +39,7 @@ use self::matrix::Matrix;
 pub use self::matrix::Uploads;
 pub use self::memory::Needs;
 use self::record::{Choices, Constants, Kernels, State, record};
-use super::{Choice, Chunk, Engine, Error, PAGE, Room, attention_ops, check_chunks, check_pages, cut};
+use super::{Choice, Chunk, Engine, Error, PAGE, Room, attention_ops, check_chunks, check_pages, cut, penalty};
 use crate::device::attend::{Queries, Tokens};
 use crate::device::ops::DeviceActivations;
 use crate::device::{Buffer, DeviceError, Executor, Graph};
@@ -178,7 +178,7 @@ impl CudaEngine {
             choices: Choices {
                 settings: on.zeroed(MOST_ROWS as usize * WORDS)?,
                 draws: on.zeroed(MOST_ROWS as usize)?,
-                seen: on.zeroed(mask_words(layout.program.vocab as u32) as usize)?,
+                seen: on.zeroed(MOST_ROWS as usize * mask_words(layout.program.vocab as u32) as usize)?,
             },
             values: BTreeMap::new(),
             activations: DeviceActivations::new(on, columns, most_tokens)?,
@@ -330,7 +330,8 @@ impl CudaEngine {
             self.state.rows.write(0, &chosen)?;
         }
         let pick = if rows > 0 { how.pick() } else { Pick::Logits };
-        if let (Pick::Drawn, How::Drawn(choices)) = (pick, how) {
+        if let (Pick::Drawn, How::Drawn(choices, forbidden)) = (pick, how) {
+            let choices = choices.iter().zip(forbidden.iter().copied().chain(std::iter::repeat(&[][..])));
             self.write_choices(rows as usize, rows_of.iter().copied().zip(choices))?;
         }
         let key = (size, Wanted { rows, pick });
@@ -343,13 +344,17 @@ impl CudaEngine {
     fn write_choices<'c>(
         &mut self,
         rows: usize,
-        choices: impl Iterator<Item = (usize, &'c Choice)>,
+        choices: impl Iterator<Item = (usize, (&'c Choice, &'c [u32]))>,
     ) -> Result<(), DeviceError> {
         let mut settings = vec![Sampling::default().words(1.0, 0); rows];
         let mut draws = vec![0; rows];
-        for (row, Choice { sampling, draw }) in choices {
-            settings[row] = sampling.words(1.0, 0);
+        let words = mask_words(self.layout.program.vocab as u32) as usize;
+        for (row, (Choice { sampling, draw }, mask)) in choices {
+            settings[row] = sampling.words(penalty(mask), row as u32);
             draws[row] = draw.cast_signed();
+            if !mask.is_empty() {
+                self.state.choices.seen.write(row * words, &mask[..words])?;
+            }
         }
         if self.settings != settings {
             self.state.choices.settings.write(0, settings.as_flattened())?;
@@ -362,7 +367,7 @@ impl CudaEngine {
     fn pick(&mut self, chunks: &[Chunk<'_>], how: How<'_>, out: &mut Vec<u32>) -> Result<(), Error> {
         check_chunks(self, chunks)?;
         out.clear();
-        if is_decoding(chunks) {
+        if is_decoding(chunks) && !how.forbids() {
             return self.decode(chunks, how, out);
         }
         self.forget()?;
@@ -414,8 +419,8 @@ enum How<'a> {
     Logits,
     /// The likeliest tokens are.
     Best,
-    /// Tokens are drawn, one for each wanted row.
-    Drawn(&'a [Choice]),
+    /// Tokens are drawn, one for each wanted row, of those that its mask does not forbid; without masks, of all.
+    Drawn(&'a [Choice], &'a [&'a [u32]]),
 }
 
 impl<'a> How<'a> {
@@ -423,14 +428,21 @@ impl<'a> How<'a> {
         match self {
             How::Logits => Pick::Logits,
             How::Best => Pick::Best,
-            How::Drawn(_) => Pick::Drawn,
+            How::Drawn(..) => Pick::Drawn,
         }
+    }
+
+    /// True if some tokens may not be drawn.
+    fn forbids(self) -> bool {
+        matches!(self, How::Drawn(_, masks) if masks.iter().any(|m| !m.is_empty()))
     }
 
     /// Without the first `rows` rows.
     fn after(self, rows: usize) -> How<'a> {
         match self {
-            How::Drawn(choices) => How::Drawn(choices.get(rows..).unwrap_or(&[])),
+            How::Drawn(choices, masks) => {
+                How::Drawn(choices.get(rows..).unwrap_or(&[]), masks.get(rows..).unwrap_or(&[]))
+            }
             other => other,
         }
     }
@@ -492,17 +504,24 @@ impl Engine for CudaEngine {
         self.pick(chunks, How::Best, out)
     }
 
-    fn choose(&mut self, chunks: &[Chunk<'_>], choices: &[Choice], out: &mut Vec<u32>) -> Result<(), Error> {
-        if choices.iter().all(|c| c.sampling.is_greedy()) {
+    fn choose_allowed(
+        &mut self,
+        chunks: &[Chunk<'_>],
+        choices: &[Choice],
+        forbidden: &[&[u32]],
+        out: &mut Vec<u32>,
+    ) -> Result<(), Error> {
+        let how = How::Drawn(choices, forbidden);
+        if choices.iter().all(|c| c.sampling.is_greedy()) && !how.forbids() {
             return self.pick(chunks, How::Best, out);
         }
         if self.layout.program.vocab > MOST_VOCAB {
             // More than the kernel sums exactly.
             let mut logits = Vec::new();
             self.step(chunks, &mut logits)?;
-            return super::choose_from(&logits, self.vocab(), choices, out);
+            return super::choose_from(&logits, self.vocab(), choices, forbidden, out);
         }
-        self.pick(chunks, How::Drawn(choices), out)
+        self.pick(chunks, how, out)
     }
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<(), Error> {

@@ -58,7 +58,7 @@ pub struct Choices {
     pub settings: Buffer<u32>,
     /// Number of each row's draw.
     pub draws: Buffer<i32>,
-    /// Tokens that were seen: no row asks for them.
+    /// Tokens that each row may not draw, where it asks for them.
     pub seen: Buffer<u32>,
 }
 

@@ -7,6 +7,9 @@ use serde_json::{Value, json};
 
 use crate::serve::answer::Broken;
 
+/// Characters of a message's beginning, and of its end, that are shown.
+const SHOWN: usize = 500;
+
 /// An error that is told to a client.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ApiError {
@@ -53,8 +56,16 @@ impl ApiError {
             400..=499 => "invalid_request_error",
             _ => "server_error",
         };
-        json!({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}})
+        let (message, param) = (shortened(&self.message), self.param.as_deref().map(shortened));
+        json!({"error": {"message": message, "type": kind, "param": param, "code": self.code}})
     }
+}
+
+/// `text` without its middle, if it is long: what a client sent is repeated in part only.
+fn shortened(text: &str) -> String {
+    let begin = text.char_indices().nth(SHOWN).map_or(text.len(), |(at, _)| at);
+    let end = text.char_indices().nth_back(SHOWN).map_or(0, |(at, c)| at + c.len_utf8());
+    if begin < end { format!("{} … {}", &text[..begin], &text[end..]) } else { text.to_owned() }
 }
 
 impl From<Broken> for ApiError {
@@ -62,6 +73,7 @@ impl From<Broken> for ApiError {
         let message = broken.to_string();
         match broken {
             Broken::Failed(_) => ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, message).with_code("engine_failed"),
+            Broken::Form(_) => ApiError::parameter("response_format", message),
             Broken::Stopped => ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("stopping").after(5),
             Broken::Dead => ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("engine_ended"),
         }
@@ -76,5 +88,17 @@ impl IntoResponse for ApiError {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_messages_lose_their_middle() {
+        let all = "é".repeat(2 * SHOWN);
+        assert_eq!(shortened(&all), all);
+        assert_eq!(shortened(&format!("a{all}b")), format!("a{} … {}b", &all[..2 * SHOWN - 2], &all[..2 * SHOWN - 2]));
     }
 }

@@ -35,14 +35,25 @@ pub async fn chat(State(app): State<Arc<App>>, request: Request) -> Result<Respo
     let ChatRequest { messages, tools, variables, mut ask } = ChatRequest::read(fields, app.serving())?;
     let places = places(&app, ask.n)?;
     let shared = app.clone();
-    let render = move || shared.chat.prompt(&shared.tokenizer, &messages, &Options { tools, variables });
-    let (_, tokens) = blocking(render).await?.map_err(|e| {
+    let tokens = blocking(move || rendered(&shared, &messages, &Options { tools, variables })).await??;
+    ask.stop.extend(app.model.chat.stop.iter().cloned());
+    let end = Arc::from(app.model.chat.end.as_slice());
+    answer(app, Kind::Chat, vec![tokens], ask, end, places).await
+}
+
+/// The tokens of messages as the model's template writes them.
+///
+/// # Errors
+/// If a message is malformed, the template fails, or the text is too long.
+pub fn rendered(app: &App, messages: &[Value], options: &Options) -> Result<Vec<u32>, ApiError> {
+    let wrong = |e: chat::Error| {
         let param = if matches!(e, chat::Error::Template { .. }) { None } else { Some("messages".to_owned()) };
         ApiError { param, ..ApiError::new(StatusCode::BAD_REQUEST, e.to_string()) }
-    })?;
-    ask.stop.extend(app.chat.stop.iter().cloned());
-    let end = Arc::from(app.chat.end.as_slice());
-    answer(app, Kind::Chat, vec![tokens], ask, end, places).await
+    };
+    let chat = &app.model.chat;
+    let text = chat.text(messages, options).map_err(wrong)?;
+    app.check_length(&text)?;
+    chat.tokens(&app.model.tokenizer, &text).map_err(wrong)
 }
 
 /// `POST /v1/completions`.
@@ -54,18 +65,22 @@ pub async fn completions(State(app): State<Arc<App>>, request: Request) -> Resul
     let encode = move || {
         let tokens = |prompt| {
             let mut tokens = match prompt {
-                Prompt::Text(text) => shared.tokenizer.encode(&text)?,
+                Prompt::Text(text) => {
+                    shared.check_length(&text)?;
+                    let tokens = shared.model.tokenizer.encode(&text);
+                    tokens.map_err(|e| ApiError::parameter("prompt", e.to_string()))?
+                }
                 Prompt::Tokens(tokens) => tokens,
             };
             if tokens.is_empty() {
-                tokens.extend(shared.bos);
+                tokens.extend(shared.model.bos);
             }
             Ok(tokens)
         };
-        prompts.into_iter().map(tokens).collect::<Result<Vec<_>, crate::model::Error>>()
+        prompts.into_iter().map(tokens).collect::<Result<Vec<_>, ApiError>>()
     };
-    let prompts = blocking(encode).await?.map_err(|e| ApiError::parameter("prompt", e.to_string()))?;
-    let end = app.end.clone();
+    let prompts = blocking(encode).await??;
+    let end = app.model.end.clone();
     answer(app, Kind::Text, prompts, ask, end, places).await
 }
 
@@ -143,25 +158,29 @@ async fn start(
                 "the prompt is empty and the model has no first token: give a prompt",
             ));
         }
-        if let Some(token) = prompt.iter().find(|&&t| t as usize >= app.vocab) {
-            let message = format!("token {token} is not among the model's {}", app.vocab);
+        if let Some(token) = prompt.iter().find(|&&t| t as usize >= app.model.vocab) {
+            let message = format!("token {token} is not among the model's {}", app.model.vocab);
             return Err(ApiError::parameter(name, message));
         }
         let most = ask.most.unwrap_or(1);
-        if prompt.len() + most.saturating_sub(1) > app.context {
+        if prompt.len().saturating_add(most.saturating_sub(1)) > app.model.context {
             let message = format!(
                 "the prompt has {} tokens and {most} more were asked for: the context holds {}; shorten the prompt or ask \
                  for fewer tokens",
                 prompt.len(),
-                app.context
+                app.model.context
             );
             return Err(ApiError::parameter(name, message).with_code("context_length_exceeded"));
         }
     }
+    if let Some((token, _)) = ask.bias.iter().find(|&&(t, _)| t as usize >= app.model.vocab) {
+        let message = format!("logit_bias: token {token} is not among the model's {}", app.model.vocab);
+        return Err(ApiError::parameter("logit_bias", message));
+    }
     let mut grammars = Vec::new();
     if let Some(form) = ask.form.clone() {
         let (shared, n) = (app.clone(), places.len());
-        let compile = move || (0..n).map(|_| shared.grammars.compile(&form)).collect::<Result<Vec<_>, String>>();
+        let compile = move || shared.grammars.compile(&form, n);
         grammars = blocking(compile)
             .await?
             .map_err(|e| ApiError::parameter("response_format", format!("response_format: {e}")))?;
@@ -170,10 +189,10 @@ async fn start(
     let end: Arc<[u32]> = if ask.endless { Arc::from([]) } else { end.clone() };
     let each = prompts.iter().flat_map(|p| (0..ask.n).map(move |i| (p, i)));
     for ((prompt, i), place) in each.zip(places) {
-        let (answer, sink) = Answer::new(&app.tokenizer, prompt, ask.stop.clone(), &app.stats, place);
+        let (answer, sink) = Answer::new(&app.model.tokenizer, prompt, ask.stop.clone(), &app.stats, place);
         app.worker.submit(Job {
             prompt: prompt.clone(),
-            most: ask.most.unwrap_or(app.context - prompt.len() + 1),
+            most: ask.most.unwrap_or(app.model.context - prompt.len() + 1),
             end: end.clone(),
             choosing: Choosing {
                 sampling: Sampling { seed: ask.sampling.seed.wrapping_add(i as u64), ..ask.sampling },
@@ -313,7 +332,7 @@ impl Envelope {
         out.insert("id".to_owned(), self.id.clone().into());
         out.insert("object".to_owned(), object.into());
         out.insert("created".to_owned(), self.created.into());
-        out.insert("model".to_owned(), self.app.name.clone().into());
+        out.insert("model".to_owned(), self.app.model.name.clone().into());
         out.insert("choices".to_owned(), choices.into());
         if !whole && self.ask.usage {
             out.insert("usage".to_owned(), Value::Null);

@@ -25,6 +25,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::body::{Body, HttpBody};
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Request, State};
 use axum::http::header::{AUTHORIZATION, CACHE_CONTROL, CONNECTION, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HOST};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
@@ -36,6 +37,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 
 use super::grammar::Grammars;
+use super::listen::Turn;
 use super::stats::Stats;
 use super::worker::Worker;
 use crate::chat::{Chat, Options};
@@ -63,13 +65,13 @@ pub fn key_hash(key: &str) -> [u8; 32] {
     Sha256::digest(key.as_bytes()).into()
 }
 
-/// What all handlers share.
-pub struct App {
-    /// Name of the model.
+/// The model that is served.
+pub struct Served {
+    /// Its name for clients.
     pub name: String,
     /// Text to tokens and back.
     pub tokenizer: Arc<Tokenizer>,
-    /// The model's chat template.
+    /// Its chat template.
     pub chat: Chat,
     /// Tokens that end a plain text.
     pub end: Arc<[u32]>,
@@ -79,22 +81,25 @@ pub struct App {
     pub context: usize,
     /// Tokens that the model knows.
     pub vocab: usize,
-    /// Compiles forms of answers.
-    pub grammars: Grammars,
+    /// What the page shows of it: see [`super::describe`].
+    pub description: Value,
+}
+
+/// What all handlers share.
+pub struct App {
+    /// The model.
+    pub model: Served,
     /// The engine's thread.
     pub worker: Worker,
     /// Numbers.
     pub stats: Arc<Stats>,
-    /// Places in the queue, those of running requests included.
-    pub places: Arc<Semaphore>,
-    /// How many there are.
-    pub all_places: usize,
     /// Bounds.
     pub bounds: Bounds,
-    /// What the page shows of the model: see [`super::describe`].
-    pub description: Value,
     /// True once the server takes no more requests.
     pub stopping: AtomicBool,
+    grammars: Grammars,
+    places: Arc<Semaphore>,
+    all_places: usize,
     clock: Clock,
     bytes: OnceLock<Vec<Vec<u8>>>,
 }
@@ -129,55 +134,20 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
-/// What an [`App`] is made of.
-pub struct Parts {
-    /// See [`App::name`].
-    pub name: String,
-    /// See [`App::tokenizer`].
-    pub tokenizer: Arc<Tokenizer>,
-    /// See [`App::chat`].
-    pub chat: Chat,
-    /// See [`App::end`].
-    pub end: Arc<[u32]>,
-    /// See [`App::bos`].
-    pub bos: Option<u32>,
-    /// See [`App::context`].
-    pub context: usize,
-    /// See [`App::vocab`].
-    pub vocab: usize,
-    /// See [`App::worker`].
-    pub worker: Worker,
-    /// See [`App::stats`].
-    pub stats: Arc<Stats>,
-    /// See [`App::all_places`].
-    pub places: usize,
-    /// See [`App::bounds`].
-    pub bounds: Bounds,
-    /// See [`App::description`].
-    pub description: Value,
-}
-
 impl App {
-    /// Puts an application together.
-    pub fn new(parts: Parts) -> App {
-        let mut end = parts.end.to_vec();
-        end.extend(parts.chat.end.iter().filter(|t| !parts.end.contains(t)));
+    /// Serves `model`, which `worker` computes, with `places` in the queue, those of running requests included.
+    pub fn new(model: Served, worker: Worker, stats: Arc<Stats>, places: usize, bounds: Bounds) -> App {
+        let mut end = model.end.to_vec();
+        end.extend(model.chat.end.iter().filter(|t| !model.end.contains(t)));
         App {
-            grammars: Grammars::new(parts.tokenizer.clone(), Arc::from(end)),
-            name: parts.name,
-            tokenizer: parts.tokenizer,
-            chat: parts.chat,
-            end: parts.end,
-            bos: parts.bos,
-            context: parts.context,
-            vocab: parts.vocab,
-            worker: parts.worker,
-            stats: parts.stats,
-            places: Arc::new(Semaphore::new(parts.places)),
-            all_places: parts.places,
-            bounds: parts.bounds,
-            description: parts.description,
+            grammars: Grammars::new(model.tokenizer.clone(), Arc::from(end)),
+            model,
+            worker,
+            stats,
+            bounds,
             stopping: AtomicBool::new(false),
+            places: Arc::new(Semaphore::new(places)),
+            all_places: places,
             clock: Clock::default(),
             bytes: OnceLock::new(),
         }
@@ -194,12 +164,33 @@ impl App {
     }
 
     fn serving(&self) -> Serving<'_> {
-        Serving { model: &self.name, seed: self.clock.next() }
+        Serving { model: &self.model.name, seed: self.clock.next() }
+    }
+
+    /// The bytes of each token.
+    fn token_bytes(&self) -> &[Vec<u8>] {
+        self.bytes.get_or_init(|| self.model.tokenizer.all_bytes())
+    }
+
+    /// Refuses a text that cannot but have more tokens than the context holds, before it is cut into them: that takes about
+    /// a hundred bytes of memory each.
+    fn check_length(&self, text: &str) -> Result<(), ApiError> {
+        let longest = self.token_bytes().iter().map(Vec::len).max().unwrap_or(1);
+        let context = self.model.context;
+        // Some tokenizers drop or join characters first.
+        if text.len() / 4 <= longest.saturating_mul(context) {
+            return Ok(());
+        }
+        let message = format!(
+            "the prompt has {} bytes, more than any of the {context} tokens that the context holds could be: shorten it",
+            text.len()
+        );
+        Err(ApiError::new(StatusCode::BAD_REQUEST, message).with_code("context_length_exceeded"))
     }
 
     /// The bytes of a token as text, and themselves.
     fn piece(&self, token: u32) -> (String, &[u8]) {
-        let all = self.bytes.get_or_init(|| self.tokenizer.all_bytes());
+        let all = self.token_bytes();
         let bytes = all.get(token as usize).map_or(&[][..], Vec::as_slice);
         let bytes = bytes.strip_prefix(b"\xff").unwrap_or(bytes);
         (String::from_utf8_lossy(bytes).into_owned(), bytes)
@@ -304,7 +295,7 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
 
 async fn status(State(app): State<Arc<App>>) -> Response {
     let s = &app.stats;
-    let mut out = app.description.clone();
+    let mut out = app.model.description.clone();
     out["live"] = json!({
         "uptime": now().saturating_sub(app.clock.started),
         "running": s.running.get(), "waiting": s.waiting.get(), "connections": s.connections.get(),
@@ -317,18 +308,21 @@ async fn status(State(app): State<Arc<App>>) -> Response {
 }
 
 fn model_card(app: &App) -> Value {
-    json!({"id": app.name, "object": "model", "created": app.clock.started, "owned_by": "qp", "max_model_len": app.context})
+    json!({"id": app.model.name, "object": "model", "created": app.clock.started, "owned_by": "qp", "max_model_len": app.model.context})
 }
 
 async fn models(State(app): State<Arc<App>>) -> Response {
     axum::Json(json!({"object": "list", "data": [model_card(&app)]})).into_response()
 }
 
-async fn model(State(app): State<Arc<App>>, Path(name): Path<String>) -> Response {
-    if name == app.name {
+async fn model(State(app): State<Arc<App>>, name: Result<Path<String>, PathRejection>) -> Response {
+    let Ok(Path(name)) = name else {
+        return ApiError::new(StatusCode::BAD_REQUEST, "the name of the model is not UTF-8").into_response();
+    };
+    if name == app.model.name {
         return axum::Json(model_card(&app)).into_response();
     }
-    let message = format!("model '{name}' is not here: this server has '{}'", app.name);
+    let message = format!("model '{name}' is not here: this server has '{}'", app.model.name);
     ApiError::new(StatusCode::NOT_FOUND, message).with_code("model_not_found").into_response()
 }
 
@@ -358,17 +352,19 @@ async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Result<Respo
     let _place = generate::places(&app, 1)?;
     let work = move || {
         let tokens = match (text, messages) {
-            (Some(text), None) if special => app.tokenizer.encode(&text).map_err(|e| e.to_string()),
-            (Some(text), None) => app.tokenizer.encode_exact(&text).map_err(|e| e.to_string()),
-            (None, Some(messages)) => {
-                let options = Options { tools: tools.map(Value::Array), ..Options::default() };
-                app.chat.prompt(&app.tokenizer, &messages, &options).map(|(_, t)| t).map_err(|e| e.to_string())
+            (Some(text), None) => {
+                app.check_length(&text)?;
+                let tokenizer = &app.model.tokenizer;
+                let tokens = if special { tokenizer.encode(&text) } else { tokenizer.encode_exact(&text) };
+                tokens.map_err(|e| ApiError::parameter("text", e.to_string()))?
             }
-            _ => Err("expected either 'text' or 'messages'".to_owned()),
+            (None, Some(messages)) => {
+                generate::rendered(&app, &messages, &Options { tools: tools.map(Value::Array), ..Options::default() })?
+            }
+            _ => return Err(ApiError::new(StatusCode::BAD_REQUEST, "expected either 'text' or 'messages'")),
         };
-        let tokens = tokens.map_err(|e| ApiError::new(StatusCode::BAD_REQUEST, e))?;
         let pieces: Vec<String> = tokens.iter().map(|&t| app.piece(t).0).collect();
-        Ok(axum::Json(json!({"tokens": tokens, "count": tokens.len(), "pieces": pieces, "context": app.context}))
+        Ok(axum::Json(json!({"tokens": tokens, "count": tokens.len(), "pieces": pieces, "context": app.model.context}))
             .into_response())
     };
     blocking(work).await?
@@ -388,22 +384,33 @@ async fn read(app: &App, request: Request) -> Result<Fields, ApiError> {
     if !kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json") {
         return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "expected 'Content-Type: application/json'"));
     }
-    let body = tokio::time::timeout(app.bounds.body_time, collect(request.into_body(), app.bounds.body));
+    let turn = request.extensions().get::<Arc<Turn>>().cloned();
+    if let Some(turn) = &turn {
+        turn.is_clients();
+    }
+    let body = tokio::time::timeout(app.bounds.body_time, collect(request.into_body(), app.bounds.body)).await;
+    if let Some(turn) = &turn {
+        turn.is_servers();
+    }
     let late = |_| ApiError::new(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time");
-    Fields::parse(&body.await.map_err(late)??)
+    Fields::parse(&body.map_err(late)??)
 }
 
 /// The bytes of a body of at most `limit`. Some of a longer one is still read, because many clients only look at the
 /// answer when they have sent everything.
 async fn collect(mut body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
     let (mut bytes, mut length) = (Vec::new(), 0);
+    let fits = body.size_hint().lower() <= limit as u64;
     while let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
         let frame = frame.map_err(|e| ApiError::new(StatusCode::BAD_REQUEST, format!("the body broke off: {e}")))?;
         let Ok(data) = frame.into_data() else { continue };
         length += data.len();
-        if length <= limit {
+        if fits && length <= limit {
             bytes.extend_from_slice(&data);
-        } else if length > limit.saturating_mul(8) {
+        } else {
+            bytes = Vec::new();
+        }
+        if length > limit.saturating_mul(8) {
             break;
         }
     }

@@ -14,6 +14,9 @@ use crate::serve::grammar::Form;
 /// Most answers to one request: prompts times `n`.
 pub const MOST_ANSWERS: usize = 128;
 
+/// Smaller temperatures are none: they draw the likeliest token too, unless another is as likely to the last bit.
+const LEAST_TEMPERATURE: f32 = 1e-6;
+
 /// Parameters that label a request and have no effect on its answer.
 const LABELS: [&str; 7] =
     ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"];
@@ -95,7 +98,7 @@ impl Fields {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text or a list of texts")]
 enum OneOrMany {
     One(String),
     Many(Vec<String>),
@@ -142,7 +145,7 @@ pub enum Prompt {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text, a list of tokens, or a list of either")]
 enum Prompts {
     Text(String),
     Texts(Vec<String>),
@@ -226,9 +229,10 @@ impl Ask {
             return Err(ApiError::parameter("stream_options", "stream_options needs stream = true"));
         }
         let repetition = fields.number("repetition_penalty", 1.0, 0.01, 100.0)?;
+        let temperature = fields.number("temperature", 1.0, 0.0, 100.0)?;
         Ok(Ask {
             sampling: Sampling {
-                temperature: fields.number("temperature", 1.0, 0.0, 100.0)?,
+                temperature: if temperature < LEAST_TEMPERATURE { 0.0 } else { temperature },
                 top_k: fields.take("top_k")?.unwrap_or(0),
                 top_p: fields.number("top_p", 1.0, 0.0, 1.0)?,
                 min_p: fields.number("min_p", 0.0, 0.0, 1.0)?,

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::choose::{Chooser, Choosing, LogProbs};
+use super::choose::{Chooser, Choosing, Failure, LogProbs};
 use super::prefix::{PrefixCache, ROOT};
 use super::stats::Stats;
 use crate::engine::{Chunk, Engine, Error, Logits, PAGE, Pool};
@@ -38,8 +38,10 @@ pub enum Reason {
     End,
     /// As many tokens as were asked for.
     Count,
-    /// The engine or the grammar failed.
+    /// The engine failed.
     Failed(String),
+    /// The form that was asked for is too complex to go on with.
+    Form(String),
     /// The server is stopping.
     Stopped,
 }
@@ -161,7 +163,7 @@ impl Scheduler {
     /// Takes a request. One that can never be computed ends at once with a failure.
     pub fn submit(&mut self, request: Request) {
         let Request { prompt, most, end, choosing, mut sink } = request;
-        let wanted = prompt.len() + most.saturating_sub(1);
+        let wanted = prompt.len().saturating_add(most.saturating_sub(1));
         let context = Self::context(self.engine.as_ref());
         let vocab = self.engine.vocab();
         let refusal = match prompt.iter().find(|&&t| t as usize >= vocab) {
@@ -209,6 +211,7 @@ impl Scheduler {
         self.admit();
         let mut parts = self.share_out();
         self.reserve(&mut parts);
+        self.prepare(&mut parts);
         if !parts.is_empty() {
             self.run(&parts);
         }
@@ -359,6 +362,20 @@ impl Scheduler {
         }
     }
 
+    /// Finds out which tokens the grammars of those sequences allow that are given one; without those whose grammars fail.
+    fn prepare(&mut self, parts: &mut Vec<Part>) {
+        let vocab = self.engine.vocab();
+        let chosen = |id: &u64| parts.iter().any(|p| p.last && p.id == *id);
+        let choosers: Vec<(u64, &mut Chooser)> =
+            self.running.iter_mut().filter(|(id, _)| chosen(id)).map(|(&id, s)| (id, &mut s.chooser)).collect();
+        let prepare = |(id, chooser): (u64, &mut Chooser)| Some((id, chooser.prepare(vocab).err()?));
+        let failed: Vec<(u64, Failure)> = choosers.into_par_iter().filter_map(prepare).collect();
+        for (id, failure) in failed {
+            parts.retain(|p| p.id != id);
+            self.refuse(id, failure);
+        }
+    }
+
     fn run(&mut self, parts: &[Part]) {
         self.stats.steps.add(1);
         match self.compute(parts) {
@@ -394,7 +411,10 @@ impl Scheduler {
             return self.engine.best(&chunks, &mut self.best);
         }
         match choosers().map(Chooser::choice).collect::<Option<Vec<_>>>() {
-            Some(choices) => self.engine.choose(&chunks, &choices, &mut self.best),
+            Some(choices) => {
+                let forbidden: Vec<&[u32]> = choosers().map(Chooser::forbidden).collect();
+                self.engine.choose_allowed(&chunks, &choices, &forbidden, &mut self.best)
+            }
             None => self.engine.step(&chunks, &mut self.logits),
         }
     }
@@ -414,8 +434,7 @@ impl Scheduler {
         if self.logits.is_empty() {
             for (&id, &token) in ids.iter().zip(&self.best) {
                 let Some(sequence) = self.running.get_mut(&id) else { continue };
-                sequence.chooser.took();
-                chosen.push((id, Ok((token, None))));
+                chosen.push((id, sequence.chooser.took(token).map(|()| (token, None))));
             }
         } else {
             let mut rows: BTreeMap<u64, &mut [f32]> =
@@ -428,7 +447,7 @@ impl Scheduler {
         for (id, result) in chosen {
             match result {
                 Ok((token, logprobs)) => self.give(id, token, logprobs.map(Box::new)),
-                Err(e) => self.fail(id, &e),
+                Err(failure) => self.refuse(id, failure),
             }
         }
     }
@@ -446,6 +465,14 @@ impl Scheduler {
             self.end(id, Reason::End);
         } else if sequence.tokens.len() - sequence.prompt >= sequence.most {
             self.end(id, Reason::Count);
+        }
+    }
+
+    /// A token could not be chosen for a sequence.
+    fn refuse(&mut self, id: u64, failure: Failure) {
+        match failure {
+            Failure::Grammar(what) => self.end(id, Reason::Form(what)),
+            Failure::Engine(e) => self.fail(id, &e),
         }
     }
 

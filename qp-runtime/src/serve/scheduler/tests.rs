@@ -2,7 +2,8 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use super::*;
-use crate::engine::{Sampling, check_chunks};
+use crate::engine::{Sampling, check_chunks, mask_words};
+use crate::serve::choose::Grammar;
 
 const VOCAB: usize = 50;
 
@@ -124,9 +125,41 @@ fn poisoned(pages: usize, most: usize, limits: Limits, poison: Option<u32>) -> B
 
 const LIMITS: Limits = Limits { sequences: 16, chunk: 64 };
 
+/// Forbids every third token, counted from the last one; goes on for so many tokens.
+struct Thirds {
+    last: u32,
+    left: usize,
+}
+
+impl Grammar for Thirds {
+    fn forbidden(&mut self, vocab: usize) -> Result<Vec<u32>, String> {
+        if self.left == 0 {
+            return Err("nothing more".to_owned());
+        }
+        let mut words = vec![0; mask_words(vocab as u32) as usize];
+        (0..vocab as u32).filter(|t| (t + self.last) % 3 == 0).for_each(|t| words[t as usize / 32] |= 1 << (t % 32));
+        Ok(words)
+    }
+    fn accept(&mut self, token: u32) -> Result<(), String> {
+        assert!((token + self.last) % 3 != 0, "{token} is forbidden after {}", self.last);
+        (self.last, self.left) = (token, self.left - 1);
+        Ok(())
+    }
+    fn is_done(&self) -> bool {
+        false
+    }
+}
+
 fn choosing(seed: u64) -> Choosing {
-    match seed % 3 {
+    let thirds = |left| Some(Box::new(Thirds { last: 0, left }) as Box<dyn Grammar>);
+    match seed % 5 {
         0 => Choosing::default(),
+        3 => Choosing { grammar: thirds(usize::MAX), ..Choosing::default() },
+        4 => Choosing {
+            sampling: Sampling { temperature: 1.0, seed, ..Sampling::default() },
+            grammar: thirds(usize::MAX),
+            ..Choosing::default()
+        },
         1 => Choosing { sampling: Sampling { temperature: 0.8, seed, ..Sampling::default() }, ..Choosing::default() },
         _ => Choosing {
             sampling: Sampling { temperature: 1.0, top_p: 0.9, seed, ..Sampling::default() },
@@ -336,4 +369,21 @@ fn stopping_tells_everybody() {
     b.scheduler.stop();
     assert!(ears.values().all(|e| e.done() == Some(Reason::Stopped)));
     b.assert_clean();
+}
+
+#[test]
+fn a_form_that_cannot_go_on_ends_its_request_alone() {
+    let mut bench = bench(10, 64, LIMITS);
+    let (ear, other) = (Ear::default(), bench.submit(&[1, 2, 3], 6, 0, &[]));
+    let grammar: Option<Box<dyn Grammar>> = Some(Box::new(Thirds { last: 0, left: 2 }));
+    let choosing = Choosing { grammar, ..Choosing::default() };
+    let sink = Box::new(ear.clone());
+    bench.scheduler.submit(Request { prompt: vec![5], most: 9, end: Arc::from([]), choosing, sink });
+    while !bench.scheduler.is_idle() {
+        bench.scheduler.step();
+    }
+    assert_eq!((ear.tokens().len(), ear.done()), (2, Some(Reason::Form("nothing more".to_owned()))));
+    assert_eq!((other.tokens(), other.done()), (alone(&[1, 2, 3], 6, 0, &[]), Some(Reason::Count)));
+    assert_eq!(bench.stats.failures.get(), 0);
+    bench.assert_clean();
 }

@@ -2,8 +2,11 @@
 import asyncio
 import json
 import sys
+import urllib.request
+from typing import Literal
 
 import openai
+import pydantic
 
 URL = sys.argv[1]
 client = openai.OpenAI(base_url=URL, api_key="none", max_retries=0)
@@ -47,6 +50,56 @@ def chat(text):
     assert text.startswith(extra.choices[0].message.content)
 
 
+def helpers(text):
+    """What the package builds on top of the interface."""
+    class Answer(pydantic.BaseModel):
+        ok: bool
+        kind: Literal["a", "b"]
+
+    parsed = client.chat.completions.parse(model="kjv", messages=MESSAGES, max_tokens=60, response_format=Answer, seed=2)
+    assert isinstance(parsed.choices[0].message.parsed, Answer)
+    # The helper takes an answer of the greatest length for an error.
+    word = text.split()[3]
+    with client.chat.completions.stream(model="kjv", messages=MESSAGES, temperature=0, logprobs=True, stop=word) as stream:
+        deltas = "".join(e.delta for e in stream if e.type == "content.delta")
+        final = stream.get_final_completion().choices[0]
+    assert deltas == final.message.content == text[:text.index(word)] and final.finish_reason == "stop"
+    assert "".join(t.token for t in final.logprobs.content).startswith(deltas)
+    tool = openai.pydantic_function_tool(Answer, name="look_up")
+    used = client.chat.completions.create(model="kjv", messages=MESSAGES, max_tokens=2, tools=[tool], tool_choice="auto")
+    assert used.choices[0].message.tool_calls is None
+    raw = client.chat.completions.with_raw_response.create(model="kjv", messages=MESSAGES, max_tokens=1)
+    assert raw.status_code == 200 and raw.parse().choices
+    assert client.models.retrieve("kjv").id == "kjv"
+
+
+def many():
+    """Several prompts, several answers, seeds and what ends an answer."""
+    ask = dict(model="kjv", max_tokens=6, temperature=1.0)
+    both = client.completions.create(prompt=["In the beginning", "And God said"], n=2, seed=5, **ask)
+    assert [c.index for c in both.choices] == [0, 1, 2, 3]
+    again = client.completions.create(prompt=["In the beginning", "And God said"], n=2, seed=5, **ask)
+    assert [c.text for c in both.choices] == [c.text for c in again.choices]
+    assert both.choices[1].text == client.completions.create(prompt="In the beginning", seed=6, **ask).choices[0].text
+    parts = {}
+    for part in client.completions.create(prompt=["In the beginning", "And God said"], n=2, seed=5, stream=True, **ask):
+        for c in part.choices:
+            parts[c.index] = parts.get(c.index, "") + c.text
+    assert [parts[i] for i in range(4)] == [c.text for c in both.choices]
+    tokens = client.completions.create(prompt=[5, 6, 7], **ask)
+    assert tokens.usage.prompt_tokens == 3
+    word = both.choices[0].text.split()[1]
+    ended = client.completions.create(prompt="In the beginning", seed=5, stop=word, **ask).choices[0]
+    assert word not in ended.text and ended.finish_reason == "stop" and both.choices[0].text.startswith(ended.text)
+    never = client.completions.create(model="kjv", prompt="And", max_tokens=1, temperature=0, logprobs=1).choices[0].logprobs.tokens[0]
+    number = json.loads(urllib.request.urlopen(urllib.request.Request(
+        URL.removesuffix("/v1") + "/tokenize", json.dumps({"text": never, "add_special_tokens": False}).encode(),
+        {"Content-Type": "application/json"})).read())["tokens"][-1]
+    other = client.completions.create(model="kjv", prompt="And", max_tokens=1, temperature=0, logprobs=1,
+                                      logit_bias={str(number): -100})
+    assert other.choices[0].logprobs.tokens[0] != never
+
+
 def errors():
     def fails(kind, **parameters):
         try:
@@ -58,6 +111,11 @@ def errors():
     assert fails(openai.BadRequestError, temperature=-1).param == "temperature"
     assert fails(openai.BadRequestError, max_tokens=10**6).code == "context_length_exceeded"
     assert fails(openai.NotFoundError, model="other").code == "model_not_found"
+    assert fails(openai.BadRequestError, messages=[]).param == "messages"
+    assert fails(openai.BadRequestError, logit_bias={"99999": 1}).param == "logit_bias"
+    assert fails(openai.BadRequestError, tool_choice="required").param == "tool_choice"
+    assert fails(openai.BadRequestError, stop=["x"] * 17).param == "stop"
+    assert fails(openai.BadRequestError, extra_body={"no_such": 1}).code == "unsupported_parameter"
     try:
         client.embeddings.create(model="kjv", input="x")
         raise AssertionError("embeddings were made")
@@ -81,10 +139,18 @@ async def at_once(text):
     async for _ in stream:
         break
     await stream.close()
+    # A request that is given up while it is computed.
+    task = asyncio.create_task(other.completions.create(model="kjv", prompt=PROMPT, max_tokens=500, extra_body={"ignore_eos": True}))
+    await asyncio.sleep(0.2)
+    task.cancel()
+    assert isinstance((await asyncio.gather(task, return_exceptions=True))[0], asyncio.CancelledError)
+    await other.close()
 
 
 text = plain()
 chat(text)
+helpers(text)
+many()
 errors()
 asyncio.run(at_once(text))
 print("all as expected")

@@ -8,6 +8,8 @@ use qp_codegen::ir::Elem;
 use qp_codegen::layout::Packed;
 use qp_codegen::spec::{Quantizer, Shape};
 use safetensors::Dtype;
+use serde_json::{Map, Value, json};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
 use crate::check::synthetic::Random;
 use crate::checkpoint::weights::{Planned, SHARD_BYTES};
@@ -130,6 +132,7 @@ impl Noise {
             written.push(SpecEntry { name: q.name.clone(), file, hash: q.hash() });
         }
         draft.put_file("config.json", config.as_bytes())?;
+        draft.put_file("tokenizer.json", tokenizer(program.vocab).as_bytes())?;
         draft.finish(Manifest {
             format: head.format,
             tool: head.tool,
@@ -157,6 +160,21 @@ impl Noise {
             }
         }
     }
+}
+
+/// A `tokenizer.json` of so many tokens: one a byte, and names that no text is cut into. With it a saved model can be served,
+/// and a prompt has as many tokens as bytes.
+fn tokenizer(tokens: usize) -> String {
+    let mut bytes: Vec<char> = ByteLevel::alphabet().into_iter().collect();
+    bytes.sort_unstable();
+    let names = bytes.into_iter().map(String::from).chain((256..).map(|i| format!("<{i}>")));
+    let vocab: Map<String, Value> = names.take(tokens).enumerate().map(|(i, name)| (name, i.into())).collect();
+    let level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    json!({
+        "version": "1.0", "added_tokens": [], "pre_tokenizer": level, "decoder": level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    })
+    .to_string()
 }
 
 /// Scale of the rows of a saved matrix.

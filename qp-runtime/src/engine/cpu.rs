@@ -24,7 +24,8 @@ const MOST_TOKENS: usize = 256;
 pub struct CpuEngine {
     weights: Arc<Weights>,
     linears: Linears,
-    rope: RopeTables,
+    /// By [`RopeId`](program::RopeId).
+    ropes: Vec<RopeTables>,
     room: Room,
     /// By [`CacheId`](program::CacheId).
     caches: Vec<Vec<u8>>,
@@ -64,7 +65,7 @@ impl CpuEngine {
         };
         Ok(CpuEngine {
             linears: Linears::new(&weights),
-            rope: rope_tables(&program.rope, room.context),
+            ropes: program.ropes.iter().map(|rope| rope_tables(rope, room.context)).collect(),
             room,
             caches: program.caches.iter().map(cache).collect(),
             last_reads: program.last_reads().into(),
@@ -128,6 +129,23 @@ impl CpuEngine {
                     sum.iter_mut().zip(&values.0[z.0]).for_each(|(x, z)| *x += z);
                     values.put(*y, sum);
                 }
+                Node::Map { x, map, y } => {
+                    let mut mapped = if last.contains(x) { values.take(*x) } else { values.0[x.0].clone() };
+                    mapped.chunks_exact_mut(weights.program.widths[x.0]).for_each(|row| map.apply(row));
+                    values.put(*y, mapped);
+                }
+                Node::Shift { x, by, y } => {
+                    let (mut shifted, by) = (values.take(*x), &weights[*by]);
+                    shifted
+                        .chunks_exact_mut(by.len())
+                        .for_each(|row| row.iter_mut().zip(by).for_each(|(x, by)| *x += by));
+                    values.put(*y, shifted);
+                }
+                Node::Part { x, first, y } => {
+                    let (of, width) = (weights.program.widths[x.0], weights.program.widths[y.0]);
+                    let rows = values.0[x.0].chunks_exact(of);
+                    values.put(*y, rows.flat_map(|row| &row[*first..first + width]).copied().collect());
+                }
                 Node::Rows { x, y } => {
                     let (x, width) = (&values.0[x.0], weights.program.widths[x.0]);
                     let (mut rows, mut first) = (Vec::new(), 0);
@@ -154,7 +172,7 @@ impl CpuEngine {
         let behind = program.cuts.last().expect("there is a cut before the head").node;
         let nodes = 0..if wanted { program.nodes.len() } else { behind };
         self.run(nodes, chunks, &mut values, |_, _| ControlFlow::Continue(()))?;
-        out.extend(values.take(program.head().1));
+        out.extend(values.take(program.logits()));
         Ok(())
     }
 
@@ -173,6 +191,7 @@ impl CpuEngine {
         let (heads, d) = (attention.heads, op.cache.head_dim as usize);
         let weights_of = |norm: Option<Norm>| norm.map_or_else(Vec::new, |n| weights.of_heads(&n));
         let (q_norm, k_norm) = (weights_of(attention.q_norm), weights_of(attention.k_norm));
+        let sinks = attention.sinks.map(|id| &weights[id]);
         let cache = &mut self.caches[attention.cache.0];
         let planes = 2 * op.cache.columns() as usize;
         let (mut queries, mut scales) = (vec![0i8; tokens * heads * planes], vec![0f32; tokens * heads]);
@@ -180,7 +199,7 @@ impl CpuEngine {
         let mut finite = true;
         for (t, (chunk, position)) in places.clone().enumerate() {
             let slot = chunk.pages[position / PAGE] as usize * PAGE + position % PAGE;
-            let (cos, sin) = self.rope.at(position);
+            let (cos, sin) = attention.rope.map_or((&[][..], &[][..]), |id| self.ropes[id.0].at(position));
             let row = |span: Span| t * span.stride as usize..(t + 1) * span.stride as usize;
             let (q, k, v) = (&q[row(spans[0])], &k[row(spans[1])], &v[row(spans[2])]);
             let token = Token { q, k, v, cos, sin, slot };
@@ -213,7 +232,7 @@ impl CpuEngine {
                 position: position as u32,
                 pages: &pages[chunk],
                 kv_head: head as u32 / op.group(),
-                sink: 0.0,
+                sink: sinks.map_or(0.0, |sinks| sinks[head]),
             };
             twin::attend(&op, cache, &query, out)
         });

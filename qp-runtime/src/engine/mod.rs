@@ -156,10 +156,12 @@ fn attention_ops(
     let (kv_heads, head_dim) = (shape.heads as u32, shape.head_dim as u32);
     let cache = attend::Cache { kv_heads, head_dim, planes: cache.planes() };
     let (heads, scale) = (attention.heads as u32, attention.scale);
-    let (rotary, norm) = (2 * program.rope.frequencies.len() as u32, attention.q_norm.map(|n| n.norm.eps));
-    let append = attend::Append { cache, heads, tokens, q, k, v, rotary, norm, scale };
-    let window = attention.window.map(|w| w as u32);
-    (append, attend::Attend { cache, heads, tokens, window, soft_cap: attention.soft_cap, sinks: false })
+    let rope = attention.rope.map(|id| &program.ropes[id.0]);
+    let (rotary, interleaved) = rope.map_or((0, false), |r| (2 * r.frequencies.len() as u32, r.interleaved));
+    let norm = attention.q_norm.map(|n| n.norm.eps);
+    let append = attend::Append { cache, heads, tokens, q, k, v, rotary, interleaved, norm, scale };
+    let (window, sinks) = (attention.window.map(|w| w as u32), attention.sinks.is_some());
+    (append, attend::Attend { cache, heads, tokens, window, soft_cap: attention.soft_cap, sinks })
 }
 
 /// How the next token is chosen from a row of logits.

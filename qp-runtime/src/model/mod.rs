@@ -90,6 +90,11 @@ impl Model {
             return Err(none);
         }
         let (config, mut tensors) = (config?, tensors?);
+        if config.of_parts {
+            let others = tensors.keep_text();
+            let what = format!("the text's part is read; {others} tensors of other parts are not");
+            tensors.notes.push(format!("{}: {what}", dir.display()));
+        }
         let (mut model, used) = Self::of(dir, &files, config, &tensors)?;
         model.notes.append(&mut tensors.notes);
         tensors.retain(|name| used.contains(name));

@@ -310,6 +310,28 @@ impl TensorDir {
         self.entries.retain(|name, _| keep(name));
     }
 
+    /// Of a model of several parts, keeps the text's, under the names that a model of text has: `model.…`, `lm_head.…`.
+    /// Gives the number of tensors of other parts.
+    pub(super) fn keep_text(&mut self) -> usize {
+        const OTHERS: [&str; 2] = ["vision_tower.", "multi_modal_projector."];
+        let all = std::mem::take(&mut self.entries);
+        let count = all.len();
+        for (name, entry) in all {
+            // transformers named them one way before 4.52, and another way since.
+            let inner = name.strip_prefix("model.").unwrap_or(&name);
+            if OTHERS.iter().any(|other| inner.starts_with(other)) {
+                continue;
+            }
+            let text = match (name.strip_prefix("language_model."), name.strip_prefix("model.language_model.")) {
+                (Some(text), _) => text.to_owned(),
+                (_, Some(text)) => format!("model.{text}"),
+                _ => name,
+            };
+            self.entries.insert(text, entry);
+        }
+        count - self.entries.len()
+    }
+
     /// True if there is a tensor of that name.
     pub fn contains(&self, name: &str) -> bool {
         self.entries.contains_key(name)

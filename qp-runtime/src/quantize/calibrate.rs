@@ -167,7 +167,7 @@ impl Calibration {
                 }
             }
         }
-        let head = program.head().0;
+        let head = program.head();
         for (text, stream) in texts.iter().zip(streams) {
             let mut values = engine.values();
             values.put(cut.stream, std::mem::take(stream));

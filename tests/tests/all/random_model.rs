@@ -81,7 +81,7 @@ fn open(m: &RandomModel) -> Result<Model, String> {
 fn check(m: &RandomModel) {
     let model = open(m).unwrap();
     let tokens: Vec<u32> = (0..23u32).map(|i| i * 91 % 256).collect();
-    let expect = plain(m, &rope_tables(&model.weights.program.rope, 23), &tokens);
+    let expect = plain(m, &rope_tables(&model.weights.program.ropes[0], 23), &tokens);
     let mut engine = engine::open(None, &Arc::new(model.weights), 23).unwrap();
     let mut logits = Vec::new();
     // Many tokens, a few, one: each way of multiplying.

@@ -144,8 +144,11 @@ impl CudaEngine {
         biases: Vec<Option<Buffer<f32>>>,
     ) -> Result<Self, DeviceError> {
         let on = &executor;
-        let turns = rope_tables(&layout.program.rope, room.context);
-        let turns = (on.upload(&turns.cos)?, on.upload(&turns.sin)?);
+        let turns = |rope| {
+            let tables = rope_tables(rope, room.context);
+            Ok::<_, DeviceError>((on.upload(&tables.cos)?, on.upload(&tables.sin)?))
+        };
+        let turns = layout.program.ropes.iter().map(turns).collect::<Result<_, _>>()?;
         let constants = Constants { matrices, vectors, biases, turns, nothing: on.zeroed(1)? };
         let columns = layout.matrices.iter().map(|m| m.shape.cols).max().unwrap_or(1);
         let most_tokens = most_tokens(room);

@@ -1,6 +1,7 @@
 //! Qwen 3: a Llama whose queries and keys pass a norm, head by head, before they turn.
 
-use super::llama::{LLAMA, Options, decoder};
+use super::decoder::{self, HeadNorms, Style, decoder};
+use super::llama::LLAMA;
 use super::{Architecture, Window};
 
 /// Qwen 3, without experts.
@@ -11,6 +12,9 @@ pub const QWEN3: Architecture = Architecture {
     head_dim: Some(128),
     mlp_bias: false,
     window: Window::Flagged,
-    program: |config| decoder(config, Options { head_norms: true }),
+    program: |config| decoder(config, &STYLE),
     ..LLAMA
 };
+
+/// Its blocks.
+pub const STYLE: Style = Style { heads: HeadNorms::Each, ..decoder::LLAMA };

@@ -9,6 +9,7 @@
 //! 4. [`scale_output`]: one conversion and two products in `f32`.
 
 mod rotation;
+pub mod routing;
 pub mod sampling;
 
 pub use rotation::{Hadamard, Rotator, rotate, transforms};

@@ -14,7 +14,7 @@ use rayon::prelude::*;
 
 use super::linear::Linears;
 use super::{Chunk, Engine, Error, PAGE, Room, attention_ops, check_chunks, check_pages, cut};
-use crate::model::program::{self, Attention, Node, Norm, Value};
+use crate::model::program::{self, Attention, Mixture, Node, Norm, Value};
 use crate::model::{LayerId, RopeTables, Weights, rope_tables};
 
 /// Tokens that are computed at once: bounds the memory of a step.
@@ -79,7 +79,8 @@ impl CpuEngine {
     }
 
     /// Runs the nodes `nodes` of the program on the tokens of `chunks`, whose values lie in `values`. `see` is shown the
-    /// layers and the input of each linear node before it is computed; if it breaks, the run ends there.
+    /// layers and the input of each product before it is computed (of an expert, the tokens that go through it); if it
+    /// breaks, the run ends there.
     ///
     /// # Errors
     /// If what is computed is not finite.
@@ -88,7 +89,7 @@ impl CpuEngine {
         nodes: Range<usize>,
         chunks: &[Chunk<'_>],
         values: &mut Values,
-        mut see: impl FnMut(&[(LayerId, Value)], &[f32]) -> ControlFlow<()>,
+        mut see: impl FnMut(&[LayerId], &[f32]) -> ControlFlow<()>,
     ) -> Result<(), Error> {
         let (weights, last_reads) = (self.weights.clone(), self.last_reads.clone());
         for at in nodes {
@@ -105,7 +106,8 @@ impl CpuEngine {
                 }
                 Node::Linear { x, layers } => {
                     let x = &values.0[x.0];
-                    if see(layers, x).is_break() {
+                    let ids: Vec<LayerId> = layers.iter().map(|l| l.0).collect();
+                    if see(&ids, x).is_break() {
                         return Ok(());
                     }
                     let linear: Vec<_> = layers.iter().map(|(id, _)| &weights[*id]).collect();
@@ -128,6 +130,14 @@ impl CpuEngine {
                     let mut sum = if last.contains(x) { values.take(*x) } else { values.0[x.0].clone() };
                     sum.iter_mut().zip(&values.0[z.0]).for_each(|(x, z)| *x += z);
                     values.put(*y, sum);
+                }
+                Node::Mix(mixture) => {
+                    let (x, scores) = (&values.0[mixture.x.0], &values.0[mixture.scores.0]);
+                    match self.mix(&weights, mixture, x, scores, &mut see) {
+                        None => return Err(not_finite(&weights, at)),
+                        Some(ControlFlow::Break(())) => return Ok(()),
+                        Some(ControlFlow::Continue(y)) => values.put(mixture.y, y),
+                    }
                 }
                 Node::Map { x, map, y } => {
                     let mut mapped = if last.contains(x) { values.take(*x) } else { values.0[x.0].clone() };
@@ -174,6 +184,46 @@ impl CpuEngine {
         self.run(nodes, chunks, &mut values, |_, _| ControlFlow::Continue(()))?;
         out.extend(values.take(program.logits()));
         Ok(())
+    }
+
+    /// The experts' results for tokens whose inputs are `x`; broken off if `see` breaks, `None` if a number is not finite.
+    fn mix(
+        &self,
+        weights: &Weights,
+        mixture: &Mixture,
+        x: &[f32],
+        scores: &[f32],
+        see: &mut impl FnMut(&[LayerId], &[f32]) -> ControlFlow<()>,
+    ) -> Option<ControlFlow<(), Vec<f32>>> {
+        let (width, count) = (weights.program.widths[mixture.x.0], mixture.experts.len());
+        if !scores.iter().all(|s| s.is_finite()) {
+            return None;
+        }
+        let correction = mixture.correction.map(|id| &weights[id]);
+        let mut of_experts = vec![Vec::new(); count];
+        for (token, scores) in scores.chunks_exact(count).enumerate() {
+            for (expert, weight) in mixture.routing.choose(scores, correction) {
+                of_experts[expert].push((token, weight));
+            }
+        }
+        let mut y = vec![0f32; x.len()];
+        for (expert, tokens) in mixture.experts.iter().zip(of_experts).filter(|(_, tokens)| !tokens.is_empty()) {
+            let entering: Vec<f32> = tokens.iter().flat_map(|(t, _)| &x[t * width..(t + 1) * width]).copied().collect();
+            if see(&[expert.gate, expert.up], &entering).is_break() {
+                return Some(ControlFlow::Break(()));
+            }
+            let mut both = self.linears.apply(&[&weights[expert.gate], &weights[expert.up]], &entering)?;
+            let (up, mut inner) = (both.pop()?, both.pop()?);
+            inner.iter_mut().zip(&up).for_each(|(gate, up)| *gate = mixture.unit.apply(*gate, *up));
+            if see(&[expert.down], &inner).is_break() {
+                return Some(ControlFlow::Break(()));
+            }
+            let out = self.linears.apply(&[&weights[expert.down]], &inner)?.pop()?;
+            for ((t, weight), out) in tokens.iter().zip(out.chunks_exact(width)) {
+                y[t * width..(t + 1) * width].iter_mut().zip(out).for_each(|(y, out)| *y += weight * out);
+            }
+        }
+        Some(ControlFlow::Continue(y))
     }
 
     /// Keys and values enter the cache; the results of attention, tokens × the queries' width. `None` if a number is not

@@ -9,6 +9,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod generate;
 pub mod linear;
+pub mod lookup;
 pub mod pages;
 pub mod sampling;
 pub mod session;
@@ -244,6 +245,14 @@ pub enum Error {
         /// How many there are.
         pages: usize,
     },
+    /// Two models whose predictions cannot be compared.
+    #[error("the models know {found} and {expected} tokens: only models of one tokenizer can be compared")]
+    Vocabulary {
+        /// Tokens of one.
+        found: usize,
+        /// Tokens of the other.
+        expected: usize,
+    },
     /// Numbers that are none where a model computes.
     #[error("what {layer} computes is not finite: the weights before it are damaged, or overflow for this text")]
     NotFinite {
@@ -263,6 +272,12 @@ pub enum Error {
         free: u64,
         /// Tokens whose keys and values would fit.
         fits: u64,
+    },
+    /// A model of which the engine of GPUs does not compute a part.
+    #[error("the GPU's engine does not compute {what} yet: use the CPU (--device cpu)")]
+    NotOnDevice {
+        /// The part.
+        what: &'static str,
     },
     /// The device failed.
     #[error("{0}")]

@@ -17,6 +17,10 @@ use super::rope::{Rope, RopeScaling};
 pub const MOST: usize = 1 << 28;
 /// Widest head.
 const MOST_HEAD: usize = 1 << 16;
+/// Most experts of a layer.
+const MOST_EXPERTS: usize = 1 << 10;
+/// Most experts of all layers.
+const MOST_OF_ALL_LAYERS: usize = 1 << 16;
 /// Most decoder layers.
 const MOST_LAYERS: usize = 1 << 12;
 
@@ -39,6 +43,41 @@ pub enum Turn {
     Local,
     /// Not at all.
     Never,
+}
+
+/// The experts of a mixture.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Experts {
+    /// How many there are in a layer.
+    pub count: usize,
+    /// Through how many a token goes.
+    pub chosen: usize,
+    /// Width of each.
+    pub inner: usize,
+    /// Layers that have one feed-forward layer instead.
+    pub dense: Vec<bool>,
+    /// True if scores are taken each by itself, and not as shares of all.
+    pub sigmoid: bool,
+    /// True if the weights of the chosen are divided by their sum.
+    pub normalise: bool,
+    /// What weights are multiplied with.
+    pub scale: f32,
+    /// Width of the experts through which all tokens go, together; 0 if there are none.
+    pub shared: usize,
+    /// Steepness and limit of a clamped gated unit.
+    pub clamped: Option<(f32, f32)>,
+}
+
+/// How files hold weights that are not plain floats.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stored {
+    /// All are plain.
+    #[default]
+    Plain,
+    /// FP8 (E4M3) with a scale for each block of so many rows and columns.
+    Fp8([usize; 2]),
+    /// Experts in MXFP4.
+    Mxfp4,
 }
 
 /// What `config.json` and `generation_config.json` say. All sizes are at least 1.
@@ -100,6 +139,16 @@ pub struct Config {
     pub bos: Option<u32>,
     /// Tokens that end a text.
     pub eos: Vec<u32>,
+    /// True if queries and keys pass norms, where the architecture leaves that to `config.json`.
+    pub head_norms: bool,
+    /// Experts, if the model is a mixture of them.
+    pub experts: Option<Experts>,
+    /// Layers behind the last that the files may hold and that are not used: those that guess further tokens.
+    pub unused_layers: usize,
+    /// How the files hold weights that are not plain floats.
+    pub stored: Stored,
+    /// True if the experts of a layer are stored as one tensor.
+    pub stacked: bool,
     /// True if the text is one part of a model of several, whose tensors have longer names.
     pub of_parts: bool,
     /// What `generation_config.json` suggests for sampling, as `KEY VALUE`: it is followed only where asked for.
@@ -240,10 +289,20 @@ impl Config {
         };
         // First what the model is: of another kind, all else would be beside the point.
         let reading = architecture(&keys)?;
-        if let Some(q) = keys.object("quantization_config")? {
-            let method = q.text("quant_method")?.unwrap_or("of an unnamed method".to_owned());
-            return Err(unsupported(format!("a checkpoint already quantized ({method})"), "the unquantized model"));
-        }
+        let stored = match keys.object("quantization_config")? {
+            None => Stored::Plain,
+            Some(q) => {
+                let method = q.text("quant_method")?.unwrap_or("of an unnamed method".to_owned());
+                match (method.as_str(), q.wholes("weight_block_size")?.as_deref()) {
+                    ("fp8", Some(&[rows, cols])) if rows > 0 && cols > 0 => Stored::Fp8([rows, cols]),
+                    ("mxfp4", _) if reading.mxfp4 => Stored::Mxfp4,
+                    _ => {
+                        let what = format!("a checkpoint already quantized ({method})");
+                        return Err(unsupported(what, "the unquantized model, or fp8 with weight_block_size"));
+                    }
+                }
+            }
+        };
         let mut activation = reading.activation;
         for key in ["hidden_act", "hidden_activation"] {
             match keys.text(key)?.as_deref() {
@@ -328,6 +387,11 @@ impl Config {
             mlp_bias,
             bos: first(&keys, "bos_token_id", &mut notes)?,
             eos: keys.tokens("eos_token_id")?.unwrap_or_default(),
+            head_norms: false,
+            experts: None,
+            unused_layers: 0,
+            stored,
+            stacked: reading.stacked,
             of_parts,
             architecture: reading.name.to_owned(),
             suggested: Vec::new(),
@@ -408,6 +472,39 @@ fn first(keys: &Keys, key: &str, notes: &mut Vec<String>) -> Result<Option<u32>,
         notes.push(format!("{}: {key} has {} ids; the first is used", keys.path().display(), ids.len()));
     }
     Ok(ids.first().copied())
+}
+
+impl Experts {
+    /// Checked: `count` experts of which `chosen` are chosen, `inner` wide; all layers have them.
+    ///
+    /// # Errors
+    /// If a number is missing or too large.
+    pub fn new(keys: &Keys, layers: usize, names: [&str; 3]) -> Result<Self, Error> {
+        let [count, chosen, inner] = names.map(|name| match keys.whole(name)? {
+            Some(n) if (1..=MOST).contains(&n) => Ok(n),
+            Some(n) => Err(Error::file(keys.path(), format!("{name} is {n}: expected 1 to {MOST}"))),
+            None => Err(Error::file(keys.path(), format!("{name} is missing: get the model again"))),
+        });
+        let (count, chosen, inner) = (count?, chosen?, inner?);
+        if count > MOST_EXPERTS || layers * count > MOST_OF_ALL_LAYERS || chosen > count {
+            let what = format!(
+                "{chosen} of {count} experts in {layers} layers: expected at most {MOST_EXPERTS} experts a layer, \
+                 {MOST_OF_ALL_LAYERS} in all, and no more chosen than there are"
+            );
+            return Err(Error::file(keys.path(), what));
+        }
+        Ok(Experts {
+            count,
+            chosen,
+            inner,
+            dense: vec![false; layers],
+            sigmoid: false,
+            normalise: true,
+            scale: 1.0,
+            shared: 0,
+            clamped: None,
+        })
+    }
 }
 
 /// The window of each layer.
@@ -573,6 +670,84 @@ mod tests {
     }
 
     #[test]
+    fn what_kinds_of_layers_turn_by() {
+        let of = |name: &str, rest: &str| {
+            let text = format!("{BASE}{rest}}}").replace("LlamaForCausalLM", name);
+            Config::parse(Path::new("c"), &text).map_err(|e| e.to_string())
+        };
+        let gemma =
+            of("Gemma3ForCausalLM", r#","sliding_window":64,"sliding_window_pattern":2,"head_dim":16"#).unwrap();
+        let turns: Vec<_> = gemma.attends.iter().map(|a| (a.window, a.turn)).collect();
+        assert_eq!(turns, [(Some(64), Turn::Local), (None, Turn::Main)]);
+        assert_eq!((gemma.rope_theta, gemma.local_theta, gemma.tied), (1e6, Some(1e4), true));
+        let both = r#","sliding_window":64,"layer_types":["full_attention","sliding_attention"],"rope_parameters":{
+            "full_attention":{"rope_type":"linear","factor":8,"rope_theta":5e5},
+            "sliding_attention":{"rope_type":"default","rope_theta":7e3}}"#;
+        let new = of("Gemma3ForCausalLM", both).unwrap();
+        assert_eq!((new.rope_theta, new.local_theta), (5e5, Some(7e3)));
+        assert_eq!(new.rope_scaling, RopeScaling::Linear { factor: 8.0 });
+        assert_eq!(new.attends[1].turn, Turn::Local);
+        let wrong = of("Gemma3ForCausalLM", &both.replace("\"default\"", "\"linear\"")).unwrap_err();
+        assert!(wrong.contains("rope scaling 'linear' of layers with windows"), "{wrong}");
+        let short = of("Gemma2ForCausalLM", r#","layer_types":["full_attention"]"#).unwrap_err();
+        assert!(short.contains("layer_types has 1 entries, but num_hidden_layers is 2"), "{short}");
+        let command = of("Cohere2ForCausalLM", r#","sliding_window_pattern":2"#).unwrap();
+        assert_eq!([Turn::Main, Turn::Never], [0, 1].map(|i| command.attends[i].turn));
+    }
+
+    #[test]
+    fn the_context_ends_where_a_rule_would_change() {
+        let dynamic = parse(r#","rope_scaling":{"type":"dynamic","factor":2}"#).unwrap();
+        assert_eq!((dynamic.max_positions, dynamic.rope_scaling, dynamic.notes.len()), (512, RopeScaling::None, 1));
+        let yarn = r#""rope_type":"yarn","factor":4,"original_max_position_embeddings":128"#;
+        let text =
+            format!(r#"{BASE},"num_key_value_heads":4,"rope_parameters":{{{yarn},"llama_4_scaling_beta":0.1}}}}"#)
+                .replace("LlamaForCausalLM", "Ministral3ForCausalLM");
+        let ministral = Config::parse(Path::new("c"), &text).unwrap();
+        assert_eq!((ministral.max_positions, ministral.notes.len()), (128, 1));
+        let RopeScaling::Yarn { attention, .. } = ministral.rope_scaling else { panic!("yarn") };
+        assert!((attention - (0.1 * 4f64.ln() + 1.0)).abs() < 1e-12);
+    }
+
+    #[test]
+    fn the_text_of_a_model_of_several_parts() {
+        let text = BASE.replace(r#""architectures":["LlamaForCausalLM"]"#, r#""model_type":"mistral""#);
+        let whole = format!(
+            r#"{{"architectures":["Mistral3ForConditionalGeneration"],"model_type":"mistral3","eos_token_id":9,
+            "vision_config":{{}},"text_config":{text},"num_key_value_heads":2}}}}"#
+        );
+        let c = Config::parse(Path::new("c"), &whole).unwrap();
+        assert_eq!((c.architecture.as_str(), c.kv_heads, c.of_parts), ("MistralForCausalLM", 2, true));
+        assert_eq!(c.eos, [9]);
+        let other = whole.replace("\"model_type\":\"mistral\"", "\"model_type\":\"mamba\"");
+        let message = Config::parse(Path::new("c"), &other).unwrap_err().to_string();
+        assert!(message.contains("model_type 'mamba'"), "{message}");
+    }
+
+    #[test]
+    fn experts_and_how_they_are_stored() {
+        let of = |name: &str, rest: &str| {
+            let text = format!("{BASE},\"num_key_value_heads\":4{rest}}}").replace("LlamaForCausalLM", name);
+            Config::parse(Path::new("c"), &text).map_err(|e| e.to_string())
+        };
+        let experts = |name: &str, rest: &str| of(name, rest).map(|c| c.experts.expect("experts"));
+        let mixtral = experts("MixtralForCausalLM", r#","num_local_experts":8,"num_experts_per_tok":2"#).unwrap();
+        assert_eq!((mixtral.count, mixtral.chosen, mixtral.inner, mixtral.dense), (8, 2, 128, vec![false; 2]));
+        let missing = of("MixtralForCausalLM", "").unwrap_err();
+        assert!(missing.contains("num_local_experts is missing"), "{missing}");
+        let few = of("MixtralForCausalLM", r#","num_local_experts":2,"num_experts_per_tok":3"#).unwrap_err();
+        assert!(few.contains("3 of 2 experts"), "{few}");
+        let fp8 = r#","quantization_config":{"quant_method":"fp8","weight_block_size":[128,64]}"#;
+        assert_eq!(of("MistralForCausalLM", fp8).unwrap().stored, Stored::Fp8([128, 64]));
+        let whole = of("MistralForCausalLM", r#","quantization_config":{"quant_method":"fp8"}"#).unwrap_err();
+        assert!(whole.contains("already quantized (fp8)") && whole.contains("weight_block_size"), "{whole}");
+        let mxfp4 = r#","quantization_config":{"quant_method":"mxfp4"}"#;
+        assert!(of("MistralForCausalLM", mxfp4).is_err());
+        let oss = format!(r#","num_local_experts":4,"num_experts_per_tok":2{mxfp4}"#);
+        assert_eq!(of("GptOssForCausalLM", &oss).unwrap().stored, Stored::Mxfp4);
+    }
+
+    #[test]
     fn biases_by_architecture() {
         let qwen = BASE.replace("Llama", "Qwen2");
         let c = Config::parse(Path::new("c"), &format!(r#"{qwen},"num_key_value_heads":4}}"#)).unwrap();
@@ -585,13 +760,17 @@ mod tests {
     fn refusals_name_what_is_supported() {
         let gpt = BASE.replace("LlamaForCausalLM", "GPT2LMHeadModel");
         let message = Config::parse(Path::new("m/config.json"), &format!("{gpt}}}")).unwrap_err().to_string();
-        assert_eq!(
-            message,
-            "m/config.json: architecture GPT2LMHeadModel is not supported \
-             (supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)"
-        );
+        let expected = "m/config.json: architecture GPT2LMHeadModel, which needs learned positions, is not supported \
+                        (supported: LlamaForCausalLM, MistralForCausalLM, ";
+        assert!(message.starts_with(expected), "{message}");
         for (rest, part) in [
-            (r#","rope_scaling":{"type":"yarn","factor":2}"#, "rope scaling 'yarn' is not supported"),
+            (r#","rope_scaling":{"type":"spiral","factor":2}"#, "rope scaling 'spiral' is not supported"),
+            (r#","rope_scaling":{"type":"yarn"}"#, "rope scaling 'yarn' needs factor"),
+            (
+                r#","rope_scaling":{"type":"longrope","short_factor":[1]}"#,
+                "short_factor of rope scaling 'longrope': expected 8",
+            ),
+            (r#","partial_rotary_factor":0.5"#, "partial_rotary_factor 0.5 is not supported"),
             (r#","rope_scaling":{"type":"llama3","factor":2}"#, "needs low_freq_factor"),
             (r#","hidden_act":"gelu""#, "hidden_act 'gelu'"),
             (r#","num_key_value_heads":3"#, "not a multiple of num_key_value_heads (3)"),

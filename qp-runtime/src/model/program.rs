@@ -7,6 +7,7 @@
 
 use std::ops::Range;
 
+use qp_codegen::reference::routing::Routing;
 use qp_codegen::reference::{Activation, Map, RmsNorm};
 
 use super::rope::Rope;
@@ -104,6 +105,63 @@ pub struct Attention {
     pub sinks: Option<VectorId>,
 }
 
+/// A mixture of experts: several feed-forward layers, of which each token goes through a few.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mixture {
+    /// What enters them.
+    pub x: Value,
+    /// The router's scores, one for each expert.
+    pub scores: Value,
+    /// The experts, in order.
+    pub experts: Vec<Expert>,
+    /// How a token's experts follow from its scores.
+    pub routing: Routing,
+    /// Added to what scores become, for choosing only.
+    pub correction: Option<VectorId>,
+    /// The gated unit of each.
+    pub unit: Unit,
+    /// The weighted sum of what the chosen give, in the order of the experts.
+    pub y: Value,
+}
+
+/// One expert: `down(unit(gate(x), up(x)))`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expert {
+    /// Gates.
+    pub gate: LayerId,
+    /// What they gate.
+    pub up: LayerId,
+    /// Back to the width of the stream.
+    pub down: LayerId,
+}
+
+/// The gated unit of an expert.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Unit {
+    /// `activation(gate) · up`.
+    Plain(Activation),
+    /// `g / (1 + e^(−alpha g)) · (u + 1)`, where `g` is the gate, at most `limit`, and `u` what it gates, within ±`limit`.
+    Clamped {
+        /// Steepness.
+        alpha: f32,
+        /// Largest magnitude.
+        limit: f32,
+    },
+}
+
+impl Unit {
+    /// Its value.
+    pub fn apply(self, gate: f32, up: f32) -> f32 {
+        match self {
+            Unit::Plain(activation) => activation.apply(gate) * up,
+            Unit::Clamped { alpha, limit } => {
+                let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
+                gate / (1.0 + qp_codegen::reference::exp(-alpha * gate)) * (up + 1.0)
+            }
+        }
+    }
+}
+
 /// A step of the computation.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Node {
@@ -132,6 +190,8 @@ pub enum Node {
     },
     /// Attention.
     Attend(Attention),
+    /// A mixture of experts.
+    Mix(Mixture),
     /// `activation(gate) · up`.
     Gate {
         /// What the function is applied to.
@@ -199,6 +259,7 @@ impl Node {
             | Node::Gate { .. }
             | Node::Add { .. }
             | Node::Map { .. }
+            | Node::Mix(_)
             | Node::Shift { .. }
             | Node::Part { .. }
             | Node::Rows { .. } => Vec::new(),
@@ -216,6 +277,7 @@ impl Node {
             | Node::Part { x, .. }
             | Node::Rows { x, .. } => vec![*x],
             Node::Attend(a) => vec![a.q, a.k, a.v],
+            Node::Mix(m) => vec![m.x, m.scores],
             Node::Gate { gate, up, .. } => vec![*gate, *up],
             Node::Add { x, z, .. } => vec![*x, *z],
         }
@@ -226,6 +288,7 @@ impl Node {
         match self {
             Node::Linear { layers, .. } => layers.iter().map(|l| l.1).collect(),
             Node::Attend(a) => vec![a.y],
+            Node::Mix(m) => vec![m.y],
             Node::Embed { y, .. }
             | Node::Norm { y, .. }
             | Node::Gate { y, .. }
@@ -234,6 +297,34 @@ impl Node {
             | Node::Shift { y, .. }
             | Node::Part { y, .. }
             | Node::Rows { y, .. } => vec![*y],
+        }
+    }
+}
+
+impl Node {
+    /// The layers that it multiplies with, those of one input together.
+    pub fn groups(&self) -> Vec<Vec<LayerId>> {
+        match self {
+            Node::Linear { layers, .. } => vec![layers.iter().map(|l| l.0).collect()],
+            Node::Mix(m) => m.experts.iter().flat_map(|e| [vec![e.gate, e.up], vec![e.down]]).collect(),
+            Node::Embed { .. }
+            | Node::Norm { .. }
+            | Node::Attend(_)
+            | Node::Gate { .. }
+            | Node::Add { .. }
+            | Node::Map { .. }
+            | Node::Shift { .. }
+            | Node::Part { .. }
+            | Node::Rows { .. } => Vec::new(),
+        }
+    }
+
+    /// True if it multiplies with a layer.
+    fn computes(&self, id: LayerId) -> bool {
+        match self {
+            Node::Linear { layers, .. } => layers.iter().any(|l| l.0 == id),
+            Node::Mix(m) => m.experts.iter().any(|e| [e.gate, e.up, e.down].contains(&id)),
+            _ => false,
         }
     }
 }
@@ -291,14 +382,22 @@ impl Program {
         self.nodes.iter().any(|n| matches!(n, Node::Embed { layer, .. } if *layer == id))
     }
 
-    /// True if the layer belongs to a decoder block: plans quantize those by default.
+    /// True if the layer belongs to a decoder block and is no router: plans quantize those by default. A router is small,
+    /// and a change of its scores chooses other experts.
     pub fn in_block(&self, id: LayerId) -> bool {
-        self.node_of(id).is_some_and(|node| self.blocks().any(|b| b.contains(&node)))
+        let Some(node) = self.node_of(id) else { return false };
+        let Some(block) = self.blocks().find(|b| b.contains(&node)) else { return false };
+        let writes = match &self.nodes[node] {
+            Node::Linear { layers, .. } => layers.iter().find(|l| l.0 == id).map(|l| l.1),
+            _ => None,
+        };
+        let routes = |n: &Node| matches!(n, Node::Mix(m) if Some(m.scores) == writes);
+        !self.nodes[block].iter().any(routes)
     }
 
     /// The node that computes a layer; `None` of an embedding.
     pub fn node_of(&self, id: LayerId) -> Option<usize> {
-        self.nodes.iter().position(|n| matches!(n, Node::Linear { layers, .. } if layers.iter().any(|l| l.0 == id)))
+        self.nodes.iter().position(|n| n.computes(id))
     }
 
     /// The nodes of each decoder block.
@@ -308,18 +407,12 @@ impl Program {
 
     /// The layers that read one input, group by group: those may share a launch.
     pub fn groups(&self) -> impl Iterator<Item = Vec<LayerId>> {
-        self.nodes.iter().filter_map(|n| match n {
-            Node::Linear { layers, .. } => Some(layers.iter().map(|l| l.0).collect()),
-            Node::Embed { .. }
-            | Node::Norm { .. }
-            | Node::Attend(_)
-            | Node::Gate { .. }
-            | Node::Add { .. }
-            | Node::Map { .. }
-            | Node::Shift { .. }
-            | Node::Part { .. }
-            | Node::Rows { .. } => None,
-        })
+        self.nodes.iter().flat_map(Node::groups)
+    }
+
+    /// What the engine of GPUs does not compute, if there is something.
+    pub fn device_lacks(&self) -> Option<&'static str> {
+        self.nodes.iter().any(|n| matches!(n, Node::Mix(_))).then_some("mixtures of experts")
     }
 
     /// What a node computes, in words.
@@ -332,6 +425,7 @@ impl Program {
             Node::Norm { norm, .. } => format!("`{}`", self.vectors[norm.weight.0].tensor),
             Node::Attend(_) => format!("the attention{place}"),
             Node::Gate { .. } => format!("the gated unit{place}"),
+            Node::Mix(_) => format!("the experts{place}"),
             Node::Map { .. } | Node::Shift { .. } | Node::Part { .. } => format!("a function of values{place}"),
             Node::Add { .. } | Node::Rows { .. } => format!("the residual stream{place}"),
         }
@@ -448,6 +542,13 @@ impl Builder {
         y
     }
 
+    /// A mixture of experts; `mixture.y` is replaced by the value that is returned.
+    pub fn mix(&mut self, mixture: Mixture) -> Value {
+        let y = self.value(self.0.widths[mixture.x.0]);
+        self.0.nodes.push(Node::Mix(Mixture { y, ..mixture }));
+        y
+    }
+
     /// A gated unit.
     pub fn gate(&mut self, gate: Value, up: Value, activation: Activation) -> Value {
         let y = self.value(self.0.widths[gate.0]);
@@ -535,10 +636,18 @@ mod tests {
     use crate::model::arch;
 
     fn small(architecture: &str) -> Program {
+        let experts = match architecture {
+            "MixtralForCausalLM" | "GptOssForCausalLM" => r#","num_local_experts":4,"num_experts_per_tok":2"#,
+            "Qwen3MoeForCausalLM" => r#","num_experts":4,"num_experts_per_tok":2,"moe_intermediate_size":16"#,
+            "Glm4MoeForCausalLM" => {
+                r#","n_routed_experts":4,"num_experts_per_tok":2,"moe_intermediate_size":16,"first_k_dense_replace":1"#
+            }
+            _ => "",
+        };
         let text = format!(
             r#"{{"architectures":["{architecture}"],"hidden_size":64,"intermediate_size":128,"num_hidden_layers":2,
             "num_attention_heads":4,"num_key_value_heads":2,"vocab_size":100,"max_position_embeddings":512,
-            "rms_norm_eps":1e-5,"tie_word_embeddings":true}}"#
+            "rms_norm_eps":1e-5,"tie_word_embeddings":true{experts}}}"#
         );
         arch::program(&Config::parse(Path::new("config.json"), &text).unwrap())
     }
@@ -563,6 +672,20 @@ mod tests {
                 assert_eq!(after.collect::<Vec<_>>(), [&cut.stream], "{architecture}");
             }
         }
+    }
+
+    #[test]
+    fn experts_are_layers_and_routers_are_left_alone() {
+        let p = small("MixtralForCausalLM");
+        let named = |name: &str| p.named(&format!("model.layers.1.block_sparse_moe.{name}")).unwrap();
+        let (router, gate, up, down) =
+            (named("gate"), named("experts.3.w1"), named("experts.3.w3"), named("experts.3.w2"));
+        assert!(!p.in_block(router) && p.in_block(gate) && p.in_block(down));
+        assert_eq!(p.node_of(gate), p.node_of(down));
+        let groups: Vec<_> = p.groups().filter(|g| g.contains(&up) || g.contains(&down)).collect();
+        assert_eq!(groups, [vec![gate, up], vec![down]]);
+        assert_eq!(p.device_lacks(), Some("mixtures of experts"));
+        assert_eq!(small("Gemma2ForCausalLM").device_lacks(), None);
     }
 
     #[test]

@@ -334,6 +334,7 @@ impl<'l> Lowering<'l> {
                 Node::Embed { .. }
                 | Node::Linear { .. }
                 | Node::Attend(_)
+                | Node::Mix(_)
                 | Node::Add { .. }
                 | Node::Map { .. }
                 | Node::Shift { .. }
@@ -441,6 +442,11 @@ impl<'l> Lowering<'l> {
             Node::Embed { layer, y } => self.embed(*layer, *y),
             Node::Linear { x, layers } => self.linear(*x, layers),
             Node::Attend(attention) => self.attend(attention),
+            // Not computed: engines refuse such programs (`Program::device_lacks`). What a step takes is counted all the same.
+            Node::Mix(mixture) => {
+                self.materialise(mixture.x);
+                self.own(mixture.y);
+            }
             Node::Add { x, z, y } => {
                 // A product has added its output itself otherwise.
                 if self.places[y.0].is_none() {

@@ -97,6 +97,9 @@ impl CudaEngine {
         if room.context > weights.program.context {
             return Err(Error::Positions { wanted: room.context, max: weights.program.context });
         }
+        if let Some(what) = weights.program.device_lacks() {
+            return Err(Error::NotOnDevice { what });
+        }
         let layout = Layout::new(&weights.program, &Form::of(weights), &weights.groups, room.cache);
         if let Some((free, _)) = executor.free_memory()? {
             Needs::of(&layout, room).check(free as u64)?;

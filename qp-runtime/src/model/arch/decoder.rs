@@ -1,10 +1,11 @@
 //! The decoder that nearly all architectures are: blocks of attention and a feed-forward layer around a residual stream.
 //! What differs is a [`Style`] and what the configuration says.
 
+use qp_codegen::reference::routing::{Routing, Score};
 use qp_codegen::reference::{Activation, Map, RmsNorm};
 
-use crate::model::config::Config;
-use crate::model::program::{Attention, Builder, Norm, Program, RopeId, Value};
+use crate::model::config::{self, Config};
+use crate::model::program::{Attention, Builder, Expert, Mixture, Norm, Program, RopeId, Unit, Value};
 use crate::model::weights::{EMBEDDING, HEAD};
 
 /// How the blocks of an architecture are made.
@@ -34,6 +35,27 @@ pub struct Style {
     pub interleaved: bool,
     /// Name of the last norm, without `.weight`.
     pub last: &'static str,
+    /// True if each head has a sink.
+    pub sinks: bool,
+    /// How experts are named, in layers that [`Config::experts`] says have some.
+    pub experts: Experts,
+}
+
+/// Names of a mixture of experts, within a block.
+#[derive(Clone, Copy, Debug)]
+pub struct Experts {
+    /// The part of the block that has them.
+    pub part: &'static str,
+    /// The router.
+    pub router: &'static str,
+    /// Whether the router, and the experts' layers, have biases.
+    pub biases: bool,
+    /// Gates, what they gate, and the way back, of each expert.
+    pub layers: [&'static str; 3],
+    /// What is added to scores for choosing.
+    pub correction: Option<&'static str>,
+    /// Whether `shared_experts`, through which all tokens go, are added.
+    pub shared: bool,
 }
 
 /// Kinds of norms.
@@ -74,6 +96,15 @@ pub const LLAMA: Style = Style {
     gated: true,
     interleaved: false,
     last: "model.norm",
+    sinks: false,
+    experts: Experts {
+        part: "mlp",
+        router: "gate",
+        biases: false,
+        layers: ["gate_proj", "up_proj", "down_proj"],
+        correction: None,
+        shared: false,
+    },
 };
 
 /// The program of a style.
@@ -141,7 +172,10 @@ impl Decoder<'_> {
             (true, name) => self.norm_if(stream, &prefix, name),
             (false, name) => self.norm_if(between, &prefix, name),
         };
-        let fed = self.feed_forward(&prefix, entering);
+        let fed = match &config.experts {
+            Some(experts) if !experts.dense[i] => self.mixture(&prefix, entering, experts),
+            _ => self.feed_forward(&prefix, entering),
+        };
         let fed = self.norm_if(fed, &prefix, style.feed_forward_out);
         let fed = self.b.scaled(fed, config.residual_scale);
         self.b.add(between, fed)
@@ -178,6 +212,7 @@ impl Decoder<'_> {
             }
         }
         let cache = self.b.cache(kv_heads, head_dim);
+        let sinks = self.style.sinks.then(|| self.b.vector(name("sinks"), heads));
         let y = self.b.attend(Attention {
             cache,
             q,
@@ -191,7 +226,7 @@ impl Decoder<'_> {
             scale: self.config.score_scale,
             window: self.config.attends[i].window,
             soft_cap: self.config.score_cap,
-            sinks: None,
+            sinks,
         });
         let [o] = self.b.linear(y, [(name("o_proj"), hidden, o_bias)]);
         o
@@ -206,19 +241,62 @@ impl Decoder<'_> {
             let [y] = self.b.linear(inner, [(name("c_proj"), hidden, mlp_bias)]);
             return y;
         }
-        let inner = self.gated(x, &name("gate_proj"), &name("up_proj"), &name("gate_up_proj"), activation);
+        let inner = self.gated(x, &name(""), intermediate, activation);
         let [y] = self.b.linear(inner, [(name("down_proj"), hidden, mlp_bias)]);
         y
     }
 
-    fn gated(&mut self, x: Value, gate: &str, up: &str, both: &str, activation: Activation) -> Value {
-        let Config { intermediate, mlp_bias, .. } = *self.config;
+    /// The gated unit of the layers whose names begin with `prefix`.
+    fn gated(&mut self, x: Value, prefix: &str, width: usize, activation: Activation) -> Value {
+        let bias = self.config.mlp_bias;
+        let name = |part: &str| format!("{prefix}{part}");
         let [gate, up] = if self.style.fused_gate {
-            let [all] = self.b.linear(x, [(both.to_owned(), 2 * intermediate, mlp_bias)]);
-            [0, intermediate].map(|at| self.b.part(all, at, intermediate))
+            let [all] = self.b.linear(x, [(name("gate_up_proj"), 2 * width, bias)]);
+            [0, width].map(|at| self.b.part(all, at, width))
         } else {
-            self.b.linear(x, [(gate.to_owned(), intermediate, mlp_bias), (up.to_owned(), intermediate, mlp_bias)])
+            self.b.linear(x, [(name("gate_proj"), width, bias), (name("up_proj"), width, bias)])
         };
         self.b.gate(gate, up, activation)
+    }
+
+    fn mixture(&mut self, prefix: &str, x: Value, experts: &config::Experts) -> Value {
+        let Config { hidden, activation, .. } = *self.config;
+        let names = self.style.experts;
+        let name = |part: &str| format!("{prefix}{}.{part}", names.part);
+        let [scores] = self.b.linear(x, [(name(names.router), experts.count, names.biases)]);
+        let correction = names.correction.map(|part| self.b.vector(name(part), experts.count));
+        let made = (0..experts.count).map(|i| {
+            let [gate, up, down] = names.layers.map(|layer| name(&format!("experts.{i}.{layer}")));
+            Expert {
+                gate: self.b.layer(gate, experts.inner, hidden, names.biases),
+                up: self.b.layer(up, experts.inner, hidden, names.biases),
+                down: self.b.layer(down, hidden, experts.inner, names.biases),
+            }
+        });
+        let made = made.collect();
+        let unit = match experts.clamped {
+            Some((alpha, limit)) => Unit::Clamped { alpha, limit },
+            None => Unit::Plain(activation),
+        };
+        let mixed = self.b.mix(Mixture {
+            x,
+            scores,
+            experts: made,
+            routing: Routing {
+                chosen: experts.chosen,
+                score: if experts.sigmoid { Score::Sigmoid } else { Score::Softmax },
+                normalise: experts.normalise,
+                scale: experts.scale,
+            },
+            correction,
+            unit,
+            y: Value(0),
+        });
+        if !names.shared || experts.shared == 0 {
+            return mixed;
+        }
+        let inner = self.gated(x, &name("shared_experts."), experts.shared, activation);
+        let [shared] = self.b.linear(inner, [(name("shared_experts.down_proj"), hidden, false)]);
+        self.b.add(mixed, shared)
     }
 }

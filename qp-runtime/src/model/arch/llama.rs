@@ -21,6 +21,8 @@ pub const LLAMA: Architecture = Architecture {
     partial: None,
     activation: Activation::Silu,
     tied: false,
+    mxfp4: false,
+    stacked: false,
     read: |_, _| Ok(()),
     program: |config| decoder(config, &decoder::LLAMA),
 };

@@ -7,8 +7,10 @@ pub mod cohere;
 pub mod decoder;
 pub mod gemma;
 pub mod glm;
+pub mod gpt_oss;
 pub mod granite;
 pub mod llama;
+pub mod mixtral;
 pub mod olmo;
 pub mod phi3;
 pub mod qwen3;
@@ -53,6 +55,10 @@ pub struct Architecture {
     pub activation: Activation,
     /// Whether the output layer is the embedding where `config.json` says nothing.
     pub tied: bool,
+    /// Whether experts may be stored in MXFP4.
+    pub mxfp4: bool,
+    /// Whether the experts of a layer are stored as one tensor, gates and what they gate by turns.
+    pub stacked: bool,
     /// Reads keys that only this architecture has, and changes what follows from them.
     pub read: fn(&Keys, &mut Config) -> Result<(), Error>,
     /// What it computes.
@@ -78,7 +84,7 @@ pub enum Window {
 }
 
 /// All that engines compute.
-pub const ALL: [Architecture; 20] = [
+pub const ALL: [Architecture; 24] = [
     llama::LLAMA,
     llama::MISTRAL,
     llama::MINISTRAL,
@@ -86,6 +92,9 @@ pub const ALL: [Architecture; 20] = [
     llama::QWEN2,
     llama::SEED_OSS,
     qwen3::QWEN3,
+    qwen3::QWEN3_MOE,
+    mixtral::MIXTRAL,
+    gpt_oss::GPT_OSS,
     gemma::GEMMA,
     gemma::GEMMA_2,
     gemma::GEMMA_3,
@@ -98,6 +107,7 @@ pub const ALL: [Architecture; 20] = [
     cohere::COHERE2,
     glm::GLM,
     glm::GLM4,
+    glm::GLM4_MOE,
     starcoder2::STARCODER2,
 ];
 

@@ -9,6 +9,7 @@
 //! 4. [`scale_output`]: one conversion and two products in `f32`.
 
 mod rotation;
+pub mod routing;
 pub mod sampling;
 
 pub use rotation::{Hadamard, Rotator, rotate, transforms};
@@ -81,6 +82,11 @@ pub fn weight(code: &Code, entry: i16, row_scale: f32) -> f32 {
 /// [`MEAN_GROUP`] columns in a tree, and the groups' sums, group `g` onto partial sum `g mod 32`, then those in a tree.
 /// A tree of 32 adds those that lie 16, 8, 4, 2 and 1 apart.
 pub fn mean_square(x: &[f32]) -> f32 {
+    sum_in_order(x, |v| v * v) / x.len() as f32
+}
+
+/// The sum of `f` of each value, in the order of [`mean_square`].
+fn sum_in_order(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     let tree = |mut v: [f32; 32]| {
         for half in [16, 8, 4, 2, 1] {
             for i in 0..half {
@@ -89,7 +95,7 @@ pub fn mean_square(x: &[f32]) -> f32 {
         }
         v[0]
     };
-    let four = |v: &[f32; 4]| (v[0] * v[0] + v[1] * v[1]) + (v[2] * v[2] + v[3] * v[3]);
+    let four = |v: &[f32; 4]| (f(v[0]) + f(v[1])) + (f(v[2]) + f(v[3]));
     let mut groups = [0f32; 32];
     for (g, group) in x.chunks(MEAN_GROUP).enumerate() {
         let mut fours = [0f32; 32];
@@ -104,11 +110,50 @@ pub fn mean_square(x: &[f32]) -> f32 {
         }
         groups[g % 32] += tree(fours);
     }
-    tree(groups) / x.len() as f32
+    tree(groups)
 }
 
 /// Columns whose squares [`mean_square`] sums by themselves: four for each lane of a warp.
 pub const MEAN_GROUP: usize = 128;
+
+/// Mean of `x`, summed in the order of [`mean_square`].
+pub fn mean(x: &[f32]) -> f32 {
+    sum_in_order(x, |v| v) / x.len() as f32
+}
+
+/// What a value of a row becomes, or all of them together.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Map {
+    /// A product with a number.
+    Scale(f32),
+    /// `cap · tanh(x / cap)`, see [`soft_cap`].
+    SoftCap(f32),
+    /// The row's mean is subtracted: what a layer norm does before it is a root-mean-square norm.
+    Center,
+    /// An activation by itself.
+    Activate(Activation),
+}
+
+impl Map {
+    /// Maps one row.
+    pub fn apply(self, x: &mut [f32]) {
+        match self {
+            Map::Scale(by) => x.iter_mut().for_each(|v| *v *= by),
+            Map::SoftCap(cap) => x.iter_mut().for_each(|v| *v = soft_cap(*v, cap)),
+            Map::Center => {
+                let mean = mean(x);
+                x.iter_mut().for_each(|v| *v -= mean);
+            }
+            Map::Activate(activation) => x.iter_mut().for_each(|v| *v = activation.apply(*v)),
+        }
+    }
+}
+
+/// `cap · tanh(x / cap)` for a positive cap, computed as `cap − 2 cap / (e^(2x / cap) + 1)`; its absolute error is a few
+/// units in the last place of `cap`.
+pub fn soft_cap(x: f32, cap: f32) -> f32 {
+    cap - (cap + cap) / (exp(x * (2.0 / cap)) + 1.0)
+}
 
 /// A root-mean-square norm.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -1,4 +1,6 @@
-//! Perplexity of a text.
+//! How well a model predicts: perplexity of a text, divergence from another model, questions with choices.
+
+pub mod questions;
 
 use rayon::prelude::*;
 
@@ -35,13 +37,7 @@ pub fn perplexity(
     window: usize,
     mut progress: impl FnMut(usize),
 ) -> Result<Perplexity, Error> {
-    if window < 2 {
-        return Err(Error::Window(window));
-    }
-    if tokens.len() < window {
-        return Err(Error::ShortText { tokens: tokens.len(), window });
-    }
-    check_tokens(tokens, 0, tokens.len(), session.vocab())?;
+    check(session, tokens, window)?;
     let mut total = 0.0;
     let mut logits = Vec::new();
     let windows = tokens.chunks_exact(window);
@@ -65,6 +61,94 @@ pub fn perplexity(
         return Err(Error::NotANumber);
     }
     Ok(Perplexity { tokens: tokens.len(), window, scored, loss })
+}
+
+fn check(session: &Session, tokens: &[u32], window: usize) -> Result<(), Error> {
+    if window < 2 {
+        return Err(Error::Window(window));
+    }
+    if tokens.len() < window {
+        return Err(Error::ShortText { tokens: tokens.len(), window });
+    }
+    check_tokens(tokens, 0, tokens.len(), session.vocab())?;
+    Ok(())
+}
+
+/// How far a model's predictions are from another's.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Divergence {
+    /// Tokens of a window.
+    pub window: usize,
+    /// Positions compared: all but the last of each whole window.
+    pub scored: usize,
+    /// Mean Kullback-Leibler divergence of the model from the reference, in nats: how many more the model needs for what
+    /// the reference predicts.
+    pub mean: f64,
+    /// Largest of a position.
+    pub largest: f64,
+    /// Share of positions where both have the same likeliest token.
+    pub agreement: f64,
+}
+
+/// Compares what `session` predicts in windows of a text, as in [`perplexity`], with what `reference` does. `progress` sees
+/// the tokens done, out of windows × `window`.
+///
+/// # Errors
+/// As [`perplexity`], and if the models' vocabularies differ in size.
+pub fn divergence(
+    session: &mut Session,
+    reference: &mut Session,
+    tokens: &[u32],
+    window: usize,
+    mut progress: impl FnMut(usize),
+) -> Result<Divergence, Error> {
+    check(session, tokens, window)?;
+    let vocab = session.vocab();
+    if reference.vocab() != vocab {
+        return Err(Error::Vocabulary { found: vocab, expected: reference.vocab() });
+    }
+    let (mut total, mut largest, mut same) = (0.0, 0f64, 0);
+    let (mut own, mut expected) = (Vec::new(), Vec::new());
+    let windows = tokens.chunks_exact(window);
+    let scored = windows.len() * (window - 1);
+    for (i, window_tokens) in windows.enumerate() {
+        session.truncate(0);
+        reference.truncate(0);
+        let most = session.most_tokens().min(reference.most_tokens());
+        for inputs in window_tokens[..window - 1].chunks(most) {
+            session.forward(inputs, Logits::All, &mut own)?;
+            reference.forward(inputs, Logits::All, &mut expected)?;
+            let rows = own.par_chunks_exact(vocab).zip(expected.par_chunks_exact(vocab));
+            let of_rows: Vec<(f64, bool)> = rows
+                .map(|(q, p)| (kl(p, q), crate::engine::sampling::argmax(p) == crate::engine::sampling::argmax(q)))
+                .collect();
+            for (divergence, agrees) in of_rows {
+                total += divergence;
+                largest = largest.max(divergence);
+                same += usize::from(agrees);
+            }
+        }
+        progress((i + 1) * window);
+    }
+    if total.is_nan() {
+        return Err(Error::NotANumber);
+    }
+    let (mean, agreement) = (total / scored as f64, same as f64 / scored as f64);
+    Ok(Divergence { window, scored, mean, largest, agreement })
+}
+
+/// Kullback-Leibler divergence of `softmax(q)` from `softmax(p)`, in nats. Not a number if a logit is not.
+pub fn kl(p: &[f32], q: &[f32]) -> f64 {
+    let log_sum = |x: &[f32]| {
+        let most = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        f64::from(most) + x.iter().map(|&v| f64::from(v - most).exp()).sum::<f64>().ln()
+    };
+    let (of_p, of_q) = (log_sum(p), log_sum(q));
+    let terms = p.iter().zip(q).map(|(&p, &q)| {
+        let log_p = f64::from(p) - of_p;
+        log_p.exp() * (log_p - (f64::from(q) - of_q))
+    });
+    terms.sum::<f64>()
 }
 
 /// Negative log-likelihood of `target` under `softmax(logits)`, in nats. Not a number if a logit is not.
@@ -110,6 +194,18 @@ mod tests {
 
     fn positions() -> Session {
         Session::new(Box::new(Positions))
+    }
+
+    #[test]
+    fn divergences() {
+        let (even, third) = ([0f32, 0.0], [0f32, 2f32.ln()]);
+        assert_eq!(kl(&even, &even), 0.0);
+        let exact = 0.5 * (0.5f64 / (1.0 / 3.0)).ln() + 0.5 * (0.5f64 / (2.0 / 3.0)).ln();
+        assert!((kl(&even, &third) - exact).abs() < 1e-7);
+        // What is added to all logits changes nothing.
+        assert!((kl(&[5.0, 5.0], &[-1.0, 2f32.ln() - 1.0]) - exact).abs() < 1e-6);
+        let d = divergence(&mut positions(), &mut positions(), &[4, 0, 1, 4, 0, 4, 4], 3, |_| ()).unwrap();
+        assert_eq!((d.scored, d.mean, d.largest, d.agreement), (4, 0.0, 0.0, 1.0));
     }
 
     #[test]

@@ -25,6 +25,11 @@ pub fn activation<'b>(b: &'b Builder, activation: Activation, x: V<'b>) -> V<'b>
     x / (exp(b, power) + 1.0)
 }
 
+/// The twin of [`crate::reference::soft_cap`].
+pub fn soft_cap<'b>(b: &'b Builder, x: V<'b>, cap: f32) -> V<'b> {
+    b.f32(cap) - b.f32(cap + cap) / (exp(b, x * (2.0 / cap)) + 1.0)
+}
+
 /// Adding this rounds a number of magnitude below 2^22 to a whole one, which is then in the low bits.
 const WHOLE: f32 = 12_582_912.0;
 

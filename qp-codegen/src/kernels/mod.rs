@@ -13,6 +13,7 @@ pub mod gemm;
 pub mod gemv;
 pub mod glu;
 mod launch;
+pub mod map;
 pub mod math;
 pub mod norm;
 mod operands;

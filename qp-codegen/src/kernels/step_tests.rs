@@ -5,12 +5,13 @@ use super::argmax::{self, Argmax};
 use super::dense::{self, Dense};
 use super::embed::{self, Embed};
 use super::glu::{self, Glu};
+use super::map;
 use super::norm::{self, Norm};
 use super::read::{self, Read};
 use super::span::Span;
 use crate::ir::interpret::{Arg, Options, run};
 use crate::ir::{Elem, Kernel, validate};
-use crate::reference::{Activation, RmsNorm};
+use crate::reference::{Activation, Map, RmsNorm};
 
 /// `n` values in −1..1.
 fn random(seed: u64, n: usize) -> Vec<f32> {
@@ -101,6 +102,31 @@ fn glu_of(activation: Activation) {
     for (t, row) in floats(&y).chunks(270).enumerate() {
         for (i, y) in row.iter().enumerate() {
             assert_eq!(*y, activation.apply(x[t * 600 + i]) * x[t * 600 + 288 + i]);
+        }
+    }
+}
+
+#[test]
+fn maps_equal_the_reference() {
+    let functions = [
+        Map::Scale(0.3),
+        Map::SoftCap(7.0),
+        Map::Center,
+        Map::Activate(Activation::GeluTanh),
+        Map::Activate(Activation::Silu),
+    ];
+    for (function, columns) in functions.into_iter().flat_map(|f| [1, 64, 256, 701, 4200].map(|n| (f, n))) {
+        let (from, to) = (Span { first: 3, stride: 4210 }, Span { first: 1, stride: 4220 });
+        let op = map::Map { columns, batch: 2, x: from, y: to, function };
+        let x: Vec<f32> = random(12, 3 + 2 * 4210).iter().map(|v| v * 30.0).collect();
+        let mut y = bytes(&vec![9.0; 2 * 4221]);
+        launch(&map::lower(&op), &mut [Arg::ReadOnly(&bytes(&x)), Arg::Buffer(&mut y)]);
+        let y = floats(&y);
+        for t in 0..2 {
+            let mut row = x[3 + t * 4210..][..columns as usize].to_vec();
+            function.apply(&mut row);
+            assert_eq!(y[1 + t * 4220..][..columns as usize], row, "{function:?} {columns}");
+            assert_eq!(y[1 + t * 4220 + columns as usize], 9.0);
         }
     }
 }

@@ -197,7 +197,7 @@ pub fn measure(
         model: name.to_owned(),
         settings: Some(settings),
         texts: hash.finalize().iter().map(|b| format!("{b:02x}")).collect(),
-        tied: weights.program.layer(weights.program.head().0).shares.is_some(),
+        tied: weights.program.layer(weights.program.head()).shares.is_some(),
         layers: Vec::new(),
     };
     let mut known = Vec::new();

@@ -21,6 +21,8 @@ pub struct Shape {
     pub cache: Cache,
     /// Columns that are turned.
     pub rotary: u32,
+    /// Whether neighbours turn together.
+    pub interleaved: bool,
     /// Epsilon of the norms of queries and keys.
     pub norm: Option<f32>,
     /// Positions seen.
@@ -41,6 +43,7 @@ pub fn shapes(small: bool) -> Vec<Shape> {
         heads,
         cache: Cache { kv_heads, head_dim, planes },
         rotary: head_dim,
+        interleaved: false,
         norm: None,
         window: None,
         soft_cap: None,
@@ -52,6 +55,7 @@ pub fn shapes(small: bool) -> Vec<Shape> {
         return vec![
             of(4, 1, 128, 2, &[130, 1]),
             Shape { sinks: true, window: Some(40), rotary: 16, ..of(3, 3, 64, 1, &[90, 20]) },
+            Shape { rotary: 32, interleaved: true, ..of(2, 1, 64, 2, &[70]) },
         ];
     }
     let long: &[u32] = &[1, 64, 65, 300, 2049, 9000, 130];
@@ -63,6 +67,7 @@ pub fn shapes(small: bool) -> Vec<Shape> {
         of(16, 16, 96, 2, &[700, 20]),
         Shape { norm: Some(1e-6), rotary: 20, ..of(8, 1, 80, 2, &[500, 90]) },
         Shape { norm: Some(1e-6), ..of(64, 4, 128, 2, &[1500, 64]) },
+        Shape { rotary: 64, interleaved: true, ..of(32, 2, 128, 2, &[300, 20]) },
         Shape { window: Some(1000), soft_cap: Some(50.0), ..of(16, 8, 256, 2, &[2600, 40]) },
         Shape { window: Some(128), sinks: true, ..of(64, 8, 64, 2, &[700, 40]) },
     ]
@@ -143,7 +148,7 @@ impl Cpu {
     }
 
     fn append_op(&self, tokens: u32) -> Append {
-        let Shape { heads, cache, rotary, norm, .. } = self.shape;
+        let Shape { heads, cache, rotary, interleaved, norm, .. } = self.shape;
         let span = |heads: u32| Span { first: heads * cache.head_dim, stride: self.width() as u32 };
         Append {
             cache,
@@ -153,6 +158,7 @@ impl Cpu {
             k: span(heads),
             v: span(heads + cache.kv_heads),
             rotary,
+            interleaved,
             norm,
             scale: 1.0 / (cache.head_dim as f32).sqrt(),
         }

@@ -1,6 +1,6 @@
-//! `qp eval`: perplexity of a text file.
+//! `qp eval`: how well a model predicts a text or answers questions.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -8,17 +8,18 @@ use serde_json::json;
 
 use super::device::{Device, open_model, open_session};
 use super::output::{note, outln};
-use crate::eval::perplexity;
+use crate::eval::{divergence, perplexity, questions};
 
-/// Measure how well a model predicts a text: its perplexity.
+/// Measure how well a model predicts: the perplexity of a text, how far its predictions are from another model's, or how
+/// many questions with choices it answers.
 #[derive(Debug, clap::Args)]
 pub struct Eval {
     /// Model: a directory in Hugging Face's layout, quantized by `qp quantize` or not, or a GGUF file.
     model: PathBuf,
     /// The text, a UTF-8 file; `-` for standard input. It is scored as the tokenizer gives it, with a first token (BOS)
     /// only where the tokenizer puts one: before the text, not before each window.
-    #[arg(long)]
-    text: PathBuf,
+    #[arg(long, required_unless_present = "questions")]
+    text: Option<PathBuf>,
     /// Tokens of a window. Each window's tokens but the first are scored, from that window alone.
     /// It is made smaller if the model's context or the text is
     #[arg(long, value_name = "TOKENS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(2..))]
@@ -26,6 +27,14 @@ pub struct Eval {
     /// Score the beginning of the text alone, so many tokens
     #[arg(long, value_name = "TOKENS")]
     limit: Option<usize>,
+    /// Another model, such as the unquantized one: instead of perplexity, the mean Kullback-Leibler divergence from its
+    /// predictions
+    #[arg(long, value_name = "MODEL", requires = "text")]
+    against: Option<PathBuf>,
+    /// Questions instead of a text: a file with `{"question": "…", "choices": [" …", " …"], "answer": 0}` in each line. The
+    /// likeliest choice is the model's answer
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["text", "limit"])]
+    questions: Option<PathBuf>,
     /// Print one line of JSON.
     #[arg(long)]
     json: bool,
@@ -38,9 +47,13 @@ impl Eval {
     /// Runs the command.
     ///
     /// # Errors
-    /// If the model cannot be opened, or the text is not UTF-8 or has fewer than two tokens.
+    /// If the model cannot be opened, the text is not UTF-8 or has fewer than two tokens, or a line is no question.
     pub fn run(self) -> Result<(), super::Error> {
-        let text = crate::input::text(&self.text)?;
+        if let Some(questions) = &self.questions {
+            return self.ask(questions);
+        }
+        let path = self.text.as_ref().expect("required without questions");
+        let text = crate::input::text(path)?;
         let (model, on) = open_model(&self.model, self.device)?;
         let mut tokens = model.tokenizer.encode(&text)?;
         tokens.truncate(self.limit.unwrap_or(tokens.len()));
@@ -49,13 +62,28 @@ impl Eval {
             &[(model.config.max_positions, "the model's context"), (tokens.len(), "the text")],
         );
         let mut session = open_session(model, on.as_ref(), window)?;
-
-        let bar = ProgressBar::new((tokens.len() / window * window) as u64);
-        bar.set_style(
-            ProgressStyle::with_template("{wide_bar} {pos}/{len} tokens, {per_sec}, {eta} left")
-                .expect("a valid template"),
-        );
+        let bar = bar(tokens.len() / window * window, "tokens");
         let start = Instant::now();
+        if let Some(against) = &self.against {
+            let reference = super::model::open(against)?;
+            let mut reference = open_session(reference, on.as_ref(), window)?;
+            let result =
+                divergence(&mut session, &mut reference, &tokens, window, |done| bar.set_position(done as u64));
+            bar.finish_and_clear();
+            let (d, seconds) = (result?, start.elapsed().as_secs_f64());
+            if self.json {
+                let line = json!({
+                    "divergence": d.mean.min(f64::MAX), "largest": d.largest.min(f64::MAX), "agreement": d.agreement,
+                    "scored": d.scored, "window": d.window, "seconds": seconds,
+                });
+                outln!("{line}")?;
+            } else {
+                outln!("divergence {:.6} nats a token, {:.4} at most", d.mean, d.largest)?;
+                outln!("agreement  {:.2} % of the likeliest tokens", 100.0 * d.agreement)?;
+                outln!("tokens     {} compared, in windows of {}, {seconds:.1} s", d.scored, d.window)?;
+            }
+            return Ok(());
+        }
         let result = perplexity(&mut session, &tokens, window, |done| bar.set_position(done as u64));
         bar.finish_and_clear();
         let p = result?;
@@ -73,6 +101,44 @@ impl Eval {
         }
         Ok(())
     }
+
+    /// Asks the questions of a file.
+    fn ask(&self, path: &Path) -> Result<(), super::Error> {
+        let read = questions::read(path, &crate::input::text(path)?)?;
+        let (model, on) = open_model(&self.model, self.device)?;
+        let prepare = |question| questions::Prepared::new(question, &model.tokenizer, model.config.bos);
+        let prepared = read.iter().map(prepare).collect::<Result<Vec<_>, _>>()?;
+        let longest = prepared.iter().map(questions::Prepared::tokens).max().unwrap_or(1);
+        let mut session = open_session(model, on.as_ref(), longest)?;
+        let bar = bar(prepared.len(), "questions");
+        let start = Instant::now();
+        let result = questions::ask(&mut session, &prepared, |done| bar.set_position(done as u64));
+        bar.finish_and_clear();
+        let (a, seconds) = (result?, start.elapsed().as_secs_f64());
+        let share = |right: usize| right as f64 / a.questions as f64;
+        if self.json {
+            let line = json!({
+                "questions": a.questions, "right": a.right, "accuracy": share(a.right),
+                "right_by_byte": a.right_by_byte, "accuracy_by_byte": share(a.right_by_byte), "seconds": seconds,
+            });
+            outln!("{line}")?;
+        } else {
+            outln!("accuracy   {:.2} %: {} of {} questions", 100.0 * share(a.right), a.right, a.questions)?;
+            outln!(
+                "by byte    {:.2} %: the likeliest choice by its length, {seconds:.1} s",
+                100.0 * share(a.right_by_byte)
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// A bar of progress to `len`.
+fn bar(len: usize, what: &str) -> ProgressBar {
+    let template = format!("{{wide_bar}} {{pos}}/{{len}} {what}, {{per_sec}}, {{eta}} left");
+    let bar = ProgressBar::new(len as u64);
+    bar.set_style(ProgressStyle::with_template(&template).expect("a valid template"));
+    bar
 }
 
 /// `window`, or the smallest of `limits`, which is said.

@@ -116,6 +116,7 @@ impl ProfileCommand {
         }
         bar.finish_and_clear();
         let rest = match &on {
+            Some(_) if program.device_lacks().is_some() => predicted_rest(&config, &device),
             Some(on) => rest::measure(on, &program, &Arc::new(rotating(&quantizers).clone()))?,
             None => predicted_rest(&config, &device),
         };

@@ -25,6 +25,15 @@ pub struct Norm<'a> {
     pub y: &'a mut Buffer<f32>,
 }
 
+/// Of [`qp_codegen::kernels::map`].
+#[derive(LaunchArgs)]
+pub struct Map<'a> {
+    /// Inputs.
+    pub x: &'a Buffer<f32>,
+    /// Outputs.
+    pub y: &'a mut Buffer<f32>,
+}
+
 /// Of [`qp_codegen::kernels::rows`].
 #[derive(LaunchArgs)]
 pub struct Rows<'a> {

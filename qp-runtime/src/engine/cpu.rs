@@ -14,7 +14,7 @@ use rayon::prelude::*;
 
 use super::linear::Linears;
 use super::{Chunk, Engine, Error, PAGE, Room, attention_ops, check_chunks, check_pages, cut};
-use crate::model::program::{self, Attention, Node, Norm, Value};
+use crate::model::program::{self, Attention, Mixture, Node, Norm, Value};
 use crate::model::{LayerId, RopeTables, Weights, rope_tables};
 
 /// Tokens that are computed at once: bounds the memory of a step.
@@ -24,7 +24,8 @@ const MOST_TOKENS: usize = 256;
 pub struct CpuEngine {
     weights: Arc<Weights>,
     linears: Linears,
-    rope: RopeTables,
+    /// By [`RopeId`](program::RopeId).
+    ropes: Vec<RopeTables>,
     room: Room,
     /// By [`CacheId`](program::CacheId).
     caches: Vec<Vec<u8>>,
@@ -64,7 +65,7 @@ impl CpuEngine {
         };
         Ok(CpuEngine {
             linears: Linears::new(&weights),
-            rope: rope_tables(&program.rope, room.context),
+            ropes: program.ropes.iter().map(|rope| rope_tables(rope, room.context)).collect(),
             room,
             caches: program.caches.iter().map(cache).collect(),
             last_reads: program.last_reads().into(),
@@ -78,7 +79,8 @@ impl CpuEngine {
     }
 
     /// Runs the nodes `nodes` of the program on the tokens of `chunks`, whose values lie in `values`. `see` is shown the
-    /// layers and the input of each linear node before it is computed; if it breaks, the run ends there.
+    /// layers and the input of each product before it is computed (of an expert, the tokens that go through it); if it
+    /// breaks, the run ends there.
     ///
     /// # Errors
     /// If what is computed is not finite.
@@ -87,7 +89,7 @@ impl CpuEngine {
         nodes: Range<usize>,
         chunks: &[Chunk<'_>],
         values: &mut Values,
-        mut see: impl FnMut(&[(LayerId, Value)], &[f32]) -> ControlFlow<()>,
+        mut see: impl FnMut(&[LayerId], &[f32]) -> ControlFlow<()>,
     ) -> Result<(), Error> {
         let (weights, last_reads) = (self.weights.clone(), self.last_reads.clone());
         for at in nodes {
@@ -104,7 +106,8 @@ impl CpuEngine {
                 }
                 Node::Linear { x, layers } => {
                     let x = &values.0[x.0];
-                    if see(layers, x).is_break() {
+                    let ids: Vec<LayerId> = layers.iter().map(|l| l.0).collect();
+                    if see(&ids, x).is_break() {
                         return Ok(());
                     }
                     let linear: Vec<_> = layers.iter().map(|(id, _)| &weights[*id]).collect();
@@ -127,6 +130,31 @@ impl CpuEngine {
                     let mut sum = if last.contains(x) { values.take(*x) } else { values.0[x.0].clone() };
                     sum.iter_mut().zip(&values.0[z.0]).for_each(|(x, z)| *x += z);
                     values.put(*y, sum);
+                }
+                Node::Mix(mixture) => {
+                    let (x, scores) = (&values.0[mixture.x.0], &values.0[mixture.scores.0]);
+                    match self.mix(&weights, mixture, x, scores, &mut see) {
+                        None => return Err(not_finite(&weights, at)),
+                        Some(ControlFlow::Break(())) => return Ok(()),
+                        Some(ControlFlow::Continue(y)) => values.put(mixture.y, y),
+                    }
+                }
+                Node::Map { x, map, y } => {
+                    let mut mapped = if last.contains(x) { values.take(*x) } else { values.0[x.0].clone() };
+                    mapped.chunks_exact_mut(weights.program.widths[x.0]).for_each(|row| map.apply(row));
+                    values.put(*y, mapped);
+                }
+                Node::Shift { x, by, y } => {
+                    let (mut shifted, by) = (values.take(*x), &weights[*by]);
+                    shifted
+                        .chunks_exact_mut(by.len())
+                        .for_each(|row| row.iter_mut().zip(by).for_each(|(x, by)| *x += by));
+                    values.put(*y, shifted);
+                }
+                Node::Part { x, first, y } => {
+                    let (of, width) = (weights.program.widths[x.0], weights.program.widths[y.0]);
+                    let rows = values.0[x.0].chunks_exact(of);
+                    values.put(*y, rows.flat_map(|row| &row[*first..first + width]).copied().collect());
                 }
                 Node::Rows { x, y } => {
                     let (x, width) = (&values.0[x.0], weights.program.widths[x.0]);
@@ -154,8 +182,48 @@ impl CpuEngine {
         let behind = program.cuts.last().expect("there is a cut before the head").node;
         let nodes = 0..if wanted { program.nodes.len() } else { behind };
         self.run(nodes, chunks, &mut values, |_, _| ControlFlow::Continue(()))?;
-        out.extend(values.take(program.head().1));
+        out.extend(values.take(program.logits()));
         Ok(())
+    }
+
+    /// The experts' results for tokens whose inputs are `x`; broken off if `see` breaks, `None` if a number is not finite.
+    fn mix(
+        &self,
+        weights: &Weights,
+        mixture: &Mixture,
+        x: &[f32],
+        scores: &[f32],
+        see: &mut impl FnMut(&[LayerId], &[f32]) -> ControlFlow<()>,
+    ) -> Option<ControlFlow<(), Vec<f32>>> {
+        let (width, count) = (weights.program.widths[mixture.x.0], mixture.experts.len());
+        if !scores.iter().all(|s| s.is_finite()) {
+            return None;
+        }
+        let correction = mixture.correction.map(|id| &weights[id]);
+        let mut of_experts = vec![Vec::new(); count];
+        for (token, scores) in scores.chunks_exact(count).enumerate() {
+            for (expert, weight) in mixture.routing.choose(scores, correction) {
+                of_experts[expert].push((token, weight));
+            }
+        }
+        let mut y = vec![0f32; x.len()];
+        for (expert, tokens) in mixture.experts.iter().zip(of_experts).filter(|(_, tokens)| !tokens.is_empty()) {
+            let entering: Vec<f32> = tokens.iter().flat_map(|(t, _)| &x[t * width..(t + 1) * width]).copied().collect();
+            if see(&[expert.gate, expert.up], &entering).is_break() {
+                return Some(ControlFlow::Break(()));
+            }
+            let mut both = self.linears.apply(&[&weights[expert.gate], &weights[expert.up]], &entering)?;
+            let (up, mut inner) = (both.pop()?, both.pop()?);
+            inner.iter_mut().zip(&up).for_each(|(gate, up)| *gate = mixture.unit.apply(*gate, *up));
+            if see(&[expert.down], &inner).is_break() {
+                return Some(ControlFlow::Break(()));
+            }
+            let out = self.linears.apply(&[&weights[expert.down]], &inner)?.pop()?;
+            for ((t, weight), out) in tokens.iter().zip(out.chunks_exact(width)) {
+                y[t * width..(t + 1) * width].iter_mut().zip(out).for_each(|(y, out)| *y += weight * out);
+            }
+        }
+        Some(ControlFlow::Continue(y))
     }
 
     /// Keys and values enter the cache; the results of attention, tokens × the queries' width. `None` if a number is not
@@ -173,6 +241,7 @@ impl CpuEngine {
         let (heads, d) = (attention.heads, op.cache.head_dim as usize);
         let weights_of = |norm: Option<Norm>| norm.map_or_else(Vec::new, |n| weights.of_heads(&n));
         let (q_norm, k_norm) = (weights_of(attention.q_norm), weights_of(attention.k_norm));
+        let sinks = attention.sinks.map(|id| &weights[id]);
         let cache = &mut self.caches[attention.cache.0];
         let planes = 2 * op.cache.columns() as usize;
         let (mut queries, mut scales) = (vec![0i8; tokens * heads * planes], vec![0f32; tokens * heads]);
@@ -180,7 +249,7 @@ impl CpuEngine {
         let mut finite = true;
         for (t, (chunk, position)) in places.clone().enumerate() {
             let slot = chunk.pages[position / PAGE] as usize * PAGE + position % PAGE;
-            let (cos, sin) = self.rope.at(position);
+            let (cos, sin) = attention.rope.map_or((&[][..], &[][..]), |id| self.ropes[id.0].at(position));
             let row = |span: Span| t * span.stride as usize..(t + 1) * span.stride as usize;
             let (q, k, v) = (&q[row(spans[0])], &k[row(spans[1])], &v[row(spans[2])]);
             let token = Token { q, k, v, cos, sin, slot };
@@ -213,7 +282,7 @@ impl CpuEngine {
                 position: position as u32,
                 pages: &pages[chunk],
                 kv_head: head as u32 / op.group(),
-                sink: 0.0,
+                sink: sinks.map_or(0.0, |sinks| sinks[head]),
             };
             twin::attend(&op, cache, &query, out)
         });

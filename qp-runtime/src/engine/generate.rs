@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use super::{Error, Logits, Sampler, Session};
+use super::{Error, Logits, Sampler, Session, lookup};
 
 /// Why generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +27,8 @@ pub struct Generated {
     pub prefill: Duration,
     /// Time from the first token to the last.
     pub decode: Duration,
+    /// Tokens that were guessed, and how many of them were right; see [`Session::set_drafts`].
+    pub drafted: (usize, usize),
 }
 
 impl Generated {
@@ -61,34 +63,61 @@ pub fn generate<E: From<Error>>(
         return Err(Error::Context { wanted, context: session.context() }.into());
     }
     let start = Instant::now();
-    let mut out = Generated { tokens: Vec::new(), stop: Stop::Count, prefill: Duration::ZERO, decode: Duration::ZERO };
-    let mut logits = Vec::new();
+    let mut out = Generated {
+        tokens: Vec::new(),
+        stop: Stop::Count,
+        prefill: Duration::ZERO,
+        decode: Duration::ZERO,
+        drafted: (0, 0),
+    };
     sampler.saw(prompt);
-    let mut next = |session: &mut Session, tokens: &[u32]| {
-        if let Some(choice) = sampler.choice() {
-            return session.choose(tokens, choice);
+    // Choices that depend on each other are made one by one.
+    let apart = sampler.choices(0).is_some();
+    let mut logits = Vec::new();
+    // What follows each of the last `count` tokens.
+    let mut next = |session: &mut Session, sampler: &mut Sampler, tokens: &[u32], count: usize| {
+        if let Some(choices) = sampler.choices(count) {
+            return session.choose(tokens, &choices);
         }
         session.forward(tokens, Logits::Last, &mut logits)?;
-        sampler.next(&logits)
+        Ok(vec![sampler.next(&logits)?])
     };
+    let mut text = prompt.to_vec();
     let rest = session.keep_common(prompt);
-    let mut token = next(session, rest)?;
-    while out.tokens.len() < count {
-        if out.tokens.is_empty() {
-            out.prefill = start.elapsed();
+    let mut chosen = next(session, sampler, rest, 1)?;
+    'text: while out.tokens.len() < count {
+        for token in chosen.drain(..) {
+            if apart {
+                sampler.took(1);
+            }
+            if out.tokens.is_empty() {
+                out.prefill = start.elapsed();
+            }
+            if end.contains(&token) {
+                out.stop = Stop::End;
+                break 'text;
+            }
+            out.tokens.push(token);
+            text.push(token);
+            out.decode = start.elapsed() - out.prefill;
+            if on_token(token)?.is_break() {
+                out.stop = Stop::Caller;
+                break 'text;
+            }
         }
-        if end.contains(&token) {
-            out.stop = Stop::End;
-            break;
-        }
-        out.tokens.push(token);
-        out.decode = start.elapsed() - out.prefill;
-        if on_token(token)?.is_break() {
-            out.stop = Stop::Caller;
-            break;
-        }
-        if out.tokens.len() < count {
-            token = next(session, &[token])?;
+        let left = count - out.tokens.len();
+        if left > 0 {
+            // The last token, which is not in the sequence yet, and what may follow it.
+            let most = if apart { session.drafts().min(left - 1) } else { 0 };
+            let drafts = lookup::draft(&text, most);
+            let begin = session.position();
+            let tokens: Vec<u32> = text.last().into_iter().chain(drafts).copied().collect();
+            chosen = next(session, sampler, &tokens, tokens.len())?;
+            // A guess is right if it is what was chosen behind the token before it.
+            let right = drafts.iter().zip(&chosen).take_while(|(guess, token)| guess == token).count();
+            out.drafted = (out.drafted.0 + drafts.len(), out.drafted.1 + right);
+            chosen.truncate(right + 1);
+            session.truncate(begin + right + 1);
         }
     }
     Ok(out)
@@ -155,6 +184,24 @@ mod tests {
         assert_eq!((g.tokens, g.stop), (vec![8, 9], Stop::Caller));
         let (g, _) = run(&[7], 0, &[], 9).unwrap();
         assert_eq!((g.tokens.len(), g.stop), (0, Stop::Count));
+    }
+
+    #[test]
+    fn guesses_do_not_change_the_text() {
+        let sequence = Arc::new(Mutex::new(Vec::new()));
+        let run = |drafts: usize| {
+            let mut session = Session::new(Box::new(Counter(sequence.clone())));
+            session.set_drafts(drafts);
+            let mut sampler = Sampler::new(Sampling::default());
+            let go = |_| Ok::<_, Error>(ControlFlow::Continue(()));
+            // The text said 7, 8, 9, 10 before, then went elsewhere.
+            let g = generate(&mut session, &[7, 8, 9, 10, 3, 7, 8], 6, &[], &mut sampler, go).unwrap();
+            (g.tokens, g.drafted, session.position())
+        };
+        assert_eq!(run(0), (vec![9, 10, 11, 12, 13, 14], (0, 0), 12));
+        // Behind 8, 9 the text said 10 and then 3: one guess is right.
+        assert_eq!(run(3), (vec![9, 10, 11, 12, 13, 14], (3, 1), 12));
+        assert_eq!(*sequence.lock().unwrap(), [7, 8, 9, 10, 3, 7, 8, 9, 10, 11, 12, 13]);
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod generate;
 pub mod linear;
+pub mod lookup;
 pub mod pages;
 pub mod sampling;
 pub mod session;
@@ -157,10 +158,12 @@ fn attention_ops(
     let (kv_heads, head_dim) = (shape.heads as u32, shape.head_dim as u32);
     let cache = attend::Cache { kv_heads, head_dim, planes: cache.planes() };
     let (heads, scale) = (attention.heads as u32, attention.scale);
-    let (rotary, norm) = (2 * program.rope.frequencies.len() as u32, attention.q_norm.map(|n| n.norm.eps));
-    let append = attend::Append { cache, heads, tokens, q, k, v, rotary, norm, scale };
-    let window = attention.window.map(|w| w as u32);
-    (append, attend::Attend { cache, heads, tokens, window, soft_cap: attention.soft_cap, sinks: false })
+    let rope = attention.rope.map(|id| &program.ropes[id.0]);
+    let (rotary, interleaved) = rope.map_or((0, false), |r| (2 * r.frequencies.len() as u32, r.interleaved));
+    let norm = attention.q_norm.map(|n| n.norm.eps);
+    let append = attend::Append { cache, heads, tokens, q, k, v, rotary, interleaved, norm, scale };
+    let (window, sinks) = (attention.window.map(|w| w as u32), attention.sinks.is_some());
+    (append, attend::Attend { cache, heads, tokens, window, soft_cap: attention.soft_cap, sinks })
 }
 
 /// How the next token is chosen from a row of logits.
@@ -243,6 +246,14 @@ pub enum Error {
         /// How many there are.
         pages: usize,
     },
+    /// Two models whose predictions cannot be compared.
+    #[error("the models know {found} and {expected} tokens: only models of one tokenizer can be compared")]
+    Vocabulary {
+        /// Tokens of one.
+        found: usize,
+        /// Tokens of the other.
+        expected: usize,
+    },
     /// Numbers that are none where a model computes.
     #[error("what {layer} computes is not finite: the weights before it are damaged, or overflow for this text")]
     NotFinite {
@@ -262,6 +273,12 @@ pub enum Error {
         free: u64,
         /// Tokens whose keys and values would fit.
         fits: u64,
+    },
+    /// A model of which the engine of GPUs does not compute a part.
+    #[error("the GPU's engine does not compute {what} yet: use the CPU (--device cpu)")]
+    NotOnDevice {
+        /// The part.
+        what: &'static str,
     },
     /// The device failed.
     #[error("{0}")]

@@ -27,13 +27,23 @@ impl Sampler {
         Sampler { sampling, penalty, seen: Vec::new(), draws: 0 }
     }
 
-    /// The next choice, for an engine to make: there is none if it depends on the tokens that were seen.
+    /// The next choice, which is counted, for an engine to make: there is none if it depends on the tokens that were seen.
     pub fn choice(&mut self) -> Option<Choice> {
-        let choice = Choice { sampling: self.sampling, draw: self.draws };
-        (self.penalty == 1.0).then(|| {
-            self.draws = self.draws.wrapping_add(1);
-            choice
-        })
+        let choice = self.choices(1)?.pop();
+        self.took(1);
+        choice
+    }
+
+    /// The next `count` choices, for an engine to make: there are none if they depend on the tokens that were seen. Those
+    /// whose tokens are taken are counted by [`Sampler::took`].
+    pub fn choices(&self, count: usize) -> Option<Vec<Choice>> {
+        let choice = |i| Choice { sampling: self.sampling, draw: self.draws.wrapping_add(i as u32) };
+        (self.penalty == 1.0).then(|| (0..count).map(choice).collect())
+    }
+
+    /// Counts choices whose tokens are taken.
+    pub fn took(&mut self, count: usize) {
+        self.draws = self.draws.wrapping_add(count as u32);
     }
 
     /// Notes tokens of the text that were not drawn, such as those of the prompt.

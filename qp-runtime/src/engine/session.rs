@@ -8,13 +8,25 @@ pub struct Session {
     pool: Pool,
     pages: Vec<u32>,
     tokens: Vec<u32>,
+    drafts: usize,
 }
 
 impl Session {
     /// An empty sequence, which may take all pages of `engine`.
     pub fn new(engine: Box<dyn Engine>) -> Self {
         let pool = Pool::new(engine.pages());
-        Session { engine, pool, pages: Vec::new(), tokens: Vec::new() }
+        Session { engine, pool, pages: Vec::new(), tokens: Vec::new(), drafts: 0 }
+    }
+
+    /// Tokens that are guessed at once while a text is generated, by what it said before ([`super::lookup`]): the engine
+    /// verifies them together. The text is the same with and without.
+    pub fn set_drafts(&mut self, most: usize) {
+        self.drafts = most;
+    }
+
+    /// See [`Session::set_drafts`].
+    pub fn drafts(&self) -> usize {
+        self.drafts
     }
 
     /// Tokens that the model knows: the length of a row of logits.
@@ -73,14 +85,20 @@ impl Session {
         best.first().copied().ok_or(Error::EmptyPrompt)
     }
 
-    /// Appends `tokens` to the sequence and chooses the next one.
+    /// Appends `tokens` to the sequence and chooses what follows each of the last `choices.len()` of them. One of several
+    /// choices is what it would be if the tokens behind it were not there.
     ///
     /// # Errors
     /// As [`Session::greedy`].
-    pub fn choose(&mut self, tokens: &[u32], choice: Choice) -> Result<u32, Error> {
+    pub fn choose(&mut self, tokens: &[u32], choices: &[Choice]) -> Result<Vec<u32>, Error> {
         let mut chosen = Vec::new();
-        self.append(tokens, Logits::Last, |engine, chunk| engine.choose(&[chunk], &[choice], &mut chosen))?;
-        chosen.first().copied().ok_or(Error::EmptyPrompt)
+        let (first, last) = tokens.split_at(tokens.len().saturating_sub(choices.len()));
+        if choices.len() > 1 && !first.is_empty() {
+            self.append(first, Logits::None, |engine, chunk| engine.step(&[chunk], &mut Vec::new()))?;
+        }
+        let (tokens, logits) = if choices.len() > 1 { (last, Logits::All) } else { (tokens, Logits::Last) };
+        self.append(tokens, logits, |engine, chunk| engine.choose(&[chunk], choices, &mut chosen))?;
+        if chosen.len() == choices.len() { Ok(chosen) } else { Err(Error::EmptyPrompt) }
     }
 
     fn append(

@@ -1,42 +1,83 @@
 //! `config.json`: the architecture, and the names and shapes of its tensors.
 
+mod rope;
+
 use std::path::Path;
 
+use qp_codegen::reference::Activation;
 use serde_json::Value;
 
 use super::Error;
 use super::arch::{self, Architecture, Window};
 use super::files::Files;
 use super::keys::{Keys, shown};
+use super::rope::{Rope, RopeScaling};
 
 /// Largest size that a model may have in any direction.
 pub const MOST: usize = 1 << 28;
 /// Widest head.
 const MOST_HEAD: usize = 1 << 16;
+/// Most experts of a layer.
+const MOST_EXPERTS: usize = 1 << 10;
+/// Most experts of all layers.
+const MOST_OF_ALL_LAYERS: usize = 1 << 16;
 /// Most decoder layers.
 const MOST_LAYERS: usize = 1 << 12;
 
-/// How rotary frequencies are stretched for long contexts.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum RopeScaling {
+/// How one layer attends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Attends {
+    /// Positions that a token sees, its own included; all up to its own if there is no window.
+    pub window: Option<usize>,
+    /// How queries and keys turn.
+    pub turn: Turn,
+}
+
+/// How queries and keys of a layer turn with their positions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Turn {
+    /// As [`Config::rope_theta`] and [`Config::rope_scaling`] say.
+    #[default]
+    Main,
+    /// By [`Config::local_theta`], not stretched.
+    Local,
     /// Not at all.
-    None,
-    /// Every position divided by `factor`.
-    Linear {
-        /// The divisor.
-        factor: f64,
-    },
-    /// Llama 3: low frequencies divided by `factor`, high ones kept, a ramp between.
-    Llama3 {
-        /// The divisor of low frequencies.
-        factor: f64,
-        /// Wavelengths over `original / low_freq_factor` are divided.
-        low_freq_factor: f64,
-        /// Wavelengths under `original / high_freq_factor` are kept.
-        high_freq_factor: f64,
-        /// Context length before stretching.
-        original: f64,
-    },
+    Never,
+}
+
+/// The experts of a mixture.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Experts {
+    /// How many there are in a layer.
+    pub count: usize,
+    /// Through how many a token goes.
+    pub chosen: usize,
+    /// Width of each.
+    pub inner: usize,
+    /// Layers that have one feed-forward layer instead.
+    pub dense: Vec<bool>,
+    /// True if scores are taken each by itself, and not as shares of all.
+    pub sigmoid: bool,
+    /// True if the weights of the chosen are divided by their sum.
+    pub normalise: bool,
+    /// What weights are multiplied with.
+    pub scale: f32,
+    /// Width of the experts through which all tokens go, together; 0 if there are none.
+    pub shared: usize,
+    /// Steepness and limit of a clamped gated unit.
+    pub clamped: Option<(f32, f32)>,
+}
+
+/// How files hold weights that are not plain floats.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stored {
+    /// All are plain.
+    #[default]
+    Plain,
+    /// FP8 (E4M3) with a scale for each block of so many rows and columns.
+    Fp8([usize; 2]),
+    /// Experts in MXFP4.
+    Mxfp4,
 }
 
 /// What `config.json` and `generation_config.json` say. All sizes are at least 1.
@@ -58,14 +99,34 @@ pub struct Config {
     pub head_dim: usize,
     /// Tokens known.
     pub vocab: usize,
-    /// Longest context, in tokens. Where a sliding window would begin to matter, the context ends.
+    /// Longest context, in tokens.
     pub max_positions: usize,
-    /// Added to the mean square in RMS norms.
+    /// Added to the mean square in norms.
     pub norm_eps: f32,
+    /// How each layer attends.
+    pub attends: Vec<Attends>,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
     /// Their stretching.
     pub rope_scaling: RopeScaling,
+    /// Base of the frequencies of layers whose [`Turn`] is local.
+    pub local_theta: Option<f64>,
+    /// Columns of a head that turn, an even number.
+    pub rotary: usize,
+    /// What scores, the products of queries and keys, are multiplied with.
+    pub score_scale: f32,
+    /// Scores `s` become `cap · tanh(s / cap)`.
+    pub score_cap: Option<f32>,
+    /// What embeddings are multiplied with.
+    pub embedding_scale: f32,
+    /// What is multiplied before it is added to the residual stream.
+    pub residual_scale: f32,
+    /// What logits are multiplied with.
+    pub logit_scale: f32,
+    /// Then they become `cap · tanh(logit / cap)`.
+    pub logit_cap: Option<f32>,
+    /// Activation of the feed-forward layer.
+    pub activation: Activation,
     /// True if the output layer is the embedding matrix.
     pub tied: bool,
     /// True if q, k and v have biases.
@@ -78,6 +139,18 @@ pub struct Config {
     pub bos: Option<u32>,
     /// Tokens that end a text.
     pub eos: Vec<u32>,
+    /// True if queries and keys pass norms, where the architecture leaves that to `config.json`.
+    pub head_norms: bool,
+    /// Experts, if the model is a mixture of them.
+    pub experts: Option<Experts>,
+    /// Layers behind the last that the files may hold and that are not used: those that guess further tokens.
+    pub unused_layers: usize,
+    /// How the files hold weights that are not plain floats.
+    pub stored: Stored,
+    /// True if the experts of a layer are stored as one tensor.
+    pub stacked: bool,
+    /// True if the text is one part of a model of several, whose tensors have longer names.
+    pub of_parts: bool,
     /// What `generation_config.json` suggests for sampling, as `KEY VALUE`: it is followed only where asked for.
     pub suggested: Vec<String>,
     /// What the files say that is not used and changes nothing, for the user.
@@ -118,6 +191,18 @@ const CHANGING: [&str; 31] = [
     "use_qk_norm",
     "use_qkv_norm",
     "value_norm",
+];
+
+/// Architectures that people run and that are not read, and what an engine would need for them.
+const MISSING: [(&str, &str); 8] = [
+    ("DeepseekV2ForCausalLM", "latent attention (keys and values of low rank)"),
+    ("DeepseekV3ForCausalLM", "latent attention (keys and values of low rank)"),
+    ("Qwen3NextForCausalLM", "a gated delta net (linear attention with a state)"),
+    ("Qwen3_5ForConditionalGeneration", "a gated delta net (linear attention with a state)"),
+    ("Qwen3_5MoeForConditionalGeneration", "a gated delta net (linear attention with a state)"),
+    ("Llama4ForConditionalGeneration", "attention in chunks and scores scaled by position"),
+    ("MambaForCausalLM", "a state space layer"),
+    ("GPT2LMHeadModel", "learned positions"),
 ];
 
 /// Keys that say how a model was made, trained or saved, and nothing of what it computes.
@@ -194,7 +279,9 @@ impl Config {
     /// # Errors
     /// If it is malformed or asks for something unsupported.
     pub fn parse(path: &Path, text: &str) -> Result<Self, Error> {
-        let keys = Keys::parse(path, text)?;
+        let whole = Keys::parse(path, text)?;
+        let part = text_part(&whole)?;
+        let (of_parts, keys) = (part.is_some(), part.unwrap_or(whole));
         let unsupported = |what: String, supported: &str| Error::Unsupported {
             path: path.to_owned(),
             what,
@@ -202,13 +289,29 @@ impl Config {
         };
         // First what the model is: of another kind, all else would be beside the point.
         let reading = architecture(&keys)?;
-        if let Some(q) = keys.object("quantization_config")? {
-            let method = q.text("quant_method")?.unwrap_or("of an unnamed method".to_owned());
-            return Err(unsupported(format!("a checkpoint already quantized ({method})"), "the unquantized model"));
-        }
+        let stored = match keys.object("quantization_config")? {
+            None => Stored::Plain,
+            Some(q) => {
+                let method = q.text("quant_method")?.unwrap_or("of an unnamed method".to_owned());
+                match (method.as_str(), q.wholes("weight_block_size")?.as_deref()) {
+                    ("fp8", Some(&[rows, cols])) if rows > 0 && cols > 0 => Stored::Fp8([rows, cols]),
+                    ("mxfp4", _) if reading.mxfp4 => Stored::Mxfp4,
+                    _ => {
+                        let what = format!("a checkpoint already quantized ({method})");
+                        return Err(unsupported(what, "the unquantized model, or fp8 with weight_block_size"));
+                    }
+                }
+            }
+        };
+        let mut activation = reading.activation;
         for key in ["hidden_act", "hidden_activation"] {
-            if let Some(act) = keys.text(key)?.filter(|a| a != "silu" && a != "swish") {
-                return Err(unsupported(format!("{key} '{act}'"), "silu"));
+            match keys.text(key)?.as_deref() {
+                None => (),
+                Some("silu" | "swish") => activation = Activation::Silu,
+                Some("gelu_pytorch_tanh" | "gelu_new") => activation = Activation::GeluTanh,
+                Some(other) => {
+                    return Err(unsupported(format!("{key} '{other}'"), "silu, gelu_pytorch_tanh"));
+                }
             }
         }
         let mut notes = Vec::new();
@@ -246,27 +349,17 @@ impl Config {
         if heads.checked_mul(head_dim).is_none_or(|n| n > MOST) {
             return Err(Error::file(path, format!("{heads} heads of {head_dim} are wider than {MOST}")));
         }
-        let eps = keys.number("rms_norm_eps")?.unwrap_or(1e-6);
+        let eps = keys.number(reading.norm_eps)?.unwrap_or(reading.default_eps);
         if eps < 0.0 {
-            return Err(Error::file(path, format!("rms_norm_eps is {eps}: expected a small positive number")));
+            return Err(Error::file(path, format!("{} is {eps}: expected a small positive number", reading.norm_eps)));
         }
-        let (rope_theta, rope_scaling) = rope(&keys, max_positions, &mut notes)?;
-        let window = window(reading, &keys, layers)?;
+        let mut context = max_positions;
+        let turns = rope::read(&keys, reading, head_dim, &mut context, &mut notes)?;
+        let windows = windows(reading, &keys, layers)?;
         let bias = |read: bool, key: &str| Ok::<_, Error>(read && keys.truth(key)?.unwrap_or(false));
         let attention_bias = bias(reading.attention_bias, "attention_bias")?;
         let mlp_bias = bias(reading.mlp_bias, "mlp_bias")?;
-        for key in CHANGING {
-            let neutral = |v: &Value| match v {
-                Value::Bool(b) => !b,
-                Value::Number(n) => n.as_f64() == Some(1.0) || n.as_f64() == Some(0.0),
-                Value::Array(values) => values.is_empty(),
-                _ => false,
-            };
-            if let Some(value) = keys.get(key).filter(|v| !neutral(v)) {
-                return Err(unsupported(format!("{key} {}", shown(value)), &format!("{} without it", reading.name)));
-            }
-        }
-        let config = Config {
+        let mut config = Config {
             hidden,
             intermediate,
             layers,
@@ -274,21 +367,51 @@ impl Config {
             kv_heads,
             head_dim,
             vocab,
-            max_positions: max_positions.min(window.unwrap_or(usize::MAX)),
+            max_positions: context,
             norm_eps: eps as f32,
-            rope_theta,
-            rope_scaling,
-            tied: keys.truth("tie_word_embeddings")?.unwrap_or(false),
+            attends: windows.into_iter().map(|window| Attends { window, turn: Turn::Main }).collect(),
+            rope_theta: turns.theta,
+            rope_scaling: turns.scaling,
+            local_theta: turns.local_theta,
+            rotary: turns.columns,
+            score_scale: 1.0 / (head_dim as f32).sqrt(),
+            score_cap: None,
+            embedding_scale: 1.0,
+            residual_scale: 1.0,
+            logit_scale: 1.0,
+            logit_cap: None,
+            activation,
+            tied: keys.truth("tie_word_embeddings")?.unwrap_or(reading.tied),
             qkv_bias: reading.qkv_bias || attention_bias,
             o_bias: attention_bias,
             mlp_bias,
             bos: first(&keys, "bos_token_id", &mut notes)?,
             eos: keys.tokens("eos_token_id")?.unwrap_or_default(),
+            head_norms: false,
+            experts: None,
+            unused_layers: 0,
+            stored,
+            stacked: reading.stacked,
+            of_parts,
             architecture: reading.name.to_owned(),
             suggested: Vec::new(),
             notes: Vec::new(),
         };
+        (reading.read)(&keys, &mut config)?;
+        for (key, value) in keys.unasked().filter(|(k, _)| CHANGING.contains(k)) {
+            let neutral = |v: &Value| match v {
+                Value::Bool(b) => !b,
+                Value::Number(n) => n.as_f64() == Some(1.0) || n.as_f64() == Some(0.0),
+                Value::Array(values) => values.is_empty(),
+                _ => false,
+            };
+            if !neutral(value) {
+                return Err(unsupported(format!("{key} {}", shown(value)), &format!("{} without it", reading.name)));
+            }
+        }
+        keys.ignore(&CHANGING);
         keys.ignore(&SILENT);
+        notes.append(&mut config.notes);
         let unknown: Vec<&str> = keys.unasked().filter(|(_, v)| **v != Value::Bool(false)).map(|(k, _)| k).collect();
         if !unknown.is_empty() {
             let name = reading.name;
@@ -326,6 +449,9 @@ fn architecture(keys: &Keys) -> Result<&'static Architecture, Error> {
     if keys.object("text_config").is_ok_and(|c| c.is_some()) {
         what += ", a model of several parts (text_config),";
     }
+    if let Some((_, missing)) = MISSING.iter().find(|(name, _)| names.iter().any(|n| n == name)) {
+        what += &format!(", which needs {missing},");
+    }
     let supported = arch::names().collect::<Vec<_>>().join(", ");
     Err(Error::Unsupported { path: keys.path().to_owned(), what, supported })
 }
@@ -348,16 +474,51 @@ fn first(keys: &Keys, key: &str, notes: &mut Vec<String>) -> Result<Option<u32>,
     Ok(ids.first().copied())
 }
 
-/// The narrowest window of a layer, if there is one.
-fn window(reading: &Architecture, keys: &Keys, layers: usize) -> Result<Option<usize>, Error> {
+impl Experts {
+    /// Checked: `count` experts of which `chosen` are chosen, `inner` wide; all layers have them.
+    ///
+    /// # Errors
+    /// If a number is missing or too large.
+    pub fn new(keys: &Keys, layers: usize, names: [&str; 3]) -> Result<Self, Error> {
+        let [count, chosen, inner] = names.map(|name| match keys.whole(name)? {
+            Some(n) if (1..=MOST).contains(&n) => Ok(n),
+            Some(n) => Err(Error::file(keys.path(), format!("{name} is {n}: expected 1 to {MOST}"))),
+            None => Err(Error::file(keys.path(), format!("{name} is missing: get the model again"))),
+        });
+        let (count, chosen, inner) = (count?, chosen?, inner?);
+        if count > MOST_EXPERTS || layers * count > MOST_OF_ALL_LAYERS || chosen > count {
+            let what = format!(
+                "{chosen} of {count} experts in {layers} layers: expected at most {MOST_EXPERTS} experts a layer, \
+                 {MOST_OF_ALL_LAYERS} in all, and no more chosen than there are"
+            );
+            return Err(Error::file(keys.path(), what));
+        }
+        Ok(Experts {
+            count,
+            chosen,
+            inner,
+            dense: vec![false; layers],
+            sigmoid: false,
+            normalise: true,
+            scale: 1.0,
+            shared: 0,
+            clamped: None,
+        })
+    }
+}
+
+/// The window of each layer.
+fn windows(reading: &Architecture, keys: &Keys, layers: usize) -> Result<Vec<Option<usize>>, Error> {
+    let none = vec![None; layers];
     let default = match reading.window {
-        Window::Never => return Ok(None),
-        Window::Always(n) => Some(n).filter(|_| !keys.has("sliding_window")),
+        Window::Never => return Ok(none),
+        Window::Always(n) => n.filter(|_| !keys.has("sliding_window")),
+        Window::Alternating { width, .. } => Some(width).filter(|_| !keys.has("sliding_window")),
         Window::Flagged if keys.truth("use_sliding_window")?.unwrap_or(false) => None,
         Window::Flagged => {
             // Read, and without meaning.
             keys.ignore(&["sliding_window", "max_window_layers", "layer_types"]);
-            return Ok(None);
+            return Ok(none);
         }
     };
     let kinds = keys.texts("layer_types")?;
@@ -369,90 +530,56 @@ fn window(reading: &Architecture, keys: &Keys, layers: usize) -> Result<Option<u
             supported: "full_attention, sliding_attention".to_owned(),
         });
     }
+    if let Some(kinds) = kinds.as_ref().filter(|k| k.len() != layers) {
+        let what = format!("layer_types has {} entries, but num_hidden_layers is {layers}", kinds.len());
+        return Err(Error::file(keys.path(), what));
+    }
     let from = keys.whole("max_window_layers")?.filter(|_| matches!(reading.window, Window::Flagged)).unwrap_or(0);
-    let slides = match kinds {
-        Some(kinds) => kinds.iter().any(|k| k == "sliding_attention"),
-        None => from < layers,
+    let every = match reading.window {
+        Window::Alternating { every, .. } => {
+            let named = keys.whole("sliding_window_pattern")?.or(keys.whole("_sliding_window_pattern")?);
+            Some(named.unwrap_or(every).max(1))
+        }
+        Window::Never | Window::Always(_) | Window::Flagged => None,
     };
-    Ok(keys.whole("sliding_window")?.or(default).filter(|&w| w > 0 && slides))
+    let slides = |layer: usize| match (&kinds, every) {
+        (Some(kinds), _) => kinds[layer] == "sliding_attention",
+        (None, Some(every)) => !(layer + 1).is_multiple_of(every),
+        (None, None) => layer >= from,
+    };
+    let window = keys.whole("sliding_window")?.or(default).filter(|&w| w > 0);
+    Ok((0..layers).map(|layer| window.filter(|_| slides(layer))).collect())
 }
 
-/// Base and scaling of the rotary frequencies: from `rope_scaling` or else `rope_parameters`, as transformers 5 has it,
-/// with the base from the top level where they have none.
-fn rope(keys: &Keys, max_positions: usize, notes: &mut Vec<String>) -> Result<(f64, RopeScaling), Error> {
-    let path = keys.path();
-    let full = |key: &str| keys.object(key).map(|o| o.filter(|o| o.unasked().next().is_some()));
-    let (scaling, parameters) = (full("rope_scaling")?, full("rope_parameters")?);
-    if let (Some(s), Some(p)) = (&scaling, &parameters)
-        && !s.unasked().eq(p.unasked())
-    {
-        notes.push(format!("{}: rope_scaling is used, and rope_parameters beside it is not", path.display()));
+/// The keys of the text's part of a model of several parts, with those beside it that count for the text too.
+fn text_part(keys: &Keys) -> Result<Option<Keys>, Error> {
+    let names = keys.texts("architectures")?.unwrap_or_default();
+    let kind = keys.text("model_type")?;
+    let known = arch::OF_PARTS.iter().any(|(name, model_type)| {
+        names.iter().any(|n| n == name) || (names.is_empty() && kind.as_deref() == Some(model_type))
+    });
+    if !known {
+        return Ok(None);
     }
-    let named = if scaling.is_some() { "rope_scaling" } else { "rope_parameters" };
-    let source = scaling.or(parameters);
-    let number = |name: &str| source.as_ref().map_or(Ok(None), |s| s.number(name));
-    let (inner, outer) = (number("rope_theta")?, keys.number("rope_theta")?);
-    let theta = inner.or(outer).unwrap_or(10000.0);
-    if theta <= 0.0 {
-        return Err(Error::file(path, format!("rope_theta is {theta}: expected a positive number")));
-    }
-    let outer_original = keys.number("original_max_position_embeddings")?;
-    let Some(source) = &source else { return Ok((theta, RopeScaling::None)) };
-    // Before transformers 4.43 the key was `type`.
-    let (kind, old) = (source.text("rope_type")?, source.text("type")?);
-    let kind = kind.or(old).unwrap_or("default".to_owned());
-    let need = |name: &str| match number(name)? {
-        Some(v) if v > 0.0 => Ok(v),
-        Some(v) => {
-            Err(Error::file(path, format!("{name} of rope scaling '{kind}' is {v}: expected a positive number")))
+    let beside = ["bos_token_id", "eos_token_id", "quantization_config", "tie_word_embeddings"];
+    keys.object("text_config").map(|part| part.map(|p| p.with(keys, &beside)))
+}
+
+impl Config {
+    /// How heads turn, and for each layer which of these it uses.
+    pub fn ropes(&self) -> (Vec<Rope>, Vec<Option<usize>>) {
+        let mut ropes = vec![Rope::new(self.rope_theta, self.rotary, &self.rope_scaling)];
+        if let Some(theta) = self.local_theta {
+            ropes.push(Rope::new(theta, self.rotary, &RopeScaling::None));
         }
-        None => Err(Error::file(path, format!("rope scaling '{kind}' needs {name}"))),
-    };
-    let scaling = match kind.as_str() {
-        "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor: need("factor")? },
-        "llama3" => {
-            let (low, high) = (need("low_freq_factor")?, need("high_freq_factor")?);
-            if high <= low {
-                return Err(Error::file(
-                    path,
-                    format!("high_freq_factor ({high}) must be above low_freq_factor ({low})"),
-                ));
-            }
-            let original = number("original_max_position_embeddings")?.or(outer_original);
-            let original = original.unwrap_or(max_positions as f64);
-            if original <= 0.0 {
-                return Err(Error::file(path, format!("original_max_position_embeddings is {original}")));
-            }
-            RopeScaling::Llama3 { factor: need("factor")?, low_freq_factor: low, high_freq_factor: high, original }
-        }
-        other => {
-            return Err(Error::Unsupported {
-                path: path.to_owned(),
-                what: format!("rope scaling '{other}'"),
-                supported: "default, linear, llama3".to_owned(),
-            });
-        }
-    };
-    if let Some(part) = number("partial_rotary_factor")?.filter(|p| *p != 1.0) {
-        return Err(Error::Unsupported {
-            path: path.to_owned(),
-            what: format!("partial_rotary_factor {part}"),
-            supported: "1".to_owned(),
-        });
+        let of = |attends: &Attends| match attends.turn {
+            Turn::Main => Some(0),
+            Turn::Local => Some(ropes.len() - 1),
+            Turn::Never => None,
+        };
+        let of_layers = self.attends.iter().map(of).collect();
+        (ropes, of_layers)
     }
-    if let Some((key, _)) = source.unasked().find(|(k, _)| k.contains("section")) {
-        return Err(Error::Unsupported {
-            path: path.to_owned(),
-            what: format!("{key} of {named}"),
-            supported: "one position for each token".to_owned(),
-        });
-    }
-    let unused: Vec<&str> = source.unasked().map(|(k, _)| k).collect();
-    if !unused.is_empty() {
-        notes.push(format!("{}: rope scaling '{kind}' has no use for {}", path.display(), unused.join(", ")));
-    }
-    Ok((theta, scaling))
 }
 
 #[cfg(test)]
@@ -501,17 +628,20 @@ mod tests {
         // Llama has no window, Mistral one of 4096 unless it says null, Qwen's has a switch.
         let of = |name: &str, rest: &str| {
             let text = format!("{BASE}{rest}}}").replace("Llama", name).replace(":512", ":5120");
-            Config::parse(Path::new("c"), &text).unwrap().max_positions
+            let config = Config::parse(Path::new("c"), &text).unwrap();
+            assert_eq!(config.max_positions, 5120);
+            config.attends.iter().map(|a| a.window.unwrap_or(0)).collect::<Vec<_>>()
         };
-        assert_eq!(of("Llama", r#","sliding_window":100"#), 5120);
-        assert_eq!(of("Mistral", r#","num_key_value_heads":4,"sliding_window":100"#), 100);
-        assert_eq!(of("Mistral", r#","num_key_value_heads":4,"sliding_window":null"#), 5120);
-        assert_eq!(of("Mistral", r#","num_key_value_heads":4"#), 4096);
+        assert_eq!(of("Llama", r#","sliding_window":100"#), [0, 0]);
+        assert_eq!(of("Mistral", r#","num_key_value_heads":4,"sliding_window":100"#), [100, 100]);
+        assert_eq!(of("Mistral", r#","num_key_value_heads":4,"sliding_window":null"#), [0, 0]);
+        assert_eq!(of("Mistral", r#","num_key_value_heads":4"#), [4096, 4096]);
         let qwen = |rest: &str| of("Qwen2", &format!(r#","num_key_value_heads":4,"sliding_window":100{rest}"#));
-        assert_eq!(qwen(""), 5120);
-        assert_eq!(qwen(r#","use_sliding_window":true"#), 100);
-        assert_eq!(qwen(r#","use_sliding_window":true,"max_window_layers":2"#), 5120);
-        assert_eq!(qwen(r#","use_sliding_window":true,"layer_types":["full_attention","full_attention"]"#), 5120);
+        assert_eq!(qwen(""), [0, 0]);
+        assert_eq!(qwen(r#","use_sliding_window":true"#), [100, 100]);
+        assert_eq!(qwen(r#","use_sliding_window":true,"max_window_layers":1"#), [0, 100]);
+        let kinds = r#","use_sliding_window":true,"layer_types":["sliding_attention","full_attention"]"#;
+        assert_eq!(qwen(kinds), [100, 0]);
     }
 
     /// Checked against `LlamaConfig` of transformers 5.24, but for `original_max_position_embeddings` at the top level,
@@ -540,6 +670,84 @@ mod tests {
     }
 
     #[test]
+    fn what_kinds_of_layers_turn_by() {
+        let of = |name: &str, rest: &str| {
+            let text = format!("{BASE}{rest}}}").replace("LlamaForCausalLM", name);
+            Config::parse(Path::new("c"), &text).map_err(|e| e.to_string())
+        };
+        let gemma =
+            of("Gemma3ForCausalLM", r#","sliding_window":64,"sliding_window_pattern":2,"head_dim":16"#).unwrap();
+        let turns: Vec<_> = gemma.attends.iter().map(|a| (a.window, a.turn)).collect();
+        assert_eq!(turns, [(Some(64), Turn::Local), (None, Turn::Main)]);
+        assert_eq!((gemma.rope_theta, gemma.local_theta, gemma.tied), (1e6, Some(1e4), true));
+        let both = r#","sliding_window":64,"layer_types":["full_attention","sliding_attention"],"rope_parameters":{
+            "full_attention":{"rope_type":"linear","factor":8,"rope_theta":5e5},
+            "sliding_attention":{"rope_type":"default","rope_theta":7e3}}"#;
+        let new = of("Gemma3ForCausalLM", both).unwrap();
+        assert_eq!((new.rope_theta, new.local_theta), (5e5, Some(7e3)));
+        assert_eq!(new.rope_scaling, RopeScaling::Linear { factor: 8.0 });
+        assert_eq!(new.attends[1].turn, Turn::Local);
+        let wrong = of("Gemma3ForCausalLM", &both.replace("\"default\"", "\"linear\"")).unwrap_err();
+        assert!(wrong.contains("rope scaling 'linear' of layers with windows"), "{wrong}");
+        let short = of("Gemma2ForCausalLM", r#","layer_types":["full_attention"]"#).unwrap_err();
+        assert!(short.contains("layer_types has 1 entries, but num_hidden_layers is 2"), "{short}");
+        let command = of("Cohere2ForCausalLM", r#","sliding_window_pattern":2"#).unwrap();
+        assert_eq!([Turn::Main, Turn::Never], [0, 1].map(|i| command.attends[i].turn));
+    }
+
+    #[test]
+    fn the_context_ends_where_a_rule_would_change() {
+        let dynamic = parse(r#","rope_scaling":{"type":"dynamic","factor":2}"#).unwrap();
+        assert_eq!((dynamic.max_positions, dynamic.rope_scaling, dynamic.notes.len()), (512, RopeScaling::None, 1));
+        let yarn = r#""rope_type":"yarn","factor":4,"original_max_position_embeddings":128"#;
+        let text =
+            format!(r#"{BASE},"num_key_value_heads":4,"rope_parameters":{{{yarn},"llama_4_scaling_beta":0.1}}}}"#)
+                .replace("LlamaForCausalLM", "Ministral3ForCausalLM");
+        let ministral = Config::parse(Path::new("c"), &text).unwrap();
+        assert_eq!((ministral.max_positions, ministral.notes.len()), (128, 1));
+        let RopeScaling::Yarn { attention, .. } = ministral.rope_scaling else { panic!("yarn") };
+        assert!((attention - (0.1 * 4f64.ln() + 1.0)).abs() < 1e-12);
+    }
+
+    #[test]
+    fn the_text_of_a_model_of_several_parts() {
+        let text = BASE.replace(r#""architectures":["LlamaForCausalLM"]"#, r#""model_type":"mistral""#);
+        let whole = format!(
+            r#"{{"architectures":["Mistral3ForConditionalGeneration"],"model_type":"mistral3","eos_token_id":9,
+            "vision_config":{{}},"text_config":{text},"num_key_value_heads":2}}}}"#
+        );
+        let c = Config::parse(Path::new("c"), &whole).unwrap();
+        assert_eq!((c.architecture.as_str(), c.kv_heads, c.of_parts), ("MistralForCausalLM", 2, true));
+        assert_eq!(c.eos, [9]);
+        let other = whole.replace("\"model_type\":\"mistral\"", "\"model_type\":\"mamba\"");
+        let message = Config::parse(Path::new("c"), &other).unwrap_err().to_string();
+        assert!(message.contains("model_type 'mamba'"), "{message}");
+    }
+
+    #[test]
+    fn experts_and_how_they_are_stored() {
+        let of = |name: &str, rest: &str| {
+            let text = format!("{BASE},\"num_key_value_heads\":4{rest}}}").replace("LlamaForCausalLM", name);
+            Config::parse(Path::new("c"), &text).map_err(|e| e.to_string())
+        };
+        let experts = |name: &str, rest: &str| of(name, rest).map(|c| c.experts.expect("experts"));
+        let mixtral = experts("MixtralForCausalLM", r#","num_local_experts":8,"num_experts_per_tok":2"#).unwrap();
+        assert_eq!((mixtral.count, mixtral.chosen, mixtral.inner, mixtral.dense), (8, 2, 128, vec![false; 2]));
+        let missing = of("MixtralForCausalLM", "").unwrap_err();
+        assert!(missing.contains("num_local_experts is missing"), "{missing}");
+        let few = of("MixtralForCausalLM", r#","num_local_experts":2,"num_experts_per_tok":3"#).unwrap_err();
+        assert!(few.contains("3 of 2 experts"), "{few}");
+        let fp8 = r#","quantization_config":{"quant_method":"fp8","weight_block_size":[128,64]}"#;
+        assert_eq!(of("MistralForCausalLM", fp8).unwrap().stored, Stored::Fp8([128, 64]));
+        let whole = of("MistralForCausalLM", r#","quantization_config":{"quant_method":"fp8"}"#).unwrap_err();
+        assert!(whole.contains("already quantized (fp8)") && whole.contains("weight_block_size"), "{whole}");
+        let mxfp4 = r#","quantization_config":{"quant_method":"mxfp4"}"#;
+        assert!(of("MistralForCausalLM", mxfp4).is_err());
+        let oss = format!(r#","num_local_experts":4,"num_experts_per_tok":2{mxfp4}"#);
+        assert_eq!(of("GptOssForCausalLM", &oss).unwrap().stored, Stored::Mxfp4);
+    }
+
+    #[test]
     fn biases_by_architecture() {
         let qwen = BASE.replace("Llama", "Qwen2");
         let c = Config::parse(Path::new("c"), &format!(r#"{qwen},"num_key_value_heads":4}}"#)).unwrap();
@@ -552,13 +760,17 @@ mod tests {
     fn refusals_name_what_is_supported() {
         let gpt = BASE.replace("LlamaForCausalLM", "GPT2LMHeadModel");
         let message = Config::parse(Path::new("m/config.json"), &format!("{gpt}}}")).unwrap_err().to_string();
-        assert_eq!(
-            message,
-            "m/config.json: architecture GPT2LMHeadModel is not supported \
-             (supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)"
-        );
+        let expected = "m/config.json: architecture GPT2LMHeadModel, which needs learned positions, is not supported \
+                        (supported: LlamaForCausalLM, MistralForCausalLM, ";
+        assert!(message.starts_with(expected), "{message}");
         for (rest, part) in [
-            (r#","rope_scaling":{"type":"yarn","factor":2}"#, "rope scaling 'yarn' is not supported"),
+            (r#","rope_scaling":{"type":"spiral","factor":2}"#, "rope scaling 'spiral' is not supported"),
+            (r#","rope_scaling":{"type":"yarn"}"#, "rope scaling 'yarn' needs factor"),
+            (
+                r#","rope_scaling":{"type":"longrope","short_factor":[1]}"#,
+                "short_factor of rope scaling 'longrope': expected 8",
+            ),
+            (r#","partial_rotary_factor":0.5"#, "partial_rotary_factor 0.5 is not supported"),
             (r#","rope_scaling":{"type":"llama3","factor":2}"#, "needs low_freq_factor"),
             (r#","hidden_act":"gelu""#, "hidden_act 'gelu'"),
             (r#","num_key_value_heads":3"#, "not a multiple of num_key_value_heads (3)"),

@@ -74,6 +74,14 @@ impl Keys {
         self.typed(key, "a number", |v| v.as_f64().filter(|v| v.is_finite()))
     }
 
+    /// A positive number.
+    ///
+    /// # Errors
+    /// If the value is something else.
+    pub fn positive(&self, key: &str) -> Result<Option<f64>, Error> {
+        self.typed(key, "a positive number", |v| v.as_f64().filter(|v| v.is_finite() && *v > 0.0))
+    }
+
     /// Truth.
     ///
     /// # Errors
@@ -96,6 +104,47 @@ impl Keys {
     /// If the value is something else.
     pub fn texts(&self, key: &str) -> Result<Option<Vec<String>>, Error> {
         self.typed(key, "a list of texts", |v| v.as_array()?.iter().map(|v| v.as_str().map(str::to_owned)).collect())
+    }
+
+    /// A list of finite numbers.
+    ///
+    /// # Errors
+    /// If the value is something else.
+    pub fn numbers(&self, key: &str) -> Result<Option<Vec<f64>>, Error> {
+        let list = |v: &Value| v.as_array()?.iter().map(|v| v.as_f64().filter(|v| v.is_finite())).collect();
+        self.typed(key, "a list of numbers", list)
+    }
+
+    /// A list of true and false, or of 1 and 0.
+    ///
+    /// # Errors
+    /// If the value is something else.
+    pub fn truths(&self, key: &str) -> Result<Option<Vec<bool>>, Error> {
+        let truth = |v: &Value| match v.as_u64() {
+            Some(n @ (0 | 1)) => Some(n == 1),
+            Some(_) => None,
+            None => v.as_bool(),
+        };
+        self.typed(key, "a list of 0 and 1", |v| v.as_array()?.iter().map(truth).collect())
+    }
+
+    /// A list of whole numbers that are not negative.
+    ///
+    /// # Errors
+    /// If the value is something else.
+    pub fn wholes(&self, key: &str) -> Result<Option<Vec<usize>>, Error> {
+        let whole = |v: &Value| v.as_u64().and_then(|v| v.try_into().ok());
+        self.typed(key, "a list of whole numbers", |v| v.as_array()?.iter().map(whole).collect())
+    }
+
+    /// These keys, and of `names` those of `outer` that are not among them.
+    pub fn with(mut self, outer: &Keys, names: &[&str]) -> Keys {
+        for name in names {
+            if let (Some(value), None) = (outer.get(name), self.values.get(*name)) {
+                self.values.insert((*name).to_owned(), value.clone());
+            }
+        }
+        self
     }
 
     /// Ids of tokens: one or a list of them. Negative ones, which some files have for "none", are left out.

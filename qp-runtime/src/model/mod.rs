@@ -7,6 +7,7 @@
 //! * [`program`]: what a model computes, without weights or a device; all else walks it.
 //! * [`keys`]: the keys of a JSON file, taken by name and type.
 //! * [`shards`]: which files hold the tensors.
+//! * `stored`: weights that files hold in other forms: stacked experts, MXFP4, FP8.
 //! * [`tensors`]: the tensors of mapped files.
 //! * [`weights`]: the tensors put in their places, each linear layer dense or packed.
 //! * [`rope`]: tables of rotary position embedding, shared by every engine.
@@ -22,6 +23,7 @@ pub mod keys;
 pub mod program;
 pub mod rope;
 pub mod shards;
+mod stored;
 pub mod tensors;
 pub mod tokenizer;
 pub mod unused;
@@ -90,6 +92,12 @@ impl Model {
             return Err(none);
         }
         let (config, mut tensors) = (config?, tensors?);
+        if config.of_parts {
+            let others = tensors.keep_text();
+            let what = format!("the text's part is read; {others} tensors of other parts are not");
+            tensors.notes.push(format!("{}: {what}", dir.display()));
+        }
+        stored::unpack(&mut tensors, &config)?;
         let (mut model, used) = Self::of(dir, &files, config, &tensors)?;
         model.notes.append(&mut tensors.notes);
         tensors.retain(|name| used.contains(name));

@@ -16,6 +16,7 @@ use safetensors::SafeTensors;
 use super::files::Files;
 use super::gguf::Block;
 use super::gguf::blocks::MOST;
+use super::stored::View;
 use super::{Error, shards};
 use crate::input;
 
@@ -231,6 +232,8 @@ pub(super) struct Entry {
     pub bytes: Bytes,
     /// Heads whose halves are interleaved row by row, if they are.
     pub interleaved: Option<usize>,
+    /// What the elements are in `bytes`, unless they lie there as they are.
+    view: Option<View>,
     /// True once all values were found finite.
     finite: AtomicBool,
 }
@@ -310,6 +313,43 @@ impl TensorDir {
         self.entries.retain(|name, _| keep(name));
     }
 
+    /// Of a model of several parts, keeps the text's, under the names that a model of text has: `model.…`, `lm_head.…`.
+    /// Gives the number of tensors of other parts.
+    pub(super) fn keep_text(&mut self) -> usize {
+        const OTHERS: [&str; 2] = ["vision_tower.", "multi_modal_projector."];
+        let all = std::mem::take(&mut self.entries);
+        let count = all.len();
+        for (name, entry) in all {
+            // transformers named them one way before 4.52, and another way since.
+            let inner = name.strip_prefix("model.").unwrap_or(&name);
+            if OTHERS.iter().any(|other| inner.starts_with(other)) {
+                continue;
+            }
+            let text = match (name.strip_prefix("language_model."), name.strip_prefix("model.language_model.")) {
+                (Some(text), _) => text.to_owned(),
+                (_, Some(text)) => format!("model.{text}"),
+                _ => name,
+            };
+            self.entries.insert(text, entry);
+        }
+        count - self.entries.len()
+    }
+
+    /// The directory or file, for messages.
+    pub(super) fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Takes a tensor out.
+    pub(super) fn take(&mut self, name: &str) -> Option<Entry> {
+        self.entries.remove(name)
+    }
+
+    /// Puts a tensor in.
+    pub(super) fn put(&mut self, name: String, entry: Entry) {
+        self.entries.insert(name, entry);
+    }
+
     /// True if there is a tensor of that name.
     pub fn contains(&self, name: &str) -> bool {
         self.entries.contains_key(name)
@@ -383,11 +423,19 @@ impl TensorDir {
 impl Entry {
     /// A tensor whose rows are in order.
     pub fn new(kind: Kind, shape: Vec<usize>, bytes: Bytes) -> Self {
-        Entry { kind, shape, bytes, interleaved: None, finite: AtomicBool::new(false) }
+        Entry { kind, shape, bytes, interleaved: None, view: None, finite: AtomicBool::new(false) }
+    }
+
+    /// A tensor whose elements are found in `bytes` as `view` says.
+    pub fn of_view(kind: Kind, shape: Vec<usize>, bytes: Bytes, view: View) -> Self {
+        Entry { view: Some(view), ..Entry::new(kind, shape, bytes) }
     }
 
     /// The bytes, rows in the order in which the model computes them: a copy if the file has another.
     fn in_order(&self) -> Bytes {
+        if let (Some(view), Kind::Plain(dtype)) = (&self.view, self.kind) {
+            return view.bytes(self.bytes.as_slice(), &self.shape, dtype.bitsize() / 8).into();
+        }
         let Some(heads) = self.interleaved else { return self.bytes.clone() };
         let (stored, rows) = (self.bytes.as_slice(), self.shape[0]);
         let (row, half) = (stored.len() / rows, rows / heads / 2);

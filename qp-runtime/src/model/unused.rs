@@ -98,6 +98,8 @@ pub fn check(
         let layer = name.strip_prefix("model.layers.").and_then(|n| n.split('.').next()?.parse::<usize>().ok());
         if frequencies(name) {
             harmless.push(name);
+        } else if layer.is_some_and(|n| (config.layers..config.layers + config.unused_layers).contains(&n)) {
+            harmless.push(name);
         } else if layer.is_some_and(|n| n >= config.layers) {
             beyond.push(name.as_str());
         } else if name.ends_with(".bias") {

@@ -54,10 +54,10 @@ pub struct Calibration {
     /// The residual stream of each text, before piece `next` of the program: a decoder block, or what follows the last.
     streams: Vec<Vec<f32>>,
     next: usize,
-    /// Of piece `next - 1`: what enters the layers of a node, rotated.
-    hessians: Vec<(usize, Rotation, Hessian)>,
+    /// Of piece `next - 1`: what enters the layers of one input, of which this is the first, rotated.
+    hessians: Vec<(LayerId, Rotation, Hessian)>,
     /// The last one made: layers that share an input often share it.
-    last: Option<(usize, Rotation, Pieces, Option<Arc<Feedback>>)>,
+    last: Option<(LayerId, Rotation, Pieces, Option<Arc<Feedback>>)>,
 }
 
 impl Calibration {
@@ -137,19 +137,21 @@ impl Calibration {
             self.last = None;
             self.advance(if self.next == piece { rotations } else { &[] })?;
         }
+        let groups = self.program.nodes[node].groups();
+        let first = groups.iter().find(|g| g.contains(&layer)).expect("a layer of the node")[0];
         let pieces = Pieces::new(&q.codes[0]);
-        if let Some((n, rotation, p, made)) = &self.last
-            && (*n, *rotation, p) == (node, q.rotation, &pieces)
+        if let Some((f, rotation, p, made)) = &self.last
+            && (*f, *rotation, p) == (first, q.rotation, &pieces)
         {
             return Ok(made.clone());
         }
-        let of = |h: &&(usize, Rotation, Hessian)| (h.0, h.1) == (node, q.rotation);
+        let of = |h: &&(LayerId, Rotation, Hessian)| (h.0, h.1) == (first, q.rotation);
         let (_, _, hessian) = self.hessians.iter().find(of).expect("asked for in order");
         if !hessian.mean().is_finite() {
             return Err(Error::Inputs { layer: name.to_owned() });
         }
         let made = Feedback::new(hessian, &pieces).map(Arc::new);
-        self.last = Some((node, q.rotation, pieces, made.clone()));
+        self.last = Some((first, q.rotation, pieces, made.clone()));
         Ok(made)
     }
 
@@ -159,21 +161,20 @@ impl Calibration {
         let Calibration { program, engine, hessians, texts, pages, streams, next, .. } = self;
         let (cut, behind) = (program.cuts[*next], program.cuts.get(*next + 1));
         let nodes = cut.node..behind.map_or(program.nodes.len(), |c| c.node);
-        for (at, node) in program.nodes.iter().enumerate().take(nodes.end).skip(nodes.start) {
-            let Node::Linear { x, layers } = node else { continue };
-            for rotation in layers.iter().filter_map(|(id, _)| *rotations.get(id.0)?) {
-                if !hessians.iter().any(|(n, r, _)| (*n, *r) == (at, rotation)) {
-                    hessians.push((at, rotation, Hessian::new(program.widths[x.0])));
+        for group in program.nodes[nodes.clone()].iter().flat_map(Node::groups) {
+            let first = group[0];
+            for rotation in group.iter().filter_map(|id| *rotations.get(id.0)?) {
+                if !hessians.iter().any(|(f, r, _)| (*f, *r) == (first, rotation)) {
+                    hessians.push((first, rotation, Hessian::new(program.layer(first).cols)));
                 }
             }
         }
-        let head = program.head().0;
+        let head = program.head();
         for (text, stream) in texts.iter().zip(streams) {
             let mut values = engine.values();
             values.put(cut.stream, std::mem::take(stream));
             engine.run(nodes.clone(), &[chunk(text, pages)], &mut values, |layers, x| {
-                let node = program.node_of(layers[0].0);
-                for (_, rotation, hessian) in hessians.iter_mut().filter(|h| Some(h.0) == node) {
+                for (_, rotation, hessian) in hessians.iter_mut().filter(|h| h.0 == layers[0]) {
                     let columns = hessian.columns();
                     let rotator = Rotator::new(*rotation, columns as u32);
                     let mut x = x.to_vec();
@@ -181,7 +182,7 @@ impl Calibration {
                     hessian.add(&x);
                 }
                 // Nobody asks for the logits.
-                if layers[0].0 == head { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                if layers[0] == head { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             })?;
             if let Some(behind) = behind {
                 *stream = values.take(behind.stream);

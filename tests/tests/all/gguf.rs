@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use qp_runtime::checkpoint::Checkpoint;
 use qp_runtime::engine::{self, Logits};
-use qp_runtime::model::config::RopeScaling;
+use qp_runtime::model::rope::RopeScaling;
 use qp_runtime::model::{Config, Model, TensorDir, Tokenizer};
 use qp_runtime::plan::Plan;
 use qp_runtime::quantize::{Job, Silent};
@@ -296,7 +296,7 @@ fn keys_are_used_refused_or_named() {
     let ends = open(&[("tokenizer.ggml.eot_token_id", Value::U32(5)), ("tokenizer.ggml.eom_token_id", Value::U32(6))]);
     assert_eq!(ends.unwrap().config.eos, [2, 5, 6]);
     let window = open(&[("llama.attention.sliding_window", Value::U32(32))]).unwrap().config;
-    assert_eq!((window.architecture.as_str(), window.max_positions), ("MistralForCausalLM", 32));
+    assert_eq!((window.architecture.as_str(), window.attends[0].window), ("MistralForCausalLM", Some(32)));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod allocation;
 mod checkpoint;
+mod conformance;
 mod device_engine;
 mod directories;
 mod gguf;

@@ -23,6 +23,8 @@ pub struct Append {
     pub v: Span,
     /// Columns of a head, from the first on, that are turned; column `i` with `i + rotary / 2`.
     pub rotary: u32,
+    /// True if neighbours turn together instead: column `2i` with `2i + 1`.
+    pub interleaved: bool,
     /// Root-mean-square norm of each head of queries and keys before it is turned: its epsilon.
     pub norm: Option<f32>,
     /// What scores are multiplied with, often `1 / √head_dim`.
@@ -197,10 +199,14 @@ impl<'b> Emit<'b, '_> {
             if r * 32 >= op.rotary {
                 return own;
             }
-            // Column i turns with i + half, or with i − half.
-            let (rotates, low) = (i.lt(op.rotary), i.lt(half));
-            let pair = low.select(i, i - half).min(half as i32 - 1);
-            let partner = low.select(i + half, i - half).min(last);
+            // Column i turns with i + half, or with i − half; or with its neighbour.
+            let rotates = i.lt(op.rotary);
+            let (low, pair, partner) = if op.interleaved {
+                ((i & 1).eq(0), (i >> 1).min(half as i32 - 1), (i ^ 1).min(last))
+            } else {
+                let low = i.lt(half);
+                (low, low.select(i, i - half).min(half as i32 - 1), low.select(i + half, i - half).min(last))
+            };
             let other = normed(b.load(x, first + partner, Elem::F32), partner);
             let angle = position * half + pair;
             let c = b.load_as(self.cos, angle, Elem::F32, 1, Caching::ReadOnly);

@@ -96,6 +96,13 @@ fn turned(op: &Append, x: &[f32], weights: &[f32], token: &Token<'_>, out: &mut 
         out.iter_mut().zip(weights).for_each(|(x, w)| *x = *x * factor * w);
     }
     let half = op.rotary as usize / 2;
+    if op.interleaved {
+        for ((pair, c), s) in out[..2 * half].as_chunks_mut::<2>().0.iter_mut().zip(token.cos).zip(token.sin) {
+            let [a, b] = *pair;
+            *pair = [a * c - b * s, b * c + a * s];
+        }
+        return;
+    }
     let (low, high) = out.split_at_mut(half);
     for (((a, b), c), s) in low.iter_mut().zip(high).zip(token.cos).zip(token.sin) {
         (*a, *b) = (*a * c - *b * s, *b * c + *a * s);

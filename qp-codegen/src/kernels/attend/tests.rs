@@ -44,6 +44,7 @@ struct Model {
     heads: u32,
     cache: Cache,
     rotary: u32,
+    interleaved: bool,
     norm: Option<f32>,
     window: Option<u32>,
     soft_cap: Option<f32>,
@@ -54,6 +55,7 @@ const PLAIN: Model = Model {
     heads: 4,
     cache: Cache { kv_heads: 2, head_dim: 64, planes: 2 },
     rotary: 64,
+    interleaved: false,
     norm: None,
     window: None,
     soft_cap: None,
@@ -80,6 +82,7 @@ impl Model {
             k: span(self.heads * d),
             v: span((self.heads + self.cache.kv_heads) * d),
             rotary: self.rotary,
+            interleaved: self.interleaved,
             norm: self.norm,
             scale: self.scale(),
         }
@@ -156,8 +159,9 @@ impl Sequence {
                 let pairs = model.rotary as usize / 2;
                 let (cos, sin) = angles(p, pairs);
                 for i in 0..pairs {
-                    let (a, b, c, s) = (x[i], x[i + pairs], f64::from(cos[i]), f64::from(sin[i]));
-                    (x[i], x[i + pairs]) = (a * c - b * s, b * c + a * s);
+                    let (j, k) = if model.interleaved { (2 * i, 2 * i + 1) } else { (i, i + pairs) };
+                    let (a, b, c, s) = (x[j], x[k], f64::from(cos[i]), f64::from(sin[i]));
+                    (x[j], x[k]) = (a * c - b * s, b * c + a * s);
                 }
             }
             if half {
@@ -251,6 +255,8 @@ fn the_twin_is_near_attention_in_double_precision() {
         (300, Model { sinks: true, rotary: 16, ..PLAIN }),
         (2300, of(2, 2, 64)),
         (90, Model { norm: Some(1e-6), ..of(3, 1, 80) }),
+        (90, Model { interleaved: true, rotary: 40, ..of(3, 1, 80) }),
+        (90, Model { rotary: 0, ..PLAIN }),
         (260, of(4, 1, 96)),
         (520, of(4, 1, 128)),
         (140, of(2, 1, 256)),
@@ -516,6 +522,8 @@ fn every_kind_of_model_equals_the_twin() {
         of(4, 1, 128, 2),
         of(2, 2, 64, 1),
         Model { norm: Some(1e-6), rotary: 20, ..of(3, 1, 80, 2) },
+        Model { norm: Some(1e-6), rotary: 40, interleaved: true, ..of(3, 1, 80, 2) },
+        Model { rotary: 0, ..of(2, 1, 32, 2) },
         Model { window: Some(70), ..of(7, 1, 96, 1) },
         Model { soft_cap: Some(2.0), sinks: true, window: Some(100), ..of(2, 1, 256, 2) },
         Model { sinks: true, ..of(9, 1, 64, 2) },

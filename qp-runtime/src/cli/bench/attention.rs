@@ -277,6 +277,7 @@ fn append_chain<'a>(
         k: span(op.heads),
         v: span(op.heads + kv_heads),
         rotary: head_dim,
+        interleaved: false,
         norm: None,
         scale: 1.0,
     };

@@ -19,6 +19,7 @@ use qp_codegen::kernels::embed::{self, Embed};
 use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::glu::{self, Glu};
+use qp_codegen::kernels::map::{self, Map};
 use qp_codegen::kernels::norm::{self, Norm};
 use qp_codegen::kernels::prepare::{self, Gate, Prepare};
 use qp_codegen::kernels::product;
@@ -29,7 +30,7 @@ use qp_codegen::spec::{Rotation, Shape};
 use super::layout::{Form, Layout};
 use crate::engine::attention_ops;
 use crate::model::LayerId;
-use crate::model::program::{self, CacheId, Node, Value, VectorId};
+use crate::model::program::{self, CacheId, Node, RopeId, Value, VectorId};
 
 /// Most tokens whose attention is computed for each token by itself.
 const FEW: u32 = 64;
@@ -90,6 +91,8 @@ pub enum Op {
     AttendMany(Attend),
     /// A gated unit before dense layers.
     Glu(Glu),
+    /// A function of rows.
+    Map(Map),
     /// The rows whose logits are wanted.
     Rows(Rows),
     /// The likeliest tokens.
@@ -111,6 +114,7 @@ impl Op {
             Op::Append(_) => "append",
             Op::AttendFew(_) | Op::AttendMany(_) => "attention",
             Op::Glu(_) => "gated unit",
+            Op::Map(_) => "map",
             Op::Rows(_) => "rows",
             Op::Argmax(_) => "argmax",
             Op::Sample(_) => "sample",
@@ -157,6 +161,7 @@ impl Op {
                 many::lower(op, &launch, most_tiles(layout, device, op.tokens))
             }
             Op::Glu(op) => glu::lower(op),
+            Op::Map(op) => map::lower(op),
             Op::Rows(op) => rows::lower(op),
             Op::Argmax(op) => argmax::lower(op),
             Op::Sample(op) => sample::lower(op),
@@ -183,12 +188,14 @@ pub struct Launch {
     pub write: Option<Slot>,
     /// Index of a matrix.
     pub matrix: Option<usize>,
-    /// Weights of norms.
+    /// Weights of norms, what is added to each row, or sinks.
     pub vectors: Vec<VectorId>,
     /// The layer whose bias is added.
     pub bias: Option<LayerId>,
     /// Keys and values.
     pub cache: Option<CacheId>,
+    /// How queries and keys turn.
+    pub rope: Option<RopeId>,
 }
 
 /// Which rows a step gives.
@@ -244,8 +251,8 @@ pub fn step(layout: &Layout, tokens: u32, wanted: Wanted) -> Step {
     for node in 0..end {
         lowering.node(node);
     }
-    let logits = lowering.places[program.head().1.0].map(|p| (p.slot, p.span));
-    if let Some(Place { slot, span: logits, columns }) = lowering.places[program.head().1.0] {
+    let logits = lowering.places[program.logits().0].map(|p| (p.slot, p.span));
+    if let Some(Place { slot, span: logits, columns }) = lowering.places[program.logits().0] {
         let batch = wanted.rows;
         match wanted.pick {
             Pick::Logits => (),
@@ -324,7 +331,15 @@ impl<'l> Lowering<'l> {
                 Node::Gate { gate, up, activation, y } => {
                     out.pending[y.0] = Some(Pending::Gate { gate, up, activation });
                 }
-                Node::Embed { .. } | Node::Linear { .. } | Node::Attend(_) | Node::Add { .. } | Node::Rows { .. } => {}
+                Node::Embed { .. }
+                | Node::Linear { .. }
+                | Node::Attend(_)
+                | Node::Mix(_)
+                | Node::Add { .. }
+                | Node::Map { .. }
+                | Node::Shift { .. }
+                | Node::Part { .. }
+                | Node::Rows { .. } => {}
             }
         }
         for node in 0..program.nodes.len() {
@@ -380,7 +395,11 @@ impl<'l> Lowering<'l> {
 
     /// A slot of its own for a value.
     fn own(&mut self, value: Value) -> (Slot, Span) {
-        let stride = self.layout.program.widths[value.0] as u32;
+        self.own_of(value, self.layout.program.widths[value.0] as u32)
+    }
+
+    /// The same, of `stride` values a row.
+    fn own_of(&mut self, value: Value, stride: u32) -> (Slot, Span) {
         let slot = self.take(stride);
         self.put(value, slot, Span::rows(stride));
         (slot, Span::rows(stride))
@@ -410,6 +429,7 @@ impl<'l> Lowering<'l> {
             vectors: Vec::new(),
             bias: None,
             cache: None,
+            rope: None,
         });
         self.launches.last_mut().expect("just pushed")
     }
@@ -422,6 +442,11 @@ impl<'l> Lowering<'l> {
             Node::Embed { layer, y } => self.embed(*layer, *y),
             Node::Linear { x, layers } => self.linear(*x, layers),
             Node::Attend(attention) => self.attend(attention),
+            // Not computed: engines refuse such programs (`Program::device_lacks`). What a step takes is counted all the same.
+            Node::Mix(mixture) => {
+                self.materialise(mixture.x);
+                self.own(mixture.y);
+            }
             Node::Add { x, z, y } => {
                 // A product has added its output itself otherwise.
                 if self.places[y.0].is_none() {
@@ -433,6 +458,28 @@ impl<'l> Lowering<'l> {
                     self.launch(Op::Add(op), &[z.slot], Some(x.slot));
                     self.put(*y, x.slot, x.span);
                 }
+            }
+            Node::Map { x, map, y } => {
+                self.materialise(*x);
+                let (x, width) = (self.place(*x), program.widths[y.0] as u32);
+                // It may be the residual stream, to which products add their outputs.
+                let stride = if width == program.widths[0] as u32 { self.stream } else { width };
+                let (slot, span) = self.own_of(*y, stride);
+                let op = Map { columns: width, batch: self.batch, x: x.span, y: span, function: *map };
+                self.launch(Op::Map(op), &[x.slot], Some(slot));
+            }
+            Node::Shift { x, by, y } => {
+                self.materialise(*x);
+                assert!(self.pending[x.0].is_some() || self.left[x.0] == 1, "nothing else reads what is shifted");
+                let x = self.place(*x);
+                let op = Add { columns: x.columns, batch: self.batch, x: Span::rows(0), y: x.span };
+                self.launch(Op::Add(op), &[], Some(x.slot)).vectors = vec![*by];
+                self.put(*y, x.slot, x.span);
+            }
+            Node::Part { x, first, y } => {
+                self.materialise(*x);
+                let x = self.place(*x);
+                self.put(*y, x.slot, Span { first: x.span.first + *first as u32, ..x.span });
             }
             Node::Rows { x, y } => {
                 let from = self.place(*x);
@@ -616,10 +663,12 @@ impl<'l> Lowering<'l> {
         let layout = self.layout;
         let (append, op) = attention_ops(&layout.program, attention, layout.cache, self.batch, spans);
         let launch = self.launch(Op::Append(append), &places.map(|p| p.slot), None);
-        launch.cache = Some(cache);
+        (launch.cache, launch.rope) = (Some(cache), attention.rope);
         launch.vectors = attention.q_norm.iter().chain(&attention.k_norm).map(|n| n.weight).collect();
         let (slot, _) = self.own(y);
         let op = if is_many(self.batch) { Op::AttendMany(op) } else { Op::AttendFew(op) };
-        self.launch(op, &[], Some(slot)).cache = Some(cache);
+        let launch = self.launch(op, &[], Some(slot));
+        launch.cache = Some(cache);
+        launch.vectors = attention.sinks.into_iter().collect();
     }
 }

@@ -41,7 +41,7 @@ impl Needs {
         let slots: BTreeMap<Slot, u64> =
             launches.iter().flat_map(|l| l.write).map(|s| (s, 4 * rows(&s) * u64::from(s.stride))).collect();
         let columns = layout.matrices.iter().map(|m| m.shape.cols).max().unwrap_or(1).next_multiple_of(COLUMN_PAD);
-        let angles = 8 * (room.context * program.rope.frequencies.len()) as u64;
+        let angles = 8 * (room.context * program.ropes.iter().map(|r| r.frequencies.len()).sum::<usize>()) as u64;
         let table = 4 * (room.context.div_ceil(PAGE) * room.pages.min(most as usize)) as u64;
         Needs {
             weights: layout.matrices.iter().map(|m| bytes(layout, m)).sum(),

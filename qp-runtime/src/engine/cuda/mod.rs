@@ -97,6 +97,9 @@ impl CudaEngine {
         if room.context > weights.program.context {
             return Err(Error::Positions { wanted: room.context, max: weights.program.context });
         }
+        if let Some(what) = weights.program.device_lacks() {
+            return Err(Error::NotOnDevice { what });
+        }
         let layout = Layout::new(&weights.program, &Form::of(weights), &weights.groups, room.cache);
         if let Some((free, _)) = executor.free_memory()? {
             Needs::of(&layout, room).check(free as u64)?;
@@ -144,8 +147,11 @@ impl CudaEngine {
         biases: Vec<Option<Buffer<f32>>>,
     ) -> Result<Self, DeviceError> {
         let on = &executor;
-        let turns = rope_tables(&layout.program.rope, room.context);
-        let turns = (on.upload(&turns.cos)?, on.upload(&turns.sin)?);
+        let turns = |rope| {
+            let tables = rope_tables(rope, room.context);
+            Ok::<_, DeviceError>((on.upload(&tables.cos)?, on.upload(&tables.sin)?))
+        };
+        let turns = layout.program.ropes.iter().map(turns).collect::<Result<_, _>>()?;
         let constants = Constants { matrices, vectors, biases, turns, nothing: on.zeroed(1)? };
         let columns = layout.matrices.iter().map(|m| m.shape.cols).max().unwrap_or(1);
         let most_tokens = most_tokens(room);

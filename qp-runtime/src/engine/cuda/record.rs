@@ -22,8 +22,8 @@ pub struct Constants {
     pub vectors: Vec<Buffer<f32>>,
     /// Biases, by layer.
     pub biases: Vec<Option<Buffer<f32>>>,
-    /// Cosines and sines, positions × frequencies.
-    pub turns: (Buffer<f32>, Buffer<f32>),
+    /// Cosines and sines, positions × frequencies, by [`RopeId`](crate::model::program::RopeId).
+    pub turns: Vec<(Buffer<f32>, Buffer<f32>)>,
     /// Given where a kernel reads nothing.
     pub nothing: Buffer<f32>,
 }
@@ -162,6 +162,7 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
         (Op::Norm(_), _) => on.load::<args::Norm<'_>>(kernel)?,
         (Op::Add(_), _) => on.load::<args::Add<'_>>(kernel)?,
         (Op::Glu(_), _) => on.load::<args::Glu<'_>>(kernel)?,
+        (Op::Map(_), _) => on.load::<args::Map<'_>>(kernel)?,
         (Op::Rows(_), _) => on.load::<args::Rows<'_>>(kernel)?,
         (Op::Argmax(_), _) => on.load::<args::Argmax<'_>>(kernel)?,
         (Op::Sample(_), _) => on.load::<args::Sample<'_>>(kernel)?,
@@ -194,7 +195,7 @@ pub fn record(
     constants: &Constants,
 ) -> Result<(), DeviceError> {
     let kernel = kernels.get(&launch.op);
-    let Constants { matrices, vectors, biases, turns: (cos, sin), nothing } = constants;
+    let Constants { matrices, vectors, biases, turns, nothing } = constants;
     let State { tokens, places, rows, best, choices, values, activations, faults, queries, caches } = state;
     // The buffer that is written cannot be among those that are read.
     let mut written = launch.write.map(|slot| (slot, values.remove(&slot).expect("a buffer for each slot")));
@@ -229,21 +230,24 @@ pub fn record(
         (Op::Norm(_), Ready::Plain(kernel), _, Some(y)) => to.launch(kernel, args::Norm { x: read(0), norm, y }),
         (Op::Add(_), Ready::Plain(kernel), _, Some(y)) => {
             let bias = launch.bias.and_then(|id| biases[id.0].as_ref());
-            to.launch(kernel, args::Add { x: bias.unwrap_or_else(|| read(0)), y })
+            let vector = launch.vectors.first().map(|v| &vectors[v.0]);
+            to.launch(kernel, args::Add { x: bias.or(vector).unwrap_or_else(|| read(0)), y })
         }
         (Op::Glu(_), Ready::Plain(kernel), _, Some(y)) => {
             to.launch(kernel, args::Glu { gate: read(0), up: read(1), y })
         }
+        (Op::Map(_), Ready::Plain(kernel), _, Some(y)) => to.launch(kernel, args::Map { x: read(0), y }),
         (Op::Rows(_), Ready::Plain(kernel), _, Some(y)) => to.launch(kernel, args::Rows { rows, x: read(0), y }),
         (Op::Append(_), Ready::Append(kernel), ..) => {
-            let (norms, turns) = ([norm_of(0), norm_of(1)], [cos, sin]);
+            let turns = launch.rope.map_or([nothing, nothing], |id| [&turns[id.0].0, &turns[id.0].1]);
+            let norms = [norm_of(0), norm_of(1)];
             let inputs = AppendInputs { q: read(0), k: read(1), v: read(2), norms, turns };
             let cache = &mut caches[launch.cache.expect("a cache").0];
             kernel.record(to, inputs, places, cache, queries, Faults { faults, layer })
         }
         (Op::AttendFew(_) | Op::AttendMany(_), Ready::Attend(kernel), _, Some(y)) => {
             let cache = &caches[launch.cache.expect("a cache").0];
-            kernel.record(to, (queries, nothing), places, cache, y, Faults { faults, layer })
+            kernel.record(to, (queries, norm), places, cache, y, Faults { faults, layer })
         }
         (Op::Argmax(_), Ready::Plain(kernel), ..) => to.launch(kernel, args::Argmax { logits: read(0), best }),
         (Op::Sample(_), Ready::Plain(kernel), ..) => {

@@ -4,8 +4,8 @@ use serde_json::json;
 
 use super::container::Value;
 use super::{ATTENTION, EMBEDDING, FACTORS, FEED_FORWARD, Gguf};
+use crate::model::Error;
 use crate::model::config::Config;
-use crate::model::{Error, rope};
 
 /// Keys of an architecture that change what is computed, and the values that change nothing.
 const CHANGING: [(&str, f64); 18] = [
@@ -143,15 +143,18 @@ impl Gguf {
         if !self.file.tensors.contains_key(FACTORS) {
             return Ok(());
         }
-        let parse = |config: &serde_json::Value| Config::parse(self.path(), &config.to_string());
-        let plain = rope::frequencies(&parse(config)?);
+        let frequencies = |config: &serde_json::Value| {
+            let (mut ropes, _) = Config::parse(self.path(), &config.to_string())?.ropes();
+            Ok::<_, Error>(ropes.swap_remove(0).frequencies)
+        };
+        let plain = frequencies(config)?;
         let found = self.factors()?;
         let factor = found.iter().copied().fold(1.0, f32::max);
         config["rope_scaling"] = json!({
             "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         });
-        let scaled = rope::frequencies(&parse(config)?);
+        let scaled = frequencies(config)?;
         let expected = plain.iter().zip(&scaled).map(|(p, s)| p / s);
         let close = |(e, f): (f64, &f32)| (e / f64::from(*f) - 1.0).abs() < 1e-3;
         if plain.len() == found.len() && expected.zip(&found).all(close) {

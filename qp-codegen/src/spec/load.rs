@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use super::check::{self, Files, Parsed, Sink};
-use super::{Fusion, Quantizer, TableSource};
+use super::{Format, Fusion, Quantizer, TableSource};
 use crate::palette;
 use crate::syntax::ast::Item;
 use crate::syntax::diag::{Diagnostic, Diagnostics, FileId, Severity, Sources, Span, nearest};
@@ -16,6 +16,8 @@ use crate::text_file;
 pub struct Library {
     /// Quantizers in order of definition. Some may be untrained: see [`Quantizer::is_trained`].
     pub quantizers: Vec<Quantizer>,
+    /// Formats in order of definition: quantizers that say their `weight`, to be read from others' files.
+    pub formats: Vec<Format>,
     /// Fusion patterns in order of definition.
     pub fusions: Vec<Fusion>,
     /// Warnings, with the texts they point into.
@@ -28,6 +30,11 @@ impl Library {
     /// The quantizer called `name`.
     pub fn get(&self, name: &str) -> Option<&Quantizer> {
         self.quantizers.iter().find(|q| q.name == name)
+    }
+
+    /// The format called `name`.
+    pub fn format(&self, name: &str) -> Option<&Format> {
+        self.formats.iter().find(|f| f.name == name)
     }
 
     /// The fusion pattern called `name`.
@@ -143,7 +150,7 @@ impl<'a> Loader<'a> {
             .iter()
             .filter_map(|i| match i {
                 Item::Use(u) => Some((u.path.name.clone(), u.path.span)),
-                Item::Family(_) | Item::Quantizer(_) | Item::Fusion(_) => None,
+                Item::Family(_) | Item::Quantizer(_) | Item::Fusion(_) | Item::Function(_) | Item::Layout(_) => None,
             })
             .collect();
         let index = self.parsed.len();
@@ -182,7 +189,7 @@ impl<'a> Loader<'a> {
     }
 
     fn finish(mut self) -> Result<Library, Diagnostics> {
-        let (quantizers, fusions) = match self.parsed.is_empty() {
+        let check::Found { quantizers, formats, fusions } = match self.parsed.is_empty() {
             true => Default::default(),
             false => check::library(&self.parsed, 0, self.files, &mut self.sink),
         };
@@ -208,7 +215,7 @@ impl<'a> Loader<'a> {
                 TableSource::File(_) | TableSource::Trained { .. } | TableSource::Inline => (),
             }
         }
-        Ok(Library { quantizers, fusions, warnings: found, files })
+        Ok(Library { quantizers, formats, fusions, warnings: found, files })
     }
 }
 

@@ -22,13 +22,17 @@
 //! the GPU's) yields the same bytes.
 
 mod canonical;
+mod canonical_format;
 mod check;
 pub mod expr;
+pub mod format;
 mod fusion;
+pub mod index;
 mod load;
 pub mod table_file;
 
 pub(crate) use check::Files;
+pub use format::Format;
 pub use fusion::{Epilogue, Fusion, Launch, Matrix, Prologue};
 pub(crate) use load::load_from;
 pub use load::{

@@ -48,6 +48,11 @@ pub fn get(name: &str) -> Option<&'static Format> {
     first.or_else(|| files().iter().find_map(|f| f.library().format(name)))
 }
 
+/// The text of `specs/formats/imports.toml`: what others' `config.json` calls the formats.
+pub fn imports() -> &'static str {
+    FILES.iter().find(|f| f.0 == "formats/imports.toml").map_or("", |f| f.1)
+}
+
 /// The format whose layout called `layout` has the type number `ty`.
 pub fn of_type(layout: &str, ty: u32) -> Option<&'static Format> {
     let has = |f: &&Format| f.layout(layout).is_some_and(|l| l.ty == Some(ty));

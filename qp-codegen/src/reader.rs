@@ -142,13 +142,22 @@ struct Part {
 #[derive(Clone, Debug)]
 pub struct Reader {
     book: Arc<Book>,
+    layout: String,
     shape: Shape,
     tensors: Vec<Stored>,
     codes: Vec<Part>,
     fields: Vec<Vec<Part>>,
 }
 
-/// Up to 64 bits that begin at bit `at`.
+impl PartialEq for Reader {
+    /// True if both read the same format from the same tensors of the same layout.
+    fn eq(&self, other: &Self) -> bool {
+        let same = Arc::ptr_eq(&self.book, &other.book) || self.book == other.book;
+        same && (self.shape, &self.layout, &self.tensors) == (other.shape, &other.layout, &other.tensors)
+    }
+}
+
+/// Up to 32 bits that begin at bit `at`.
 fn bits_at(bytes: &[u8], at: i64, len: u32) -> u32 {
     let (byte, shift) = ((at >> 3) as usize, (at & 7) as u32);
     let word = match bytes.get(byte..byte + 8) {
@@ -415,12 +424,17 @@ impl Reader {
         };
         let codes = of(Target::Code)?;
         let fields = (0..format.fields.len()).map(|f| of(Target::Field(f))).collect::<Result<_, _>>()?;
-        Ok(Reader { book: book.clone(), shape, tensors, codes, fields })
+        Ok(Reader { book: book.clone(), layout: layout.name.clone(), shape, tensors, codes, fields })
     }
 
     /// The format.
     pub fn format(&self) -> &Format {
         &self.book.format
+    }
+
+    /// Name of the layout.
+    pub fn layout(&self) -> &str {
+        &self.layout
     }
 
     /// The matrix.
@@ -456,7 +470,7 @@ impl Reader {
     }
 
     /// Columns from `col` on, of `row`, that have the number of field `f` which covers (row, col).
-    fn run(&self, f: usize, row: u32, col: u32) -> usize {
+    pub fn run(&self, f: usize, row: u32, col: u32) -> usize {
         let left = match self.format().fields[f].cover {
             Cover::Matrix | Cover::Row => u32::MAX,
             Cover::Column => 1,

@@ -5,7 +5,7 @@ use std::path::{Component, Path, PathBuf};
 
 use super::check::{self, Files, Parsed, Sink};
 use super::{Format, Fusion, Quantizer, TableSource};
-use crate::palette;
+use crate::{formats, palette};
 use crate::syntax::ast::Item;
 use crate::syntax::diag::{Diagnostic, Diagnostics, FileId, Severity, Sources, Span, nearest};
 use crate::syntax::{diag, parse};
@@ -248,11 +248,57 @@ pub fn resolve(arg: &str) -> Result<Quantizer, Diagnostics> {
     }
 }
 
+/// A quantizer or a format.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Definition {
+    /// A quantizer, perhaps untrained.
+    Quantizer(Quantizer),
+    /// A format.
+    Format(Format),
+}
+
+/// As [`resolve_untrained`], formats included: those of a file, and those built in by name (`q4_k`).
+///
+/// # Errors
+/// As [`resolve`].
+pub fn resolve_any(arg: &str) -> Result<Definition, Diagnostics> {
+    match format_of(arg)? {
+        Some(f) => Ok(Definition::Format(f)),
+        None => resolve_untrained(arg).map(Definition::Quantizer),
+    }
+}
+
+/// The format that a command line names, if it names one.
+fn format_of(arg: &str) -> Result<Option<Format>, Diagnostics> {
+    let (file, member) = match arg.rsplit_once(':').filter(|(file, _)| file.ends_with(".qspec")) {
+        Some((file, member)) => (file, member),
+        None => match arg.strip_suffix(".qspec") {
+            Some(stem) => (arg, stem.rsplit(['/', '\\']).next().unwrap_or(stem)),
+            None if palette::get(arg).is_some() => return Ok(None),
+            None => return Ok(formats::get(arg).cloned()),
+        },
+    };
+    if !Path::new(file).exists() {
+        return Ok(None);
+    }
+    let library = load_file(file)?;
+    Ok(match (library.format(member), &library.formats[..], &library.quantizers[..]) {
+        (Some(f), ..) => Some(f.clone()),
+        (None, [f], []) if file == arg => Some(f.clone()),
+        _ => None,
+    })
+}
+
 /// As [`resolve`], but the quantizer may be untrained.
 ///
 /// # Errors
 /// As [`resolve`].
 pub fn resolve_untrained(arg: &str) -> Result<Quantizer, Diagnostics> {
+    if let Some(f) = format_of(arg)? {
+        let d = Diagnostic::plain(format!("`{}` is a format of others, which can be read and not made", f.name));
+        let d = d.hint("`qp import` takes such matrices as they are; `qp-codegen list` shows what can be made");
+        return Err(Diagnostics { list: vec![d], ..Diagnostics::default() });
+    }
     if let Some((file, member)) = arg.rsplit_once(':').filter(|(file, _)| file.ends_with(".qspec")) {
         let library = load_file(file)?;
         let q = library.get(member).cloned();

@@ -8,6 +8,7 @@ use super::Error;
 use super::arch::{self, Architecture, Window};
 use super::files::Files;
 use super::keys::{Keys, shown};
+use super::stored::Stored;
 
 /// Largest size that a model may have in any direction.
 pub const MOST: usize = 1 << 28;
@@ -80,6 +81,8 @@ pub struct Config {
     pub eos: Vec<u32>,
     /// What `generation_config.json` suggests for sampling, as `KEY VALUE`: it is followed only where asked for.
     pub suggested: Vec<String>,
+    /// How the files keep the matrices, if they are quantized.
+    pub stored: Option<Stored>,
     /// What the files say that is not used and changes nothing, for the user.
     pub notes: Vec<String>,
 }
@@ -202,10 +205,15 @@ impl Config {
         };
         // First what the model is: of another kind, all else would be beside the point.
         let reading = architecture(&keys)?;
-        if let Some(q) = keys.object("quantization_config")? {
-            let method = q.text("quant_method")?.unwrap_or("of an unnamed method".to_owned());
-            return Err(unsupported(format!("a checkpoint already quantized ({method})"), "the unquantized model"));
-        }
+        let stored = match keys.get("quantization_config") {
+            None => None,
+            Some(q) => {
+                let method = q.get("quant_method").and_then(Value::as_str).unwrap_or("of an unnamed method");
+                let known = || format!("the unquantized model, or {}", Stored::known());
+                let what = || format!("a checkpoint already quantized ({method}) so");
+                Some(Stored::find(q).ok_or_else(|| unsupported(what(), &known()))?)
+            }
+        };
         for key in ["hidden_act", "hidden_activation"] {
             if let Some(act) = keys.text(key)?.filter(|a| a != "silu" && a != "swish") {
                 return Err(unsupported(format!("{key} '{act}'"), "silu"));
@@ -286,6 +294,7 @@ impl Config {
             eos: keys.tokens("eos_token_id")?.unwrap_or_default(),
             architecture: reading.name.to_owned(),
             suggested: Vec::new(),
+            stored,
             notes: Vec::new(),
         };
         keys.ignore(&SILENT);

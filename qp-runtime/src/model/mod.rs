@@ -7,6 +7,7 @@
 //! * [`program`]: what a model computes, without weights or a device; all else walks it.
 //! * [`keys`]: the keys of a JSON file, taken by name and type.
 //! * [`shards`]: which files hold the tensors.
+//! * [`stored`]: matrices that a model's files keep quantized.
 //! * [`tensors`]: the tensors of mapped files.
 //! * [`weights`]: the tensors put in their places, each linear layer dense or packed.
 //! * [`rope`]: tables of rotary position embedding, shared by every engine.
@@ -22,6 +23,7 @@ pub mod keys;
 pub mod program;
 pub mod rope;
 pub mod shards;
+pub mod stored;
 pub mod tensors;
 pub mod tokenizer;
 pub mod unused;
@@ -90,6 +92,9 @@ impl Model {
             return Err(none);
         }
         let (config, mut tensors) = (config?, tensors?);
+        if let Some(stored) = &config.stored {
+            stored.join(&mut tensors, &arch::program(&config))?;
+        }
         let (mut model, used) = Self::of(dir, &files, config, &tensors)?;
         model.notes.append(&mut tensors.notes);
         tensors.retain(|name| used.contains(name));

@@ -30,7 +30,7 @@ use items::{Item, Work, items, join_tied, layers};
 use pipeline::{Pipeline, Pool};
 
 /// Files of a model directory that a checkpoint takes along, where they exist.
-const COPIED: [&str; 11] = [
+pub(crate) const COPIED: [&str; 11] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -311,6 +311,7 @@ impl Job {
             tool: head.tool,
             model,
             calibration: head.calibration,
+            source: None,
             specs,
             layers,
             groups,

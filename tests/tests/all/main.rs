@@ -5,6 +5,7 @@ mod checkpoint;
 mod device_engine;
 mod directories;
 mod gguf;
+mod import;
 mod ir;
 mod launch_args;
 mod palette;

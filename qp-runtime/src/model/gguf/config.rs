@@ -163,7 +163,7 @@ impl Gguf {
     fn factors(&self) -> Result<Vec<f32>, Error> {
         let place = &self.file.tensors[FACTORS];
         let bytes = place.bytes.as_slice();
-        match place.kind {
+        match &place.kind {
             crate::model::tensors::Kind::Plain(safetensors::Dtype::F32) => {
                 Ok(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
             }

@@ -70,6 +70,7 @@ mod tests {
 
     use super::*;
     use crate::reader::{Book, Reader};
+    use crate::spec::format::Number;
     use crate::spec::{Shape, load_str};
 
     #[test]
@@ -135,6 +136,52 @@ mod tests {
             count += 1;
         }
         assert_eq!(count, 21);
+    }
+
+    /// The tensors of `tests/formats/others.txt`: bytes of a generator, and numbers that every type holds exactly.
+    fn made(reader: &Reader) -> Vec<Vec<u8>> {
+        let mut x = 12345u32;
+        let mut byte = || {
+            x = x.wrapping_mul(1_103_515_245).wrapping_add(12345);
+            (x >> 16) as u8
+        };
+        let mut of = |t: &crate::reader::Stored, codes: bool| -> Vec<u8> {
+            let number = |b: u8| (f32::from(b) + 1.0) / 1024.0;
+            let count = t.dims.iter().product::<u64>();
+            let ty = t.ty.unwrap();
+            let e4m3 = codes && reader.format().name.starts_with("fp8");
+            let e8m0 = !codes && reader.format().name == "mxfp4";
+            match ty {
+                Number::F16 => (0..count).flat_map(|_| half::f16::from_f32(number(byte())).to_le_bytes()).collect(),
+                Number::Bf16 => (0..count).flat_map(|_| half::bf16::from_f32(number(byte())).to_le_bytes()).collect(),
+                Number::F32 => (0..count).flat_map(|_| number(byte()).to_le_bytes()).collect(),
+                Number::E4m3 => (0..count).map(|_| byte() % 127).collect(),
+                _ if e4m3 => (0..count).map(|_| byte() % 127).collect(),
+                _ if e8m0 => (0..count).map(|_| 118 + byte() % 8).collect(),
+                _ => (0..t.bytes).map(|_| byte()).collect(),
+            }
+        };
+        reader.tensors().iter().enumerate().map(|(i, t)| of(t, i == 0)).collect()
+    }
+
+    #[test]
+    fn matrices_hold_what_the_published_definitions_say() {
+        let mut count = 0;
+        for line in include_str!("../../tests/formats/others.txt").lines().filter(|l| !l.starts_with('#')) {
+            let [name, layout, rows, cols, sum] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line}") };
+            let format = get(name).unwrap_or_else(|| panic!("there is no {name}"));
+            let shape = Shape { rows: rows.parse().unwrap(), cols: cols.parse().unwrap() };
+            let book = Arc::new(Book::new(format.clone()));
+            let reader = Reader::new(&book, format.layout(layout).unwrap(), shape).unwrap();
+            let tensors = made(&reader);
+            let tensors: Vec<&[u8]> = tensors.iter().map(Vec::as_slice).collect();
+            let mut hash = Sha256::new();
+            weights(format, layout, shape, &tensors).iter().for_each(|w| hash.update(w.to_le_bytes()));
+            let found: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+            assert_eq!(found, sum, "{name}");
+            count += 1;
+        }
+        assert_eq!(count, 12);
     }
 
     #[test]

@@ -79,7 +79,8 @@ fn of_format(f: &Format, code: u32, out: &mut String) -> Result<(), String> {
 /// The fields and weights of a matrix whose tensors, in the layout's order, are `tensors`.
 pub fn matrix(f: &Format, layout: &str, shape: Shape, tensors: &[Vec<u8>]) -> Result<String, String> {
     let known = || f.layouts.iter().map(|l| l.name.as_str()).collect::<Vec<_>>().join(", ");
-    let layout = f.layout(layout).ok_or_else(|| format!("`{}` has no layout `{layout}`; it has {}", f.name, known()))?;
+    let layout =
+        f.layout(layout).ok_or_else(|| format!("`{}` has no layout `{layout}`; it has {}", f.name, known()))?;
     let reader = Reader::new(&Arc::new(Book::new(f.clone())), layout, shape).map_err(|e| e.to_string())?;
     let wanted: Vec<String> = reader.tensors().iter().map(|t| format!("{} of {} bytes", t.name, t.bytes)).collect();
     let found: Vec<String> =

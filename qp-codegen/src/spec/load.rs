@@ -5,11 +5,11 @@ use std::path::{Component, Path, PathBuf};
 
 use super::check::{self, Files, Parsed, Sink};
 use super::{Format, Fusion, Quantizer, TableSource};
-use crate::{formats, palette};
 use crate::syntax::ast::Item;
 use crate::syntax::diag::{Diagnostic, Diagnostics, FileId, Severity, Sources, Span, nearest};
 use crate::syntax::{diag, parse};
 use crate::text_file;
+use crate::{formats, palette};
 
 /// What a `.qspec` file defines.
 #[derive(Clone, Debug, Default, PartialEq)]

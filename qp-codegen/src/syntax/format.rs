@@ -345,9 +345,8 @@ impl<'a> Writer<'a> {
         // A fraction of literals is written close: 1/32.
         // But not where the number belongs to what stands before it: c % 32 / 16.
         let quotient = |k: usize| k > 1 && matches!(self.lexed.tokens[k - 2].kind, K::Percent | K::Slash);
-        let fraction = |k: usize| {
-            self.lexed.tokens[k].kind == K::Slash && k > 0 && number(k - 1) && number(k + 1) && !quotient(k)
-        };
+        let fraction =
+            |k: usize| self.lexed.tokens[k].kind == K::Slash && k > 0 && number(k - 1) && number(k + 1) && !quotient(k);
         let tight = match (a.kind, b.kind) {
             (K::Dot | K::Range, _) | (_, K::Dot | K::Range) => true,
             (K::LParen | K::LBracket, _) | (_, K::RParen | K::RBracket | K::Comma) => true,

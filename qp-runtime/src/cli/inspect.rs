@@ -150,9 +150,8 @@ fn view(checkpoint: &Checkpoint, verified: bool) -> View<'_> {
         .filter_map(|l| Some((l, checkpoint.format(&l.spec)?.layout(l.layout.as_deref()?)?)))
         .flat_map(|(l, layout)| layout.tensors.iter().map(move |t| format!("{}.{}", l.name, t.name)))
         .collect();
-    let is_kept = |name: &String| {
-        !name.ends_with(".packed") && !name.ends_with(".scales") && !of_formats.contains(name)
-    };
+    let is_kept =
+        |name: &String| !name.ends_with(".packed") && !name.ends_with(".scales") && !of_formats.contains(name);
     let kept: Vec<u64> = m.tensors.iter().filter(|t| is_kept(&t.name)).map(bytes_of).collect();
     let weights = |r: &Row| u64::from(r.rows) * u64::from(r.cols);
     let quantized_weights: u64 = rows.iter().map(weights).sum();

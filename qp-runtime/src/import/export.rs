@@ -48,7 +48,10 @@ pub fn export(dir: &Path, out: &Path, force: bool, progress: &mut Progress<'_>) 
         return Err(Error::refused(dir, "was not imported: only what `qp import` made can be exported"));
     };
     if !["gguf", "safetensors"].contains(&source.kind.as_str()) {
-        return Err(Error::refused(dir, format!("was imported from {}, which this program does not write", source.kind)));
+        return Err(Error::refused(
+            dir,
+            format!("was imported from {}, which this program does not write", source.kind),
+        ));
     }
     std::fs::create_dir_all(out).map_err(|source| Error::Write { path: out.to_owned(), source })?;
     let headers: Vec<PathBuf> = source.files.iter().map(|f| dir.join(&f.header)).collect();

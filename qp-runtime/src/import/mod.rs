@@ -110,7 +110,8 @@ pub fn import(model: &Path, out: &Path, begin: Begin, progress: &mut Progress<'_
                 let why = "is not quantized: GGUF files are imported, and models whose config.json says how; use `qp quantize`";
                 return Err(Error::refused(model, why));
             }
-            let views = shards::find(dir)?.paths.iter().map(|p| View::of_safetensors(p)).collect::<Result<Vec<_>, _>>()?;
+            let views =
+                shards::find(dir)?.paths.iter().map(|p| View::of_safetensors(p)).collect::<Result<Vec<_>, _>>()?;
             ("safetensors", joined, views)
         }
     };
@@ -122,9 +123,9 @@ pub fn import(model: &Path, out: &Path, begin: Begin, progress: &mut Progress<'_
     for name in source.names() {
         let (kind, pieces) = source.stored(name)?;
         if let Kind::Format(reader) = kind {
-            let layer = name.strip_suffix(".weight").ok_or_else(|| {
-                Error::refused(model, format!("tensor '{name}' has blocks, but is no matrix"))
-            })?;
+            let layer = name
+                .strip_suffix(".weight")
+                .ok_or_else(|| Error::refused(model, format!("tensor '{name}' has blocks, but is no matrix")))?;
             let format = reader.format();
             specs.entry(format.name.clone()).or_insert_with(|| (format.canonical(), format.hash()));
             layers.push(LayerEntry {

@@ -11,9 +11,9 @@ use qp_codegen::spec::format::Cover;
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::Error;
 use super::program::Program;
 use super::tensors::{Kind, Piece, TensorDir};
-use super::Error;
 
 /// An entry of `imports.toml`.
 #[derive(Clone, Debug, Deserialize)]
@@ -160,13 +160,14 @@ mod tests {
         }
         assert!(imports().len() > 8);
         let name = |v: Value| Stored::find(&v).map(|s| s.book.format.name.clone());
-        let gptq = |bits: u32, group: i32, act: bool| {
-            json!({"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act, "sym": true})
-        };
+        let gptq = |bits: u32, group: i32, act: bool| json!({"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act, "sym": true});
         assert_eq!(name(gptq(4, 128, false)).as_deref(), Some("gptq_int4_g128"));
         assert_eq!(name(gptq(3, 128, false)).as_deref(), Some("gptq_int3_g128"));
         assert_eq!(name(gptq(4, 7, false)), None);
-        assert_eq!(name(json!({"quant_method": "gptq", "bits": 4, "group_size": 128})).as_deref(), Some("gptq_int4_g128"));
+        assert_eq!(
+            name(json!({"quant_method": "gptq", "bits": 4, "group_size": 128})).as_deref(),
+            Some("gptq_int4_g128")
+        );
         let two = json!({"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "gptq_v2"});
         assert_eq!(name(two), None);
         assert_eq!(name(json!({"quant_method": "fp8", "weight_block_size": [128, 128]})).as_deref(), Some("fp8_128"));

@@ -440,11 +440,8 @@ impl TensorDir {
             Kind::Format(reader) => Dtype::Format(reader.clone()),
             Kind::Plain(other) => return Err(Error::Dtype { name: name.to_owned(), found: format!("{other:?}") }),
         };
-        let parts = if e.pieces.is_empty() {
-            vec![e.in_order()]
-        } else {
-            e.pieces.iter().map(|p| p.bytes.clone()).collect()
-        };
+        let parts =
+            if e.pieces.is_empty() { vec![e.in_order()] } else { e.pieces.iter().map(|p| p.bytes.clone()).collect() };
         let tensor = Tensor { dtype, shape: e.shape.clone(), parts };
         if !e.finite.load(Ordering::Relaxed) {
             tensor.check_finite(name)?;

@@ -49,7 +49,8 @@ fn file() -> Gguf {
     snap(&mut model.tensors.get_mut("model.embed_tokens.weight").unwrap().1);
     let mut file = Gguf::of(&model, "llama", true);
     let types = [("q4_0", 2), ("q4_1", 3), ("q5_0", 6), ("q5_1", 7), ("q8_0", 8), ("iq4_nl", 20), ("mxfp4", 39)];
-    let names: Vec<String> = file.tensors.keys().filter(|n| n.contains("attn_") || n.contains("ffn_")).cloned().collect();
+    let names: Vec<String> =
+        file.tensors.keys().filter(|n| n.contains("attn_") || n.contains("ffn_")).cloned().collect();
     for (i, name) in names.iter().filter(|n| !n.contains("norm")).enumerate() {
         let (shape, kind, bytes) = file.tensors.get_mut(name).unwrap();
         let (ty, code) = types[i % types.len()];
@@ -181,11 +182,7 @@ fn gptq(dir: &Path) -> (PathBuf, PathBuf) {
         let scales: Vec<u8> =
             random(rows * cols / 32).iter().flat_map(|b| f16::from_f32(f32::from(*b) / 9e3).to_le_bytes()).collect();
         let (words, zeros) = (random(rows * cols / 2), random(rows * cols / 64));
-        let reader = Reader::new(
-            &book,
-            format.layout("gptq").unwrap(),
-            Shape { rows: rows as u32, cols: cols as u32 },
-        );
+        let reader = Reader::new(&book, format.layout("gptq").unwrap(), Shape { rows: rows as u32, cols: cols as u32 });
         let reader = reader.unwrap();
         for (row, out) in weights.chunks_exact_mut(cols).enumerate() {
             reader.read(&[&words, &zeros, &scales], row as u32, 0, out);
@@ -220,9 +217,8 @@ fn gptq(dir: &Path) -> (PathBuf, PathBuf) {
     let path = quantized.join("model.safetensors");
     let old = std::fs::read(&path).unwrap();
     let rest = safetensors::SafeTensors::deserialize(&old).unwrap();
-    let views = tensors.iter().map(|(n, d, s, b)| {
-        (n.clone(), safetensors::tensor::TensorView::new(*d, s.clone(), b).unwrap())
-    });
+    let views =
+        tensors.iter().map(|(n, d, s, b)| (n.clone(), safetensors::tensor::TensorView::new(*d, s.clone(), b).unwrap()));
     let all: Vec<_> = rest.tensors().into_iter().chain(views).collect();
     std::fs::write(&path, safetensors::serialize(all, None).unwrap()).unwrap();
     (quantized, plain)

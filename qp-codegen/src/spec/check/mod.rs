@@ -3,14 +3,16 @@
 //! 1. [`consts`]: constant expressions.
 //! 2. [`decode`]: the decode block.
 //! 3. [`code`]: a body's properties, and what must fit what.
-//! 4. [`format`]: formats, and the layouts of their bits.
-//! 5. [`fusion`]: fusion patterns.
+//! 4. [`format`]: formats.
+//! 5. [`layout`]: the layouts of their bits.
+//! 6. [`fusion`]: fusion patterns.
 
 mod code;
 mod consts;
 mod decode;
 mod format;
 mod fusion;
+mod layout;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -322,7 +324,7 @@ impl<'a> Checker<'a> {
         let mut format = format::body(body, scope, &cx, self.sink)?;
         let mut ok = true;
         for l in layouts {
-            match format::layout(l, &format, &constants, self.sink) {
+            match layout::check(l, &format, &constants, self.sink) {
                 Some(l) => format.layouts.push(l),
                 None => ok = false,
             }

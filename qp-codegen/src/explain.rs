@@ -1,5 +1,7 @@
 //! What a quantizer costs and how its bits lie, as text for people.
 
+mod format;
+
 use std::fmt::Write;
 
 use crate::layout::{self, BLOCKS_PER_TILE, LANES_PER_BLOCK, Packed};
@@ -10,6 +12,8 @@ use crate::spec::{Code, Quantizer, Rotation, ScaleKind, Shape, TableSource, Valu
 
 /// Bits of the stream that the picture shows.
 const PICTURE_BITS: u32 = 64;
+
+pub use format::explain as explain_format;
 
 /// Bytes of all tables.
 pub fn table_bytes(q: &Quantizer) -> u64 {

@@ -10,18 +10,20 @@
 //! 6. [`cuda`]: targets and the printer to CUDA source.
 //! 7. [`nvrtc`]: CUDA source to machine code, where the compiler library is found.
 //!
-//! Beside the way: [`palette`], the quantizers built in; [`explain`], a quantizer for people; [`reference`], the arithmetic
+//! Beside the way: [`palette`], the quantizers built in; [`formats`], those of others, and [`reader`], their weights; [`explain`], a quantizer for people; [`reference`], the arithmetic
 //! that every engine shares; [`metric`], that of every encoder; [`find`], where NVIDIA's libraries may lie; [`text_file`], reading what a user names.
 
 pub mod cuda;
 pub mod explain;
 pub mod find;
+pub mod formats;
 pub mod ir;
 pub mod kernels;
 pub mod layout;
 pub mod metric;
 pub mod nvrtc;
 pub mod palette;
+pub mod reader;
 pub mod reference;
 #[doc(hidden)]
 pub mod skipped;

@@ -1,5 +1,7 @@
 //! The `qp-codegen` command: check, format and explain quantizers, and print the kernels that they become.
 
+mod try_out;
+
 use std::fs;
 use std::io::{self, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
@@ -12,9 +14,9 @@ use qp_codegen::kernels::{Span, dequantize, embed_packed, encode, gemv, prepare,
 use qp_codegen::layout::{Packed, TooLarge};
 use qp_codegen::nvrtc;
 use qp_codegen::reference::RmsNorm;
-use qp_codegen::spec::{self, Matrix, Quantizer, Shape};
+use qp_codegen::spec::{self, Definition, Matrix, Quantizer, Shape};
 use qp_codegen::syntax::{self, Diagnostics};
-use qp_codegen::{explain, palette, text_file};
+use qp_codegen::{explain, formats, palette, text_file};
 
 /// Compile .qspec quantizers to CUDA kernels.
 #[derive(Parser)]
@@ -59,6 +61,20 @@ enum Command {
     List {
         /// Files to list
         files: Vec<PathBuf>,
+    },
+    /// Show what some bits decode to: windows, or with --layout the tensors of a format's matrix
+    Try {
+        /// A name of the palette or of a format, file.qspec, or file.qspec:name
+        spec: String,
+        /// Windows (of a format: codes), decimal or 0x…; or the bytes of each tensor of --layout, in hexadecimal
+        #[arg(required = true)]
+        bits: Vec<String>,
+        /// A layout of the format
+        #[arg(long, requires = "shape")]
+        layout: Option<String>,
+        /// Rows x columns of the matrix
+        #[arg(long, requires = "layout", value_parser = shape)]
+        shape: Option<Shape>,
     },
     /// Print the kernel of a quantizer
     Emit(Emit),
@@ -149,6 +165,7 @@ fn main() -> ExitCode {
         Command::Fmt { files, check } => fmt(&files, check),
         Command::Explain { spec, shape, canonical } => explain(&spec, shape, canonical),
         Command::List { files } => list(&files),
+        Command::Try { spec, bits, layout, shape } => try_bits(&spec, &bits, layout.zip(shape)),
         Command::Emit(e) => emit(&e),
     };
     match run {
@@ -178,11 +195,12 @@ fn print_out(text: &str) -> Result<(), Failure> {
 
 fn check(files: &[PathBuf], trained: bool) -> Result<(), Failure> {
     let (mut errors, mut warnings) = (0, 0);
-    let (mut quantizers, mut fusions) = (0, 0);
+    let (mut quantizers, mut formats, mut fusions) = (0, 0, 0);
     for file in files {
         let found = match spec::load_file(file) {
             Ok(library) => {
                 quantizers += library.quantizers.len();
+                formats += library.formats.len();
                 fusions += library.fusions.len();
                 let mut found = library.warnings;
                 if trained {
@@ -206,7 +224,8 @@ fn check(files: &[PathBuf], trained: bool) -> Result<(), Failure> {
         return Err(Failure::Specs(Diagnostics::default()));
     }
     let fusions = if fusions > 0 { format!(", {}", count(fusions, "fusion")) } else { String::new() };
-    print_out(&format!("ok: {}{fusions}\n", count(quantizers, "quantizer")))
+    let formats = if formats > 0 { format!(", {}", count(formats, "format")) } else { String::new() };
+    print_out(&format!("ok: {}{formats}{fusions}\n", count(quantizers, "quantizer")))
 }
 
 fn fmt(files: &[PathBuf], check: bool) -> Result<(), Failure> {
@@ -254,23 +273,51 @@ fn replace(file: &Path, bytes: &[u8]) -> Result<(), Failure> {
 }
 
 fn explain(spec: &str, shape: Shape, canonical: bool) -> Result<(), Failure> {
-    if canonical {
-        return print_out(&spec::resolve(spec)?.canonical());
-    }
-    let q = spec::resolve_untrained(spec)?;
+    let q = match spec::resolve_any(spec)? {
+        Definition::Format(f) if canonical => return print_out(&f.canonical()),
+        Definition::Format(f) => return print_out(&explain::explain_format(&f)),
+        Definition::Quantizer(_) if canonical => return print_out(&spec::resolve(spec)?.canonical()),
+        Definition::Quantizer(q) => q,
+    };
     Packed::check(&q, shape).map_err(|problem| Failure::Other(problem.to_string()))?;
     print_out(&explain::explain(&q, shape))
 }
 
 fn list(files: &[PathBuf]) -> Result<(), Failure> {
     if files.is_empty() {
-        return print_out(&explain::list(&palette::library().quantizers));
+        print_out(&explain::list(&palette::library().quantizers))?;
+        return print_out(&format!("\nformats of others, which `qp import` reads: {}\n", formats::names().join(", ")));
     }
-    let mut all: Vec<Quantizer> = Vec::new();
+    let (mut all, mut formats): (Vec<Quantizer>, Vec<String>) = (Vec::new(), Vec::new());
     for file in files {
-        all.extend(spec::load_file(file)?.quantizers);
+        let library = spec::load_file(file)?;
+        all.extend(library.quantizers);
+        formats.extend(library.formats.into_iter().map(|f| f.name));
     }
-    print_out(&explain::list(&all))
+    if !all.is_empty() || formats.is_empty() {
+        print_out(&explain::list(&all))?;
+    }
+    if formats.is_empty() { Ok(()) } else { print_out(&format!("formats: {}\n", formats.join(", "))) }
+}
+
+fn try_bits(spec: &str, bits: &[String], layout: Option<(String, Shape)>) -> Result<(), Failure> {
+    let definition = spec::resolve_any(spec)?;
+    if let Definition::Quantizer(_) = &definition {
+        // Its tables must be there.
+        spec::resolve(spec)?;
+    }
+    let text = match (layout, &definition) {
+        (Some((layout, shape)), Definition::Format(f)) => {
+            let tensors: Result<Vec<_>, _> = bits.iter().map(|t| try_out::bytes(t)).collect();
+            tensors.and_then(|tensors| try_out::matrix(f, &layout, shape, &tensors))
+        }
+        (Some(_), Definition::Quantizer(q)) => Err(format!("`{}` has no layouts: it is no format", q.name)),
+        (None, _) => {
+            let windows: Result<Vec<u32>, _> = bits.iter().map(|t| try_out::number(t)).collect();
+            windows.and_then(|w| try_out::windows(&definition, &w))
+        }
+    };
+    print_out(&text.map_err(Failure::Other)?)
 }
 
 /// The kernel that `e` asks for.

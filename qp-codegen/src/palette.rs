@@ -7,12 +7,18 @@ use std::sync::OnceLock;
 use crate::spec::{Files, Library, Quantizer, load_from};
 
 /// Path in the folder `specs` and text of each embedded file, sorted by path.
-const FILES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/palette_files.rs"));
+pub(crate) const FILES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/palette_files.rs"));
 
 /// Measured distortions, in [`FILES`].
 const DISTORTION: &str = "distortion.toml";
 
-struct Embedded;
+/// The embedded files.
+pub(crate) struct Embedded;
+
+/// Names of the palette's files: formats are no quantizers that one makes.
+fn files() -> impl Iterator<Item = &'static (&'static str, &'static str)> {
+    FILES.iter().filter(|f| f.0.ends_with(".qspec") && !f.0.contains('/'))
+}
 
 impl Files for Embedded {
     fn read(&self, path: &Path) -> io::Result<String> {
@@ -29,7 +35,7 @@ pub fn library() -> &'static Library {
     static LIBRARY: OnceLock<Library> = OnceLock::new();
     LIBRARY.get_or_init(|| {
         let mut all = Library::default();
-        for (name, _) in FILES.iter().filter(|f| f.0.ends_with(".qspec")) {
+        for (name, _) in files() {
             match load_from(&Embedded, &Path::new("specs").join(name)) {
                 Ok(l) => {
                     all.quantizers.extend(l.quantizers);
@@ -70,7 +76,7 @@ mod tests {
 
     #[test]
     fn the_palette_has_no_errors_and_all_its_members() {
-        for (name, _) in FILES.iter().filter(|f| f.0.ends_with(".qspec")) {
+        for (name, _) in files() {
             let l = load_from(&Embedded, Path::new(name)).unwrap_or_else(|e| panic!("{e}"));
             assert_eq!(l.warnings.to_string(), "");
         }
@@ -93,7 +99,7 @@ mod tests {
 
     #[test]
     fn files_are_formatted() {
-        for (name, text) in FILES.iter().filter(|f| f.0.ends_with(".qspec")) {
+        for (name, text) in files() {
             let formatted = crate::syntax::format(crate::syntax::FileId(0), text).unwrap();
             assert_eq!(formatted, *text, "{name}");
         }

@@ -9,6 +9,7 @@ pub mod codec;
 pub mod device;
 pub mod engine;
 pub mod eval;
+pub mod import;
 pub mod input;
 pub mod jit;
 pub mod matrix;

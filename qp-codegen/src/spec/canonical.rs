@@ -9,7 +9,7 @@ use super::{Code, Quantizer, Rotation, ScaleKind, Value};
 use crate::syntax::number::Rational;
 
 /// Integers of a table on one line.
-const PER_LINE: usize = 32;
+pub const PER_LINE: usize = 32;
 
 /// See [`Quantizer::canonical`].
 pub fn text(q: &Quantizer) -> String {
@@ -75,7 +75,8 @@ fn code(c: &Code, indent: &str, out: &mut String) {
         line!(out, "{indent}]");
     }
     line!(out, "{indent}decode w {{");
-    decode(c, &format!("{indent}    "), out);
+    let tables: Vec<&str> = c.tables.iter().map(|t| t.name.as_str()).collect();
+    decode(&tables, &c.decode, &format!("{indent}    "), out);
     line!(out, "{indent}}}");
 }
 
@@ -94,17 +95,17 @@ fn unit(u: f32) -> String {
     format!("{numerator}/2 ** {exponent}")
 }
 
-fn decode(c: &Code, indent: &str, out: &mut String) {
-    let d = &c.decode;
+/// The lines of a decode block whose window is called `w`.
+pub fn decode(tables: &[&str], d: &Decode, indent: &str, out: &mut String) {
     let mut uses = vec![0u32; d.nodes.len()];
     for op in &d.nodes {
         operands(op, |n| uses[n.0 as usize] += 1);
     }
-    let taken = |name: &str| name == "w" || c.tables.iter().any(|t| t.name == name);
+    let taken = |name: &str| name == "w" || tables.contains(&name);
     let mut names = (0..).map(|i| format!("h{i}")).filter(|n| !taken(n));
     let mut texts: Vec<String> = Vec::new();
     for (i, op) in d.nodes.iter().enumerate() {
-        let text = expression(c, d, op, &texts);
+        let text = expression(tables, d, op, &texts);
         let named = uses[i] > 1
             && match op {
                 Op::Window | Op::Const(_) | Op::Bit(..) => false,
@@ -157,7 +158,7 @@ fn operands(op: &Op, mut f: impl FnMut(Node)) {
     }
 }
 
-fn expression(c: &Code, d: &Decode, op: &Op, texts: &[String]) -> String {
+fn expression(tables: &[&str], d: &Decode, op: &Op, texts: &[String]) -> String {
     let t = |n: &Node| texts[n.0 as usize].as_str();
     let list = |l: &[Node]| l.iter().map(|n| strip(t(n))).collect::<Vec<_>>().join(", ");
     match op {
@@ -171,7 +172,7 @@ fn expression(c: &Code, d: &Decode, op: &Op, texts: &[String]) -> String {
         // A constant has no bits to index in the language, but a word made of one has.
         Op::Bit(a, i) if matches!(d.op(*a), Op::Const(_)) => format!("({})[{i}]", t(a)),
         Op::Bit(a, i) => format!("{}[{i}]", t(a)),
-        Op::Lookup { table, index } => format!("{}[{}]", c.tables[*table as usize].name, strip(t(index))),
+        Op::Lookup { table, index } => format!("{}[{}]", tables[*table as usize], strip(t(index))),
         Op::Signs(l) => format!("signs({})", list(l)),
         Op::Pack(l) => format!("[{}]", list(l)),
         Op::Vector(VectorOp::Xor, a, b) => format!("({} ^ {})", t(a), t(b)),

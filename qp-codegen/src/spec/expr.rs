@@ -250,6 +250,47 @@ impl Decode {
     }
 }
 
+impl Decode {
+    /// As [`Decode::eval`], with entries of 32 bits and any `vector`: what formats use. `table` gives component `k` of
+    /// entry `i` (not yet reduced by its length) of a table.
+    pub fn eval_wide(&self, code: u32, vector: usize, table: &dyn Fn(u32, u32, usize) -> i32, out: &mut [i32]) {
+        enum Value {
+            Word(u32),
+            Vector(Vec<i32>),
+        }
+        let mut values: Vec<Value> = Vec::with_capacity(self.nodes.len());
+        for op in &self.nodes {
+            let word = |n: &Node| match &values[n.0 as usize] {
+                Value::Word(w) => *w,
+                Value::Vector(v) => v.first().map_or(0, |x| *x as u32),
+            };
+            let lane = |n: &Node, k: usize| match &values[n.0 as usize] {
+                Value::Word(w) => *w as i32,
+                Value::Vector(v) => v[k],
+            };
+            let lanes = |f: &dyn Fn(usize) -> i32| Value::Vector((0..vector).map(f).collect());
+            let value = match op {
+                Op::Window => Value::Word(code),
+                Op::Const(c) => Value::Word(*c),
+                Op::Not(a) => Value::Word(!word(a)),
+                Op::Binary(op, a, b) => Value::Word(op.apply(word(a), word(b))),
+                Op::Byte(a, i) => Value::Word(word(a) >> (8 * i) & 0xff),
+                Op::ByteSum(a) => Value::Word(word(a).to_le_bytes().iter().map(|&b| u32::from(b)).sum()),
+                Op::Bit(a, i) => Value::Word(word(a) >> i & 1),
+                Op::Lookup { table: t, index } => lanes(&|k| table(*t, word(index), k)),
+                Op::Signs(b) => lanes(&|k| -(lane(&b[k], 0) & 1)),
+                Op::Pack(w) => lanes(&|k| word(&w[k]) as i32),
+                Op::Vector(VectorOp::Xor, a, b) => lanes(&|k| lane(a, k) ^ lane(b, k)),
+                Op::Vector(VectorOp::Add, a, b) => lanes(&|k| lane(a, k).wrapping_add(lane(b, k))),
+            };
+            values.push(value);
+        }
+        if let Some(Value::Vector(v)) = values.last() {
+            out.copy_from_slice(&v[..out.len()]);
+        }
+    }
+}
+
 impl WordOp {
     /// The operation on two words.
     pub fn apply(self, a: u32, b: u32) -> u32 {

@@ -4,18 +4,20 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use super::check::{self, Files, Parsed, Sink};
-use super::{Fusion, Quantizer, TableSource};
-use crate::palette;
+use super::{Format, Fusion, Quantizer, TableSource};
 use crate::syntax::ast::Item;
 use crate::syntax::diag::{Diagnostic, Diagnostics, FileId, Severity, Sources, Span, nearest};
 use crate::syntax::{diag, parse};
 use crate::text_file;
+use crate::{formats, palette};
 
 /// What a `.qspec` file defines.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Library {
     /// Quantizers in order of definition. Some may be untrained: see [`Quantizer::is_trained`].
     pub quantizers: Vec<Quantizer>,
+    /// Formats in order of definition: quantizers that say their `weight`, to be read from others' files.
+    pub formats: Vec<Format>,
     /// Fusion patterns in order of definition.
     pub fusions: Vec<Fusion>,
     /// Warnings, with the texts they point into.
@@ -28,6 +30,11 @@ impl Library {
     /// The quantizer called `name`.
     pub fn get(&self, name: &str) -> Option<&Quantizer> {
         self.quantizers.iter().find(|q| q.name == name)
+    }
+
+    /// The format called `name`.
+    pub fn format(&self, name: &str) -> Option<&Format> {
+        self.formats.iter().find(|f| f.name == name)
     }
 
     /// The fusion pattern called `name`.
@@ -143,7 +150,7 @@ impl<'a> Loader<'a> {
             .iter()
             .filter_map(|i| match i {
                 Item::Use(u) => Some((u.path.name.clone(), u.path.span)),
-                Item::Family(_) | Item::Quantizer(_) | Item::Fusion(_) => None,
+                Item::Family(_) | Item::Quantizer(_) | Item::Fusion(_) | Item::Function(_) | Item::Layout(_) => None,
             })
             .collect();
         let index = self.parsed.len();
@@ -182,7 +189,7 @@ impl<'a> Loader<'a> {
     }
 
     fn finish(mut self) -> Result<Library, Diagnostics> {
-        let (quantizers, fusions) = match self.parsed.is_empty() {
+        let check::Found { quantizers, formats, fusions } = match self.parsed.is_empty() {
             true => Default::default(),
             false => check::library(&self.parsed, 0, self.files, &mut self.sink),
         };
@@ -208,7 +215,7 @@ impl<'a> Loader<'a> {
                 TableSource::File(_) | TableSource::Trained { .. } | TableSource::Inline => (),
             }
         }
-        Ok(Library { quantizers, fusions, warnings: found, files })
+        Ok(Library { quantizers, formats, fusions, warnings: found, files })
     }
 }
 
@@ -241,11 +248,57 @@ pub fn resolve(arg: &str) -> Result<Quantizer, Diagnostics> {
     }
 }
 
+/// A quantizer or a format.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Definition {
+    /// A quantizer, perhaps untrained.
+    Quantizer(Quantizer),
+    /// A format.
+    Format(Format),
+}
+
+/// As [`resolve_untrained`], formats included: those of a file, and those built in by name (`q4_k`).
+///
+/// # Errors
+/// As [`resolve`].
+pub fn resolve_any(arg: &str) -> Result<Definition, Diagnostics> {
+    match format_of(arg)? {
+        Some(f) => Ok(Definition::Format(f)),
+        None => resolve_untrained(arg).map(Definition::Quantizer),
+    }
+}
+
+/// The format that a command line names, if it names one.
+fn format_of(arg: &str) -> Result<Option<Format>, Diagnostics> {
+    let (file, member) = match arg.rsplit_once(':').filter(|(file, _)| file.ends_with(".qspec")) {
+        Some((file, member)) => (file, member),
+        None => match arg.strip_suffix(".qspec") {
+            Some(stem) => (arg, stem.rsplit(['/', '\\']).next().unwrap_or(stem)),
+            None if palette::get(arg).is_some() => return Ok(None),
+            None => return Ok(formats::get(arg).cloned()),
+        },
+    };
+    if !Path::new(file).exists() {
+        return Ok(None);
+    }
+    let library = load_file(file)?;
+    Ok(match (library.format(member), &library.formats[..], &library.quantizers[..]) {
+        (Some(f), ..) => Some(f.clone()),
+        (None, [f], []) if file == arg => Some(f.clone()),
+        _ => None,
+    })
+}
+
 /// As [`resolve`], but the quantizer may be untrained.
 ///
 /// # Errors
 /// As [`resolve`].
 pub fn resolve_untrained(arg: &str) -> Result<Quantizer, Diagnostics> {
+    if let Some(f) = format_of(arg)? {
+        let d = Diagnostic::plain(format!("`{}` is a format of others, which can be read and not made", f.name));
+        let d = d.hint("`qp import` takes such matrices as they are; `qp-codegen list` shows what can be made");
+        return Err(Diagnostics { list: vec![d], ..Diagnostics::default() });
+    }
     if let Some((file, member)) = arg.rsplit_once(':').filter(|(file, _)| file.ends_with(".qspec")) {
         let library = load_file(file)?;
         let q = library.get(member).cloned();

@@ -22,17 +22,22 @@
 //! the GPU's) yields the same bytes.
 
 mod canonical;
+mod canonical_format;
 mod check;
 pub mod expr;
+pub mod format;
 mod fusion;
+pub mod index;
 mod load;
 pub mod table_file;
 
 pub(crate) use check::Files;
+pub use format::Format;
 pub use fusion::{Epilogue, Fusion, Launch, Matrix, Prologue};
 pub(crate) use load::load_from;
 pub use load::{
-    Library, from_canonical, load_alone, load_file, load_str, resolve, resolve_fusion, resolve_untrained, untrained,
+    Definition, Library, from_canonical, load_alone, load_file, load_str, resolve, resolve_any, resolve_fusion,
+    resolve_untrained, untrained,
 };
 
 use std::path::PathBuf;

@@ -52,7 +52,14 @@ pub enum Error {
 /// # Errors
 /// The first thing that is wrong.
 pub fn read(text: &str, entries: u32, vector: u32, value: Value) -> Result<Vec<i16>, Error> {
-    let (min, max) = value.range();
+    Ok(read_within(text, entries, vector, value.range())?.into_iter().map(|v| v as i16).collect())
+}
+
+/// Reads `entries × vector` values between the two of `range`, entry-major.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn read_within(text: &str, entries: u32, vector: u32, (min, max): (i32, i32)) -> Result<Vec<i32>, Error> {
     let mut out = Vec::new();
     let mut found = 0;
     for (i, line) in text.lines().enumerate() {
@@ -68,7 +75,7 @@ pub fn read(text: &str, entries: u32, vector: u32, value: Value) -> Result<Vec<i
             if v < min || v > max {
                 return Err(Error::Range { line: i + 1, value: v, min, max });
             }
-            out.push(v as i16);
+            out.push(v);
         }
         if out.len() - before != vector as usize {
             return Err(bad());

@@ -32,6 +32,150 @@ pub enum Item {
     Quantizer(Quantizer),
     /// `fusion name { … }`
     Fusion(Fusion),
+    /// `function name(parameters) { … }`
+    Function(Function),
+    /// `layout name of quantizer { … }`
+    Layout(Layout),
+}
+
+/// A function of words, vectors and constants, expanded where it is called.
+#[derive(Clone, Debug)]
+pub struct Function {
+    /// Lines of `///` before it, without the slashes.
+    pub doc: Vec<String>,
+    /// Its name.
+    pub name: Ident,
+    /// Names of its arguments.
+    pub params: Vec<Ident>,
+    /// Definitions in order.
+    pub lets: Vec<(Ident, Expr)>,
+    /// What a call gives.
+    pub result: Expr,
+    /// The whole item.
+    pub span: Span,
+}
+
+/// Where someone's tensors keep the bits of a format.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// Lines of `///` before it, without the slashes.
+    pub doc: Vec<String>,
+    /// Its name.
+    pub name: Ident,
+    /// The quantizer or family whose bits it places.
+    pub of: Ident,
+    /// In order.
+    pub lines: Vec<LayoutLine>,
+    /// The whole item.
+    pub span: Span,
+    /// True if a line could not be read and is left out.
+    pub incomplete: bool,
+}
+
+/// A line of a layout.
+#[derive(Clone, Debug)]
+pub enum LayoutLine {
+    /// `type 12`: the number by which a container calls this layout.
+    Type(Ident, Expr),
+    /// `tensor name : type[dimensions]`, or `record name[dimensions] { members }`.
+    Tensor(TensorDecl),
+    /// `target(variables) in place`
+    Place(Place),
+}
+
+impl LayoutLine {
+    /// Where the line stands.
+    pub fn span(&self) -> Span {
+        match self {
+            LayoutLine::Type(keyword, value) => keyword.span.to(value.span),
+            LayoutLine::Tensor(t) => t.span,
+            LayoutLine::Place(p) => p.span,
+        }
+    }
+}
+
+/// A tensor of a layout.
+#[derive(Clone, Debug)]
+pub struct TensorDecl {
+    /// `tensor` or `record`.
+    pub keyword: Ident,
+    /// Its name.
+    pub name: Ident,
+    /// Its sizes, outermost first.
+    pub dims: Vec<Expr>,
+    /// What an element is: one member without a name, or the members of a record.
+    pub members: Vec<Member>,
+    /// The whole line.
+    pub span: Span,
+}
+
+/// A member of a record, or the element of a tensor.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// Its name; nothing for the element of a tensor.
+    pub name: Option<Ident>,
+    /// Its type.
+    pub ty: TypeName,
+    /// How many there are.
+    pub count: Option<Expr>,
+    /// Where it stands.
+    pub span: Span,
+}
+
+/// A type: `f16`, `u6`, or `u(n)`.
+#[derive(Clone, Debug)]
+pub struct TypeName {
+    /// The name.
+    pub name: Ident,
+    /// The bits in parentheses.
+    pub bits: Option<Expr>,
+}
+
+/// `target(variables)[a..b] - constant in place`
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// `code`, or a field or table.
+    pub target: Ident,
+    /// Names of its indices.
+    pub vars: Vec<Ident>,
+    /// Which of its bits: all without it.
+    pub bits: Option<(Expr, Expr)>,
+    /// What is stored is less by this.
+    pub less: Option<Expr>,
+    /// The tensor.
+    pub tensor: Ident,
+    /// Its indices; nothing where bits run on along it (`*`).
+    pub indices: Vec<Option<Expr>>,
+    /// Member of a record, and its index.
+    pub member: Option<(Ident, Option<Expr>)>,
+    /// The first bit in the element.
+    pub bit: Option<Expr>,
+    /// `read b { … }`: what the element b says of the target. Such a place can be read only.
+    pub read: Option<Decode>,
+    /// The whole line.
+    pub span: Span,
+}
+
+/// What a field covers.
+#[derive(Clone, Debug)]
+pub enum CoverExpr {
+    /// `matrix`, `row` or `column`.
+    Named(Ident),
+    /// `flat N`: weights counted row by row.
+    Flat(Ident, Expr),
+    /// `R x C`
+    Rectangle(Expr, Expr),
+}
+
+/// `field name : type per cover`
+#[derive(Clone, Debug)]
+pub struct FieldDecl {
+    /// Its name.
+    pub name: Ident,
+    /// Its type.
+    pub ty: TypeName,
+    /// What weights share one.
+    pub cover: CoverExpr,
 }
 
 /// Makes the families and quantizers of another file known.
@@ -136,6 +280,12 @@ pub enum PropertyKind {
     Rotate(Ident, Vec<Arg>),
     /// `code { … }`: one code of a mix.
     Code(Body),
+    /// `bits N` or `bits N for V`
+    Bits(Expr, Option<Expr>),
+    /// `field name : type per cover`
+    Field(FieldDecl),
+    /// `weight entry { … }`
+    Weight(Decode),
 }
 
 /// `name = constant` in parentheses.
@@ -174,6 +324,8 @@ pub enum TableSource {
         /// The file.
         path: Ident,
     },
+    /// `: type per matrix`: each matrix has its own.
+    OfMatrix(TypeName, CoverExpr),
 }
 
 /// `decode window { let … result }`
@@ -279,7 +431,7 @@ impl Expr {
             ExprKind::Unary(_, a) => a.height,
             ExprKind::Binary(_, a, b) | ExprKind::Index(a, b) => a.height.max(b.height),
             ExprKind::Call(_, list) | ExprKind::List(list) => list.iter().map(|e| e.height).max().unwrap_or(0),
-            ExprKind::If(a, b, c) => a.height.max(b.height).max(c.height),
+            ExprKind::Range(a, b, c) | ExprKind::If(a, b, c) => a.height.max(b.height).max(c.height),
         };
         Expr { kind, span, height }
     }
@@ -298,6 +450,8 @@ pub enum ExprKind {
     Binary(BinaryOp, Box<Expr>, Box<Expr>),
     /// `base[index]`
     Index(Box<Expr>, Box<Expr>),
+    /// `base[from..to]`: the bits from..to of a word.
+    Range(Box<Expr>, Box<Expr>, Box<Expr>),
     /// `function(arguments)`
     Call(Ident, Vec<Expr>),
     /// `[a, b, …]`

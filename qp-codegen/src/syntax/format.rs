@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::ast::{Body, Definition, File, Item, PropertyKind};
+use super::ast::{Body, Decode, Definition, File, Item, LayoutLine, PropertyKind};
 use super::diag::{Diagnostic, FileId, Span};
 use super::lexer::{Lexed, Token, TokenKind};
 use super::parser::parse;
@@ -74,6 +74,27 @@ impl Plan {
                     }
                     (f.span, None)
                 }
+                Item::Function(f) => {
+                    plan.line_starts.extend(f.lets.iter().map(|(name, _)| name.span.start));
+                    plan.line_starts.insert(f.result.span.start);
+                    (f.span, None)
+                }
+                Item::Layout(l) => {
+                    for line in &l.lines {
+                        plan.line_starts.insert(line.span().start);
+                        match line {
+                            LayoutLine::Type(keyword, _) => drop(plan.padded.insert(keyword.span.start)),
+                            LayoutLine::Tensor(t) => {
+                                plan.padded.insert(t.keyword.span.start);
+                                if t.keyword.name == "record" {
+                                    plan.line_starts.extend(t.members.iter().map(|m| m.span.start));
+                                }
+                            }
+                            LayoutLine::Place(p) => p.read.iter().for_each(|d| plan.decode(d)),
+                        }
+                    }
+                    (l.span, None)
+                }
             };
             plan.line_starts.insert(span.start);
             let between = &text[last_end as usize..span.start as usize];
@@ -94,6 +115,15 @@ impl Plan {
         }
     }
 
+    /// Lines of a block with a name before its brace.
+    fn decode(&mut self, d: &Decode) {
+        self.line_starts.extend(d.lets.iter().map(|(name, _)| name.span.start));
+        self.line_starts.insert(d.result.span.start);
+        if d.lets.is_empty() {
+            self.one_line_after.insert(d.window.span.end);
+        }
+    }
+
     fn body(&mut self, body: &Body) {
         for p in &body.properties {
             self.line_starts.insert(p.span.start);
@@ -103,13 +133,7 @@ impl Plan {
                     self.body(inner);
                     continue;
                 }
-                PropertyKind::Decode(d) => {
-                    self.line_starts.extend(d.lets.iter().map(|(name, _)| name.span.start));
-                    self.line_starts.insert(d.result.span.start);
-                    if d.lets.is_empty() {
-                        self.one_line_after.insert(d.window.span.end);
-                    }
-                }
+                PropertyKind::Decode(d) | PropertyKind::Weight(d) => self.decode(d),
                 PropertyKind::Window(_)
                 | PropertyKind::Vector(_)
                 | PropertyKind::Step(_)
@@ -117,6 +141,8 @@ impl Plan {
                 | PropertyKind::Values(..)
                 | PropertyKind::Unit(_)
                 | PropertyKind::Table(_)
+                | PropertyKind::Bits(..)
+                | PropertyKind::Field(_)
                 | PropertyKind::Scale(_)
                 | PropertyKind::Rotate(..) => (),
             }
@@ -317,8 +343,12 @@ impl<'a> Writer<'a> {
         };
         let number = |k: usize| self.lexed.tokens.get(k).is_some_and(|t| matches!(t.kind, K::Number(_)));
         // A fraction of literals is written close: 1/32.
-        let fraction = |k: usize| self.lexed.tokens[k].kind == K::Slash && k > 0 && number(k - 1) && number(k + 1);
+        // But not where the number belongs to what stands before it: c % 32 / 16.
+        let quotient = |k: usize| k > 1 && matches!(self.lexed.tokens[k - 2].kind, K::Percent | K::Slash);
+        let fraction =
+            |k: usize| self.lexed.tokens[k].kind == K::Slash && k > 0 && number(k - 1) && number(k + 1) && !quotient(k);
         let tight = match (a.kind, b.kind) {
+            (K::Dot | K::Range, _) | (_, K::Dot | K::Range) => true,
             (K::LParen | K::LBracket, _) | (_, K::RParen | K::RBracket | K::Comma) => true,
             (K::Name | K::Number(_) | K::RParen | K::RBracket, K::LBracket) => {
                 touch || (i > 1 && self.str(self.lexed.tokens[i - 2]) == "table")

@@ -26,6 +26,12 @@ pub enum TokenKind {
     RBracket,
     /// `,`
     Comma,
+    /// `.`
+    Dot,
+    /// `..`
+    Range,
+    /// `:`
+    Colon,
     /// `=`
     Assign,
     /// `+`
@@ -83,6 +89,9 @@ impl TokenKind {
             | TokenKind::LBracket
             | TokenKind::RBracket
             | TokenKind::Comma
+            | TokenKind::Dot
+            | TokenKind::Range
+            | TokenKind::Colon
             | TokenKind::Assign
             | TokenKind::Plus
             | TokenKind::Minus
@@ -107,7 +116,7 @@ impl TokenKind {
 }
 
 /// Tokens of two characters, then of one.
-const PUNCTUATION: [(&str, TokenKind); 27] = [
+const PUNCTUATION: [(&str, TokenKind); 30] = [
     ("**", TokenKind::Power),
     ("<<", TokenKind::Shl),
     (">>", TokenKind::Shr),
@@ -115,6 +124,7 @@ const PUNCTUATION: [(&str, TokenKind); 27] = [
     ("!=", TokenKind::Ne),
     ("<=", TokenKind::Le),
     (">=", TokenKind::Ge),
+    ("..", TokenKind::Range),
     ("{", TokenKind::LBrace),
     ("}", TokenKind::RBrace),
     ("(", TokenKind::LParen),
@@ -122,6 +132,8 @@ const PUNCTUATION: [(&str, TokenKind); 27] = [
     ("[", TokenKind::LBracket),
     ("]", TokenKind::RBracket),
     (",", TokenKind::Comma),
+    (".", TokenKind::Dot),
+    (":", TokenKind::Colon),
     ("=", TokenKind::Assign),
     ("+", TokenKind::Plus),
     ("-", TokenKind::Minus),

@@ -8,11 +8,13 @@ use super::diag::{Diagnostic, FileId, Span, limit, nearest};
 use super::lexer::{Lexed, Token, TokenKind, lex};
 
 /// Keywords that begin an item.
-pub const ITEMS: [&str; 4] = ["use", "family", "quantizer", "fusion"];
+pub const ITEMS: [&str; 6] = ["use", "family", "quantizer", "fusion", "function", "layout"];
 
 /// Keywords that begin a property.
-pub const PROPERTIES: [&str; 12] =
-    ["let", "window", "vector", "step", "block", "values", "unit", "table", "decode", "scale", "rotate", "code"];
+pub const PROPERTIES: [&str; 15] = [
+    "let", "window", "vector", "step", "bits", "block", "values", "unit", "table", "decode", "field", "weight",
+    "scale", "rotate", "code",
+];
 
 /// Words that cannot be names.
 const RESERVED: [&str; 4] = ["let", "if", "then", "else"];
@@ -28,6 +30,8 @@ const MAX_BODIES: u32 = 4;
 
 /// The error is already among the diagnostics.
 struct Failed;
+
+mod format;
 
 type Parse<T> = Result<T, Failed>;
 
@@ -195,8 +199,10 @@ impl<'a> Parser<'a> {
                 Some("family") => self.family(doc).map(Item::Family),
                 Some("quantizer") => self.quantizer(doc).map(Item::Quantizer),
                 Some("fusion") => self.fusion(doc).map(Item::Fusion),
+                Some("function") => self.function(doc).map(Item::Function),
+                Some("layout") => self.layout(doc).map(Item::Layout),
                 word => {
-                    let mut d = self.expected_here("`family`, `quantizer`, `fusion` or `use`");
+                    let mut d = self.expected_here("`family`, `quantizer`, `layout`, `function`, `fusion` or `use`");
                     d.labels[0] = (self.peek().span, String::new());
                     if let Some(near) = word.and_then(|w| nearest(w, ITEMS)) {
                         d = d.hint(format!("did you mean `{near}`?"));
@@ -368,12 +374,20 @@ impl<'a> Parser<'a> {
             }
             "values" => {
                 let ty = self.name("`i8` or `i16`")?;
-                let offset = if self.eat(TokenKind::Plus) { Some(self.expr()?) } else { None };
+                let offset = match self.peek().kind {
+                    TokenKind::Plus => {
+                        self.next();
+                        Some(self.expr()?)
+                    }
+                    // `values i8 - 4`: a sum that begins with a sign.
+                    TokenKind::Minus => Some(self.expr()?),
+                    _ => None,
+                };
                 PropertyKind::Values(ty, offset)
             }
             "unit" => PropertyKind::Unit(self.expr()?),
             "table" => PropertyKind::Table(self.table()?),
-            "decode" => PropertyKind::Decode(self.decode()?),
+            "decode" => PropertyKind::Decode(self.decode("a name for the window, as in `decode w {`", "decode")?),
             "scale" => PropertyKind::Scale(self.name("`row` or `matrix`")?),
             "rotate" => {
                 let name = self.name("`none` or `hadamard(seed = 0)`")?;
@@ -381,6 +395,12 @@ impl<'a> Parser<'a> {
                 PropertyKind::Rotate(name, args)
             }
             "code" => PropertyKind::Code(self.body()?),
+            "bits" => {
+                let bits = self.expr()?;
+                PropertyKind::Bits(bits, if self.eat_word("for") { Some(self.expr()?) } else { None })
+            }
+            "field" => PropertyKind::Field(self.field()?),
+            "weight" => PropertyKind::Weight(self.decode("a name for the entry, as in `weight e {`", "weight")?),
             _ => return self.expected("a property"),
         };
         Ok(Property { span: keyword.span.to(self.last()), keyword, kind })
@@ -417,14 +437,24 @@ impl<'a> Parser<'a> {
                 return self.fail(d);
             }
             TableSource::Trained { args, args_span, path: self.string("the path of a table file in double quotes")? }
+        } else if self.eat(TokenKind::Colon) {
+            let (ty, cover) = self.type_and_cover()?;
+            TableSource::OfMatrix(ty, cover)
         } else {
             return self.expected("`= [values]`, `from \"file\"` or `trained(…) in \"file\"`");
         };
         Ok(Table { name, entries, source })
     }
 
-    fn decode(&mut self) -> Parse<Decode> {
-        let window = self.name("a name for the window, as in `decode w {`")?;
+    /// `name { let … result }`; `what` is expected for a name, `kind` is what the block is called.
+    fn decode(&mut self, what: &str, kind: &str) -> Parse<Decode> {
+        let window = self.name(what)?;
+        let (lets, result) = self.block(kind)?;
+        Ok(Decode { window, lets, result })
+    }
+
+    /// `{ let … result }`
+    fn block(&mut self, kind: &str) -> Parse<(Vec<(Ident, Expr)>, Expr)> {
         let open = self.expect(TokenKind::LBrace, "{")?;
         let mut lets = Vec::new();
         let mut result = None;
@@ -437,28 +467,32 @@ impl<'a> Parser<'a> {
                 self.unclosed(open);
                 return Err(Failed);
             }
-            if self.decode_line(&mut lets, &mut result).is_err() {
+            if self.block_line(kind, &mut lets, &mut result).is_err() {
                 failed = true;
                 self.recover(&["let"]);
             }
         }
         let close = self.next().span;
         match result {
-            Some(result) if !failed => Ok(Decode { window, lets, result }),
+            Some(result) if !failed => Ok((lets, result)),
             None if !failed => {
-                let d =
-                    Diagnostic::error(close, "the decode block has no result", "expected an expression before this");
-                self.fail(d.hint("end the block with the entries, as in `t[h >> 23]`"))
+                let message = format!("the {kind} block has no result");
+                let d = Diagnostic::error(close, message, "expected an expression before this");
+                self.fail(d.hint(match kind {
+                    "decode" => "end the block with the entries, as in `t[h >> 23]`",
+                    "weight" => "end the block with the weight, as in `e * s`",
+                    _ => "end the block with an expression",
+                }))
             }
             Some(_) | None => Err(Failed),
         }
     }
 
-    fn decode_line(&mut self, lets: &mut Vec<(Ident, Expr)>, result: &mut Option<Expr>) -> Parse<()> {
+    fn block_line(&mut self, kind: &str, lets: &mut Vec<(Ident, Expr)>, result: &mut Option<Expr>) -> Parse<()> {
         if let Some(r) = result {
             let d = Diagnostic::error(
                 r.span,
-                "only the last expression of a decode block is its result",
+                format!("only the last expression of a {kind} block is its result"),
                 "this one is followed by more",
             );
             *result = None;
@@ -595,6 +629,13 @@ impl<'a> Parser<'a> {
         while self.peek().kind == TokenKind::LBracket && self.touches() {
             self.next();
             let index = self.expr()?;
+            if self.eat(TokenKind::Range) {
+                let to = self.expr()?;
+                self.expect(TokenKind::RBracket, "]")?;
+                let span = e.span.to(self.last());
+                e = self.node(ExprKind::Range(Box::new(e), Box::new(index), Box::new(to)), span)?;
+                continue;
+            }
             self.expect(TokenKind::RBracket, "]")?;
             let span = e.span.to(self.last());
             e = self.node(ExprKind::Index(Box::new(e), Box::new(index)), span)?;
@@ -679,6 +720,9 @@ fn binary_op(kind: TokenKind) -> Option<(BinaryOp, u32)> {
         | TokenKind::LBracket
         | TokenKind::RBracket
         | TokenKind::Comma
+        | TokenKind::Dot
+        | TokenKind::Range
+        | TokenKind::Colon
         | TokenKind::Assign
         | TokenKind::Power
         | TokenKind::Not

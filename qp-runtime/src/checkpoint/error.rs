@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::{FORMAT, MANIFEST};
+use crate::import;
 
 /// Advice for data that is not what was written.
 const RESTORE: &str = "copy the checkpoint again from where it came, or run `qp quantize` again";
@@ -38,7 +39,7 @@ pub enum Error {
         dir: PathBuf,
     },
     /// Written by a later version, or not a version at all.
-    #[error("{}: format version {found}, but this program knows version {FORMAT} only; update qp, or quantize the model again with this one", path.display())]
+    #[error("{}: format version {found}, but this program knows versions {FORMAT} and {} only; update qp, or quantize the model again with this one", path.display(), import::FORMAT)]
     Version {
         /// The manifest.
         path: PathBuf,

@@ -5,11 +5,12 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, FORMAT, sha256};
+use crate::import::{self, SourceEntry};
 
 /// What a checkpoint holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// Version of the format; [`FORMAT`].
+    /// Version of the format: [`FORMAT`], or [`import::FORMAT`] with formats in it.
     pub format: u32,
     /// Program and version that wrote it.
     pub tool: String,
@@ -18,7 +19,10 @@ pub struct Manifest {
     /// The texts that the rounding was fitted to, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calibration: Option<CalibrationEntry>,
-    /// The quantizers in use, by name.
+    /// The files that were imported, if it was not quantized here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<SourceEntry>,
+    /// The quantizers and formats in use, by name.
     pub specs: Vec<SpecEntry>,
     /// The quantized layers, in the model's order: the plan, carried out.
     pub layers: Vec<LayerEntry>,
@@ -64,8 +68,11 @@ pub struct SpecEntry {
 pub struct LayerEntry {
     /// Name without `.weight`.
     pub name: String,
-    /// Name of its quantizer.
+    /// Name of its quantizer or format.
     pub spec: String,
+    /// Of a format, the layout of its tensors.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layout: Option<String>,
     /// Out features.
     pub rows: u32,
     /// In features.
@@ -104,6 +111,9 @@ pub struct FileEntry {
     pub sha256: String,
 }
 
+/// Versions that are read.
+const KNOWN: [u64; 2] = [FORMAT as u64, import::FORMAT as u64];
+
 /// What stands between the manifest's text and its checksum.
 const SEAL: &str = ",\n  \"seal\": \"";
 
@@ -121,7 +131,7 @@ impl Manifest {
         let json: serde_json::Value = serde_json::from_str(text).map_err(|e| damaged(e.to_string()))?;
         // The version comes first: a later one may seal and name things differently.
         match json.get("format") {
-            Some(v) if v.as_u64() == Some(u64::from(FORMAT)) => (),
+            Some(v) if v.as_u64().is_some_and(|v| KNOWN.contains(&v)) => (),
             Some(v) => return Err(Error::Version { path: path.to_owned(), found: v.to_string() }),
             None => return Err(damaged("it states no format version".to_owned())),
         }

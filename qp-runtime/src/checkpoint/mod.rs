@@ -33,7 +33,7 @@ pub use error::Error;
 pub use manifest::{CalibrationEntry, FileEntry, LayerEntry, Manifest, ModelId, SpecEntry, TensorEntry};
 pub use reader::Checkpoint;
 
-/// Version of the format that this program writes and reads.
+/// Version of the format that this program writes where all matrices are packed; [`crate::import::FORMAT`] is the other.
 pub const FORMAT: u32 = 1;
 /// Name of the manifest.
 pub const MANIFEST: &str = "qp.json";

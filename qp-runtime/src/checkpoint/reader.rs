@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use half::bf16;
 use qp_codegen::layout::Packed;
-use qp_codegen::spec::{Quantizer, Shape, load_alone};
+use qp_codegen::reader::{Book, Reader};
+use qp_codegen::spec::{Definition, Format, Quantizer, Shape, load_alone};
 use qp_codegen::syntax::diag::nearest;
 use qp_codegen::text_file;
 use rayon::prelude::*;
@@ -28,6 +29,7 @@ pub struct Checkpoint {
     dir: PathBuf,
     manifest: Manifest,
     specs: BTreeMap<String, Arc<Quantizer>>,
+    formats: BTreeMap<String, Arc<Book>>,
     layers: BTreeMap<String, usize>,
     tensors: BTreeMap<String, usize>,
     shards: BTreeMap<String, TensorDir>,
@@ -74,7 +76,13 @@ impl Checkpoint {
                 return Err(Error::FileChanged { path });
             }
         }
-        let specs = manifest.specs.iter().map(|s| read_spec(dir, s)).collect::<Result<_, _>>()?;
+        let (mut specs, mut formats) = (BTreeMap::new(), BTreeMap::new());
+        for s in &manifest.specs {
+            match read_spec(dir, s)? {
+                Definition::Quantizer(q) => drop(specs.insert(s.name.clone(), Arc::new(q))),
+                Definition::Format(f) => drop(formats.insert(s.name.clone(), Arc::new(Book::new(f)))),
+            }
+        }
         let shards: BTreeMap<String, TensorDir> = weights
             .into_iter()
             .map(|name| {
@@ -98,7 +106,7 @@ impl Checkpoint {
         let layers = manifest.layers.iter().enumerate().map(|(i, l)| (l.name.clone(), i)).collect();
         let tensors = manifest.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
         let checked = Mutex::default();
-        Ok(Checkpoint { dir: dir.to_owned(), manifest, specs, layers, tensors, shards, checked })
+        Ok(Checkpoint { dir: dir.to_owned(), manifest, specs, formats, layers, tensors, shards, checked })
     }
 
     /// The directory.
@@ -119,6 +127,38 @@ impl Checkpoint {
     /// The quantizer called `name`.
     pub fn quantizer(&self, name: &str) -> Option<&Arc<Quantizer>> {
         self.specs.get(name)
+    }
+
+    /// The format called `name`.
+    pub fn format(&self, name: &str) -> Option<&Format> {
+        self.formats.get(name).map(|b| &b.format)
+    }
+
+    /// The checked bytes of the tensor `name`, as they are stored.
+    ///
+    /// # Errors
+    /// If there is none of that name, or it is damaged.
+    pub fn bytes(&self, name: &str) -> Result<Bytes, Error> {
+        Ok(self.raw(name)?.2)
+    }
+
+    /// The matrix of the layer `name` (without `.weight`), if a format has it.
+    ///
+    /// # Errors
+    /// If its tensors are damaged or do not fit its format.
+    pub fn of_format(&self, name: &str) -> Result<Option<Tensor>, Error> {
+        let Some((layer, book)) = self.layer(name).and_then(|l| Some((l, self.formats.get(&l.spec)?))) else {
+            return Ok(None);
+        };
+        let wrong = |message| Error::Layer { dir: self.dir.clone(), layer: name.to_owned(), message };
+        let layout = layer.layout.as_deref().and_then(|l| book.format.layout(l));
+        let layout = layout.ok_or_else(|| wrong(format!("`{}` has not its layout", layer.spec)))?;
+        let shape = Shape { rows: layer.rows, cols: layer.cols };
+        let reader = Reader::new(book, layout, shape).map_err(|e| wrong(e.to_string()))?;
+        let parts = reader.tensors().iter().map(|t| self.bytes(&format!("{name}.{}", t.name)));
+        let parts = parts.collect::<Result<_, _>>()?;
+        let tensor = Tensor::of_format(&Arc::new(reader), parts);
+        tensor.map(Some).ok_or_else(|| wrong("its tensors have not the bytes that its layout states".to_owned()))
     }
 
     /// True if there is a tensor of that name.
@@ -224,6 +264,10 @@ impl Checkpoint {
             }
         }
         for l in &self.manifest.layers {
+            if self.formats.contains_key(&l.spec) {
+                errors.extend(self.of_format(&l.name).err().filter(|e| matches!(e, Error::Layer { .. })));
+                continue;
+            }
             errors.extend(self.linear(&l.name).err().filter(|e| matches!(e, Error::Layer { .. })));
         }
         for f in &self.manifest.files {
@@ -260,6 +304,9 @@ impl Source for Checkpoint {
         if found != expected {
             return Err(model::Error::Shape { name: name.to_owned(), found, expected });
         }
+        if let Some(tensor) = self.of_format(name)? {
+            return Ok(Weight::Dense(tensor));
+        }
         let (quantizer, matrix) = Checkpoint::linear(self, name)?;
         Ok(Weight::Quantized { quantizer, matrix: Arc::new(matrix) })
     }
@@ -278,6 +325,12 @@ impl Source for Checkpoint {
 
     fn is_quantized(&self, name: &str) -> bool {
         self.layer(name).is_some()
+    }
+
+    fn tensors_of(&self, name: &str) -> Vec<String> {
+        let layer = self.layer(name);
+        let layout = layer.and_then(|l| self.formats.get(&l.spec)?.format.layout(l.layout.as_deref()?));
+        layout.iter().flat_map(|l| &l.tensors).map(|t| format!("{name}.{}", t.name)).collect()
     }
 }
 
@@ -301,17 +354,18 @@ fn inside(dir: &Path, name: &str) -> Result<PathBuf, Error> {
     })
 }
 
-fn read_spec(dir: &Path, entry: &SpecEntry) -> Result<(String, Arc<Quantizer>), Error> {
+fn read_spec(dir: &Path, entry: &SpecEntry) -> Result<Definition, Error> {
     let path = inside(dir, &entry.file)?;
     let text = text_file::read(&path).map_err(Error::io("read", &path))?;
     let library = load_alone(&path.display().to_string(), &text)
         .map_err(|d| Error::Spec { path: path.clone(), message: d.to_string() })?;
-    let Some(q) = library.get(&entry.name) else {
-        return Err(Error::Spec { path, message: format!("it does not define `{}`", entry.name) });
+    let (definition, found) = match (library.get(&entry.name), library.format(&entry.name)) {
+        (Some(q), _) => (Definition::Quantizer(q.clone()), q.hash()),
+        (None, Some(f)) => (Definition::Format(f.clone()), f.hash()),
+        (None, None) => return Err(Error::Spec { path, message: format!("it does not define `{}`", entry.name) }),
     };
-    let found = q.hash();
     if found != entry.hash {
         return Err(Error::SpecHash { path, expected: entry.hash.clone(), found });
     }
-    Ok((entry.name.clone(), Arc::new(q.clone())))
+    Ok(definition)
 }

@@ -5,12 +5,12 @@ use std::path::PathBuf;
 
 use indicatif::{HumanBytes, ProgressBar};
 use qp_codegen::layout::Packed;
-use qp_codegen::spec::{Quantizer, Shape};
+use qp_codegen::spec::{Format, Quantizer, Shape};
 use serde::Serialize;
 
 use super::Error;
 use super::output::{out, outln};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::codec::scale_count;
 
 /// Show what a quantized checkpoint holds.
@@ -99,6 +99,10 @@ impl Inspect {
     }
 }
 
+fn bytes_of(t: &TensorEntry) -> u64 {
+    t.shape.iter().product::<usize>() as u64 * t.dtype.bitsize() as u64 / 8
+}
+
 fn table_bytes(q: &Quantizer) -> u64 {
     let size = u64::from(q.value().bytes());
     q.codes.iter().flat_map(|c| &c.tables).map(|t| t.values.len() as u64 * size).sum()
@@ -109,9 +113,17 @@ fn view(checkpoint: &Checkpoint, verified: bool) -> View<'_> {
     let mut rows = Vec::new();
     for l in &m.layers {
         // Opening has made sure that each spec of the manifest is there; a layer with another has no size.
-        let Some(q) = checkpoint.quantizer(&l.spec) else { continue };
         let shape = Shape { rows: l.rows, cols: l.cols };
-        let bytes = 4 * Packed::new(q, shape).words() as u64 + 2 * scale_count(q, shape) as u64;
+        let of_format = |f: &Format| {
+            let layout = f.layout(l.layout.as_deref()?)?;
+            let names = layout.tensors.iter().map(|t| format!("{}.{}", l.name, t.name)).collect::<Vec<_>>();
+            Some(m.tensors.iter().filter(|t| names.contains(&t.name)).map(bytes_of).sum::<u64>())
+        };
+        let bytes = match (checkpoint.quantizer(&l.spec), checkpoint.format(&l.spec)) {
+            (Some(q), _) => 4 * Packed::new(q, shape).words() as u64 + 2 * scale_count(q, shape) as u64,
+            (None, Some(f)) => of_format(f).unwrap_or(0),
+            (None, None) => continue,
+        };
         let bits_per_weight = bytes as f64 * 8.0 / shape.len() as f64;
         let (name, spec) = (l.name.as_str(), l.spec.as_str());
         rows.push(Row { name, spec, rows: l.rows, cols: l.cols, bytes, bits_per_weight, error: l.error });
@@ -119,21 +131,28 @@ fn view(checkpoint: &Checkpoint, verified: bool) -> View<'_> {
     let specs: Vec<SpecRow> = m
         .specs
         .iter()
-        .filter_map(|s| Some((s, checkpoint.quantizer(&s.name)?)))
-        .map(|(s, q)| SpecRow {
+        .filter_map(|s| match (checkpoint.quantizer(&s.name), checkpoint.format(&s.name)) {
+            (Some(q), _) => Some((s, q.rate(), table_bytes(q))),
+            // With the fields; its tables are the program's.
+            (None, f) => Some((s, f?.rate().1, 0)),
+        })
+        .map(|(s, rate, table_bytes)| SpecRow {
             name: &s.name,
             hash: &s.hash,
-            rate: q.rate(),
+            rate,
             layers: m.layers.iter().filter(|l| l.spec == s.name).count(),
-            table_bytes: table_bytes(q),
+            table_bytes,
         })
         .collect();
-    let kept: Vec<u64> = m
-        .tensors
+    let of_formats: Vec<String> = m
+        .layers
         .iter()
-        .filter(|t| !t.name.ends_with(".packed") && !t.name.ends_with(".scales"))
-        .map(|t| t.shape.iter().product::<usize>() as u64 * t.dtype.bitsize() as u64 / 8)
+        .filter_map(|l| Some((l, checkpoint.format(&l.spec)?.layout(l.layout.as_deref()?)?)))
+        .flat_map(|(l, layout)| layout.tensors.iter().map(move |t| format!("{}.{}", l.name, t.name)))
         .collect();
+    let is_kept =
+        |name: &String| !name.ends_with(".packed") && !name.ends_with(".scales") && !of_formats.contains(name);
+    let kept: Vec<u64> = m.tensors.iter().filter(|t| is_kept(&t.name)).map(bytes_of).collect();
     let weights = |r: &Row| u64::from(r.rows) * u64::from(r.cols);
     let quantized_weights: u64 = rows.iter().map(weights).sum();
     let quantized_bytes: u64 = rows.iter().map(|r| r.bytes).sum();

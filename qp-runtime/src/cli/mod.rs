@@ -7,6 +7,7 @@ pub mod device;
 mod doctor;
 mod eval;
 mod generate;
+mod import;
 mod inspect;
 mod interrupt;
 mod model;
@@ -43,7 +44,9 @@ enum Command {
     CheckGpu(check_gpu::CheckGpu),
     Doctor(doctor::Doctor),
     Eval(eval::Eval),
+    Export(import::Export),
     Generate(generate::Generate),
+    Import(import::Import),
     Inspect(inspect::Inspect),
     Plan(plan::Plan),
     Profile(profile::ProfileCommand),
@@ -72,7 +75,9 @@ pub fn main() -> ExitCode {
         Command::CheckGpu(c) => c.run(),
         Command::Doctor(c) => c.run(),
         Command::Eval(c) => c.run(),
+        Command::Export(c) => c.run(),
         Command::Generate(c) => c.run(),
+        Command::Import(c) => c.run(),
         Command::Inspect(c) => c.run(),
         Command::Plan(c) => c.run(),
         Command::Profile(c) => c.run(),

@@ -12,6 +12,7 @@ use super::arch::{self, Architecture, Window};
 use super::files::Files;
 use super::keys::{Keys, shown};
 use super::rope::{Rope, RopeScaling};
+use super::stored::Stored;
 
 /// Largest size that a model may have in any direction.
 pub const MOST: usize = 1 << 28;
@@ -70,7 +71,7 @@ pub struct Experts {
 
 /// How files hold weights that are not plain floats.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Stored {
+pub enum Packing {
     /// All are plain.
     #[default]
     Plain,
@@ -78,6 +79,22 @@ pub enum Stored {
     Fp8([usize; 2]),
     /// Experts in MXFP4.
     Mxfp4,
+}
+
+impl Packing {
+    /// That of a quantization method of `config.json`, whose blocks' sizes are `block`, if it is one of these.
+    fn of(method: &str, block: Option<&Value>, experts: bool) -> Option<Packing> {
+        match method {
+            "fp8" => {
+                let sides: Vec<usize> =
+                    block?.as_array()?.iter().filter_map(|v| usize::try_from(v.as_u64()?).ok()).collect();
+                matches!(sides[..], [rows, columns] if rows > 0 && columns > 0)
+                    .then(|| Packing::Fp8([sides[0], sides[1]]))
+            }
+            "mxfp4" if experts => Some(Packing::Mxfp4),
+            _ => None,
+        }
+    }
 }
 
 /// What `config.json` and `generation_config.json` say. All sizes are at least 1.
@@ -146,13 +163,15 @@ pub struct Config {
     /// Layers behind the last that the files may hold and that are not used: those that guess further tokens.
     pub unused_layers: usize,
     /// How the files hold weights that are not plain floats.
-    pub stored: Stored,
+    pub packing: Packing,
     /// True if the experts of a layer are stored as one tensor.
     pub stacked: bool,
     /// True if the text is one part of a model of several, whose tensors have longer names.
     pub of_parts: bool,
     /// What `generation_config.json` suggests for sampling, as `KEY VALUE`: it is followed only where asked for.
     pub suggested: Vec<String>,
+    /// How the files keep the matrices, if they are quantized.
+    pub stored: Option<Stored>,
     /// What the files say that is not used and changes nothing, for the user.
     pub notes: Vec<String>,
 }
@@ -289,19 +308,18 @@ impl Config {
         };
         // First what the model is: of another kind, all else would be beside the point.
         let reading = architecture(&keys)?;
-        let stored = match keys.object("quantization_config")? {
-            None => Stored::Plain,
-            Some(q) => {
-                let method = q.text("quant_method")?.unwrap_or("of an unnamed method".to_owned());
-                match (method.as_str(), q.wholes("weight_block_size")?.as_deref()) {
-                    ("fp8", Some(&[rows, cols])) if rows > 0 && cols > 0 => Stored::Fp8([rows, cols]),
-                    ("mxfp4", _) if reading.mxfp4 => Stored::Mxfp4,
-                    _ => {
-                        let what = format!("a checkpoint already quantized ({method})");
-                        return Err(unsupported(what, "the unquantized model, or fp8 with weight_block_size"));
-                    }
+        let (stored, packing) = match keys.get("quantization_config") {
+            None => (None, Packing::Plain),
+            Some(q) => match Stored::find(q) {
+                Some(stored) => (Some(stored), Packing::Plain),
+                None => {
+                    let method = q.get("quant_method").and_then(Value::as_str).unwrap_or("of an unnamed method");
+                    let packing = Packing::of(method, q.get("weight_block_size"), reading.mxfp4);
+                    let known = || format!("the unquantized model, fp8 with weight_block_size, {}", Stored::known());
+                    let what = || format!("a checkpoint already quantized ({method}) so");
+                    (None, packing.ok_or_else(|| unsupported(what(), &known()))?)
                 }
-            }
+            },
         };
         let mut activation = reading.activation;
         for key in ["hidden_act", "hidden_activation"] {
@@ -390,11 +408,12 @@ impl Config {
             head_norms: false,
             experts: None,
             unused_layers: 0,
-            stored,
+            packing,
             stacked: reading.stacked,
             of_parts,
             architecture: reading.name.to_owned(),
             suggested: Vec::new(),
+            stored,
             notes: Vec::new(),
         };
         (reading.read)(&keys, &mut config)?;
@@ -738,13 +757,13 @@ mod tests {
         let few = of("MixtralForCausalLM", r#","num_local_experts":2,"num_experts_per_tok":3"#).unwrap_err();
         assert!(few.contains("3 of 2 experts"), "{few}");
         let fp8 = r#","quantization_config":{"quant_method":"fp8","weight_block_size":[128,64]}"#;
-        assert_eq!(of("MistralForCausalLM", fp8).unwrap().stored, Stored::Fp8([128, 64]));
+        assert_eq!(of("MistralForCausalLM", fp8).unwrap().packing, Packing::Fp8([128, 64]));
         let whole = of("MistralForCausalLM", r#","quantization_config":{"quant_method":"fp8"}"#).unwrap_err();
         assert!(whole.contains("already quantized (fp8)") && whole.contains("weight_block_size"), "{whole}");
         let mxfp4 = r#","quantization_config":{"quant_method":"mxfp4"}"#;
         assert!(of("MistralForCausalLM", mxfp4).is_err());
         let oss = format!(r#","num_local_experts":4,"num_experts_per_tok":2{mxfp4}"#);
-        assert_eq!(of("GptOssForCausalLM", &oss).unwrap().stored, Stored::Mxfp4);
+        assert_eq!(of("GptOssForCausalLM", &oss).unwrap().packing, Packing::Mxfp4);
     }
 
     #[test]

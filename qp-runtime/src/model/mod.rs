@@ -7,7 +7,8 @@
 //! * [`program`]: what a model computes, without weights or a device; all else walks it.
 //! * [`keys`]: the keys of a JSON file, taken by name and type.
 //! * [`shards`]: which files hold the tensors.
-//! * `stored`: weights that files hold in other forms: stacked experts, MXFP4, FP8.
+//! * `packing`: weights that files hold in other forms: stacked experts, MXFP4, FP8.
+//! * [`stored`]: matrices that a model's files keep quantized.
 //! * [`tensors`]: the tensors of mapped files.
 //! * [`weights`]: the tensors put in their places, each linear layer dense or packed.
 //! * [`rope`]: tables of rotary position embedding, shared by every engine.
@@ -20,10 +21,11 @@ pub mod error;
 pub mod files;
 pub mod gguf;
 pub mod keys;
+mod packing;
 pub mod program;
 pub mod rope;
 pub mod shards;
-mod stored;
+pub mod stored;
 pub mod tensors;
 pub mod tokenizer;
 pub mod unused;
@@ -97,7 +99,10 @@ impl Model {
             let what = format!("the text's part is read; {others} tensors of other parts are not");
             tensors.notes.push(format!("{}: {what}", dir.display()));
         }
-        stored::unpack(&mut tensors, &config)?;
+        packing::unpack(&mut tensors, &config)?;
+        if let Some(stored) = &config.stored {
+            stored.join(&mut tensors, &arch::program(&config))?;
+        }
         let (mut model, used) = Self::of(dir, &files, config, &tensors)?;
         model.notes.append(&mut tensors.notes);
         tensors.retain(|name| used.contains(name));

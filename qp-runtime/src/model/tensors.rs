@@ -10,18 +10,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use memmap2::Mmap;
+use qp_codegen::reader::Reader;
 use rayon::prelude::*;
 use safetensors::SafeTensors;
 
 use super::files::Files;
-use super::gguf::Block;
-use super::gguf::blocks::MOST;
-use super::stored::View;
+use super::packing::View;
 use super::{Error, shards};
 use crate::input;
 
 /// Element type of a dense tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Dtype {
     /// 32-bit float.
     F32,
@@ -29,17 +28,17 @@ pub enum Dtype {
     F16,
     /// bfloat16.
     Bf16,
-    /// Blocks of a GGUF file, whole ones in a row.
-    Blocks(Block),
+    /// Numbers of a format, as one of its layouts stores them.
+    Format(Arc<Reader>),
 }
 
 /// How a tensor is stored in a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Kind {
     /// Elements of one size.
     Plain(safetensors::Dtype),
-    /// Blocks of a GGUF file.
-    Block(Block),
+    /// Numbers of a format, as one of its layouts stores them.
+    Format(Arc<Reader>),
 }
 
 /// Part of a mapped file, or bytes in memory. Cloning shares them.
@@ -100,16 +99,25 @@ pub struct Tensor {
     pub dtype: Dtype,
     /// Shape, outermost first.
     pub shape: Vec<usize>,
-    /// Elements or blocks, one after another.
-    bytes: Bytes,
+    /// Elements one after another; or the tensors of a format's layout, in its order.
+    parts: Vec<Bytes>,
 }
 
 impl Tensor {
+    /// The matrix that `reader` reads from `parts`, the tensors of its layout; `None` unless these have the bytes that it
+    /// needs.
+    pub fn of_format(reader: &Arc<Reader>, parts: Vec<Bytes>) -> Option<Self> {
+        let fit = parts.len() == reader.tensors().len()
+            && parts.iter().zip(reader.tensors()).all(|(p, t)| p.as_slice().len() as u64 == t.bytes);
+        let shape = vec![reader.shape().rows as usize, reader.shape().cols as usize];
+        fit.then(|| Tensor { dtype: Dtype::Format(reader.clone()), shape, parts })
+    }
+
     /// A tensor of `f32` values in memory; `None` unless there are `shape.product()` values.
     pub fn from_f32(shape: &[usize], values: &[f32]) -> Option<Self> {
         (shape.iter().product::<usize>() == values.len()).then(|| {
             let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-            Tensor { dtype: Dtype::F32, shape: shape.to_vec(), bytes: bytes.into() }
+            Tensor { dtype: Dtype::F32, shape: shape.to_vec(), parts: vec![bytes.into()] }
         })
     }
 
@@ -123,9 +131,9 @@ impl Tensor {
         self.len() == 0
     }
 
-    /// The elements' bytes, as the type stores them.
+    /// The elements' bytes, as the type stores them; of a format those of its layout's first tensor.
     pub fn bytes(&self) -> &[u8] {
-        self.bytes.as_slice()
+        self.parts[0].as_slice()
     }
 
     /// Copies elements `start..start + out.len()` as `f32`.
@@ -135,7 +143,7 @@ impl Tensor {
     pub fn read(&self, start: usize, out: &mut [f32]) {
         let range = start..start + out.len();
         let part = |size: usize| &self.bytes()[range.start * size..range.end * size];
-        match self.dtype {
+        match &self.dtype {
             Dtype::F32 => {
                 for (o, b) in out.iter_mut().zip(part(4).as_chunks().0) {
                     *o = f32::from_le_bytes(*b);
@@ -154,28 +162,20 @@ impl Tensor {
                     *o = bf16::from_le_bytes(*b).to_f32();
                 }
             }
-            Dtype::Blocks(block) => self.read_blocks(block, start, out),
+            Dtype::Format(reader) => self.read_format(reader, start, out),
         }
     }
 
-    /// As `read`, of blocks: whole ones are decoded in place, and of those that the range only touches its part is copied.
-    fn read_blocks(&self, block: Block, start: usize, out: &mut [f32]) {
-        let (len, bytes) = (block.weights(), block.bytes());
+    /// As `read`, of a format: rows, or parts of them.
+    fn read_format(&self, reader: &Reader, start: usize, out: &mut [f32]) {
+        let parts: Vec<&[u8]> = self.parts.iter().map(Bytes::as_slice).collect();
+        let cols = reader.shape().cols as usize;
         let (mut at, mut out) = (start, out);
-        let mut weights = [0.0; MOST];
         while !out.is_empty() {
-            let (index, skip) = (at / len, at % len);
-            if skip == 0 && out.len() >= len {
-                let whole = out.len() / len;
-                let (blocks, rest) = out.split_at_mut(whole * len);
-                block.decode(&self.bytes()[index * bytes..(index + whole) * bytes], blocks);
-                at += whole * len;
-                out = rest;
-                continue;
-            }
-            block.decode(&self.bytes()[index * bytes..(index + 1) * bytes], &mut weights[..len]);
-            let (part, rest) = out.split_at_mut(out.len().min(len - skip));
-            part.copy_from_slice(&weights[skip..skip + part.len()]);
+            let (row, col) = (at / cols, at % cols);
+            let (part, rest) = out.split_at_mut(out.len().min(cols - col));
+            // A matrix has fewer than 2^32 rows and columns.
+            reader.read(&parts, row as u32, col as u32, part);
             at += part.len();
             out = rest;
         }
@@ -186,15 +186,16 @@ impl Tensor {
     /// # Errors
     /// If one is infinite or not a number; `name` is for the message.
     fn check_finite(&self, name: &str) -> Result<(), Error> {
-        let whole = match self.dtype {
+        let whole = match &self.dtype {
             Dtype::F32 => finite(self.bytes(), |b: [u8; 4]| u32::from_le_bytes(b) & 0x7F80_0000 != 0x7F80_0000),
             Dtype::F16 => finite(self.bytes(), |b: [u8; 2]| u16::from_le_bytes(b) & 0x7C00 != 0x7C00),
             Dtype::Bf16 => finite(self.bytes(), |b: [u8; 2]| u16::from_le_bytes(b) & 0x7F80 != 0x7F80),
-            // Finite scales make finite weights: their products are far below the largest `f32`.
-            Dtype::Blocks(block) => self
-                .bytes()
-                .par_chunks(block.bytes() << 12)
-                .all(|part| part.chunks_exact(block.bytes()).all(|block_bytes| block.has_finite_scales(block_bytes))),
+            Dtype::Format(reader) => {
+                let parts: Vec<&[u8]> = self.parts.iter().map(Bytes::as_slice).collect();
+                let rows = reader.shape().rows;
+                let tasks = (0..rows.div_ceil(ROWS)).into_par_iter();
+                tasks.all(|i| reader.is_finite(&parts, i * ROWS..rows.min((i + 1) * ROWS)))
+            }
         };
         if whole {
             return Ok(());
@@ -217,11 +218,27 @@ impl Tensor {
     }
 }
 
+/// Rows of a format that a task looks at.
+const ROWS: u32 = 64;
+
 /// Whether `good` holds of every element of `bytes`.
 fn finite<const N: usize>(bytes: &[u8], good: impl Fn([u8; N]) -> bool + Sync) -> bool {
     // Parts are looked at whole, without a branch for each element.
     let part = |part: &[u8]| part.as_chunks().0.iter().fold(true, |all, b| all & good(*b));
     bytes.par_chunks(1 << 16).all(part)
+}
+
+/// A tensor as a file has it.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    /// Its name.
+    pub name: String,
+    /// Element type.
+    pub dtype: safetensors::Dtype,
+    /// Shape, outermost first.
+    pub shape: Vec<usize>,
+    /// Its bytes.
+    pub bytes: Bytes,
 }
 
 /// Where a tensor lies.
@@ -230,6 +247,8 @@ pub(super) struct Entry {
     pub kind: Kind,
     pub shape: Vec<usize>,
     pub bytes: Bytes,
+    /// Of a format in several tensors: these; empty if `bytes` is the only one.
+    pub pieces: Vec<Piece>,
     /// Heads whose halves are interleaved row by row, if they are.
     pub interleaved: Option<usize>,
     /// What the elements are in `bytes`, unless they lie there as they are.
@@ -247,12 +266,14 @@ pub struct TensorDir {
     entries: BTreeMap<String, Entry>,
     /// What is to be said to the user about the choice of files.
     pub notes: Vec<String>,
+    /// Tensors that say nothing that is not known otherwise.
+    pub left_out: Vec<Piece>,
 }
 
 impl TensorDir {
     /// Tensors that have been found; `dir` is for messages.
     pub(super) fn new(dir: PathBuf, entries: BTreeMap<String, Entry>) -> Self {
-        TensorDir { dir, entries, notes: Vec::new() }
+        TensorDir { dir, entries, notes: Vec::new(), left_out: Vec::new() }
     }
 
     /// Maps the safetensors files of the directory `dir` (see [`shards`]), or the GGUF file `dir`.
@@ -336,7 +357,7 @@ impl TensorDir {
     }
 
     /// The directory or file, for messages.
-    pub(super) fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         &self.dir
     }
 
@@ -365,14 +386,14 @@ impl TensorDir {
     /// If there is none of that name.
     pub fn layout(&self, name: &str) -> Result<(safetensors::Dtype, &[usize]), Error> {
         let e = self.entry(name)?;
-        let dtype = match e.kind {
-            Kind::Plain(dtype) => dtype,
-            Kind::Block(_) => safetensors::Dtype::F16,
+        let dtype = match &e.kind {
+            Kind::Plain(dtype) => *dtype,
+            Kind::Format(_) => safetensors::Dtype::F16,
         };
         Ok((dtype, &e.shape))
     }
 
-    /// A tensor of whatever type: element type, shape and bytes. Blocks become the nearest `F16`, whose rounding is far
+    /// A tensor of whatever type: element type, shape and bytes. Formats become the nearest `F16`, whose rounding is far
     /// below their own.
     ///
     /// # Errors
@@ -381,12 +402,12 @@ impl TensorDir {
     pub fn raw(&self, name: &str) -> Result<(safetensors::Dtype, &[usize], Bytes), Error> {
         let (dtype, shape) = self.layout(name)?;
         let e = self.entry(name)?;
-        let bytes = match e.kind {
+        let bytes = match &e.kind {
             Kind::Plain(safetensors::Dtype::F32 | safetensors::Dtype::F16 | safetensors::Dtype::BF16) => {
-                self.tensor(name)?.bytes
+                self.tensor(name)?.parts.swap_remove(0)
             }
             Kind::Plain(_) => e.in_order(),
-            Kind::Block(_) => {
+            Kind::Format(_) => {
                 let weights = self.tensor(name)?.to_f32();
                 let halves: Vec<f16> = weights.iter().map(|w| f16::from_f32(*w)).collect();
                 if let Some(i) = halves.iter().zip(&weights).position(|(h, w)| h.is_infinite() && w.is_finite()) {
@@ -398,20 +419,60 @@ impl TensorDir {
         Ok((dtype, shape, bytes))
     }
 
-    /// A tensor of floats, or of blocks. When it is asked for first, all its values are looked at.
+    /// A tensor as its file stores it, rows in the order in which the model computes them; of a format that lies in
+    /// several tensors, these.
+    ///
+    /// # Errors
+    /// If there is none of that name.
+    pub fn stored(&self, name: &str) -> Result<(&Kind, Vec<Piece>), Error> {
+        let e = self.entry(name)?;
+        if !e.pieces.is_empty() {
+            return Ok((&e.kind, e.pieces.clone()));
+        }
+        let bytes = e.in_order();
+        Ok(match &e.kind {
+            Kind::Plain(dtype) => {
+                (&e.kind, vec![Piece { name: name.to_owned(), dtype: *dtype, shape: e.shape.clone(), bytes }])
+            }
+            Kind::Format(reader) => {
+                let layer = name.strip_suffix(".weight").unwrap_or(name);
+                let (name, rows) = (format!("{layer}.{}", reader.tensors()[0].name), e.shape[0]);
+                let shape = vec![rows, bytes.as_slice().len() / rows];
+                (&e.kind, vec![Piece { name, dtype: safetensors::Dtype::U8, shape, bytes }])
+            }
+        })
+    }
+
+    /// The tensor `name`, which is no format's.
+    pub(super) fn piece(&self, name: &str) -> Result<Piece, Error> {
+        Ok(self.stored(name)?.1.swap_remove(0))
+    }
+
+    /// Adds the matrix `name` of a format that lies in `pieces`.
+    pub(super) fn add(&mut self, name: String, kind: Kind, pieces: Vec<Piece>) {
+        let Kind::Format(reader) = &kind else { unreachable!("a format's matrix") };
+        let shape = vec![reader.shape().rows as usize, reader.shape().cols as usize];
+        let mut entry = Entry::new(kind, shape, pieces[0].bytes.clone());
+        entry.pieces = pieces;
+        self.entries.insert(name, entry);
+    }
+
+    /// A tensor of floats, or of a format. When it is asked for first, all its values are looked at.
     ///
     /// # Errors
     /// If there is none of that name, it has another element type, or a value is infinite or not a number.
     pub fn tensor(&self, name: &str) -> Result<Tensor, Error> {
         let e = self.entry(name)?;
-        let dtype = match e.kind {
+        let dtype = match &e.kind {
             Kind::Plain(safetensors::Dtype::F32) => Dtype::F32,
             Kind::Plain(safetensors::Dtype::F16) => Dtype::F16,
             Kind::Plain(safetensors::Dtype::BF16) => Dtype::Bf16,
-            Kind::Block(block) => Dtype::Blocks(block),
+            Kind::Format(reader) => Dtype::Format(reader.clone()),
             Kind::Plain(other) => return Err(Error::Dtype { name: name.to_owned(), found: format!("{other:?}") }),
         };
-        let tensor = Tensor { dtype, shape: e.shape.clone(), bytes: e.in_order() };
+        let parts =
+            if e.pieces.is_empty() { vec![e.in_order()] } else { e.pieces.iter().map(|p| p.bytes.clone()).collect() };
+        let tensor = Tensor { dtype, shape: e.shape.clone(), parts };
         if !e.finite.load(Ordering::Relaxed) {
             tensor.check_finite(name)?;
             e.finite.store(true, Ordering::Relaxed);
@@ -423,7 +484,8 @@ impl TensorDir {
 impl Entry {
     /// A tensor whose rows are in order.
     pub fn new(kind: Kind, shape: Vec<usize>, bytes: Bytes) -> Self {
-        Entry { kind, shape, bytes, interleaved: None, view: None, finite: AtomicBool::new(false) }
+        let (pieces, finite) = (Vec::new(), AtomicBool::new(false));
+        Entry { kind, shape, bytes, pieces, interleaved: None, view: None, finite }
     }
 
     /// A tensor whose elements are found in `bytes` as `view` says.
@@ -433,20 +495,37 @@ impl Entry {
 
     /// The bytes, rows in the order in which the model computes them: a copy if the file has another.
     fn in_order(&self) -> Bytes {
-        if let (Some(view), Kind::Plain(dtype)) = (&self.view, self.kind) {
+        if let (Some(view), Kind::Plain(dtype)) = (&self.view, &self.kind) {
             return view.bytes(self.bytes.as_slice(), &self.shape, dtype.bitsize() / 8).into();
         }
         let Some(heads) = self.interleaved else { return self.bytes.clone() };
         let (stored, rows) = (self.bytes.as_slice(), self.shape[0]);
-        let (row, half) = (stored.len() / rows, rows / heads / 2);
+        let row = stored.len() / rows;
         let mut out = Vec::with_capacity(stored.len());
         for i in 0..rows {
-            let (head, side, j) = (i / (2 * half), i / half % 2, i % half);
-            let from = (head * half + j) * 2 + side;
+            let from = interleaved_row(i, rows, heads);
             out.extend_from_slice(&stored[from * row..(from + 1) * row]);
         }
         out.into()
     }
+}
+
+/// Where a file that interleaves the halves of `heads` heads has row `i` of `rows`.
+fn interleaved_row(i: usize, rows: usize, heads: usize) -> usize {
+    let half = rows / heads / 2;
+    let (head, side, j) = (i / (2 * half), i / half % 2, i % half);
+    (head * half + j) * 2 + side
+}
+
+/// The bytes of `rows` rows as a file has them that interleaves the halves of `heads` heads.
+pub(crate) fn interleaved(bytes: &[u8], rows: usize, heads: usize) -> Vec<u8> {
+    let mut out = vec![0; bytes.len()];
+    let row = bytes.len() / rows;
+    for (i, from) in bytes.chunks_exact(row.max(1)).enumerate() {
+        let to = interleaved_row(i, rows, heads);
+        out[to * row..(to + 1) * row].copy_from_slice(from);
+    }
+    out
 }
 
 #[cfg(test)]
@@ -492,7 +571,7 @@ mod tests {
         let mut shifted = vec![0u8];
         shifted.extend(&f16s);
         let bytes = Bytes { range: 1..9, owner: Owner::Memory(shifted.into()) };
-        let odd = Tensor { dtype: Dtype::F16, shape: vec![4], bytes };
+        let odd = Tensor { dtype: Dtype::F16, shape: vec![4], parts: vec![bytes] };
         assert_eq!(odd.to_f32(), t.tensor("h").unwrap().to_f32());
     }
 

@@ -34,7 +34,8 @@ impl Source for Asked<'_> {
     }
 
     fn linear(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, Error> {
-        self.names.borrow_mut().extend(tensor_names(name).into_iter().chain([format!("{name}.weight")]));
+        let own = tensor_names(name).into_iter().chain([format!("{name}.weight")]);
+        self.names.borrow_mut().extend(own.chain(self.source.tensors_of(name)));
         self.source.linear(name, rows, cols)
     }
 
@@ -48,6 +49,10 @@ impl Source for Asked<'_> {
 
     fn is_quantized(&self, name: &str) -> bool {
         self.source.is_quantized(name)
+    }
+
+    fn tensors_of(&self, name: &str) -> Vec<String> {
+        self.source.tensors_of(name)
     }
 }
 
@@ -64,7 +69,7 @@ pub fn untie(config: &mut Config, source: &dyn Source) -> Result<(), Error> {
     // A checkpoint keeps an output layer beside a quantized embedding only if it was another matrix.
     let same = !source.is_quantized(EMBEDDING) && {
         let (a, b) = (source.tensor(&head)?, source.tensor(&embedding)?);
-        (a.dtype, &a.shape, a.bytes()) == (b.dtype, &b.shape, b.bytes())
+        (&a.dtype, &a.shape, a.bytes()) == (&b.dtype, &b.shape, b.bytes())
     };
     if !same {
         config.tied = false;

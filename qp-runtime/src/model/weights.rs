@@ -28,6 +28,12 @@ pub trait Source {
     /// If it is missing, damaged or of another shape.
     fn linear(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, Error>;
 
+    /// Names of the tensors of the layer `name`, if a format has it.
+    fn tensors_of(&self, name: &str) -> Vec<String> {
+        let _ = name;
+        Vec::new()
+    }
+
     /// Names of layers that a plan launches together, group by group.
     fn groups(&self) -> Vec<Vec<String>> {
         Vec::new()

@@ -30,7 +30,7 @@ use items::{Item, Work, items, join_tied, layers};
 use pipeline::{Pipeline, Pool};
 
 /// Files of a model directory that a checkpoint takes along, where they exist.
-const COPIED: [&str; 12] = [
+pub(crate) const COPIED: [&str; 12] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -312,6 +312,7 @@ impl Job {
             tool: head.tool,
             model,
             calibration: head.calibration,
+            source: None,
             specs,
             layers,
             groups,

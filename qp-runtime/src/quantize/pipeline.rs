@@ -191,7 +191,7 @@ impl Pipeline<'_> {
     fn entry(&self, item: usize, layer: usize, error: f64) -> LayerEntry {
         let Shape { rows, cols } = self.layers[layer].layer.shape;
         let (name, spec) = (self.items[item].name.clone(), self.quantizer(layer).1.name.clone());
-        LayerEntry { name, spec, rows, cols, error }
+        LayerEntry { name, spec, layout: None, rows, cols, error }
     }
 
     /// Number and quantizer of a layer that has one.

@@ -6,6 +6,7 @@ mod conformance;
 mod device_engine;
 mod directories;
 mod gguf;
+mod import;
 mod ir;
 mod palette;
 mod plan;

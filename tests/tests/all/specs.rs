@@ -54,6 +54,11 @@ fn what_must_pass_passes_and_means_the_same_when_canonical() {
             let again = load_str("canonical", &q.canonical()).unwrap_or_else(|e| panic!("{e}"));
             assert_eq!(again.quantizers, [q]);
         }
+        for f in &library.formats {
+            text.push_str(&f.canonical());
+            let again = load_str("canonical", &f.canonical()).unwrap_or_else(|e| panic!("{e}"));
+            assert_eq!(again.formats, std::slice::from_ref(f));
+        }
         insta::assert_snapshot!(format!("pass__{}", name(&file)), text);
     }
 }
@@ -73,7 +78,7 @@ fn filled(q: &Quantizer) -> Quantizer {
 
 #[test]
 fn formatting_keeps_meaning_and_comments_and_is_stable() {
-    for file in examples("pass").into_iter().chain(examples("../../specs")) {
+    for file in ["pass", "../../specs", "../../specs/formats"].into_iter().flat_map(examples) {
         let text = fs::read_to_string(&file).unwrap();
         let formatted = syntax::format(FileId(0), &text).unwrap();
         assert_eq!(syntax::format(FileId(0), &formatted).unwrap(), formatted, "{}", file.display());
@@ -98,7 +103,7 @@ impl Random {
 #[test]
 fn mutated_texts_never_panic() {
     let mut texts: Vec<String> = Vec::new();
-    for folder in ["pass", "fail", "../../specs"] {
+    for folder in ["pass", "fail", "../../specs", "../../specs/formats"] {
         texts.extend(examples(folder).iter().map(|f| fs::read_to_string(f).unwrap()));
     }
     let pieces = [
@@ -146,6 +151,18 @@ fn mutated_texts_never_panic() {
         ",",
         ".",
         "0.5",
+        "..",
+        ":",
+        "field ",
+        "weight e {",
+        "per 1 x 32",
+        "layout l of q {",
+        "function f(",
+        "f(w)",
+        "negate(",
+        "bits ",
+        " bit ",
+        "[*, r]",
     ];
     let mut random = Random(1);
     for round in 0..6000 {
@@ -173,6 +190,10 @@ fn mutated_texts_never_panic() {
                 for q in library.quantizers.iter().filter(|q| q.is_trained()) {
                     let again = load_str("canonical", &q.canonical()).unwrap_or_else(|e| panic!("{e}\n{text}"));
                     assert_eq!(again.quantizers, std::slice::from_ref(q), "round {round}\n{text}");
+                }
+                for f in &library.formats {
+                    let again = load_str("canonical", &f.canonical()).unwrap_or_else(|e| panic!("{e}\n{text}"));
+                    assert_eq!(again.formats, std::slice::from_ref(f), "round {round}\n{text}");
                 }
             }
             Err(errors) => assert!(!errors.render(false).is_empty()),
@@ -221,7 +242,7 @@ fn table_files_are_read_and_renaming_keeps_the_hash() {
 fn examples_of_the_reference_load() {
     let text = fs::read_to_string(folder("../../docs/language.md")).unwrap();
     let blocks: Vec<&str> = text.split("```qspec\n").skip(1).map(|b| b.split("```").next().unwrap()).collect();
-    assert_eq!(blocks.len(), 3);
+    assert_eq!(blocks.len(), 5);
     for block in blocks {
         let library = load_str("language.md", block).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(library.warnings.to_string(), "");

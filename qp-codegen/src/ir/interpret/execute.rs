@@ -20,7 +20,7 @@ pub(super) struct Machine<'p, 'a> {
     /// Threads of a block.
     block: usize,
     pub(super) words: Vec<Vec<u32>>,
-    longs: Vec<Vec<i64>>,
+    pub(super) longs: Vec<Vec<i64>>,
     pub(super) shared: Blocks,
     buffers: Vec<Buffer<'a>>,
     pub report: Report,

@@ -29,6 +29,8 @@ pub struct Context<'a> {
     pub folder: &'a Path,
     /// Where table files are read.
     pub files: &'a dyn Files,
+    /// Functions that may be called.
+    pub functions: Vec<&'a ast::Function>,
 }
 
 /// A code and what the codes of one mix must share.
@@ -110,7 +112,7 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
 }
 
 /// Defines the `let`s of a body.
-fn define(b: &Body, scope: &mut Scope, sink: &mut Sink) {
+pub fn define(b: &Body, scope: &mut Scope, sink: &mut Sink) {
     scope.lenient |= b.incomplete;
     for p in &b.properties {
         if let PropertyKind::Let(name, e) = &p.kind {
@@ -121,10 +123,11 @@ fn define(b: &Body, scope: &mut Scope, sink: &mut Sink) {
 }
 
 /// Reports properties given twice and tables of one name.
-fn duplicates(b: &Body, sink: &mut Sink) {
+pub fn duplicates(b: &Body, sink: &mut Sink) {
     let key = |p: &Property| match &p.kind {
         PropertyKind::Let(..) | PropertyKind::Code(_) => None,
         PropertyKind::Table(t) => Some(("table", t.name.name.clone(), t.name.span)),
+        PropertyKind::Field(f) => Some(("table", f.name.name.clone(), f.name.span)),
         PropertyKind::Window(_)
         | PropertyKind::Vector(_)
         | PropertyKind::Step(_)
@@ -132,6 +135,8 @@ fn duplicates(b: &Body, sink: &mut Sink) {
         | PropertyKind::Values(..)
         | PropertyKind::Unit(_)
         | PropertyKind::Decode(_)
+        | PropertyKind::Bits(..)
+        | PropertyKind::Weight(_)
         | PropertyKind::Scale(_)
         | PropertyKind::Rotate(..) => Some(("", p.keyword.name.clone(), p.keyword.span)),
     };
@@ -146,7 +151,7 @@ fn duplicates(b: &Body, sink: &mut Sink) {
     }
 }
 
-fn report_missing(missing: &[&str], at: Span, cx: &Context<'_>, sink: &mut Sink) {
+pub fn report_missing(missing: &[&str], at: Span, cx: &Context<'_>, sink: &mut Sink) {
     let example = |name: &str| match name {
         "window" => "window 16",
         "vector" => "vector 2",
@@ -166,7 +171,7 @@ fn report_missing(missing: &[&str], at: Span, cx: &Context<'_>, sink: &mut Sink)
     }
 }
 
-fn choice<T: Copy>(name: &Ident, what: &str, choices: &[(&str, T)], sink: &mut Sink) -> Option<T> {
+pub fn choice<T: Copy>(name: &Ident, what: &str, choices: &[(&str, T)], sink: &mut Sink) -> Option<T> {
     if let Some((_, v)) = choices.iter().find(|(n, _)| *n == name.name) {
         return Some(*v);
     }
@@ -256,25 +261,28 @@ fn rotation(name: &Ident, given: &[Arg], scope: &Scope, sink: &mut Sink) -> Opti
 
 /// Properties of one code, each from the innermost body that has it.
 #[derive(Default)]
-struct Properties<'a> {
-    window: Option<&'a Expr>,
-    vector: Option<&'a Expr>,
-    step: Option<&'a Expr>,
-    block: Option<(&'a Expr, &'a Expr)>,
-    values: Option<(&'a Ident, Option<&'a Expr>)>,
-    unit: Option<&'a Expr>,
-    tables: Vec<&'a ast::Table>,
-    decode: Option<&'a ast::Decode>,
+pub struct Properties<'a> {
+    pub window: Option<&'a Expr>,
+    pub vector: Option<&'a Expr>,
+    pub step: Option<&'a Expr>,
+    /// `bits N for V`: all three of these.
+    pub bits: Option<(&'a Expr, Option<&'a Expr>, Span)>,
+    pub block: Option<(&'a Expr, &'a Expr)>,
+    pub values: Option<(&'a Ident, Option<&'a Expr>)>,
+    pub unit: Option<&'a Expr>,
+    pub tables: Vec<&'a ast::Table>,
+    pub decode: Option<&'a ast::Decode>,
 }
 
 impl<'a> Properties<'a> {
-    fn new(bodies: &[&'a Body]) -> Self {
+    pub fn new(bodies: &[&'a Body]) -> Self {
         let mut out = Properties::default();
         for p in bodies.iter().flat_map(|b| &b.properties) {
             match &p.kind {
                 PropertyKind::Window(e) => out.window = out.window.or(Some(e)),
                 PropertyKind::Vector(e) => out.vector = out.vector.or(Some(e)),
                 PropertyKind::Step(e) => out.step = out.step.or(Some(e)),
+                PropertyKind::Bits(n, v) => out.bits = out.bits.or(Some((n, v.as_ref(), p.keyword.span))),
                 PropertyKind::Block(r, c) => out.block = out.block.or(Some((r, c))),
                 PropertyKind::Values(t, o) => out.values = out.values.or(Some((t, o.as_ref()))),
                 PropertyKind::Unit(e) => out.unit = out.unit.or(Some(e)),
@@ -284,17 +292,33 @@ impl<'a> Properties<'a> {
                     }
                 }
                 PropertyKind::Decode(d) => out.decode = out.decode.or(Some(d)),
-                PropertyKind::Let(..) | PropertyKind::Scale(_) | PropertyKind::Rotate(..) | PropertyKind::Code(_) => (),
+                PropertyKind::Let(..)
+                | PropertyKind::Field(_)
+                | PropertyKind::Weight(_)
+                | PropertyKind::Scale(_)
+                | PropertyKind::Rotate(..)
+                | PropertyKind::Code(_) => (),
             }
         }
         out
     }
 
+    /// Reports what `bits` says already.
+    pub fn report_said(&self, sink: &mut Sink) {
+        let Some((.., span)) = self.bits else { return };
+        for (name, given) in [("window", self.window), ("vector", self.vector), ("step", self.step)] {
+            if let Some(e) = given {
+                let d = Diagnostic::error(e.span, format!("`bits` says the `{name}` already"), "").label(span, "here");
+                sink.push(d.hint("`bits N for V` is short for `window N`, `vector V` and `step N`: take one away"));
+            }
+        }
+    }
+
     fn missing(&self) -> Vec<&'static str> {
         let given = [
-            ("window", self.window.is_some()),
-            ("vector", self.vector.is_some()),
-            ("step", self.step.is_some()),
+            ("window", self.window.or(self.bits.map(|b| b.0)).is_some()),
+            ("vector", self.vector.or(self.bits.map(|b| b.0)).is_some()),
+            ("step", self.step.or(self.bits.map(|b| b.0)).is_some()),
             ("block", self.block.is_some()),
             ("values", self.values.is_some()),
             ("unit", self.unit.is_some()),
@@ -313,12 +337,17 @@ fn code(
     cx: &Context<'_>,
     sink: &mut Sink,
 ) -> Option<Code> {
-    let p = Properties::new(bodies);
+    let mut p = Properties::new(bodies);
+    p.report_said(sink);
     if bodies.iter().all(|b| !b.incomplete) {
         report_missing(&[&p.missing(), missing].concat(), at, cx, sink);
     }
+    let mut vector = p.vector.and_then(|e| vector_length(e, scope, sink));
+    if let Some((n, v, _)) = p.bits {
+        (p.window, p.step) = (Some(n), Some(n));
+        vector = v.map_or(Some(1), |e| vector_length(e, scope, sink));
+    }
     let window = p.window.and_then(|e| integer(e, "the window", 1..=MAX_WINDOW, scope, sink)).map(|w| w as u32);
-    let vector = p.vector.and_then(|e| vector(e, scope, sink));
     let steps = p.step.and_then(|e| steps(e, window, scope, sink));
     let block = p.block.and_then(|(r, c)| block(r, c, scope, sink));
     let values = p.values.and_then(|(t, o)| values(t, o, scope, sink));
@@ -344,7 +373,8 @@ fn code(
             c.clone().unwrap_or((unknown, t.name.span))
         })
         .collect();
-    let decoded = p.decode.and_then(|d| decode::Checker::new(window, vector, &known, scope, sink).check(d));
+    let decoded =
+        p.decode.and_then(|d| decode::Checker::new(window, vector, &known, &cx.functions, scope, sink).check(d));
     let mut tables = Vec::new();
     let mut new = vec![0; known.len()];
     let tables_ok = checked.iter().all(Option::is_some);
@@ -374,7 +404,7 @@ fn code(
     (fits && tables_ok).then_some(code)
 }
 
-fn vector(e: &Expr, scope: &Scope, sink: &mut Sink) -> Option<u32> {
+fn vector_length(e: &Expr, scope: &Scope, sink: &mut Sink) -> Option<u32> {
     let v = number(e, scope, sink)?;
     match v.integer() {
         Some(v @ (1 | 2 | 4)) => Some(v as u32),
@@ -546,20 +576,16 @@ fn table(
     cx: &Context<'_>,
     sink: &mut Sink,
 ) -> Option<Table> {
-    let entries = integer(&t.entries, "the number of entries", 1..=MAX_ENTRIES, scope, sink).and_then(|n| {
-        if n & (n - 1) == 0 {
-            return Some(n as u32);
-        }
-        let up = (n as u32).next_power_of_two();
-        let d = Diagnostic::error(
-            t.entries.span,
-            format!("the number of entries must be a power of two, not {n}"),
-            format!("this is {n}"),
-        );
-        sink.fail(d.hint(format!("use {} or {up}", up / 2)))
-    });
+    let entries = table_entries(t, scope, sink);
     let (values, source) = match &t.source {
-        ast::TableSource::Inline(e) => (inline(t, e, entries, vector, value, scope, sink)?, TableSource::Inline),
+        ast::TableSource::Inline(e) => {
+            let values = inline(t, e, entries, vector, value.map(Value::range), scope, sink)?;
+            (values.into_iter().map(|v| v as i16).collect(), TableSource::Inline)
+        }
+        ast::TableSource::OfMatrix(ty, _) => {
+            let d = Diagnostic::error(ty.name.span, "a matrix's own tables are for weights", "");
+            return sink.fail(d.hint("look it up by a field in a `weight` block"));
+        }
         ast::TableSource::File(path) => {
             let file = table_path(path, cx, sink)?;
             let values = read(&file, path, entries?, vector?, value?, true, cx, sink)?;
@@ -578,7 +604,23 @@ fn table(
     Some(Table { name: t.name.name.clone(), entries: entries?, values, source })
 }
 
-fn table_path(path: &Ident, cx: &Context<'_>, sink: &mut Sink) -> Option<std::path::PathBuf> {
+/// The number of a table's entries.
+pub fn table_entries(t: &ast::Table, scope: &Scope, sink: &mut Sink) -> Option<u32> {
+    integer(&t.entries, "the number of entries", 1..=MAX_ENTRIES, scope, sink).and_then(|n| {
+        if n & (n - 1) == 0 {
+            return Some(n as u32);
+        }
+        let up = (n as u32).next_power_of_two();
+        let d = Diagnostic::error(
+            t.entries.span,
+            format!("the number of entries must be a power of two, not {n}"),
+            format!("this is {n}"),
+        );
+        sink.fail(d.hint(format!("use {} or {up}", up / 2)))
+    })
+}
+
+pub fn table_path(path: &Ident, cx: &Context<'_>, sink: &mut Sink) -> Option<std::path::PathBuf> {
     let text = path.name.replace("{name}", &cx.name.name);
     if text.is_empty() || text.contains(['{', '}']) {
         let d = Diagnostic::error(path.span, "this is not the path of a file", "");
@@ -618,20 +660,20 @@ fn read(
 }
 
 /// Entries written in the spec: a flat list of entries × V integers, or of entries that are lists of V.
-fn inline(
+pub fn inline(
     t: &ast::Table,
     e: &Expr,
     entries: Option<u32>,
     vector: Option<u32>,
-    value: Option<Value>,
+    range: Option<(i32, i32)>,
     scope: &Scope,
     sink: &mut Sink,
-) -> Option<Vec<i16>> {
+) -> Option<Vec<i32>> {
     let ExprKind::List(list) = &e.kind else {
         let d = Diagnostic::error(e.span, "the values of a table are a list", "");
         return sink.fail(d.hint("write them in brackets: `[-40, -12, 12, 40]`"));
     };
-    let (min, max) = value?.range();
+    let (min, max) = range?;
     let v = vector? as usize;
     let name = &t.name.name;
     let mut flat: Vec<&Expr> = Vec::new();
@@ -659,7 +701,7 @@ fn inline(
     let mut ok = true;
     for e in &flat {
         match integer(e, "an entry", min.into()..=max.into(), scope, sink) {
-            Some(i) => out.push(i as i16),
+            Some(i) => out.push(i as i32),
             None => ok = false,
         }
     }

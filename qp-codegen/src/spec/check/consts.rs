@@ -120,7 +120,7 @@ impl Scope {
                 self.touch(b);
             }
             ExprKind::Call(_, l) | ExprKind::List(l) => l.iter().for_each(|e| self.touch(e)),
-            ExprKind::If(a, b, c) => [a, b, c].into_iter().for_each(|e| self.touch(e)),
+            ExprKind::Range(a, b, c) | ExprKind::If(a, b, c) => [a, b, c].into_iter().for_each(|e| self.touch(e)),
         }
     }
 
@@ -181,7 +181,7 @@ pub fn eval(e: &Expr, scope: &Scope, sink: &mut Sink) -> Option<Const> {
             let args: Vec<_> = args.iter().map(|e| eval(e, scope, sink)).collect();
             call(&f.name, f.span, &args.into_iter().collect::<Option<Vec<_>>>()?, e.span, sink)
         }
-        ExprKind::Index(..) => {
+        ExprKind::Index(..) | ExprKind::Range(..) => {
             let d = Diagnostic::error(e.span, "a constant has no members to index", "");
             sink.fail(d.hint("tables and bits stand in the decode block"))
         }

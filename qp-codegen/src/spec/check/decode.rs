@@ -8,7 +8,12 @@ use crate::syntax::ast::{self, BinaryOp, Expr, ExprKind, Ident, UnaryOp};
 use crate::syntax::diag::{Diagnostic, Span};
 
 /// Functions of a decode block beside those of constants.
-const FUNCTIONS: [&str; 3] = ["byte", "sum_bytes", "signs"];
+const FUNCTIONS: [&str; 6] = ["byte", "sum_bytes", "signs", "parity", "count", "negate"];
+
+/// Most functions that are inside of each other when they are expanded.
+const MOST_CALLS_DEEP: usize = 16;
+/// Most functions that are expanded in a block.
+const MOST_CALLS: usize = 10_000;
 
 /// Most operations of a decode block, those included that its result does not need.
 const MOST_OPERATIONS: usize = 1000;
@@ -35,6 +40,8 @@ pub struct Checker<'a> {
     pub vector: Option<u32>,
     /// The code's tables, with their places.
     pub tables: &'a [(Table, Span)],
+    /// Functions that may be called.
+    pub functions: &'a [&'a ast::Function],
     /// Constants.
     pub scope: &'a Scope,
     /// Errors.
@@ -49,6 +56,9 @@ struct State {
     window_used: bool,
     lets: Vec<Let>,
     looked_up: Vec<bool>,
+    /// Spans of the calls that are being expanded, and how many were.
+    calls: Vec<Span>,
+    expanded: usize,
 }
 
 /// The checked expression and which tables it looks up.
@@ -65,11 +75,12 @@ impl<'a> Checker<'a> {
         window: Option<u32>,
         vector: Option<u32>,
         tables: &'a [(Table, Span)],
+        functions: &'a [&'a ast::Function],
         scope: &'a Scope,
         sink: &'a mut Sink,
     ) -> Self {
         let state = State { looked_up: vec![false; tables.len()], ..State::default() };
-        Checker { window, vector, tables, scope, sink, state }
+        Checker { window, vector, tables, functions, scope, sink, state }
     }
 
     /// Checks the block.
@@ -123,6 +134,47 @@ impl<'a> Checker<'a> {
         Some(Value::Node(self.state.decode.push(op)))
     }
 
+    fn node(&mut self, op: Op) -> Option<Node> {
+        match self.push(op)? {
+            Value::Node(n) => Some(n),
+            Value::Const(_) => None,
+        }
+    }
+
+    fn constant(&mut self, c: u32) -> Option<Node> {
+        self.node(Op::Const(c))
+    }
+
+    /// The word of bits `from..to` of a word.
+    fn bits(&mut self, word: Node, from: u32, to: u32) -> Option<Node> {
+        let shifted = match from {
+            0 => word,
+            _ => {
+                let by = self.constant(from)?;
+                self.node(Op::Binary(WordOp::Shr, word, by))?
+            }
+        };
+        if to == 32 {
+            return Some(shifted);
+        }
+        let mask = self.constant(crate::spec::mask(to - from))?;
+        self.node(Op::Binary(WordOp::And, shifted, mask))
+    }
+
+    /// The same word for each entry.
+    fn each(&mut self, word: Node) -> Option<Node> {
+        let v = self.vector?;
+        self.node(Op::Pack(vec![word; v as usize]))
+    }
+
+    /// The vector whose entries are negated.
+    fn negated(&mut self, vector: Node) -> Option<Node> {
+        let (ones, one) = (self.constant(u32::MAX)?, self.constant(1)?);
+        let (ones, one) = (self.each(ones)?, self.each(one)?);
+        let complement = self.node(Op::Vector(VectorOp::Xor, vector, ones))?;
+        self.node(Op::Vector(VectorOp::Add, complement, one))
+    }
+
     fn type_of(&self, v: &Value) -> &'static str {
         match v {
             Value::Const(c) => c.describe(),
@@ -150,10 +202,18 @@ impl<'a> Checker<'a> {
                 };
                 return Some(self.state.decode.push(Op::Const(word as u32)));
             }
+            // A bit is a word of 0 or 1, and a word's bit is its lowest.
+            (Value::Node(n), Type::Word) if self.state.decode.op(*n).ty() == Type::Bit => {
+                let Op::Bit(word, i) = *self.state.decode.op(*n) else { unreachable!("bits are bits of words") };
+                return self.bits(word, i, i + 1);
+            }
+            (Value::Node(n), Type::Bit) if self.state.decode.op(*n).ty() == Type::Word => {
+                return self.node(Op::Bit(*n, 0));
+            }
             _ => (),
         }
         let (wanted, hint) = match ty {
-            Type::Word => ("a word", "a bit `h[i]` as a word is `(h >> i) & 1`; a vector has no bits of its own"),
+            Type::Word => ("a word", "a vector has no bits of its own"),
             Type::Bit => ("a bit", "bit i of a word h is `h[i]`"),
             Type::Vector => ("a vector", "a vector is a table entry `t[i]`, `signs(…)`, or words in brackets"),
         };
@@ -189,6 +249,7 @@ impl<'a> Checker<'a> {
             },
             ExprKind::Binary(op, a, b) => self.binary(*op, a, b, e.span),
             ExprKind::Index(base, index) => self.index(base, index),
+            ExprKind::Range(base, from, to) => self.range(base, from, to),
             ExprKind::Call(f, args) => self.call(f, args, e.span),
             ExprKind::List(list) => {
                 self.count(list.len(), "a list", "word", e.span);
@@ -200,8 +261,19 @@ impl<'a> Checker<'a> {
             ExprKind::If(c, a, b) => {
                 self.use_names(a);
                 self.use_names(b);
-                let chosen = consts::choose(c, a, b, self.scope, self.sink)?;
-                self.expr(chosen)
+                if self.state.calls.is_empty() {
+                    let chosen = consts::choose(c, a, b, self.scope, self.sink)?;
+                    return self.expr(chosen);
+                }
+                match self.expr(c)? {
+                    Value::Const(Const::Condition(true)) => self.expr(a),
+                    Value::Const(Const::Condition(false)) => self.expr(b),
+                    other => {
+                        let found = self.type_of(&other);
+                        let d = Diagnostic::error(c.span, format!("expected a condition, found {found}"), "");
+                        self.sink.fail(d.hint("`if` chooses by constants; use a table or a mask for words"))
+                    }
+                }
             }
         }
     }
@@ -219,7 +291,7 @@ impl<'a> Checker<'a> {
                 self.use_names(b);
             }
             ExprKind::Call(_, l) | ExprKind::List(l) => l.iter().for_each(|e| self.use_names(e)),
-            ExprKind::If(a, b, c) => [a, b, c].into_iter().for_each(|e| self.use_names(e)),
+            ExprKind::Range(a, b, c) | ExprKind::If(a, b, c) => [a, b, c].into_iter().for_each(|e| self.use_names(e)),
         }
     }
 
@@ -231,6 +303,11 @@ impl<'a> Checker<'a> {
         if let Some(l) = self.state.lets.iter_mut().find(|l| l.name.name == name) {
             l.used = true;
             return l.value.clone();
+        }
+        if !self.state.calls.is_empty() {
+            let known: Vec<String> = self.state.lets.iter().map(|l| l.name.name.clone()).collect();
+            let d = consts::unknown(name, span, "name", known.iter().map(String::as_str));
+            return self.sink.fail(d.hint("a function knows its parameters and its own names alone"));
         }
         if let Some(value) = self.scope.get(name) {
             return value.cloned().map(Value::Const);
@@ -259,18 +336,29 @@ impl<'a> Checker<'a> {
             };
             return consts::fold(op, *x, *y, span, self.sink).map(Value::Const);
         }
-        let is_vector = |v: &Value| matches!(v, Value::Node(n) if self.state.decode.op(*n).ty() == Type::Vector);
-        if is_vector(&va) || is_vector(&vb) {
-            let op = match op {
-                BinaryOp::Xor => VectorOp::Xor,
-                BinaryOp::Add => VectorOp::Add,
+        if is_vector_node(&self.state.decode, &va) || is_vector_node(&self.state.decode, &vb) {
+            let (vector_op, negative) = match op {
+                BinaryOp::Xor => (VectorOp::Xor, false),
+                BinaryOp::Add => (VectorOp::Add, false),
+                BinaryOp::Sub => (VectorOp::Add, true),
                 _ => {
                     let d = Diagnostic::error(span, format!("vectors have no operator `{}`", op.text()), "");
-                    return self.sink.fail(d.hint("vectors are joined with `^` and `+`"));
+                    return self.sink.fail(d.hint("vectors are joined with `^`, `+` and `-`"));
                 }
             };
-            let (na, nb) = (self.coerce(va, a.span, Type::Vector), self.coerce(vb, b.span, Type::Vector));
-            return self.push(Op::Vector(op, na?, nb?));
+            let mut sides = [va, vb].into_iter().zip([a.span, b.span]).map(|(v, span)| {
+                // A word is added to each entry.
+                let joins = op != BinaryOp::Xor && !is_vector_node(&self.state.decode, &v);
+                if !joins {
+                    return self.coerce(v, span, Type::Vector);
+                }
+                let word = self.coerce(v, span, Type::Word)?;
+                self.each(word)
+            });
+            let (na, nb) = (sides.next().flatten(), sides.next().flatten());
+            let (na, nb) = (na?, nb?);
+            let nb = if negative { self.negated(nb)? } else { nb };
+            return self.push(Op::Vector(vector_op, na, nb));
         }
         let word_op = match op {
             BinaryOp::Add => WordOp::Add,
@@ -298,8 +386,95 @@ impl<'a> Checker<'a> {
         self.push(Op::Binary(word_op, na?, nb?))
     }
 
+    fn range(&mut self, base: &Expr, from: &Expr, to: &Expr) -> Option<Value> {
+        let v = self.expr(base)?;
+        let word = self.coerce(v, base.span, Type::Word);
+        let mut ends = [0, 0];
+        for (end, e) in ends.iter_mut().zip([from, to]) {
+            *end = match self.expr(e)? {
+                Value::Const(Const::Number(n)) => consts::in_range(n, e.span, "the end of a range", 0..=32, self.sink)?,
+                Value::Const(_) | Value::Node(_) => {
+                    let d = Diagnostic::error(e.span, "the ends of a range must be constant", "");
+                    return self.sink.fail(d.hint("shift by a word with `>>` and cut with `&`"));
+                }
+            };
+        }
+        let ([from_bit, to_bit], span) = (ends, from.span.to(to.span));
+        if from_bit >= to_bit {
+            let d = Diagnostic::error(span, format!("the range {from_bit}..{to_bit} has no bits"), "");
+            return self.sink.fail(d.hint("`h[a..b]` is the word of bits a to b - 1"));
+        }
+        let word = word?;
+        if let (Op::Window, Some(l)) = (self.state.decode.op(word), self.window)
+            && to_bit > i128::from(l)
+        {
+            let d = Diagnostic::error(to.span, format!("the window has no bit {}", to_bit - 1), "");
+            return self.sink.fail(d.hint(format!("it has bits 0 to {}", l - 1)));
+        }
+        self.bits(word, from_bit as u32, to_bit as u32).map(Value::Node)
+    }
+
+    /// Expands a function.
+    fn expand(&mut self, f: &ast::Function, args: &[Expr], span: Span) -> Option<Value> {
+        let values: Vec<_> = args.iter().map(|e| self.expr(e)).collect();
+        if args.len() != f.params.len() {
+            let params: Vec<&str> = f.params.iter().map(|p| p.name.as_str()).collect();
+            let message = format!("`{}` takes {} arguments, not {}", f.name.name, params.len(), args.len());
+            let d = Diagnostic::error(span, message, "");
+            return self.sink.fail(d.hint(format!("its parameters are ({})", params.join(", "))));
+        }
+        self.state.expanded += 1;
+        if self.state.calls.len() == MOST_CALLS_DEEP || self.state.expanded > MOST_CALLS {
+            let d = Diagnostic::error(span, format!("`{}` calls too many functions", f.name.name), "");
+            return self.sink.fail(d.hint("a function is expanded where it is called, and cannot call itself"));
+        }
+        let arguments = f.params.iter().zip(values);
+        let arguments: Vec<Let> =
+            arguments.map(|(name, value)| Let { name: name.clone(), value, used: true }).collect();
+        let lets = std::mem::replace(&mut self.state.lets, arguments);
+        let window = self.state.window_name.take();
+        self.state.calls.push(span);
+        let mut ok = self.state.lets.iter().all(|l| l.value.is_some());
+        for (name, e) in &f.lets {
+            if !ok {
+                break;
+            }
+            let value = self.expr(e);
+            if let Some(first) = self.state.lets.iter().find(|l| l.name.name == name.name) {
+                let d = Diagnostic::error(name.span, format!("`{}` is defined twice", name.name), "again here");
+                self.sink.push(d.label(first.name.span, "first here"));
+                ok = false;
+            }
+            ok &= value.is_some();
+            self.state.lets.push(Let { name: name.clone(), value, used: false });
+        }
+        let result = if ok { self.expr(&f.result) } else { None };
+        for l in self.state.lets.iter().filter(|l| result.is_some() && !l.used) {
+            let w = Diagnostic::warning(l.name.span, format!("`{}` is never used", l.name.name), "");
+            self.sink.push(w.hint("take it out"));
+        }
+        self.state.calls.pop();
+        self.state.lets = lets;
+        self.state.window_name = window;
+        result
+    }
+
+    /// The number of bits that are set in a word.
+    fn count_bits(&mut self, mut x: Node) -> Option<Node> {
+        // Sums of neighbouring bits, then of pairs, nibbles and bytes.
+        for (by, mask) in [(1, 0x5555_5555), (2, 0x3333_3333), (4, 0x0f0f_0f0f)] {
+            let (by, mask) = (self.constant(by)?, self.constant(mask)?);
+            let high = self.node(Op::Binary(WordOp::Shr, x, by))?;
+            let high = self.node(Op::Binary(WordOp::And, high, mask))?;
+            let low = self.node(Op::Binary(WordOp::And, x, mask))?;
+            x = self.node(Op::Binary(WordOp::Add, high, low))?;
+        }
+        self.node(Op::ByteSum(x))
+    }
+
     fn index(&mut self, base: &Expr, index: &Expr) -> Option<Value> {
-        if let ExprKind::Name(name) = &base.kind
+        if self.state.calls.is_empty()
+            && let ExprKind::Name(name) = &base.kind
             && let Some(table) = self.tables.iter().position(|t| t.0.name == *name)
         {
             self.state.looked_up[table] = true;
@@ -365,6 +540,33 @@ impl<'a> Checker<'a> {
                 self.right_count(args.len())?;
                 self.push(Op::Signs(bits))
             }
+            "parity" | "count" => {
+                let [a] = args else { return self.arity(f, "one word", span) };
+                let a = self.word(a)?;
+                let n = self.count_bits(a)?;
+                let n = if f.name == "parity" { self.bits(n, 0, 1)? } else { n };
+                Some(Value::Node(n))
+            }
+            "negate" => {
+                let [v, h] = args else { return self.arity(f, "a vector and a word", span) };
+                let (v, h) = (self.vector_of(v), self.word(h));
+                let (v, h) = (v?, h?);
+                let mut bits = Vec::new();
+                let mut words = Vec::new();
+                for i in 0..self.vector? {
+                    bits.push(self.node(Op::Bit(h, i))?);
+                    words.push(self.bits(h, i, i + 1)?);
+                }
+                // The one's complement, and 1 more.
+                let signs = self.node(Op::Signs(bits))?;
+                let ones = self.node(Op::Pack(words))?;
+                let complement = self.node(Op::Vector(VectorOp::Xor, v, signs))?;
+                self.push(Op::Vector(VectorOp::Add, complement, ones))
+            }
+            name if self.functions.iter().any(|g| g.name.name == name) => {
+                let function = self.functions.iter().find(|g| g.name.name == name)?;
+                self.expand(function, args, span)
+            }
             name if consts::FUNCTIONS.contains(&name) => {
                 let mut values = Vec::new();
                 for e in args {
@@ -388,7 +590,9 @@ impl<'a> Checker<'a> {
             }
             _ if self.scope.lenient => None,
             name => {
-                let d = consts::unknown(name, f.span, "function", FUNCTIONS.into_iter().chain(consts::FUNCTIONS));
+                let own = self.functions.iter().map(|f| f.name.name.as_str());
+                let known = FUNCTIONS.into_iter().chain(consts::FUNCTIONS).chain(own);
+                let d = consts::unknown(name, f.span, "function", known);
                 self.sink.fail(d)
             }
         }
@@ -449,6 +653,11 @@ impl<'a> Checker<'a> {
         }
         widths[n.0 as usize]
     }
+}
+
+/// True if the value is a vector.
+fn is_vector_node(d: &Decode, v: &Value) -> bool {
+    matches!(v, Value::Node(n) if d.op(*n).ty() == Type::Vector)
 }
 
 /// The nodes that `result` needs, each after those it uses, in order of first need; `result` is last.

@@ -3,12 +3,16 @@
 //! 1. [`consts`]: constant expressions.
 //! 2. [`decode`]: the decode block.
 //! 3. [`code`]: a body's properties, and what must fit what.
-//! 4. [`fusion`]: fusion patterns.
+//! 4. [`format`]: formats.
+//! 5. [`layout`]: the layouts of their bits.
+//! 6. [`fusion`]: fusion patterns.
 
 mod code;
 mod consts;
 mod decode;
+mod format;
 mod fusion;
+mod layout;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -17,7 +21,7 @@ use std::path::{Path, PathBuf};
 use code::{CheckedBody, CheckedCode, Context};
 use consts::Scope;
 
-use super::{Code, Fusion, Quantizer};
+use super::{Code, Format, Fusion, Quantizer};
 use crate::kernels::decode::Unit;
 use crate::syntax::ast::{self, Definition, Expr, Ident, Item};
 use crate::syntax::diag::{Diagnostic, Severity, Span};
@@ -93,28 +97,50 @@ impl Sink {
     }
 }
 
+/// A checked `quantizer` item.
+#[derive(Clone)]
+enum Checked {
+    Quantizer(Quantizer),
+    Format(Box<Format>),
+}
+
 enum State {
     Todo,
     Doing,
-    Done(Option<Quantizer>),
+    Done(Option<Checked>),
 }
 
-/// Checks the quantizers and fusion patterns of file `root`.
-pub fn library(parsed: &[Parsed], root: usize, files: &dyn Files, sink: &mut Sink) -> (Vec<Quantizer>, Vec<Fusion>) {
+/// What a file defines.
+#[derive(Default)]
+pub struct Found {
+    /// Quantizers.
+    pub quantizers: Vec<Quantizer>,
+    /// Formats.
+    pub formats: Vec<Format>,
+    /// Fusion patterns.
+    pub fusions: Vec<Fusion>,
+}
+
+/// Checks the quantizers, formats and fusion patterns of file `root`.
+pub fn library(parsed: &[Parsed], root: usize, files: &dyn Files, sink: &mut Sink) -> Found {
     let states = parsed.iter().map(|p| p.tree.items.iter().map(|_| State::Todo).collect()).collect();
     let mut checker = Checker { parsed, files, sink, states };
     checker.duplicates(root);
     checker.memberless(root);
-    let mut quantizers = Vec::new();
-    let mut fusions = Vec::new();
+    checker.strays(root);
+    let mut found = Found::default();
     for (i, item) in parsed[root].tree.items.iter().enumerate() {
         match item {
-            Item::Use(_) | Item::Family(_) => (),
-            Item::Quantizer(_) => quantizers.extend(checker.quantizer(root, i)),
-            Item::Fusion(f) => fusions.extend(fusion::check(f, checker.sink)),
+            Item::Use(_) | Item::Family(_) | Item::Function(_) | Item::Layout(_) => (),
+            Item::Quantizer(_) => match checker.quantizer(root, i) {
+                Some(Checked::Quantizer(q)) => found.quantizers.push(q),
+                Some(Checked::Format(f)) => found.formats.push(*f),
+                None => (),
+            },
+            Item::Fusion(f) => found.fusions.extend(fusion::check(f, checker.sink)),
         }
     }
-    (quantizers, fusions)
+    found
 }
 
 struct Checker<'a> {
@@ -141,10 +167,51 @@ impl<'a> Checker<'a> {
         let of = |f: usize| {
             parsed[f].tree.items.iter().filter_map(move |i| match i {
                 Item::Family(family) => Some((f, family)),
-                Item::Use(_) | Item::Quantizer(_) | Item::Fusion(_) => None,
+                Item::Use(_) | Item::Quantizer(_) | Item::Fusion(_) | Item::Function(_) | Item::Layout(_) => None,
             })
         };
         self.visible(file).into_iter().flat_map(of).collect()
+    }
+
+    fn functions(&self, file: usize) -> Vec<&'a ast::Function> {
+        let parsed = self.parsed;
+        let of = |f: usize| {
+            parsed[f].tree.items.iter().filter_map(|i| match i {
+                Item::Function(function) => Some(function),
+                Item::Use(_) | Item::Family(_) | Item::Quantizer(_) | Item::Fusion(_) | Item::Layout(_) => None,
+            })
+        };
+        self.visible(file).into_iter().flat_map(of).collect()
+    }
+
+    /// The layouts that `file` may name.
+    fn layouts(&self, file: usize) -> Vec<&'a ast::Layout> {
+        let parsed = self.parsed;
+        let of = |f: usize| {
+            parsed[f].tree.items.iter().filter_map(|i| match i {
+                Item::Layout(layout) => Some(layout),
+                Item::Use(_) | Item::Family(_) | Item::Quantizer(_) | Item::Fusion(_) | Item::Function(_) => None,
+            })
+        };
+        self.visible(file).into_iter().flat_map(of).collect()
+    }
+
+    /// Layouts of nothing.
+    fn strays(&mut self, root: usize) {
+        if self.incomplete(root) {
+            return;
+        }
+        let names: Vec<&str> = self.families(root).into_iter().map(|(_, f)| f.name.name.as_str()).collect();
+        let names: Vec<&str> =
+            names.into_iter().chain(self.quantizers(root).into_iter().map(|q| q.2.name.as_str())).collect();
+        for item in &self.parsed[root].tree.items {
+            if let Item::Layout(l) = item
+                && !names.contains(&l.of.name.as_str())
+            {
+                let d = consts::unknown(&l.of.name, l.of.span, "quantizer or family", names.iter().copied());
+                self.sink.push(d);
+            }
+        }
     }
 
     /// File, item and name of each quantizer that `file` may name.
@@ -153,7 +220,7 @@ impl<'a> Checker<'a> {
         let of = |f: usize| {
             parsed[f].tree.items.iter().enumerate().filter_map(move |(i, item)| match item {
                 Item::Quantizer(q) => Some((f, i, &q.name)),
-                Item::Use(_) | Item::Family(_) | Item::Fusion(_) => None,
+                Item::Use(_) | Item::Family(_) | Item::Fusion(_) | Item::Function(_) | Item::Layout(_) => None,
             })
         };
         self.visible(file).into_iter().flat_map(of).collect()
@@ -164,10 +231,15 @@ impl<'a> Checker<'a> {
         let quantizers = self.quantizers(root).into_iter().map(|q| q.2).collect();
         let fusions = self.parsed[root].tree.items.iter().filter_map(|i| match i {
             Item::Fusion(f) => Some(&f.name),
-            Item::Use(_) | Item::Family(_) | Item::Quantizer(_) => None,
+            Item::Use(_) | Item::Family(_) | Item::Quantizer(_) | Item::Function(_) | Item::Layout(_) => None,
         });
-        let kinds: [(&str, Vec<&Ident>); 3] =
-            [("family", families), ("quantizer", quantizers), ("fusion pattern", fusions.collect())];
+        let functions = self.functions(root).into_iter().map(|f| &f.name).collect();
+        let kinds: [(&str, Vec<&Ident>); 4] = [
+            ("family", families),
+            ("quantizer", quantizers),
+            ("fusion pattern", fusions.collect()),
+            ("function", functions),
+        ];
         for (what, names) in kinds {
             for (i, name) in names.iter().enumerate() {
                 if let Some(first) = names[..i].iter().find(|n| n.name == name.name) {
@@ -176,7 +248,7 @@ impl<'a> Checker<'a> {
                     let d = Diagnostic::error(at.span, format!("the {what} `{}` is defined twice", name.name), "here");
                     self.sink.push(d.label(other.span, "and here").hint("choose another name"));
                 }
-                if what != "fusion pattern" && name.name == "mix" {
+                if matches!(what, "family" | "quantizer") && name.name == "mix" {
                     self.sink.push(Diagnostic::error(name.span, format!("no {what} can be called `mix`"), ""));
                 }
             }
@@ -191,7 +263,12 @@ impl<'a> Checker<'a> {
                 Item::Quantizer(ast::Quantizer { def: Definition::Member { family, .. }, .. }) => {
                     family.name == f.name.name
                 }
-                Item::Use(_) | Item::Family(_) | Item::Quantizer(_) | Item::Fusion(_) => false,
+                Item::Use(_)
+                | Item::Family(_)
+                | Item::Quantizer(_)
+                | Item::Fusion(_)
+                | Item::Function(_)
+                | Item::Layout(_) => false,
             });
             if !has_member {
                 let name = &f.name.name;
@@ -206,7 +283,7 @@ impl<'a> Checker<'a> {
         }
     }
 
-    fn quantizer(&mut self, file: usize, item: usize) -> Option<Quantizer> {
+    fn quantizer(&mut self, file: usize, item: usize) -> Option<Checked> {
         let Item::Quantizer(q) = &self.parsed[file].tree.items[item] else { return None };
         if let State::Done(done) = &self.states[file][item] {
             return done.clone();
@@ -216,24 +293,46 @@ impl<'a> Checker<'a> {
         let done = match &q.def {
             Definition::Body(body) => {
                 let owner = (&q.name, file);
-                let checked = self.body(&q.name, owner, body, Scope::default());
-                checked.and_then(|b| self.assemble(&q.name, b))
+                self.checked(&q.name, owner, body, Scope::default())
             }
             Definition::Member { family, args } => self.member(file, q, family, args),
-            Definition::Mix(names) => self.mix(file, q, names),
+            Definition::Mix(names) => self.mix(file, q, names).map(Checked::Quantizer),
         };
         self.sink.context = outer;
         self.states[file][item] = State::Done(done.clone());
         done
     }
 
-    fn body(&mut self, name: &Ident, owner: (&Ident, usize), body: &ast::Body, scope: Scope) -> Option<CheckedBody> {
+    /// The quantizer or format called `name` whose body `owner`, of a file, has.
+    fn checked(&mut self, name: &Ident, owner: (&Ident, usize), body: &ast::Body, scope: Scope) -> Option<Checked> {
         let folder = self.parsed[owner.1].path.parent().unwrap_or(Path::new(""));
-        let cx = Context { name, owner: owner.0, folder, files: self.files };
-        code::body(body, scope, &cx, self.sink)
+        let functions = self.functions(owner.1);
+        let cx = Context { name, owner: owner.0, folder, files: self.files, functions };
+        let layouts: Vec<_> = self.layouts(owner.1).into_iter().filter(|l| l.of.name == owner.0.name).collect();
+        if !format::is_format(body) {
+            if let Some(l) = layouts.first() {
+                let message = format!("`{}` is no format", owner.0.name);
+                let d = Diagnostic::error(l.of.span, message, "");
+                self.sink.push(d.hint("a layout is of a quantizer that says its `weight`"));
+            }
+            let body = code::body(body, scope, &cx, self.sink)?;
+            return self.assemble(name, body).map(Checked::Quantizer);
+        }
+        // The constants once more, for the layouts; what is wrong with them is told with the body.
+        let mut constants = scope.clone();
+        code::define(body, &mut constants, &mut Sink::default());
+        let mut format = format::body(body, scope, &cx, self.sink)?;
+        let mut ok = true;
+        for l in layouts {
+            match layout::check(l, &format, &constants, self.sink) {
+                Some(l) => format.layouts.push(l),
+                None => ok = false,
+            }
+        }
+        ok.then(|| Checked::Format(Box::new(format)))
     }
 
-    fn member(&mut self, file: usize, q: &ast::Quantizer, name: &Ident, args: &[Expr]) -> Option<Quantizer> {
+    fn member(&mut self, file: usize, q: &ast::Quantizer, name: &Ident, args: &[Expr]) -> Option<Checked> {
         let families = self.families(file);
         let Some((family_file, family)) = families.iter().copied().find(|f| f.1.name.name == name.name) else {
             if self.incomplete(file) {
@@ -263,8 +362,7 @@ impl<'a> Checker<'a> {
         }
         let with = if shown.is_empty() { String::new() } else { format!(", where {}", shown.join(", ")) };
         self.sink.context = Some((q.name.span, format!("in `{}`{with}", q.name.name)));
-        let checked = self.body(&q.name, (&family.name, family_file), &family.body, scope)?;
-        self.assemble(&q.name, checked)
+        self.checked(&q.name, (&family.name, family_file), &family.body, scope)
     }
 
     fn mix(&mut self, file: usize, q: &ast::Quantizer, names: &[Ident]) -> Option<Quantizer> {
@@ -288,12 +386,17 @@ impl<'a> Checker<'a> {
                 continue;
             }
             match self.quantizer(f, i) {
-                Some(part) if part.codes.len() > 1 => {
+                Some(Checked::Format(_)) => {
+                    let d = Diagnostic::error(name.span, format!("`{}` is a format", name.name), "");
+                    self.sink.push(d.hint("a mix takes quantizers with a scale for each row or matrix"));
+                    ok = false;
+                }
+                Some(Checked::Quantizer(part)) if part.codes.len() > 1 => {
                     let d = Diagnostic::error(name.span, format!("`{}` is itself a mix", name.name), "");
                     self.sink.push(d.hint("name the quantizers of that mix instead"));
                     ok = false;
                 }
-                Some(part) => parts.push((part, name.span)),
+                Some(Checked::Quantizer(part)) => parts.push((part, name.span)),
                 None => ok = false,
             }
         }

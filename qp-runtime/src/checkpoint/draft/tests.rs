@@ -31,7 +31,18 @@ fn finish(mut draft: Draft) -> Result<Manifest, Error> {
     let (tool, model) = ("t".to_owned(), ModelId { sha256: "m".to_owned() });
     let (specs, layers, groups) = (Vec::new(), Vec::new(), Vec::new());
     let (tensors, files) = (Vec::new(), Vec::new());
-    draft.finish(Manifest { format: FORMAT, tool, model, calibration: None, specs, layers, groups, tensors, files })
+    draft.finish(Manifest {
+        format: FORMAT,
+        tool,
+        model,
+        calibration: None,
+        source: None,
+        specs,
+        layers,
+        groups,
+        tensors,
+        files,
+    })
 }
 
 /// Begins or continues, does what is missing, publishes.

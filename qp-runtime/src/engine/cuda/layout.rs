@@ -32,7 +32,7 @@ impl Form {
             Weight::Dense(tensor) => Form::Dense(match tensor.dtype {
                 Dtype::F16 => Elem::F16,
                 Dtype::Bf16 => Elem::BF16,
-                Dtype::F32 | Dtype::Blocks(_) => Elem::F32,
+                Dtype::F32 | Dtype::Format(_) => Elem::F32,
             }),
         };
         weights.program.ids().map(form).collect()

@@ -27,11 +27,11 @@ impl Floats {
     /// A tensor's values.
     fn upload(on: &Executor, tensor: &Tensor) -> Result<Floats, DeviceError> {
         let bytes = tensor.bytes();
-        Ok(match tensor.dtype {
+        Ok(match &tensor.dtype {
             Dtype::F16 => Floats::F16(on.upload_bytes(bytes)?),
             Dtype::Bf16 => Floats::Bf16(on.upload_bytes(bytes)?),
             Dtype::F32 => Floats::F32(on.upload_bytes(bytes)?),
-            Dtype::Blocks(_) => Floats::F32(on.upload_bytes(bytemuck::cast_slice(&tensor.to_f32()))?),
+            Dtype::Format(_) => Floats::F32(on.upload_bytes(bytemuck::cast_slice(&tensor.to_f32()))?),
         })
     }
 

@@ -166,11 +166,16 @@ impl Gguf {
     fn factors(&self) -> Result<Vec<f32>, Error> {
         let place = &self.file.tensors[FACTORS];
         let bytes = place.bytes.as_slice();
-        match place.kind {
+        match &place.kind {
             crate::model::tensors::Kind::Plain(safetensors::Dtype::F32) => {
                 Ok(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
             }
-            kind => Err(self.unsupported(format!("tensor '{FACTORS}' of {kind:?}"), "F32")),
+            crate::model::tensors::Kind::Plain(other) => {
+                Err(self.unsupported(format!("tensor '{FACTORS}' of {other:?}"), "F32"))
+            }
+            crate::model::tensors::Kind::Format(reader) => {
+                Err(self.unsupported(format!("tensor '{FACTORS}' of {}", reader.format().name), "F32"))
+            }
         }
     }
 }

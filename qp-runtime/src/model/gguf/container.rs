@@ -1,6 +1,7 @@
 //! The container: a header of keys and values, a directory of tensors, then their data; in one file or in several parts.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -9,7 +10,7 @@ use memmap2::Mmap;
 use super::super::Error;
 use super::super::shards::{part_name, part_of};
 use super::super::tensors::{Bytes, Kind};
-use super::blocks::Block;
+use super::types::{Types, Unreadable};
 use crate::input;
 
 /// Most bytes of a header: what it says takes a few times as much memory.
@@ -101,6 +102,30 @@ pub struct Place {
     pub bytes: Bytes,
 }
 
+/// A file of a model, or its header alone.
+#[derive(Debug)]
+pub struct Part {
+    /// The file.
+    pub path: PathBuf,
+    map: Arc<Mmap>,
+    /// Where the data begin.
+    data: usize,
+    /// Where tensors lie in the file.
+    pub ranges: BTreeMap<String, Range<usize>>,
+}
+
+impl Part {
+    /// All bytes of the file.
+    pub fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+
+    /// The bytes before the data.
+    pub fn header(&self) -> &[u8] {
+        &self.map[..self.data.min(self.map.len())]
+    }
+}
+
 /// Mapped files, their headers and directories read and checked.
 #[derive(Debug)]
 pub struct Container {
@@ -110,53 +135,8 @@ pub struct Container {
     pub values: BTreeMap<String, Value>,
     /// Tensors of all parts, by name.
     pub tensors: BTreeMap<String, Place>,
-}
-
-/// Numbers and names of element types that cannot be used, for messages.
-const UNUSED: [(u32, &str); 22] = [
-    (9, "Q8_1"),
-    (15, "Q8_K"),
-    (16, "IQ2_XXS"),
-    (17, "IQ2_XS"),
-    (18, "IQ3_XXS"),
-    (19, "IQ1_S"),
-    (20, "IQ4_NL"),
-    (21, "IQ3_S"),
-    (22, "IQ2_S"),
-    (23, "IQ4_XS"),
-    (24, "I8"),
-    (25, "I16"),
-    (26, "I32"),
-    (27, "I64"),
-    (28, "F64"),
-    (29, "IQ1_M"),
-    (34, "TQ1_0"),
-    (35, "TQ2_0"),
-    (39, "MXFP4"),
-    (40, "NVFP4"),
-    (4, "Q4_2"),
-    (5, "Q4_3"),
-];
-
-/// The element type number `code`.
-fn kind(code: u32) -> Option<Kind> {
-    use safetensors::Dtype;
-    Some(match code {
-        0 => Kind::Plain(Dtype::F32),
-        1 => Kind::Plain(Dtype::F16),
-        30 => Kind::Plain(Dtype::BF16),
-        2 => Kind::Block(Block::Q4_0),
-        3 => Kind::Block(Block::Q4_1),
-        6 => Kind::Block(Block::Q5_0),
-        7 => Kind::Block(Block::Q5_1),
-        8 => Kind::Block(Block::Q8_0),
-        10 => Kind::Block(Block::Q2_K),
-        11 => Kind::Block(Block::Q3_K),
-        12 => Kind::Block(Block::Q4_K),
-        13 => Kind::Block(Block::Q5_K),
-        14 => Kind::Block(Block::Q6_K),
-        _ => return None,
-    })
+    /// The parts.
+    pub parts: Vec<Part>,
 }
 
 impl Container {
@@ -167,7 +147,7 @@ impl Container {
     /// If it cannot be read, is no GGUF file of version 2 or 3, is cut short, or has a tensor of an unsupported type; or
     /// if another part is missing.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let one = Self::open_part(path)?;
+        let one = Self::open_part(path, false)?;
         let whole = |key: &str| match one.values.get(key) {
             Some(Value::Int(n)) => usize::try_from(*n).ok(),
             _ => None,
@@ -193,7 +173,7 @@ impl Container {
             if !path.exists() {
                 return Err(Error::file(&path, format!("part {part} of {count} is missing: get it again")));
             }
-            let next = Self::open_part(&path)?;
+            let next = Self::open_part(&path, false)?;
             let found = match next.values.get("split.no") {
                 Some(Value::Int(n)) => *n + 1,
                 _ => 0,
@@ -205,6 +185,7 @@ impl Container {
                 all = Some(next);
                 continue;
             };
+            all.parts.extend(next.parts);
             for (name, place) in next.tensors {
                 if all.tensors.insert(name.clone(), place).is_some() {
                     return Err(Error::file(&path, format!("tensor '{name}' is in another part too: get them again")));
@@ -214,18 +195,41 @@ impl Container {
         Ok(all.expect("several parts"))
     }
 
-    fn open_part(path: &Path) -> Result<Self, Error> {
+    /// Maps the headers of a model's files, without their data: tensors have no bytes.
+    ///
+    /// # Errors
+    /// As [`Container::open`].
+    pub fn open_headers(paths: impl Iterator<Item = PathBuf>) -> Result<Self, Error> {
+        let mut all: Option<Container> = None;
+        for path in paths {
+            let next = Self::open_part(&path, true)?;
+            match &mut all {
+                None => all = Some(next),
+                Some(all) => {
+                    all.tensors.extend(next.tensors);
+                    all.parts.extend(next.parts);
+                }
+            }
+        }
+        all.ok_or_else(|| Error::file(Path::new("qp.json"), "names no header"))
+    }
+
+    fn open_part(path: &Path, header: bool) -> Result<Self, Error> {
         let file = input::open(path, false).map_err(|e| Error::io(path, e))?;
         // SAFETY: the map is read-only; the documentation asks that the file stay unchanged.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
-        let (values, tensors) = read(path, &Arc::new(map))?;
-        Ok(Container { path: path.to_owned(), values, tensors })
+        let map = Arc::new(map);
+        let (values, tensors, data, ranges) = read(path, &map, header)?;
+        let part = Part { path: path.to_owned(), map, data, ranges };
+        Ok(Container { path: path.to_owned(), values, tensors, parts: vec![part] })
     }
 }
 
-type Contents = (BTreeMap<String, Value>, BTreeMap<String, Place>);
+/// Values, tensors, where the data begin, and where tensors lie.
+type Contents = (BTreeMap<String, Value>, BTreeMap<String, Place>, usize, BTreeMap<String, Range<usize>>);
 
-fn read(path: &Path, map: &Arc<Mmap>) -> Result<Contents, Error> {
+/// Reads a file; of its header alone (`header`), tensors have no bytes.
+fn read(path: &Path, map: &Arc<Mmap>, header: bool) -> Result<Contents, Error> {
     let wrong = |what: String| Error::file(path, what);
     let mut r = Reader { path, map, at: 0, what: "the header".to_owned() };
     if r.take(4)? != b"GGUF" {
@@ -253,6 +257,7 @@ fn read(path: &Path, map: &Arc<Mmap>) -> Result<Contents, Error> {
             return Err(wrong(format!("key '{key}' is in it twice: convert the model again")));
         }
     }
+    let mut types = Types::default();
     let mut places = Vec::new();
     for i in 0..tensor_count {
         r.what = format!("the entry of tensor {} of {tensor_count}", i + 1);
@@ -271,16 +276,13 @@ fn read(path: &Path, map: &Arc<Mmap>) -> Result<Contents, Error> {
             return Err(wrong(format!("tensor '{name}' of shape {shape:?} has no elements: convert the model again")));
         }
         let code = r.u32()?;
-        let kind = kind(code).ok_or_else(|| {
-            let found = match UNUSED.iter().find(|(c, _)| *c == code) {
-                Some((_, name)) => (*name).to_owned(),
-                None => format!("elements of type number {code}"),
-            };
-            Error::Unsupported {
+        let kind = types.kind(code, &shape).map_err(|e| match e {
+            Unreadable::Type(found, supported) => Error::Unsupported {
                 path: path.to_owned(),
                 what: format!("tensor '{name}' holds {found}, which"),
-                supported: "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K".to_owned(),
-            }
+                supported,
+            },
+            Unreadable::Rows => wrong(rows_are_no_blocks(&name, &shape)),
         })?;
         places.push((name, kind, shape, r.u64()?));
     }
@@ -290,37 +292,38 @@ fn read(path: &Path, map: &Arc<Mmap>) -> Result<Contents, Error> {
         Some(other) => return Err(wrong(format!("general.alignment is {other:?}: expected a small number"))),
     };
     let data = r.at.next_multiple_of(alignment);
-    let mut tensors = BTreeMap::new();
+    let (mut tensors, mut ranges) = (BTreeMap::new(), BTreeMap::new());
     for (name, kind, shape, offset) in places {
-        let size = size(kind, &shape).ok_or_else(|| {
-            wrong(format!(
-                "tensor '{name}' of shape {shape:?} has rows that are not whole blocks: convert the model again"
-            ))
-        })?;
+        let size = size(&kind, &shape).ok_or_else(|| wrong(rows_are_no_blocks(&name, &shape)))?;
         let range = usize::try_from(offset).ok().and_then(|o| {
             let start = data.checked_add(o)?;
             Some(start..start.checked_add(size)?)
         });
-        let range = range.filter(|r| r.end <= map.len()).ok_or_else(|| {
+        let range = range.filter(|r| header || r.end <= map.len()).ok_or_else(|| {
             wrong(format!("tensor '{name}' ends behind the end of the file, which is cut short: download it again"))
         })?;
-        let bytes = Bytes::mapped(map.clone(), range);
+        let bytes = if header { Bytes::from(Vec::new()) } else { Bytes::mapped(map.clone(), range.clone()) };
+        ranges.insert(name.clone(), range);
         if tensors.insert(name.clone(), Place { kind, shape, bytes }).is_some() {
             return Err(wrong(format!("tensor '{name}' is in it twice: convert the model again")));
         }
     }
-    Ok((values, tensors))
+    Ok((values, tensors, data, ranges))
 }
 
-/// Bytes of a tensor; `None` if rows are not whole blocks, or the number is out of range.
-fn size(kind: Kind, shape: &[usize]) -> Option<usize> {
-    let (len, bytes) = match kind {
-        Kind::Plain(d) => (1, d.bitsize() / 8),
-        Kind::Block(b) => (b.weights(), b.bytes()),
-    };
-    let whole = shape.last().is_some_and(|n| n.is_multiple_of(len));
-    let count = shape.iter().try_fold(1usize, |a, &n| a.checked_mul(n))?;
-    if whole { (count / len).checked_mul(bytes) } else { None }
+fn rows_are_no_blocks(name: &str, shape: &[usize]) -> String {
+    format!("tensor '{name}' of shape {shape:?} has rows that are not whole blocks: convert the model again")
+}
+
+/// Bytes of a tensor; `None` if the number is out of range.
+fn size(kind: &Kind, shape: &[usize]) -> Option<usize> {
+    match kind {
+        Kind::Plain(d) => {
+            let count = shape.iter().try_fold(1usize, |a, &n| a.checked_mul(n))?;
+            count.checked_mul(d.bitsize() / 8)
+        }
+        Kind::Format(reader) => usize::try_from(reader.tensors()[0].bytes).ok(),
+    }
 }
 
 struct Reader<'a> {

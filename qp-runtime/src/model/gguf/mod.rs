@@ -1,25 +1,25 @@
 //! GGUF files, read as if they were a model directory: the same small files, the same names of tensors.
 //!
 //! * `container`: header and directory, as <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md> defines them.
-//! * [`blocks`]: the block types, weights in small groups with scales of their own.
+//! * `types`: element types by number; blocks are formats, read as their specs say.
 //! * `values`: keys by name and type.
 //! * `config`, `tokenizer`: `config.json` and `tokenizer.json` made from the header's keys.
 //!
 //! Tensors are mapped; a tensor's blocks become `f32` when it is read.
 
-pub mod blocks;
 mod config;
 mod container;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
+mod types;
 mod values;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-pub use blocks::Block;
+pub use container::Part;
 use container::{Container, Value};
 
 use super::Error;
@@ -81,14 +81,26 @@ impl Gguf {
     /// # Errors
     /// If it cannot be read, is damaged or cut short, or its architecture or the type of a tensor is not supported.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let file = Container::open(path)?;
+        Self::of(Container::open(path)?)
+    }
+
+    /// What the headers of a model's files say, without their data.
+    ///
+    /// # Errors
+    /// As [`Gguf::open`].
+    pub fn of_headers(paths: impl Iterator<Item = PathBuf>) -> Result<Self, Error> {
+        Self::of(Container::open_headers(paths)?)
+    }
+
+    fn of(file: Container) -> Result<Self, Error> {
+        let path = &file.path;
         let name = match file.values.get("general.architecture") {
             Some(Value::Text(name)) => name.clone(),
             _ => return Err(Error::file(path, "has no key 'general.architecture': convert the model again")),
         };
         let Some(&(prefix, architecture, interleaved)) = ARCHITECTURES.iter().find(|(p, ..)| *p == name) else {
             let supported = ARCHITECTURES.map(|(p, ..)| p).join(", ");
-            return Err(Error::Unsupported { path: path.to_owned(), what: format!("architecture {name}"), supported });
+            return Err(Error::Unsupported { path: path.clone(), what: format!("architecture {name}"), supported });
         };
         Ok(Gguf { file, prefix, architecture, interleaved, asked: Mutex::default() })
     }
@@ -96,6 +108,42 @@ impl Gguf {
     /// The file.
     pub fn path(&self) -> &Path {
         &self.file.path
+    }
+
+    /// The files, in order.
+    pub fn parts(&self) -> &[Part] {
+        &self.file.parts
+    }
+
+    /// Tensors that no engine reads, with their bytes.
+    pub fn left_out(&self) -> Vec<(String, Bytes)> {
+        let of = |(name, place): (&String, &container::Place)| (name.clone(), place.bytes.clone());
+        self.file.tensors.iter().filter(|(n, _)| *n == FACTORS).map(of).collect()
+    }
+
+    /// How a checkpoint keeps the tensor `name`; nothing if no engine reads it.
+    ///
+    /// # Errors
+    /// If there is no such tensor.
+    pub fn kept_as(&self, name: &str) -> Result<Option<Kept>, Error> {
+        if name == FACTORS {
+            return Ok(None);
+        }
+        let missing = || Error::MissingTensor { name: name.to_owned(), path: self.path().to_owned() };
+        let place = self.file.tensors.get(name).ok_or_else(missing)?;
+        let (translated, inner) = translate(name).ok_or_else(missing)?;
+        let name = match &place.kind {
+            Kind::Plain(_) => translated,
+            Kind::Format(reader) => {
+                format!("{}.{}", translated.strip_suffix(".weight").unwrap_or(&translated), reader.tensors()[0].name)
+            }
+        };
+        let heads = match inner {
+            Some((_, "attn_q")) if self.interleaved => Some(self.heads()?),
+            Some((_, "attn_k")) if self.interleaved => Some(self.kv_heads()?),
+            _ => None,
+        };
+        Ok(Some(Kept { name, rows: place.shape[0], heads }))
     }
 
     /// The small file `name` of the directory that this file stands for; `None` if it has none of that name.
@@ -163,7 +211,7 @@ impl Gguf {
                 let what = format!("tensor '{name}' has {} rows, which {heads} heads cannot share", place.shape[0]);
                 return Err(Error::file(self.path(), what));
             }
-            let mut entry = Entry::new(place.kind, place.shape.clone(), place.bytes.clone());
+            let mut entry = Entry::new(place.kind.clone(), place.shape.clone(), place.bytes.clone());
             entry.interleaved = heads;
             entries.insert(translated, entry);
         }
@@ -189,6 +237,17 @@ impl Gguf {
         dir.notes = self.unused_keys();
         Ok(dir)
     }
+}
+
+/// A tensor in a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kept {
+    /// Its name there.
+    pub name: String,
+    /// Its rows.
+    pub rows: usize,
+    /// Heads whose halves the file interleaves, if it does.
+    pub heads: Option<usize>,
 }
 
 /// Hugging Face's name of a tensor; and its block, if it is in one, with its GGUF name there.

@@ -97,7 +97,14 @@ impl Noise {
                     ));
                     plan.push((layer.name.clone(), format!("{} {}", q.name, q.hash())));
                     let (name, spec) = (layer.name.clone(), q.name.clone());
-                    entries.push(LayerEntry { name, spec, rows: shape.rows, cols: shape.cols, error: 0.0 });
+                    entries.push(LayerEntry {
+                        name,
+                        spec,
+                        layout: None,
+                        rows: shape.rows,
+                        cols: shape.cols,
+                        error: 0.0,
+                    });
                     if !specs.iter().any(|s| s.name == q.name) {
                         specs.push(q.clone());
                     }
@@ -137,6 +144,7 @@ impl Noise {
             format: head.format,
             tool: head.tool,
             model: ModelId { sha256: model },
+            source: None,
             calibration: None,
             specs: written,
             layers: entries,

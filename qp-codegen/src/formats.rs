@@ -1,0 +1,193 @@
+//! The formats built in: those of `specs/formats/`, embedded in the program. Each file is read when it is first needed.
+
+use std::path::Path;
+use std::sync::OnceLock;
+
+use crate::palette::{Embedded, FILES};
+use crate::spec::{Format, Library, load_from};
+
+/// Folder of the formats in `specs`.
+const FOLDER: &str = "formats/";
+
+/// A file of formats.
+struct File {
+    path: &'static str,
+    text: &'static str,
+    library: OnceLock<Library>,
+}
+
+impl File {
+    /// What it defines. A file with errors defines nothing, and says so among its warnings; a test holds all files to
+    /// having none.
+    fn library(&self) -> &Library {
+        self.library.get_or_init(|| {
+            let path = Path::new("specs").join(self.path);
+            load_from(&Embedded, &path).unwrap_or_else(|warnings| Library { warnings, ..Library::default() })
+        })
+    }
+}
+
+fn files() -> &'static [File] {
+    static ALL: OnceLock<Vec<File>> = OnceLock::new();
+    ALL.get_or_init(|| {
+        let formats = FILES.iter().filter(|f| f.0.starts_with(FOLDER) && f.0.ends_with(".qspec"));
+        formats.map(|(path, text)| File { path, text, library: OnceLock::new() }).collect()
+    })
+}
+
+/// Names of all formats, by file.
+pub fn names() -> Vec<&'static str> {
+    files().iter().flat_map(|f| &f.library().formats).map(|f| f.name.as_str()).collect()
+}
+
+/// The format called `name`.
+pub fn get(name: &str) -> Option<&'static Format> {
+    // Most files are called like their format.
+    let own = |f: &&File| f.path.strip_prefix(FOLDER).and_then(|p| p.strip_suffix(".qspec")) == Some(name);
+    let first = files().iter().find(own).and_then(|f| f.library().format(name));
+    first.or_else(|| files().iter().find_map(|f| f.library().format(name)))
+}
+
+/// The text of `specs/formats/imports.toml`: what others' `config.json` calls the formats.
+pub fn imports() -> &'static str {
+    FILES.iter().find(|f| f.0 == "formats/imports.toml").map_or("", |f| f.1)
+}
+
+/// The format whose layout called `layout` has the type number `ty`.
+pub fn of_type(layout: &str, ty: u32) -> Option<&'static Format> {
+    let has = |f: &&Format| f.layout(layout).is_some_and(|l| l.ty == Some(ty));
+    // Only files that write such a number are read.
+    let writes =
+        |f: &&File| f.text.lines().any(|l| l.trim().strip_prefix("type").is_some_and(|n| n.trim() == ty.to_string()));
+    files().iter().filter(writes).find_map(|f| f.library().formats.iter().find(has))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use sha2::{Digest, Sha256};
+
+    use super::*;
+    use crate::reader::{Book, Reader};
+    use crate::spec::format::Number;
+    use crate::spec::{Shape, load_str};
+
+    #[test]
+    fn all_files_are_sound_and_formatted_and_their_canonical_text_means_the_same() {
+        for f in files() {
+            let path = Path::new("specs").join(f.path);
+            let library = load_from(&Embedded, &path).unwrap_or_else(|e| panic!("{e}"));
+            assert_eq!(library.warnings.to_string(), "");
+            let formatted = crate::syntax::format(crate::syntax::FileId(0), f.text).unwrap();
+            assert_eq!(formatted, f.text, "{}", f.path);
+            assert!(!library.formats.is_empty() && library.quantizers.is_empty(), "{}", f.path);
+            for format in &library.formats {
+                let text = format.canonical();
+                let again = load_str("canonical", &text).unwrap_or_else(|e| panic!("{e}\n{text}"));
+                assert_eq!(again.formats, std::slice::from_ref(format));
+                assert_eq!(again.formats[0].canonical(), text);
+                assert_eq!(again.formats[0].hash(), format.hash());
+            }
+        }
+        let mut sorted = names();
+        sorted.sort_unstable();
+        sorted.dedup();
+        assert_eq!(sorted.len(), names().len(), "a name twice");
+    }
+
+    /// The weights of all of a layout's tensors.
+    fn weights(format: &Format, layout: &str, shape: Shape, tensors: &[&[u8]]) -> Vec<f32> {
+        let book = Arc::new(Book::new(format.clone()));
+        let reader = Reader::new(&book, format.layout(layout).unwrap(), shape).unwrap();
+        let sizes: Vec<u64> = reader.tensors().iter().map(|t| t.bytes).collect();
+        assert_eq!(sizes, tensors.iter().map(|t| t.len() as u64).collect::<Vec<_>>(), "{}", format.name);
+        let cols = shape.cols as usize;
+        let mut out = vec![0.0; shape.rows as usize * cols];
+        for (row, out) in (0..).zip(out.chunks_exact_mut(cols)) {
+            reader.read(tensors, row, 0, out);
+            // A part that begins and ends anywhere.
+            let mut part = vec![0.0; cols / 2];
+            reader.read(tensors, row, cols as u32 / 2 - 3, &mut part);
+            assert_eq!(part, out[cols / 2 - 3..][..cols / 2], "{}", format.name);
+        }
+        out
+    }
+
+    #[test]
+    fn blocks_hold_what_the_reference_says() {
+        let lines = include_str!("../../tests/formats/gguf.txt").lines().filter(|l| !l.starts_with('#'));
+        let mut count = 0;
+        for line in lines {
+            let [name, block, sum] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line}") };
+            let format = get(name).unwrap_or_else(|| panic!("there is no {name}"));
+            let bytes: Vec<u8> =
+                (0..block.len() / 2).map(|i| u8::from_str_radix(&block[2 * i..2 * i + 2], 16).unwrap()).collect();
+            let layout = format.layout("gguf").unwrap();
+            let columns = (1..).map(|k| 16 * k).find(|c| layout.tensors[0].dims[1].eval_exact(&|_| *c) == Some(1));
+            let cols = columns.unwrap() as u32;
+            // One row of two blocks, or two rows of one.
+            for shape in [Shape { rows: 1, cols: 2 * cols }, Shape { rows: 2, cols }] {
+                let mut hash = Sha256::new();
+                weights(format, "gguf", shape, &[&bytes]).iter().for_each(|w| hash.update(w.to_le_bytes()));
+                let found: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+                assert_eq!(found, sum, "{name}");
+            }
+            count += 1;
+        }
+        assert_eq!(count, 21);
+    }
+
+    /// The tensors of `tests/formats/others.txt`: bytes of a generator, and numbers that every type holds exactly.
+    fn made(reader: &Reader) -> Vec<Vec<u8>> {
+        let mut x = 12345u32;
+        let mut byte = || {
+            x = x.wrapping_mul(1_103_515_245).wrapping_add(12345);
+            (x >> 16) as u8
+        };
+        let mut of = |t: &crate::reader::Stored, codes: bool| -> Vec<u8> {
+            let number = |b: u8| (f32::from(b) + 1.0) / 1024.0;
+            let count = t.dims.iter().product::<u64>();
+            let ty = t.ty.unwrap();
+            let e4m3 = codes && reader.format().name.starts_with("fp8");
+            let e8m0 = !codes && reader.format().name == "mxfp4";
+            match ty {
+                Number::F16 => (0..count).flat_map(|_| half::f16::from_f32(number(byte())).to_le_bytes()).collect(),
+                Number::Bf16 => (0..count).flat_map(|_| half::bf16::from_f32(number(byte())).to_le_bytes()).collect(),
+                Number::F32 => (0..count).flat_map(|_| number(byte()).to_le_bytes()).collect(),
+                Number::E4m3 => (0..count).map(|_| byte() % 127).collect(),
+                _ if e4m3 => (0..count).map(|_| byte() % 127).collect(),
+                _ if e8m0 => (0..count).map(|_| 118 + byte() % 8).collect(),
+                _ => (0..t.bytes).map(|_| byte()).collect(),
+            }
+        };
+        reader.tensors().iter().enumerate().map(|(i, t)| of(t, i == 0)).collect()
+    }
+
+    #[test]
+    fn matrices_hold_what_the_published_definitions_say() {
+        let mut count = 0;
+        for line in include_str!("../../tests/formats/others.txt").lines().filter(|l| !l.starts_with('#')) {
+            let [name, layout, rows, cols, sum] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line}") };
+            let format = get(name).unwrap_or_else(|| panic!("there is no {name}"));
+            let shape = Shape { rows: rows.parse().unwrap(), cols: cols.parse().unwrap() };
+            let book = Arc::new(Book::new(format.clone()));
+            let reader = Reader::new(&book, format.layout(layout).unwrap(), shape).unwrap();
+            let tensors = made(&reader);
+            let tensors: Vec<&[u8]> = tensors.iter().map(Vec::as_slice).collect();
+            let mut hash = Sha256::new();
+            weights(format, layout, shape, &tensors).iter().for_each(|w| hash.update(w.to_le_bytes()));
+            let found: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+            assert_eq!(found, sum, "{name}");
+            count += 1;
+        }
+        assert_eq!(count, 12);
+    }
+
+    #[test]
+    fn types_of_ggufs_are_found() {
+        assert_eq!(of_type("gguf", 12).unwrap().name, "q4_k");
+        assert_eq!(of_type("gguf", 9), None);
+        assert_eq!(get("nf4").unwrap().rate(), (4.0, 4.5));
+    }
+}

@@ -1,0 +1,416 @@
+//! Formats: quantizers with fields and a weight of their own, as others store them.
+//!
+//! # The model
+//!
+//! A [`Format`] is a quantizer without memory whose weights are more than a scale times an entry. Each group of
+//! `vector` weights of a row has a **code** of `window` bits; the decode expression turns it into integers, and
+//! `(integer + offset) × unit`, rounded once to single precision, is the **entry**. Beside the codes stand **fields**:
+//! numbers that the weights of a [`Cover`] share. The [`Weight`] is an expression of the entry and the fields, each of
+//! whose operations is rounded to single precision; that is what the matrix is.
+//!
+//! What codes and fields mean is one thing, where a file keeps their bits is another: a [`Layout`] names the tensors of
+//! a file and, for codes and fields, the place of each bit. [`crate::reader`] reads weights by a layout.
+
+use super::Shape;
+use super::expr::Decode;
+use super::index::Index;
+use crate::syntax::number::Rational;
+use half::{bf16, f16};
+
+/// Type of a number that is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Number {
+    /// Unsigned, of 1 to 32 bits.
+    Unsigned(u32),
+    /// Signed, two's complement, of 2 to 32 bits.
+    Signed(u32),
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// IEEE single precision.
+    F32,
+    /// A power of two: 2^(x - 127); 255 is no number.
+    E8m0,
+    /// 8-bit float of 4 exponent and 3 mantissa bits, without infinities.
+    E4m3,
+    /// 8-bit float of 5 exponent and 2 mantissa bits.
+    E5m2,
+}
+
+impl Number {
+    /// Bits of a number.
+    pub fn bits(self) -> u32 {
+        match self {
+            Number::Unsigned(n) | Number::Signed(n) => n,
+            Number::F16 | Number::Bf16 => 16,
+            Number::F32 => 32,
+            Number::E8m0 | Number::E4m3 | Number::E5m2 => 8,
+        }
+    }
+
+    /// As written.
+    pub fn text(self) -> String {
+        match self {
+            Number::Unsigned(n) => format!("u{n}"),
+            Number::Signed(n) => format!("i{n}"),
+            Number::F16 => "f16".into(),
+            Number::Bf16 => "bf16".into(),
+            Number::F32 => "f32".into(),
+            Number::E8m0 => "e8m0".into(),
+            Number::E4m3 => "e4m3".into(),
+            Number::E5m2 => "e5m2".into(),
+        }
+    }
+
+    /// The number whose bits are `raw`, rounded to single precision (only integers of more than 24 bits are).
+    pub fn value(self, raw: u32) -> f32 {
+        match self {
+            Number::Unsigned(_) => raw as f32,
+            Number::Signed(n) => ((raw << (32 - n)) as i32 >> (32 - n)) as f32,
+            Number::F16 => f16::from_bits(raw as u16).to_f32(),
+            Number::Bf16 => bf16::from_bits(raw as u16).to_f32(),
+            Number::F32 => f32::from_bits(raw),
+            Number::E8m0 => match raw & 0xff {
+                255 => f32::NAN,
+                0 => f32::from_bits(1 << 22),
+                e => f32::from_bits(e << 23),
+            },
+            Number::E4m3 => small_float(raw, 4, 3, |size| size == 0x7f),
+            Number::E5m2 => match raw & 0x7f {
+                0x7c => f32::INFINITY.copysign(if raw & 0x80 != 0 { -1.0 } else { 1.0 }),
+                _ => small_float(raw, 5, 2, |size| size > 0x7c),
+            },
+        }
+    }
+
+    /// True if some bits of the type are no finite number.
+    pub fn may_be_infinite(self) -> bool {
+        match self {
+            Number::Unsigned(_) | Number::Signed(_) => false,
+            Number::F16 | Number::Bf16 | Number::F32 | Number::E8m0 | Number::E4m3 | Number::E5m2 => true,
+        }
+    }
+}
+
+/// A float of 8 bits with `e` exponent and `m` mantissa bits; `nan` says which magnitudes are no numbers.
+fn small_float(raw: u32, e: u32, m: u32, nan: impl Fn(u32) -> bool) -> f32 {
+    let size = raw & 0x7f;
+    if nan(size) {
+        return f32::NAN;
+    }
+    let (exponent, mantissa) = (size >> m, size & ((1 << m) - 1));
+    let bias = (1 << (e - 1)) - 1;
+    let lowest = 1 - bias - m as i32;
+    let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
+    let value = match exponent {
+        0 => mantissa as f32 * power(lowest),
+        _ => (mantissa + (1 << m)) as f32 * power(exponent as i32 - 1 + lowest),
+    };
+    if raw & 0x80 != 0 { -value } else { value }
+}
+
+/// Which weights share a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Cover {
+    /// All of a matrix.
+    Matrix,
+    /// A row.
+    Row,
+    /// A column.
+    Column,
+    /// Rows x columns, on a grid from the upper left.
+    Rectangle(Shape),
+    /// So many, counted row by row through the matrix.
+    Flat(u32),
+}
+
+impl Cover {
+    /// As written.
+    pub fn text(self) -> String {
+        match self {
+            Cover::Matrix => "matrix".into(),
+            Cover::Row => "row".into(),
+            Cover::Column => "column".into(),
+            Cover::Rectangle(s) => format!("{} x {}", s.rows, s.cols),
+            Cover::Flat(n) => format!("flat {n}"),
+        }
+    }
+
+    /// Indices of a number in a layout.
+    pub fn indices(self) -> usize {
+        match self {
+            Cover::Matrix => 0,
+            Cover::Row | Cover::Column | Cover::Flat(_) => 1,
+            Cover::Rectangle(_) => 2,
+        }
+    }
+
+    /// How many numbers a `shape` matrix has along each index (1 for an index that the cover has not).
+    pub fn grid(self, shape: Shape) -> [u64; 2] {
+        let (rows, cols) = (u64::from(shape.rows), u64::from(shape.cols));
+        match self {
+            Cover::Matrix => [1, 1],
+            Cover::Row => [rows, 1],
+            Cover::Column => [cols, 1],
+            Cover::Rectangle(s) => [rows.div_ceil(s.rows.into()), cols.div_ceil(s.cols.into())],
+            Cover::Flat(n) => [(rows * cols).div_ceil(n.into()), 1],
+        }
+    }
+
+    /// Weights that share a number, if that does not depend on the matrix.
+    pub fn weights(self) -> Option<u64> {
+        match self {
+            Cover::Matrix | Cover::Row | Cover::Column => None,
+            Cover::Rectangle(s) => Some(s.len()),
+            Cover::Flat(n) => Some(n.into()),
+        }
+    }
+}
+
+/// Numbers beside the codes.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Field {
+    /// Its name.
+    pub name: String,
+    /// Type of its numbers.
+    pub ty: Number,
+    /// Which weights share one.
+    pub cover: Cover,
+    /// For a table that each matrix has of its own, its entries.
+    pub entries: Option<u32>,
+}
+
+/// A table of a format's codes.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct WideTable {
+    /// Its name.
+    pub name: String,
+    /// Number of entries, a power of two.
+    pub entries: u32,
+    /// `entries × vector` values, entry-major.
+    pub values: Vec<i32>,
+}
+
+/// Operations of a weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Arithmetic {
+    /// Sum.
+    Add,
+    /// Difference.
+    Sub,
+    /// Product.
+    Mul,
+    /// Quotient.
+    Div,
+}
+
+impl Arithmetic {
+    /// The operator as written.
+    pub fn text(self) -> &'static str {
+        match self {
+            Arithmetic::Add => "+",
+            Arithmetic::Sub => "-",
+            Arithmetic::Mul => "*",
+            Arithmetic::Div => "/",
+        }
+    }
+
+    /// The result, rounded to single precision.
+    pub fn apply(self, a: f32, b: f32) -> f32 {
+        match self {
+            Arithmetic::Add => a + b,
+            Arithmetic::Sub => a - b,
+            Arithmetic::Mul => a * b,
+            Arithmetic::Div => a / b,
+        }
+    }
+}
+
+/// A node of a weight's expression; nodes refer to earlier ones.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum WeightOp {
+    /// The entry.
+    Entry,
+    /// A constant, rounded to single precision.
+    Const(Rational),
+    /// A field's number.
+    Field(usize),
+    /// An entry of a matrix's table, by a field of unsigned integers.
+    Lookup(usize, usize),
+    /// The negative of a node.
+    Neg(usize),
+    /// An operation on two nodes.
+    Binary(Arithmetic, usize, usize),
+}
+
+/// A weight as an expression of entry and fields; the last node is the result.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Weight {
+    /// Nodes, each after those it uses.
+    pub ops: Vec<WeightOp>,
+}
+
+/// A tensor of a layout.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct TensorSpec {
+    /// Its name.
+    pub name: String,
+    /// True if its elements are records.
+    pub record: bool,
+    /// Sizes, outermost first, of `rows` and `cols`.
+    pub dims: Vec<Index>,
+    /// Members of an element: name, type and how many. A plain tensor has one, without a name.
+    pub members: Vec<(String, Number, u32)>,
+}
+
+impl TensorSpec {
+    /// Bits of an element.
+    pub fn element_bits(&self) -> u64 {
+        self.members.iter().map(|(_, ty, n)| u64::from(ty.bits()) * u64::from(*n)).sum()
+    }
+
+    /// First bit of member `m` in an element.
+    pub fn member_at(&self, m: usize) -> u64 {
+        self.members[..m].iter().map(|(_, ty, n)| u64::from(ty.bits()) * u64::from(*n)).sum()
+    }
+}
+
+/// What a place holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Target {
+    /// Codes, by row and group of `vector` columns.
+    Code,
+    /// A field.
+    Field(usize),
+}
+
+/// Where bits of a target lie.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Place {
+    /// Whose bits.
+    pub target: Target,
+    /// Which of them: from and up to.
+    pub bits: (u32, u32),
+    /// What is stored is less by this, modulo 2 to the target's bits.
+    pub less: u32,
+    /// Index of the tensor.
+    pub tensor: usize,
+    /// Its indices; nothing where bits run on along it.
+    pub indices: Vec<Option<Index>>,
+    /// Index of the member.
+    pub member: usize,
+    /// Which element of the member.
+    pub element: Index,
+    /// First bit in the element, or along the running index.
+    pub bit: Index,
+    /// What a whole element says of the target; such a place can be read only.
+    pub read: Option<Index>,
+}
+
+/// Where a file keeps the bits of a format.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Layout {
+    /// Its name.
+    pub name: String,
+    /// The number by which a container calls it.
+    pub ty: Option<u32>,
+    /// Tensors.
+    pub tensors: Vec<TensorSpec>,
+    /// Places of all bits.
+    pub places: Vec<Place>,
+}
+
+/// A format.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Format {
+    /// Name, not part of the content hash.
+    pub name: String,
+    /// Bits of a code, 1..=18.
+    pub window: u32,
+    /// Weights of a code, 1..=16.
+    pub vector: u32,
+    /// Bits of an entry's integer: 8, 16, 24 or 32.
+    pub entry_bits: u32,
+    /// Added to integers.
+    pub offset: Rational,
+    /// Spacing of entries.
+    pub unit: Rational,
+    /// Tables that the decode expression looks up.
+    pub tables: Vec<WideTable>,
+    /// Code to integers.
+    pub decode: Decode,
+    /// Numbers beside the codes.
+    pub fields: Vec<Field>,
+    /// What a weight is.
+    pub weight: Weight,
+    /// Where files keep the bits.
+    pub layouts: Vec<Layout>,
+}
+
+impl Format {
+    /// The integers of `code`: `vector` of them.
+    pub fn integers(&self, code: u32, out: &mut [i32]) {
+        let table = |t: u32, i: u32, k: usize| {
+            let t = &self.tables[t as usize];
+            t.values[(i % t.entries) as usize * self.vector as usize + k]
+        };
+        self.decode.eval_wide(code, self.vector as usize, &table, out);
+    }
+
+    /// The entry that `integer` makes: `(integer + offset) × unit`, rounded once.
+    pub fn entry(&self, integer: i32) -> f32 {
+        let exact = Rational::from(i64::from(integer)).checked_add(self.offset).and_then(|n| n.checked_mul(self.unit));
+        exact.map_or(f32::NAN, Rational::to_f32)
+    }
+
+    /// All entries, code-major: 2^window × vector.
+    pub fn book(&self) -> Vec<f32> {
+        let v = self.vector as usize;
+        let mut integers = vec![0; v];
+        let mut out = Vec::with_capacity(v << self.window);
+        for code in 0..1u32 << self.window {
+            self.integers(code, &mut integers);
+            out.extend(integers.iter().map(|&i| self.entry(i)));
+        }
+        out
+    }
+
+    /// Bits a weight: of the codes, and with the fields whose share does not depend on the matrix.
+    pub fn rate(&self) -> (f64, f64) {
+        let codes = f64::from(self.window) / f64::from(self.vector);
+        let of = |f: &Field| f.cover.weights().map(|n| f64::from(f.ty.bits()) / n as f64);
+        (codes, codes + self.fields.iter().filter_map(of).sum::<f64>())
+    }
+
+    /// The layout called `name`.
+    pub fn layout(&self, name: &str) -> Option<&Layout> {
+        self.layouts.iter().find(|l| l.name == name)
+    }
+
+    /// Self-contained text: the quantizer with everything evaluated, and its layouts. Reads back as an equal format.
+    pub fn canonical(&self) -> String {
+        super::canonical_format::text(self)
+    }
+
+    /// SHA-256, in hexadecimal, of the canonical text without name and layouts.
+    pub fn hash(&self) -> String {
+        super::canonical_format::hash(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_numbers_are_what_their_formats_say() {
+        let of = |n: Number, raw: &[u32]| raw.iter().map(|&r| n.value(r)).collect::<Vec<_>>();
+        assert_eq!(of(Number::E4m3, &[0, 1, 8, 0x38, 0x7e, 0xfe]), [0.0, 0.001953125, 0.015625, 1.0, 448.0, -448.0]);
+        assert!(Number::E4m3.value(0x7f).is_nan());
+        assert_eq!(of(Number::E5m2, &[1, 0x3c, 0x7b, 0xbc]), [2f32.powi(-16), 1.0, 57344.0, -1.0]);
+        assert_eq!(of(Number::E8m0, &[0, 1, 127, 254]), [2f32.powi(-127), 2f32.powi(-126), 1.0, 2f32.powi(127)]);
+        assert_eq!(of(Number::Signed(6), &[0, 31, 32, 63]), [0.0, 31.0, -32.0, -1.0]);
+        assert_eq!(of(Number::Signed(32), &[u32::MAX]), [-1.0]);
+    }
+}

@@ -1,0 +1,135 @@
+//! Writing the files again that a checkpoint was imported from.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::view::View;
+use super::{Error, Progress, SourceFile, left_out_file};
+use crate::checkpoint::{self, Checkpoint};
+use crate::model::gguf::{Gguf, Kept};
+use crate::model::tensors::interleaved;
+
+/// A writer that counts and hashes.
+struct Hashing<W> {
+    to: W,
+    hash: Sha256,
+    bytes: u64,
+}
+
+impl<W: Write> Hashing<W> {
+    fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.hash.update(bytes);
+        self.bytes += bytes.len() as u64;
+        self.to.write_all(bytes)
+    }
+
+    /// Writes zeros up to byte `end`.
+    fn zeros(&mut self, end: u64) -> io::Result<()> {
+        let zeros = [0; 4096];
+        while self.bytes < end {
+            let n = (end - self.bytes).min(zeros.len() as u64);
+            self.put(&zeros[..n as usize])?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes the files that the checkpoint `dir` was imported from into the folder `out`. Returns their paths.
+///
+/// # Errors
+/// If the checkpoint was not imported or is damaged, a file exists and `force` is not given, or cannot be written; or if
+/// what was written has not the hash of the file that was imported. What is written is removed then.
+pub fn export(dir: &Path, out: &Path, force: bool, progress: &mut Progress<'_>) -> Result<Vec<PathBuf>, Error> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let Some(source) = checkpoint.manifest().source.clone() else {
+        return Err(Error::refused(dir, "was not imported: only what `qp import` made can be exported"));
+    };
+    if !["gguf", "safetensors"].contains(&source.kind.as_str()) {
+        return Err(Error::refused(
+            dir,
+            format!("was imported from {}, which this program does not write", source.kind),
+        ));
+    }
+    std::fs::create_dir_all(out).map_err(|source| Error::Write { path: out.to_owned(), source })?;
+    let headers: Vec<PathBuf> = source.files.iter().map(|f| dir.join(&f.header)).collect();
+    let (gguf, views) = if source.kind == "gguf" {
+        let gguf = Gguf::of_headers(headers.into_iter())?;
+        let views = gguf.parts().iter().map(View::of_gguf).collect::<Result<Vec<_>, _>>()?;
+        (Some(gguf), views)
+    } else {
+        (None, headers.iter().map(|p| View::of_safetensors(p)).collect::<Result<Vec<_>, _>>()?)
+    };
+    let mut paths = Vec::new();
+    for (view, file) in views.iter().zip(&source.files) {
+        let path = out.join(&file.name);
+        if path.exists() && !force {
+            return Err(Error::refused(&path, "exists; --force replaces it"));
+        }
+        let beside = out.join(format!("{}.partial", file.name));
+        let done = one(&checkpoint, gguf.as_ref(), view, file, &beside, progress).and_then(|()| {
+            std::fs::rename(&beside, &path).map_err(|source| Error::Write { path: path.clone(), source })
+        });
+        if let Err(e) = done {
+            // The half-written file is of no use to anyone.
+            let _ = std::fs::remove_file(&beside);
+            return Err(e);
+        }
+        paths.push(path);
+    }
+    Ok(paths)
+}
+
+/// Writes the file `part` to `path`.
+fn one(
+    checkpoint: &Checkpoint,
+    gguf: Option<&Gguf>,
+    part: &View,
+    file: &SourceFile,
+    path: &Path,
+    progress: &mut Progress<'_>,
+) -> Result<(), Error> {
+    let failed = |source| Error::Write { path: path.to_owned(), source };
+    let to = BufWriter::with_capacity(1 << 20, File::create(path).map_err(failed)?);
+    let mut to = Hashing { to, hash: Sha256::new(), bytes: 0 };
+    to.put(&part.header).map_err(failed)?;
+    let mut tensors: Vec<_> = part.ranges.iter().collect();
+    tensors.sort_by_key(|t| t.1.start);
+    let total = tensors.len();
+    for (i, (name, range)) in tensors.into_iter().enumerate() {
+        progress(name, i, total);
+        to.zeros(range.start as u64).map_err(failed)?;
+        let as_it_is = || Kept { name: name.clone(), rows: 1, heads: None };
+        let kept = match gguf {
+            Some(gguf) => gguf.kept_as(name)?,
+            None => checkpoint.contains(name).then(as_it_is),
+        };
+        let bytes = match kept {
+            Some(kept) => {
+                let bytes = checkpoint.bytes(&kept.name)?;
+                match kept.heads {
+                    Some(heads) => interleaved(bytes.as_slice(), kept.rows, heads),
+                    None => bytes.as_slice().to_vec(),
+                }
+            }
+            None => {
+                let path = checkpoint.dir().join(left_out_file(name));
+                std::fs::read(&path).map_err(checkpoint::Error::io("read", &path))?
+            }
+        };
+        if bytes.len() != range.len() {
+            return Err(Error::refused(checkpoint.dir(), format!("tensor '{name}' has not the bytes that it had")));
+        }
+        to.put(&bytes).map_err(failed)?;
+    }
+    to.zeros(file.bytes).map_err(failed)?;
+    to.to.flush().map_err(failed)?;
+    let found = checkpoint::hex(&to.hash.finalize());
+    if (to.bytes, &found) != (file.bytes, &file.sha256) {
+        let why = format!("{} would have the SHA-256 {found}, but was imported with {}", file.name, file.sha256);
+        return Err(Error::refused(checkpoint.dir(), why));
+    }
+    Ok(())
+}

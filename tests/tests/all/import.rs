@@ -1,0 +1,257 @@
+//! GGUF files taken as they are, run, and given back byte for byte.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use half::f16;
+use qp_codegen::formats;
+use qp_codegen::reader::{Book, Reader};
+use qp_codegen::spec::Shape;
+use qp_runtime::checkpoint::{Begin, Checkpoint};
+use qp_runtime::engine::{self, Logits};
+use qp_runtime::import::{export, import};
+use qp_runtime::model::{Dtype, Model, Weight};
+use qp_runtime::plan::Plan;
+use qp_runtime::quantize::{Job, Silent};
+use qp_tests::gguf::{Gguf, snap};
+use qp_tests::models::{RandomModel, write_spec};
+
+/// Blocks of a type, with tame scales: random bytes, but for the half-precision numbers.
+fn blocks(name: &str, rows: usize, cols: usize, seed: u32) -> Vec<u8> {
+    let format = formats::get(name).unwrap();
+    let book = Arc::new(Book::new(format.clone()));
+    let shape = Shape { rows: rows as u32, cols: cols as u32 };
+    let reader = Reader::new(&book, format.layout("gguf").unwrap(), shape).unwrap();
+    let mut x = seed.wrapping_mul(2_654_435_761) | 1;
+    let mut random = || {
+        x = x.wrapping_mul(1_103_515_245).wrapping_add(12345);
+        (x >> 16) as u8
+    };
+    let mut bytes: Vec<u8> = (0..reader.tensors()[0].bytes).map(|_| random()).collect();
+    let spec = &format.layout("gguf").unwrap().tensors[0];
+    for block in bytes.chunks_exact_mut(spec.element_bits() as usize / 8) {
+        for (m, (_, ty, _)) in spec.members.iter().enumerate() {
+            let at = spec.member_at(m) as usize / 8;
+            match ty.text().as_str() {
+                "f16" => block[at..at + 2].copy_from_slice(&f16::from_f32(0.003).to_le_bytes()),
+                // The power of two of MXFP4.
+                _ if name == "mxfp4" && m == 0 => block[at] = 118 + block[at] % 3,
+                _ => (),
+            }
+        }
+    }
+    bytes
+}
+
+/// A file of many types, with a tensor that no engine reads.
+fn file() -> Gguf {
+    let mut model = RandomModel::new("LlamaForCausalLM");
+    snap(&mut model.tensors.get_mut("model.embed_tokens.weight").unwrap().1);
+    let mut file = Gguf::of(&model, "llama", true);
+    let types = [("q4_0", 2), ("q4_1", 3), ("q5_0", 6), ("q5_1", 7), ("q8_0", 8), ("iq4_nl", 20), ("mxfp4", 39)];
+    let names: Vec<String> =
+        file.tensors.keys().filter(|n| n.contains("attn_") || n.contains("ffn_")).cloned().collect();
+    for (i, name) in names.iter().filter(|n| !n.contains("norm")).enumerate() {
+        let (shape, kind, bytes) = file.tensors.get_mut(name).unwrap();
+        let (ty, code) = types[i % types.len()];
+        (*kind, *bytes) = (code, blocks(ty, shape[0], shape[1], i as u32));
+    }
+    let factors = (vec![4], 0, [1f32; 4].iter().flat_map(|x| x.to_le_bytes()).collect());
+    file.tensors.insert("rope_freqs.weight".to_owned(), factors);
+    file
+}
+
+fn write(dir: &Path, file: &Gguf) -> PathBuf {
+    let path = dir.join("m.gguf");
+    std::fs::write(&path, file.bytes()).unwrap();
+    path
+}
+
+fn logits(model: Model) -> Vec<f32> {
+    let mut engine = engine::open(None, &Arc::new(model.weights), 16).unwrap();
+    let mut out = Vec::new();
+    engine.forward(&[3, 200, 77, 5, 5, 130, 9], Logits::All, &mut out).unwrap();
+    out
+}
+
+#[test]
+fn a_file_moves_in_runs_and_moves_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = write(dir.path(), &file());
+    let out = dir.path().join("out");
+    let manifest = import(&path, &out, Begin::default(), &mut |_, _, _| ()).unwrap();
+    // 14 layers of two blocks, and the embedding.
+    assert_eq!((manifest.format, manifest.layers.len()), (2, 15));
+    assert_eq!(manifest.source.as_ref().unwrap().files[0].name, "m.gguf");
+    let checkpoint = Checkpoint::open(&out).unwrap();
+    assert!(checkpoint.verify(&mut |_| ()).is_ok());
+    let of_format = |w: &Weight| matches!(w, Weight::Dense(t) if matches!(t.dtype, Dtype::Format(_)));
+    let model = Model::open(&out).unwrap();
+    assert_eq!(model.weights.layers().iter().filter(|l| of_format(&l.weight)).count(), 15);
+    assert_eq!(logits(model), logits(Model::open(&path).unwrap()));
+    let back = dir.path().join("back");
+    let paths = export(&out, &back, false, &mut |_, _, _| ()).unwrap();
+    assert_eq!(paths, [back.join("m.gguf")]);
+    assert!(std::fs::read(&paths[0]).unwrap() == std::fs::read(&path).unwrap(), "not the same bytes");
+    // What is there is not replaced unless that is asked for.
+    let error = export(&out, &back, false, &mut |_, _, _| ()).unwrap_err().to_string();
+    assert!(error.ends_with("m.gguf: exists; --force replaces it"), "{error}");
+    export(&out, &back, true, &mut |_, _, _| ()).unwrap();
+    // The same file makes the same checkpoint.
+    let again = dir.path().join("again");
+    assert_eq!(import(&path, &again, Begin::default(), &mut |_, _, _| ()).unwrap(), manifest);
+}
+
+#[test]
+fn what_cannot_be_taken_or_given_back_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let refused = |path: &Path| {
+        let error = import(path, &out, Begin::default(), &mut |_, _, _| ()).unwrap_err().to_string();
+        assert!(!out.exists());
+        error.replace(&dir.path().display().to_string(), "DIR")
+    };
+    let path = write(dir.path(), &file());
+    let whole = std::fs::read(&path).unwrap();
+    // Bytes of no tensor.
+    std::fs::write(&path, [&whole[..], &[0, 0, 7]].concat()).unwrap();
+    let error = refused(&path);
+    assert!(error.starts_with("DIR/m.gguf: bytes ") && error.ends_with("could not be given back"), "{error}");
+    // Zeros are given back.
+    let longer = [&whole[..], &[0; 45]].concat();
+    std::fs::write(&path, &longer).unwrap();
+    import(&path, &out, Begin::default(), &mut |_, _, _| ()).unwrap();
+    let paths = export(&out, dir.path(), true, &mut |_, _, _| ()).unwrap();
+    assert!(std::fs::read(&paths[0]).unwrap() == longer);
+    // A scale that is no number.
+    let mut bad = file();
+    let (_, _, bytes) = bad.tensors.get_mut("blk.0.attn_k.weight").unwrap();
+    bytes[..2].copy_from_slice(&f16::NAN.to_le_bytes());
+    let path = write(dir.path(), &bad);
+    std::fs::remove_dir_all(&out).unwrap();
+    assert!(refused(&path).contains("self_attn.k_proj.weight' has"), "{}", refused(&path));
+    // A directory, and what was quantized here.
+    let model = RandomModel::new("LlamaForCausalLM");
+    let plain = dir.path().join("plain");
+    std::fs::create_dir_all(&plain).unwrap();
+    model.write(&plain);
+    assert!(refused(&plain).contains("is not quantized: GGUF files are imported"));
+    let spec = write_spec(dir.path(), "small", 3).display().to_string();
+    let quantized = dir.path().join("quantized");
+    Job::new(&plain, Plan::uniform(&spec), &quantized).run(&Silent).unwrap();
+    assert!(refused(&quantized).contains("is a checkpoint of qp already"));
+    let error = export(&quantized, dir.path(), true, &mut |_, _, _| ()).unwrap_err().to_string();
+    assert!(error.contains("was not imported"), "{error}");
+}
+
+#[test]
+fn damage_is_found_before_a_file_is_given_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = write(dir.path(), &file());
+    let out = dir.path().join("out");
+    import(&path, &out, Begin::default(), &mut |_, _, _| ()).unwrap();
+    let weights = out.join("weights-00001.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    let last = bytes.len() - 70;
+    bytes[last] ^= 1;
+    std::fs::write(&weights, bytes).unwrap();
+    let back = dir.path().join("back");
+    let error = export(&out, &back, false, &mut |_, _, _| ()).unwrap_err().to_string();
+    assert!(error.contains("weights-00001.safetensors"), "{error}");
+    assert_eq!(std::fs::read_dir(&back).unwrap().count(), 0);
+}
+
+/// A model whose layers are GPTQ's int4 with groups of 32 columns, and the same model with their weights written out.
+fn gptq(dir: &Path) -> (PathBuf, PathBuf) {
+    let mut model = RandomModel::new("LlamaForCausalLM");
+    let (quantized, plain) = (dir.join("quantized"), dir.join("plain"));
+    let format = formats::get("gptq_int4_g32").unwrap();
+    let book = Arc::new(Book::new(format.clone()));
+    let mut tensors: Vec<(String, safetensors::Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    let (mut x, mut names) = (1u32, Vec::new());
+    for (name, (shape, weights)) in model.tensors.iter_mut().filter(|t| t.0.contains("_proj")) {
+        names.push(name.clone());
+        let (rows, cols) = (shape[0], shape[1]);
+        let mut random = |n: usize| -> Vec<u8> {
+            let mut next = || {
+                x = x.wrapping_mul(1_103_515_245).wrapping_add(12345);
+                (x >> 16) as u8
+            };
+            (0..n).map(|_| next()).collect()
+        };
+        let scales: Vec<u8> =
+            random(rows * cols / 32).iter().flat_map(|b| f16::from_f32(f32::from(*b) / 9e3).to_le_bytes()).collect();
+        let (words, zeros) = (random(rows * cols / 2), random(rows * cols / 64));
+        let reader = Reader::new(&book, format.layout("gptq").unwrap(), Shape { rows: rows as u32, cols: cols as u32 });
+        let reader = reader.unwrap();
+        for (row, out) in weights.chunks_exact_mut(cols).enumerate() {
+            reader.read(&[&words, &zeros, &scales], row as u32, 0, out);
+        }
+        // By hand, the published way: words of eight codes along columns, zeros less one along rows.
+        let word = |b: &[u8], i: usize| u32::from_le_bytes(b[4 * i..4 * i + 4].try_into().unwrap());
+        for (r, c) in [(0, 0), (rows - 1, cols - 1), (5, 17)] {
+            let q = word(&words, c / 8 * rows + r) >> (4 * (c % 8)) & 15;
+            let z = (word(&zeros, (c / 32 * rows + r) / 8) >> (4 * (r % 8)) & 15) + 1 & 15;
+            let at = 2 * (c / 32 * rows + r);
+            let s = f16::from_le_bytes([scales[at], scales[at + 1]]).to_f32();
+            assert_eq!(weights[r * cols + c], (q as f32 - z as f32) * s);
+        }
+        let layer = name.trim_end_matches(".weight");
+        let groups = (0..cols as u32).flat_map(|c| (c / 32).to_le_bytes()).collect();
+        let i32s = safetensors::Dtype::I32;
+        tensors.push((format!("{layer}.qweight"), i32s, vec![cols / 8, rows], words));
+        tensors.push((format!("{layer}.qzeros"), i32s, vec![cols / 32, rows / 8], zeros));
+        tensors.push((format!("{layer}.scales"), safetensors::Dtype::F16, vec![cols / 32, rows], scales));
+        tensors.push((format!("{layer}.g_idx"), i32s, vec![cols], groups));
+    }
+    std::fs::create_dir_all(&plain).unwrap();
+    std::fs::create_dir_all(&quantized).unwrap();
+    model.write(&plain);
+    for name in names {
+        model.tensors.remove(&name);
+    }
+    model.config["quantization_config"] =
+        serde_json::json!({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": false, "sym": false});
+    model.write(&quantized);
+    // What the model has besides, and the quantized matrices, in one file.
+    let path = quantized.join("model.safetensors");
+    let old = std::fs::read(&path).unwrap();
+    let rest = safetensors::SafeTensors::deserialize(&old).unwrap();
+    let views =
+        tensors.iter().map(|(n, d, s, b)| (n.clone(), safetensors::tensor::TensorView::new(*d, s.clone(), b).unwrap()));
+    let all: Vec<_> = rest.tensors().into_iter().chain(views).collect();
+    std::fs::write(&path, safetensors::serialize(all, None).unwrap()).unwrap();
+    (quantized, plain)
+}
+
+#[test]
+fn a_directory_of_gptq_runs_moves_in_and_moves_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let (quantized, plain) = gptq(dir.path());
+    let expected = logits(Model::open(&plain).unwrap());
+    assert_eq!(logits(Model::open(&quantized).unwrap()), expected);
+    let out = dir.path().join("out");
+    let manifest = import(&quantized, &out, Begin::default(), &mut |_, _, _| ()).unwrap();
+    assert_eq!((manifest.layers.len(), manifest.layers[0].spec.as_str()), (14, "gptq_int4_g32"));
+    assert_eq!(logits(Model::open(&out).unwrap()), expected);
+    let paths = export(&out, &dir.path().join("back"), false, &mut |_, _, _| ()).unwrap();
+    let original = std::fs::read(quantized.join("model.safetensors")).unwrap();
+    assert!(std::fs::read(&paths[0]).unwrap() == original, "not the same bytes");
+}
+
+#[test]
+fn columns_ordered_by_activations_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (quantized, _) = gptq(dir.path());
+    let path = quantized.join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let place = {
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let groups = file.tensor("model.layers.0.mlp.up_proj.g_idx").unwrap();
+        groups.data().as_ptr().addr() - bytes.as_ptr().addr()
+    };
+    bytes[place] = 1;
+    std::fs::write(&path, bytes).unwrap();
+    let error = Model::open(&quantized).unwrap_err().to_string();
+    assert!(error.contains("g_idx' orders columns by activations"), "{error}");
+}

@@ -29,7 +29,7 @@ pub fn lower(op: &Rows) -> Kernel {
     b.dependent_launch();
     let rows = b.sized("rows", Elem::I32, false, op.batch.into());
     // How many rows there are to choose from is the caller's business.
-    let x = b.sized("x", Elem::F32, false, op.x.len(1, op.columns));
+    let x = b.buffer("x", Elem::F32, false);
     let y = b.sized("y", Elem::F32, true, op.y.len(op.batch, op.columns));
     b.grid_wait();
     b.grid_launch();

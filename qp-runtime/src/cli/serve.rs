@@ -206,7 +206,7 @@ impl Serve {
                 Err(_) => return Ok(None),
             },
         };
-        if text.is_empty() {
+        if text.trim().is_empty() {
             return Err("the API key is empty: put one into the file or the variable, or give none".into());
         }
         if !text.bytes().all(|b| b.is_ascii_graphic()) {

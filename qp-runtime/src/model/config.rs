@@ -288,7 +288,9 @@ impl Config {
                 config.eos = eos;
             }
             keys.ignore(&SILENT_GENERATION);
-            config.suggested = keys.unasked().map(|(k, v)| format!("{k} {}", shown(v))).collect();
+            let changing = |v: &Value| !matches!(v, Value::Bool(false) | Value::Null);
+            let suggested = keys.unasked().filter(|(_, v)| changing(v));
+            config.suggested = suggested.map(|(k, v)| format!("{k} {}", shown(v))).collect();
         }
         Ok(config)
     }

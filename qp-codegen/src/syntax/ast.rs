@@ -80,7 +80,7 @@ pub enum LayoutLine {
     /// `tensor name : type[dimensions]`, or `record name[dimensions] { members }`.
     Tensor(TensorDecl),
     /// `target(variables) in place`
-    Place(Place),
+    Place(Box<Place>),
 }
 
 impl LayoutLine {
@@ -325,7 +325,7 @@ pub enum TableSource {
         path: Ident,
     },
     /// `: type per matrix`: each matrix has its own.
-    OfMatrix(TypeName, CoverExpr),
+    OfMatrix(Box<(TypeName, CoverExpr)>),
 }
 
 /// `decode window { let … result }`

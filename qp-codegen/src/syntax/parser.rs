@@ -438,8 +438,7 @@ impl<'a> Parser<'a> {
             }
             TableSource::Trained { args, args_span, path: self.string("the path of a table file in double quotes")? }
         } else if self.eat(TokenKind::Colon) {
-            let (ty, cover) = self.type_and_cover()?;
-            TableSource::OfMatrix(ty, cover)
+            TableSource::OfMatrix(Box::new(self.type_and_cover()?))
         } else {
             return self.expected("`= [values]`, `from \"file\"` or `trained(…) in \"file\"`");
         };

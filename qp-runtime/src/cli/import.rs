@@ -9,12 +9,12 @@ use super::output::outln;
 use crate::checkpoint::Begin;
 use crate::import;
 
-/// Take a GGUF file as it is: its quantized matrices become a checkpoint without being encoded again.
+/// Take a GGUF file, or a directory quantized by GPTQ and others, as it is: a checkpoint without encoding again.
 ///
-/// No weight is rounded: the bits move. `qp export` gives the file back, byte for byte.
+/// No weight is rounded: the bits move. `qp export` gives the files back, byte for byte.
 #[derive(clap::Args)]
 pub struct Import {
-    /// The GGUF file
+    /// The GGUF file, or a directory whose config.json says how it is quantized
     model: PathBuf,
     /// Directory of the checkpoint
     #[arg(short, long, value_name = "DIR")]

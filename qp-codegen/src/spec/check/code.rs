@@ -582,8 +582,8 @@ fn table(
             let values = inline(t, e, entries, vector, value.map(Value::range), scope, sink)?;
             (values.into_iter().map(|v| v as i16).collect(), TableSource::Inline)
         }
-        ast::TableSource::OfMatrix(ty, _) => {
-            let d = Diagnostic::error(ty.name.span, "a matrix's own tables are for weights", "");
+        ast::TableSource::OfMatrix(of) => {
+            let d = Diagnostic::error(of.0.name.span, "a matrix's own tables are for weights", "");
             return sink.fail(d.hint("look it up by a field in a `weight` block"));
         }
         ast::TableSource::File(path) => {

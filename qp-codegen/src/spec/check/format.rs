@@ -95,7 +95,8 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
     for property in &b.properties {
         match &property.kind {
             PropertyKind::Table(t) => match &t.source {
-                ast::TableSource::OfMatrix(ty, cover) => {
+                ast::TableSource::OfMatrix(of) => {
+                    let (ty, cover) = &**of;
                     let entries = integer(&t.entries, "the number of entries", 1..=1 << 20, &scope, sink);
                     let ty = type_of(ty, &scope, sink);
                     if !matches!(cover, CoverExpr::Named(n) if n.name == "matrix") {

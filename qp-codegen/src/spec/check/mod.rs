@@ -3,7 +3,7 @@
 //! 1. [`consts`]: constant expressions.
 //! 2. [`decode`]: the decode block.
 //! 3. [`code`]: a body's properties, and what must fit what.
-//! 4. [`format`]: formats.
+//! 4. [`format`]: quantizers that say their weight.
 //! 5. [`layout`]: the layouts of their bits.
 //! 6. [`fusion`]: fusion patterns.
 

@@ -88,7 +88,7 @@ impl Parser<'_> {
                 Ok(LayoutLine::Type(keyword, self.expr()?))
             }
             Some("tensor" | "record") => self.tensor().map(LayoutLine::Tensor),
-            Some(_) => self.place().map(LayoutLine::Place),
+            Some(_) => self.place().map(|p| LayoutLine::Place(Box::new(p))),
             None => self.expected("`tensor`, `record`, `type`, or a place such as `code(r, c) in …`"),
         }
     }
@@ -187,5 +187,22 @@ impl Parser<'_> {
         };
         let span = target.span.to(self.last());
         Ok(Place { target, vars, bits, less, tensor, indices, member, bit, read, span })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{ITEMS, PROPERTIES, RESERVED};
+    use super::LINES;
+
+    #[test]
+    fn the_editors_grammar_knows_all_keywords() {
+        let grammar = include_str!("../../../../editors/vscode/syntaxes/qspec.tmLanguage.json");
+        for word in ITEMS.iter().chain(&PROPERTIES).chain(&RESERVED).chain(&LINES) {
+            let listed = ["(", "|"]
+                .iter()
+                .any(|before| [")", "|"].iter().any(|after| grammar.contains(&format!("{before}{word}{after}"))));
+            assert!(listed || grammar.contains(&format!("{word}\\\\b")), "{word}");
+        }
     }
 }

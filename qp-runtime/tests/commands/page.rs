@@ -170,6 +170,8 @@ fn a_conversation_in_a_browser() {
         browser.run("return document.getElementById('memory').innerText").as_str().unwrap().contains("keys and values")
     );
     browser.wait("document.querySelectorAll('#live tr').length === 5");
+    // A key is asked for only where one is needed.
+    assert_eq!(browser.run("return document.getElementById('keyrow').offsetHeight"), 0);
     browser.picture("light");
     browser.run("document.getElementById('theme').click()");
     assert_eq!(browser.run("return document.documentElement.dataset.theme"), "dark");
@@ -179,6 +181,8 @@ fn a_conversation_in_a_browser() {
     browser.size(500, 800);
     browser.run("document.getElementById('close').click()");
     browser.wait("document.documentElement.scrollWidth <= innerWidth && innerWidth <= 500");
+    // Its buttons stay on one line, and each lies within the window.
+    browser.wait("[...document.querySelectorAll('header button')].every(b => b.offsetHeight < 50 && b.getBoundingClientRect().right <= innerWidth)");
     browser.picture("narrow");
 
     // A new conversation; and an error is shown where the answer would be.

@@ -13,7 +13,9 @@ use crate::spec::{Shape, mask};
 /// Columns that are computed together.
 const CHUNK: usize = 256;
 /// Longest table of addresses of a place.
-const MOST_ADDRESSES: i64 = 1 << 20;
+const MOST_ADDRESSES: i64 = 1 << 18;
+/// Most bytes of the tensors of a matrix for which a layout's bits are counted.
+const MOST_COUNTED: u64 = 1 << 22;
 
 /// A format with its entries written out: make it once for all matrices.
 #[derive(Debug, PartialEq)]
@@ -208,7 +210,7 @@ fn stored(layout: &Layout, shape: Shape) -> Result<Vec<Stored>, Misfit> {
             dims.push(size.ok_or_else(|| Misfit::Size { shape, tensor: t.name.clone(), size: d.text() })?);
         }
         let count = dims.iter().try_fold(1u64, |a, &n| a.checked_mul(n)).filter(|n| *n < 1 << 40);
-        let bits = count.map(|n| n * t.element_bits()).filter(|n| n % 8 == 0);
+        let bits = count.and_then(|n| n.checked_mul(t.element_bits())).filter(|n| n % 8 == 0 && *n < 1 << 50);
         let bits = bits.ok_or_else(|| Misfit::Size { shape, tensor: t.name.clone(), size: t.dims[0].text() })?;
         let ty = (!t.record).then(|| t.members[0].1);
         Ok(Stored { name: t.name.clone(), ty, dims, bytes: bits / 8 })
@@ -304,10 +306,10 @@ impl Part {
                     }
                 }
                 // The furthest that whole periods lead.
-                let far = |k: usize, x: i64| (extent[k] - 1 - x) / periods[k] * strides[k];
+                let far = |k: usize, x: i64| i128::from((extent[k] - 1 - x) / periods[k]) * i128::from(strides[k]);
                 for r in &runs[begin..] {
-                    let steps = [0, far(0, i)].into_iter().flat_map(|a| [a, a + far(1, j)]);
-                    if steps.map(|s| r.at + s).any(|at| at < 0 || at + i64::from(r.len) > total) {
+                    let steps = [0i128, far(0, i)].into_iter().flat_map(|a| [a, a + far(1, j)]);
+                    if steps.map(|s| i128::from(r.at) + s).any(|at| at < 0 || at + i128::from(r.len) > total.into()) {
                         return Err(outside());
                     }
                 }
@@ -710,7 +712,8 @@ pub fn sample_shapes(format: &Format, layout: &Layout) -> Vec<Shape> {
             Cover::Flat(n) => s.len().is_multiple_of(n.into()),
             Cover::Matrix | Cover::Row | Cover::Column => true,
         };
-        s.cols.is_multiple_of(format.vector) && format.fields.iter().all(covered) && stored(layout, *s).is_ok()
+        let small = || stored(layout, *s).is_ok_and(|t| t.iter().map(|t| t.bytes).sum::<u64>() <= MOST_COUNTED);
+        s.cols.is_multiple_of(format.vector) && format.fields.iter().all(covered) && small()
     };
     let Some(first) = shapes.into_iter().find(fits) else { return Vec::new() };
     let larger = Shape { rows: 2 * first.rows, cols: 3 * first.cols };

@@ -272,6 +272,15 @@ impl Index {
         }
     }
 
+    /// Height of the tree.
+    pub fn height(&self) -> usize {
+        match self {
+            Index::Const(_) | Index::Var(_) => 1,
+            Index::Binary(_, a, b) => 1 + a.height().max(b.height()),
+            Index::If(a, b, c) => 1 + a.height().max(b.height()).max(c.height()),
+        }
+    }
+
     /// Nodes of the tree.
     pub fn size(&self) -> usize {
         match self {

@@ -14,6 +14,8 @@ use crate::syntax::number::Rational;
 
 /// Largest expression of a layout.
 const MOST_INDEX: usize = 10_000;
+/// Highest tree of an expression of a layout.
+const HIGHEST_INDEX: usize = 500;
 
 /// Checks a layout of `format`, whose constants are `scope`.
 pub fn check(l: &ast::Layout, format: &Format, scope: &Scope, sink: &mut Sink) -> Option<Layout> {
@@ -255,7 +257,7 @@ struct Names<'a> {
 /// A whole-number expression.
 fn index(e: &Expr, names: &Names<'_>, scope: &Scope, sink: &mut Sink) -> Option<Index> {
     let out = part(e, names, scope, sink)?;
-    if out.size() > MOST_INDEX {
+    if out.height() > HIGHEST_INDEX || out.size() > MOST_INDEX {
         return sink.fail(Diagnostic::error(e.span, "this expression is too long", ""));
     }
     Some(out)

@@ -39,7 +39,8 @@ fn each(op: &Map, f: impl for<'b> Fn(&'b Builder, V<'b>) -> V<'b>) -> Kernel {
     let b = Builder::new(&name, [op.columns.div_ceil(THREADS), op.batch], THREADS);
     b.doc(format!("{:?} of {} columns of {} row(s).", op.function, op.columns, op.batch));
     b.dependent_launch();
-    let (x, y) = (b.buffer("x", Elem::F32, false), b.buffer("y", Elem::F32, true));
+    let x = b.sized("x", Elem::F32, false, op.x.len(op.batch, op.columns));
+    let y = b.sized("y", Elem::F32, true, op.y.len(op.batch, op.columns));
     b.grid_wait();
     b.grid_launch();
     let i = b.special(Special::BlockX) * THREADS + b.special(Special::Thread);
@@ -58,7 +59,8 @@ fn center(op: &Map) -> Kernel {
     let b = Builder::new(&format!("center_{n}_b{}", op.batch), [op.batch, 1], threads);
     b.doc(format!("{n} columns of {} row(s) without their mean.", op.batch));
     b.dependent_launch();
-    let (x, y) = (b.buffer("x", Elem::F32, false), b.buffer("y", Elem::F32, true));
+    let x = b.sized("x", Elem::F32, false, op.x.len(op.batch, op.columns));
+    let y = b.sized("y", Elem::F32, true, op.y.len(op.batch, op.columns));
     let sums = b.shared("sums", Elem::F32, groups);
     let (lane, row) = (b.special(Special::Lane), b.special(Special::BlockX));
     b.grid_wait();

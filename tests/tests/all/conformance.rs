@@ -124,16 +124,25 @@ fn the_cpu_computes_what_transformers_does() {
 
 #[test]
 fn the_interpreter_computes_what_transformers_does() {
-    let on = Executor::interpreter();
+    on_device(&Executor::interpreter());
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_gpu_computes_what_transformers_does() {
+    on_device(&Executor::cuda(0).unwrap());
+}
+
+fn on_device(on: &Executor) {
     each(|case| {
         let model = case.open(&case.model.config)?;
         let room = case.prompt.len() + case.greedy.len();
         if let Some(what) = model.weights.program.device_lacks() {
-            let refused = engine::open(Some(&on), &Arc::new(model.weights.clone()), room).err().map(|e| e.to_string());
+            let refused = engine::open(Some(on), &Arc::new(model.weights.clone()), room).err().map(|e| e.to_string());
             let said = refused.as_ref().is_some_and(|e| e.contains(what) && e.contains("--device cpu"));
             return if said { Ok(()) } else { Err(format!("{}: {refused:?}", case.name)) };
         }
-        let (mut device, mut cpu) = (session(Some(&on), &model, room), session(None, &model, room));
+        let (mut device, mut cpu) = (session(Some(on), &model, room), session(None, &model, room));
         let difference = case.difference(&mut device)?;
         let greedy = case.greedy(&mut device, FEW);
         if difference >= CLOSE || greedy != case.greedy[..FEW] {

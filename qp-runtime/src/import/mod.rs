@@ -236,7 +236,7 @@ fn inspect(part: &View) -> Result<Inspected, Error> {
     let mut at = part.header.len();
     let mut ranges = part.ranges.values().cloned().collect::<Vec<_>>();
     ranges.sort_by_key(|r| r.start);
-    for range in ranges.into_iter().chain([all.len()..all.len()]) {
+    for range in ranges.into_iter().chain(std::iter::once(all.len()..all.len())) {
         let gap = all.get(at..range.start);
         if !gap.is_some_and(|gap| gap.iter().all(|b| *b == 0)) {
             let why = format!("bytes {at} to {} are of no tensor, or of two: it could not be given back", range.start);

@@ -101,9 +101,9 @@ pub fn check(
     let (mut beyond, mut biases, mut other) = (Vec::new(), Vec::new(), Vec::new());
     for name in unused.iter().filter(|n| !(config.tied && **n == twin)) {
         let layer = name.strip_prefix("model.layers.").and_then(|n| n.split('.').next()?.parse::<usize>().ok());
-        if frequencies(name) {
-            harmless.push(name);
-        } else if layer.is_some_and(|n| (config.layers..config.layers + config.unused_layers).contains(&n)) {
+        // Layers that guess further tokens are not used.
+        let guesses = config.layers..config.layers + config.unused_layers;
+        if frequencies(name) || layer.is_some_and(|n| guesses.contains(&n)) {
             harmless.push(name);
         } else if layer.is_some_and(|n| n >= config.layers) {
             beyond.push(name.as_str());

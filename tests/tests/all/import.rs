@@ -191,7 +191,7 @@ fn gptq(dir: &Path) -> (PathBuf, PathBuf) {
         let word = |b: &[u8], i: usize| u32::from_le_bytes(b[4 * i..4 * i + 4].try_into().unwrap());
         for (r, c) in [(0, 0), (rows - 1, cols - 1), (5, 17)] {
             let q = word(&words, c / 8 * rows + r) >> (4 * (c % 8)) & 15;
-            let z = (word(&zeros, (c / 32 * rows + r) / 8) >> (4 * (r % 8)) & 15) + 1 & 15;
+            let z = ((word(&zeros, (c / 32 * rows + r) / 8) >> (4 * (r % 8)) & 15) + 1) & 15;
             let at = 2 * (c / 32 * rows + r);
             let s = f16::from_le_bytes([scales[at], scales[at + 1]]).to_f32();
             assert_eq!(weights[r * cols + c], (q as f32 - z as f32) * s);

@@ -137,11 +137,13 @@ impl Grammar for Thirds {
             return Err("nothing more".to_owned());
         }
         let mut words = vec![0; mask_words(vocab as u32) as usize];
-        (0..vocab as u32).filter(|t| (t + self.last) % 3 == 0).for_each(|t| words[t as usize / 32] |= 1 << (t % 32));
+        (0..vocab as u32)
+            .filter(|t| (t + self.last).is_multiple_of(3))
+            .for_each(|t| words[t as usize / 32] |= 1 << (t % 32));
         Ok(words)
     }
     fn accept(&mut self, token: u32) -> Result<(), String> {
-        assert!((token + self.last) % 3 != 0, "{token} is forbidden after {}", self.last);
+        assert!(!(token + self.last).is_multiple_of(3), "{token} is forbidden after {}", self.last);
         (self.last, self.left) = (token, self.left - 1);
         Ok(())
     }

@@ -69,6 +69,8 @@ impl Tokenizer {
         let wrong = |e: tokenizers::Error| {
             Error::file(&path, format!("{e}: it is damaged, or of a kind that is not read; get it again"))
         };
+        // Of a decoder's part that is no JSON the crate makes a panic, not an error.
+        serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).map_err(|e| wrong(e.into()))?;
         let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(wrong)?;
         // Some files ask for truncation or padding, which is meant for training.
         inner.with_padding(None);

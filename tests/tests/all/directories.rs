@@ -265,9 +265,17 @@ fn first_and_last_tokens() {
 fn a_broken_tokenizer_is_found_before_anything_is_written() {
     let dir = tempfile::tempdir().unwrap();
     llama().write(dir.path());
-    fs::write(dir.path().join("tokenizer.json"), r#"{"version":"1.0","model":{"type":"Novelty"}}"#).unwrap();
     let out = dir.path().join("out");
-    let error = Job::new(dir.path(), Plan::uniform("nuq_3"), &out).run(&Silent).unwrap_err().to_string();
-    assert!(error.contains("tokenizer.json: ") && error.contains("of a kind that is not read"), "{error}");
+    for text in [
+        r#"{"version":"1.0","model":{"type":"Novelty"}}"#,
+        // Found by fuzzing: the end is missing, within the decoder.
+        r#"{"version":"1.0","truncation":null,"padding":null,"decoder":{"type":"ByteLevel","#,
+        r#"{"version":"1.0","decoder":{"type" 5}}"#,
+        "",
+    ] {
+        fs::write(dir.path().join("tokenizer.json"), text).unwrap();
+        let error = Job::new(dir.path(), Plan::uniform("nuq_3"), &out).run(&Silent).unwrap_err().to_string();
+        assert!(error.contains("tokenizer.json: ") && error.contains("of a kind that is not read"), "{error}");
+    }
     assert!(!fs::read_dir(dir.path()).unwrap().any(|e| e.unwrap().file_name().to_string_lossy().starts_with("out")));
 }

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use crate::spec::format::{Cover, Format, Layout, Number, Place, Target, TensorSpec, WeightOp};
+use crate::spec::format::{Arithmetic, Cover, Format, Layout, Number, Place, Target, TensorSpec, WeightOp};
 use crate::spec::index::{Index, IndexOp, Var};
 use crate::spec::{Shape, mask};
 
@@ -24,18 +24,22 @@ pub struct Book {
     pub format: Format,
     /// 2^window × vector entries.
     entries: Vec<f32>,
+    /// First entry and step, if entries are these exactly: then they are computed and not looked up.
+    line: Option<(f32, f32)>,
 }
 
 impl Book {
     /// Writes the entries out.
     pub fn new(format: Format) -> Self {
         let entries = format.book();
-        Book { format, entries }
+        let (first, step) = (entries[0], entries[1] - entries[0]);
+        let is_line = entries.iter().enumerate().all(|(i, e)| (first + i as f32 * step).to_bits() == e.to_bits());
+        Book { format, entries, line: is_line.then_some((first, step)) }
     }
 
     /// Without entries: for what looks at places alone.
     pub(crate) fn without_entries(format: Format) -> Self {
-        Book { format, entries: Vec::new() }
+        Book { format, entries: Vec::new(), line: None }
     }
 }
 
@@ -349,10 +353,6 @@ impl Part {
                     _ => strips.push(Strip { first: j, count: 1, byte, shift }),
                 }
             }
-            // Short strips gain nothing.
-            if strips.len() * 8 > q as usize {
-                return None;
-            }
             all.push(strips);
         }
         Some(all)
@@ -399,6 +399,22 @@ impl Translation {
 enum Operand {
     One(f32),
     Each(usize),
+}
+
+/// `out = a op b` for each column, one loop an operation, so that vector instructions serve.
+fn each_of<'a>(
+    op: Arithmetic,
+    out: &mut [f32],
+    a: impl IntoIterator<Item = &'a f32>,
+    b: impl IntoIterator<Item = &'a f32>,
+) {
+    let all = out.iter_mut().zip(a).zip(b);
+    match op {
+        Arithmetic::Add => all.for_each(|((o, a), b)| *o = a + b),
+        Arithmetic::Sub => all.for_each(|((o, a), b)| *o = a - b),
+        Arithmetic::Mul => all.for_each(|((o, a), b)| *o = a * b),
+        Arithmetic::Div => all.for_each(|((o, a), b)| *o = a / b),
+    }
 }
 
 /// Registers for the columns of a chunk.
@@ -547,8 +563,14 @@ impl Reader {
         let skip = col as usize % v;
         if v == 1 {
             self.chunk_codes(tensors, row, col, &mut codes[..n]);
-            for (e, &code) in entries.iter_mut().zip(&codes[..n]) {
-                *e = self.book.entries[code as usize];
+            match self.book.line {
+                // Codes have at most 18 bits.
+                Some((first, step)) => {
+                    entries.iter_mut().zip(&codes[..n]).for_each(|(e, &c)| *e = first + c as i32 as f32 * step);
+                }
+                None => {
+                    entries.iter_mut().zip(&codes[..n]).for_each(|(e, &c)| *e = self.book.entries[c as usize]);
+                }
             }
         } else {
             let first = col / format.vector;
@@ -600,16 +622,16 @@ impl Reader {
                         (None, None) => Operand::One(op.apply(one(a), one(b))),
                         (Some(a), None) => {
                             let b = one(b);
-                            target.iter_mut().zip(a).for_each(|(o, a)| *o = op.apply(*a, b));
+                            each_of(op, target, a, std::iter::repeat(&b));
                             Operand::Each(k)
                         }
                         (None, Some(b)) => {
                             let a = one(a);
-                            target.iter_mut().zip(b).for_each(|(o, b)| *o = op.apply(a, *b));
+                            each_of(op, target, std::iter::repeat(&a), b);
                             Operand::Each(k)
                         }
                         (Some(a), Some(b)) => {
-                            target.iter_mut().zip(a).zip(b).for_each(|((o, a), b)| *o = op.apply(*a, *b));
+                            each_of(op, target, a, b);
                             Operand::Each(k)
                         }
                     }
@@ -662,7 +684,7 @@ impl Reader {
             small(f.ty) && f.entries.is_none() && matches!(f.cover, Cover::Rectangle(_) | Cover::Row | Cover::Matrix)
         });
         let divides = format.weight.ops.iter().any(|op| {
-            matches!(op, WeightOp::Binary(crate::spec::format::Arithmetic::Div, _, b)
+            matches!(op, WeightOp::Binary(Arithmetic::Div, _, b)
                 if !matches!(format.weight.ops[*b], WeightOp::Const(_)))
         });
         if rectangles && !divides {

@@ -18,13 +18,16 @@ pub enum Role {
         /// Which of its matrices.
         matrix: Matrix,
     },
-    /// Any other linear layer (the output head).
+    /// Any other linear layer, which shares no launch: the output head, an expert's, one that is several in one.
     Alone,
 }
 
 impl Role {
     /// Reads the role off a layer's name: `model.layers.3.self_attn.q_proj` and the like.
     pub fn of(name: &str) -> Role {
+        if name.split('.').any(|part| part.contains("experts")) {
+            return Role::Alone;
+        }
         let mut block = None;
         for part in name.split('.') {
             if let Ok(b) = part.parse() {
@@ -413,6 +416,9 @@ mod tests {
         assert_eq!(Role::of("model.layers.31.mlp.gate_proj"), role(31, Matrix::Gate));
         assert_eq!(Role::of("0_self_attn.q_proj"), Role::Alone);
         assert_eq!(Role::of("lm_head"), Role::Alone);
+        for alone in ["mlp.experts.7.gate_proj", "mlp.shared_experts.up_proj", "self_attn.qkv_proj", "mlp.gate"] {
+            assert_eq!(Role::of(&format!("model.layers.3.{alone}")), Role::Alone, "{alone}");
+        }
     }
 
     #[test]

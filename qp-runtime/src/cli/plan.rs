@@ -163,7 +163,9 @@ impl Plan {
         layers.retain(|l| match l.role {
             Role::Block { .. } => true,
             Role::Alone if l.name == EMBEDDING => self.embedding,
-            Role::Alone => self.lm_head && !both,
+            Role::Alone if l.name == HEAD => self.lm_head && !both,
+            // Experts, and layers that are several in one; but a router is left as it is.
+            Role::Alone => !l.name.ends_with(".gate") && !l.name.ends_with(".router"),
         });
         if layers.is_empty() {
             return Err(format!("{} has no layers to plan for", self.sensitivity.display()).into());

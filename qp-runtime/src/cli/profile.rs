@@ -21,6 +21,7 @@ use crate::device::Executor;
 use crate::device::ops::stacked;
 use crate::device::tune;
 use crate::engine::cuda::rest::{self, Rest};
+use crate::model::weights::HEAD;
 use crate::model::{Config, LayerId, Program, arch};
 
 /// Time every kernel that a plan for a model could use, fused launches included.
@@ -120,7 +121,7 @@ impl ProfileCommand {
             Some(on) => rest::measure(on, &program, &Arc::new(rotating(&quantizers).clone()))?,
             None => predicted_rest(&config, &device),
         };
-        let head = layers.iter().find(|l| l.role == Role::Alone);
+        let head = layers.iter().find(|l| l.name == HEAD);
         kernels.extend(head.map(|l| Kernel {
             layers: vec![l.name.clone()],
             rows: l.shape.rows,

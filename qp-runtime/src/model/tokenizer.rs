@@ -9,6 +9,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use tokenizers::AddedToken;
+use tokenizers::normalizers::Precompiled;
 
 use super::config::Config;
 use super::files::Files;
@@ -37,6 +38,32 @@ const ENDS: [&str; 16] = [
     "[EOS]",
     "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
 ];
+
+/// Whether a `tokenizer.json` is JSON, and its normalizers of precompiled characters are whole: `tokenizers` takes both for granted
+/// and panics where they are not.
+fn sound(bytes: &[u8]) -> serde_json::Result<()> {
+    #[derive(serde::Deserialize)]
+    struct Parts {
+        normalizer: Option<Value>,
+        #[serde(rename = "decoder")]
+        _decoder: Option<Value>,
+    }
+    fn precompiled(part: &Value) -> serde_json::Result<()> {
+        match part {
+            Value::Object(fields) => {
+                if fields.get("type").is_some_and(|t| t == "Precompiled") {
+                    // From text, as `tokenizers` does: it borrows from it.
+                    serde_json::from_str::<Precompiled>(&serde_json::to_string(part)?)?;
+                }
+                fields.values().try_for_each(precompiled)
+            }
+            Value::Array(parts) => parts.iter().try_for_each(precompiled),
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => Ok(()),
+        }
+    }
+    let parts: Parts = serde_json::from_slice(bytes)?;
+    parts.normalizer.as_ref().map_or(Ok(()), precompiled)
+}
 
 /// The tokenizer of a model.
 #[derive(Clone, Debug)]
@@ -69,8 +96,7 @@ impl Tokenizer {
         let wrong = |e: tokenizers::Error| {
             Error::file(&path, format!("{e}: it is damaged, or of a kind that is not read; get it again"))
         };
-        // Of a decoder's part that is no JSON the crate makes a panic, not an error.
-        serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).map_err(|e| wrong(e.into()))?;
+        sound(&bytes).map_err(|e| wrong(e.into()))?;
         let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(wrong)?;
         // Some files ask for truncation or padding, which is meant for training.
         inner.with_padding(None);
@@ -404,6 +430,23 @@ mod tests {
         texts.push(stream.finish().unwrap());
         let all = texts.concat();
         (texts, all)
+    }
+
+    #[test]
+    fn files_that_tokenizers_would_panic_at_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = r#""model":{"type":"BPE","vocab":{"a":0},"merges":[]}"#;
+        for (rest, words) in [
+            (r#""decoder":{"type":"ByteLevel","trim"#, "EOF while parsing a string"),
+            (r#""decoder":{"type":"ByteLevel" "a":1}}"#, "expected `,` or `}`"),
+            (r#""decoder":{"type":"Fuse","a":1e999}}"#, "number out of range"),
+            (r#""normalizer":{"type":"Precompiled","precompiled_charsmap":3}}"#, "tokenizer.json"),
+            (r#""normalizer":{"type":"Sequence","normalizers":[{"type":"Precompiled"}]}}"#, "precompiled_charsmap"),
+        ] {
+            std::fs::write(dir.path().join("tokenizer.json"), format!("{{{model},{rest}")).unwrap();
+            let e = Tokenizer::read(dir.path()).unwrap_err().to_string();
+            assert!(e.contains(words) && e.contains("it is damaged"), "{e}");
+        }
     }
 
     #[test]

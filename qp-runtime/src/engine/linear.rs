@@ -1,7 +1,7 @@
 //! Linear layers on the CPU.
 //!
 //! Where memory allows, the entries of quantized layers are decoded once, at a layer's first use, and kept: then a product
-//! reads a byte a weight. Results are the same either way. Every output is summed in one fixed order, whatever the
+//! reads a byte a weight. Weights of other formats are kept as floats likewise, at four bytes each. Results are the same either way. Every output is summed in one fixed order, whatever the
 //! number of tokens and threads.
 
 use std::collections::HashMap;
@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use crate::codec::{Decoder, Entries, PackedMatrix, row_products};
 use crate::memory;
-use crate::model::{Linear, Tensor, Weight, Weights};
+use crate::model::{Dtype, Linear, Tensor, Weight, Weights};
 
 /// Weights of an unquantized matrix that one task multiplies, about.
 const TASK: usize = 1 << 15;
@@ -27,6 +27,8 @@ pub struct Linears {
     rotators: Vec<(Rotation, usize, Rotator)>,
     /// Entries of matrices, by the matrix' address, written out at its first use.
     kept: HashMap<usize, OnceLock<Entries>>,
+    /// Weights of matrices of other formats, by the address of their bytes, written out at their first use.
+    floats: HashMap<usize, OnceLock<Vec<f32>>>,
     /// Turns the rows of a quantized embedding back.
     back: Option<Rotator>,
 }
@@ -50,9 +52,19 @@ impl Linears {
     fn keep<'w>(&mut self, layers: impl Iterator<Item = &'w Linear>, bytes: u64) {
         let mut left = bytes;
         for layer in layers {
-            let Weight::Quantized { quantizer, matrix } = &layer.weight else { continue };
-            let size = Entries::bytes(quantizer, layer.rows, layer.cols);
-            if size <= left && self.kept.insert(address(matrix), OnceLock::new()).is_none() {
+            let size = match &layer.weight {
+                Weight::Quantized { quantizer, .. } => Entries::bytes(quantizer, layer.rows, layer.cols),
+                Weight::Dense(Tensor { dtype: Dtype::Format(_), .. }) => 4 * (layer.rows * layer.cols) as u64,
+                Weight::Dense(_) => continue,
+            };
+            if size > left {
+                continue;
+            }
+            let is_new = match &layer.weight {
+                Weight::Quantized { matrix, .. } => self.kept.insert(address(matrix), OnceLock::new()).is_none(),
+                Weight::Dense(tensor) => self.floats.insert(address_of_bytes(tensor), OnceLock::new()).is_none(),
+            };
+            if is_new {
                 left -= size;
             }
         }
@@ -107,7 +119,10 @@ impl Linears {
         let mut prepared: Vec<(Rotation, Vec<Activations>)> = Vec::new();
         let one = |layer: &&Linear| {
             let mut y = match &layer.weight {
-                Weight::Dense(w) => dense(w, layer.rows, layer.cols, x),
+                Weight::Dense(w) => {
+                    let kept = self.floats.get(&address_of_bytes(w));
+                    dense(w, kept.map(|k| &k.get_or_init(|| all(w, layer.cols))[..]), layer.rows, layer.cols, x)
+                }
                 Weight::Quantized { quantizer, matrix } => {
                     let rotation = quantizer.rotation;
                     let at = prepared.iter().position(|(r, _)| *r == rotation).unwrap_or_else(|| {
@@ -146,8 +161,21 @@ fn address(matrix: &Arc<PackedMatrix>) -> usize {
     Arc::as_ptr(matrix).addr()
 }
 
-/// `x·Wᵀ`: tokens × rows.
-fn dense(w: &Tensor, rows: usize, cols: usize, x: &[f32]) -> Vec<f32> {
+/// Where a tensor's bytes lie, which live as long as the model.
+fn address_of_bytes(tensor: &Tensor) -> usize {
+    tensor.bytes().as_ptr().addr()
+}
+
+/// All weights of a matrix.
+fn all(w: &Tensor, cols: usize) -> Vec<f32> {
+    let mut out = vec![0f32; w.len()];
+    let task = (TASK / cols.max(1)).max(1) * cols.max(1);
+    out.par_chunks_mut(task).enumerate().for_each(|(i, part)| w.read(i * task, part));
+    out
+}
+
+/// `x·Wᵀ`: tokens × rows. `kept` are the weights, if they were written out.
+fn dense(w: &Tensor, kept: Option<&[f32]>, rows: usize, cols: usize, x: &[f32]) -> Vec<f32> {
     let tokens = x.len() / cols;
     let task = (TASK / cols.max(1)).max(1);
     // Rows × tokens, so that the rows of tasks are apart.
@@ -156,8 +184,14 @@ fn dense(w: &Tensor, rows: usize, cols: usize, x: &[f32]) -> Vec<f32> {
         || vec![0f32; cols],
         |weights, (i, out)| {
             for (r, out) in out.chunks_exact_mut(tokens).enumerate() {
-                w.read((i * task + r) * cols, weights);
-                row_products(weights, x, out);
+                let start = (i * task + r) * cols;
+                match kept {
+                    Some(kept) => row_products(&kept[start..start + cols], x, out),
+                    None => {
+                        w.read(start, weights);
+                        row_products(weights, x, out);
+                    }
+                }
             }
         },
     );

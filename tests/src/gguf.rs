@@ -1,6 +1,7 @@
 //! Small GGUF files, for tests.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use half::f16;
 use serde_json::json;
@@ -195,4 +196,11 @@ fn translated(name: &str) -> String {
     ]
     .iter()
     .fold(name.to_owned(), |name, (from, to)| name.replace(from, to))
+}
+
+/// Writes `file` into `dir`, and gives its path.
+pub fn write(dir: &Path, file: &Gguf) -> PathBuf {
+    let path = dir.join("m.gguf");
+    std::fs::write(&path, file.bytes()).unwrap();
+    path
 }

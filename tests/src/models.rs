@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use qp_runtime::engine::{self, Logits};
+use qp_runtime::model::Model;
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use serde_json::{Value, json};
 
@@ -136,4 +139,12 @@ impl Random {
         self.0 = self.0.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(0x1405_7B7E_F767_814F);
         ((self.0 >> 40) as f32) / (1 << 23) as f32 - 1.0
     }
+}
+
+/// Logits of a few tokens, one after the other, on the CPU: tokens × vocabulary.
+pub fn logits(model: Model) -> Vec<f32> {
+    let mut engine = engine::open(None, &Arc::new(model.weights), 16).unwrap();
+    let mut out = Vec::new();
+    engine.forward(&[3, 200, 77, 5, 5, 130, 9], Logits::All, &mut out).unwrap();
+    out
 }

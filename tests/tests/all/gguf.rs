@@ -1,35 +1,20 @@
 //! GGUF files: the same model as a directory of safetensors, and what is said of bad ones.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 
 use qp_runtime::checkpoint::Checkpoint;
-use qp_runtime::engine::{self, Logits};
 use qp_runtime::model::rope::RopeScaling;
 use qp_runtime::model::{Config, Model, TensorDir, Tokenizer};
 use qp_runtime::plan::Plan;
 use qp_runtime::quantize::{Job, Silent};
-use qp_tests::gguf::{Gguf, Value, snap};
-use qp_tests::models::{RandomModel, write_spec};
+use qp_tests::gguf::{Gguf, Value, snap, write};
+use qp_tests::models::{RandomModel, logits, write_spec};
 use serde_json::json;
 
 fn model(architecture: &str) -> RandomModel {
     let mut model = RandomModel::new(architecture);
     snap(&mut model.tensors.get_mut("model.embed_tokens.weight").unwrap().1);
     model
-}
-
-fn write(dir: &Path, file: &Gguf) -> PathBuf {
-    let path = dir.join("m.gguf");
-    std::fs::write(&path, file.bytes()).unwrap();
-    path
-}
-
-fn logits(model: Model) -> Vec<f32> {
-    let mut engine = engine::open(None, &Arc::new(model.weights), 16).unwrap();
-    let mut out = Vec::new();
-    engine.forward(&[3, 200, 77, 5, 5, 130, 9], Logits::All, &mut out).unwrap();
-    out
 }
 
 #[test]

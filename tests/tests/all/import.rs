@@ -8,13 +8,12 @@ use qp_codegen::formats;
 use qp_codegen::reader::{Book, Reader};
 use qp_codegen::spec::Shape;
 use qp_runtime::checkpoint::{Begin, Checkpoint};
-use qp_runtime::engine::{self, Logits};
 use qp_runtime::import::{export, import};
 use qp_runtime::model::{Dtype, Model, Weight};
 use qp_runtime::plan::Plan;
 use qp_runtime::quantize::{Job, Silent};
-use qp_tests::gguf::{Gguf, snap};
-use qp_tests::models::{RandomModel, write_spec};
+use qp_tests::gguf::{Gguf, snap, write};
+use qp_tests::models::{RandomModel, logits, write_spec};
 
 /// Blocks of a type, with tame scales: random bytes, but for the half-precision numbers.
 fn blocks(name: &str, rows: usize, cols: usize, seed: u32) -> Vec<u8> {
@@ -59,19 +58,6 @@ fn file() -> Gguf {
     let factors = (vec![4], 0, [1f32; 4].iter().flat_map(|x| x.to_le_bytes()).collect());
     file.tensors.insert("rope_freqs.weight".to_owned(), factors);
     file
-}
-
-fn write(dir: &Path, file: &Gguf) -> PathBuf {
-    let path = dir.join("m.gguf");
-    std::fs::write(&path, file.bytes()).unwrap();
-    path
-}
-
-fn logits(model: Model) -> Vec<f32> {
-    let mut engine = engine::open(None, &Arc::new(model.weights), 16).unwrap();
-    let mut out = Vec::new();
-    engine.forward(&[3, 200, 77, 5, 5, 130, 9], Logits::All, &mut out).unwrap();
-    out
 }
 
 #[test]

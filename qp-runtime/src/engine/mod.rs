@@ -175,6 +175,16 @@ pub struct Choice {
     pub draw: u32,
 }
 
+/// What is wanted of a row of logits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Wish<'a> {
+    /// A token, drawn of those that are not forbidden: bit `i mod 32` of word `i / 32` is set for a forbidden token `i`, in
+    /// [`mask_words`](qp_codegen::kernels::sample::mask_words) words; without words all are allowed.
+    Token(Choice, &'a [u32]),
+    /// The logits themselves.
+    Logits,
+}
+
 /// Tokens that follow a sequence.
 #[derive(Clone, Copy, Debug)]
 pub struct Chunk<'a> {
@@ -330,24 +340,24 @@ pub trait Engine: Send {
     /// # Errors
     /// As [`Engine::best`].
     fn choose(&mut self, chunks: &[Chunk<'_>], choices: &[Choice], out: &mut Vec<u32>) -> Result<(), Error> {
-        self.choose_allowed(chunks, choices, &vec![&[][..]; choices.len()], out)
+        let wishes: Vec<Wish<'_>> = choices.iter().map(|c| Wish::Token(*c, &[])).collect();
+        self.answer(chunks, &wishes, out, &mut Vec::new())
     }
 
-    /// As [`Engine::choose`], but of each row some tokens may be forbidden: bit `i mod 32` of word `i / 32` is set for token
-    /// `i`, in [`mask_words`] words, or there are no words if all tokens are allowed.
+    /// As [`Engine::step`], but of each row of logits that is wanted, `wishes` say what: `tokens` are those of the rows that
+    /// wish one, `logits` the rows that are wished, both in order and in place of what was there.
     ///
     /// # Errors
     /// As [`Engine::best`], and if all tokens of a row are forbidden.
-    fn choose_allowed(
+    fn answer(
         &mut self,
         chunks: &[Chunk<'_>],
-        choices: &[Choice],
-        forbidden: &[&[u32]],
-        out: &mut Vec<u32>,
+        wishes: &[Wish<'_>],
+        tokens: &mut Vec<u32>,
+        logits: &mut Vec<f32>,
     ) -> Result<(), Error> {
-        let mut logits = Vec::new();
-        self.step(chunks, &mut logits)?;
-        choose_from(&logits, self.vocab(), choices, forbidden, out)
+        self.step(chunks, logits)?;
+        answer_from(logits, self.vocab(), wishes, tokens)
     }
 
     /// Copies the keys and values of a page to another one.
@@ -357,20 +367,25 @@ pub trait Engine: Send {
     fn copy_page(&mut self, from: u32, to: u32) -> Result<(), Error>;
 }
 
-/// Chooses a token from each row of logits: see [`Engine::choose_allowed`].
-fn choose_from(
-    logits: &[f32],
-    vocab: usize,
-    choices: &[Choice],
-    forbidden: &[&[u32]],
-    out: &mut Vec<u32>,
-) -> Result<(), Error> {
-    out.clear();
-    for ((row, Choice { sampling, draw }), mask) in logits.chunks_exact(vocab).zip(choices).zip(forbidden) {
-        let is_forbidden = |token: usize| mask[token / 32] >> (token % 32) & 1 == 1;
-        let token = sampling.choose(row, penalty(mask), is_forbidden, *draw);
-        out.push(token.ok_or(Error::NotANumber)?);
+/// Grants wishes from all rows of logits, of which those stay that are wished: see [`Engine::answer`].
+fn answer_from(logits: &mut Vec<f32>, vocab: usize, wishes: &[Wish<'_>], tokens: &mut Vec<u32>) -> Result<(), Error> {
+    tokens.clear();
+    let mut kept = 0;
+    for (i, wish) in wishes.iter().enumerate() {
+        let row = i * vocab..(i + 1) * vocab;
+        match wish {
+            Wish::Token(Choice { sampling, draw }, mask) => {
+                let is_forbidden = |token: usize| mask[token / 32] >> (token % 32) & 1 == 1;
+                let token = sampling.choose(&logits[row], penalty(mask), is_forbidden, *draw);
+                tokens.push(token.ok_or(Error::NotANumber)?);
+            }
+            Wish::Logits => {
+                logits.copy_within(row, kept);
+                kept += vocab;
+            }
+        }
     }
+    logits.truncate(kept);
     Ok(())
 }
 

@@ -8,12 +8,11 @@
 use std::collections::BTreeMap;
 
 use crate::engine::sampling::argmax;
-use crate::engine::{Choice, Error, Sampler, Sampling};
+use crate::engine::{Choice, Error, Sampler, Sampling, Wish};
 
 /// What a grammar allows next. See [`super::grammar`].
 pub trait Grammar: Send {
-    /// Which of `vocab` tokens may not come next, as [`Engine::choose_allowed`](crate::engine::Engine::choose_allowed) takes
-    /// them.
+    /// Which of `vocab` tokens may not come next, as a [`Wish`] says it.
     ///
     /// # Errors
     /// If the grammar is too complex to go on.
@@ -97,11 +96,6 @@ impl Chooser {
         Chooser { sampler, choosing, forbidden: None, counts: BTreeMap::new() }
     }
 
-    /// True if the first of the largest logits is always taken, and nothing else is wanted of them.
-    pub fn is_greedy(&self) -> bool {
-        self.choosing.grammar.is_none() && self.choice().is_some_and(|c| c.sampling.is_greedy())
-    }
-
     /// Finds out which of `vocab` tokens may come next; to be called before a token is chosen.
     ///
     /// # Errors
@@ -128,7 +122,12 @@ impl Chooser {
             && c.repetition.is_none()
             && c.logprobs.is_none();
         // The draw counts only once a token has come out.
-        if simple { self.sampler.clone().choice() } else { None }
+        if simple { self.sampler.choices(1)?.pop() } else { None }
+    }
+
+    /// What an engine is to give for the next token: the token, if it can choose it, else the logits.
+    pub fn wish(&self) -> Wish<'_> {
+        self.choice().map_or(Wish::Logits, |choice| Wish::Token(choice, self.forbidden()))
     }
 
     /// The engine made the next choice.
@@ -262,7 +261,7 @@ mod tests {
         );
         let mut chooser = Chooser::new(choosing(), &[]);
         // An engine makes the same choice by the mask.
-        assert!(chooser.choice().is_some() && !chooser.is_greedy());
+        assert!(chooser.choice().is_some());
         chooser.prepare(4).unwrap();
         assert_eq!(chooser.forbidden(), [!0b1100]);
         chooser.took(2).unwrap();

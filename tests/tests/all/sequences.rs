@@ -5,8 +5,9 @@ use std::sync::Arc;
 use qp_codegen::palette;
 use qp_runtime::check::synthetic;
 use qp_runtime::device::Executor;
+use qp_runtime::engine::sampling::argmax;
 use qp_runtime::engine::{
-    Choice, Chunk, CpuEngine, CudaEngine, Engine, Error, Logits, PAGE, Precision, Room, Sampling, cut, mask_words,
+    Choice, Chunk, CpuEngine, CudaEngine, Engine, Error, Logits, PAGE, Precision, Room, Sampling, Wish, cut, mask_words,
 };
 use qp_runtime::model::{Model, Weight, Weights};
 use qp_tests::models::{RandomModel, VOCAB};
@@ -252,9 +253,24 @@ fn drawn(engine: &mut dyn Engine) -> Vec<u32> {
         let words = mask_words(engine.vocab() as u32) as usize;
         let third = vec![0x2492_4924u32.rotate_left(draw); words];
         let forbidden: [&[u32]; 2] = [if draw % 3 == 1 { &third } else { &[] }, if draw == 4 { &third } else { &[] }];
-        engine.choose_allowed(&chunks, &choices, &forbidden, &mut out).unwrap();
-        for (token, mask) in out.iter().zip(forbidden) {
-            assert!(mask.is_empty() || mask[*token as usize / 32] >> (token % 32) & 1 == 0, "{token} is forbidden");
+        let mut wishes = [0, 1].map(|s| Wish::Token(choices[s], forbidden[s]));
+        // Some read the logits of one sequence, or of both, instead.
+        let read = [draw == 2 || draw == 7, draw == 5 || draw == 7];
+        (0..2).filter(|s| read[*s]).for_each(|s| wishes[s] = Wish::Logits);
+        let (mut tokens, mut logits) = (Vec::new(), vec![7.0]);
+        engine.answer(&chunks, &wishes, &mut tokens, &mut logits).unwrap();
+        assert_eq!(logits.len(), read.iter().filter(|r| **r).count() * VOCAB);
+        let (mut tokens, mut rows) = (tokens.into_iter(), logits.chunks_exact(VOCAB));
+        for s in 0..2 {
+            out.push(if read[s] { argmax(rows.next().unwrap()).unwrap() } else { tokens.next().unwrap() });
+            all.extend(if read[s] { logits.iter().map(|l| l.to_bits()).collect() } else { Vec::new() });
+        }
+        assert_eq!(tokens.next(), None);
+        for (s, (token, mask)) in out.iter().zip(forbidden).enumerate() {
+            assert!(
+                read[s] || mask.is_empty() || mask[*token as usize / 32] >> (token % 32) & 1 == 0,
+                "{token} is forbidden"
+            );
         }
         for s in 0..2 {
             at[s] += prompts[s].len();

@@ -6,7 +6,7 @@
 
 use super::{CudaEngine, How, MOST_ROWS};
 use crate::device::{DeviceError, Executor, Mail};
-use crate::engine::{Choice, Chunk, Error, Logits, PAGE};
+use crate::engine::{Choice, Chunk, Error, Logits, PAGE, Wish};
 
 /// The tokens that were chosen last, and what was launched to follow them.
 pub struct Ahead {
@@ -59,10 +59,12 @@ impl CudaEngine {
         Ok(())
     }
 
-    /// The next tokens of a step for which [`is_decoding`] is true.
+    /// The next tokens of a step for which [`is_decoding`] is true, of rows that are all given a token.
     pub(super) fn decode(&mut self, chunks: &[Chunk<'_>], how: How<'_>, out: &mut Vec<u32>) -> Result<(), Error> {
-        let choices = if let How::Drawn(choices, _) = how { choices } else { &[] };
-        let goes_on = self.ahead.go_on(chunks, choices);
+        let wishes = if let How::Drawn(wishes) = how { wishes } else { &[] };
+        let choices: Vec<Choice> =
+            wishes.iter().filter_map(|w| if let Wish::Token(choice, _) = w { Some(*choice) } else { None }).collect();
+        let goes_on = self.ahead.go_on(chunks, &choices);
         let later: Vec<Choice> = choices.iter().map(|c| Choice { draw: c.draw.wrapping_add(1), ..*c }).collect();
         let launched = self.ahead.launched.take();
         let is_this = |launched: &Launched| {
@@ -81,7 +83,8 @@ impl CudaEngine {
         let next: Vec<Chunk<'_>> = chunks.iter().map(|c| Chunk { position: c.position + 1, ..*c }).collect();
         let fits = |c: &Chunk<'_>| c.position < self.room.context && c.position < c.pages.len() * PAGE;
         if goes_on && next.iter().all(fits) {
-            let how = if later.is_empty() { How::Best } else { How::Drawn(&later, &[]) };
+            let wishes: Vec<Wish<'_>> = later.iter().map(|c| Wish::Token(*c, &[])).collect();
+            let how = if wishes.is_empty() { How::Best } else { How::Drawn(&wishes) };
             self.run(&next, how, true)?;
             let pages = next.iter().map(|c| c.pages[..=c.position / PAGE].to_vec()).collect();
             self.ahead.launched = Some(Launched { pages, mail: self.send(chunks.len())? });

@@ -39,7 +39,7 @@ use self::matrix::Matrix;
 pub use self::matrix::Uploads;
 pub use self::memory::Needs;
 use self::record::{Choices, Constants, Kernels, State, record};
-use super::{Choice, Chunk, Engine, Error, PAGE, Room, attention_ops, check_chunks, check_pages, cut, penalty};
+use super::{Choice, Chunk, Engine, Error, PAGE, Room, Wish, attention_ops, check_chunks, check_pages, cut, penalty};
 use crate::device::attend::{Queries, Tokens};
 use crate::device::ops::DeviceActivations;
 use crate::device::{Buffer, DeviceError, Executor, Graph};
@@ -336,9 +336,8 @@ impl CudaEngine {
             self.state.rows.write(0, &chosen)?;
         }
         let pick = if rows > 0 { how.pick() } else { Pick::Logits };
-        if let (Pick::Drawn, How::Drawn(choices, forbidden)) = (pick, how) {
-            let choices = choices.iter().zip(forbidden.iter().copied().chain(std::iter::repeat(&[][..])));
-            self.write_choices(rows as usize, rows_of.iter().copied().zip(choices))?;
+        if let (Pick::Drawn, How::Drawn(wishes)) = (pick, how) {
+            self.write_choices(rows as usize, rows_of.iter().copied().zip(wishes))?;
         }
         let key = (size, Wanted { rows, pick });
         self.prepare(key.0, key.1)?;
@@ -346,16 +345,17 @@ impl CudaEngine {
         Ok((key, rows_of))
     }
 
-    /// Says how tokens are drawn for some of the rows; the others are not looked at.
-    fn write_choices<'c>(
+    /// Says how tokens are drawn for some of the rows; what comes of the others is not looked at.
+    fn write_choices<'w>(
         &mut self,
         rows: usize,
-        choices: impl Iterator<Item = (usize, (&'c Choice, &'c [u32]))>,
+        wishes: impl Iterator<Item = (usize, &'w Wish<'w>)>,
     ) -> Result<(), DeviceError> {
         let mut settings = vec![Sampling::default().words(1.0, 0); rows];
         let mut draws = vec![0; rows];
         let words = mask_words(self.layout.program.vocab as u32) as usize;
-        for (row, (Choice { sampling, draw }, mask)) in choices {
+        for (row, wish) in wishes {
+            let Wish::Token(Choice { sampling, draw }, mask) = wish else { continue };
             settings[row] = sampling.words(penalty(mask), row as u32);
             draws[row] = draw.cast_signed();
             if !mask.is_empty() {
@@ -369,29 +369,51 @@ impl CudaEngine {
         self.state.choices.draws.write(0, &draws)
     }
 
-    /// The next tokens of the rows that are wanted.
-    fn pick(&mut self, chunks: &[Chunk<'_>], how: How<'_>, out: &mut Vec<u32>) -> Result<(), Error> {
+    /// The next tokens of the rows that are wanted, and the logits of those that are read.
+    fn pick(
+        &mut self,
+        chunks: &[Chunk<'_>],
+        how: How<'_>,
+        out: &mut Vec<u32>,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), Error> {
         check_chunks(self, chunks)?;
         out.clear();
-        if is_decoding(chunks) && !how.forbids() {
+        logits.clear();
+        if is_decoding(chunks) && how.is_free() {
             return self.decode(chunks, how, out);
         }
         self.forget()?;
+        let mut done = 0;
         for step in self.cut(chunks) {
-            let rest = how.after(out.len());
+            let rest = how.after(done);
             let (key, rows) = self.run(&step, rest, false)?;
-            if !rows.is_empty() {
-                let mut best = vec![0; key.1.rows as usize];
-                self.state.best.read(0, &mut best)?;
-                for row in rows {
-                    match u32::try_from(best[row]) {
-                        Ok(token) => out.push(token),
-                        Err(_) => return Err(self.check_fault().err().unwrap_or(Error::NotANumber)),
-                    }
+            if rows.is_empty() {
+                continue;
+            }
+            let mut best = vec![0; key.1.rows as usize];
+            self.state.best.read(0, &mut best)?;
+            for (i, row) in rows.iter().enumerate() {
+                if rest.reads(i) {
+                    self.read_logits(key, *row, logits)?;
+                    continue;
+                }
+                match u32::try_from(best[*row]) {
+                    Ok(token) => out.push(token),
+                    Err(_) => return Err(self.check_fault().err().unwrap_or(Error::NotANumber)),
                 }
             }
+            done += rows.len();
         }
         self.check_fault()
+    }
+
+    /// Appends a row of the logits of the last step, whose graph has this key.
+    fn read_logits(&self, key: (u32, Wanted), row: usize, out: &mut Vec<f32>) -> Result<(), DeviceError> {
+        let Some((slot, first, stride)) = self.graphs[&key].logits else { return Ok(()) };
+        let at = out.len();
+        out.resize(at + self.layout.program.vocab, 0.0);
+        self.state.values[&slot].read(first + row * stride, &mut out[at..])
     }
 
     /// Names what was not finite, if something was.
@@ -425,8 +447,8 @@ enum How<'a> {
     Logits,
     /// The likeliest tokens are.
     Best,
-    /// Tokens are drawn, one for each wanted row, of those that its mask does not forbid; without masks, of all.
-    Drawn(&'a [Choice], &'a [&'a [u32]]),
+    /// Of each wanted row what these say.
+    Drawn(&'a [Wish<'a>]),
 }
 
 impl<'a> How<'a> {
@@ -434,21 +456,28 @@ impl<'a> How<'a> {
         match self {
             How::Logits => Pick::Logits,
             How::Best => Pick::Best,
-            How::Drawn(..) => Pick::Drawn,
+            How::Drawn(_) => Pick::Drawn,
         }
     }
 
-    /// True if some tokens may not be drawn.
-    fn forbids(self) -> bool {
-        matches!(self, How::Drawn(_, masks) if masks.iter().any(|m| !m.is_empty()))
+    /// True if every row is given a token, of all tokens.
+    fn is_free(self) -> bool {
+        match self {
+            How::Logits => false,
+            How::Best => true,
+            How::Drawn(wishes) => wishes.iter().all(|w| matches!(w, Wish::Token(_, []))),
+        }
+    }
+
+    /// True if the logits of wanted row `row` are read.
+    fn reads(self, row: usize) -> bool {
+        matches!(self, How::Drawn(wishes) if wishes.get(row) == Some(&Wish::Logits))
     }
 
     /// Without the first `rows` rows.
     fn after(self, rows: usize) -> How<'a> {
         match self {
-            How::Drawn(choices, masks) => {
-                How::Drawn(choices.get(rows..).unwrap_or(&[]), masks.get(rows..).unwrap_or(&[]))
-            }
+            How::Drawn(wishes) => How::Drawn(wishes.get(rows..).unwrap_or(&[])),
             other => other,
         }
     }
@@ -495,39 +524,35 @@ impl Engine for CudaEngine {
         self.forget()?;
         for step in self.cut(chunks) {
             let (key, rows) = self.run(&step, How::Logits, false)?;
-            if let Some((slot, first, stride)) = self.graphs[&key].logits {
-                for row in rows {
-                    let at = out.len();
-                    out.resize(at + self.layout.program.vocab, 0.0);
-                    self.state.values[&slot].read(first + row * stride, &mut out[at..])?;
-                }
+            for row in rows {
+                self.read_logits(key, row, out)?;
             }
         }
         self.check_fault()
     }
 
     fn best(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<u32>) -> Result<(), Error> {
-        self.pick(chunks, How::Best, out)
+        self.pick(chunks, How::Best, out, &mut Vec::new())
     }
 
-    fn choose_allowed(
+    fn answer(
         &mut self,
         chunks: &[Chunk<'_>],
-        choices: &[Choice],
-        forbidden: &[&[u32]],
-        out: &mut Vec<u32>,
+        wishes: &[Wish<'_>],
+        tokens: &mut Vec<u32>,
+        logits: &mut Vec<f32>,
     ) -> Result<(), Error> {
-        let how = How::Drawn(choices, forbidden);
-        if choices.iter().all(|c| c.sampling.is_greedy()) && !how.forbids() {
-            return self.pick(chunks, How::Best, out);
+        let is_likeliest = |w: &Wish<'_>| matches!(w, Wish::Token(c, []) if c.sampling.is_greedy());
+        if wishes.iter().all(is_likeliest) {
+            return self.pick(chunks, How::Best, tokens, logits);
         }
-        if self.layout.program.vocab > MOST_VOCAB {
-            // More than the kernel sums exactly.
-            let mut logits = Vec::new();
-            self.step(chunks, &mut logits)?;
-            return super::choose_from(&logits, self.vocab(), choices, forbidden, out);
+        let all_are_read = wishes.iter().all(|w| *w == Wish::Logits);
+        if all_are_read || self.layout.program.vocab > MOST_VOCAB {
+            // Nothing is to be drawn, or of more tokens than the kernel sums exactly.
+            self.step(chunks, logits)?;
+            return super::answer_from(logits, self.vocab(), wishes, tokens);
         }
-        self.pick(chunks, how, out)
+        self.pick(chunks, How::Drawn(wishes), tokens, logits)
     }
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<(), Error> {

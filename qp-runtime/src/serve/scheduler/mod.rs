@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use super::choose::{Chooser, Choosing, Failure, LogProbs};
 use super::prefix::{PrefixCache, ROOT};
 use super::stats::Stats;
-use crate::engine::{Chunk, Engine, Error, Logits, PAGE, Pool};
+use crate::engine::{Chunk, Engine, Error, Logits, PAGE, Pool, Wish};
 
 /// Bounds of a scheduler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,6 +134,14 @@ struct Part {
     count: usize,
     /// Whether the next token is chosen after it.
     last: bool,
+}
+
+/// What an engine gave for a sequence's next token.
+enum Found<'a> {
+    /// The token.
+    Token(u32),
+    /// The logits.
+    Logits(&'a mut [f32]),
 }
 
 impl Scheduler {
@@ -405,18 +413,8 @@ impl Scheduler {
         };
         let chunks: Vec<Chunk<'_>> = parts.iter().filter_map(chunk).collect();
         let choosers = || parts.iter().filter(|p| p.last).filter_map(|p| Some(&self.running.get(&p.id)?.chooser));
-        self.best.clear();
-        self.logits.clear();
-        if choosers().all(Chooser::is_greedy) {
-            return self.engine.best(&chunks, &mut self.best);
-        }
-        match choosers().map(Chooser::choice).collect::<Option<Vec<_>>>() {
-            Some(choices) => {
-                let forbidden: Vec<&[u32]> = choosers().map(Chooser::forbidden).collect();
-                self.engine.choose_allowed(&chunks, &choices, &forbidden, &mut self.best)
-            }
-            None => self.engine.step(&chunks, &mut self.logits),
-        }
+        let wishes: Vec<Wish<'_>> = choosers().map(Chooser::wish).collect();
+        self.engine.answer(&chunks, &wishes, &mut self.best, &mut self.logits)
     }
 
     /// Notes what was computed and chooses tokens.
@@ -428,22 +426,26 @@ impl Scheduler {
                 self.stats.computed.add(part.count as u64);
             }
         }
-        let ids: Vec<u64> = parts.iter().filter(|p| p.last).map(|p| p.id).collect();
-        let vocab = self.engine.vocab();
-        let mut chosen = Vec::with_capacity(ids.len());
-        if self.logits.is_empty() {
-            for (&id, &token) in ids.iter().zip(&self.best) {
-                let Some(sequence) = self.running.get_mut(&id) else { continue };
-                chosen.push((id, sequence.chooser.took(token).map(|()| (token, None))));
+        // Tokens and logits lie in the order of the parts that wish them.
+        let (mut tokens, mut rows) = (self.best.iter(), self.logits.chunks_exact_mut(self.engine.vocab()));
+        let mut found: BTreeMap<u64, Found<'_>> = BTreeMap::new();
+        for part in parts.iter().filter(|p| p.last) {
+            let Some(sequence) = self.running.get(&part.id) else { continue };
+            let of = match sequence.chooser.wish() {
+                Wish::Token(..) => tokens.next().map(|t| Found::Token(*t)),
+                Wish::Logits => rows.next().map(Found::Logits),
+            };
+            if let Some(of) = of {
+                found.insert(part.id, of);
             }
-        } else {
-            let mut rows: BTreeMap<u64, &mut [f32]> =
-                ids.iter().copied().zip(self.logits.chunks_exact_mut(vocab)).collect();
-            let jobs: Vec<(u64, &mut Sequence, &mut [f32])> =
-                self.running.iter_mut().filter_map(|(&id, s)| Some((id, s, rows.remove(&id)?))).collect();
-            let run = |(id, s, row): (u64, &mut Sequence, &mut [f32])| (id, s.chooser.choose(row));
-            chosen = jobs.into_par_iter().map(run).collect();
         }
+        let jobs: Vec<(u64, &mut Sequence, Found<'_>)> =
+            self.running.iter_mut().filter_map(|(&id, s)| Some((id, s, found.remove(&id)?))).collect();
+        let run = |(id, s, found): (u64, &mut Sequence, Found<'_>)| match found {
+            Found::Token(token) => (id, s.chooser.took(token).map(|()| (token, None))),
+            Found::Logits(row) => (id, s.chooser.choose(row)),
+        };
+        let chosen: Vec<_> = jobs.into_par_iter().map(run).collect();
         for (id, result) in chosen {
             match result {
                 Ok((token, logprobs)) => self.give(id, token, logprobs.map(Box::new)),

@@ -5,6 +5,7 @@
 //! magnitude, and for butterflies between groups of different warps; see [`super::rotate`].
 
 use super::math::{self, across_lanes};
+use super::mean;
 use super::rotate::{GROUP, GROUP_LEVELS, LaneSigns, Transforms, flip, flip_word};
 use super::span::Span;
 use crate::cuda::Device;
@@ -407,7 +408,7 @@ impl<'a, 'b> Emit<'a, 'b> {
         });
         let inverse = sums.map(|(mem, first)| {
             self.meet();
-            inverse_norm(b, mem, first, [op.columns, g.groups], op.norm.expect("summed for it").eps)
+            inverse_norm(b, mean::of_groups(b, op.columns, mem, first), op.norm.expect("summed for it").eps)
         });
 
         let signs = LaneSigns::new(b);
@@ -560,16 +561,7 @@ fn bytes(v: [V<'_>; 4]) -> V<'_> {
     a.permute(b, 0x0040).permute(c.permute(d, 0x0040), 0x5410)
 }
 
-/// `1 / √(mean(x²) + eps)` from the sums of the squares of each group, in the order of [`crate::reference::mean_square`].
-/// They lie in `mem` from `first` on; `columns` and `groups` say how many there are. Each warp computes it for itself.
-pub(super) fn inverse_norm<'b>(b: &'b Builder, mem: Mem, first: V<'b>, [columns, groups]: [u32; 2], eps: f32) -> V<'b> {
-    let lane = b.special(Special::Lane);
-    let sum = b.var(b.f32(0.0));
-    for i in 0..groups.div_ceil(32) {
-        let at = lane + i * 32;
-        let add = || b.set(sum, b.get(sum) + b.load(mem, first + at, Elem::F32));
-        if (i + 1) * 32 <= groups { add() } else { b.if_(at.lt(groups), add) }
-    }
-    let mean = across_lanes(b.get(sum), |a, b| a + b) / columns as f32;
-    b.f32(1.0) / (mean + eps).sqrt()
+/// `1 / √(mean(x²) + eps)`.
+pub(super) fn inverse_norm<'b>(b: &'b Builder, mean_square: V<'b>, eps: f32) -> V<'b> {
+    b.f32(1.0) / (mean_square + eps).sqrt()
 }

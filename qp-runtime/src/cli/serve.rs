@@ -133,7 +133,11 @@ impl Serve {
             )
             .into());
         }
-        let engine = SharedWeights::on(executor.as_ref()).open(&weights, Room { context, pages, cache })?;
+        let mut engine = SharedWeights::on(executor.as_ref()).open(&weights, Room { context, pages, cache })?;
+        if executor.is_some() && self.device != Device::Interpreter {
+            output::note("making the kernels of all steps ready: the first start compiles them, later ones do not");
+            engine.warm()?;
+        }
         let (context, vocab) = (Scheduler::context(engine.as_ref()), engine.vocab());
         let layers = describe::layers(&weights);
         drop(weights);

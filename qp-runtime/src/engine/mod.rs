@@ -360,6 +360,14 @@ pub trait Engine: Send {
         answer_from(logits, self.vocab(), wishes, tokens)
     }
 
+    /// Makes ready what steps of any size need, so that none of them waits for a compiler.
+    ///
+    /// # Errors
+    /// If the device or its compiler fails.
+    fn warm(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Copies the keys and values of a page to another one.
     ///
     /// # Errors

@@ -291,6 +291,19 @@ fn engines_draw_the_same_tokens() {
     }
 }
 
+/// What is made ready is what steps are made of: an engine that was warmed loads nothing more, and computes the same.
+#[test]
+fn a_warmed_engine_computes_the_same() {
+    let weights = model("LlamaForCausalLM");
+    let [mut cold, mut warm] = [(); 2].map(|()| CudaEngine::new(Executor::interpreter(), &weights, ROOM).unwrap());
+    warm.warm().unwrap();
+    let ready = warm.kernels();
+    assert!(ready > 20, "{ready} kernels");
+    assert_eq!(drawn(&mut cold), drawn(&mut warm));
+    assert_eq!(warm.kernels(), ready, "a step needs kernels that were not made ready");
+    assert!(cold.kernels() < ready);
+}
+
 #[test]
 fn what_cannot_be_is_refused() {
     let weights = model("LlamaForCausalLM");

@@ -210,6 +210,11 @@ impl CudaEngine {
         })
     }
 
+    /// Kernels that are loaded.
+    pub fn kernels(&self) -> usize {
+        self.kernels.count()
+    }
+
     /// Makes kernels and buffers of launches ready.
     fn load(&mut self, launches: &[Launch]) -> Result<(), DeviceError> {
         let CudaEngine { executor, layout, most_tokens, constants, state, kernels, .. } = self;
@@ -553,6 +558,22 @@ impl Engine for CudaEngine {
             return super::answer_from(logits, self.vocab(), wishes, tokens);
         }
         self.pick(chunks, How::Drawn(wishes), tokens, logits)
+    }
+
+    fn warm(&mut self) -> Result<(), Error> {
+        let sizes = || SIZES.into_iter().filter(|s| *s <= self.most_tokens);
+        let all = sizes().map(|tokens| (tokens, Wanted { rows: tokens.min(MOST_ROWS), pick: Pick::Best }));
+        // What comes after the decoder blocks depends on the rows alone.
+        let wanted = |rows| [Pick::Best, Pick::Drawn].map(|pick| (self.most_tokens, Wanted { rows, pick }));
+        let chosen = sizes().filter(|rows| *rows <= MOST_ROWS).flat_map(wanted);
+        let steps = all.chain(chosen).flat_map(|(tokens, w)| lower::step(&self.layout, tokens, w).launches);
+        let mut launches: Vec<Launch> = Vec::new();
+        for launch in steps {
+            if launches.iter().all(|l| (&l.op, l.matrix) != (&launch.op, launch.matrix)) {
+                launches.push(launch);
+            }
+        }
+        Ok(self.load(&launches)?)
     }
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<(), Error> {

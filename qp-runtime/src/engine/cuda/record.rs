@@ -83,6 +83,11 @@ pub enum Ready {
 pub struct Kernels(Vec<(Op, Ready)>);
 
 impl Kernels {
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
     fn has(&self, op: &Op) -> bool {
         self.0.iter().any(|k| k.0 == *op)
     }

@@ -57,7 +57,8 @@ fn many_tokens_run_on_the_interpreter_as_on_the_cpu() {
 }
 
 /// Whether to compile everything for everything (the environment variable `QP_SWEEP`), which takes many minutes. Without it each
-/// member is compiled for Hopper and for one other target, and for one of the numbers of tokens: which, goes around among them.
+/// member is compiled for Hopper and for one other target, and for one each of the larger shapes and numbers of tokens: which, goes
+/// around among them.
 fn sweep() -> bool {
     std::env::var_os("QP_SWEEP").is_some()
 }
@@ -67,8 +68,9 @@ fn of_member<T: Copy>(i: usize, all: &[T]) -> Vec<T> {
     if sweep() { all.to_vec() } else { vec![all[i % all.len()]] }
 }
 
-/// Kernels of `q` for `target`: products of few tokens at several shapes, the decoded matrix, an embedding, and the encoder.
-fn kernels(q: &Quantizer, target: Target) -> Vec<Kernel> {
+/// Kernels of `q`, the palette's member `i`, for `target`: products of few tokens at several shapes, the decoded matrix, an
+/// embedding, and the encoder.
+fn kernels(i: usize, q: &Quantizer, target: Target) -> Vec<Kernel> {
     let device = target.device();
     let gemv = |rows, cols, batch, accumulate| {
         let op = Gemv { quantizer: q, shape: Shape { rows, cols }, batch, accumulate };
@@ -83,7 +85,8 @@ fn kernels(q: &Quantizer, target: Target) -> Vec<Kernel> {
     }
     if target == Target::Sm90a {
         out.push(embed(q, 4096));
-        out.extend([gemv(28672, 4096, 1, false), gemv(4096, 14336, 8, true), gemv(1536, 576, 3, false)]);
+        let more = [(28672, 4096, 1, false), (4096, 14336, 8, true), (1536, 576, 3, false)];
+        out.extend(of_member(i, &more).into_iter().map(|(rows, cols, batch, adds)| gemv(rows, cols, batch, adds)));
     } else if ["fast_2", "tcq_3", "htcq_3.25", "nuq_4"].contains(&q.name.as_str()) {
         out.push(gemv(3584, 18944, 64, true));
     }
@@ -104,8 +107,8 @@ fn every_member_compiles_for_every_target_without_spills() {
     let (members, others) = (palette(), Target::ALL.into_iter().filter(|t| *t != Target::Sm90a).collect::<Vec<_>>());
     let targets = |i: usize| [vec![Target::Sm90a], of_member(i, &others)].concat();
     let work: Vec<_> =
-        members.iter().enumerate().flat_map(|(i, q)| targets(i).into_iter().map(move |t| (q, t))).collect();
-    fine(work.par_iter().flat_map_iter(|(q, target)| kernels(q, *target).into_iter().map(|k| compile(&k, *target))));
+        members.iter().enumerate().flat_map(|(i, q)| targets(i).into_iter().map(move |t| (i, q, t))).collect();
+    fine(work.par_iter().flat_map_iter(|&(i, q, t)| kernels(i, q, t).into_iter().map(move |k| compile(&k, t))));
 }
 
 /// By groups of warps, and by warps each for itself, as everywhere else. The cost model does not foresee every register: what is

@@ -248,6 +248,37 @@ pub fn resolve(arg: &str) -> Result<Quantizer, Diagnostics> {
     }
 }
 
+/// The quantizers that command line arguments name, where several may be named: as [`resolve`], but a file means all that it
+/// defines.
+///
+/// # Errors
+/// If an argument means nothing, its file has errors, or one of them is untrained.
+pub fn resolve_all(args: &[String]) -> Result<Vec<Quantizer>, Diagnostics> {
+    let all = resolve_all_untrained(args)?;
+    let member =
+        |q: &Quantizer, arg: &String| if arg.ends_with(".qspec") { format!("{arg}:{}", q.name) } else { arg.clone() };
+    let untrained = all.iter().find_map(|(q, arg)| untrained(q, &member(q, arg)));
+    match untrained {
+        None => Ok(all.into_iter().map(|(q, _)| q).collect()),
+        Some(d) => Err(Diagnostics { list: vec![d], ..Diagnostics::default() }),
+    }
+}
+
+/// As [`resolve_all`], but they may be untrained; each with the argument that means it.
+///
+/// # Errors
+/// As [`resolve_all`].
+pub fn resolve_all_untrained(args: &[String]) -> Result<Vec<(Quantizer, &String)>, Diagnostics> {
+    let mut out = Vec::new();
+    for arg in args {
+        let of_file =
+            if arg.ends_with(".qspec") && Path::new(arg).exists() { load_file(arg)?.quantizers } else { vec![] };
+        let found = if of_file.is_empty() { vec![resolve_untrained(arg)?] } else { of_file };
+        out.extend(found.into_iter().map(|q| (q, arg)));
+    }
+    Ok(out)
+}
+
 /// A quantizer or a format.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Definition {

@@ -36,8 +36,8 @@ pub use format::Format;
 pub use fusion::{Epilogue, Fusion, Launch, Matrix, Prologue};
 pub(crate) use load::load_from;
 pub use load::{
-    Definition, Library, from_canonical, load_alone, load_file, load_str, resolve, resolve_any, resolve_fusion,
-    resolve_untrained, untrained,
+    Definition, Library, from_canonical, load_alone, load_file, load_str, resolve, resolve_all, resolve_all_untrained,
+    resolve_any, resolve_fusion, resolve_untrained, untrained,
 };
 
 use std::path::PathBuf;

@@ -1,6 +1,5 @@
 //! `qp check-gpu`: the kernels of quantizers, and small models, on a GPU, compared with the CPU.
 
-use std::path::Path;
 use std::time::Instant;
 
 use clap::Args;
@@ -56,19 +55,10 @@ enum Task {
 impl CheckGpu {
     /// What to check, with random tables where a quantizer is untrained.
     fn quantizers(&self) -> Result<Vec<Quantizer>, Error> {
-        let mut members = Vec::new();
-        for name in &self.members {
-            if name.ends_with(".qspec") && Path::new(name).exists() {
-                members.extend(spec::load_file(name)?.quantizers);
-            } else {
-                members.push(spec::resolve_untrained(name)?);
-            }
-        }
+        let found = spec::resolve_all_untrained(&self.members)?;
+        let mut members: Vec<Quantizer> = found.into_iter().map(|(q, _)| q).collect();
         if self.members.is_empty() {
             members.extend(palette::library().quantizers.iter().cloned());
-        }
-        if members.is_empty() {
-            return Err(format!("{} defines no quantizer", self.members.join(", ")).into());
         }
         Ok(members.into_iter().map(synthetic::trained).collect())
     }

@@ -22,7 +22,7 @@ const CHECK_SEED: u64 = 1 << 32;
 /// `specs/tables/` of the current folder.
 #[derive(Args)]
 pub struct TrainCodebook {
-    /// Quantizers: names of the palette, spec files, or FILE:NAME.
+    /// Quantizers: names of the palette, spec files (all that they define), or FILE:NAME.
     #[arg(required = true)]
     spec: Vec<String>,
     /// Write the table here instead (one quantizer with one table).
@@ -39,7 +39,7 @@ pub struct TrainCodebook {
 impl TrainCodebook {
     /// Runs it.
     pub fn run(self) -> Result<(), Error> {
-        let quantizers = self.spec.iter().map(|s| spec::resolve_untrained(s)).collect::<Result<Vec<_>, _>>()?;
+        let quantizers: Vec<Quantizer> = spec::resolve_all_untrained(&self.spec)?.into_iter().map(|(q, _)| q).collect();
         let tables = quantizers.iter().flat_map(|q| &q.codes).map(|c| c.tables.len()).sum::<usize>();
         if self.out.is_some() && tables != 1 {
             return Err(format!(

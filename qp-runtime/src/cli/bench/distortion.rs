@@ -21,7 +21,7 @@ const EXL3: &str = include_str!("../../../../benches/exl3_distortion.toml");
 /// Measure the error of quantizers on unit-variance Gaussian samples.
 #[derive(Args)]
 pub struct DistortionBench {
-    /// Quantizers: names of the palette, spec files, or FILE:NAME.
+    /// Quantizers: names of the palette, spec files (all that they define), or FILE:NAME.
     #[arg(required_unless_present = "all")]
     spec: Vec<String>,
     /// The whole palette.
@@ -52,7 +52,7 @@ impl DistortionBench {
     pub fn run(self) -> Result<(), Error> {
         let names: Vec<String> =
             if self.all { palette::names().iter().map(|n| n.to_string()).collect() } else { self.spec.clone() };
-        let quantizers = names.iter().map(|n| spec::resolve(n)).collect::<Result<Vec<_>, _>>()?;
+        let quantizers = spec::resolve_all(&names)?;
         let q_palette: toml::Table = Q_PALETTE.parse()?;
         // Mixes are made of codes that stand alone too: each is measured once.
         let mut known: Vec<(&Code, Distortion)> = vec![];

@@ -78,8 +78,8 @@ impl EncodeBench {
         text += "|---|---|---|---|---|---|---|---|---|---|\n";
         outln!("Weights a second, millions.\n")?;
         out!("{text}")?;
-        for name in &self.spec {
-            let q = synthetic::trained(spec::resolve_untrained(name).map_err(|d| d.to_string())?);
+        for (q, _) in spec::resolve_all_untrained(&self.spec)? {
+            let q = synthetic::trained(q);
             for code in &q.codes {
                 let (cpu, gpu) = self.measure(&q, code, on.as_ref())?;
                 let steps: Vec<String> = code.steps.iter().map(u32::to_string).collect();

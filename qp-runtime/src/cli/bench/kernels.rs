@@ -96,8 +96,7 @@ impl KernelBench {
             kernels: Vec::new(),
         };
         let mut worst = Worst::default();
-        for name in &self.spec {
-            let q = spec::resolve(name).map_err(|d| d.to_string())?;
+        for q in spec::resolve_all(&self.spec)? {
             for &shape in &self.shape {
                 for &batch in &self.batch {
                     let rows = measure(&on, &q, shape, batch, self.launches.into())?;

@@ -8,3 +8,4 @@ mod quantize;
 mod run;
 mod serve;
 mod server;
+mod tutorial;

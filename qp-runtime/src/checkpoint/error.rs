@@ -33,7 +33,7 @@ pub enum Error {
         needed: u64,
     },
     /// Not a checkpoint.
-    #[error("{} is not a quantized checkpoint: it has no {MANIFEST}; `qp quantize` makes one from a model directory", dir.display())]
+    #[error("{} is not a quantized checkpoint: it has no {MANIFEST}; `qp quantize` makes one of a model, `qp import` of a file that is quantized already", dir.display())]
     NoManifest {
         /// The directory.
         dir: PathBuf,

@@ -52,7 +52,7 @@ impl Checkpoint {
         let path = dir.join(MANIFEST);
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
                 return Err(Error::NoManifest { dir: dir.to_owned() });
             }
             Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {

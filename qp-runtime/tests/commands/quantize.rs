@@ -180,10 +180,13 @@ fn failures_and_bad_usage() {
     {
         assert_eq!(fails(args).1, 2);
     }
-    let (message, code) = fails(&["inspect", MODEL]);
-    assert!(message.ends_with(
-        "is not a quantized checkpoint: it has no qp.json; `qp quantize` makes one from a model directory\n"
-    ));
-    assert_eq!(code, 1);
+    for other in [MODEL, "small.qspec", "nothing"] {
+        let (message, code) = fails(&["inspect", other]);
+        assert!(
+            message.ends_with("is not a quantized checkpoint: it has no qp.json; `qp quantize` makes one of a model, `qp import` of a file that is quantized already\n"),
+            "{message}"
+        );
+        assert_eq!(code, 1);
+    }
     assert_eq!(place.names(), ["small.qspec"]);
 }

@@ -121,14 +121,25 @@ impl Chooser {
     /// The next choice, of the tokens that are not [`Chooser::forbidden`], if an engine can make it: then [`Chooser::took`] is
     /// to be told what came out.
     pub fn choice(&self) -> Option<Choice> {
+        self.choices(1)?.pop()
+    }
+
+    /// As [`Chooser::choice`], the next `count` ones; with a grammar, what is forbidden is known of the first only.
+    pub fn choices(&self, count: usize) -> Option<Vec<Choice>> {
         let c = &self.choosing;
         let simple = c.bias.is_empty()
             && c.presence == 0.0
             && c.frequency == 0.0
             && c.repetition.is_none()
             && c.logprobs.is_none();
-        // The draw counts only once a token has come out.
-        if simple { self.sampler.clone().choice() } else { None }
+        // Draws count only once a token has come out.
+        if simple { self.sampler.choices(count) } else { None }
+    }
+
+    /// By which the next `count` tokens may be guessed. There are none under a grammar, which forbids most guesses.
+    pub fn guessing(&self, count: usize) -> Vec<Choice> {
+        let count = if self.choosing.grammar.is_some() { 0 } else { count };
+        self.sampler.rough_choices(count)
     }
 
     /// The engine made the next choice.
@@ -136,7 +147,7 @@ impl Chooser {
     /// # Errors
     /// If the grammar fails.
     pub fn took(&mut self, token: u32) -> Result<(), Failure> {
-        self.sampler.choice();
+        self.sampler.took(1);
         self.accept(token)
     }
 

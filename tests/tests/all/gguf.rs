@@ -97,6 +97,7 @@ fn tokenizers() {
     // Llama 3 takes three digits together: the pair within "0 012" stays, that across a group does not.
     assert_eq!(tokens("llama-bpe", "0012", same).unwrap(), [vec![1], bytes("0012")].concat());
     assert_eq!(tokens("qwen2", "12", same).unwrap(), bytes("12"));
+    assert_eq!(tokens("seed-coder", "12", same).unwrap(), bytes("12"));
     assert_eq!(tokens("gpt-2", "é<|x|>é", same).unwrap(), [0xC3, 0xA9, 257, 0xC3, 0xA9]);
     let bos = |file: &mut Gguf| {
         file.values.insert("tokenizer.ggml.add_bos_token".to_owned(), Value::Bool(true));

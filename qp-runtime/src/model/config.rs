@@ -19,11 +19,11 @@ pub const MOST: usize = 1 << 28;
 /// Widest head.
 const MOST_HEAD: usize = 1 << 16;
 /// Most experts of a layer.
-const MOST_EXPERTS: usize = 1 << 10;
+pub(super) const MOST_EXPERTS: usize = 1 << 10;
 /// Most experts of all layers.
 const MOST_OF_ALL_LAYERS: usize = 1 << 16;
 /// Most decoder layers.
-const MOST_LAYERS: usize = 1 << 12;
+pub(super) const MOST_LAYERS: usize = 1 << 12;
 
 /// How one layer attends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -6,6 +6,7 @@ use serde_json::{Value as Json, json};
 use super::Gguf;
 use super::container::Value;
 use crate::model::Error;
+use crate::model::config::MOST_LAYERS;
 
 /// What a file of an architecture has otherwise than a directory.
 #[derive(Debug)]
@@ -127,7 +128,8 @@ const QWEN3_MOE: Architecture = Architecture {
     more: |gguf, config| {
         (QWEN2.more)(gguf, config)?;
         let dense = |i: &usize| !gguf.file.tensors.contains_key(&format!("blk.{i}.ffn_gate_inp.weight"));
-        config["mlp_only_layers"] = (0..gguf.blocks()?).filter(dense).collect();
+        // More blocks are refused where their number is read.
+        config["mlp_only_layers"] = (0..gguf.blocks()?.min(MOST_LAYERS)).filter(dense).collect();
         // llama.cpp divides by the sum of the chosen, always.
         config["norm_topk_prob"] = json!(true);
         Ok(())

@@ -185,7 +185,8 @@ impl Gguf {
         match (kind, factor) {
             ("none", _) | ("linear", None | Some(0.0 | 1.0)) => (),
             ("linear", Some(factor)) => config["rope_scaling"] = json!({"rope_type": "linear", "factor": factor}),
-            ("yarn", Some(factor)) => {
+            ("yarn", factor) => {
+                let factor = self.need(&key("rope.scaling.factor"), factor)?;
                 let multiplier = key("rope.scaling.yarn_log_multiplier");
                 if let Some(n) = self.number(&multiplier)?.filter(|n| *n != 0.0) {
                     return Err(self.unsupported(format!("{multiplier} = {n}"), "none"));

@@ -27,7 +27,7 @@ use container::{Container, Value};
 use types::Types;
 
 use super::Error;
-use super::config::MOST;
+use super::config::{MOST, MOST_EXPERTS};
 use super::tensors::{Bytes, Entry, Kind, TensorDir};
 
 /// Tensors outside of blocks.
@@ -102,7 +102,7 @@ impl Gguf {
         };
         let experts = match file.values.get(&format!("{name}.expert_count")) {
             // More are refused where the key is read.
-            Some(Value::Int(n)) => usize::try_from(*n).unwrap_or(0).min(MOST),
+            Some(Value::Int(n)) => usize::try_from(*n).unwrap_or(0).min(MOST_EXPERTS),
             _ => 0,
         };
         let Some(arch) = arch::find(&name, experts > 0) else {

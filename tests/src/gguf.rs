@@ -44,7 +44,6 @@ impl Gguf {
     pub fn of(model: &RandomModel, prefix: &str, interleave: bool) -> Self {
         let c = |name: &str| Value::U32(model.config[name].as_u64().unwrap() as u32);
         let float = |name: &str| Value::F32(model.config[name].as_f64().unwrap() as f32);
-        let text = |text: &str| Value::Text(text.to_owned());
         let mut values: BTreeMap<String, Value> = [
             ("block_count", c("num_hidden_layers")),
             ("context_length", c("max_position_embeddings")),
@@ -59,20 +58,7 @@ impl Gguf {
         .into_iter()
         .map(|(name, value)| (format!("{prefix}.{name}"), value))
         .collect();
-        let tokens = byte_tokens();
-        values.extend(
-            [
-                ("general.architecture", text(prefix)),
-                ("tokenizer.ggml.model", text("gpt2")),
-                ("tokenizer.ggml.pre", text("gpt-2")),
-                ("tokenizer.ggml.token_type", Value::I32s(vec![1; tokens.len()])),
-                ("tokenizer.ggml.tokens", Value::Texts(tokens)),
-                ("tokenizer.ggml.merges", Value::Texts(Vec::new())),
-                ("tokenizer.ggml.bos_token_id", Value::U32(1)),
-                ("tokenizer.ggml.eos_token_id", Value::U32(2)),
-            ]
-            .map(|(name, value)| (name.to_owned(), value)),
-        );
+        values.extend(byte_vocabulary(prefix));
         let tied = model.config["tie_word_embeddings"] == json!(true);
         let tensors = model.tensors.iter().filter(|(name, _)| !(tied && *name == "lm_head.weight"));
         let tensors = tensors.map(|(name, (shape, weights))| {
@@ -156,12 +142,31 @@ impl Gguf {
     }
 }
 
+/// The architecture's key, and those of the tokenizer of bytes.
+pub(crate) fn byte_vocabulary(prefix: &str) -> impl Iterator<Item = (String, Value)> {
+    let text = |text: &str| Value::Text(text.to_owned());
+    let tokens = byte_tokens();
+    [
+        ("general.architecture", text(prefix)),
+        ("tokenizer.ggml.model", text("gpt2")),
+        ("tokenizer.ggml.pre", text("gpt-2")),
+        ("tokenizer.ggml.token_type", Value::I32s(vec![1; tokens.len()])),
+        ("tokenizer.ggml.tokens", Value::Texts(tokens)),
+        ("tokenizer.ggml.merges", Value::Texts(Vec::new())),
+        ("tokenizer.ggml.bos_token_id", Value::U32(1)),
+        ("tokenizer.ggml.eos_token_id", Value::U32(2)),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .into_iter()
+}
+
 /// Rounds weights below 2 to what Q8_0 blocks of scale 1/64 hold.
 pub fn snap(weights: &mut [f32]) {
     weights.iter_mut().for_each(|w| *w = (*w * 64.0).round() / 64.0);
 }
 
-fn q8(weights: &[f32]) -> Vec<u8> {
+/// Blocks of Q8_0 of scale 1/64.
+pub fn q8(weights: &[f32]) -> Vec<u8> {
     let block = |w: &[f32]| -> Vec<u8> {
         let bytes = w.iter().map(|w| (w * 64.0) as i8 as u8);
         f16::from_f32(1.0 / 64.0).to_le_bytes().into_iter().chain(bytes).collect()
@@ -170,7 +175,7 @@ fn q8(weights: &[f32]) -> Vec<u8> {
 }
 
 /// Rows of a head's halves by turns: as llama.cpp's converter permutes them.
-fn interleaved(weights: &[f32], rows: usize, heads: usize) -> Vec<f32> {
+pub(crate) fn interleaved(weights: &[f32], rows: usize, heads: usize) -> Vec<f32> {
     let (cols, dim) = (weights.len() / rows, rows / heads);
     let from = |row: usize| row / dim * dim + row % 2 * (dim / 2) + row % dim / 2;
     (0..rows).flat_map(|row| weights[from(row) * cols..][..cols].iter().copied()).collect()

@@ -5,11 +5,12 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use super::device::{Device, open_model, open_session};
+use super::drafts::{self, Drafting};
 use super::generate::Drawing;
 use super::interrupt::Noted;
 use super::{Error, output};
 use crate::chat::{Chat, Conversation, StopTexts};
-use crate::engine::{self, Generated, Sampler, Session, Stop};
+use crate::engine::{self, Generated, Room, Sampler, Session, Stop};
 use crate::model::{Files, Tokenizer};
 
 /// Talk to a model in the terminal.
@@ -31,6 +32,8 @@ pub struct ChatCommand {
     context: Option<usize>,
     #[command(flatten)]
     drawing: Drawing,
+    #[command(flatten)]
+    drafting: Drafting,
     /// Where to run.
     #[arg(long, value_enum, default_value = "auto")]
     device: Device,
@@ -58,7 +61,9 @@ impl ChatCommand {
         }
         let tokenizer = model.tokenizer.clone();
         let context = self.context.unwrap_or(model.config.max_positions.min(8192));
-        let session = open_session(model, on.as_ref(), context)?;
+        let drafting = self.drafting.open(&tokenizer)?;
+        let mut session = open_session(model, on.as_ref(), context)?;
+        session.set_drafts(drafting.drafts(on.as_ref(), session.vocab(), Room::one(session.context()))?);
         let mut talk = Talk {
             chat,
             tokenizer,
@@ -200,11 +205,12 @@ impl Talk {
             Stop::End | Stop::Caller => "",
         };
         output::say(&format!(
-            "[{} tokens read in {:.2} s, {} written at {:.1} tokens/s{why}]\n",
+            "[{} tokens read in {:.2} s, {} written at {:.1} tokens/s{why}{}]\n",
             prompt.tokens.len(),
             done.prefill.as_secs_f64(),
             done.tokens.len(),
             done.rate(),
+            drafts::said(&done).map_or(String::new(), |said| format!("; {said}")),
         ));
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use clap::ValueEnum;
 
 use crate::device::{DeviceError, Executor};
-use crate::engine::{self, Session};
+use crate::engine::{Room, Session, SharedWeights};
 use crate::model::Model;
 
 /// Where a model runs.
@@ -41,7 +41,15 @@ pub fn open_model(dir: &Path, device: Device) -> Result<(Model, Option<Executor>
 /// # Errors
 /// If the model does not fit.
 pub fn open_session(model: Model, on: Option<&Executor>, context: usize) -> Result<Session, super::Error> {
-    Ok(engine::open(on, &Arc::new(model.weights), context)?)
+    open_room(model, on, Room::one(context))
+}
+
+/// As [`open_session`], with a sequence that may take all of a room.
+///
+/// # Errors
+/// If the model does not fit.
+pub fn open_room(model: Model, on: Option<&Executor>, room: Room) -> Result<Session, super::Error> {
+    Ok(Session::new(SharedWeights::on(on).open(&Arc::new(model.weights), room)?))
 }
 
 /// The executors that `device` means where several can share the work: all GPUs; none for the CPU.

@@ -6,8 +6,9 @@ use std::time::Instant;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::device::{Device, open_model, open_session};
+use super::device::{Device, open_model, open_room, open_session};
 use super::output::{note, outln};
+use crate::engine::{Precision, Room};
 use crate::eval::{divergence, perplexity, questions};
 
 /// Measure how well a model predicts: the perplexity of a text, how far its predictions are from another model's, or how
@@ -35,6 +36,9 @@ pub struct Eval {
     /// likeliest choice is the model's answer
     #[arg(long, value_name = "FILE", conflicts_with_all = ["text", "limit"])]
     questions: Option<PathBuf>,
+    /// Bits of a number of keys and values: 8 or 16. Of the model that is compared with, 16 always
+    #[arg(long, default_value_t, value_name = "BITS")]
+    cache_bits: Precision,
     /// Print one line of JSON.
     #[arg(long)]
     json: bool,
@@ -61,7 +65,7 @@ impl Eval {
             self.window as usize,
             &[(model.config.max_positions, "the model's context"), (tokens.len(), "the text")],
         );
-        let mut session = open_session(model, on.as_ref(), window)?;
+        let mut session = open_room(model, on.as_ref(), Room { cache: self.cache_bits, ..Room::one(window) })?;
         let bar = bar(tokens.len() / window * window, "tokens");
         let start = Instant::now();
         if let Some(against) = &self.against {
@@ -109,7 +113,7 @@ impl Eval {
         let prepare = |question| questions::Prepared::new(question, &model.tokenizer, model.config.bos);
         let prepared = read.iter().map(prepare).collect::<Result<Vec<_>, _>>()?;
         let longest = prepared.iter().map(questions::Prepared::tokens).max().unwrap_or(1);
-        let mut session = open_session(model, on.as_ref(), longest)?;
+        let mut session = open_room(model, on.as_ref(), Room { cache: self.cache_bits, ..Room::one(longest) })?;
         let bar = bar(prepared.len(), "questions");
         let start = Instant::now();
         let result = questions::ask(&mut session, &prepared, |done| bar.set_position(done as u64));

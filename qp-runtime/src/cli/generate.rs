@@ -7,10 +7,11 @@ use serde_json::json;
 
 use super::chat::say_answer;
 use super::device::{Device, open_model, open_session};
+use super::drafts::{self, Drafting};
 use super::output;
 use crate::chat::{Chat, Options, StopTexts};
 use crate::device::Executor;
-use crate::engine::{self, Generated, Sampler, Sampling, Stop};
+use crate::engine::{self, Generated, Room, Sampler, Sampling, Stop};
 use crate::model::{Files, Model};
 
 /// Continue a text, printed as it is produced.
@@ -35,10 +36,8 @@ pub struct Generate {
     /// Take the prompt for a question and answer it, by the model's chat template.
     #[arg(long)]
     chat: bool,
-    /// Guess up to so many tokens at once, by what the text said before, and verify them together: faster where texts
-    /// repeat themselves, and the same text always; 0 guesses none.
-    #[arg(long, value_name = "COUNT", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=63))]
-    drafts: u32,
+    #[command(flatten)]
+    drafting: Drafting,
     /// Where to run.
     #[arg(long, value_enum, default_value = "auto")]
     device: Device,
@@ -144,8 +143,9 @@ impl Generate {
         }
         let end = std::mem::take(&mut model.config.eos);
         let tokenizer = model.tokenizer.clone();
+        let drafting = self.drafting.open(&tokenizer)?;
         let mut session = open_session(model, on.as_ref(), prompt.len() + self.count as usize - 1)?;
-        session.set_drafts(self.drafts as usize);
+        session.set_drafts(drafting.drafts(on.as_ref(), session.vocab(), Room::one(session.context()))?);
 
         output::print(format_args!("{given}"))?;
         let mut stream = tokenizer.stream(&prompt);
@@ -192,8 +192,9 @@ impl Generate {
         let question = json!({"role": "user", "content": given});
         let (_, prompt) = chat.prompt(&tokenizer, &[question], &Options::default())?;
         let count = self.count as usize;
+        let drafting = self.drafting.open(&tokenizer)?;
         let mut session = open_session(model, on, prompt.len() + count - 1)?;
-        session.set_drafts(self.drafts as usize);
+        session.set_drafts(drafting.drafts(on, session.vocab(), Room::one(session.context()))?);
         let mut sampler = self.drawing.sampler();
         let (_, done) = say_answer(&mut session, &tokenizer, &chat, &prompt, count, &mut sampler, || false)?;
         if !output::closed() {
@@ -216,8 +217,8 @@ fn report(prompt: usize, done: &Generated) {
             Stop::Count => "",
         },
     ));
-    if let (guessed @ 1.., right) = done.drafted {
-        output::say(&format!("guessed: {guessed} tokens, {right} of them right\n"));
+    if let Some(said) = drafts::said(done) {
+        output::say(&format!("{said}\n"));
     }
 }
 

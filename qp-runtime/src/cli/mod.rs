@@ -5,6 +5,7 @@ mod chat;
 mod check_gpu;
 pub mod device;
 mod doctor;
+mod drafts;
 mod eval;
 mod generate;
 mod import;

@@ -10,13 +10,14 @@ use serde_json::json;
 use tokio::net::TcpSocket;
 
 use super::device::{Device, open_model};
+use super::drafts::{Drafting, Opened};
 use super::{Error, output};
 use crate::chat::Chat;
 use crate::engine::cuda::Needs;
 use crate::engine::cuda::layout::{Form, Layout};
 use crate::engine::{PAGE, Precision, Room, SharedWeights};
 use crate::memory;
-use crate::model::{Files, Model};
+use crate::model::{Files, Model, Weights};
 use crate::serve::api::{App, Bounds, Served, key_hash};
 use crate::serve::listen::Connections;
 use crate::serve::scheduler::{Limits, Scheduler};
@@ -55,6 +56,8 @@ pub struct Serve {
     /// Requests that may wait; beyond, clients are told to come again later.
     #[arg(long, default_value_t = 256, value_name = "COUNT")]
     queue: u16,
+    #[command(flatten)]
+    drafting: Drafting,
     /// Tokens of prompts that are read in a step while answers are written: more reads faster and writes less evenly.
     #[arg(long, default_value_t = 512, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     chunk: u32,
@@ -99,22 +102,28 @@ impl Serve {
         let (model, executor) = open_model(&self.model, self.device)?;
         let chat = Chat::open(&Files::open(&self.model)?, &model.tokenizer, &model.config.eos)?;
         let Model { config, tokenizer, weights, .. } = model;
+        let drafting = self.drafting.open(&tokenizer)?;
         let weights = Arc::new(weights);
         let context = self.context.map_or(config.max_positions.min(32_768), |c| c as usize);
         let kinds = describe::memory(&weights);
         let cache = self.cache_bits;
-        let layout = Layout::new(&weights.program, &Form::of(&weights), &[], cache);
         let whole = context.div_ceil(PAGE);
         let most = whole * usize::from(self.sequences);
-        let needs = Needs::of(&layout, Room { context, pages: most, cache });
+        let most_room = Room { context, pages: most, cache };
+        let needs_of = |weights: &Weights, room: Room| {
+            Needs::of(&Layout::new(&weights.program, &Form::of(weights), &[], room.cache), room)
+        };
+        let needs = needs_of(&weights, most_room);
+        let of_draft = drafting.model.as_ref().map(|draft| needs_of(draft, Opened::room(draft, most_room)));
+        let fixed = needs.weights + needs.step + of_draft.map_or(0, |n| n.weights + n.step);
+        // A draft model has as many pages.
+        let page = needs.page + of_draft.map_or(0, |n| n.page);
         let free = match &executor {
             // What is left beside the weights and a step, but for a twentieth.
-            Some(on) => {
-                on.free_memory()?.map(|(free, _)| (free as u64 / 20 * 19).saturating_sub(needs.weights + needs.step))
-            }
+            Some(on) => on.free_memory()?.map(|(free, _)| (free as u64 / 20 * 19).saturating_sub(fixed)),
             None => Some(memory::available()).filter(|&free| free > 0),
         };
-        let page = needs.page.max(1);
+        let page = page.max(1);
         let pages = match self.cache {
             Some(tokens) => tokens.div_ceil(PAGE).max(1),
             None => {
@@ -133,11 +142,13 @@ impl Serve {
             )
             .into());
         }
-        let mut engine = SharedWeights::on(executor.as_ref()).open(&weights, Room { context, pages, cache })?;
+        let room = Room { context, pages, cache };
+        let mut engine = SharedWeights::on(executor.as_ref()).open(&weights, room)?;
         if executor.is_some() && self.device != Device::Interpreter {
             output::note("making the kernels of all steps ready: the first start compiles them, later ones do not");
             engine.warm()?;
         }
+        let drafts = drafting.drafts(executor.as_ref(), engine.vocab(), room)?;
         let (context, vocab) = (Scheduler::context(engine.as_ref()), engine.vocab());
         let layers = describe::layers(&weights);
         drop(weights);
@@ -157,7 +168,7 @@ impl Serve {
             (Some(_), Device::Interpreter) => "interpreter",
             (Some(_), _) => "CUDA",
         };
-        let cache = needs.page * pages as u64;
+        let cache = page * pages as u64;
         let kinds = kinds.into_iter().chain([("keys and values", cache)]).filter(|(_, bytes)| *bytes > 0);
         let kinds: Vec<_> = kinds.map(|(kind, bytes)| json!({"kind": kind, "bytes": bytes})).collect();
         let description = json!({
@@ -185,7 +196,7 @@ impl Serve {
             key,
             local: self.host.is_loopback(),
         };
-        let app = App::new(served, Worker::start(engine, limits, stats.clone())?, stats, places, bounds);
+        let app = App::new(served, Worker::start(engine, drafts, limits, stats.clone())?, stats, places, bounds);
         let bounds = Connections { most: usize::from(self.connections), head: patience, write: patience };
         let ready = || {
             output::say(&format!(

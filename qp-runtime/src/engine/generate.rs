@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use super::{Error, Logits, Sampler, Session, lookup};
+use super::{Error, Logits, Sampler, Session};
 
 /// Why generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,25 +71,11 @@ pub fn generate<E: From<Error>>(
         drafted: (0, 0),
     };
     sampler.saw(prompt);
-    // Choices that depend on each other are made one by one.
-    let apart = sampler.choices(0).is_some();
-    let mut logits = Vec::new();
-    // What follows each of the last `count` tokens.
-    let mut next = |session: &mut Session, sampler: &mut Sampler, tokens: &[u32], count: usize| {
-        if let Some(choices) = sampler.choices(count) {
-            return session.choose(tokens, &choices);
-        }
-        session.forward(tokens, Logits::Last, &mut logits)?;
-        Ok(vec![sampler.next(&logits)?])
-    };
     let mut text = prompt.to_vec();
     let rest = session.keep_common(prompt);
-    let mut chosen = next(session, sampler, rest, 1)?;
+    let mut chosen = verify(session, sampler, rest, &[])?;
     'text: while out.tokens.len() < count {
         for token in chosen.drain(..) {
-            if apart {
-                sampler.took(1);
-            }
             if out.tokens.is_empty() {
                 out.prefill = start.elapsed();
             }
@@ -107,27 +93,68 @@ pub fn generate<E: From<Error>>(
         }
         let left = count - out.tokens.len();
         if left > 0 {
-            // The last token, which is not in the sequence yet, and what may follow it.
-            let most = if apart { session.drafts().min(left - 1) } else { 0 };
-            let drafts = lookup::draft(&text, most);
-            let begin = session.position();
-            let tokens: Vec<u32> = text.last().into_iter().chain(drafts).copied().collect();
-            chosen = next(session, sampler, &tokens, tokens.len())?;
-            // A guess is right if it is what was chosen behind the token before it.
-            let right = drafts.iter().zip(&chosen).take_while(|(guess, token)| guess == token).count();
-            out.drafted = (out.drafted.0 + drafts.len(), out.drafted.1 + right);
-            chosen.truncate(right + 1);
-            session.truncate(begin + right + 1);
+            let most = session.most_drafts().min(left - 1);
+            let guesses = session.guess(&text, sampler.rough_choices(most))?;
+            // The last token is not in the sequence yet.
+            chosen = verify(session, sampler, &text[text.len() - 1..], &guesses)?;
+            out.drafted = (out.drafted.0 + guesses.len(), out.drafted.1 + chosen.len() - 1);
         }
     }
     Ok(out)
+}
+
+/// Appends `tokens` and those of the `guesses` that are right, and gives the tokens that are chosen behind them: the right
+/// guesses and one more.
+///
+/// # Errors
+/// If the engine fails; wrong guesses are no reason.
+fn verify(session: &mut Session, sampler: &mut Sampler, tokens: &[u32], guesses: &[u32]) -> Result<Vec<u32>, Error> {
+    let (begin, before) = (session.position(), sampler.clone());
+    match choose(session, sampler, &[tokens, guesses].concat(), guesses) {
+        Ok(chosen) => {
+            session.truncate(begin + tokens.len() + chosen.len() - 1);
+            Ok(chosen)
+        }
+        Err(e) if guesses.is_empty() => Err(e),
+        // What follows a wrong guess may not be computable: without guesses it is not computed.
+        Err(_) => {
+            session.truncate(begin);
+            *sampler = before;
+            choose(session, sampler, tokens, &[])
+        }
+    }
+}
+
+/// Appends `tokens`, which end with `guesses`, and chooses what follows the token before these, and each of them that is right.
+fn choose(session: &mut Session, sampler: &mut Sampler, tokens: &[u32], guesses: &[u32]) -> Result<Vec<u32>, Error> {
+    if let Some(choices) = sampler.choices(guesses.len() + 1) {
+        let mut chosen = session.choose(tokens, &choices)?;
+        // A guess is right if it is what was chosen behind the token before it.
+        let right = guesses.iter().zip(&chosen).take_while(|(guess, token)| guess == token).count();
+        chosen.truncate(right + 1);
+        sampler.took(chosen.len());
+        return Ok(chosen);
+    }
+    // Choices that depend on each other are made one by one.
+    let mut logits = Vec::new();
+    session.forward(tokens, if guesses.is_empty() { Logits::Last } else { Logits::All }, &mut logits)?;
+    let rows: Vec<&[f32]> = logits.chunks_exact(session.vocab()).collect();
+    let mut chosen = Vec::new();
+    for (i, row) in rows[rows.len() - guesses.len() - 1..].iter().enumerate() {
+        let token = sampler.next(row)?;
+        chosen.push(token);
+        if guesses.get(i) != Some(&token) {
+            break;
+        }
+    }
+    Ok(chosen)
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::{Arc, Mutex};
 
-    use super::super::{Chunk, Engine, Sampling, check_chunks};
+    use super::super::{Chunk, Drafts, Engine, Sampling, check_chunks};
     use super::*;
 
     /// Counts upwards: after token `t` comes `t + 1`. Remembers its sequence.
@@ -154,7 +181,7 @@ mod tests {
             sequence.extend(*tokens);
             out.clear();
             for t in &tokens[tokens.len() - logits.rows(tokens.len())..] {
-                out.extend((0..1000).map(|i| if i == *t + 1 { 1.0 } else { 0.0 }));
+                out.extend((0..1000).map(|i| if i == *t + 1 { 1.0 } else { f32::from(i == *t + 2) / 2.0 }));
             }
             Ok(())
         }
@@ -191,7 +218,7 @@ mod tests {
         let sequence = Arc::new(Mutex::new(Vec::new()));
         let run = |drafts: usize| {
             let mut session = Session::new(Box::new(Counter(sequence.clone())));
-            session.set_drafts(drafts);
+            session.set_drafts(Some(Drafts::look_up(drafts)));
             let mut sampler = Sampler::new(Sampling::default());
             let go = |_| Ok::<_, Error>(ControlFlow::Continue(()));
             // The text said 7, 8, 9, 10 before, then went elsewhere.
@@ -202,6 +229,23 @@ mod tests {
         // Behind 8, 9 the text said 10 and then 3: one guess is right.
         assert_eq!(run(3), (vec![9, 10, 11, 12, 13, 14], (3, 1), 12));
         assert_eq!(*sequence.lock().unwrap(), [7, 8, 9, 10, 3, 7, 8, 9, 10, 11, 12, 13]);
+    }
+
+    #[test]
+    fn guesses_under_a_penalty_are_verified_one_by_one() {
+        let run = |drafts: usize, penalty: f32| {
+            let mut session = Session::new(Box::new(Counter(Arc::default())));
+            session.set_drafts(Some(Drafts::look_up(drafts)));
+            let mut sampler = Sampler::with_penalty(Sampling::default(), penalty);
+            let go = |_| Ok::<_, Error>(ControlFlow::Continue(()));
+            let g = generate(&mut session, &[7, 8, 9, 10, 3, 7, 8], 6, &[], &mut sampler, go).unwrap();
+            (g.tokens, g.drafted)
+        };
+        assert_eq!(run(0, 1.5), (vec![9, 10, 11, 12, 13, 14], (0, 0)));
+        assert_eq!(run(3, 1.5), (vec![9, 10, 11, 12, 13, 14], (3, 1)));
+        // 10 was seen, so that 11 is likelier behind 9.
+        assert_eq!(run(0, 4.0), (vec![9, 11, 12, 13, 14, 15], (0, 0)));
+        assert_eq!(run(3, 4.0), (vec![9, 11, 12, 13, 14, 15], (3, 0)));
     }
 
     #[test]

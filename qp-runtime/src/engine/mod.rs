@@ -7,6 +7,7 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod drafts;
 pub mod generate;
 pub mod linear;
 pub mod lookup;
@@ -20,6 +21,7 @@ use std::sync::Arc;
 pub use cpu::CpuEngine;
 pub use cuda::CudaEngine;
 use cuda::Uploads;
+pub use drafts::Drafts;
 pub use generate::{Generated, Stop, generate};
 pub use pages::Pool;
 pub use sampling::{Sampler, Sampling};
@@ -33,6 +35,9 @@ use crate::model::{Weights, program};
 
 /// Positions of a page of keys and values.
 pub const PAGE: usize = attend::PAGE as usize;
+
+/// Rows of logits that every engine computes at once: steps that want more may be cut.
+pub const MOST_ROWS: usize = 64;
 
 /// Room for sequences.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -290,6 +295,9 @@ pub enum Error {
         /// The part.
         what: &'static str,
     },
+    /// A draft model that cannot guess.
+    #[error("the draft model fails: {0}; leave --draft-model out")]
+    Draft(#[source] Box<Error>),
     /// The device failed.
     #[error("{0}")]
     Device(#[source] Box<dyn std::error::Error + Send + Sync>),

@@ -37,8 +37,13 @@ impl Sampler {
     /// The next `count` choices, for an engine to make: there are none if they depend on the tokens that were seen. Those
     /// whose tokens are taken are counted by [`Sampler::took`].
     pub fn choices(&self, count: usize) -> Option<Vec<Choice>> {
+        (self.penalty == 1.0).then(|| self.rough_choices(count))
+    }
+
+    /// As [`Sampler::choices`], but as if the tokens that were seen did not count: good enough for guesses.
+    pub fn rough_choices(&self, count: usize) -> Vec<Choice> {
         let choice = |i| Choice { sampling: self.sampling, draw: self.draws.wrapping_add(i as u32) };
-        (self.penalty == 1.0).then(|| (0..count).map(choice).collect())
+        (0..count).map(choice).collect()
     }
 
     /// Counts choices whose tokens are taken.

@@ -1,5 +1,6 @@
 //! One sequence with an engine of its own.
 
+use super::drafts::{Drafts, Wanted};
 use super::{Choice, Chunk, Engine, Error, Logits, PAGE, Pool};
 
 /// An engine and the sequence that it computes.
@@ -8,25 +9,35 @@ pub struct Session {
     pool: Pool,
     pages: Vec<u32>,
     tokens: Vec<u32>,
-    drafts: usize,
+    drafts: Option<Drafts>,
 }
 
 impl Session {
     /// An empty sequence, which may take all pages of `engine`.
     pub fn new(engine: Box<dyn Engine>) -> Self {
         let pool = Pool::new(engine.pages());
-        Session { engine, pool, pages: Vec::new(), tokens: Vec::new(), drafts: 0 }
+        Session { engine, pool, pages: Vec::new(), tokens: Vec::new(), drafts: None }
     }
 
-    /// Tokens that are guessed at once while a text is generated, by what it said before ([`super::lookup`]): the engine
-    /// verifies them together. The text is the same with and without.
-    pub fn set_drafts(&mut self, most: usize) {
-        self.drafts = most;
+    /// Tokens are guessed while a text is generated, and the engine verifies them together. The text is the same with and
+    /// without.
+    pub fn set_drafts(&mut self, drafts: Option<Drafts>) {
+        self.drafts = drafts;
     }
 
-    /// See [`Session::set_drafts`].
-    pub fn drafts(&self) -> usize {
-        self.drafts
+    /// Tokens that are guessed at once; see [`Session::set_drafts`].
+    pub fn most_drafts(&self) -> usize {
+        self.drafts.as_ref().map_or(0, Drafts::most)
+    }
+
+    /// Guesses of what follows `text`, at most one for each of the choices by which its tokens are chosen.
+    ///
+    /// # Errors
+    /// If a draft model fails.
+    pub fn guess(&mut self, text: &[u32], choices: Vec<Choice>) -> Result<Vec<u32>, Error> {
+        let Some(drafts) = self.drafts.as_mut().filter(|_| !choices.is_empty()) else { return Ok(Vec::new()) };
+        let guesses = drafts.guess(&[Wanted { id: 0, text, choices }], usize::MAX)?;
+        Ok(guesses.into_iter().next().unwrap_or_default())
     }
 
     /// Tokens that the model knows: the length of a row of logits.

@@ -101,17 +101,20 @@ fn one(
     for (i, (name, range)) in tensors.into_iter().enumerate() {
         progress(name, i, total);
         to.zeros(range.start as u64).map_err(failed)?;
-        let as_it_is = || Kept { name: name.clone(), rows: 1, heads: None };
+        let as_it_is = || Kept { names: vec![name.clone()], rows: 1, heads: None };
         let kept = match gguf {
             Some(gguf) => gguf.kept_as(name)?,
             None => checkpoint.contains(name).then(as_it_is),
         };
         let bytes = match kept {
             Some(kept) => {
-                let bytes = checkpoint.bytes(&kept.name)?;
+                let mut bytes = Vec::with_capacity(range.len());
+                for name in &kept.names {
+                    bytes.extend_from_slice(checkpoint.bytes(name)?.as_slice());
+                }
                 match kept.heads {
-                    Some(heads) => interleaved(bytes.as_slice(), kept.rows, heads),
-                    None => bytes.as_slice().to_vec(),
+                    Some(heads) => interleaved(&bytes, kept.rows, heads),
+                    None => bytes,
                 }
             }
             None => {

@@ -19,11 +19,11 @@ pub const MOST: usize = 1 << 28;
 /// Widest head.
 const MOST_HEAD: usize = 1 << 16;
 /// Most experts of a layer.
-const MOST_EXPERTS: usize = 1 << 10;
+pub(super) const MOST_EXPERTS: usize = 1 << 10;
 /// Most experts of all layers.
 const MOST_OF_ALL_LAYERS: usize = 1 << 16;
 /// Most decoder layers.
-const MOST_LAYERS: usize = 1 << 12;
+pub(super) const MOST_LAYERS: usize = 1 << 12;
 
 /// How one layer attends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -156,6 +156,8 @@ pub struct Config {
     pub bos: Option<u32>,
     /// Tokens that end a text.
     pub eos: Vec<u32>,
+    /// True if weights of norms hold the 1 that is added to them otherwise.
+    pub norms_hold_one: bool,
     /// True if queries and keys pass norms, where the architecture leaves that to `config.json`.
     pub head_norms: bool,
     /// Experts, if the model is a mixture of them.
@@ -212,13 +214,20 @@ const CHANGING: [&str; 31] = [
     "value_norm",
 ];
 
+/// What Gemma 4 has that no other has.
+const GEMMA_4: &str = "norms of values, heads of two widths, and in its small ones embeddings for each layer and layers that \
+                       share keys and values";
+
 /// Architectures that people run and that are not read, and what an engine would need for them.
-const MISSING: [(&str, &str); 8] = [
+const MISSING: [(&str, &str); 11] = [
     ("DeepseekV2ForCausalLM", "latent attention (keys and values of low rank)"),
     ("DeepseekV3ForCausalLM", "latent attention (keys and values of low rank)"),
     ("Qwen3NextForCausalLM", "a gated delta net (linear attention with a state)"),
     ("Qwen3_5ForConditionalGeneration", "a gated delta net (linear attention with a state)"),
     ("Qwen3_5MoeForConditionalGeneration", "a gated delta net (linear attention with a state)"),
+    ("Gemma3nForConditionalGeneration", "several streams, embeddings for each layer, and layers that share keys"),
+    ("Gemma4ForCausalLM", GEMMA_4),
+    ("Gemma4ForConditionalGeneration", GEMMA_4),
     ("Llama4ForConditionalGeneration", "attention in chunks and scores scaled by position"),
     ("MambaForCausalLM", "a state space layer"),
     ("GPT2LMHeadModel", "learned positions"),
@@ -407,6 +416,7 @@ impl Config {
             mlp_bias,
             bos: first(&keys, "bos_token_id", &mut notes)?,
             eos: keys.tokens("eos_token_id")?.unwrap_or_default(),
+            norms_hold_one: false,
             head_norms: false,
             experts: None,
             unused_layers: 0,
@@ -760,8 +770,8 @@ mod tests {
         assert!(few.contains("3 of 2 experts"), "{few}");
         let fp8 = r#","quantization_config":{"quant_method":"fp8","weight_block_size":[128,64]}"#;
         assert_eq!(of("MistralForCausalLM", fp8).unwrap().packing, Packing::Fp8([128, 64]));
-        let whole = of("MistralForCausalLM", r#","quantization_config":{"quant_method":"fp8"}"#).unwrap_err();
-        assert!(whole.contains("already quantized (fp8)") && whole.contains("weight_block_size"), "{whole}");
+        let one_scale = of("MistralForCausalLM", r#","quantization_config":{"quant_method":"fp8"}"#).unwrap();
+        assert!(one_scale.packing == Packing::Plain && one_scale.stored.is_some());
         let mxfp4 = r#","quantization_config":{"quant_method":"mxfp4"}"#;
         assert!(of("MistralForCausalLM", mxfp4).is_err());
         let oss = format!(r#","num_local_experts":4,"num_experts_per_tok":2{mxfp4}"#);

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use qp_codegen::formats;
 use qp_codegen::reader::{Book, Reader};
 use qp_codegen::spec::Shape;
-use qp_codegen::spec::format::Cover;
+use qp_codegen::spec::format::{Cover, Layout};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -31,6 +31,9 @@ struct Import {
     /// A tensor that gives each column the number of its group, if there is one: groups must be neighbours in order.
     #[serde(default)]
     groups: Option<String>,
+    /// Tensors beside a matrix that say how activations would be rounded, which they are not.
+    #[serde(default)]
+    beside: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -47,88 +50,45 @@ fn imports() -> &'static [Import] {
 /// How a model's matrices are stored.
 #[derive(Clone, Debug)]
 pub struct Stored {
+    /// Of these, a matrix has the first whose tensors are there.
+    ways: Vec<Way>,
+}
+
+/// A format and layout, and what lies beside.
+#[derive(Clone, Debug)]
+struct Way {
     book: Arc<Book>,
-    layout: String,
-    groups: Option<String>,
+    import: &'static Import,
 }
 
-impl PartialEq for Stored {
-    fn eq(&self, other: &Self) -> bool {
-        (&self.book.format, &self.layout, &self.groups) == (&other.book.format, &other.layout, &other.groups)
-    }
-}
-
-impl Stored {
-    /// What the value of `quantization_config` says; nothing if no entry of `imports.toml` fits it.
-    pub fn find(config: &Value) -> Option<Stored> {
-        let holds = |(pointer, wanted): (&String, &Value)| match config.pointer(pointer) {
-            None | Some(Value::Null) => *wanted == Value::Bool(false),
-            Some(found) => found == wanted,
-        };
-        let stands = |(pointer, refused): (&String, &Value)| config.pointer(pointer) == Some(refused);
-        let import = imports().iter().find(|i| i.when.iter().all(holds) && !i.unless.iter().any(stands))?;
-        let format = formats::get(&import.format)?;
-        let book = Arc::new(Book::new(format.clone()));
-        Some(Stored { book, layout: import.layout.clone(), groups: import.groups.clone() })
+impl Way {
+    fn layout(&self) -> Option<&Layout> {
+        self.book.format.layout(&self.import.layout)
     }
 
-    /// Names of the formats that are known, for messages.
-    pub fn known() -> String {
-        imports().iter().map(|i| i.format.as_str()).collect::<Vec<_>>().join(", ")
+    /// Names of the tensors of the matrix `name`.
+    fn names(&self, name: &str) -> Vec<String> {
+        self.layout().map_or_else(Vec::new, |l| l.tensors.iter().map(|t| format!("{name}.{}", t.name)).collect())
     }
 
-    /// Joins the tensors of each matrix of `program` that is stored so to one, `NAME.weight`.
+    /// How a matrix of `shape` is read; its tensors `names` in order.
     ///
     /// # Errors
-    /// If one of them is missing or has another shape, or groups of columns are not neighbours.
-    pub fn join(&self, tensors: &mut TensorDir, program: &Program) -> Result<(), Error> {
-        let format = &self.book.format;
-        let wrong = |name: &str, why: String| {
-            let what = format!("layer '{name}', which config.json says to be {}: {why}", format.name);
-            Error::Unsupported { path: tensors_path(tensors), what, supported: "what the layout says".to_owned() }
-        };
-        let Some(layout) = format.layout(&self.layout) else { return Ok(()) };
-        let mut joined = Vec::new();
-        for id in program.ids() {
-            let layer = program.layer(id);
-            let name = &layer.name;
-            let names: Vec<String> = layout.tensors.iter().map(|t| format!("{name}.{}", t.name)).collect();
-            // Layers that the config leaves out, such as the output layer, are as they are.
-            if !names.iter().all(|n| tensors.contains(n)) {
-                continue;
+    /// Why the tensors are no such matrix.
+    fn fit(&self, tensors: &TensorDir, names: &[String], shape: Shape) -> Result<(Arc<Reader>, Vec<Piece>), String> {
+        let layout = self.layout().ok_or("there is no such layout")?;
+        let reader = Reader::new(&self.book, layout, shape).map_err(|e| e.to_string())?;
+        let mut pieces = Vec::new();
+        for (name, wanted) in names.iter().zip(reader.tensors()) {
+            let piece = tensors.piece(name).map_err(|e| e.to_string())?;
+            let sides = |dims: Vec<u64>| dims.into_iter().filter(|n| *n != 1).collect::<Vec<u64>>();
+            let (found, expected) = (piece.shape.iter().map(|n| *n as u64).collect(), wanted.dims.clone());
+            if sides(found) != sides(expected) || piece.bytes.as_slice().len() as u64 != wanted.bytes {
+                return Err(format!("'{name}' is {:?} of {:?}, expected {:?}", piece.shape, piece.dtype, wanted.dims));
             }
-            let shape = Shape { rows: layer.rows as u32, cols: layer.cols as u32 };
-            let reader = Reader::new(&self.book, layout, shape).map_err(|e| wrong(name, e.to_string()))?;
-            let mut pieces = Vec::new();
-            for (name, wanted) in names.iter().zip(reader.tensors()) {
-                let piece = tensors.piece(name)?;
-                let sides = |dims: Vec<u64>| dims.into_iter().filter(|n| *n != 1).collect::<Vec<u64>>();
-                let (found, expected) = (piece.shape.iter().map(|n| *n as u64).collect(), wanted.dims.clone());
-                if sides(found) != sides(expected) || piece.bytes.as_slice().len() as u64 != wanted.bytes {
-                    let why = format!("'{name}' is {:?}, expected {:?}", piece.shape, wanted.dims);
-                    return Err(wrong(&layer.name, why));
-                }
-                pieces.push(piece);
-            }
-            let groups = self.groups.as_ref().map(|g| format!("{name}.{g}")).filter(|g| tensors.contains(g));
-            if let Some(groups) = &groups
-                && !self.in_order(&tensors.piece(groups)?)
-            {
-                let why = format!("'{groups}' orders columns by activations (desc_act), which is not supported");
-                return Err(wrong(name, why));
-            }
-            joined.push((name.clone(), names, groups, Arc::new(reader), pieces));
+            pieces.push(piece);
         }
-        for (name, names, groups, reader, pieces) in joined {
-            names.iter().for_each(|n| drop(tensors.take(n)));
-            if let Some(groups) = groups {
-                let piece = tensors.piece(&groups)?;
-                drop(tensors.take(&groups));
-                tensors.left_out.push(piece);
-            }
-            tensors.add(format!("{name}.weight"), Kind::Format(reader), pieces);
-        }
-        Ok(())
+        Ok((Arc::new(reader), pieces))
     }
 
     /// True if each column has the group that its place says.
@@ -140,6 +100,103 @@ impl Stored {
         let Some(group) = covers.max() else { return false };
         let numbers = groups.bytes.as_slice().as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b) as usize);
         numbers.enumerate().all(|(c, g)| g == c / group)
+    }
+}
+
+impl PartialEq for Stored {
+    fn eq(&self, other: &Self) -> bool {
+        let of = |s: &Stored| s.ways.iter().map(|w| std::ptr::from_ref(w.import)).collect::<Vec<_>>();
+        of(self) == of(other)
+    }
+}
+
+impl Stored {
+    /// What the value of `quantization_config` says; nothing if no entry of `imports.toml` fits it.
+    pub fn find(config: &Value) -> Option<Stored> {
+        let holds = |(pointer, wanted): (&String, &Value)| match config.pointer(pointer) {
+            None | Some(Value::Null) => *wanted == Value::Bool(false),
+            Some(found) => found == wanted,
+        };
+        let stands = |(pointer, refused): (&String, &Value)| config.pointer(pointer) == Some(refused);
+        let fits = |i: &&Import| i.when.iter().all(holds) && !i.unless.iter().any(stands);
+        let way = |import: &'static Import| {
+            let book = Arc::new(Book::new(formats::get(&import.format)?.clone()));
+            Some(Way { book, import })
+        };
+        let ways: Vec<Way> = imports().iter().filter(fits).filter_map(way).collect();
+        (!ways.is_empty()).then_some(Stored { ways })
+    }
+
+    /// Names of the formats that are known, for messages.
+    pub fn known() -> String {
+        let mut names: Vec<&str> = imports().iter().map(|i| i.format.as_str()).collect();
+        names.sort_unstable();
+        names.dedup();
+        names.join(", ")
+    }
+
+    /// Joins the tensors of each matrix of `program` that is stored so to one, `NAME.weight`.
+    ///
+    /// # Errors
+    /// If one of them is missing or has another shape, or groups of columns are not neighbours.
+    pub fn join(&self, tensors: &mut TensorDir, program: &Program) -> Result<(), Error> {
+        let (mut joined, mut beside) = (Vec::new(), Vec::new());
+        for id in program.ids() {
+            let layer = program.layer(id);
+            let name = &layer.name;
+            let shape = Shape { rows: layer.rows as u32, cols: layer.cols as u32 };
+            let mut fit = None;
+            let mut failed = None;
+            for way in &self.ways {
+                let names = way.names(name);
+                // Layers that the config leaves out, such as the output layer, are as they are.
+                if fit.is_some() || !names.iter().all(|n| tensors.contains(n)) {
+                    continue;
+                }
+                match way.fit(tensors, &names, shape) {
+                    Ok((reader, pieces)) => fit = Some((way, names, reader, pieces)),
+                    Err(why) => failed = failed.or(Some((way, why))),
+                }
+            }
+            let wrong = |way: &Way, why: String| {
+                let format = &way.book.format.name;
+                let what = format!("layer '{name}', which config.json says to be {format}: {why}");
+                Error::Unsupported { path: tensors_path(tensors), what, supported: "what the layout says".to_owned() }
+            };
+            let Some((way, names, reader, pieces)) = fit else {
+                match failed {
+                    Some((way, why)) => return Err(wrong(way, why)),
+                    None => continue,
+                }
+            };
+            let groups = way.import.groups.as_ref().map(|g| format!("{name}.{g}")).filter(|g| tensors.contains(g));
+            if let Some(groups) = &groups
+                && !way.in_order(&tensors.piece(groups)?)
+            {
+                let why = format!("'{groups}' orders columns by activations (desc_act), which is not supported");
+                return Err(wrong(way, why));
+            }
+            let of_activations = way.import.beside.iter().map(|b| format!("{name}.{b}"));
+            beside.extend(of_activations.filter(|b| tensors.contains(b)));
+            joined.push((name.clone(), names, groups, reader, pieces));
+        }
+        if !beside.is_empty() {
+            let (path, count) = (tensors_path(tensors), beside.len());
+            let what = "scales of activations are not used: activations are not rounded to 8 bits";
+            tensors.notes.push(format!("{}: {count} {what}", path.display()));
+        }
+        let mut leave_out = beside;
+        for (name, names, groups, reader, pieces) in joined {
+            names.iter().for_each(|n| drop(tensors.take(n)));
+            leave_out.extend(groups);
+            tensors.add(format!("{name}.weight"), Kind::Format(reader), pieces);
+        }
+        for name in leave_out {
+            let piece = tensors.piece(&name)?;
+            drop(tensors.take(&name));
+            tensors.left_out.push(piece);
+        }
+        Ok(())
     }
 }
 
@@ -159,7 +216,7 @@ mod tests {
             assert!(format.layout(&i.layout).is_some(), "{}", i.format);
         }
         assert!(imports().len() > 8);
-        let name = |v: Value| Stored::find(&v).map(|s| s.book.format.name.clone());
+        let name = |v: Value| Stored::find(&v).map(|s| s.ways[0].book.format.name.clone());
         let gptq = |bits: u32, group: i32, act: bool| json!({"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act, "sym": true});
         assert_eq!(name(gptq(4, 128, false)).as_deref(), Some("gptq_int4_g128"));
         assert_eq!(name(gptq(3, 128, false)).as_deref(), Some("gptq_int3_g128"));
@@ -171,5 +228,9 @@ mod tests {
         let two = json!({"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "gptq_v2"});
         assert_eq!(name(two), None);
         assert_eq!(name(json!({"quant_method": "fp8", "weight_block_size": [128, 128]})).as_deref(), Some("fp8_128"));
+        // How large scales are, and what they are called, the tensors say.
+        let ways = |v: Value| Stored::find(&v).map_or(0, |s| s.ways.len());
+        assert_eq!(ways(json!({"quant_method": "fp8", "weight_block_size": null, "activation_scheme": "static"})), 4);
+        assert_eq!(ways(json!({"quant_method": "fp8", "weight_block_size": [64, 64]})), 0);
     }
 }

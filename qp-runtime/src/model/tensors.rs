@@ -64,6 +64,16 @@ impl Bytes {
         Bytes { owner: Owner::Map(map), range }
     }
 
+    /// A part of these.
+    ///
+    /// # Panics
+    /// If they end before.
+    pub(super) fn part(&self, part: Range<usize>) -> Bytes {
+        let range = self.range.start + part.start..self.range.start + part.end;
+        assert!(part.start <= part.end && range.end <= self.range.end, "part of the bytes");
+        Bytes { owner: self.owner.clone(), range }
+    }
+
     /// The bytes.
     pub fn as_slice(&self) -> &[u8] {
         let all: &[u8] = match &self.owner {

@@ -265,6 +265,22 @@ impl Tokenizer {
         self.inner.get_added_tokens_decoder().get(&token).is_some_and(|t| t.special)
     }
 
+    /// Checks that the numbers that both tokenizers know stand for the same tokens, so that what one model says can be read
+    /// by the other.
+    ///
+    /// # Errors
+    /// What the first number with different tokens stands for, if there is one.
+    pub fn same_tokens(&self, other: &Tokenizer) -> Result<(), String> {
+        let differs = |(token, id): (String, u32)| {
+            let own = self.inner.id_to_token(id).filter(|own| *own != token)?;
+            Some((id, own, token))
+        };
+        match other.inner.get_vocab(true).into_iter().filter_map(differs).min() {
+            None => Ok(()),
+            Some((id, own, token)) => Err(format!("token {id} is {token:?} in it, and {own:?} in the model")),
+        }
+    }
+
     /// One more than the largest number of a token.
     pub fn size(&self) -> usize {
         self.inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1)

@@ -76,6 +76,8 @@ pub struct Answer {
     pub tokens: usize,
     /// Tokens of the prompt that were in the cache.
     pub cached: usize,
+    /// Guesses that were right, and that were wrong.
+    pub guesses: (usize, usize),
     stats: Arc<Stats>,
     asked: Instant,
     last: Option<Instant>,
@@ -114,6 +116,7 @@ impl Answer {
             finish: None,
             tokens: 0,
             cached: 0,
+            guesses: (0, 0),
             stats: stats.clone(),
             asked: Instant::now(),
             last: None,
@@ -158,6 +161,7 @@ impl Answer {
     fn take(&mut self, event: Event, delta: &mut Delta) -> Result<(), Broken> {
         match event {
             Event::Started { cached } => self.cached = cached,
+            Event::Guessed { right, wrong } => self.guesses = (self.guesses.0 + right, self.guesses.1 + wrong),
             Event::Token { token, logprobs } => {
                 let now = Instant::now();
                 match self.last.replace(now) {

@@ -112,22 +112,36 @@ impl Chooser {
         self.forbidden.as_deref().unwrap_or_default()
     }
 
-    /// The next choice, of the tokens that are not [`Chooser::forbidden`], if an engine can make it: then [`Chooser::took`] is
-    /// to be told what came out.
-    pub fn choice(&self) -> Option<Choice> {
+    /// The next `count` choices, of the tokens that are not [`Chooser::forbidden`], if an engine can make them: then
+    /// [`Chooser::took`] is to be told what came out. With a grammar, what is forbidden is known of the first only.
+    pub fn choices(&self, count: usize) -> Option<Vec<Choice>> {
         let c = &self.choosing;
         let simple = c.bias.is_empty()
             && c.presence == 0.0
             && c.frequency == 0.0
             && c.repetition.is_none()
             && c.logprobs.is_none();
-        // The draw counts only once a token has come out.
-        if simple { self.sampler.choices(1)?.pop() } else { None }
+        // Draws count only once a token has come out.
+        if simple { self.sampler.choices(count) } else { None }
     }
 
-    /// What an engine is to give for the next token: the token, if it can choose it, else the logits.
-    pub fn wish(&self) -> Wish<'_> {
-        self.choice().map_or(Wish::Logits, |choice| Wish::Token(choice, self.forbidden()))
+    /// What an engine is to give for the next `count` tokens: the tokens, if it can choose them, else the logits.
+    pub fn wishes(&self, count: usize) -> Vec<Wish<'_>> {
+        match self.choices(count) {
+            Some(choices) => choices.into_iter().map(|choice| Wish::Token(choice, self.forbidden())).collect(),
+            None => vec![Wish::Logits; count],
+        }
+    }
+
+    /// True if the next token is chosen here, from logits.
+    pub fn needs_logits(&self) -> bool {
+        self.choices(0).is_none()
+    }
+
+    /// By which the next `count` tokens may be guessed. There are none under a grammar, which forbids most guesses.
+    pub fn guessing(&self, count: usize) -> Vec<Choice> {
+        let count = if self.choosing.grammar.is_some() { 0 } else { count };
+        self.sampler.rough_choices(count)
     }
 
     /// The engine made the next choice.
@@ -135,7 +149,7 @@ impl Chooser {
     /// # Errors
     /// If the grammar fails.
     pub fn took(&mut self, token: u32) -> Result<(), Failure> {
-        self.sampler.choice();
+        self.sampler.took(1);
         self.accept(token)
     }
 
@@ -261,7 +275,7 @@ mod tests {
         );
         let mut chooser = Chooser::new(choosing(), &[]);
         // An engine makes the same choice by the mask.
-        assert!(chooser.choice().is_some());
+        assert!(!chooser.needs_logits());
         chooser.prepare(4).unwrap();
         assert_eq!(chooser.forbidden(), [!0b1100]);
         chooser.took(2).unwrap();
@@ -288,8 +302,8 @@ mod tests {
         let mut chooser = Chooser::new(Choosing { sampling, ..Choosing::default() }, &[]);
         for token in here {
             // Asking twice changes nothing: a step may fail and be tried again.
-            assert_eq!(chooser.choice(), chooser.choice());
-            let choice = chooser.choice().unwrap();
+            assert_eq!(chooser.choices(1), chooser.choices(1));
+            let choice = chooser.choices(1).unwrap()[0];
             assert_eq!(choice.sampling.choose(&logits, 1.0, |_| false, choice.draw), Some(token));
             chooser.took(token).unwrap();
         }

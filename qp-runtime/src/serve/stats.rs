@@ -88,6 +88,10 @@ pub struct Stats {
     pub computed: Number,
     /// Tokens generated.
     pub generated: Number,
+    /// Tokens that were guessed.
+    pub guessed: Number,
+    /// Guesses that were right.
+    pub right: Number,
     /// Steps of the engine.
     pub steps: Number,
     /// Sequences that gave up their pages and were computed again.
@@ -123,7 +127,7 @@ impl Stats {
     /// Prometheus' text form.
     pub fn prometheus(&self) -> String {
         let mut out = String::new();
-        let rows: [(&str, &str, &Number, &str); 18] = [
+        let rows: [(&str, &str, &Number, &str); 20] = [
             ("qp_requests_running", "gauge", &self.running, "Requests whose answers are being generated."),
             ("qp_requests_waiting", "gauge", &self.waiting, "Requests that wait."),
             ("qp_connections", "gauge", &self.connections, "Open connections."),
@@ -139,6 +143,8 @@ impl Stats {
             ),
             ("qp_tokens_computed_total", "counter", &self.computed, "Tokens that the engine computed."),
             ("qp_tokens_generated_total", "counter", &self.generated, "Tokens generated."),
+            ("qp_tokens_guessed_total", "counter", &self.guessed, "Tokens guessed."),
+            ("qp_tokens_guessed_right_total", "counter", &self.right, "Guesses that were right."),
             ("qp_steps_total", "counter", &self.steps, "Steps of the engine."),
             (
                 "qp_preemptions_total",

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 
 use super::scheduler::{Limits, Request, Scheduler};
 use super::stats::Stats;
-use crate::engine::Engine;
+use crate::engine::{Drafts, Engine};
 
 enum Command {
     Submit(Box<Request>),
@@ -23,14 +23,19 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts the thread. If the engine panics, all its requests lose their sinks and `stats.dead` is set.
+    /// Starts the thread; `drafts` guess tokens. If the engine panics, all its requests lose their sinks and `stats.dead` is set.
     ///
     /// # Errors
     /// If the system gives no thread.
-    pub fn start(engine: Box<dyn Engine>, limits: Limits, stats: Arc<Stats>) -> std::io::Result<Worker> {
+    pub fn start(
+        engine: Box<dyn Engine>,
+        drafts: Option<Drafts>,
+        limits: Limits,
+        stats: Arc<Stats>,
+    ) -> std::io::Result<Worker> {
         let (commands, receiver) = channel();
         let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
-            let scheduler = Scheduler::new(engine, limits, stats.clone());
+            let scheduler = Scheduler::new(engine, drafts, limits, stats.clone());
             let ended = catch_unwind(AssertUnwindSafe(|| run(scheduler, &receiver)));
             stats.dead.set(1);
             if ended.is_err() {

@@ -33,6 +33,40 @@ fn generate_prints_prompt_and_continuation() {
 }
 
 #[test]
+fn a_draft_model_makes_no_other_text() {
+    const PROMPT: &str = "And it came to pass in those days, that";
+    let written = |more: &[&str]| {
+        let base = ["generate", MODEL, "--device", "cpu", "-n", "16", "-p", PROMPT];
+        let o = qp(&[&base, more].concat());
+        assert!(o.status.success(), "{}", text(&o.stderr));
+        (text(&o.stdout).to_owned(), text(&o.stderr).lines().last().unwrap_or_default().to_owned())
+    };
+    for drawn in [&[][..], &["--temperature", "1", "--seed", "5"], &["--repetition-penalty", "1.3"]] {
+        let plain = written(drawn).0;
+        let (guessed, said) = written(&[drawn, &["--draft-model", MODEL]].concat());
+        assert_eq!(guessed, plain);
+        assert!(said.starts_with("guessed: "), "{said}");
+        // It guesses what it says, if penalties do not make it say another thing.
+        assert_eq!(said, if drawn.len() == 2 { said.clone() } else { "guessed: 12 tokens, 12 of them right".into() });
+        assert_eq!(written(&[drawn, &["--drafts", "3"]].concat()).0, plain);
+        assert_eq!(written(&[drawn, &["--draft-model", MODEL, "--drafts", "0"]].concat()).0, plain);
+    }
+    // One whose tokens are others is refused.
+    let other = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(MODEL).unwrap() {
+        let path = file.unwrap().path();
+        std::fs::copy(&path, other.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let tokens = std::fs::read_to_string(other.path().join("tokenizer.json")).unwrap();
+    assert!(tokens.contains("\"<|begin|>\""));
+    std::fs::write(other.path().join("tokenizer.json"), tokens.replace("<|begin|>", "<|other|>")).unwrap();
+    let (message, code) =
+        fails(&["generate", MODEL, "--device", "cpu", "-p", "a", "--draft-model", other.path().to_str().unwrap()]);
+    assert!(message.contains("token 0 is \"<|other|>\" in it, and \"<|begin|>\" in the model"), "{message}");
+    assert!(message.contains("give a draft model of its family") && code == 1, "{message}");
+}
+
+#[test]
 fn prompts_come_from_anywhere_and_texts_may_end_what_follows() {
     const PROMPT: &str = "And it came to pass in those days, that";
     let arguments = |more: &[&'static str]| [&["generate", MODEL, "--device", "cpu"], more].concat();
@@ -74,6 +108,15 @@ fn eval_reports_numbers() {
     assert_eq!((json["tokens"].as_u64(), json["scored"].as_u64()), (Some(600), Some(510)));
     let o = qp(&["eval", MODEL, "--text", path]);
     assert!(text(&o.stdout).starts_with(&format!("perplexity {perplexity:.4}\n")), "{}", text(&o.stdout));
+    // What keys and values lose in 8 bits; in 16 the model is compared with itself.
+    let divergence = |more: &[&str]| {
+        let base = ["eval", MODEL, "--device", "cpu", "--text", path, "--limit", "256", "--against", MODEL, "--json"];
+        let json: serde_json::Value = serde_json::from_slice(&qp(&[&base, more].concat()).stdout).unwrap();
+        json["divergence"].as_f64().unwrap()
+    };
+    assert_eq!(divergence(&[]), 0.0);
+    let in_8 = divergence(&["--cache-bits", "8"]);
+    assert!(in_8 > 0.0 && in_8 < 0.05, "{in_8}");
 }
 
 #[test]

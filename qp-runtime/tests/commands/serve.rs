@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use crate::server::{Response, Server, model_with};
+use crate::server::{MODEL, Response, Server, model_with};
 use serde_json::{Value, json};
 
 fn message(text: &str) -> Value {
@@ -248,6 +248,45 @@ fn answers_under_load_are_those_alone() {
         }
     });
     server.assert_idle();
+}
+
+#[test]
+fn guesses_do_not_change_answers() {
+    let bodies: Vec<Value> = (0..6)
+        .map(|i| {
+            let prompt = "And the LORD spake unto Moses, saying, ".repeat(1 + i % 3) + &format!("chapter {i}");
+            let temperature = if i % 2 == 0 { 0.0 } else { 0.9 };
+            let body = json!({"prompt": prompt, "max_tokens": 10 + 3 * i, "temperature": temperature, "seed": i});
+            with(body, if i == 4 { json!({"frequency_penalty": 0.5, "logprobs": 1}) } else { json!({}) })
+        })
+        .collect();
+    let plain = Server::start(&["--context", "256"]);
+    let alone: Vec<String> = bodies.iter().map(|b| text(&plain.post("/v1/completions", b))).collect();
+    assert!(plain.post("/v1/completions", &bodies[0]).json()["usage"]["completion_tokens_details"].is_null());
+    for (arguments, same) in [(&["--draft-model", MODEL, "--drafts", "3"][..], true), (&["--drafts", "5"], false)] {
+        let server = Server::start(&[&["--context", "256", "--sequences", "4"], arguments].concat());
+        let guesses = AtomicUsize::new(0);
+        std::thread::scope(|s| {
+            for (i, (body, expected)) in bodies.iter().zip(&alone).enumerate() {
+                let (server, guesses) = (&server, &guesses);
+                s.spawn(move || {
+                    let got = server.post("/v1/completions", body);
+                    assert_eq!(text(&got), *expected, "request {i}");
+                    let usage = got.json()["usage"].clone();
+                    let of = |name: &str| usage["completion_tokens_details"][name].as_u64().unwrap_or(0);
+                    let (right, wrong) = (of("accepted_prediction_tokens"), of("rejected_prediction_tokens"));
+                    assert!(right < usage["completion_tokens"].as_u64().unwrap());
+                    if same && i != 4 {
+                        assert!(right > 0 && wrong == 0, "{usage}");
+                    }
+                    guesses.fetch_add((right + wrong) as usize, Ordering::Relaxed);
+                });
+            }
+        });
+        assert!(guesses.into_inner() > 0);
+        server.assert_idle();
+        assert!(!server.get("/metrics").text().contains("\nqp_tokens_guessed_total 0\n"));
+    }
 }
 
 #[test]

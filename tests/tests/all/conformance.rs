@@ -1,14 +1,12 @@
 //! Small random models of every architecture against what transformers computes (`scripts/conformance`).
 
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use qp_runtime::check::synthetic::Random;
 use qp_runtime::device::Executor;
-use qp_runtime::engine::{self, Logits, Sampler, Sampling, Session};
+use qp_runtime::engine::{self, Drafts, Generated, Logits, Room, Sampler, Sampling, Session};
 use qp_runtime::model::Model;
-use qp_tests::models::RandomModel;
+use qp_tests::conformance::{Case, dirs};
 use rayon::prelude::*;
 use serde_json::Value;
 
@@ -19,56 +17,16 @@ const DIFFERENT: f32 = 1e-2;
 /// Greedy tokens that the interpreter computes.
 const FEW: usize = 3;
 
-/// A case, read.
-struct Case {
-    name: String,
-    model: RandomModel,
-    prompt: Vec<u32>,
-    greedy: Vec<u32>,
-    /// Positions of the prompt.
-    rows: Vec<usize>,
-    /// Their logits.
-    logits: Vec<f32>,
-    /// Merge patches of `config.json` that must change the logits.
-    ignoring: Vec<Value>,
-}
-
-fn list<T>(v: &Value, of: impl Fn(u64) -> T) -> Vec<T> {
-    v.as_array().unwrap().iter().map(|v| of(v.as_u64().unwrap())).collect()
-}
-
-impl Case {
-    fn read(dir: &Path) -> Case {
-        let json = |name: &str| -> Value { serde_json::from_slice(&std::fs::read(dir.join(name)).unwrap()).unwrap() };
-        let case = json("case.json");
-        let mut model = RandomModel { config: json("config.json"), tensors: Default::default() };
-        for tensor in case["tensors"].as_array().unwrap() {
-            let (name, shape) = (tensor["name"].as_str().unwrap(), list(&tensor["shape"], |n| n as usize));
-            let number = |key: &str| tensor[key].as_f64().unwrap() as f32;
-            let (middle, width) = (number("middle"), number("width"));
-            let values = Random::of(name).values(shape.iter().product(), 1.0);
-            let values = values.iter().map(|v| half::bf16::from_f32(middle + width * v).to_f32()).collect();
-            model.tensors.insert(tensor["file"].as_str().unwrap().to_owned(), (shape, values));
-        }
-        let logits = std::fs::read(dir.join("logits.f32")).unwrap();
-        Case {
-            name: dir.file_name().unwrap().to_str().unwrap().to_owned(),
-            model,
-            prompt: list(&case["prompt"], |t| t as u32),
-            greedy: list(&case["greedy"], |t| t as u32),
-            rows: list(&case["rows"], |r| r as usize),
-            logits: logits.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-            ignoring: case["ignoring"].as_array().unwrap().clone(),
-        }
-    }
-
-    fn open(&self, config: &Value) -> Result<Model, String> {
-        let dir = tempfile::tempdir().unwrap();
-        RandomModel { config: config.clone(), ..self.model.clone() }.write(dir.path());
-        Model::open(dir.path()).map_err(|e| format!("{}: {e}", self.name))
-    }
-
+/// What engines compute of a case.
+trait Computed {
     /// Largest difference of the logits of a whole prompt, over the largest logit.
+    fn difference(&self, engine: &mut Session) -> Result<f32, String>;
+
+    /// The greedy tokens that follow the prompt.
+    fn greedy(&self, engine: &mut Session, count: usize) -> Vec<u32>;
+}
+
+impl Computed for Case {
     fn difference(&self, engine: &mut Session) -> Result<f32, String> {
         let mut all = Vec::new();
         engine.truncate(0);
@@ -79,7 +37,6 @@ impl Case {
         Ok(worst / self.logits.iter().map(|v| v.abs()).fold(0.0, f32::max))
     }
 
-    /// The greedy tokens that follow the prompt.
     fn greedy(&self, engine: &mut Session, count: usize) -> Vec<u32> {
         engine.truncate(0);
         let mut tokens = vec![engine.greedy(&self.prompt).unwrap()];
@@ -90,17 +47,9 @@ impl Case {
     }
 }
 
-fn cases() -> Vec<PathBuf> {
-    let all = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/conformance");
-    let mut dirs: Vec<PathBuf> = std::fs::read_dir(all).unwrap().map(|e| e.unwrap().path()).collect();
-    dirs.sort();
-    assert!(dirs.len() > 10);
-    dirs
-}
-
 /// Every case, and all that is wrong with any of them.
 fn each(check: impl Fn(&Case) -> Result<(), String> + Sync) {
-    let wrong: Vec<String> = cases().par_iter().filter_map(|dir| check(&Case::read(dir)).err()).collect();
+    let wrong: Vec<String> = dirs().par_iter().filter_map(|dir| check(&Case::read(dir)).err()).collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
@@ -162,19 +111,31 @@ fn on_device(on: &Executor) {
     });
 }
 
+/// A text that a sampler's seed draws, or the likeliest, with guesses or without.
+fn written(case: &Case, on: Option<&Executor>, count: usize, seed: Option<u64>, drafts: Option<Drafts>) -> Generated {
+    let model = case.open(&case.model.config).unwrap();
+    let mut engine = session(on, &model, case.prompt.len() + count);
+    engine.set_drafts(drafts);
+    let drawn = |seed| Sampling { temperature: 0.7, top_p: 0.95, seed, ..Sampling::default() };
+    let mut sampler = Sampler::new(seed.map_or(Sampling::default(), drawn));
+    let go = |_| Ok::<_, engine::Error>(ControlFlow::Continue(()));
+    engine::generate(&mut engine, &case.prompt, count, &[], &mut sampler, go).unwrap()
+}
+
+/// Guesses by the model of a case, up to four at once.
+fn by_model(case: &Case, on: Option<&Executor>, vocab: usize) -> Drafts {
+    let model = case.open(&case.model.config).unwrap();
+    let weights = Arc::new(model.weights);
+    let room = Room::one(weights.program.context.min(200));
+    Drafts::of_model(engine::SharedWeights::on(on).open(&weights, room).unwrap(), vocab, 4)
+}
+
 #[test]
 fn guesses_do_not_change_a_text() {
     each(|case| {
-        let model = case.open(&case.model.config)?;
-        let text = |drafts: usize| {
-            let mut engine = session(None, &model, case.prompt.len() + case.greedy.len());
-            engine.set_drafts(drafts);
-            let mut sampler = Sampler::new(Sampling::default());
-            let go = |_| Ok::<_, engine::Error>(ControlFlow::Continue(()));
-            engine::generate(&mut engine, &case.prompt, case.greedy.len(), &[], &mut sampler, go).unwrap()
-        };
-        let guessed = text(5);
-        if guessed.tokens != case.greedy || text(0).tokens != case.greedy {
+        let count = case.greedy.len();
+        let guessed = written(case, None, count, None, Some(Drafts::look_up(5)));
+        if guessed.tokens != case.greedy || written(case, None, count, None, None).tokens != case.greedy {
             return Err(format!("{}: {:?}, reference {:?}", case.name, guessed.tokens, case.greedy));
         }
         // Some of these texts repeat themselves.
@@ -183,6 +144,26 @@ fn guesses_do_not_change_a_text() {
         }
         Ok(())
     });
+}
+
+#[test]
+fn a_draft_model_does_not_change_a_text() {
+    let (model, other) = (Case::named("llama"), Case::named("qwen3"));
+    let vocab = model.logits.len() / model.rows.len();
+    let interpreter = Executor::interpreter();
+    for (on, count) in [(None, 30), (Some(&interpreter), 7)] {
+        for seed in [None, Some(3)] {
+            let plain = written(&model, on, count, seed, None);
+            assert_eq!(plain.drafted, (0, 0));
+            // The model guesses what it will say itself, drawn tokens included.
+            let own = written(&model, on, count, seed, Some(by_model(&model, on, vocab)));
+            assert_eq!(own.tokens, plain.tokens);
+            assert!(own.drafted.0 >= count * 3 / 5 && own.drafted.1 == own.drafted.0, "{:?}", own.drafted);
+            let of_other = written(&model, on, count, seed, Some(by_model(&other, on, vocab)));
+            assert_eq!(of_other.tokens, plain.tokens);
+            assert!(of_other.drafted.1 < of_other.drafted.0 / 2, "{:?}", of_other.drafted);
+        }
+    }
 }
 
 #[test]

@@ -97,6 +97,7 @@ fn tokenizers() {
     // Llama 3 takes three digits together: the pair within "0 012" stays, that across a group does not.
     assert_eq!(tokens("llama-bpe", "0012", same).unwrap(), [vec![1], bytes("0012")].concat());
     assert_eq!(tokens("qwen2", "12", same).unwrap(), bytes("12"));
+    assert_eq!(tokens("seed-coder", "12", same).unwrap(), bytes("12"));
     assert_eq!(tokens("gpt-2", "é<|x|>é", same).unwrap(), [0xC3, 0xA9, 257, 0xC3, 0xA9]);
     let bos = |file: &mut Gguf| {
         file.values.insert("tokenizer.ggml.add_bos_token".to_owned(), Value::Bool(true));
@@ -304,7 +305,8 @@ fn bad_files_are_refused_by_name() {
     );
     assert_eq!(
         message(&set("general.architecture", Value::Text("mamba".to_owned()))),
-        "DIR/m.gguf: architecture mamba is not supported (supported: llama, qwen2, qwen3)"
+        "DIR/m.gguf: architecture mamba is not supported (supported: llama, qwen2, qwen3, qwen3moe, gemma, gemma2, gemma3, \
+         phi3, olmo2, granite, command-r, cohere2, glm4, glm4moe, smollm3, starcoder2, seed_oss, gpt-oss)"
     );
     assert_eq!(
         message(&|f| drop(f.values.remove("llama.block_count"))),
@@ -320,10 +322,10 @@ fn bad_files_are_refused_by_name() {
     );
     assert!(message(&|f| f.version = 1).contains("GGUF version 1 is not supported"));
     assert!(message(&|f| f.version = 3u32.swap_bytes()).contains("big-endian GGUF is not supported"));
-    assert!(message(&set("llama.expert_count", Value::U32(8))).contains("a mixture of 8 experts is not supported"));
-    assert!(
-        message(&set("llama.rope.scaling.type", Value::Text("yarn".to_owned()))).contains("'yarn' is not supported")
-    );
+    assert!(message(&set("llama.expert_count", Value::U32(8))).contains("has no key 'llama.expert_used_count'"));
+    let scaling = |kind: &str| message(&set("llama.rope.scaling.type", Value::Text(kind.to_owned())));
+    assert!(scaling("yarn").contains("has no key 'llama.rope.scaling.factor'"));
+    assert!(scaling("spiral").contains("'spiral' is not supported (supported: none, linear, yarn)"));
     assert!(
         message(&|f| f.tensors.get_mut("blk.0.ffn_up.weight").unwrap().1 = 12)
             .contains("rows that are not whole blocks")

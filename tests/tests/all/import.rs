@@ -153,10 +153,8 @@ fn gptq(dir: &Path) -> (PathBuf, PathBuf) {
     let (quantized, plain) = (dir.join("quantized"), dir.join("plain"));
     let format = formats::get("gptq_int4_g32").unwrap();
     let book = Arc::new(Book::new(format.clone()));
-    let mut tensors: Vec<(String, safetensors::Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
-    let (mut x, mut names) = (1u32, Vec::new());
+    let (mut x, mut tensors) = (1u32, Vec::new());
     for (name, (shape, weights)) in model.tensors.iter_mut().filter(|t| t.0.contains("_proj")) {
-        names.push(name.clone());
         let (rows, cols) = (shape[0], shape[1]);
         let mut random = |n: usize| -> Vec<u8> {
             let mut next = || {
@@ -190,15 +188,23 @@ fn gptq(dir: &Path) -> (PathBuf, PathBuf) {
         tensors.push((format!("{layer}.scales"), safetensors::Dtype::F16, vec![cols / 32, rows], scales));
         tensors.push((format!("{layer}.g_idx"), i32s, vec![cols], groups));
     }
-    std::fs::create_dir_all(&plain).unwrap();
-    std::fs::create_dir_all(&quantized).unwrap();
-    model.write(&plain);
-    for name in names {
-        model.tensors.remove(&name);
-    }
-    model.config["quantization_config"] =
+    let config =
         serde_json::json!({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": false, "sym": false});
-    model.write(&quantized);
+    write_both(&plain, &quantized, model, config, tensors);
+    (quantized, plain)
+}
+
+/// A tensor of a file: name, type, shape and bytes.
+type Raw = (String, safetensors::Dtype, Vec<usize>, Vec<u8>);
+
+/// Writes `model`, and the same with `tensors` in place of its layers, which `config` is about.
+fn write_both(plain: &Path, quantized: &Path, mut model: RandomModel, config: serde_json::Value, tensors: Vec<Raw>) {
+    std::fs::create_dir_all(plain).unwrap();
+    std::fs::create_dir_all(quantized).unwrap();
+    model.write(plain);
+    model.tensors.retain(|name, _| !name.contains("_proj"));
+    model.config["quantization_config"] = config;
+    model.write(quantized);
     // What the model has besides, and the quantized matrices, in one file.
     let path = quantized.join("model.safetensors");
     let old = std::fs::read(&path).unwrap();
@@ -207,7 +213,73 @@ fn gptq(dir: &Path) -> (PathBuf, PathBuf) {
         tensors.iter().map(|(n, d, s, b)| (n.clone(), safetensors::tensor::TensorView::new(*d, s.clone(), b).unwrap()));
     let all: Vec<_> = rest.tensors().into_iter().chain(views).collect();
     std::fs::write(&path, safetensors::serialize(all, None).unwrap()).unwrap();
+}
+
+/// A model whose layers are FP8 with one scale each, called `scale`, and the same model with their weights written out.
+fn fp8(dir: &Path, scale: &str, in_half: bool, config: serde_json::Value) -> (PathBuf, PathBuf) {
+    let mut model = RandomModel::new("LlamaForCausalLM");
+    let (quantized, plain) = (dir.join("quantized"), dir.join("plain"));
+    let (mut x, mut tensors) = (7u32, Vec::new());
+    for (name, (shape, weights)) in model.tensors.iter_mut().filter(|t| t.0.contains("_proj")) {
+        let mut next = || {
+            x = x.wrapping_mul(1_103_515_245).wrapping_add(12345);
+            (x >> 16) as u8
+        };
+        // All numbers up to 30, but for the two codes that are none.
+        let codes: Vec<u8> = weights.iter().map(|_| next() & 0xDF).collect();
+        let factor = half::bf16::from_f32(f32::from(1 + next() % 7) / 200.0);
+        for (w, code) in weights.iter_mut().zip(&codes) {
+            let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7) / 8.0);
+            let size = if exponent == 0 { mantissa / 64.0 } else { (1.0 + mantissa) * 2f32.powi(exponent - 7) };
+            *w = if code & 0x80 == 0 { size } else { -size } * factor.to_f32();
+        }
+        let layer = name.trim_end_matches(".weight");
+        tensors.push((name.clone(), safetensors::Dtype::F8_E4M3, shape.clone(), codes));
+        let (dtype, bytes) = match in_half {
+            true => (safetensors::Dtype::BF16, factor.to_le_bytes().to_vec()),
+            false => (safetensors::Dtype::F32, factor.to_f32().to_le_bytes().to_vec()),
+        };
+        tensors.push((format!("{layer}.{scale}"), dtype, if in_half { vec![] } else { vec![1] }, bytes.clone()));
+        tensors.push((format!("{layer}.input_scale"), dtype, vec![], bytes));
+    }
+    write_both(&plain, &quantized, model, config, tensors);
     (quantized, plain)
+}
+
+#[test]
+fn fp8_with_one_scale_runs_moves_in_and_moves_out() {
+    let group = serde_json::json!({"weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}});
+    let compressed = serde_json::json!({
+        "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group},
+    });
+    let fine = serde_json::json!({"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": null});
+    let optimizer = serde_json::json!({"quant_method": "modelopt", "quant_algo": "FP8"});
+    for (config, scale, in_half, spec) in [
+        (&compressed, "weight_scale", false, "fp8_tensor"),
+        (&compressed, "weight_scale", true, "fp8_tensor_bf16"),
+        (&fine, "weight_scale_inv", true, "fp8_tensor_bf16"),
+        (&fine, "weight_scale", false, "fp8_tensor"),
+        (&optimizer, "weight_scale", false, "fp8_tensor"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (quantized, plain) = fp8(dir.path(), scale, in_half, config.clone());
+        let expected = logits(Model::open(&plain).unwrap());
+        let model = Model::open(&quantized).unwrap();
+        assert!(model.notes.iter().any(|n| n.contains("14 scales of activations are not used")), "{:?}", model.notes);
+        assert_eq!(logits(model), expected, "{config} {scale}");
+        let out = dir.path().join("out");
+        let manifest = import(&quantized, &out, Begin::default(), &mut |_, _, _| ()).unwrap();
+        assert_eq!((manifest.layers.len(), manifest.layers[0].spec.as_str()), (14, spec));
+        assert_eq!(logits(Model::open(&out).unwrap()), expected);
+        let paths = export(&out, &dir.path().join("back"), false, &mut |_, _, _| ()).unwrap();
+        let original = std::fs::read(quantized.join("model.safetensors")).unwrap();
+        assert!(std::fs::read(&paths[0]).unwrap() == original, "not the same bytes");
+    }
+    // A scale that is called otherwise than config.json's method calls it is not ignored.
+    let dir = tempfile::tempdir().unwrap();
+    let (quantized, _) = fp8(dir.path(), "weight_scale_inv", false, optimizer);
+    let error = Model::open(&quantized).unwrap_err().to_string();
+    assert!(error.contains("F8_E4M3"), "{error}");
 }
 
 #[test]

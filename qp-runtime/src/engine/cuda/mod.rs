@@ -51,7 +51,7 @@ const SIZES: [u32; 12] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048];
 /// Most tokens of a step.
 const MOST_TOKENS: u32 = SIZES[SIZES.len() - 1];
 /// Most rows of logits of a step.
-const MOST_ROWS: u32 = 64;
+const MOST_ROWS: u32 = super::MOST_ROWS as u32;
 const _: () = assert!(MOST_TOKENS <= MAX_BATCH);
 
 /// A model on a device, with the keys and values of many sequences.

@@ -10,6 +10,7 @@ use super::{Architecture, Window};
 use crate::model::Error;
 use crate::model::config::{Config, Turn};
 use crate::model::keys::Keys;
+use crate::model::program::Program;
 
 const STYLE: Style = Style { norm: Kind::RmsPlusOne, ..decoder::LLAMA };
 
@@ -31,11 +32,11 @@ pub const GEMMA: Architecture = Architecture {
     mlp_bias: false,
     activation: Activation::GeluTanh,
     tied: true,
-    read: |_, config| {
+    read: |keys, config| {
         config.embedding_scale = (config.hidden as f32).sqrt();
-        Ok(())
+        hold_one(keys, config)
     },
-    program: |config| decoder(config, &STYLE),
+    program: |config| made(config, &STYLE),
     ..LLAMA
 };
 
@@ -46,7 +47,7 @@ pub const GEMMA_2: Architecture = Architecture {
     kv_heads: Some(4),
     window: Window::Alternating { width: 4096, every: 2 },
     read: |keys, config| caps(keys, config, (Some(50.0), Some(30.0))),
-    program: |config| decoder(config, &STYLE_2),
+    program: |config| made(config, &STYLE_2),
     ..GEMMA
 };
 
@@ -73,7 +74,7 @@ pub const GEMMA_3: Architecture = Architecture {
         }
         Ok(())
     },
-    program: |config| decoder(config, &STYLE_3),
+    program: |config| made(config, &STYLE_3),
     ..GEMMA
 };
 
@@ -88,5 +89,16 @@ fn caps(keys: &Keys, config: &mut Config, defaults: (Option<f64>, Option<f64>)) 
     };
     config.score_cap = cap("attn_logit_softcapping", defaults.0)?;
     config.logit_cap = cap("final_logit_softcapping", defaults.1)?;
+    hold_one(keys, config)
+}
+
+/// Weights of norms hold the 1 that is added to them where the model came from a GGUF file.
+fn hold_one(keys: &Keys, config: &mut Config) -> Result<(), Error> {
+    config.norms_hold_one = keys.truth("norms_hold_one")?.unwrap_or(false);
     Ok(())
+}
+
+fn made(config: &Config, style: &Style) -> Program {
+    let norm = if config.norms_hold_one { Kind::Rms } else { style.norm };
+    decoder(config, &Style { norm, ..*style })
 }

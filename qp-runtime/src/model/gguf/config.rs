@@ -3,12 +3,13 @@
 use serde_json::json;
 
 use super::container::Value;
-use super::{ATTENTION, EMBEDDING, FACTORS, FEED_FORWARD, Gguf};
+use super::{EMBEDDING, FACTORS, Gguf, LONG_FACTORS, SHORT_FACTORS};
 use crate::model::Error;
 use crate::model::config::Config;
+use crate::model::tensors::Kind;
 
 /// Keys of an architecture that change what is computed, and the values that change nothing.
-const CHANGING: [(&str, f64); 18] = [
+const CHANGING: [(&str, f64); 26] = [
     ("attention.causal", 1.0),
     ("attention.clamp_kqv", 0.0),
     ("attention.kv_lora_rank", 0.0),
@@ -16,26 +17,33 @@ const CHANGING: [(&str, f64); 18] = [
     ("attention.max_alibi_bias", 0.0),
     ("attention.q_lora_rank", 0.0),
     ("attention.scale", 0.0),
+    ("attention.sliding_window_pattern", 1.0),
     ("attn_logit_softcapping", 0.0),
     ("attention.temperature_length", 0.0),
     ("embedding_scale", 1.0),
+    ("expert_group_count", 1.0),
+    ("expert_shared_count", 0.0),
+    ("expert_shared_feed_forward_length", 0.0),
+    ("expert_weights_norm", 1.0),
+    ("expert_weights_scale", 1.0),
     ("final_logit_softcapping", 0.0),
     ("interleave_moe_layer_step", 0.0),
     ("logit_scale", 1.0),
     ("nextn_predict_layers", 0.0),
     ("residual_scale", 1.0),
     ("rope.scaling.attn_factor", 1.0),
+    ("rope.scaling.yarn_attn_factor", 1.0),
+    ("rope.scaling.yarn_ext_factor", 1.0),
     ("swin_norm", 0.0),
     ("use_parallel_residual", 0.0),
 ];
 
 /// Keys of an architecture that say how a model was made, or what its tensors and other keys say too.
-const SILENT: [&str; 8] = [
+const SILENT: [&str; 7] = [
     "expert_used_count",
     "leading_dense_block_count",
     "rope.scaling.finetuned",
     "rope.scaling.original_context_length",
-    "rope.scaling.yarn_log_multiplier",
     "tensor_data_layout",
     "vocab_size",
     "attention.group_norm_epsilon",
@@ -44,16 +52,14 @@ const SILENT: [&str; 8] = [
 impl Gguf {
     /// `config.json`.
     pub(super) fn config(&self) -> Result<serde_json::Value, Error> {
-        let key = |name: &str| format!("{}.{name}", self.prefix);
-        if let Some(n) = self.integer(&key("expert_count"))?.filter(|&n| n > 0) {
-            return Err(self.unsupported(format!("a mixture of {n} experts"), "one feed-forward layer a block"));
-        }
+        let (arch, key) = (self.arch, |name: &str| self.key(name));
         let (hidden, heads) = (self.size("embedding_length")?, self.heads()?);
         let head_dim = match self.integer(&key("attention.key_length"))? {
             Some(n) => n as usize,
             None => hidden / heads,
         };
-        for name in ["rope.dimension_count", "attention.value_length"] {
+        let widths = ["attention.value_length", "rope.dimension_count"];
+        for name in &widths[..if arch.partial { 1 } else { 2 }] {
             if let Some(n) = self.integer(&key(name))?.filter(|&n| n as usize != head_dim) {
                 return Err(
                     self.unsupported(format!("{} = {n}", key(name)), &format!("the width of a head, {head_dim}"))
@@ -63,64 +69,59 @@ impl Gguf {
         let vocab = self.file.tensors.get(EMBEDDING).map(|t| t.shape[0]);
         let vocab =
             vocab.ok_or_else(|| Error::MissingTensor { name: EMBEDDING.to_owned(), path: self.path().to_owned() })?;
-        let epsilon = key("attention.layer_norm_rms_epsilon");
         let theta = self.number(&key("rope.freq_base"))?.unwrap_or(10000.0);
         let id = |name: &str| self.integer(&format!("tokenizer.ggml.{name}_token_id"));
         let eos: Vec<u32> = [id("eos")?, id("eot")?, id("eom")?].into_iter().flatten().collect();
         let context = self.size("context_length")?;
-        let window = self.integer(&key("attention.sliding_window"))?.filter(|&n| n > 0 && (n as usize) < context);
-        let (attention_bias, mlp_bias) = (self.has_biases(&ATTENTION), self.has_biases(&FEED_FORWARD));
-        // Hugging Face's Llama has no windows, and its Mistral no biases.
-        let architecture = match (self.prefix, window) {
-            ("llama", Some(_)) if attention_bias || mlp_bias => {
-                return Err(self.unsupported("a sliding window beside biases".to_owned(), "one of them"));
-            }
-            ("llama", Some(_)) => "MistralForCausalLM",
-            _ => self.architecture,
-        };
         let mut config = json!({
-            "architectures": [architecture],
+            "architectures": [arch.name],
             "hidden_size": hidden,
-            "intermediate_size": self.size("feed_forward_length")?,
             "num_hidden_layers": self.blocks()?,
             "num_attention_heads": heads,
             "num_key_value_heads": self.kv_heads()?,
             "head_dim": head_dim,
             "vocab_size": vocab,
             "max_position_embeddings": context,
-            "rms_norm_eps": self.need(&epsilon, self.number(&epsilon)?)?,
-            "hidden_act": "silu",
             "rope_theta": theta,
             "tie_word_embeddings": !self.file.tensors.contains_key("output.weight"),
             "bos_token_id": id("bos")?,
             "eos_token_id": eos,
         });
-        if self.prefix == "llama" && window.is_none() {
-            config["attention_bias"] = json!(attention_bias);
-            config["mlp_bias"] = json!(mlp_bias);
+        let [eps, name] = arch.eps;
+        config[name] = json!(self.need(&key(eps), self.number(&key(eps))?)?);
+        if arch.norms_hold_one {
+            config["norms_hold_one"] = json!(true);
         }
-        if let Some(window) = window {
-            config["sliding_window"] = json!(window);
-            if self.prefix != "llama" {
-                config["use_sliding_window"] = json!(true);
+        if arch.partial {
+            let turning = self.integer(&key("rope.dimension_count"))?.map_or(head_dim, |n| n as usize);
+            let mut part = turning as f64 / head_dim as f64;
+            // A width is this part rounded down.
+            while ((head_dim as f64 * part) as usize) < turning {
+                part = part.next_up();
+            }
+            config["partial_rotary_factor"] = json!(part);
+        }
+        self.widths(&mut config)?;
+        for (name, layers) in arch.biases {
+            if let Some(name) = name {
+                config[name] = json!(self.has_biases(layers));
             }
         }
-        // A factor without a type is linear; older files call it scale_linear.
-        let kind = self.text(&key("rope.scaling.type"))?.unwrap_or("linear");
-        let factor = self.number(&key("rope.scaling.factor"))?.or(self.number(&key("rope.scale_linear"))?);
-        match (kind, factor) {
-            ("none", _) | ("linear", None | Some(0.0 | 1.0)) => (),
-            ("linear", Some(factor)) => config["rope_scaling"] = json!({"rope_type": "linear", "factor": factor}),
-            _ => return Err(self.unsupported(format!("{} '{kind}'", key("rope.scaling.type")), "none, linear")),
+        let window = self.integer(&key("attention.sliding_window"))?.filter(|&n| n > 0 && (n as usize) < context);
+        if let Some(window) = window {
+            config["sliding_window"] = json!(window);
         }
+        let long = self.scaling(&mut config)?;
+        (arch.more)(self, &mut config)?;
         self.frequency_factors(&mut config)?;
-        for (name, neutral) in CHANGING {
-            let (key, name) = (key(name), self.architecture);
+        let changing = CHANGING.iter().filter(|(name, _)| !arch.uses.contains(name));
+        for (name, neutral) in changing.filter(|(name, _)| !(long && *name == "rope.scaling.attn_factor")) {
+            let (key, name) = (key(name), arch.name);
             let same = match self.value(&key) {
                 None => true,
-                Some(Value::Int(n)) => *n as f64 == neutral,
-                Some(Value::Float(n)) => *n == neutral,
-                Some(Value::Bool(b)) => f64::from(u8::from(*b)) == neutral,
+                Some(Value::Int(n)) => *n as f64 == *neutral,
+                Some(Value::Float(n)) => *n == *neutral,
+                Some(Value::Bool(b)) => f64::from(u8::from(*b)) == *neutral,
                 Some(_) => false,
             };
             if !same {
@@ -131,9 +132,81 @@ impl Gguf {
         Ok(config)
     }
 
+    /// Widths of the feed-forward layer, and what is said of experts.
+    fn widths(&self, config: &mut serde_json::Value) -> Result<(), Error> {
+        let key = |name: &str| self.key(name);
+        let count = self.integer(&key("expert_count"))?.filter(|&n| n > 0);
+        let Some(experts) = self.arch.experts else {
+            if let Some(n) = count {
+                return Err(self.unsupported(format!("a mixture of {n} experts"), "one feed-forward layer a block"));
+            }
+            config["intermediate_size"] = json!(self.size("feed_forward_length")?);
+            return Ok(());
+        };
+        let inner = match self.integer(&key("expert_feed_forward_length"))? {
+            Some(_) => self.size("expert_feed_forward_length")?,
+            None => self.size("feed_forward_length")?,
+        };
+        let plain = match self.value(&key("feed_forward_length")) {
+            Some(_) => self.size("feed_forward_length")?,
+            None => inner,
+        };
+        config["intermediate_size"] = json!(plain);
+        let [of_count, of_chosen, of_inner] = experts.keys;
+        let (used, gating) = (self.integer(&key("expert_used_count"))?, key("expert_gating_func"));
+        config[of_count] = json!(self.size("expert_count")?);
+        config[of_chosen] = json!(self.need(&key("expert_used_count"), used)?);
+        config[of_inner] = json!(inner);
+        match self.integer(&gating)? {
+            Some(n) if n != 0 && n != experts.gating => {
+                Err(self.unsupported(format!("{gating} = {n}"), &experts.gating.to_string()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// How rotary frequencies are stretched; true if by factors that the file holds.
+    fn scaling(&self, config: &mut serde_json::Value) -> Result<bool, Error> {
+        let key = |name: &str| self.key(name);
+        // A factor without a type is linear; older files call it scale_linear.
+        let kind = self.text(&key("rope.scaling.type"))?.unwrap_or("linear");
+        let factor = self.number(&key("rope.scaling.factor"))?.or(self.number(&key("rope.scale_linear"))?);
+        let original = self.integer(&key("rope.scaling.original_context_length"))?;
+        if self.file.tensors.contains_key(LONG_FACTORS) && kind != "none" {
+            config["rope_scaling"] = json!({
+                "rope_type": "longrope",
+                "long_factor": self.factors(LONG_FACTORS)?,
+                "short_factor": self.factors(SHORT_FACTORS)?,
+                "original_max_position_embeddings": original,
+                "attention_factor": self.number(&key("rope.scaling.attn_factor"))?.unwrap_or(1.0),
+            });
+            return Ok(true);
+        }
+        match (kind, factor) {
+            ("none", _) | ("linear", None | Some(0.0 | 1.0)) => (),
+            ("linear", Some(factor)) => config["rope_scaling"] = json!({"rope_type": "linear", "factor": factor}),
+            ("yarn", factor) => {
+                let factor = self.need(&key("rope.scaling.factor"), factor)?;
+                let multiplier = key("rope.scaling.yarn_log_multiplier");
+                if let Some(n) = self.number(&multiplier)?.filter(|n| *n != 0.0) {
+                    return Err(self.unsupported(format!("{multiplier} = {n}"), "none"));
+                }
+                let beta = |name: &str, default: f64| {
+                    self.number(&key(&format!("rope.scaling.yarn_{name}"))).map(|n| n.unwrap_or(default))
+                };
+                config["rope_scaling"] = json!({
+                    "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
+                    "beta_fast": beta("beta_fast", 32.0)?, "beta_slow": beta("beta_slow", 1.0)?,
+                });
+            }
+            _ => return Err(self.unsupported(format!("{} '{kind}'", key("rope.scaling.type")), "none, linear, yarn")),
+        }
+        Ok(false)
+    }
+
     /// What the keys of the architecture say that is not used, for the user. To be asked after [`Gguf::config`].
     pub(super) fn unused_keys(&self) -> Vec<String> {
-        let (asked, mine) = (self.asked(), format!("{}.", self.prefix));
+        let (asked, mine) = (self.asked(), self.key(""));
         let unused = self.file.values.keys().filter(|k| k.starts_with(&mine) && !asked.contains(*k));
         unused.map(|k| format!("{}: key '{k}' is not used", self.path().display())).collect()
     }
@@ -148,7 +221,7 @@ impl Gguf {
             Ok::<_, Error>(ropes.swap_remove(0).frequencies)
         };
         let plain = frequencies(config)?;
-        let found = self.factors()?;
+        let found = self.factors(FACTORS)?;
         let factor = found.iter().copied().fold(1.0, f32::max);
         config["rope_scaling"] = json!({
             "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -163,19 +236,17 @@ impl Gguf {
         Err(self.unsupported(format!("rotary frequencies with the factors of '{FACTORS}'"), "none, Llama 3's"))
     }
 
-    fn factors(&self) -> Result<Vec<f32>, Error> {
-        let place = &self.file.tensors[FACTORS];
-        let bytes = place.bytes.as_slice();
-        match &place.kind {
-            crate::model::tensors::Kind::Plain(safetensors::Dtype::F32) => {
-                Ok(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+    /// The numbers of a small tensor beside the layers.
+    fn factors(&self, name: &str) -> Result<Vec<f32>, Error> {
+        let missing = || Error::MissingTensor { name: name.to_owned(), path: self.path().to_owned() };
+        let place = self.file.tensors.get(name).ok_or_else(missing)?;
+        let found = match &place.kind {
+            Kind::Plain(safetensors::Dtype::F32) => {
+                return Ok(place.bytes.as_slice().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect());
             }
-            crate::model::tensors::Kind::Plain(other) => {
-                Err(self.unsupported(format!("tensor '{FACTORS}' of {other:?}"), "F32"))
-            }
-            crate::model::tensors::Kind::Format(reader) => {
-                Err(self.unsupported(format!("tensor '{FACTORS}' of {}", reader.format().name), "F32"))
-            }
-        }
+            Kind::Plain(other) => format!("{other:?}"),
+            Kind::Format(reader) => reader.format().name.clone(),
+        };
+        Err(self.unsupported(format!("tensor '{name}' of {found}"), "F32"))
     }
 }

@@ -96,6 +96,8 @@ fn scalar(code: u32, bytes: &[u8]) -> Value {
 pub struct Place {
     /// Element type.
     pub kind: Kind,
+    /// Its number.
+    pub code: u32,
     /// Shape, outermost first (the file has the innermost first).
     pub shape: Vec<usize>,
     /// Its bytes.
@@ -284,7 +286,7 @@ fn read(path: &Path, map: &Arc<Mmap>, header: bool) -> Result<Contents, Error> {
             },
             Unreadable::Rows => wrong(rows_are_no_blocks(&name, &shape)),
         })?;
-        places.push((name, kind, shape, r.u64()?));
+        places.push((name, (code, kind), shape, r.u64()?));
     }
     let alignment = match values.get("general.alignment") {
         None => 32,
@@ -293,7 +295,7 @@ fn read(path: &Path, map: &Arc<Mmap>, header: bool) -> Result<Contents, Error> {
     };
     let data = r.at.next_multiple_of(alignment);
     let (mut tensors, mut ranges) = (BTreeMap::new(), BTreeMap::new());
-    for (name, kind, shape, offset) in places {
+    for (name, (code, kind), shape, offset) in places {
         let size = size(&kind, &shape).ok_or_else(|| wrong(rows_are_no_blocks(&name, &shape)))?;
         let range = usize::try_from(offset).ok().and_then(|o| {
             let start = data.checked_add(o)?;
@@ -304,7 +306,7 @@ fn read(path: &Path, map: &Arc<Mmap>, header: bool) -> Result<Contents, Error> {
         })?;
         let bytes = if header { Bytes::from(Vec::new()) } else { Bytes::mapped(map.clone(), range.clone()) };
         ranges.insert(name.clone(), range);
-        if tensors.insert(name.clone(), Place { kind, shape, bytes }).is_some() {
+        if tensors.insert(name.clone(), Place { kind, code, shape, bytes }).is_some() {
             return Err(wrong(format!("tensor '{name}' is in it twice: convert the model again")));
         }
     }

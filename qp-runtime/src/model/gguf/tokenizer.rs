@@ -67,7 +67,7 @@ const PLAIN: Split = Split { names: &[], steps: &[], whole_words: false, first: 
 const THREE_DIGITS: Step = Step::Pattern(words!(r"\p{L}", r"\p{N}{1,3}"));
 const ONE_DIGIT: Step = Step::Pattern(words!(r"\p{L}", r"\p{N}"));
 
-const SPLITS: [Split; 11] = [
+const SPLITS: [Split; 12] = [
     Split {
         names: &["gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat", "a.x-4.0", "mellum", "exaone4"],
         steps: &[Step::Gpt2],
@@ -87,6 +87,15 @@ const SPLITS: [Split; 11] = [
     },
     Split { names: &["smaug-bpe", "dbrx", "glm4", "chatglm-bpe"], steps: &[THREE_DIGITS], ..PLAIN },
     Split { names: &["qwen2"], steps: &[ONE_DIGIT], composed: true, ..PLAIN },
+    // Signs and the lines behind them part.
+    Split {
+        names: &["seed-coder"],
+        steps: &[Step::Pattern(concat!(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
+            r"| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ))],
+        ..PLAIN
+    },
     Split {
         names: &["deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan", "grok-2", "solar-open", "kormo"],
         steps: &[ONE_DIGIT],

@@ -40,6 +40,16 @@ impl Gguf {
         })
     }
 
+    /// A key of the architecture.
+    pub(super) fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.arch.prefix)
+    }
+
+    /// The number of a key of the architecture.
+    pub(super) fn number_of(&self, name: &str) -> Result<Option<f64>, Error> {
+        self.number(&self.key(name))
+    }
+
     pub(super) fn text(&self, key: &str) -> Result<Option<&str>, Error> {
         self.value(key).map_or(Ok(None), |v| match v {
             Value::Text(text) => Ok(Some(text.as_str())),
@@ -69,7 +79,7 @@ impl Gguf {
 
     /// A size of the architecture, at least 1.
     pub(super) fn size(&self, key: &str) -> Result<usize, Error> {
-        let key = format!("{}.{key}", self.prefix);
+        let key = self.key(key);
         match self.need(&key, self.integer(&key)?)? {
             0 => Err(self.wrong(&key, &Value::Int(0), "at least 1")),
             n => Ok(n as usize),
@@ -82,7 +92,7 @@ impl Gguf {
 
     pub(super) fn kv_heads(&self) -> Result<usize, Error> {
         let key = "attention.head_count_kv";
-        if self.value(&format!("{}.{key}", self.prefix)).is_some() { self.size(key) } else { self.heads() }
+        if self.value(&self.key(key)).is_some() { self.size(key) } else { self.heads() }
     }
 
     pub(super) fn unsupported(&self, what: String, supported: &str) -> Error {

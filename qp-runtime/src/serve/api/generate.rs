@@ -109,6 +109,28 @@ enum Kind {
     Text,
 }
 
+/// Tokens of answers.
+#[derive(Default)]
+struct Used {
+    tokens: usize,
+    /// Tokens of prompts that were in the cache.
+    cached: usize,
+    /// Guesses that were right, and that were wrong.
+    guesses: (usize, usize),
+}
+
+impl Used {
+    fn of(answer: &Answer) -> Self {
+        Used { tokens: answer.tokens, cached: answer.cached, guesses: answer.guesses }
+    }
+
+    fn add(&mut self, more: &Used) {
+        self.tokens += more.tokens;
+        self.cached += more.cached;
+        self.guesses = (self.guesses.0 + more.guesses.0, self.guesses.1 + more.guesses.1);
+    }
+}
+
 /// What the parts of a response have in common.
 struct Envelope {
     app: Arc<App>,
@@ -220,19 +242,18 @@ async fn next(answer: &mut Answer, deadline: Instant) -> Result<Option<Delta>, A
 }
 
 async fn whole(common: &Envelope, answers: Vec<Answer>, deadline: Instant) -> Result<Response, ApiError> {
-    let (mut choices, mut tokens, mut cached) = (Vec::new(), 0, 0);
+    let (mut choices, mut used) = (Vec::new(), Used::default());
     for (index, mut answer) in answers.into_iter().enumerate() {
         let mut all = Delta::default();
         while let Some(delta) = next(&mut answer, deadline).await? {
             all.text.push_str(&delta.text);
             all.pieces.extend(delta.pieces);
         }
-        tokens += answer.tokens;
-        cached += answer.cached;
+        used.add(&Used::of(&answer));
         choices.push(common.choice(index, &all, Some(answer.finish()), 0, true));
     }
     let mut body = common.envelope(choices, true);
-    body.insert("usage".to_owned(), common.usage(tokens, cached));
+    body.insert("usage".to_owned(), common.usage(&used));
     Ok(axum::Json(Value::Object(body)).into_response())
 }
 
@@ -243,15 +264,13 @@ fn stream(common: Arc<Envelope>, answers: Vec<Answer>, deadline: Instant) -> Res
         for (index, answer) in answers.into_iter().enumerate() {
             pumps.spawn(pump(common.clone(), index, answer, deadline, parts.clone()));
         }
-        let (mut tokens, mut cached) = (0, 0);
+        let mut used = Used::default();
         while let Some(done) = pumps.join_next().await {
-            let (t, c) = done.unwrap_or_default();
-            tokens += t;
-            cached += c;
+            used.add(&done.unwrap_or_default());
         }
         if common.ask.usage {
             let mut last = common.envelope(Vec::new(), false);
-            last.insert("usage".to_owned(), common.usage(tokens, cached));
+            last.insert("usage".to_owned(), common.usage(&used));
             let _ = parts.send(event(&Value::Object(last))).await;
         }
         // The reader may have gone.
@@ -261,14 +280,14 @@ fn stream(common: Arc<Envelope>, answers: Vec<Answer>, deadline: Instant) -> Res
     (headers, Body::new(Parts(body))).into_response()
 }
 
-/// Sends one answer's parts; the numbers of its tokens and of those of its prompt that were cached.
+/// Sends one answer's parts, and gives the numbers of its tokens.
 async fn pump(
     common: Arc<Envelope>,
     index: usize,
     mut answer: Answer,
     deadline: Instant,
     parts: Sender<Bytes>,
-) -> (usize, usize) {
+) -> Used {
     let mut offset = 0;
     if common.kind == Kind::Chat {
         let first = json!({"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null});
@@ -300,7 +319,7 @@ async fn pump(
             break;
         }
     }
-    (answer.tokens, answer.cached)
+    Used::of(&answer)
 }
 
 /// A server-sent event.
@@ -340,13 +359,19 @@ impl Envelope {
         out
     }
 
-    fn usage(&self, tokens: usize, cached: usize) -> Value {
-        json!({
+    fn usage(&self, used: &Used) -> Value {
+        let mut usage = json!({
             "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": tokens,
-            "total_tokens": self.prompt_tokens + tokens,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        })
+            "completion_tokens": used.tokens,
+            "total_tokens": self.prompt_tokens + used.tokens,
+            "prompt_tokens_details": {"cached_tokens": used.cached},
+        });
+        if used.guesses != (0, 0) {
+            let (right, wrong) = used.guesses;
+            usage["completion_tokens_details"] =
+                json!({"accepted_prediction_tokens": right, "rejected_prediction_tokens": wrong});
+        }
+        usage
     }
 
     /// One choice, whole or a part of it that begins at character `offset` of the answer.

@@ -299,7 +299,7 @@ async fn status(State(app): State<Arc<App>>) -> Response {
     out["live"] = json!({
         "uptime": now().saturating_sub(app.clock.started),
         "running": s.running.get(), "waiting": s.waiting.get(), "connections": s.connections.get(),
-        "generated": s.generated.get(), "computed": s.computed.get(), "steps": s.steps.get(),
+        "generated": s.generated.get(), "guessed": s.guessed.get(), "right": s.right.get(), "computed": s.computed.get(), "steps": s.steps.get(),
         "prompt_tokens": s.prompt_tokens.get(), "cached_tokens": s.cached_tokens.get(),
         "pages": s.pages.get(), "free_pages": s.free_pages.get(), "cached_pages": s.cached_pages.get(),
         "preemptions": s.preemptions.get(), "requests": s.requests.get(),

@@ -7,11 +7,13 @@
 //! Sequences hold pages only for the tokens they have. Whole pages are shared with those that begin alike
 //! ([`super::prefix`]) and never written to again: what follows the last whole page lies in pages of the sequence's own,
 //! so nothing ever needs to be copied. When pages run out, the youngest sequence gives its own up and is computed again
-//! later. None of this can be seen in an answer, because an engine's bits depend on the sequence alone.
+//! later. A sequence may have guesses of what follows its tokens, which a step verifies: the right ones count as tokens that
+//! were generated, and no others are ever seen. None of this can be seen in an answer, because an engine's bits depend on the sequence alone.
 //!
 //! All of it is plain code without threads or clocks. [`Scheduler::step`] does one step; events go to each request's
 //! [`Sink`].
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -20,7 +22,8 @@ use rayon::prelude::*;
 use super::choose::{Chooser, Choosing, Failure, LogProbs};
 use super::prefix::{PrefixCache, ROOT};
 use super::stats::Stats;
-use crate::engine::{Chunk, Engine, Error, Logits, PAGE, Pool, Wish};
+use crate::engine::drafts::{Drafts, Wanted};
+use crate::engine::{Chunk, Engine, Error, Logits, MOST_ROWS, PAGE, Pool, Wish};
 
 /// Bounds of a scheduler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +56,13 @@ pub enum Event {
     Started {
         /// Tokens that need not be computed.
         cached: usize,
+    },
+    /// Tokens were guessed.
+    Guessed {
+        /// Guesses that were right: their tokens follow.
+        right: usize,
+        /// Guesses that were wrong, and those behind them.
+        wrong: usize,
     },
     /// A token was generated.
     Token {
@@ -91,6 +101,8 @@ pub struct Request {
 struct Sequence {
     /// The prompt, then what was generated.
     tokens: Vec<u32>,
+    /// What may follow, in the present step.
+    guesses: Vec<u32>,
     prompt: usize,
     most: usize,
     end: Arc<[u32]>,
@@ -110,11 +122,52 @@ impl Sequence {
     fn left(&self) -> usize {
         self.tokens.len() - self.computed
     }
+
+    /// The tokens of a step, the guesses that it verifies behind them.
+    fn tokens_of(&self, part: &Part) -> Cow<'_, [u32]> {
+        let tokens = &self.tokens[self.computed..self.computed + part.count];
+        match &self.guesses[..part.guesses] {
+            [] => Cow::Borrowed(tokens),
+            guesses => Cow::Owned([tokens, guesses].concat()),
+        }
+    }
+
+    /// The right guesses and the token behind these, but nothing that follows the end of the text.
+    fn choose(&mut self, mut rows: Rows<'_>, vocab: usize) -> Vec<Chosen> {
+        let count = match &rows {
+            Rows::Tokens(tokens) => tokens.len(),
+            Rows::Logits(logits) => logits.len() / vocab,
+        };
+        let mut all = Vec::new();
+        for i in 0..count {
+            let chosen = match &mut rows {
+                Rows::Tokens(tokens) => self.chooser.took(tokens[i]).map(|()| (tokens[i], None)),
+                Rows::Logits(logits) => self.chooser.choose(&mut logits[i * vocab..(i + 1) * vocab]),
+            };
+            let right = |token| self.guesses.get(i) == Some(token) && !self.end.contains(token);
+            let goes_on = chosen.as_ref().is_ok_and(|(token, _)| right(token));
+            all.push(chosen);
+            if !goes_on {
+                break;
+            }
+        }
+        all
+    }
 }
+
+/// What an engine gave for a sequence: for each row of logits the chosen token, or the logits.
+enum Rows<'a> {
+    Tokens(&'a [u32]),
+    Logits(&'a mut [f32]),
+}
+
+/// A token with its probabilities, if they were asked for, or why there is none.
+type Chosen = Result<(u32, Option<LogProbs>), Failure>;
 
 /// Requests and the engine that computes them.
 pub struct Scheduler {
     engine: Box<dyn Engine>,
+    drafts: Option<Drafts>,
     limits: Limits,
     pool: Pool,
     cache: PrefixCache,
@@ -134,23 +187,29 @@ struct Part {
     count: usize,
     /// Whether the next token is chosen after it.
     last: bool,
+    /// Guesses behind these tokens: a token is chosen after each of them, too.
+    guesses: usize,
 }
 
-/// What an engine gave for a sequence's next token.
-enum Found<'a> {
-    /// The token.
-    Token(u32),
-    /// The logits.
-    Logits(&'a mut [f32]),
+impl Part {
+    fn new(id: u64, count: usize, last: bool) -> Self {
+        Part { id, count, last, guesses: 0 }
+    }
+
+    /// Tokens that are chosen, if all guesses are right.
+    fn rows(&self) -> usize {
+        if self.last { 1 + self.guesses } else { 0 }
+    }
 }
 
 impl Scheduler {
     /// A scheduler without requests.
-    pub fn new(engine: Box<dyn Engine>, limits: Limits, stats: Arc<Stats>) -> Self {
+    pub fn new(engine: Box<dyn Engine>, drafts: Option<Drafts>, limits: Limits, stats: Arc<Stats>) -> Self {
         let pool = Pool::new(engine.pages());
         stats.pages.set(engine.pages() as u64);
         Scheduler {
             engine,
+            drafts,
             limits,
             pool,
             cache: PrefixCache::default(),
@@ -193,6 +252,7 @@ impl Scheduler {
             chooser: Chooser::new(choosing, &prompt),
             prompt: prompt.len(),
             tokens: prompt,
+            guesses: Vec::new(),
             most,
             end,
             sink,
@@ -220,6 +280,7 @@ impl Scheduler {
         let mut parts = self.share_out();
         self.reserve(&mut parts);
         self.prepare(&mut parts);
+        self.guess(&mut parts);
         if !parts.is_empty() {
             self.run(&parts);
         }
@@ -300,7 +361,7 @@ impl Scheduler {
             if room == 0 {
                 break;
             }
-            parts.push(Part { id, count: 1, last: true });
+            parts.push(Part::new(id, 1, true));
             room -= 1;
         }
         if !parts.is_empty() {
@@ -324,7 +385,7 @@ impl Scheduler {
         }
         for (id, count) in counts.into_iter().filter(|&(_, count)| count > 0) {
             let last = self.running.get(&id).is_some_and(|s| s.left() == count);
-            parts.push(Part { id, count, last });
+            parts.push(Part::new(id, count, last));
         }
         parts
     }
@@ -350,7 +411,7 @@ impl Scheduler {
     /// Pages for one part of a step; false if there are none left.
     fn reserve_one(&mut self, part: Part) -> bool {
         let Some(sequence) = self.running.get_mut(&part.id) else { return false };
-        while sequence.pages.len() * PAGE < sequence.computed + part.count {
+        while sequence.pages.len() * PAGE < sequence.computed + part.count + part.guesses {
             let page = self.pool.take().or_else(|| {
                 // One that only the cache owns.
                 self.cache.evict(&mut self.pool).then(|| self.pool.take()).flatten()
@@ -384,6 +445,49 @@ impl Scheduler {
         }
     }
 
+    /// Guesses what follows the sequences that are generating, where the step has room for it and there are pages.
+    fn guess(&mut self, parts: &mut [Part]) {
+        let Some(drafts) = &mut self.drafts else { return };
+        drafts.keep(|id| self.running.contains_key(&id));
+        let generating = parts.iter().filter(|p| p.last && p.count == 1).count().max(1);
+        let (tokens, rows) = parts.iter().fold((0, 0), |(t, r), p| (t + p.count, r + p.rows()));
+        let room = self.engine.most_tokens().saturating_sub(tokens).min(MOST_ROWS.saturating_sub(rows));
+        let most = drafts.most().min(room / generating);
+        let mut wanted = Vec::new();
+        for part in parts.iter().filter(|p| p.last && p.count == 1) {
+            let Some(s) = self.running.get(&part.id) else { continue };
+            // One more token is chosen behind the last guess.
+            let count = most.min((s.prompt + s.most - s.tokens.len()).saturating_sub(1));
+            let choices = s.chooser.guessing(count);
+            if !choices.is_empty() {
+                wanted.push(Wanted { id: part.id, text: &s.tokens, choices });
+            }
+        }
+        if wanted.is_empty() {
+            return;
+        }
+        let guesses = match drafts.guess(&wanted, self.limits.chunk) {
+            Ok(guesses) => guesses,
+            Err(e) => {
+                eprintln!("nothing is guessed from now on: {e}");
+                self.drafts = None;
+                return;
+            }
+        };
+        let ids: Vec<u64> = wanted.iter().map(|w| w.id).collect();
+        for (id, guesses) in ids.into_iter().zip(guesses) {
+            let Some(part) = parts.iter_mut().find(|p| p.id == id) else { continue };
+            part.guesses = guesses.len();
+            if let Some(sequence) = self.running.get_mut(&id) {
+                sequence.guesses = guesses;
+            }
+            self.reserve_one(*part);
+            // No other sequence gives up pages for guesses.
+            let room = self.running.get(&id).map_or(0, |s| s.pages.len() * PAGE - s.computed - part.count);
+            part.guesses = part.guesses.min(room);
+        }
+    }
+
     fn run(&mut self, parts: &[Part]) {
         self.stats.steps.add(1);
         match self.compute(parts) {
@@ -391,13 +495,14 @@ impl Scheduler {
                 self.stats.failing.set(0);
                 self.advance(parts);
             }
-            Err(e) if parts.len() == 1 => {
+            Err(e) if parts.len() == 1 && parts[0].guesses == 0 => {
                 self.stats.failing.add(1);
                 self.fail(parts[0].id, &e);
             }
+            // A wrong guess may be what cannot be computed.
             Err(_) => {
                 for part in parts {
-                    self.run(std::slice::from_ref(part));
+                    self.run(&[Part { guesses: 0, ..*part }]);
                 }
             }
         }
@@ -405,15 +510,21 @@ impl Scheduler {
 
     /// Runs the engine: logits or tokens of the parts that want them are in `logits` or `best`.
     fn compute(&mut self, parts: &[Part]) -> Result<(), Error> {
-        let chunk = |part: &Part| {
-            let s = self.running.get(&part.id)?;
-            let tokens = &s.tokens[s.computed..s.computed + part.count];
-            let logits = if part.last { Logits::Last } else { Logits::None };
-            Some(Chunk { tokens, position: s.computed, pages: &s.pages, logits })
-        };
-        let chunks: Vec<Chunk<'_>> = parts.iter().filter_map(chunk).collect();
-        let choosers = || parts.iter().filter(|p| p.last).filter_map(|p| Some(&self.running.get(&p.id)?.chooser));
-        let wishes: Vec<Wish<'_>> = choosers().map(Chooser::wish).collect();
+        let sequences = || parts.iter().filter_map(|p| Some((p, self.running.get(&p.id)?)));
+        let texts: Vec<Cow<'_, [u32]>> = sequences().map(|(p, s)| s.tokens_of(p)).collect();
+        let mut chunks = Vec::with_capacity(texts.len());
+        for ((part, s), tokens) in sequences().zip(&texts) {
+            let logits = match part {
+                Part { last: false, .. } => Logits::None,
+                Part { guesses: 0, .. } => Logits::Last,
+                // Only sequences with one token to be computed have guesses.
+                _ => Logits::All,
+            };
+            chunks.push(Chunk { tokens, position: s.computed, pages: &s.pages, logits });
+        }
+        // Where something is forbidden there are no guesses, so what is wished of all rows of a sequence is alike.
+        let wishes: Vec<Wish<'_>> =
+            sequences().filter(|(p, _)| p.last).flat_map(|(p, s)| s.chooser.wishes(p.rows())).collect();
         self.engine.answer(&chunks, &wishes, &mut self.best, &mut self.logits)
     }
 
@@ -423,44 +534,59 @@ impl Scheduler {
             if let Some(sequence) = self.running.get_mut(&part.id) {
                 sequence.computed += part.count;
                 cache_pages(sequence, &mut self.cache, &mut self.pool);
-                self.stats.computed.add(part.count as u64);
+                self.stats.computed.add((part.count + part.guesses) as u64);
             }
         }
         // Tokens and logits lie in the order of the parts that wish them.
-        let (mut tokens, mut rows) = (self.best.iter(), self.logits.chunks_exact_mut(self.engine.vocab()));
-        let mut found: BTreeMap<u64, Found<'_>> = BTreeMap::new();
+        let vocab = self.engine.vocab();
+        let (mut best, mut logits) = (self.best.as_slice(), self.logits.as_mut_slice());
+        let mut rows: BTreeMap<u64, Rows<'_>> = BTreeMap::new();
         for part in parts.iter().filter(|p| p.last) {
             let Some(sequence) = self.running.get(&part.id) else { continue };
-            let of = match sequence.chooser.wish() {
-                Wish::Token(..) => tokens.next().map(|t| Found::Token(*t)),
-                Wish::Logits => rows.next().map(Found::Logits),
+            let of = if sequence.chooser.needs_logits() {
+                let (own, rest) = logits.split_at_mut((part.rows() * vocab).min(logits.len()));
+                logits = rest;
+                Rows::Logits(own)
+            } else {
+                let (own, rest) = best.split_at(part.rows().min(best.len()));
+                best = rest;
+                Rows::Tokens(own)
             };
-            if let Some(of) = of {
-                found.insert(part.id, of);
+            rows.insert(part.id, of);
+        }
+        let jobs: Vec<(u64, &mut Sequence, Rows<'_>)> =
+            self.running.iter_mut().filter_map(|(&id, s)| Some((id, s, rows.remove(&id)?))).collect();
+        let choose = |(id, sequence, rows): (u64, &mut Sequence, Rows<'_>)| (id, sequence.choose(rows, vocab));
+        let chosen: Vec<(u64, Vec<Chosen>)> = jobs.into_par_iter().map(choose).collect();
+        for part in parts.iter().filter(|p| p.guesses > 0) {
+            let right = chosen.iter().find(|(id, _)| *id == part.id).map_or(0, |(_, all)| all.len().saturating_sub(1));
+            self.stats.guessed.add(part.guesses as u64);
+            self.stats.right.add(right as u64);
+            if let Some(sequence) = self.running.get_mut(&part.id) {
+                sequence.sink.send(Event::Guessed { right, wrong: part.guesses - right });
             }
         }
-        let jobs: Vec<(u64, &mut Sequence, Found<'_>)> =
-            self.running.iter_mut().filter_map(|(&id, s)| Some((id, s, found.remove(&id)?))).collect();
-        let run = |(id, s, found): (u64, &mut Sequence, Found<'_>)| match found {
-            Found::Token(token) => (id, s.chooser.took(token).map(|()| (token, None))),
-            Found::Logits(row) => (id, s.chooser.choose(row)),
-        };
-        let chosen: Vec<_> = jobs.into_par_iter().map(run).collect();
-        for (id, result) in chosen {
-            match result {
-                Ok((token, logprobs)) => self.give(id, token, logprobs.map(Box::new)),
-                Err(failure) => self.refuse(id, failure),
+        for (id, chosen) in chosen {
+            let last = chosen.len().saturating_sub(1);
+            for (i, result) in chosen.into_iter().enumerate() {
+                match result {
+                    Ok((token, logprobs)) => self.give(id, token, logprobs.map(Box::new), i < last),
+                    Err(failure) => self.refuse(id, failure),
+                }
             }
         }
     }
 
-    /// A token was chosen for a sequence.
-    fn give(&mut self, id: u64, token: u32, logprobs: Option<Box<LogProbs>>) {
+    /// A token was chosen for a sequence; if it was guessed, it is computed already.
+    fn give(&mut self, id: u64, token: u32, logprobs: Option<Box<LogProbs>>, guessed: bool) {
         let Some(sequence) = self.running.get_mut(&id) else { return };
         if sequence.end.contains(&token) {
             return self.end(id, Reason::End);
         }
         sequence.tokens.push(token);
+        if guessed {
+            sequence.computed += 1;
+        }
         self.stats.generated.add(1);
         sequence.sink.send(Event::Token { token, logprobs });
         if sequence.chooser.is_done() {
@@ -486,6 +612,7 @@ impl Scheduler {
     fn end(&mut self, id: u64, reason: Reason) {
         if let Some(mut sequence) = self.running.remove(&id) {
             sequence.sink.send(Event::Done(reason));
+            cache_pages(&mut sequence, &mut self.cache, &mut self.pool);
             release(&mut sequence, &mut self.pool);
         }
     }

@@ -219,12 +219,21 @@ impl Packed {
     }
 }
 
+/// The seed whose [`signs`] are those of `seed` from `column` on, a multiple of 64.
+pub fn signs_from(seed: u64, column: u32) -> u64 {
+    assert!(column.is_multiple_of(64), "signs come 64 from a word");
+    seed.wrapping_add(u64::from(column / 64).wrapping_mul(STEP))
+}
+
+/// What SplitMix64 adds from one number to the next.
+const STEP: u64 = 0x9E37_79B9_7F4A_7C15;
+
 /// The random signs of a rotation: entry `i` is true if column `i` is negated.
 ///
 /// Bit `i mod 64` of SplitMix64's output number `i / 64` from `seed`.
 pub fn signs(seed: u64, columns: u32) -> Vec<bool> {
     let word = |j: u64| {
-        let mut z = seed.wrapping_add((j + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let mut z = seed.wrapping_add((j + 1).wrapping_mul(STEP));
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         z ^ (z >> 31)

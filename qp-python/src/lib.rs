@@ -3,7 +3,9 @@
 
 mod matrix;
 mod model;
+mod operator;
 mod spec;
+mod study;
 
 use pyo3::prelude::*;
 
@@ -12,9 +14,13 @@ mod _native {
     #[pymodule_export]
     use super::matrix::PackedMatrix;
     #[pymodule_export]
-    use super::model::{Checkpoint, generate, perplexity, quantize};
+    use super::model::{Checkpoint, generate, logits, perplexity, quantize, seal};
+    #[pymodule_export]
+    use super::operator::{Lookup, Product};
     #[pymodule_export]
     use super::spec::{Diagnostic, Quantizer, SpecError, check, palette};
+    #[pymodule_export]
+    use super::study::{Plan, plan, sensitivity};
 
     use pyo3::prelude::*;
 

@@ -3,12 +3,15 @@
 use std::sync::Arc;
 
 use numpy::{
-    AllowTypeChange, PyArray1, PyArray2, PyArrayLike2, PyArrayMethods, PyReadonlyArray2, PyUntypedArrayMethods,
+    AllowTypeChange, PyArray1, PyArray2, PyArrayLike1, PyArrayLike2, PyArrayMethods, PyReadonlyArray2,
+    PyUntypedArrayMethods,
 };
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
 use qp_codegen::reference::{self, Rotator};
 use qp_runtime::codec;
+use qp_runtime::codec::cut;
+use qp_runtime::quantize::relative_error;
 use rayon::prelude::*;
 
 use crate::invalid;
@@ -19,6 +22,8 @@ use crate::spec::{Quantizer, shape};
 pub struct PackedMatrix {
     pub quantizer: Arc<qp_codegen::spec::Quantizer>,
     pub matrix: codec::PackedMatrix,
+    /// Σ (w − ŵ)² / Σ w², where that is known.
+    pub error: Option<f64>,
 }
 
 impl PackedMatrix {
@@ -40,9 +45,12 @@ impl PackedMatrix {
         let matrix = py.detach(|| {
             let rotator = Rotator::new(q.rotation, shape.cols);
             rotated.par_chunks_mut(columns.max(1)).for_each(|row| rotator.apply(row));
-            codec::encode_matrix(&q, shape, &rotated, &|_| ())
+            let matrix = codec::encode_matrix(&q, shape, &rotated, &|_| ())?;
+            let error = relative_error(&codec::Decoder::new(&q), &matrix, &rotated);
+            Ok::<_, codec::EncodeError>((matrix, Some(error)))
         });
-        Ok(PackedMatrix { matrix: matrix.map_err(invalid)?, quantizer: q })
+        let (matrix, error) = matrix.map_err(invalid)?;
+        Ok(PackedMatrix { matrix, quantizer: q, error })
     }
 }
 
@@ -50,12 +58,19 @@ impl PackedMatrix {
 impl PackedMatrix {
     /// Joins what `words` and `scales` gave.
     #[staticmethod]
-    fn from_parts(quantizer: Quantizer, rows: u32, columns: u32, words: Vec<u32>, scales: Vec<f32>) -> PyResult<Self> {
+    fn from_parts(
+        quantizer: Quantizer,
+        rows: u32,
+        columns: u32,
+        words: PyArrayLike1<'_, u32, AllowTypeChange>,
+        scales: PyArrayLike1<'_, f32, AllowTypeChange>,
+    ) -> PyResult<Self> {
         let shape = shape(&quantizer.0, rows, columns)?;
-        let scales = scales.into_iter().map(half::bf16::from_f32).collect();
+        let scales = scales.as_array().iter().copied().map(half::bf16::from_f32).collect();
+        let words = words.as_array().iter().copied().collect();
         let matrix = codec::PackedMatrix::from_parts(&quantizer.0, shape, words, scales);
         let wrong = || PyValueError::new_err("words or scales are not as many as a matrix of this shape has");
-        Ok(PackedMatrix { matrix: matrix.ok_or_else(wrong)?, quantizer: quantizer.0 })
+        Ok(PackedMatrix { matrix: matrix.ok_or_else(wrong)?, quantizer: quantizer.0, error: None })
     }
 
     #[getter]
@@ -66,6 +81,11 @@ impl PackedMatrix {
     #[getter]
     fn quantizer(&self) -> Quantizer {
         Quantizer(self.quantizer.clone())
+    }
+
+    #[getter]
+    fn error(&self) -> Option<f64> {
+        self.error
     }
 
     #[getter]
@@ -123,6 +143,44 @@ impl PackedMatrix {
             codec::linear(&self.quantizer, &self.matrix, &prepared)
         });
         PyArray1::from_vec(py, y).reshape([tokens, rows])
+    }
+
+    /// Rows of the matrix, decoded: tokens × columns.
+    fn rows<'py>(&self, py: Python<'py>, tokens: Vec<u32>) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let (rows, columns) = self.rows_columns();
+        if let Some(beyond) = tokens.iter().find(|t| **t as usize >= rows) {
+            return Err(PyIndexError::new_err(format!("row {beyond} of a matrix of {rows}")));
+        }
+        let decoded = py.detach(|| {
+            let mut x = codec::Decoder::new(&self.quantizer).rows(&self.matrix, &tokens);
+            let back = Rotator::inverse(self.quantizer.rotation, columns as u32);
+            x.par_chunks_mut(columns.max(1)).for_each(|row| back.apply(row));
+            x
+        });
+        PyArray1::from_vec(py, decoded).reshape([tokens.len(), columns])
+    }
+
+    /// The part of the matrix with rows and columns from one up to another.
+    #[pyo3(signature = (*, rows=None, columns=None))]
+    fn cut(&self, rows: Option<(u32, u32)>, columns: Option<(u32, u32)>) -> PyResult<PackedMatrix> {
+        let (all_rows, all_columns) = self.rows_columns();
+        let rows = rows.map_or(0..all_rows as u32, |(a, b)| a..b);
+        let columns = columns.map_or(0..all_columns as u32, |(a, b)| a..b);
+        let (quantizer, matrix) = cut::cut(&self.quantizer, &self.matrix, rows, columns).map_err(invalid)?;
+        Ok(PackedMatrix { quantizer: Arc::new(quantizer), matrix, error: None })
+    }
+
+    /// Matrices of one quantizer as one, each below the one before.
+    #[staticmethod]
+    fn stack(parts: Vec<PyRef<'_, PackedMatrix>>) -> PyResult<PackedMatrix> {
+        let first = parts.first().ok_or_else(|| PyValueError::new_err("there is nothing to stack"))?;
+        let hash = first.quantizer.hash();
+        if parts.iter().any(|p| p.quantizer.hash() != hash) {
+            return Err(invalid(cut::CutError::Unlike));
+        }
+        let matrices: Vec<&codec::PackedMatrix> = parts.iter().map(|p| &p.matrix).collect();
+        let matrix = cut::stack(&first.quantizer, &matrices).map_err(invalid)?;
+        Ok(PackedMatrix { quantizer: first.quantizer.clone(), matrix, error: None })
     }
 
     fn __repr__(&self) -> String {

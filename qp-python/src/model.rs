@@ -5,20 +5,22 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use numpy::{PyArray1, PyArray2, PyArrayMethods};
 use pyo3::exceptions::{PyKeyError, PyValueError};
 use pyo3::prelude::*;
+use qp_runtime::checkpoint::hugging::Written;
 use qp_runtime::checkpoint::{self, Begin, LayerEntry};
 use qp_runtime::cli::device::{self, Device};
-use qp_runtime::engine::{self, Sampler, Sampling};
+use qp_runtime::engine::{self, Logits, Sampler, Sampling};
 use qp_runtime::plan::Plan;
 use qp_runtime::quantize::calibrate::{Calibrate, Texts};
 use qp_runtime::quantize::{Error, Job, Progress};
 
 use crate::invalid;
 use crate::matrix::PackedMatrix;
-use crate::spec::failed;
+use crate::spec::{Quantizer, failed, shape};
 
-fn device(name: &str) -> PyResult<Device> {
+pub fn device(name: &str) -> PyResult<Device> {
     match name {
         "auto" => Ok(Device::Auto),
         "cpu" => Ok(Device::Cpu),
@@ -190,6 +192,39 @@ pub fn generate(
     }
 }
 
+/// The logits of a model after each token of a sequence.
+#[pyfunction]
+#[pyo3(signature = (model, tokens, *, device="auto"))]
+pub fn logits<'py>(
+    py: Python<'py>,
+    model: PathBuf,
+    tokens: Vec<u32>,
+    device: &str,
+) -> PyResult<Bound<'py, PyArray2<f32>>> {
+    let device = self::device(device)?;
+    let computed = py.detach(|| {
+        let (model, on) = device::open_model(&model, device)?;
+        let mut session = device::open_session(model, on.as_ref(), tokens.len().max(1))?;
+        let mut logits = Vec::new();
+        if !tokens.is_empty() {
+            session.forward(&tokens, Logits::All, &mut logits)?;
+        }
+        Ok::<_, qp_runtime::cli::Error>((logits, session.vocab()))
+    });
+    let (logits, vocab) = computed.map_err(invalid)?;
+    PyArray1::from_vec(py, logits).reshape([tokens.len(), vocab])
+}
+
+/// Makes a checkpoint of a directory that another program wrote. A layer: name, quantizer, rows, columns, relative error.
+#[pyfunction]
+pub fn seal(py: Python<'_>, dir: PathBuf, layers: Vec<(String, Quantizer, u32, u32, f64)>) -> PyResult<()> {
+    let one = |(name, quantizer, rows, columns, error): (String, Quantizer, u32, u32, f64)| {
+        Ok(Written { name, shape: shape(&quantizer.0, rows, columns)?, quantizer: quantizer.0, error })
+    };
+    let layers: Vec<Written> = layers.into_iter().map(one).collect::<PyResult<_>>()?;
+    py.detach(|| checkpoint::hugging::seal(&dir, &layers)).map(drop).map_err(invalid)
+}
+
 /// A directory that `quantize` wrote.
 #[pyclass(frozen, module = "qpalette")]
 pub struct Checkpoint(checkpoint::Checkpoint);
@@ -227,7 +262,13 @@ impl Checkpoint {
             return Err(PyKeyError::new_err(layer.to_owned()));
         }
         let (quantizer, matrix) = py.detach(|| self.0.linear(layer)).map_err(invalid)?;
-        Ok(PackedMatrix { quantizer, matrix })
+        let error = self.0.layer(layer).map(|l| l.error);
+        Ok(PackedMatrix { quantizer, matrix, error })
+    }
+
+    /// What `qp inspect --json` prints.
+    fn inspect(&self) -> PyResult<String> {
+        qp_runtime::cli::inspect::json(&self.0).map_err(invalid)
     }
 
     fn __repr__(&self) -> String {

@@ -175,6 +175,12 @@ impl Quantizer {
         (self.0.block().rows, self.0.block().cols)
     }
 
+    /// Rows and columns at whose multiples a matrix may be cut; None where columns may not be.
+    #[getter]
+    fn cuts(&self) -> (u32, Option<u32>) {
+        qp_runtime::codec::cut::steps(&self.0)
+    }
+
     #[getter]
     fn trained(&self) -> bool {
         self.0.is_trained()
@@ -198,6 +204,13 @@ impl Quantizer {
     #[pyo3(signature = (rows=4096, columns=4096))]
     fn packed_bytes(&self, rows: u32, columns: u32) -> PyResult<u64> {
         Ok(explain::matrix_bytes(&self.0, shape(&self.0, rows, columns)?))
+    }
+
+    /// Words and scales of a matrix.
+    #[pyo3(signature = (rows=4096, columns=4096))]
+    fn packed_lengths(&self, rows: u32, columns: u32) -> PyResult<(usize, usize)> {
+        let shape = shape(&self.0, rows, columns)?;
+        Ok((Packed::new(&self.0, shape).words(), qp_runtime::codec::scale_count(&self.0, shape)))
     }
 
     #[pyo3(signature = (op="product", rows=4096, columns=4096, batch=1, target="sm_90a"))]

@@ -74,6 +74,68 @@ def test_matrices():
     assert (packed.linear(x[2:3]) == y[2:3]).all(), "the bits of a token do not depend on the batch"
 
 
+def test_matrices_are_cut_and_stacked():
+    w, q = matrix(96, 512), qp.Quantizer.named("tcq_3")
+    packed = q.encode(w)
+    assert 0 < packed.error < 0.1
+    whole = packed.decode()
+    rows, columns = q.cuts
+    assert (packed.rows([95, 0]) == whole[[95, 0]]).all()
+    with pytest.raises(IndexError):
+        packed.rows([96])
+    part = packed.cut(rows=(rows, 96), columns=(columns, 512))
+    assert part.shape == (96 - rows, 512 - columns) and (part.decode() == whole[rows:, columns:]).all()
+    upper, lower = packed.cut(rows=(0, rows)), packed.cut(rows=(rows, 96))
+    again = qp.PackedMatrix.stack([upper, lower])
+    assert again.quantizer == q and (again.decode() == whole).all()
+    with pytest.raises(ValueError, match="multiples of"):
+        packed.cut(rows=(1, 96))
+    with pytest.raises(ValueError, match="rotation is in blocks"):
+        qp.Quantizer(SPEC).encode(w).cut(columns=(0, 256))
+    with pytest.raises(ValueError, match="cannot lie below"):
+        qp.PackedMatrix.stack([upper, qp.Quantizer.named("nuq_4").encode(w)])
+
+
+def test_sensitivities_and_plans(tmp_path):
+    file, seen = tmp_path / "model.json", []
+    qp.sensitivity(
+        MODEL, file, sequences=1, tokens=8, levels=1, device="cpu", progress=lambda *what: seen.append(what)
+    )
+    assert seen and file.exists()
+    plan = qp.plan(file, bits=3.25, quantizers=["nuq_*"])
+    assert 2 < plan.bits <= 3.25 and plan.loss > 0
+    assert "nuq_" in str(plan) and plan._repr_svg_().startswith("<svg") and "Plan(" in repr(plan)
+    written = tmp_path / "plan.toml"
+    plan.write(written)
+    assert written.read_text() == plan.toml and "[layers]" in plan.toml
+    with pytest.raises(ValueError, match="no budget"):
+        qp.plan(file)
+    with pytest.raises(ValueError, match="bits"):
+        qp.plan(file, bits=-1)
+    with pytest.raises(ValueError, match="at least 1 sequence"):
+        qp.sensitivity(MODEL, file, sequences=0)
+
+    class Enough(Exception):
+        pass
+
+    def progress(*_):
+        raise Enough
+
+    with pytest.raises(Enough):
+        qp.sensitivity(MODEL, file, sequences=1, tokens=4, levels=1, device="cpu", progress=progress)
+
+
+def test_a_mixed_installation_is_refused():
+    from qpalette import _versions
+
+    with pytest.raises(ImportError, match="installation is mixed"):
+        _versions.native("1.0.0", "0.9.0")
+    with pytest.raises(ImportError, match="nothing-of-that-name 1.0 or later"):
+        _versions.need("qpalette.x", "nothing-of-that-name", "1.0", "x")
+    with pytest.raises(ImportError, match="needs numpy 999"):
+        _versions.need("qpalette.x", "numpy", "999", "x")
+
+
 def test_matrices_that_cannot_be():
     q = qp.Quantizer.named("tcq_3")
     broken = matrix()
@@ -108,8 +170,11 @@ def test_a_model_from_quantizing_to_a_text(tmp_path):
     layer = checkpoint.layers[0]
     assert layer in checkpoint and checkpoint[layer].quantizer.name == "nuq_4"
     assert any(l["name"] == layer for l in json.loads(checkpoint.manifest)["layers"])
+    assert 4 <= json.loads(checkpoint.inspect())["totals"]["bits_per_weight"] < 4.2
     with pytest.raises(KeyError):
         checkpoint["nothing"]
+    logits = qp.logits(out, [1, 2, 3], device="cpu")
+    assert logits.shape == (3, 2048) and (qp.logits(out, [1, 2], device="cpu") == logits[:2]).all()
     text = (MODEL / "valid.txt").read_text()
     assert 10 < qp.perplexity(out, text, limit=1024, device="cpu") < 30
     said = qp.generate(out, "And it came to pass", tokens=8, device="cpu")

@@ -30,7 +30,7 @@ def test_the_operator_is_the_codec():
 
 def test_it_is_an_operator_like_others():
     quantized = qpt.Linear.of(layer(), qp.Quantizer.named("nuq_4"))
-    args = (torch.randn(3, 256), quantized.words, quantized.scales, quantized.spec, 64, 256)
+    args = (torch.randn(3, 256), quantized.packed, quantized.scales, quantized.spec, 64, 256)
     torch.library.opcheck(torch.ops.qp.linear.default, args, test_utils=("test_schema", "test_faketensor"))
     with pytest.raises(Exception, match="256 columns"):
         torch.ops.qp.linear(torch.randn(1, 255), *args[1:])
@@ -61,3 +61,63 @@ def test_models_are_quantized_in_place():
     assert "nuq_3" in repr(model) and model(torch.randn(1, 128)).shape == (1, 64)
     qpt.quantize_(model, qp.Quantizer.named("nuq_4"))
     assert model[2].name == "nuq_4" and model[0].name == "nuq_3"
+
+
+def test_embeddings_are_looked_up():
+    table = torch.randn(100, 256)
+    matrix = qp.Quantizer.named("tcq_4").encode(table.numpy())
+    embedding = qpt.Embedding(matrix, torch.bfloat16)
+    tokens = torch.tensor([[5, 99], [0, 5]])
+    y = embedding(tokens)
+    wanted = torch.from_numpy(matrix.decode())[tokens].to(torch.bfloat16)
+    assert y.dtype == torch.bfloat16 and (y == wanted).all()
+    assert embedding.float()(tokens).dtype == torch.float32
+    compiled = torch.compile(embedding, fullgraph=True, backend="aot_eager")
+    assert (compiled(tokens) == embedding(tokens)).all()
+    with pytest.raises(IndexError, match="row 100"):
+        embedding(torch.tensor([100]))
+
+
+def test_conversions_leave_scales_alone():
+    quantized = qpt.Linear.of(layer(), qp.Quantizer.named("nuq_4"))
+    scales = quantized.scales.clone()
+    for changed in [quantized.half(), quantized.float(), quantized.to(torch.bfloat16)]:
+        assert changed.scales.dtype == torch.bfloat16 and (changed.scales == scales).all()
+    assert quantized.bias.dtype == torch.bfloat16
+    assert (quantized.matrix().decode() == qpt.Linear.of(layer(), qp.Quantizer.named("nuq_4")).matrix().decode()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["nuq_4", "tcq_2.5"])
+def test_the_launches_of_a_gpu_give_the_same_bits(name, dtype):
+    """On the interpreter: kernels, scratch and order of the launches are those of a GPU."""
+    from qpalette import _cuda
+
+    # Rows that are no whole tiles.
+    linear = torch.nn.Linear(320, 72, bias=False)
+    quantized = qpt.Linear.of(linear, qp.Quantizer.named(name))
+    for shape in [(1, 320), (3, 320), (2, 6, 320)]:
+        x = torch.randn(shape).to(dtype)
+        arguments = (x, quantized.packed, quantized.scales, quantized.spec, 72, 320)
+        y = _cuda.run(None, 0, *arguments)
+        assert y.dtype == dtype and y.shape == (*shape[:-1], 72)
+        assert (y == torch.ops.qp.linear(*arguments)).all(), shape
+    assert _cuda.run(None, 0, x[:, :0], *arguments[1:]).shape == (2, 0, 72)
+    with pytest.raises(ValueError, match="words of 32 bits"):
+        _cuda.run(None, 0, x, quantized.packed[1:], *arguments[2:])
+    with pytest.raises(ValueError, match="3 scales for 72 rows"):
+        _cuda.run(None, 0, x, quantized.packed, quantized.scales[:3], *arguments[3:])
+
+
+def test_the_look_ups_of_a_gpu_give_the_same_bits():
+    from qpalette import _cuda
+
+    embedding = qpt.Embedding(qp.Quantizer.named("tcq_3").encode(torch.randn(70, 256).numpy()))
+    tokens = torch.tensor([[5, 69, 0]])
+    arguments = (tokens, embedding.packed, embedding.scales, embedding.spec, 70, 256, torch.float32)
+    assert (_cuda.look_up(None, 0, *arguments) == embedding(tokens)).all()
+
+
+def test_what_is_no_quantizer_is_said():
+    with pytest.raises(ValueError, match="make the layer, or load the model, first"):
+        torch.ops.qp.linear(torch.zeros(1, 4), torch.zeros(1), torch.zeros(1), "0" * 64, 4, 4)

@@ -33,6 +33,7 @@
 
 mod build;
 pub mod interpret;
+mod narrow;
 mod problem;
 #[cfg(test)]
 mod tests;

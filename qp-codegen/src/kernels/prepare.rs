@@ -164,8 +164,8 @@ fn scratch_of_token(g: &Geometry) -> u32 {
 
 /// Makes the kernel. Its parameters, in order:
 ///
-/// * `input`: `f32`, the values or gates;
-/// * `up`: `f32` (read with a gated unit only);
+/// * `input`: `f32` (or the type asked for), the values or gates;
+/// * `up`: as `input` (read with a gated unit only);
 /// * `norm`: `f32`, `columns` weights (read with a norm only);
 /// * `flips`: 32-bit words, bit `i` set if column `i` is negated; see [`super::rotate::flips`];
 /// * `base`: the dense part's signs, if larger than the program may unroll; see [`super::rotate::base`];
@@ -179,6 +179,11 @@ pub fn lower(op: &Prepare, device: &Device) -> Kernel {
 
 /// As [`lower`], spread in a given way.
 pub fn lower_as(op: &Prepare, spread: Spread) -> Kernel {
+    lower_reading(op, spread, Elem::F32)
+}
+
+/// As [`lower_as`], of inputs (values, gates and what they gate) of type `input`: `F32`, `F16` or `BF16`.
+pub fn lower_reading(op: &Prepare, spread: Spread, input: Elem) -> Kernel {
     let g = Geometry::new(op, spread);
     let b = Builder::new(&format!("prepare_{}_b{}", op.columns, op.batch), [op.batch * g.blocks, 1], g.warps * 32);
     b.doc(format!(
@@ -191,7 +196,7 @@ pub fn lower_as(op: &Prepare, spread: Spread) -> Kernel {
     ));
     b.cluster(g.blocks);
     b.dependent_launch();
-    Emit::new(&b, op, g).kernel();
+    Emit::new(&b, op, g, input).kernel();
     b.finish()
 }
 
@@ -211,6 +216,8 @@ struct Emit<'a, 'b> {
     op: &'a Prepare,
     g: Geometry,
     transforms: Transforms,
+    /// Type of the inputs.
+    elem: Elem,
     input: Mem,
     up: Mem,
     weights: Mem,
@@ -235,11 +242,11 @@ struct Emit<'a, 'b> {
 }
 
 impl<'a, 'b> Emit<'a, 'b> {
-    fn new(b: &'b Builder, op: &'a Prepare, g: Geometry) -> Self {
+    fn new(b: &'b Builder, op: &'a Prepare, g: Geometry, elem: Elem) -> Self {
         let (batch, columns) = (u64::from(op.batch), u64::from(op.columns.next_multiple_of(COLUMN_PAD)));
-        let input = b.sized("input", Elem::F32, false, op.input.len(op.batch, op.columns));
+        let input = b.sized("input", elem, false, op.input.len(op.batch, op.columns));
         // What there is no need of is not read.
-        let up = b.sized("up", Elem::F32, false, op.gate.map_or(0, |g| g.up.len(op.batch, op.columns)));
+        let up = b.sized("up", elem, false, op.gate.map_or(0, |g| g.up.len(op.batch, op.columns)));
         let weights = b.sized("norm", Elem::F32, false, op.norm.map_or(0, |_| op.columns.into()));
         let flips = b.buffer("flips", Elem::U32, false);
         let base = b.buffer("base", Elem::U32, false);
@@ -267,6 +274,7 @@ impl<'a, 'b> Emit<'a, 'b> {
             op,
             g,
             transforms,
+            elem,
             input,
             up,
             weights,
@@ -330,12 +338,12 @@ impl<'a, 'b> Emit<'a, 'b> {
     }
 
     /// Four values of a row that begins at `first`, from `column` on; zero past the last column.
-    fn load(&self, mem: Mem, first: V<'b>, aligned: bool, column: V<'b>, cache: Cache) -> [V<'b>; 4] {
+    fn load(&self, (mem, elem): (Mem, Elem), first: V<'b>, aligned: bool, column: V<'b>, cache: Cache) -> [V<'b>; 4] {
         let (b, n) = (self.b, self.op.columns);
         let inside = n == self.g.groups * GROUP;
         if aligned && n.is_multiple_of(4) {
             let load = || {
-                let v = b.load_as(mem, first + column, Elem::F32, 4, cache);
+                let v = b.load_as(mem, first + column, elem, 4, cache);
                 [0, 1, 2, 3].map(|j| v.lane(j))
             };
             if inside {
@@ -346,7 +354,7 @@ impl<'a, 'b> Emit<'a, 'b> {
             return vars.map(|v| b.get(v));
         }
         [0, 1, 2, 3].map(|j| {
-            let load = || b.load_as(mem, first + column + j, Elem::F32, 1, cache);
+            let load = || b.load_as(mem, first + column + j, elem, 1, cache);
             if inside {
                 return load();
             }
@@ -359,11 +367,11 @@ impl<'a, 'b> Emit<'a, 'b> {
     fn of_span(&self, mem: Mem, span: Span, column: V<'b>) -> [V<'b>; 4] {
         let aligned = span.first.is_multiple_of(4) && (self.op.batch == 1 || span.stride.is_multiple_of(4));
         let first = if self.op.batch == 1 { self.b.i32(span.first as i32) } else { span.at(self.token) };
-        self.load(mem, first, aligned, column, Cache::Default)
+        self.load((mem, self.elem), first, aligned, column, Cache::Default)
     }
 
     fn norm_weights(&self, column: V<'b>) -> [V<'b>; 4] {
-        self.load(self.weights, self.b.i32(0), true, column, Cache::ReadOnly)
+        self.load((self.weights, Elem::F32), self.b.i32(0), true, column, Cache::ReadOnly)
     }
 
     fn kernel(&self) {

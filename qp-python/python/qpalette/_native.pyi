@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -46,6 +46,8 @@ class Quantizer:
     """The canonical text, tables included: equal quantizers have equal texts."""
     digest: str
     """SHA-256 of the text, hexadecimal."""
+    cuts: tuple[int, Optional[int]]
+    """Rows and columns at whose multiples a matrix may be cut; None where columns may not be."""
     trained: bool
     """Whether its tables are there."""
     distortion: Optional[float]
@@ -57,6 +59,8 @@ class Quantizer:
         """Rate, bytes, distortion and the layout of the bits."""
     def packed_bytes(self, rows: int = 4096, columns: int = 4096) -> int:
         """Bytes of a matrix of this shape, scales included."""
+    def packed_lengths(self, rows: int = 4096, columns: int = 4096) -> tuple[int, int]:
+        """Words of 32 bits and scales of a matrix of this shape."""
     def emit(
         self, op: str = "product", rows: int = 4096, columns: int = 4096, batch: int = 1, target: str = "sm_90a"
     ) -> str:
@@ -72,6 +76,8 @@ class PackedMatrix:
         """What `words` and `scales` gave, put together again. Raises ValueError if their lengths do not fit."""
     shape: tuple[int, int]
     quantizer: Quantizer
+    error: Optional[float]
+    """Relative squared error that quantizing made, where it is known: after `encode` and of a checkpoint."""
     nbytes: int
     words: NDArray[np.uint32]
     """The windows' bits, as they lie on a device. A copy."""
@@ -84,6 +90,17 @@ class PackedMatrix:
         """`x @ weights.T`, tokens x rows, of tokens x columns: activations are rotated and rounded to 16 bits, sums are exact;
         the same bits as qp's engine on any device."""
 
+    def rows(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Rows of what it stands for: len(tokens) x columns. Raises IndexError beyond the last."""
+    def cut(
+        self, *, rows: Optional[tuple[int, int]] = None, columns: Optional[tuple[int, int]] = None
+    ) -> PackedMatrix:
+        """The part with rows and columns from one number up to another, at multiples of `quantizer.cuts`; nothing is encoded
+        again. Its quantizer is its own where columns are cut. Raises ValueError where it cannot be cut."""
+    @staticmethod
+    def stack(parts: Sequence[PackedMatrix]) -> PackedMatrix:
+        """Matrices of one quantizer as one, each below the one before. Raises ValueError if rows are no whole tiles."""
+
 class Checkpoint:
     """A directory that `quantize` wrote: its quantized layers by name. Raises ValueError if it is damaged."""
 
@@ -94,9 +111,69 @@ class Checkpoint:
     def __len__(self) -> int: ...
     def __contains__(self, layer: str) -> bool: ...
     def __getitem__(self, layer: str) -> PackedMatrix: ...
+    def inspect(self) -> str:
+        """JSON: layers with bits a weight, bytes and errors, and totals, as `qp inspect --json` prints it."""
+
+class Plan:
+    """Which quantizer each layer gets. A notebook shows it as a picture, `print` as a table."""
+
+    toml: str
+    """The plan file, for `quantize(..., plan=)`."""
+    table: str
+    svg: str
+    """Layers by matrices, colour by bits."""
+    bits: float
+    """Bits a weight, scales included."""
+    loss: float
+    """Predicted loss, as `qp plan` states it: for comparing plans of one model."""
+    def write(self, path: str | PathLike[str]) -> None:
+        """Writes the plan file."""
+
+class Product:
+    """The kernels of a product; used by `qpalette.torch`. `device` is a GPU, or None for the interpreter."""
+
+    def __init__(
+        self, quantizer: Quantizer, rows: int, columns: int, tokens: int, dtype: str, device: Optional[int]
+    ) -> None: ...
+    tokens: int
+    stride: int
+    scratch_bytes: int
+    meeting_bytes: int
+    def launch(
+        self, stream: int, tokens: int, x: int, words: int, scales: int, y: int, scratch: int, meeting: int
+    ) -> None: ...
+
+class Lookup:
+    """The kernel of an embedding; used by `qpalette.torch`."""
+
+    def __init__(self, quantizer: Quantizer, rows: int, columns: int, tokens: int, device: Optional[int]) -> None: ...
+    stride: int
+    def launch(self, stream: int, count: int, tokens: int, words: int, scales: int, y: int) -> None: ...
 
 def check(spec: str | Path) -> list[Diagnostic]:
     """Checks the text of a spec (str) or a file (Path): gives warnings, raises SpecError for errors."""
+
+def plan(options: list[str]) -> Plan: ...
+def seal(dir: str | PathLike[str], layers: list[tuple[str, Quantizer, int, int, float]]) -> None:
+    """Makes a checkpoint of a model directory whose weight files hold `NAME.packed` and `NAME.scales` of each layer (name,
+    quantizer, rows, columns, relative error): writes its specs and its manifest."""
+
+def sensitivity(
+    model: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    sequences: int = 16,
+    tokens: int = 256,
+    levels: int = 4,
+    draws: int = 1,
+    seed: int = 0,
+    resume: bool = False,
+    device: str = "auto",
+    progress: Optional[Callable[[int, int, str], Any]] = None,
+) -> None:
+    """Measures how much a model's predictions suffer from noise in each layer, on texts that it writes itself, and writes the
+    file `out` (JSON), after every layer anew. `progress` is called with the trials done, all trials, and the layer's name.
+    Ctrl-C stops after a layer; `resume` goes on."""
 
 def palette() -> list[Quantizer]:
     """The quantizers that come along."""
@@ -118,6 +195,11 @@ def quantize(
     """Quantizes a model's directory or GGUF file into the checkpoint `out`, as `qp quantize` does: with one quantizer
     (`spec`) or a plan. `calibrate` is a text file, or "self", that the rounding is fitted to. `progress` is called after
     each layer with the weights done, all weights, and the layer's name. Ctrl-C stops between layers; `resume` goes on."""
+
+def logits(
+    model: str | PathLike[str], tokens: Sequence[int], *, device: str = "auto"
+) -> NDArray[np.float32]:
+    """What the model predicts after each of `tokens`: tokens x vocabulary."""
 
 def perplexity(
     model: str | PathLike[str], text: str, *, window: int = 256, limit: Optional[int] = None, device: str = "auto"

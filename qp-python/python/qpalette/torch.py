@@ -1,13 +1,14 @@
-"""Quantized linear layers in PyTorch, on the CPU.
+"""Quantized linear layers and embeddings in PyTorch.
 
     import qpalette.torch as qpt
 
     layer = qpt.Linear.of(torch.nn.Linear(512, 256), qp.Quantizer.named("tcq_3"))
     qpt.quantize_(model, lambda name, linear: None if name == "lm_head" else "tcq_3")
 
-The product is the operator `torch.ops.qp.linear`; it works under `torch.compile(fullgraph=True)`. Its results are those of
-`PackedMatrix.linear`, to the bit, given the same float32 input. There is no CUDA implementation yet: qp's own engine runs
-models on a GPU.
+The product is the operator `torch.ops.qp.linear`, on the CPU and on CUDA; it works under `torch.compile(fullgraph=True)` and
+in CUDA graphs. Given the same float32 input its results are those of `PackedMatrix.linear`, to the bit, on every device and
+for every number of tokens. Half-precision activations are taken as the float32 numbers that they are, and results are rounded
+to their type.
 """
 
 from __future__ import annotations
@@ -17,77 +18,177 @@ from typing import Callable, Optional, Union
 
 import numpy as np
 
-try:
-    import torch
-except ImportError as e:
-    raise ImportError("qpalette.torch needs PyTorch: pip install 'qpalette[torch]'") from e
+from ._versions import need
 
-from ._native import PackedMatrix, Quantizer
+need("qpalette.torch", "torch", "2.4", "torch")
+
+import torch  # noqa: E402
+
+from . import _cuda  # noqa: E402
+from ._native import PackedMatrix, Quantizer  # noqa: E402
+from ._registry import quantizer_of, register  # noqa: E402
+
+__all__ = ["Embedding", "Linear", "quantize_"]
 
 # The matrix that a tensor of words belongs to. Tensors are compared by identity of their memory, which lives as long as
 # the finalizer has not run.
 _matrices: dict[tuple, PackedMatrix] = {}
 
 
-def _key(words: torch.Tensor, spec: str) -> tuple:
-    return (words.data_ptr(), words.numel(), words._version, spec)
-
-
-def _matrix(words: torch.Tensor, scales: torch.Tensor, spec: str, rows: int, columns: int) -> PackedMatrix:
-    key = _key(words, spec)
+def _matrix(packed: torch.Tensor, scales: torch.Tensor, spec: str, rows: int, columns: int) -> PackedMatrix:
+    key = (packed.data_ptr(), packed.numel(), packed._version, scales.data_ptr(), scales._version, spec, rows, columns)
     matrix = _matrices.get(key)
     if matrix is None:
-        parts = words.detach().numpy().view(np.uint32), scales.detach().to(torch.float32).numpy()
-        matrix = PackedMatrix.from_parts(Quantizer(spec), rows, columns, *parts)
+        parts = packed.detach().numpy().view(np.uint32), scales.detach().to(torch.float32).numpy()
+        matrix = PackedMatrix.from_parts(quantizer_of(spec), rows, columns, *parts)
         _matrices[key] = matrix
-        weakref.finalize(words.untyped_storage(), _matrices.pop, key, None)
+        weakref.finalize(packed.untyped_storage(), _matrices.pop, key, None)
     return matrix
 
 
-@torch.library.custom_op("qp::linear", mutates_args=(), device_types="cpu")
-def _linear(
-    x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, spec: str, rows: int, columns: int
-) -> torch.Tensor:
-    if x.shape[-1] != columns:
-        raise ValueError(f"the matrix has {columns} columns, x has {x.shape[-1]}")
-    matrix = _matrix(words, scales, spec, rows, columns)
-    flat = x.detach().reshape(-1, columns).to(torch.float32).contiguous().numpy()
-    y = torch.from_numpy(matrix.linear(flat))
+def _check(x: torch.Tensor, columns: int) -> None:
+    torch._check(x.shape[-1] == columns, lambda: f"the matrix has {columns} columns, x has {x.shape[-1]}")
+    torch._check(x.dtype.is_floating_point, lambda: f"activations are floats, not {x.dtype}")
+
+
+def _linear(x, packed, scales, spec, rows, columns):
+    _check(x, columns)
+    flat = x.detach().reshape(-1, columns).to(torch.float32).contiguous()
+    y = torch.from_numpy(_matrix(packed, scales, spec, rows, columns).linear(flat.numpy()))
     return y.reshape(*x.shape[:-1], rows).to(x.dtype)
 
 
-@_linear.register_fake
-def _(x, words, scales, spec, rows, columns):
-    torch._check(x.shape[-1] == columns, lambda: f"the matrix has {columns} columns, x has {x.shape[-1]}")
+def _linear_cuda(x, packed, scales, spec, rows, columns):
+    _check(x, columns)
+    return _cuda.linear(x, packed, scales, spec, rows, columns)
+
+
+def _linear_fake(x, packed, scales, spec, rows, columns):
+    _check(x, columns)
     return x.new_empty(*x.shape[:-1], rows)
 
 
-class Linear(torch.nn.Module):
+def _embedding(tokens, packed, scales, spec, rows, columns, dtype):
+    decoded = _matrix(packed, scales, spec, rows, columns).rows(tokens.reshape(-1).tolist())
+    return torch.from_numpy(decoded).reshape(*tokens.shape, columns).to(dtype)
+
+
+def _embedding_fake(tokens, packed, scales, spec, rows, columns, dtype):
+    return tokens.new_empty(*tokens.shape, columns, dtype=dtype)
+
+
+_library = torch.library.Library("qp", "DEF")
+_library.define("linear(Tensor x, Tensor packed, Tensor scales, str spec, SymInt rows, SymInt columns) -> Tensor")
+_library.define(
+    "embedding(Tensor tokens, Tensor packed, Tensor scales, str spec, SymInt rows, SymInt columns, ScalarType dtype)"
+    " -> Tensor"
+)
+for _name, _cpu, _gpu, _fake in [
+    ("linear", _linear, _linear_cuda, _linear_fake),
+    ("embedding", _embedding, _cuda.embedding, _embedding_fake),
+]:
+    _library.impl(_name, _cpu, "CPU")
+    _library.impl(_name, _gpu, "CUDA")
+    torch.library.register_fake(f"qp::{_name}", _fake, lib=_library)
+
+
+class _Matrix(torch.nn.Module):
+    """The tensors of a packed matrix, under the names that a checkpoint gives them."""
+
+    def __init__(self, matrix: PackedMatrix) -> None:
+        super().__init__()
+        self._describe(matrix.quantizer, *matrix.shape, matrix.error)
+        self.register_buffer("packed", torch.from_numpy(matrix.words))
+        self.register_buffer("scales", torch.from_numpy(matrix.scales).to(torch.bfloat16))
+
+    def _describe(self, quantizer: Quantizer, rows: int, columns: int, error: Optional[float]) -> None:
+        self.rows, self.columns = rows, columns
+        self.spec, self.name, self.error = register(quantizer), quantizer.name, error
+
+    @classmethod
+    def empty(cls, quantizer: Quantizer, rows: int, columns: int, error: Optional[float] = None, **more):
+        """One whose tensors are to be loaded, on the current default device."""
+        words, scales = quantizer.packed_lengths(rows, columns)
+        this = cls.__new__(cls)
+        torch.nn.Module.__init__(this)
+        this._describe(quantizer, rows, columns, error)
+        this.register_buffer("packed", torch.empty(words, dtype=torch.uint32))
+        this.register_buffer("scales", torch.empty(scales, dtype=torch.bfloat16))
+        this._extend(**more)
+        return this
+
+    def _extend(self) -> None:
+        pass
+
+    @property
+    def quantizer(self) -> Quantizer:
+        return quantizer_of(self.spec)
+
+    def matrix(self) -> PackedMatrix:
+        """The matrix, copied to the CPU."""
+        words, scales = self.packed.detach().cpu().numpy(), self.scales.detach().cpu().to(torch.float32).numpy()
+        return PackedMatrix.from_parts(self.quantizer, self.rows, self.columns, words, scales)
+
+    def _apply(self, fn, recurse=True):
+        # Conversions of a module's floats leave the scales alone: they are part of the matrix's bits.
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales is not None and self.scales.dtype != torch.bfloat16:
+            self.scales = scales.to(self.scales.device)
+        return self
+
+
+class Linear(_Matrix):
     """A linear layer of a quantized matrix, with the bias that it had. Not trainable."""
 
     def __init__(self, matrix: PackedMatrix, bias: Optional[torch.Tensor] = None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = matrix.shape
-        self.spec = matrix.quantizer.text
-        self.name = matrix.quantizer.name
-        # Tensors of bits: conversions of the module's floats leave them alone.
-        self.register_buffer("words", torch.from_numpy(matrix.words.view(np.int32)))
-        self.register_buffer("scales", torch.from_numpy(matrix.scales).to(torch.bfloat16))
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        super().__init__(matrix)
+        self._extend(None if bias is None else bias.detach().clone())
+
+    def _extend(self, bias: Optional[torch.Tensor] = None) -> None:
+        self.register_buffer("bias", bias)
+
+    @property
+    def out_features(self) -> int:
+        return self.rows
+
+    @property
+    def in_features(self) -> int:
+        return self.columns
 
     @classmethod
     def of(cls, linear: torch.nn.Linear, quantizer: Quantizer) -> Linear:
-        """Quantizes the weights of `linear`."""
+        """Quantizes the weights of `linear`; the layer is where the weights were."""
         weights = linear.weight.detach().to(device="cpu", dtype=torch.float32).numpy()
-        return cls(quantizer.encode(weights), linear.bias)
+        return cls(quantizer.encode(weights), linear.bias).to(linear.weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.ops.qp.linear(x, self.words, self.scales, self.spec, self.out_features, self.in_features)
+        y = torch.ops.qp.linear(x, self.packed, self.scales, self.spec, self.rows, self.columns)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, quantizer={self.name}"
+        return f"in_features={self.columns}, out_features={self.rows}, bias={bias}, quantizer={self.name}"
+
+
+class Embedding(_Matrix):
+    """An embedding of a quantized matrix: rows are decoded as they are looked up. Not trainable."""
+
+    def __init__(self, matrix: PackedMatrix, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(matrix)
+        self._extend(dtype)
+
+    def _extend(self, dtype: torch.dtype = torch.float32) -> None:
+        # Tells the type of what is looked up; it follows conversions of the module.
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.ops.qp.embedding(
+            tokens, self.packed, self.scales, self.spec, self.rows, self.columns, self.like.dtype
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.rows}, {self.columns}, quantizer={self.name}"
 
 
 Choice = Union[str, Quantizer, Callable[[str, torch.nn.Linear], Union[None, str, Quantizer]]]
@@ -97,7 +198,7 @@ def quantize_(model: torch.nn.Module, choice: Choice) -> torch.nn.Module:
     """Replaces the linear layers of `model` by quantized ones, in place, and gives it back.
 
     `choice` is a quantizer or the name of one of the palette, or a function of a layer's name and the layer that gives
-    one, or None for a layer that stays."""
+    one, or None for a layer that stays. (For a model of transformers, see `qpalette.transformers.quantize_`.)"""
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     for name, linear in found:
         chosen = choice(name, linear) if callable(choice) else choice

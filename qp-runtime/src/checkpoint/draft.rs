@@ -18,8 +18,8 @@ use serde::{Deserialize, Serialize};
 
 use super::weights::{Planned, Shard, layout};
 use super::{
-    CalibrationEntry, Error, FORMAT, FileEntry, MANIFEST, Manifest, TensorEntry, blake3, hash_file, is_checkpoint,
-    sha256,
+    CalibrationEntry, Error, FORMAT, FileEntry, MANIFEST, Manifest, TensorEntry, blake3, hash_file, hugging,
+    is_checkpoint, sha256,
 };
 use crate::output;
 
@@ -333,6 +333,16 @@ impl Draft {
         write().map_err(|e| self.failed(&path, e))?;
         self.small.push(name.to_owned());
         Ok(())
+    }
+
+    /// Writes the file that says which tensor lies where.
+    ///
+    /// # Errors
+    /// If the disk is full or writing fails otherwise.
+    pub fn put_index(&mut self) -> Result<(), Error> {
+        let tensors = self.shards.iter().flat_map(|s| s.tensors.iter().map(|t| (&*t.0.name, &*s.file, t.0.bytes())));
+        let text = hugging::index(tensors);
+        self.put_file(hugging::INDEX, &text)
     }
 
     /// Completes the manifest with the tensors and files, writes it, and moves the checkpoint to its place.

@@ -5,7 +5,9 @@
 //! OUT/specs/NAME.qspec              canonical text of each quantizer in use
 //! OUT/weights-00001.safetensors     NAME.packed (U32), NAME.scales (BF16); all other tensors unchanged
 //! OUT/plan.toml                     the plan, naming every layer
-//! OUT/config.json, tokenizer.json … copied from the model
+//! OUT/config.json                   that of the model, which says too that `qp` quantized it
+//! OUT/model.safetensors.index.json  which tensor lies where, for other programs
+//! OUT/tokenizer.json …              copied from the model
 //! ```
 //!
 //! The format is described in `docs/checkpoint.md`. One file a concern:
@@ -14,10 +16,12 @@
 //! * [`weights`]: the layout of the weight files, known before the first layer is coded.
 //! * [`draft`]: writing: a partial directory with a journal beside the output, renamed when it is whole.
 //! * [`reader`]: [`Checkpoint`]: opening, checking, access to layers.
+//! * [`hugging`]: what lets other programs open a checkpoint, and a checkpoint be made of what they wrote.
 //! * [`error`]: what can be wrong.
 
 pub mod draft;
 pub mod error;
+pub mod hugging;
 pub mod manifest;
 pub mod reader;
 pub mod weights;

@@ -99,6 +99,14 @@ impl Inspect {
     }
 }
 
+/// What [`Inspect`] prints as JSON.
+///
+/// # Errors
+/// None that this value can have.
+pub fn json(checkpoint: &Checkpoint) -> serde_json::Result<String> {
+    serde_json::to_string_pretty(&view(checkpoint, false))
+}
+
 fn bytes_of(t: &TensorEntry) -> u64 {
     t.shape.iter().product::<usize>() as u64 * t.dtype.bitsize() as u64 / 8
 }

@@ -107,17 +107,7 @@ impl Plan {
             output::check(path)?;
         }
         let problem = self.problem()?;
-        let full = problem.full_bytes();
-        let budget = Budget {
-            memory: match &self.as_uniform {
-                Some(name) => Some(uniform_bytes(&problem, name)?),
-                None => self.memory.or(self.bits.map(|b| (full as f64 * b / 16.0).floor() as i64)),
-            },
-            time: self
-                .milliseconds
-                .map(|ms| (ms * 1e12).floor() as i64)
-                .or(self.tokens_per_second.map(|r| (1e15 / r).floor() as i64)),
-        };
+        let budget = self.budget(&problem)?;
         let explained = |e| Error::from(report::infeasible(&problem, &e));
         let effort = Effort::default();
         if let Some(points) = self.frontier {
@@ -126,11 +116,7 @@ impl Plan {
             let plans = frontier::frontier(&problem, resource, other, points.into(), effort).map_err(explained)?;
             return print_frontier(&problem, &plans);
         }
-        if budget.memory.is_none() && budget.time.is_none() {
-            let known = "--bits, --memory, --as-uniform, --tokens-per-second or --milliseconds";
-            return Err(format!("no budget: give one of {known}, or one of memory and one of time").into());
-        }
-        let plan = problem.solve(budget.memory, budget.time, effort).map_err(explained)?;
+        let plan = solve(&problem, budget)?;
         out!("{}\n{}", report::table(&problem, &plan), report::totals(&problem, &plan))?;
         outln!("In brackets: bits by the closed form, if any number of bits could be had.")?;
         if self.explain {
@@ -142,11 +128,39 @@ impl Plan {
             write(path, &text)?;
         }
         if let Some(path) = &self.svg {
-            let bits = 8.0 * plan.solution.uses[MEMORY] as f64 / (full / 2) as f64;
-            let title = format!("{bits:.3} bits a weight, predicted loss {:.5}", plan.solution.cost);
-            write(path, &heatmap::svg(&problem, &plan, &title))?;
+            write(path, &picture(&problem, &plan))?;
         }
         Ok(())
+    }
+
+    /// The plan as data, with nothing printed and no file written.
+    ///
+    /// # Errors
+    /// If a file cannot be read, or no plan keeps within the budgets.
+    pub fn solved(&self) -> Result<Solved, Error> {
+        let problem = self.problem()?;
+        let plan = solve(&problem, self.budget(&problem)?)?;
+        Ok(Solved {
+            toml: report::plan_file(&problem, &plan, "qpalette.plan"),
+            table: format!("{}\n{}", report::table(&problem, &plan), report::totals(&problem, &plan)),
+            svg: picture(&problem, &plan),
+            bits: bits(&problem, &plan),
+            loss: plan.solution.cost,
+        })
+    }
+
+    fn budget(&self, problem: &Problem) -> Result<Budget, Error> {
+        let full = problem.full_bytes();
+        Ok(Budget {
+            memory: match &self.as_uniform {
+                Some(name) => Some(uniform_bytes(problem, name)?),
+                None => self.memory.or(self.bits.map(|b| (full as f64 * b / 16.0).floor() as i64)),
+            },
+            time: self
+                .milliseconds
+                .map(|ms| (ms * 1e12).floor() as i64)
+                .or(self.tokens_per_second.map(|r| (1e15 / r).floor() as i64)),
+        })
     }
 
     fn problem(&self) -> Result<Problem, Error> {
@@ -199,6 +213,39 @@ impl Plan {
         let times: Option<Times> = if table.is_some() { Some(&times) } else { None };
         Ok(Problem::new(layers, list, freedom, constant, &bytes, times)?)
     }
+}
+
+/// A plan as data.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Solved {
+    /// The plan file, for `qp quantize --plan`.
+    pub toml: String,
+    /// A line a block, and totals.
+    pub table: String,
+    /// Layers by matrices, colour by bits.
+    pub svg: String,
+    /// Bits a weight, scales included.
+    pub bits: f64,
+    /// The predicted loss.
+    pub loss: f64,
+}
+
+fn solve(problem: &Problem, budget: Budget) -> Result<Allocation, Error> {
+    if budget.memory.is_none() && budget.time.is_none() {
+        let known = "--bits, --memory, --as-uniform, --tokens-per-second or --milliseconds";
+        return Err(format!("no budget: give one of {known}, or one of memory and one of time").into());
+    }
+    let explained = |e| Error::from(report::infeasible(problem, &e));
+    problem.solve(budget.memory, budget.time, Effort::default()).map_err(explained)
+}
+
+fn bits(problem: &Problem, plan: &Allocation) -> f64 {
+    8.0 * plan.solution.uses[MEMORY] as f64 / (problem.full_bytes() / 2) as f64
+}
+
+fn picture(problem: &Problem, plan: &Allocation) -> String {
+    let title = format!("{:.3} bits a weight, predicted loss {:.5}", bits(problem, plan), plan.solution.cost);
+    heatmap::svg(problem, plan, &title)
 }
 
 /// Bytes of a packed layer with its scales, as a checkpoint holds it. Tables are shared by all layers and not counted.

@@ -4,6 +4,7 @@
 //! * [`row_products`]: products with a row that is not quantized.
 //! * [`Encoder`]: rotated weights → packed words, by the Viterbi algorithm over the trellis of each [`Code`].
 //! * [`feedback`]: what the encoder does about the inputs of a layer, if it knows them.
+//! * [`cut`]: parts of packed matrices, and matrices below one another.
 //! * [`train`]: the tables of a code, by Lloyd's iteration on the trellis itself.
 //! * [`distortion`]: the mean squared error that a quantizer reaches on a Gaussian source.
 //!
@@ -12,6 +13,7 @@
 //!
 //! [`Code`]: qp_codegen::spec::Code
 
+pub mod cut;
 mod decode;
 mod dense;
 pub mod distortion;

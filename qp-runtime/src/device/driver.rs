@@ -656,6 +656,16 @@ impl Function {
     /// # Safety
     /// The words must be what the kernel's parameters are, and the memory alive until the stream has run it.
     pub unsafe fn launch(&self, words: &mut [u64], into: Option<&Capture>) -> Result<(), DeviceError> {
+        let stream = into.map_or(self.context.stream, |c| c.0);
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_in(stream, self.shape.grid[0], words) }
+    }
+
+    /// As [`Function::launch`], into a stream of the context that is not ours, with the first `columns` columns of the grid.
+    ///
+    /// # Safety
+    /// As [`Function::launch`]; and `stream` must be a stream of the context.
+    pub unsafe fn launch_in(&self, stream: sys::CUstream, columns: u32, words: &mut [u64]) -> Result<(), DeviceError> {
         self.context.bind()?;
         let mut pointers: Vec<*mut c_void> = words.iter_mut().map(|w| std::ptr::from_mut(w).cast()).collect();
         // SAFETY: an attribute is plain data; zero is valid.
@@ -665,7 +675,8 @@ impl Function {
         let config = sys::CUlaunchConfig {
             attrs: &mut attribute,
             numAttrs: self.shape.dependent.into(),
-            ..self.config(into.map_or(self.context.stream, |c| c.0))
+            gridDimX: columns,
+            ..self.config(stream)
         };
         // SAFETY: the caller vouches for the parameters; config and attribute outlive the call.
         unsafe { sys::cuLaunchKernelEx(&config, self.function, pointers.as_mut_ptr(), std::ptr::null_mut()) }

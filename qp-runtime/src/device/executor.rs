@@ -12,6 +12,7 @@ use super::Gpu;
 use super::args::{Arg, Element, LaunchArgs, ParamDecl, check};
 use super::driver::{self, Capture, Context, Function, GraphExec, Memory, Shape};
 use super::error::DeviceError;
+use super::guest::Lent;
 use crate::jit;
 
 /// Runs kernels, in the order they are launched. Cheap to clone: clones are the same executor.
@@ -329,6 +330,14 @@ impl<T: Element> Buffer<T> {
         self.len * size_of::<T>()
     }
 
+    /// Where it lies: on the GPU or, of the interpreter, in this process. It does not move.
+    pub(super) fn address(&self) -> u64 {
+        match &self.raw {
+            RawBuffer::Host(host) => write_lock(host).as_mut_ptr() as u64,
+            RawBuffer::Cuda(memory) => memory.pointer(),
+        }
+    }
+
     pub(super) fn raw(&self) -> &RawBuffer {
         &self.raw
     }
@@ -589,6 +598,51 @@ impl Loaded {
             }
         }
         Ok(())
+    }
+
+    /// Runs the first `blocks` columns of the grid on memory of others, in `stream` of theirs.
+    ///
+    /// # Safety
+    /// The arguments must be what the parameters are, as long as those blocks need and alive until the stream has passed the
+    /// launch; addresses are of the GPU or, on the interpreter, of this process.
+    pub(super) unsafe fn launch_lent(&self, stream: u64, blocks: u32, args: &[Lent]) -> Result<(), DeviceError> {
+        match &*self.0 {
+            Code::Cuda { function, .. } => {
+                let word = |arg: &Lent| match *arg {
+                    Lent::Memory(address, _) => address,
+                    Lent::I32(x) => u64::from(x.cast_unsigned()),
+                };
+                let mut words: Vec<u64> = args.iter().map(word).collect();
+                // SAFETY: the caller's promise.
+                unsafe { function.launch_in(stream as *mut _, blocks, &mut words) }
+            }
+            Code::Interpreter { prepared, options } => {
+                let failed = |name: &str, reason: String| DeviceError::Kernel { kernel: name.into(), reason };
+                let mut kernel = prepared.kernel().clone();
+                kernel.grid[0] = blocks;
+                // Fewer blocks need less than the whole grid.
+                kernel.params.iter_mut().for_each(|p| p.len = None);
+                let name = kernel.name.clone();
+                let part = interpret::Prepared::new(kernel).map_err(|e| failed(&name, e.to_string()))?;
+                let mut passed: Vec<interpret::Arg<'_>> = args
+                    .iter()
+                    .zip(&part.kernel().params)
+                    .map(|(arg, param)| match (*arg, param.kind) {
+                        (Lent::I32(x), _) => interpret::Arg::I32(x),
+                        // SAFETY: the caller says that the memory is there.
+                        (Lent::Memory(address, bytes), ParamKind::Buffer { writable: true, .. }) => unsafe {
+                            interpret::Arg::Buffer(std::slice::from_raw_parts_mut(address as *mut u8, bytes))
+                        },
+                        // SAFETY: as above.
+                        (Lent::Memory(address, bytes), _) => unsafe {
+                            interpret::Arg::ReadOnly(std::slice::from_raw_parts(address as *const u8, bytes))
+                        },
+                    })
+                    .collect();
+                part.run(&mut passed, options).map_err(|trap| failed(&name, trap.to_string()))?;
+                Ok(())
+            }
+        }
     }
 
     fn run(&self, args: &[Arg], into: Option<&Capture>) -> Result<(), DeviceError> {

@@ -485,7 +485,7 @@ impl EmbedPackedKernel {
     }
 }
 
-fn or_one(mut words: Vec<u32>) -> Vec<u32> {
+pub(super) fn or_one(mut words: Vec<u32>) -> Vec<u32> {
     if words.is_empty() {
         words.push(0);
     }

@@ -58,6 +58,19 @@ pub fn measured(on: &Executor, products: &[Product<'_>]) -> Result<Vec<(Launch, 
     Ok(chosen.into_iter().map(|c| (c.launch, c.kernel)).collect())
 }
 
+/// The launch of a product that is not measured now: one that was found to be the best before, or the model's.
+///
+/// # Errors
+/// As [`load`].
+pub fn remembered(on: &Executor, op: &Gemv<'_>, hash: &str) -> Result<Launch, DeviceError> {
+    let how = match Choice::of_user()? {
+        Choice::Remembered | Choice::Measured => Choice::Remembered,
+        Choice::Model => Choice::Model,
+    };
+    let chosen = choose(on, how, &[(*op, hash)], |_, _| Ok(Vec::new()))?;
+    Ok(chosen.first().map_or_else(|| Launch::choose(op, &on.device()), |c| c.launch))
+}
+
 /// What the user wants where measuring is no loss of time.
 fn measuring() -> Result<Choice, DeviceError> {
     Ok(match Choice::of_user()? {

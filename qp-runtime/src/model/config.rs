@@ -13,6 +13,7 @@ use super::files::Files;
 use super::keys::{Keys, shown};
 use super::rope::{Rope, RopeScaling};
 use super::stored::Stored;
+use crate::checkpoint::hugging;
 
 /// Largest size that a model may have in any direction.
 pub const MOST: usize = 1 << 28;
@@ -174,6 +175,8 @@ pub struct Config {
     pub suggested: Vec<String>,
     /// How the files keep the matrices, if they are quantized.
     pub stored: Option<Stored>,
+    /// True if `config.json` says that this program quantized the model: it is part of a checkpoint.
+    pub of_checkpoint: bool,
     /// What the files say that is not used and changes nothing, for the user.
     pub notes: Vec<String>,
 }
@@ -319,13 +322,16 @@ impl Config {
         };
         // First what the model is: of another kind, all else would be beside the point.
         let reading = architecture(&keys)?;
+        let method = |q: &Value| q.get("quant_method").and_then(Value::as_str).map(str::to_owned);
+        let of_checkpoint = keys.get("quantization_config").and_then(method).is_some_and(|m| m == hugging::METHOD);
         let (stored, packing) = match keys.get("quantization_config") {
             None => (None, Packing::Plain),
+            Some(_) if of_checkpoint => (None, Packing::Plain),
             Some(q) => match Stored::find(q) {
                 Some(stored) => (Some(stored), Packing::Plain),
                 None => {
-                    let method = q.get("quant_method").and_then(Value::as_str).unwrap_or("of an unnamed method");
-                    let packing = Packing::of(method, q.get("weight_block_size"), reading.mxfp4);
+                    let method = method(q).unwrap_or_else(|| "of an unnamed method".to_owned());
+                    let packing = Packing::of(&method, q.get("weight_block_size"), reading.mxfp4);
                     let known = || format!("the unquantized model, fp8 with weight_block_size, {}", Stored::known());
                     let what = || format!("a checkpoint already quantized ({method}) so");
                     (None, packing.ok_or_else(|| unsupported(what(), &known()))?)
@@ -426,6 +432,7 @@ impl Config {
             architecture: reading.name.to_owned(),
             suggested: Vec::new(),
             stored,
+            of_checkpoint,
             notes: Vec::new(),
         };
         (reading.read)(&keys, &mut config)?;

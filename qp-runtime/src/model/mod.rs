@@ -94,6 +94,11 @@ impl Model {
             return Err(none);
         }
         let (config, mut tensors) = (config?, tensors?);
+        if config.of_checkpoint {
+            let what =
+                "says that qp quantized the model, but there is no qp.json beside it: copy the whole checkpoint again";
+            return Err(Error::file(&files.path("config.json"), what));
+        }
         if config.of_parts {
             let others = tensors.keep_text();
             let what = format!("the text's part is read; {others} tensors of other parts are not");

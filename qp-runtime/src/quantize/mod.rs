@@ -27,6 +27,7 @@ use crate::model::{self, Files, Model, TensorDir};
 use crate::plan::{Plan, Resolved};
 use calibrate::{Calibrate, Calibration};
 use items::{Item, Work, items, join_tied, layers};
+pub use pipeline::relative_error;
 use pipeline::{Pipeline, Pool};
 
 /// Files of a model directory that a checkpoint takes along, where they exist.
@@ -301,9 +302,11 @@ impl Job {
         let files = Files::open(&self.model)?;
         for name in COPIED {
             if let Some(bytes) = files.read(name)? {
+                let bytes = if name == "config.json" { checkpoint::hugging::config(&bytes) } else { bytes };
                 draft.put_file(name, &bytes)?;
             }
         }
+        draft.put_index()?;
         draft.put_file("plan.toml", plan_text(&layers, &groups).as_bytes())?;
         let model = ModelId { sha256: head.model };
         let (tensors, files) = (Vec::new(), Vec::new());

@@ -340,7 +340,7 @@ fn load(source: &TensorDir, tensor: &str, layer: &str, q: &Quantizer, shape: Sha
 
 /// Σ (w − ŵ)² / Σ w², six digits, ŵ being what `packed` decodes to. Sums are by row, so that the result does not depend on
 /// the number of threads; of decoded weights there is a row tile a thread at a time.
-fn relative_error(decoder: &Decoder, packed: &PackedMatrix, weights: &[f32]) -> f64 {
+pub fn relative_error(decoder: &Decoder, packed: &PackedMatrix, weights: &[f32]) -> f64 {
     let (cols, tile) = (packed.layout.shape.cols as usize, packed.layout.tile.rows as usize);
     let stride = packed.layout.padded_cols() as usize;
     let code = &decoder.quantizer().codes[0];

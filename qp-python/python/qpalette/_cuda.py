@@ -1,0 +1,158 @@
+"""The operators on a GPU: kernels of qp's compiler on PyTorch's current stream, with memory of its allocator.
+
+Kernels are made for a quantizer, a shape, a type of activations and a number of tokens, rounded up to a power of two; they
+are compiled at the first call of each, or come from qp's cache on the disk. The device `None` is the interpreter, which runs
+the same launches on tensors of the CPU: tests use it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Optional
+
+import torch
+
+from ._native import Lookup, Product
+from ._registry import quantizer_of
+
+# Most tokens of a launch.
+_MOST = 2048
+
+_products: dict[tuple, Product] = {}
+_lookups: dict[tuple, Lookup] = {}
+# What a call needs of its product, by all that it depends on, the number of tokens included.
+_calls: dict[tuple, tuple] = {}
+_scales: dict[tuple, torch.Tensor] = {}
+
+
+def _rounded(tokens: int) -> int:
+    return 1 << (tokens - 1).bit_length()
+
+
+def _capturing(index: Optional[int]) -> bool:
+    return index is not None and torch._C._cuda_isCurrentStreamCapturing()
+
+
+def _refuse_capture(index: Optional[int], what: str) -> None:
+    if _capturing(index):
+        raise RuntimeError(
+            f"the kernels of a {what} are compiled at its first call, which cannot be within a graph: "
+            "run the model once with as many tokens before its graph is captured"
+        )
+
+
+def _product(index, spec, rows, columns, tokens, dtype) -> Product:
+    key = (index, spec, rows, columns, tokens, dtype)
+    product = _products.get(key)
+    if product is None:
+        _refuse_capture(index, "layer")
+        name = str(dtype).removeprefix("torch.")
+        product = _products[key] = Product(quantizer_of(spec), rows, columns, tokens, name, index)
+    return product
+
+
+def _padded(scales: torch.Tensor, stride: int, rows: int) -> torch.Tensor:
+    """A scale for each of `stride` rows: the matrix's own, or its only one, and zeros."""
+    if scales.numel() == stride and scales.dtype == torch.bfloat16:
+        return scales
+    if scales.numel() not in (1, rows):
+        raise ValueError(f"{scales.numel()} scales for {rows} rows")
+    key = (scales.data_ptr(), scales.numel(), scales._version, scales.device, stride)
+    padded = _scales.get(key)
+    if padded is None:
+        if scales.device.type == "cuda":
+            _refuse_capture(scales.device.index, "matrix")
+        padded = torch.zeros(stride, dtype=torch.bfloat16, device=scales.device)
+        padded[:rows] = scales.to(torch.bfloat16)
+        _scales[key] = padded
+        weakref.finalize(scales.untyped_storage(), _scales.pop, key, None)
+    return padded
+
+
+
+def _fits(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, words: int) -> None:
+    """The matrix is where the input is, and as long as its kernels take it to be."""
+    if packed.numel() != words or packed.element_size() != 4 or not packed.is_contiguous():
+        raise ValueError(f"a matrix of this quantizer and shape has {words} words of 32 bits, side by side")
+    if packed.device != x.device or scales.device != x.device:
+        raise ValueError(f"the matrix is on {packed.device} and {scales.device}, the input on {x.device}")
+
+
+def linear(x, packed, scales, spec, rows, columns):
+    """`torch.ops.qp.linear` on CUDA."""
+    index = x.device.index
+    # The calls below are those of the current device.
+    if torch._C._cuda_getDevice() != index:
+        with torch.cuda.device(index):
+            return run(index, torch._C._cuda_getCurrentRawStream(index), x, packed, scales, spec, rows, columns)
+    return run(index, torch._C._cuda_getCurrentRawStream(index), x, packed, scales, spec, rows, columns)
+
+
+def run(index, stream, x, packed, scales, spec, rows, columns):
+    """The product, on a device and stream."""
+    dtype = x.dtype
+    if dtype == torch.float64:
+        return run(index, stream, x.float(), packed, scales, spec, rows, columns).to(dtype)
+    tokens = x.numel() // columns
+    if tokens > _MOST:
+        flat = x.reshape(-1, columns)
+        parts = [run(index, stream, part, packed, scales, spec, rows, columns) for part in flat.split(_MOST)]
+        return torch.cat(parts).reshape(*x.shape[:-1], rows)
+    if tokens == 0:
+        return x.new_empty(*x.shape[:-1], rows)
+    key = (index, spec, rows, columns, tokens, dtype)
+    call = _calls.get(key)
+    if call is None:
+        product = _product(index, spec, rows, columns, _rounded(tokens), dtype)
+        words = quantizer_of(spec).packed_lengths(rows, columns)[0]
+        call = (product.launch, product.scratch_bytes, product.tokens, product.stride, product.meeting_bytes, words)
+        _calls[key] = call
+    launch, scratch_bytes, batch, stride, meeting_bytes, words = call
+    _fits(x, packed, scales, words)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    at = x.data_ptr()
+    if at % 16:
+        x = x.clone()
+        at = x.data_ptr()
+    device = x.device
+    padded = scales if scales.shape[0] == stride else _padded(scales, stride, rows)
+    scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
+    y = torch.empty((batch, stride), dtype=dtype, device=device)
+    meeting = 0
+    if meeting_bytes and _capturing(index):
+        # A graph may run beside the stream that it was captured on, so it meets in memory of its own.
+        own = torch.zeros(meeting_bytes, dtype=torch.uint8, device=device)
+        meeting = own.data_ptr()
+    launch(stream, tokens, at, packed.data_ptr(), padded.data_ptr(), y.data_ptr(), scratch.data_ptr(), meeting)
+    if batch != tokens:
+        y = y[:tokens]
+    if stride != rows:
+        y = y[:, :rows]
+    return y.reshape(*x.shape[:-1], rows) if x.dim() != 2 or stride != rows else y
+
+
+def embedding(tokens, packed, scales, spec, rows, columns, dtype):
+    """`torch.ops.qp.embedding` on CUDA."""
+    index = tokens.device.index
+    with torch.cuda.device(index):
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        return look_up(index, stream, tokens, packed, scales, spec, rows, columns, dtype)
+
+
+def look_up(index, stream, tokens, packed, scales, spec, rows, columns, dtype):
+    """Rows of the matrix, on a device and stream. A token that the matrix does not have is taken as the nearest that it has."""
+    _fits(tokens, packed, scales, quantizer_of(spec).packed_lengths(rows, columns)[0])
+    wanted = tokens.reshape(-1).clamp(0, rows - 1).to(torch.int32).contiguous()
+    y = torch.empty((wanted.numel(), columns), dtype=torch.float32, device=tokens.device)
+    for first in range(0, wanted.numel(), _MOST):
+        part = wanted[first : first + _MOST]
+        count = part.numel()
+        key = (index, spec, rows, columns, _rounded(count))
+        lookup = _lookups.get(key)
+        if lookup is None:
+            _refuse_capture(index, "embedding")
+            lookup = _lookups[key] = Lookup(quantizer_of(spec), rows, columns, _rounded(count), index)
+        padded = _padded(scales, lookup.stride, rows)
+        lookup.launch(stream, count, part.data_ptr(), packed.data_ptr(), padded.data_ptr(), y[first:].data_ptr())
+    return y.to(dtype).reshape(*tokens.shape, columns)

@@ -1,0 +1,278 @@
+"""Checkpoints of `qp quantize` in vLLM: the quantization `qp`.
+
+vLLM finds it by itself where this package is installed beside it (the entry point `qp` of `vllm.general_plugins`):
+
+    vllm serve OUT --tensor-parallel-size 2
+
+The layers of a checkpoint may have quantizers of their own, or stay as they are. Several GPUs cut matrices by rows or, of
+layers that follow others, by columns; `Quantizer.cuts` says where a matrix can be cut.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+from ._versions import need
+
+need("qpalette.vllm", "torch", "2.4", "vllm")
+
+import torch  # noqa: E402
+from torch.nn import Parameter  # noqa: E402
+from vllm.model_executor.layers.linear import (  # noqa: E402
+    LinearBase,
+    LinearMethodBase,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config  # noqa: E402
+from vllm.model_executor.layers.quantization.base_config import (  # noqa: E402
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding  # noqa: E402
+
+from . import torch as _operators  # noqa: E402, F401
+from ._checkpoints import METHOD, Layer, layers  # noqa: E402
+from ._native import PackedMatrix  # noqa: E402
+from ._registry import register as _register  # noqa: E402
+
+# The three parts of a merged layer of attention, as vLLM names them.
+_QKV = ("q", "k", "v")
+
+
+def register() -> None:
+    """The plugin: importing this module has made the quantization known."""
+
+
+class _Slice(NamedTuple):
+    """The part of a layer of the checkpoint that a rank computes: from one row and column up to others."""
+
+    name: str
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+
+@register_quantization_config(METHOD)
+class QpConfig(QuantizationConfig):
+    """The quantization of a checkpoint, which its `qp.json` describes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: dict[str, Layer] = {}
+
+    def get_name(self) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float32, torch.float16, torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict) -> QpConfig:
+        return cls()
+
+    def maybe_update_config(self, model_name: str, hf_config=None, revision: Optional[str] = None) -> None:
+        def fetch(name: str) -> Path:
+            here = Path(model_name) / name
+            if here.exists():
+                return here
+            if Path(model_name).is_dir():
+                raise ValueError(f"{here} is missing: copy the whole checkpoint again")
+            from huggingface_hub import hf_hub_download
+
+            return Path(hf_hub_download(model_name, name, revision=revision))
+
+        self.layers = layers(Path(model_name), fetch, "vLLM")
+        if hf_config is not None:
+            text = hf_config.get_text_config()
+            if "lm_head" in self.layers and getattr(text, "tie_word_embeddings", False):
+                # The output layer has a matrix of its own.
+                for config in {id(hf_config): hf_config, id(text): text}.values():
+                    config.tie_word_embeddings = False
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Optional[QuantizeMethodBase]:
+        if isinstance(layer, LinearBase):
+            names = self._parts(prefix)
+            if not any(name in self.layers for name in names):
+                return UnquantizedLinearMethod()
+            return QpLinearMethod(self.layers, names)
+        if isinstance(layer, VocabParallelEmbedding):
+            return QpEmbeddingMethod(self.layers, [prefix]) if prefix in self.layers else None
+        kind = type(layer).__name__
+        if ("MoE" in kind or "Experts" in kind) and any(name.startswith(f"{prefix}.") for name in self.layers):
+            raise ValueError(
+                f"{prefix}: mixtures of experts are not run by qp's plugin for vLLM; "
+                "leave the experts as they are in the plan, or run the checkpoint with qp"
+            )
+        return None
+
+    def _parts(self, prefix: str) -> list[str]:
+        """The layers of the checkpoint that make up a layer of vLLM's."""
+        if prefix in self.layers:
+            return [prefix]
+        before, dot, last = prefix.rpartition(".")
+        return [f"{before}{dot}{name}" for name in self.packed_modules_mapping.get(last, [last])]
+
+
+class _Method:
+    """What linear layers and embeddings share: tensors are collected as they are loaded, and cut once all are there."""
+
+    uses_meta_device = False
+
+    def __init__(self, found: dict[str, Layer], names: list[str]) -> None:
+        self.layers, self.names = found, names
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **_,
+    ) -> None:
+        layer.qp_loaded = {}
+        layer.qp_dtype = params_dtype
+        layer.qp_sizes = (input_size_per_partition, list(output_partition_sizes))
+        layer.qp_device = torch.empty(0).device
+        kinds = ["packed", "scales"]
+        if any(name not in self.layers for name in self.names):
+            kinds.append("weight")
+        for kind in kinds:
+            empty = Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
+            empty.weight_loader = self._loader(layer, kind)
+            layer.register_parameter(kind, empty)
+
+    def _loader(self, layer: torch.nn.Module, kind: str):
+        def load(param, tensor: torch.Tensor, shard=None) -> None:
+            layer.qp_loaded[self._name_of(shard), kind] = tensor.detach().cpu().clone()
+
+        return load
+
+    def _name_of(self, shard) -> str:
+        if shard is None:
+            if len(self.names) != 1:
+                raise ValueError(f"which of {', '.join(self.names)} is loaded is not said")
+            return self.names[0]
+        return self.names[_QKV.index(shard) if shard in _QKV else shard]
+
+    def _slices(self, layer: torch.nn.Module) -> list[_Slice]:
+        raise NotImplementedError
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if hasattr(layer, "qp_pieces"):
+            return
+        matrices: dict[str, PackedMatrix] = {}
+        pieces = []
+        for part in self._slices(layer):
+            name, rows, columns = part
+            if name not in self.layers:
+                weight = layer.qp_loaded[name, "weight"][rows[0] : rows[1], columns[0] : columns[1]]
+                pieces.append(weight.to(layer.qp_dtype))
+                continue
+            of = self.layers[name]
+            if name not in matrices:
+                words, scales = layer.qp_loaded[name, "packed"], layer.qp_loaded[name, "scales"]
+                parts = words.view(torch.int32).numpy().view("uint32"), scales.float().numpy()
+                matrices[name] = PackedMatrix.from_parts(of.quantizer, of.rows, of.columns, *parts)
+            try:
+                pieces.append(matrices[name].cut(rows=rows, columns=columns))
+            except ValueError as e:
+                raise ValueError(f"{name}, for rank {layer.tp_rank} of {layer.tp_size}: {e}") from None
+        del layer.qp_loaded
+        for kind in ("packed", "scales", "weight"):
+            if kind in layer._parameters:
+                delattr(layer, kind)
+        layer.qp_pieces = []
+        for piece in _joined(pieces):
+            i = len(layer.qp_pieces)
+            if isinstance(piece, torch.Tensor):
+                layer.register_buffer(f"qp_weight_{i}", piece.to(layer.qp_device), persistent=False)
+                layer.qp_pieces.append(None)
+                continue
+            layer.register_buffer(f"qp_packed_{i}", torch.from_numpy(piece.words).to(layer.qp_device), persistent=False)
+            scales = torch.from_numpy(piece.scales).to(torch.bfloat16).to(layer.qp_device)
+            layer.register_buffer(f"qp_scales_{i}", scales, persistent=False)
+            layer.qp_pieces.append((_register(piece.quantizer), *piece.shape))
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+        parts = []
+        for i, piece in enumerate(layer.qp_pieces):
+            if piece is None:
+                parts.append(torch.nn.functional.linear(x, getattr(layer, f"qp_weight_{i}")))
+                continue
+            packed, scales = getattr(layer, f"qp_packed_{i}"), getattr(layer, f"qp_scales_{i}")
+            parts.append(torch.ops.qp.linear(x, packed, scales, *piece))
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return y if bias is None else y + bias
+
+
+def _joined(pieces: list) -> list:
+    """Neighbours of one quantizer become one matrix, so that their product is one launch."""
+    out: list = []
+    for piece in pieces:
+        last = out[-1] if out else None
+        if isinstance(last, PackedMatrix) and isinstance(piece, PackedMatrix) and last.quantizer == piece.quantizer:
+            try:
+                out[-1] = PackedMatrix.stack([last, piece])
+                continue
+            except ValueError:
+                pass
+        out.append(piece)
+    return out
+
+
+class QpLinearMethod(_Method, LinearMethodBase):
+    """Linear layers: plain, merged, cut by rows or by columns."""
+
+    def _slices(self, layer: torch.nn.Module) -> list[_Slice]:
+        inputs, sizes = layer.qp_sizes
+        if isinstance(layer, RowParallelLinear):
+            first = layer.tp_rank * inputs
+            return [_Slice(self.names[0], (0, sizes[0]), (first, first + inputs))]
+        names = self.names
+        # One matrix of the checkpoint may be several of vLLM's: their rows follow one another.
+        whole = len(names) == 1 and len(sizes) > 1
+        before, out = 0, []
+        for i, size in enumerate(sizes):
+            rank, ranks = layer.tp_rank, layer.tp_size
+            replicas = getattr(layer, "num_kv_head_replicas", 1) if i > 0 else 1
+            rank, ranks = rank // replicas, ranks // replicas
+            first = (before if whole else 0) + rank * size
+            out.append(_Slice(names[0] if whole else names[i], (first, first + size), (0, inputs)))
+            before += ranks * size
+        return out
+
+
+class QpEmbeddingMethod(_Method, QuantizeMethodBase):
+    """Embeddings and output layers, cut by rows."""
+
+    def _slices(self, layer: torch.nn.Module) -> list[_Slice]:
+        at = layer.shard_indices
+        if layer.num_added_embeddings:
+            raise ValueError(f"{self.names[0]}: a quantized embedding cannot get more tokens")
+        rows = (at.org_vocab_start_index, at.org_vocab_end_index)
+        return [_Slice(self.names[0], rows, (0, layer.embedding_dim))]
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+        y = super().apply(layer, x)
+        missing = layer.num_embeddings_per_partition - y.shape[-1]
+        if missing:
+            y = torch.nn.functional.pad(y, (0, missing))
+        return y if bias is None else y + bias
+
+    def embedding(self, layer: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        packed, scales = layer.qp_packed_0, layer.qp_scales_0
+        return torch.ops.qp.embedding(tokens, packed, scales, *layer.qp_pieces[0], layer.qp_dtype)
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module):
+        return embed_tokens

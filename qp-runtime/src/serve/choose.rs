@@ -1,7 +1,7 @@
 //! Choosing a sequence's next token from its logits, as a request asks for it.
 //!
 //! Where a request wants no more than drawing, of all tokens or of those that a grammar allows, the engine draws
-//! ([`Chooser::choice`]). Otherwise, in this order: the grammar's mask, `logit_bias`, penalties, then the [`Sampler`] with
+//! ([`Chooser::choices`]). Otherwise, in this order: the grammar's mask, `logit_bias`, penalties, then the [`Sampler`] with
 //! the repetition penalty. Probabilities that are reported
 //! are those of the model itself, before all of these.
 

@@ -7,7 +7,7 @@ use half::f16;
 use qp_codegen::formats;
 use qp_codegen::reader::{Book, Reader};
 use qp_codegen::spec::Shape;
-use qp_runtime::checkpoint::{Begin, Checkpoint};
+use qp_runtime::checkpoint::{Begin, Checkpoint, sha256};
 use qp_runtime::import::{export, import};
 use qp_runtime::model::{Dtype, Model, Weight};
 use qp_runtime::plan::Plan;
@@ -86,6 +86,26 @@ fn a_file_moves_in_runs_and_moves_out() {
     // The same file makes the same checkpoint.
     let again = dir.path().join("again");
     assert_eq!(import(&path, &again, Begin::default(), &mut |_, _, _| ()).unwrap(), manifest);
+}
+
+/// `tests/golden/format-2` was made by `qp import` in November 2026 of a file that the PyPI package `gguf` wrote.
+#[test]
+fn checkpoints_of_the_second_format_still_open() {
+    let dir = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/golden/format-2"));
+    Checkpoint::open(dir).unwrap().verify(&mut |_| ()).unwrap();
+    let model = Model::open(dir).unwrap_or_else(|e| panic!("{e}"));
+    let mut decoded = Vec::new();
+    for layer in model.weights.layers() {
+        let mut floats = vec![0f32; layer.rows * layer.cols];
+        let Weight::Dense(tensor) = &layer.weight else { panic!("a layer of a format") };
+        tensor.read(0, &mut floats);
+        decoded.extend(floats.into_iter().flat_map(f32::to_le_bytes));
+    }
+    assert_eq!(sha256(&decoded), "f539d2591cfe30e2a3cd15eacbebb2a3004d8298e01e00c40f01cb46afd63003");
+    let back = tempfile::tempdir().unwrap();
+    let paths = export(dir, back.path(), false, &mut |_, _, _| ()).unwrap();
+    let source = std::fs::read(&paths[0]).unwrap();
+    assert_eq!(sha256(&source), "5c77ec7eec4f36a3de1e30aa3510e44e197a9e2d64589958146a0f2ea8f5e975");
 }
 
 #[test]

@@ -61,7 +61,9 @@ impl Product {
             "float16" => Elem::F16,
             "bfloat16" => Elem::BF16,
             _ => {
-                return Err(PyValueError::new_err(format!("activations are float32, float16 or bfloat16, not {dtype}")));
+                return Err(PyValueError::new_err(format!(
+                    "activations are float32, float16 or bfloat16, not {dtype}"
+                )));
             }
         };
         py.detach(|| {

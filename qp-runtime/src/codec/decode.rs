@@ -6,7 +6,7 @@ use qp_codegen::spec::{Code, Quantizer, Value, mask};
 use rayon::prelude::*;
 
 use super::PackedMatrix;
-use super::simd::for_each_instruction_set;
+use super::dot::{Entry, dots};
 
 /// A quantizer made ready to decode: its codebooks written out. Make it once, use it for every matrix.
 #[derive(Clone, Debug)]
@@ -187,47 +187,46 @@ impl Decoder {
         let (rows, columns) = (m.layout.shape.rows as usize, m.layout.shape.cols as usize);
         let (tile, stride) = (m.layout.tile.rows as usize, m.layout.padded_cols() as usize);
         let code = &self.quantizer.codes[0];
-        let inputs: Vec<Input> = tokens.iter().map(|a| Input::new(code, a, columns)).collect();
+        let inputs = Inputs::new(code, tokens, columns);
         let n = tokens.len();
         // Rows × tokens, so that row tiles are apart.
         let mut out = vec![0f32; rows * n];
-        let products = |out: &mut [f32], row: usize, dot: &dyn Fn(&Input) -> i64| {
-            let scale = m.scale(row);
-            for (y, x) in out.iter_mut().zip(&inputs) {
-                *y = reference::scale_output(code, dot(x), x.sum, scale, x.factor);
-            }
-        };
         // A task has rows enough to be worth handing to another core.
         let task = tile.max(TASK / columns.max(1)).next_multiple_of(tile);
-        out.par_chunks_mut((task * n).max(1)).enumerate().for_each_init(Vec::new, |entries, (i, out)| {
-            let first = i * task;
-            let row_outputs = out.chunks_exact_mut(n.max(1));
-            match kept {
-                Some(Entries::I8(kept)) => {
-                    let kept = kept[first * columns..].chunks_exact(columns);
-                    for ((r, out), row) in row_outputs.enumerate().zip(kept) {
-                        products(out, first + r, &|x| x.dot_bytes(row));
-                    }
-                }
-                Some(Entries::I16(kept)) => {
-                    let kept = kept[first * columns..].chunks_exact(columns);
-                    for ((r, out), row) in row_outputs.enumerate().zip(kept) {
-                        products(out, first + r, &|x| x.dot(row));
-                    }
-                }
-                None => {
-                    entries.resize(tile * stride, 0i16);
-                    for (r, out) in row_outputs.enumerate() {
-                        let row = first + r;
-                        if row.is_multiple_of(tile) {
-                            self.row_tile(m, (row / tile) as u32, entries);
+        out.par_chunks_mut((task * n).max(1)).enumerate().for_each_init(
+            || (Vec::new(), vec![0i64; n], vec![0i64; n]),
+            |(entries, sums, low), (i, out)| {
+                let first = i * task;
+                let row_outputs = out.chunks_exact_mut(n.max(1));
+                match kept {
+                    Some(Entries::I8(kept)) => {
+                        let kept = kept[first * columns..].chunks_exact(columns);
+                        for ((r, out), row) in row_outputs.enumerate().zip(kept) {
+                            inputs.sums(row, sums, low);
+                            inputs.scale(code, sums, m.scale(first + r), out);
                         }
-                        let row_entries = &entries[row % tile * stride..][..columns];
-                        products(out, row, &|x| x.dot(row_entries));
+                    }
+                    Some(Entries::I16(kept)) => {
+                        let kept = kept[first * columns..].chunks_exact(columns);
+                        for ((r, out), row) in row_outputs.enumerate().zip(kept) {
+                            inputs.sums(row, sums, low);
+                            inputs.scale(code, sums, m.scale(first + r), out);
+                        }
+                    }
+                    None => {
+                        entries.resize(tile * stride, 0i16);
+                        for (r, out) in row_outputs.enumerate() {
+                            let row = first + r;
+                            if row.is_multiple_of(tile) {
+                                self.row_tile(m, (row / tile) as u32, entries);
+                            }
+                            inputs.sums(&entries[row % tile * stride..][..columns], sums, low);
+                            inputs.scale(code, sums, m.scale(row), out);
+                        }
                     }
                 }
-            }
-        });
+            },
+        );
         if n <= 1 {
             return out;
         }
@@ -262,73 +261,55 @@ impl Entries {
 /// Entries that a task multiplies, about.
 const TASK: usize = 1 << 15;
 
-/// One token's activations, ready for [`dot`].
-struct Input<'a> {
+/// Tokens' activations, ready for products with rows of entries.
+struct Inputs<'a> {
     planes: Planes<'a>,
-    sum: i64,
-    factor: f32,
+    /// Of each token, the sum of its activations, and what its results are multiplied with.
+    ends: Vec<(i64, f32)>,
 }
 
+/// By token.
 enum Planes<'a> {
     /// For 8-bit entries: products of at most 2^7 · 16256.
-    Whole(&'a [i16]),
+    Whole(Vec<&'a [i16]>),
     /// For 16-bit entries: high and low bytes, `q = 128·high + low`, so that products stay below 2^15 · 128.
-    Split(Vec<i16>, Vec<i16>),
+    Split(Vec<Vec<i16>>, Vec<Vec<i16>>),
 }
 
-impl<'a> Input<'a> {
-    fn new(code: &Code, a: &'a Activations, columns: usize) -> Self {
-        assert_eq!(a.q.len(), columns, "activations of a token");
+impl<'a> Inputs<'a> {
+    fn new(code: &Code, tokens: &'a [Activations], columns: usize) -> Self {
+        assert!(tokens.iter().all(|a| a.q.len() == columns), "activations of a token");
+        let split = |a: &Activations| -> (Vec<i16>, Vec<i16>) {
+            a.q.iter().map(|&q| reference::split_activation(q)).map(|(h, l)| (i16::from(h), i16::from(l))).unzip()
+        };
         let planes = match code.value {
-            Value::I8 => Planes::Whole(&a.q),
+            Value::I8 => Planes::Whole(tokens.iter().map(|a| &a.q[..]).collect()),
             Value::I16 => {
-                let (high, low) = a.q.iter().map(|&q| reference::split_activation(q)).unzip::<i8, i8, Vec<_>, Vec<_>>();
-                let widen = |v: Vec<i8>| v.into_iter().map(i16::from).collect();
-                Planes::Split(widen(high), widen(low))
+                let (high, low) = tokens.iter().map(split).unzip();
+                Planes::Split(high, low)
             }
         };
-        Input { planes, sum: a.sum, factor: reference::output_factor(code, a.scale) }
+        let ends = tokens.iter().map(|a| (a.sum, reference::output_factor(code, a.scale))).collect();
+        Inputs { planes, ends }
     }
 
-    fn dot(&self, entries: &[i16]) -> i64 {
+    /// The products with a row of entries, one a token. `low` is for what is in between.
+    fn sums<E: Entry>(&self, row: &[E], sums: &mut [i64], low: &mut [i64]) {
         match &self.planes {
-            Planes::Whole(q) => dot(entries, q),
-            Planes::Split(high, low) => 128 * dot(entries, high) + dot(entries, low),
+            Planes::Whole(q) => dots(row, q, sums),
+            Planes::Split(high, lows) => {
+                dots(row, high, sums);
+                dots(row, lows, low);
+                sums.iter_mut().zip(low).for_each(|(sum, low)| *sum = 128 * *sum + *low);
+            }
         }
     }
 
-    fn dot_bytes(&self, entries: &[i8]) -> i64 {
-        match &self.planes {
-            Planes::Whole(q) => dot_bytes(entries, q),
-            Planes::Split(high, low) => 128 * dot_bytes(entries, high) + dot_bytes(entries, low),
+    /// The results of a row, which has this scale.
+    fn scale(&self, code: &Code, sums: &[i64], scale: f32, out: &mut [f32]) {
+        for ((y, &sum), &(of_token, factor)) in out.iter_mut().zip(sums).zip(&self.ends) {
+            *y = reference::scale_output(code, sum, of_token, scale, factor);
         }
-    }
-}
-
-/// Terms that an `i32` holds: `512 · 2^7 · 16256` and `512 · 2^15 · 127` are below 2^31.
-const DOT_CHUNK: usize = 512;
-
-for_each_instruction_set! {
-    /// Exact inner product of entries and activations, where one side has 8 bits.
-    fn dot[R](a: &[i16], b: &[i16]) -> i64 {
-        let mut sum = 0i64;
-        for (a, b) in a.chunks(DOT_CHUNK).zip(b.chunks(DOT_CHUNK)) {
-            let part = a.iter().zip(b).fold(0i32, |s, (&a, &b)| s.wrapping_add(i32::from(a) * i32::from(b)));
-            sum += i64::from(part);
-        }
-        sum
-    }
-}
-
-for_each_instruction_set! {
-    /// Exact inner product of 8-bit entries and activations.
-    fn dot_bytes[R](a: &[i8], b: &[i16]) -> i64 {
-        let mut sum = 0i64;
-        for (a, b) in a.chunks(DOT_CHUNK).zip(b.chunks(DOT_CHUNK)) {
-            let part = a.iter().zip(b).fold(0i32, |s, (&a, &b)| s.wrapping_add(i32::from(a) * i32::from(b)));
-            sum += i64::from(part);
-        }
-        sum
     }
 }
 

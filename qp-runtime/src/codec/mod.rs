@@ -17,6 +17,7 @@ pub mod cut;
 mod decode;
 mod dense;
 pub mod distortion;
+mod dot;
 mod encode;
 pub mod feedback;
 pub mod gaussian;

@@ -20,6 +20,7 @@ pub mod config;
 pub mod error;
 pub mod files;
 pub mod gguf;
+mod halves;
 pub mod keys;
 mod packing;
 pub mod program;

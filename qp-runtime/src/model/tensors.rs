@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use memmap2::Mmap;
 use qp_codegen::reader::Reader;
@@ -16,7 +15,7 @@ use safetensors::SafeTensors;
 
 use super::files::Files;
 use super::packing::View;
-use super::{Error, shards};
+use super::{Error, halves, shards};
 use crate::input;
 
 /// Element type of a dense tensor.
@@ -159,14 +158,7 @@ impl Tensor {
                     *o = f32::from_le_bytes(*b);
                 }
             }
-            Dtype::F16 => match bytemuck::try_cast_slice::<u8, f16>(part(2)) {
-                Ok(halves) if cfg!(target_endian = "little") => halves.convert_to_f32_slice(out),
-                _ => {
-                    for (o, b) in out.iter_mut().zip(part(2).as_chunks().0) {
-                        *o = f16::from_le_bytes(*b).to_f32();
-                    }
-                }
-            },
+            Dtype::F16 => halves::widen(part(2).as_chunks().0, out),
             Dtype::Bf16 => {
                 for (o, b) in out.iter_mut().zip(part(2).as_chunks().0) {
                     *o = bf16::from_le_bytes(*b).to_f32();

@@ -30,7 +30,7 @@ from vllm.model_executor.layers.quantization.base_config import (  # noqa: E402
     QuantizationConfig,
     QuantizeMethodBase,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding  # noqa: E402
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding  # noqa: E402
 
 from . import torch as _operators  # noqa: E402, F401
 from ._checkpoints import METHOD, Layer, layers  # noqa: E402
@@ -39,6 +39,8 @@ from ._registry import register as _register  # noqa: E402
 
 # The three parts of a merged layer of attention, as vLLM names them.
 _QKV = ("q", "k", "v")
+# The embedding in a checkpoint of qp, whatever the architecture.
+_EMBEDDING = "model.embed_tokens"
 
 
 def register() -> None:
@@ -105,7 +107,9 @@ class QpConfig(QuantizationConfig):
                 return UnquantizedLinearMethod()
             return QpLinearMethod(self.layers, names)
         if isinstance(layer, VocabParallelEmbedding):
-            return QpEmbeddingMethod(self.layers, [prefix]) if prefix in self.layers else None
+            # Some models do not say where their embedding is.
+            name = prefix or ("" if isinstance(layer, ParallelLMHead) else _EMBEDDING)
+            return QpEmbeddingMethod(self.layers, [name]) if name in self.layers else None
         kind = type(layer).__name__
         if ("MoE" in kind or "Experts" in kind) and any(name.startswith(f"{prefix}.") for name in self.layers):
             raise ValueError(
@@ -144,11 +148,11 @@ class _Method:
         layer.qp_dtype = params_dtype
         layer.qp_sizes = (input_size_per_partition, list(output_partition_sizes))
         layer.qp_device = torch.empty(0).device
-        kinds = ["packed", "scales"]
+        kinds = {"packed": torch.uint32, "scales": torch.bfloat16}
         if any(name not in self.layers for name in self.names):
-            kinds.append("weight")
-        for kind in kinds:
-            empty = Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
+            kinds["weight"] = params_dtype
+        for kind, dtype in kinds.items():
+            empty = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             empty.weight_loader = self._loader(layer, kind)
             layer.register_parameter(kind, empty)
 

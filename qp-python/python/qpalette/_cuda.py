@@ -7,7 +7,10 @@ the same launches on tensors of the CPU: tests use it.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import weakref
+from pathlib import Path
 from typing import Optional
 
 import torch
@@ -41,11 +44,25 @@ def _refuse_capture(index: Optional[int], what: str) -> None:
         )
 
 
+def _find_compiler(index: Optional[int]) -> None:
+    """Opens the NVRTC that PyTorch's wheel brings, so that qp finds it open; one that `QP_NVRTC` names comes first."""
+    if index is None or os.environ.get("QP_NVRTC"):
+        return
+    packages = Path(torch.__file__).parents[1] / "nvidia"
+    for library in sorted(packages.glob("*/lib/libnvrtc.so.*"), reverse=True):
+        try:
+            ctypes.CDLL(str(library))
+            return
+        except OSError:
+            continue
+
+
 def _product(index, spec, rows, columns, tokens, dtype) -> Product:
     key = (index, spec, rows, columns, tokens, dtype)
     product = _products.get(key)
     if product is None:
         _refuse_capture(index, "layer")
+        _find_compiler(index)
         name = str(dtype).removeprefix("torch.")
         product = _products[key] = Product(quantizer_of(spec), rows, columns, tokens, name, index)
     return product
@@ -153,6 +170,7 @@ def look_up(index, stream, tokens, packed, scales, spec, rows, columns, dtype):
         lookup = _lookups.get(key)
         if lookup is None:
             _refuse_capture(index, "embedding")
+            _find_compiler(index)
             lookup = _lookups[key] = Lookup(quantizer_of(spec), rows, columns, _rounded(count), index)
         padded = _padded(scales, lookup.stride, rows)
         lookup.launch(stream, count, part.data_ptr(), packed.data_ptr(), padded.data_ptr(), y[first:].data_ptr())

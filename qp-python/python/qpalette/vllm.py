@@ -62,6 +62,8 @@ class QpConfig(QuantizationConfig):
     def __init__(self) -> None:
         super().__init__()
         self.layers: dict[str, Layer] = {}
+        # Whether the output layer is the embedding, which is quantized.
+        self.tied = False
 
     def get_name(self) -> str:
         return METHOD
@@ -99,6 +101,7 @@ class QpConfig(QuantizationConfig):
                 # The output layer has a matrix of its own.
                 for config in {id(hf_config): hf_config, id(text): text}.values():
                     config.tie_word_embeddings = False
+            self.tied = bool(getattr(text, "tie_word_embeddings", False)) and _EMBEDDING in self.layers
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Optional[QuantizeMethodBase]:
         if isinstance(layer, LinearBase):
@@ -107,6 +110,8 @@ class QpConfig(QuantizationConfig):
                 return UnquantizedLinearMethod()
             return QpLinearMethod(self.layers, names)
         if isinstance(layer, VocabParallelEmbedding):
+            if self.tied and isinstance(layer, ParallelLMHead):
+                return _TiedMethod()
             # Some models do not say where their embedding is.
             name = prefix or ("" if isinstance(layer, ParallelLMHead) else _EMBEDDING)
             return QpEmbeddingMethod(self.layers, [name]) if name in self.layers else None
@@ -277,6 +282,19 @@ class QpEmbeddingMethod(_Method, QuantizeMethodBase):
     def embedding(self, layer: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         packed, scales = layer.qp_packed_0, layer.qp_scales_0
         return torch.ops.qp.embedding(tokens, packed, scales, *layer.qp_pieces[0], layer.qp_dtype)
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module):
+        return embed_tokens
+
+
+class _TiedMethod(QuantizeMethodBase):
+    """An output layer in whose place the embedding stands."""
+
+    def create_weights(self, layer: torch.nn.Module, *_, **__) -> None:
+        pass
+
+    def apply(self, layer: torch.nn.Module, *_, **__) -> torch.Tensor:
+        raise RuntimeError("the output layer is the embedding, but this model of vLLM does not tie them: run the checkpoint with qp")
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module):
         return embed_tokens

@@ -1,6 +1,8 @@
 """The package without PyTorch."""
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,13 @@ def test_matrices_are_cut_and_stacked():
         qp.Quantizer(SPEC).encode(w).cut(columns=(0, 256))
     with pytest.raises(ValueError, match="cannot lie below"):
         qp.PackedMatrix.stack([upper, qp.Quantizer.named("nuq_4").encode(w)])
+
+
+def test_pickles_and_copies():
+    packed = qp.Quantizer.named("tcq_3").encode(matrix())
+    again = pickle.loads(pickle.dumps(packed))
+    assert again.quantizer == packed.quantizer and (again.decode() == packed.decode()).all()
+    assert copy.deepcopy(packed.quantizer) == packed.quantizer
 
 
 def test_sensitivities_and_plans(tmp_path):

@@ -78,6 +78,17 @@ def test_embeddings_are_looked_up():
         embedding(torch.tensor([100]))
 
 
+def test_layers_are_saved_with_their_quantizer(tmp_path):
+    from qpalette import _registry
+
+    quantized = qpt.Linear.of(layer(), qp.Quantizer.named("nuq_4"))
+    torch.save(quantized, tmp_path / "layer.pt")
+    _registry._known.pop(quantized.spec)
+    again = torch.load(tmp_path / "layer.pt", weights_only=False)
+    x = torch.randn(2, 256)
+    assert again.spec == quantized.spec and (again(x) == quantized(x)).all()
+
+
 def test_conversions_leave_scales_alone():
     quantized = qpt.Linear.of(layer(), qp.Quantizer.named("nuq_4"))
     scales = quantized.scales.clone()

@@ -16,10 +16,11 @@ from __future__ import annotations
 from os import PathLike, fspath
 from typing import Iterable, Optional, Union
 
-from . import _native, _versions
+from . import _native, _pickles, _versions
 
 __version__ = "0.1.0"
 _versions.native(__version__, _native.__version__)
+_pickles.register()
 
 from ._native import (  # noqa: E402
     Checkpoint,

@@ -47,8 +47,10 @@ def _matrix(packed: torch.Tensor, scales: torch.Tensor, spec: str, rows: int, co
 
 
 def _check(x: torch.Tensor, columns: int) -> None:
-    torch._check(x.shape[-1] == columns, lambda: f"the matrix has {columns} columns, x has {x.shape[-1]}")
-    torch._check(x.dtype.is_floating_point, lambda: f"activations are floats, not {x.dtype}")
+    if x.shape[-1] != columns:
+        raise ValueError(f"the matrix has {columns} columns, x has {x.shape[-1]}")
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"activations are floats, not {x.dtype}")
 
 
 def _linear(x, packed, scales, spec, rows, columns):
@@ -124,6 +126,14 @@ class _Matrix(torch.nn.Module):
     def quantizer(self) -> Quantizer:
         return quantizer_of(self.spec)
 
+    def __getstate__(self) -> dict:
+        # Another process may not know the digest.
+        return {**self.__dict__, "_quantizer": self.quantizer}
+
+    def __setstate__(self, state: dict) -> None:
+        register(state.pop("_quantizer"))
+        super().__setstate__(state)
+
     def matrix(self) -> PackedMatrix:
         """The matrix, copied to the CPU."""
         words, scales = self.packed.detach().cpu().numpy(), self.scales.detach().cpu().to(torch.float32).numpy()
@@ -136,6 +146,13 @@ class _Matrix(torch.nn.Module):
         if self.scales is not None and self.scales.dtype != torch.bfloat16:
             self.scales = scales.to(self.scales.device)
         return self
+
+
+def _plain(x: torch.Tensor) -> bool:
+    """Whether nobody watches what is done with a tensor of a GPU: no gradients, and no modes that trace or count."""
+    return (
+        type(x) is torch.Tensor and x.is_cuda and not x.requires_grad and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 class Linear(_Matrix):
@@ -163,8 +180,14 @@ class Linear(_Matrix):
         return cls(quantizer.encode(weights), linear.bias).to(linear.weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.ops.qp.linear(x, self.packed, self.scales, self.spec, self.rows, self.columns)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if torch.compiler.is_compiling() or not _plain(x):
+            y = torch.ops.qp.linear(x, self.packed, self.scales, self.spec, self.rows, self.columns)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+        # The operator without the dispatcher, which takes longer than all else that is done here.
+        buffers = self._buffers
+        y = _linear_cuda(x, buffers["packed"], buffers["scales"], self.spec, self.rows, self.columns)
+        bias = buffers["bias"]
+        return y if bias is None else y + bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

@@ -30,7 +30,7 @@ from vllm.model_executor.layers.quantization.base_config import (  # noqa: E402
     QuantizationConfig,
     QuantizeMethodBase,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding  # noqa: E402
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding  # noqa: E402
 
 from . import torch as _operators  # noqa: E402, F401
 from ._checkpoints import METHOD, Layer, layers  # noqa: E402
@@ -39,6 +39,8 @@ from ._registry import register as _register  # noqa: E402
 
 # The three parts of a merged layer of attention, as vLLM names them.
 _QKV = ("q", "k", "v")
+# The embedding in a checkpoint of qp, whatever the architecture.
+_EMBEDDING = "model.embed_tokens"
 
 
 def register() -> None:
@@ -60,6 +62,8 @@ class QpConfig(QuantizationConfig):
     def __init__(self) -> None:
         super().__init__()
         self.layers: dict[str, Layer] = {}
+        # Whether the output layer is the embedding, which is quantized.
+        self.tied = False
 
     def get_name(self) -> str:
         return METHOD
@@ -97,6 +101,7 @@ class QpConfig(QuantizationConfig):
                 # The output layer has a matrix of its own.
                 for config in {id(hf_config): hf_config, id(text): text}.values():
                     config.tie_word_embeddings = False
+            self.tied = bool(getattr(text, "tie_word_embeddings", False)) and _EMBEDDING in self.layers
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Optional[QuantizeMethodBase]:
         if isinstance(layer, LinearBase):
@@ -105,7 +110,11 @@ class QpConfig(QuantizationConfig):
                 return UnquantizedLinearMethod()
             return QpLinearMethod(self.layers, names)
         if isinstance(layer, VocabParallelEmbedding):
-            return QpEmbeddingMethod(self.layers, [prefix]) if prefix in self.layers else None
+            if self.tied and isinstance(layer, ParallelLMHead):
+                return _TiedMethod()
+            # Some models do not say where their embedding is.
+            name = prefix or ("" if isinstance(layer, ParallelLMHead) else _EMBEDDING)
+            return QpEmbeddingMethod(self.layers, [name]) if name in self.layers else None
         kind = type(layer).__name__
         if ("MoE" in kind or "Experts" in kind) and any(name.startswith(f"{prefix}.") for name in self.layers):
             raise ValueError(
@@ -144,11 +153,11 @@ class _Method:
         layer.qp_dtype = params_dtype
         layer.qp_sizes = (input_size_per_partition, list(output_partition_sizes))
         layer.qp_device = torch.empty(0).device
-        kinds = ["packed", "scales"]
+        kinds = {"packed": torch.uint32, "scales": torch.bfloat16}
         if any(name not in self.layers for name in self.names):
-            kinds.append("weight")
-        for kind in kinds:
-            empty = Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
+            kinds["weight"] = params_dtype
+        for kind, dtype in kinds.items():
+            empty = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             empty.weight_loader = self._loader(layer, kind)
             layer.register_parameter(kind, empty)
 
@@ -273,6 +282,19 @@ class QpEmbeddingMethod(_Method, QuantizeMethodBase):
     def embedding(self, layer: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         packed, scales = layer.qp_packed_0, layer.qp_scales_0
         return torch.ops.qp.embedding(tokens, packed, scales, *layer.qp_pieces[0], layer.qp_dtype)
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module):
+        return embed_tokens
+
+
+class _TiedMethod(QuantizeMethodBase):
+    """An output layer in whose place the embedding stands."""
+
+    def create_weights(self, layer: torch.nn.Module, *_, **__) -> None:
+        pass
+
+    def apply(self, layer: torch.nn.Module, *_, **__) -> torch.Tensor:
+        raise RuntimeError("the output layer is the embedding, but this model of vLLM does not tie them: run the checkpoint with qp")
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module):
         return embed_tokens

@@ -9,6 +9,7 @@ pub mod dequantize;
 pub mod embed;
 pub mod embed_packed;
 pub mod encode;
+pub mod experts;
 pub mod gemm;
 pub mod gemv;
 pub mod glu;

@@ -274,12 +274,6 @@ pub enum Error {
         /// Tokens whose keys and values would fit.
         fits: u64,
     },
-    /// A model of which the engine of GPUs does not compute a part.
-    #[error("the GPU's engine does not compute {what} yet: use the CPU (--device cpu)")]
-    NotOnDevice {
-        /// The part.
-        what: &'static str,
-    },
     /// The device failed.
     #[error("{0}")]
     Device(#[source] Box<dyn std::error::Error + Send + Sync>),

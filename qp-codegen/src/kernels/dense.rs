@@ -5,9 +5,11 @@
 //! Bound by the bytes of the matrix, which each warp reads once for up to 8 tokens; more tokens have blocks of their own,
 //! which find the matrix in the L2 cache.
 
+use super::experts::{Experts, Unit, Units};
 use super::math::{across_lanes, across_lanes_reference};
+use super::operands::divide;
 use super::span::Span;
-use crate::ir::{Builder, Cache, Elem, Kernel, Special, V};
+use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V};
 
 /// What to compute.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -57,17 +59,71 @@ pub fn lower(op: &Dense) -> Kernel {
     b.grid_wait();
     b.grid_launch();
     let row = b.special(Special::BlockX) * WARPS + warp;
-    let exact = tokens * parts == op.batch;
+    let first = if parts == 1 { b.i32(0) } else { b.special(Special::BlockY) * tokens };
+    rows(&b, op, [weights, x, y], lane, row, first, tokens, None);
+    b.finish()
+}
+
+/// Makes the kernel of the products of experts: `op` is that of one of them with the pairs of a unit, whose inputs are rows of
+/// `op.x` and whose outputs are rows of `op.y` ([`Experts::rows`], [`Experts::pairs`]). Its parameters, in order:
+///
+/// * `weights`: the experts' matrices, one below the other;
+/// * `x`, `y`: `f32`;
+/// * `units`, `pairs`, `places`: see [`super::product::Launch::lower_for_experts`].
+pub fn lower_for_experts(op: &Dense, experts: &Experts) -> Kernel {
+    let name = format!("dense_experts_{}x{}_b{}", op.rows, op.cols, experts.pairs);
+    let parts = op.batch.div_ceil(TOKENS);
+    let tokens = op.batch.div_ceil(parts);
+    let blocks = op.rows.div_ceil(WARPS) * parts;
+    let b = Builder::new(&name, [blocks * experts.units(), 1], WARPS * 32);
+    let (count, pairs) = (experts.count, experts.pairs);
+    b.doc(format!("{} × {} unquantized weights of {count} experts, {pairs} pair(s).", op.rows, op.cols));
+    b.dependent_launch();
+    let len = u64::from(experts.matrices) * u64::from(op.rows) * u64::from(op.cols);
+    let weights = b.sized("weights", op.elem, false, len);
+    let x = b.sized("x", Elem::F32, false, op.x.len(experts.rows, op.cols));
+    let y = b.sized("y", Elem::F32, true, op.y.len(experts.pairs, op.rows));
+    let units = Units::declare(&b, experts);
+    let (thread, lane, warp) = (b.special(Special::Thread), b.special(Special::Lane), b.special(Special::Warp));
+    b.grid_wait();
+    b.grid_launch();
+    let (unit, block) = divide(&b, b.special(Special::BlockX), blocks);
+    let (block, part) = divide(&b, block, parts);
+    units.run(&b, unit, thread, WARPS * 32, |unit| {
+        let (row, first) = (block * WARPS + warp, part * tokens);
+        let work = || rows(&b, op, [weights, x, y], lane, row, first, tokens, Some(&unit));
+        match unit.count {
+            Some(count) if parts > 1 => b.if_(first.lt(count), work),
+            _ => work(),
+        }
+    });
+    b.finish()
+}
+
+/// The products of a warp's row with `tokens` tokens from `first` on.
+#[expect(clippy::too_many_arguments, reason = "the values that the two kernels have in common")]
+fn rows<'b>(
+    b: &'b Builder,
+    op: &Dense,
+    [weights, x, y]: [Mem; 3],
+    lane: V<'b>,
+    row: V<'b>,
+    first: V<'b>,
+    tokens: u32,
+    unit: Option<&Unit<'b>>,
+) {
+    let exact = op.batch.is_multiple_of(tokens);
     let width = width(op.cols);
     assert!(op.x.first.is_multiple_of(width) && op.x.stride.is_multiple_of(width), "vectors of inputs are aligned");
-    let first = if parts == 1 { b.i32(0) } else { b.special(Special::BlockY) * tokens };
     b.if_(row.lt(op.rows), || {
+        let stored = unit.map_or(row, |unit| unit.matrix * op.rows + row);
         let sums: Vec<Vec<_>> = (0..tokens).map(|_| (0..width).map(|_| b.var(b.f32(0.0))).collect()).collect();
         b.for_(lane * width, op.cols, 32 * width, |i| {
-            let w = b.load_as(weights, row * op.cols + i, op.elem, width, Cache::Stream).lanes();
+            let w = b.load_as(weights, stored * op.cols + i, op.elem, width, Cache::Stream).lanes();
             for (t, sums) in (0..tokens).zip(&sums) {
                 // The last block may have fewer tokens: it repeats the last.
                 let token = if exact { first + t } else { (first + t).min(op.batch - 1) };
+                let token = unit.map_or(token, |unit| unit.row(token));
                 let x = b.load_as(x, i + op.x.at(token), Elem::F32, width, Cache::Default).lanes();
                 for (sum, (w, x)) in sums.iter().zip(w.iter().zip(x)) {
                     b.set(*sum, b.get(*sum) + *w * x);
@@ -80,14 +136,17 @@ pub fn lower(op: &Dense) -> Kernel {
             let own = sums.chunks(2).map(|p| p.iter().copied().reduce(|a, b| a + b).expect("a pair"));
             let sum = across_lanes(own.reduce(|a, b| a + b).expect("at least one"), |a: V, b| a + b);
             let writes = if exact { lane.eq(0) } else { lane.eq(0) & token.lt(op.batch) };
+            let writes = match unit.and_then(|unit| unit.count) {
+                Some(count) => writes & token.lt(count),
+                None => writes,
+            };
             b.if_(writes, || {
-                let at = row + op.y.at(token);
+                let at = row + op.y.at(unit.map_or(token, |unit| unit.pair(token)));
                 let sum = if op.accumulate { b.load(y, at, Elem::F32) + sum } else { sum };
                 b.store(y, at, sum, Elem::F32);
             });
         }
     });
-    b.finish()
 }
 
 /// The twin of the kernel for one row and one token: the product of `w` and `x`, of equal length. It is inlined into its

@@ -27,6 +27,7 @@
 
 use super::c_name;
 use super::decode::{Register, Steps, flatten};
+use super::experts::Experts;
 use super::operands::{self, Gemv, Operands, TokenScale, Words, divide};
 use crate::ir::{Builder, Cache, Elem, Kernel, MAX_GROUP_COLUMNS, Mem, Special, V, Var, group_columns};
 use crate::layout::{CELL, COLUMN_PAD, Packed};
@@ -163,6 +164,11 @@ impl Plan {
 /// For launches that are none: groups of other than whole four warps or for more than [`MAX_PART`] tokens, columns split
 /// over blocks whose warps take row tiles several times, more blocks than row tiles.
 pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
+    lower_for(op, launch, None)
+}
+
+/// The same for experts: see [`super::gemv::lower_for`].
+pub(super) fn lower_for(op: &Gemv, launch: &Launch, experts: Option<&Experts>) -> Kernel {
     assert!((1..=MAX_BATCH).contains(&op.batch), "batch");
     let plan = Plan::new(op, launch);
     assert!(!launch.group || launch.row_warps.is_multiple_of(4), "groups of four warps");
@@ -170,12 +176,16 @@ pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
     assert!(launch.split == 1 || plan.rounds == 1, "sums of several rounds have no place to meet");
     assert!(launch.blocks <= plan.layout.row_tiles(), "a block without rows");
     let name = format!("gemm_{}_{}x{}_b{}", c_name(&op.quantizer.name), op.shape.rows, op.shape.cols, op.batch);
-    let b = Builder::new(&name, [launch.blocks * launch.split * launch.token_parts, 1], launch.warps() * 32);
-    b.doc(operands::doc(op));
+    assert!(launch.split == 1 || experts.is_none(), "units have no place to meet");
+    let grid = [launch.blocks * launch.split * launch.token_parts, experts.map_or(1, Experts::units)];
+    let b = Builder::new(&name, grid, launch.warps() * 32);
+    b.doc(operands::doc(op, experts));
     b.min_blocks(launch.min_blocks);
     b.dependent_launch();
-    b.apart();
-    Emit::new(&b, op, launch, &plan).kernel();
+    if experts.is_none() {
+        b.apart();
+    }
+    Emit::new(&b, op, launch, &plan, experts).kernel();
     b.finish()
 }
 
@@ -230,8 +240,8 @@ struct Token<'b> {
 }
 
 impl<'b, 'a> Emit<'b, 'a> {
-    fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
-        let operands = Operands::new(b, op, &plan.layout, launch.table_bytes, meeting_place(op, launch));
+    fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan, experts: Option<&'a Experts>) -> Self {
+        let operands = Operands::new(b, op, &plan.layout, launch.table_bytes, meeting_place(op, launch), experts);
         let staged = b.shared("staged", Elem::U32, STAGES * plan.stage_cells() * 4);
         let (thread, lane, warp) = (b.special(Special::Thread), b.special(Special::Lane), b.special(Special::Warp));
         // The blocks of the same weights are neighbours, so that those are read from memory once.
@@ -283,25 +293,53 @@ impl<'b, 'a> Emit<'b, 'a> {
 
     fn kernel(&self) {
         let (b, plan, launch) = (self.b, self.plan, self.launch);
-        b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
         let of_tile = || self.operands.words(0..plan.layout.lane_words.len() as u32);
         let of_step = || (0..launch.row_tiles).map(|_| of_tile()).collect();
-        let words: Vec<Vec<Words>> = (0..launch.ahead()).map(|_| of_step()).collect();
-        let zero = b.i32(0);
-        (0..).zip(&words).for_each(|(step, words)| self.fetch(b.i32(step), 0, words));
-        b.comment("Tables into shared memory.");
-        self.operands.decoder.fill(launch.warps() * 32);
-        if let (Some((sums, _)), 1) = (self.sums, launch.split) {
-            b.for_(self.thread, plan.block_sums(launch), launch.warps() * 32, |i| {
-                b.store(sums, i, zero, Elem::I32);
+        let words = || (0..launch.ahead()).map(|_| of_step()).collect::<Vec<Vec<Words>>>();
+        let first_words = |words: &[Vec<Words>]| {
+            (0..).zip(words).for_each(|(step, words)| self.fetch(b.i32(step), 0, words));
+        };
+        let tables = |zero: V<'b>| {
+            b.comment("Tables into shared memory.");
+            self.operands.decoder.fill(launch.warps() * 32);
+            if let (Some((sums, _)), 1) = (self.sums, launch.split) {
+                b.for_(self.thread, plan.block_sums(launch), launch.warps() * 32, |i| {
+                    b.store(sums, i, zero, Elem::I32);
+                });
+            }
+        };
+        let first_chunks = || {
+            for ahead in 0..STAGES - 1 {
+                self.stage(b.i32(ahead as i32));
+            }
+        };
+        if self.operands.has_experts() {
+            let zero = b.i32(0);
+            tables(zero);
+            b.grid_wait();
+            b.grid_launch();
+            return self.operands.in_unit(b.special(Special::BlockY), self.thread, launch.warps() * 32, || {
+                let words = words();
+                first_words(&words);
+                first_chunks();
+                self.products(&words, zero);
             });
         }
+        b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
+        let words = words();
+        let zero = b.i32(0);
+        first_words(&words);
+        tables(zero);
         b.grid_wait();
-        for ahead in 0..STAGES - 1 {
-            self.stage(b.i32(ahead as i32));
-        }
+        first_chunks();
         b.grid_launch();
 
+        self.products(&words, zero);
+    }
+
+    /// All behind the first words and chunks, which are on their way.
+    fn products(&self, words: &[Vec<Words>], zero: V<'b>) {
+        let (b, plan, launch) = (self.b, self.plan, self.launch);
         b.comment("Row tiles, chunks of columns, groups of tiles.");
         let none = b.vector(&[zero; 4]);
         let acc: Vec<Var> = (0..plan.accumulators(launch)).map(|_| b.var(none)).collect();
@@ -316,7 +354,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                 self.stage(chunk + (STAGES - 1));
                 let slot = chunk % STAGES * plan.stage_cells();
                 let steps = |first: V<'b>| {
-                    for (i, words) in (0..).zip(&words) {
+                    for (i, words) in (0..).zip(words) {
                         let i = first + i;
                         let next = chunk * launch.chunk + i + launch.ahead();
                         let step = || self.step(slot, i, next, words, &acc);
@@ -390,7 +428,8 @@ impl<'b, 'a> Emit<'b, 'a> {
                         plan.planes() == 2 * plan.tokens && plan.tokens * self.launch.token_parts == self.op.batch;
                     let plane = if whole { plane } else { plane.min(all - 1) };
                     let unit = first + unit;
-                    let copy = || b.async_copy(self.staged, slot + cell, self.operands.x, unit * all + plane, 16);
+                    let from = unit * self.operands.planes() + self.operands.plane(plane);
+                    let copy = || b.async_copy(self.staged, slot + cell, self.operands.x, from, 16);
                     if covered {
                         copy();
                     } else {
@@ -598,6 +637,10 @@ impl<'b, 'a> Emit<'b, 'a> {
             (None, token)
         } else {
             (Some(within.lt(tokens) & token.lt(batch)), token.min(batch - 1))
+        };
+        let exists = match (exists, self.operands.exists(token)) {
+            (Some(exists), Some(there)) => Some(exists & there),
+            (exists, there) => exists.or(there),
         };
         Token { exists, token, scale: self.operands.token_scale(token) }
     }

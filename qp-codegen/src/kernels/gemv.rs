@@ -16,6 +16,7 @@
 use std::collections::VecDeque;
 
 use super::decode::flatten;
+use super::experts::Experts;
 pub use super::launch::Launch;
 pub use super::operands::Gemv;
 use super::operands::{self, Operands, TokenScale, Words, divide};
@@ -171,15 +172,26 @@ impl Plan {
 /// * `partial` (`i32`, padded rows × planes × products) and `arrived` (`i32`, one a block), zero before and after; not
 ///   touched unless `split > 1`. See [`meeting_place`].
 pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
+    lower_for(op, launch, None)
+}
+
+/// The same for experts: `op` is the product of one of them with the pairs of a unit. What has a row a token has one a row of
+/// [`Experts::rows`], `y` one a pair, [`Experts::stride`] apart; the matrices lie one below the other, and behind the
+/// parameters are those of [`Units::declare`](super::experts::Units::declare).
+pub(super) fn lower_for(op: &Gemv, launch: &Launch, experts: Option<&Experts>) -> Kernel {
     assert!((1..=MAX_BATCH).contains(&op.batch), "batch");
+    assert!(launch.split == 1 || experts.is_none(), "units have no place to meet");
     let q = op.quantizer;
     let name = format!("gemv_{}_{}x{}_b{}", c_name(&q.name), op.shape.rows, op.shape.cols, op.batch);
-    let b = Builder::new(&name, [launch.blocks * launch.split, 1], launch.warps * 32);
-    b.doc(operands::doc(op));
+    let grid = [launch.blocks * launch.split, experts.map_or(1, Experts::units)];
+    let b = Builder::new(&name, grid, launch.warps * 32);
+    b.doc(operands::doc(op, experts));
     b.min_blocks(launch.min_blocks);
     b.dependent_launch();
-    b.apart();
-    Emit::new(&b, op, launch, &Plan::new(op, launch)).kernel();
+    if experts.is_none() {
+        b.apart();
+    }
+    Emit::new(&b, op, launch, &Plan::new(op, launch), experts).kernel();
     b.finish()
 }
 
@@ -233,8 +245,8 @@ struct Scaling<'b> {
 type Fragments<'b> = Option<Vec<Vec<Vec<[V<'b>; 2]>>>>;
 
 impl<'b, 'a> Emit<'b, 'a> {
-    fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
-        let operands = Operands::new(b, op, &plan.layout, launch.table_bytes, meeting_place(op, launch));
+    fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan, experts: Option<&'a Experts>) -> Self {
+        let operands = Operands::new(b, op, &plan.layout, launch.table_bytes, meeting_place(op, launch), experts);
         let sums = b.shared("sums", Elem::I32, plan.sum_words(launch));
         let staged = (!plan.resident).then(|| b.shared("staged", Elem::U32, plan.planes * plan.plane_words(launch)));
 
@@ -268,27 +280,50 @@ impl<'b, 'a> Emit<'b, 'a> {
     }
 
     fn kernel(&self) {
-        let (b, plan) = (self.b, self.plan);
-        b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
-        let buffers: Vec<Words> = (0..plan.buffers).map(|_| self.operands.words(0..plan.early)).collect();
-        for (p, buffer) in buffers.iter().enumerate() {
-            let at = b.i32(p as i32);
-            b.if_(at.lt(self.steps), || self.fetch(at, 0, buffer));
-        }
-        b.comment("Tables into shared memory.");
-        let threads = self.launch.warps * 32;
-        self.operands.decoder.fill(threads);
-        let zero = b.i32(0);
-        if !plan.own_sums {
-            b.for_(self.thread, self.rows * plan.tile_sums(), threads, |i| {
-                b.store(self.sums, i, zero, Elem::I32);
+        let (b, plan, threads) = (self.b, self.plan, self.launch.warps * 32);
+        let buffers = || (0..plan.buffers).map(|_| self.operands.words(0..plan.early)).collect::<Vec<Words>>();
+        let first_words = |buffers: &[Words]| {
+            for (p, buffer) in buffers.iter().enumerate() {
+                let at = b.i32(p as i32);
+                b.if_(at.lt(self.steps), || self.fetch(at, 0, buffer));
+            }
+        };
+        let tables = || {
+            b.comment("Tables into shared memory.");
+            self.operands.decoder.fill(threads);
+            let zero = b.i32(0);
+            if !plan.own_sums {
+                b.for_(self.thread, self.rows * plan.tile_sums(), threads, |i| {
+                    b.store(self.sums, i, zero, Elem::I32);
+                });
+            }
+            zero
+        };
+        if self.operands.has_experts() {
+            let zero = tables();
+            b.grid_wait();
+            b.grid_launch();
+            return self.operands.in_unit(b.special(Special::BlockY), self.thread, threads, || {
+                let buffers = buffers();
+                first_words(&buffers);
+                self.multiply(&buffers, zero);
             });
         }
+        b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
+        let buffers = buffers();
+        first_words(&buffers);
+        let zero = tables();
         b.grid_launch();
         if plan.resident {
             b.barrier();
         }
         b.grid_wait();
+        self.multiply(&buffers, zero);
+    }
+
+    /// All that depends on activations. The first words are on their way to `buffers`.
+    fn multiply(&self, buffers: &[Words], zero: V<'b>) {
+        let (b, plan, threads) = (self.b, self.plan, self.launch.warps * 32);
         let fragments = self.activations();
         if !plan.resident {
             b.barrier();
@@ -305,7 +340,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let kept = if plan.whole_rows() { 0 } else { plan.sums() };
         let acc: Vec<Var> = (0..kept).map(|_| b.var(none)).collect();
         b.for_(0, self.steps, plan.buffers, |first| {
-            for (p, buffer) in (0..).zip(&buffers) {
+            for (p, buffer) in (0..).zip(buffers) {
                 let step = first + p;
                 let run = || self.step(step, buffer, &fragments, &acc);
                 if p == 0 { run() } else { b.if_(step.lt(self.steps), run) }
@@ -365,12 +400,16 @@ impl<'b, 'a> Emit<'b, 'a> {
         }
         let quad = self.lane & 3;
         let column = self.lane >> 2;
+        // Columns of the product beyond the last plane are not read; they repeat it.
+        let plane = |group: u32| (column + group * 8).min(plan.planes - 1);
+        // Those of experts are looked up once.
+        let looked_up = 0..if self.operands.has_experts() { plan.groups } else { 0 };
+        let looked_up: Vec<V> = looked_up.map(|group| self.operands.plane(plane(group))).collect();
         let fragment = |d: u32, kt: u32, group: u32| {
-            // Columns of the product beyond the last plane are not read; they repeat it.
-            let plane = (column + group * 8).min(plan.planes - 1);
+            let plane = looked_up.get(group as usize).map_or_else(|| plane(group), |v| *v);
             [0, 1].map(|half| {
                 let cell = (self.warp_col + d) * (plan.layout.tile.cols / CELL) + (kt * 2 + half);
-                let word = (cell * plan.planes + plane) * 4 + quad;
+                let word = (cell * self.operands.planes() + plane) * 4 + quad;
                 let load = || b.load_as(self.operands.x, word, Elem::U32, 1, Cache::ReadOnly);
                 if covered <= stride {
                     return load();
@@ -393,6 +432,9 @@ impl<'b, 'a> Emit<'b, 'a> {
         let of_tile = plan.layout.tile.cols / 4;
         let of_lane = of_tile / 4;
         let load = |i: V<'b>| {
+            if self.operands.has_experts() {
+                return self.staged_word(i, stride);
+            }
             let word = self.block_col * (of_tile * plan.planes) + i;
             let load = || b.load_as(self.operands.x, word, Elem::U32, 1, Cache::ReadOnly);
             if self.covered() <= stride {
@@ -411,6 +453,21 @@ impl<'b, 'a> Emit<'b, 'a> {
         };
         let words = plan.planes * plan.block_cols(self.launch) / 4;
         copy_all(b, self.thread, [words, threads, STAGED], load, store);
+    }
+
+    /// Word `i` of the block's activations, of `stride` columns, where its tokens are the pairs of a unit.
+    fn staged_word(&self, i: V<'b>, stride: u32) -> V<'b> {
+        let (b, plan) = (self.b, self.plan);
+        let (cell, plane) = divide(b, i / 4, plan.planes);
+        let cell = self.block_col * (plan.layout.tile.cols / CELL) + cell;
+        let word = (cell * self.operands.planes() + self.operands.plane(plane)) * 4 + i % 4;
+        let load = || b.load_as(self.operands.x, word, Elem::U32, 1, Cache::ReadOnly);
+        if self.covered() <= stride {
+            return load();
+        }
+        let value = b.var(b.u32(0));
+        b.if_(cell.lt(stride / CELL), || b.set(value, load()));
+        b.get(value)
     }
 
     /// Columns that all warps of all parts cover.
@@ -573,6 +630,7 @@ impl<'b, 'a> Emit<'b, 'a> {
             let (token, row) = divide(self.b, i, plan.most_rows);
             (row, token.min(batch - 1), row.lt(rows) & token.lt(batch))
         };
+        let exists = self.operands.exists(token).map_or(exists, |there| exists & there);
         let row = row.min(rows - 1);
         let global = self.first_row * plan.layout.tile.rows + row;
         let (row_scale, token_scale) = (self.operands.row_scale(global), self.operands.token_scale(token));

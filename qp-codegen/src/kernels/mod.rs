@@ -10,6 +10,7 @@ mod each;
 pub mod embed;
 pub mod embed_packed;
 pub mod encode;
+pub mod experts;
 pub mod gemm;
 pub mod gemv;
 pub mod glu;

@@ -1,9 +1,11 @@
 //! What products with packed weights have in common, however they are laid over the GPU: the parameters of their kernels,
 //! words on their way, tensor-core products, and how sums become results.
 
+use std::cell::OnceCell;
 use std::ops::Range;
 
 use super::decode::{Decoder, Register, load_words};
+use super::experts::{Experts, Unit, Units};
 use crate::ir::{Builder, Cache, Elem, Mem, Scalar, V, Var};
 use crate::layout::{self, Packed};
 use crate::spec::{Code, Quantizer, Shape, Value};
@@ -30,8 +32,18 @@ pub(super) fn products(q: &Quantizer) -> u32 {
 }
 
 /// What the kernel's head says.
-pub(super) fn doc(op: &Gemv) -> String {
+pub(super) fn doc(op: &Gemv, experts: Option<&Experts>) -> String {
     let q = op.quantizer;
+    if let Some(Experts { count, pairs, most, .. }) = experts {
+        return format!(
+            "y[pair, row] = W[expert, row, :] . x[pair, :] with W {} x {} in {} ({:.2} bits a weight), {pairs} pairs of tokens \
+             with {count} experts, in units of up to {most}.",
+            op.shape.rows,
+            op.shape.cols,
+            q.name,
+            q.rate(),
+        );
+    }
     format!(
         "y[token, row] {}= W[row, :] . x[token, :] with W {} x {} in {} ({:.2} bits a weight), {} token{}.",
         if op.accumulate { "+" } else { "" },
@@ -61,32 +73,96 @@ pub(super) struct Operands<'b, 'a> {
     y: Mem,
     pub(super) partial: Mem,
     arrived: Mem,
+    mixture: Option<Mixture<'b, 'a>>,
+}
+
+/// What a product of experts has beside: the inputs are the rows of a unit's pairs, the outputs the pairs', and the weights those
+/// of the unit's expert.
+struct Mixture<'b, 'a> {
+    experts: &'a Experts,
+    units: Units,
+    /// The block's unit, once it is known.
+    unit: OnceCell<Unit<'b>>,
 }
 
 /// What the sums of a token are multiplied with: the scale of its activations and, for codes with an offset, their sum.
 pub(super) type TokenScale<'b> = (V<'b>, Option<V<'b>>);
 
 impl<'b, 'a> Operands<'b, 'a> {
-    /// Declares the parameters, and the tables in shared memory. `meeting_place`: elements of `partial` and `arrived`.
+    /// Declares the parameters, and the tables in shared memory. `meeting_place`: elements of `partial` and `arrived`. With
+    /// `experts`, tokens are the pairs of a unit.
     pub(super) fn new(
         b: &'b Builder,
         op: &'a Gemv<'a>,
         layout: &'a Packed,
         table_bytes: u32,
         meeting_place: (usize, usize),
+        experts: Option<&'a Experts>,
     ) -> Self {
         let decoder = Decoder::new(b, op.quantizer, table_bytes);
-        let (batch, rows) = (u64::from(op.batch), u64::from(layout.padded_rows()));
+        let rows = u64::from(layout.padded_rows());
+        let matrices = experts.map_or(1, |e| u64::from(e.matrices));
+        let batch = u64::from(experts.map_or(op.batch, |e| e.rows));
+        let outputs = experts.map_or(batch * rows, |e| u64::from(e.pairs - 1) * u64::from(e.stride) + rows);
         let columns = u64::from(op.shape.cols.next_multiple_of(layout::COLUMN_PAD));
-        let weights = b.sized("weights", Elem::U32, false, layout.words() as u64);
-        let scales = b.sized("scales", Elem::BF16, false, rows);
+        let weights = b.sized("weights", Elem::U32, false, matrices * layout.words() as u64);
+        let scales = b.sized("scales", Elem::BF16, false, matrices * rows);
         let x = b.sized("x", Elem::I8, false, 2 * batch * columns);
         let x_scale = b.sized("x_scale", Elem::F32, false, batch);
         let x_sum = b.sized("x_sum", Elem::I32, false, batch);
-        let y = b.sized("y", Elem::F32, true, batch * rows);
+        let y = b.sized("y", Elem::F32, true, outputs);
         let partial = b.sized("partial", Elem::I32, true, meeting_place.0 as u64);
         let arrived = b.sized("arrived", Elem::I32, true, meeting_place.1 as u64);
-        Operands { b, op, layout, decoder, weights, scales, x, x_scale, x_sum, y, partial, arrived }
+        let mixture =
+            experts.map(|experts| Mixture { experts, units: Units::declare(b, experts), unit: OnceCell::new() });
+        Operands { b, op, layout, decoder, weights, scales, x, x_scale, x_sum, y, partial, arrived, mixture }
+    }
+
+    /// True of a product of experts.
+    pub(super) fn has_experts(&self) -> bool {
+        self.mixture.is_some()
+    }
+
+    /// Of a product of experts: runs `body` in the blocks of unit number `unit`, if there is something for them to do.
+    pub(super) fn in_unit(&self, unit: V<'b>, thread: V<'b>, threads: u32, body: impl FnOnce()) {
+        let mixture = self.mixture.as_ref().expect("of experts");
+        mixture.units.run(self.b, unit, thread, threads, |unit| {
+            assert!(mixture.unit.set(unit).is_ok(), "a block has one unit");
+            body();
+        });
+    }
+
+    fn unit(&self) -> Option<&Unit<'b>> {
+        self.mixture.as_ref().map(|m| m.unit.get().expect("within a unit"))
+    }
+
+    /// Planes of all inputs.
+    pub(super) fn planes(&self) -> u32 {
+        2 * self.mixture.as_ref().map_or(self.op.batch, |m| m.experts.rows)
+    }
+
+    /// Which plane of the inputs is plane `plane` of the kernel's tokens.
+    pub(super) fn plane(&self, plane: V<'b>) -> V<'b> {
+        self.unit().map_or(plane, |unit| unit.row(plane >> 1) * 2 + (plane & 1))
+    }
+
+    /// Whether there is such a token, which is one of the kernel's; `None`: surely.
+    pub(super) fn exists(&self, token: V<'b>) -> Option<V<'b>> {
+        self.unit()?.count.map(|count| token.lt(count))
+    }
+
+    /// A place of the matrix in the weights, where that is `at` of the first.
+    pub(super) fn word(&self, at: V<'b>) -> V<'b> {
+        let words = || u32::try_from(self.layout.words()).expect("below 2^32 words");
+        self.unit().map_or(at, |unit| at + unit.matrix * words())
+    }
+
+    /// Where the result of a row and a token lies.
+    fn result(&self, row: V<'b>, token: V<'b>) -> V<'b> {
+        match (self.unit(), &self.mixture) {
+            (Some(unit), Some(mixture)) => row + unit.pair(token) * mixture.experts.stride,
+            _ => row + token * self.layout.padded_rows(),
+        }
     }
 
     fn code(&self) -> &'a Code {
@@ -118,7 +194,7 @@ impl<'b, 'a> Operands<'b, 'a> {
     /// activations are zero.
     pub(super) fn fetch(&self, first: V<'b>, col: V<'b>, tile: u32, words: &[Vec<Var>], guarded: bool, lane: V<'b>) {
         let (b, lane_words) = (self.b, &self.layout.lane_words);
-        let codes = lane_words.len();
+        let (codes, first) = (lane_words.len(), self.word(first));
         for (d, chunks) in (tile as usize..).zip(words) {
             let of_tile = lane_words[d % codes];
             let ahead = (d / codes) as u32 * self.period() + lane_words[..d % codes].iter().sum::<u32>() * 32;
@@ -133,11 +209,13 @@ impl<'b, 'a> Operands<'b, 'a> {
 
     /// The scale of a row.
     pub(super) fn row_scale(&self, row: V<'b>) -> V<'b> {
+        let row = self.unit().map_or(row, |unit| row + unit.matrix * self.layout.padded_rows());
         self.b.load_as(self.scales, row, Elem::BF16, 1, Cache::ReadOnly)
     }
 
     /// The scale of a token.
     pub(super) fn token_scale(&self, token: V<'b>) -> TokenScale<'b> {
+        let token = self.unit().map_or(token, |unit| unit.row(token));
         let sum = || self.b.load_as(self.x_sum, token, Elem::I32, 1, Cache::ReadOnly);
         let offset = self.code().half_offset.then(sum);
         (self.b.load_as(self.x_scale, token, Elem::F32, 1, Cache::ReadOnly), offset)
@@ -148,7 +226,7 @@ impl<'b, 'a> Operands<'b, 'a> {
         let b = self.b;
         self.op.accumulate.then(|| {
             let before = b.var(b.f32(0.0));
-            let at = row + token * self.layout.padded_rows();
+            let at = self.result(row, token);
             b.if_(exists, || b.set(before, b.load(self.y, at, Elem::F32)));
             b.get(before)
         })
@@ -173,7 +251,7 @@ impl<'b, 'a> Operands<'b, 'a> {
         let total = if products == 1 { plane(0) } else { plane(1) * 256 + plane(0) };
         let total = x_sum.map_or(total, |sum| total * 2 + sum.to(Scalar::I64));
         let value = total.to(Scalar::F32) * row_scale * (x_scale * unit);
-        let at = row + token * self.layout.padded_rows();
+        let at = self.result(row, token);
         let value = before.map_or(value, |before| before + value);
         b.store(self.y, at, value, Elem::F32);
     }

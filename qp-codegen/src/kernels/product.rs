@@ -11,6 +11,7 @@
 
 use std::collections::HashSet;
 
+use super::experts::{self, Experts};
 use super::operands::Gemv;
 use super::{decode, gemm, gemv, walk};
 use crate::cuda::Device;
@@ -81,6 +82,50 @@ impl Launch {
             Launch::Gemv(launch) => gemv::lower(op, launch),
             Launch::Gemm(launch) => gemm::lower(op, launch),
             Launch::Walk(launch) => walk::lower(op, launch),
+        }
+    }
+
+    /// The launches of products of experts, best first: at least one. `op` is the product of one expert with a unit's pairs.
+    pub fn ranked_for_experts(op: &Gemv, of: &Experts, device: &Device) -> Vec<Launch> {
+        // Units run side by side, so each has its share of the GPU.
+        let sms = (device.sms / of.busy()).max(1);
+        let bandwidth = device.bandwidth * f64::from(sms) / f64::from(device.sms);
+        let shared_per_block = device.shared_per_block - experts::UNIT_BYTES;
+        let share = Device { sms, bandwidth, shared_per_block, ..*device };
+        // Blocks that share columns have no place to meet.
+        let alone = |launch: &Launch| match launch {
+            Launch::Gemv(launch) => launch.split == 1,
+            Launch::Gemm(launch) => launch.split == 1,
+            Launch::Walk(_) => true,
+        };
+        let mut ranked = Launch::ranked(op, &share);
+        if decode::is_small(op.quantizer) && !ranked.iter().any(|r| alone(&r.1)) {
+            ranked = gemm::Launch::estimated(op, &share).into_iter().map(|(t, l)| (t, Launch::Gemm(l))).collect();
+            ranked.sort_by(|a, b| a.0.total_cmp(&b.0));
+        }
+        let walk = Launch::Walk(walk::Launch::estimated(op, &share).1);
+        let mut out: Vec<Launch> = ranked.into_iter().map(|r| r.1).filter(alone).collect();
+        if !out.contains(&walk) {
+            out.push(walk);
+        }
+        out
+    }
+
+    /// Makes the kernel of the products of experts; `op` is as in [`Launch::ranked_for_experts`]. The parameters are those of
+    /// [`gemv::lower`], where what has a row a token has one for each of [`Experts::rows`], and `y` one a pair; the experts'
+    /// matrices lie one below the other. Behind them, in order:
+    ///
+    /// * `units`: `i32`, four a unit ([`super::experts::group`]); where each pair is a unit, the pairs' experts;
+    /// * `pairs`: `i32`, the units' pairs; not read where each pair is a unit;
+    /// * `places`: `i32`, for each expert the place of its matrix, or −1; not read if the launch has all.
+    ///
+    /// # Panics
+    /// If blocks share columns, whose sums have no place to meet.
+    pub fn lower_for_experts(&self, op: &Gemv, experts: &Experts) -> Kernel {
+        match self {
+            Launch::Gemv(launch) => gemv::lower_for(op, launch, Some(experts)),
+            Launch::Gemm(launch) => gemm::lower_for(op, launch, Some(experts)),
+            Launch::Walk(launch) => walk::lower_for(op, launch, Some(experts)),
         }
     }
 

@@ -23,7 +23,7 @@ impl Span {
     }
 
     /// Where the values of `token` begin.
-    pub(super) fn at<'b>(self, token: V<'b>) -> V<'b> {
+    pub(in crate::kernels) fn at<'b>(self, token: V<'b>) -> V<'b> {
         token * self.stride + self.first
     }
 }

@@ -3,6 +3,7 @@
 use super::decode::pack_tables;
 use super::dequantize::{self, Dequantize};
 use super::embed_packed::{self, EmbedPacked};
+use super::experts::{self, Experts};
 use super::gemv::{self, Gemv};
 use super::prepare::{self, Gate, Prepare, Spread};
 use super::product::{Launch, Way};
@@ -454,6 +455,123 @@ fn gemm_in_groups_of_warps_is_exact_for_every_shape_batch_and_launch() {
                 let part = |l: &Launch| matches!(l, Launch::Gemm(l) if batch.div_ceil(l.token_parts) <= gemm::MAX_PART);
                 let fit = launches.into_iter().filter(|l| part(l) && l.lower(&op).shared_bytes() <= MAX_SHARED);
                 check_product(named(name), shape, batch, &fit.collect::<Vec<_>>());
+            }
+        }
+    }
+}
+
+/// Pairs of `rows` tokens with `chosen` experts each, in units that list them backwards.
+fn in_units(experts: &Experts, expert_of: &[i32]) -> (Vec<i32>, Vec<i32>) {
+    let (mut units, mut pairs) = (Vec::new(), Vec::new());
+    for expert in 0..experts.count as i32 {
+        let own: Vec<i32> = (0..experts.pairs as i32).rev().filter(|p| expert_of[*p as usize] == expert).collect();
+        for some in own.chunks(experts.most as usize) {
+            units.extend([expert, pairs.len() as i32, some.len() as i32, 0]);
+            pairs.extend(some);
+        }
+    }
+    units.resize(4 * experts.units() as usize, 0);
+    (units, pairs)
+}
+
+/// Products of experts, of which the launch has the first `experts.matrices`, against those of each pair alone.
+fn check_experts(q: &Quantizer, shape: Shape, experts: Experts, expert_of: &[i32], launches: &[Launch]) {
+    let rows = Packed::new(q, shape).padded_rows();
+    let m = Matrix::random(q, Shape { rows: rows * experts.matrices, cols: shape.cols });
+    let entries = m.entries(q);
+    let a = activations(shape.cols, experts.rows);
+    let (stride, sharing) = (experts.stride as usize, (experts.pairs / experts.rows) as usize);
+    let mut expect = vec![0.5f32; stride * expert_of.len()];
+    let has = |expert: i32| (expert as u32) < experts.matrices;
+    for (pair, &expert) in expert_of.iter().enumerate().filter(|(_, e)| has(**e)) {
+        let a = &a[pair / sharing];
+        let factor = reference::output_factor(&q.codes[0], a.scale);
+        for row in 0..shape.rows as usize {
+            let stored = expert as usize * rows as usize + row;
+            let w = &entries[stored * shape.cols as usize..][..shape.cols as usize];
+            let acc = w.iter().zip(&a.q).map(|(&w, &q)| i64::from(w) * i64::from(q)).sum();
+            expect[pair * stride + row] = reference::scale_output(&q.codes[0], acc, a.sum, m.scale(stored), factor);
+        }
+    }
+    let op = Gemv { quantizer: q, shape, batch: experts.most, accumulate: false };
+    let (units, pairs) = in_units(&experts, expert_of);
+    let units = if experts.most == 1 { expert_of.to_vec() } else { units };
+    let places: Vec<i32> = (0..experts.count as i32).map(|e| if has(e) { e } else { -1 }).collect();
+    let lists = [&units, &pairs, &places].map(|list| bytes(list, i32::to_le_bytes));
+    for l in launches {
+        let kernel = l.lower_for_experts(&op, &experts);
+        crate::ir::validate(&kernel).unwrap_or_else(|problems| panic!("{problems}"));
+        let tables = bytes(&pack_tables(q), u32::to_le_bytes);
+        let words = bytes(&m.words, u32::to_le_bytes);
+        let scales = bytes(&m.scales, u16::to_le_bytes);
+        let [x, x_scale, x_sum] = inputs(&a);
+        let mut y = bytes(&vec![0.5f32; expect.len()], f32::to_le_bytes);
+        let (mut partial, mut arrived) = ([0u8; 4], [0u8; 4]);
+        let mut args: Vec<Arg> = [&tables, &words, &scales, &x, &x_scale, &x_sum].map(|b| Arg::ReadOnly(b)).into();
+        args.push(Arg::Buffer(&mut y));
+        args.extend([&mut partial, &mut arrived].map(|b| Arg::Buffer(b)));
+        args.extend(lists.iter().map(|b| Arg::ReadOnly(b)));
+        launch(&kernel, args);
+        for (pair, (y, expect)) in floats(&y).chunks(stride).zip(expect.chunks(stride)).enumerate() {
+            let real = 0..shape.rows as usize;
+            assert_eq!(y[real.clone()], expect[real], "{} {experts:?} pair {pair} {l:?}", q.name);
+        }
+    }
+}
+
+#[test]
+fn products_of_experts_are_those_of_each_pair_alone() {
+    let all = quantizers();
+    let gemv = |warps, blocks, ahead| {
+        Launch::Gemv(gemv::Launch { warps, split: 1, blocks, ahead, min_blocks: 1, table_bytes: 32 << 10 })
+    };
+    for name in ["v4_k8", "v2_k5_i16", "square", "mix2"] {
+        let q = named(&all, name);
+        for (rows, cols) in [(40, 300), (100, 1100)] {
+            let shape = Shape { rows, cols };
+            let tiles = Packed::new(q, shape).row_tiles();
+            let stride = Packed::new(q, shape).padded_rows() + 8;
+            // One token; several that share inputs; pairs with inputs of their own; experts without pairs, and one of all.
+            for (tokens, chosen, count, matrices, most) in
+                [(1, 3, 5, 5, 1), (6, 2, 4, 4, 4), (6, 2, 4, 3, 8), (11, 1, 3, 3, 32), (5, 1, 9, 9, 4)]
+            {
+                let pairs = tokens * chosen;
+                let lonely = |p: u32| if tokens == 5 { 2 } else { (p * 7 + p / 3) % count };
+                let expert_of: Vec<i32> = (0..pairs).map(|p| lonely(p) as i32).collect();
+                let mut launches = vec![Launch::Walk(super::walk::Launch { warps: 3, table_bytes: 16 << 10 })];
+                if most <= gemv::MAX_BATCH {
+                    launches.extend([gemv(1, 1, 1), gemv(4, tiles, 2), gemv(10, 1, 2)]);
+                }
+                if most > 1 {
+                    let (few, groups) = (small(false, 2), small(true, 4));
+                    launches.extend([
+                        Launch::Gemm(gemm::Launch { row_tiles: 2, ..few }),
+                        Launch::Gemm(gemm::Launch { col_warps: 2, blocks: tiles, token_parts: 2, ..few }),
+                        Launch::Gemm(gemm::Launch { chunk: 2, ..groups }),
+                        Launch::Gemm(gemm::Launch { col_warps: 2, token_parts: 2, ..groups }),
+                    ]);
+                }
+                let experts = Experts { count, matrices, rows: tokens, pairs, most, stride };
+                check_experts(q, shape, experts, &expert_of, &launches);
+                check_experts(q, shape, Experts { rows: pairs, ..experts }, &expert_of, &launches[..2]);
+            }
+        }
+    }
+}
+
+#[test]
+fn products_of_experts_have_a_launch_on_every_device() {
+    for q in quantizers() {
+        let wide = Shape { rows: 4096, cols: 28_672 };
+        for (tokens, shape) in [(1, wide), (2, wide), (64, Shape { rows: 1536, cols: 2048 }), (2048, wide)] {
+            let most = experts::most_pairs(tokens, 8, 128);
+            let e = Experts { count: 128, matrices: 16, rows: tokens, pairs: 8 * tokens, most, stride: shape.rows };
+            let op = Gemv { quantizer: &q, shape, batch: most, accumulate: false };
+            for target in crate::cuda::Target::ALL {
+                let launch = Launch::ranked_for_experts(&op, &e, &target.device())[0];
+                let kernel = launch.lower_for_experts(&op, &e);
+                crate::cuda::check(&kernel, target)
+                    .unwrap_or_else(|problems| panic!("{} {target}: {problems}", q.name));
             }
         }
     }

@@ -11,6 +11,7 @@
 //! All sums are exact integers, so the result is that of the other ways to the bit.
 
 use super::decode::Unit;
+use super::experts::Experts;
 use super::operands::{self, Gemv, Operands, divide};
 use super::{c_name, product};
 use crate::ir::{Builder, Cache, Const, Elem, Kernel, Mem, Special, V, Var};
@@ -65,17 +66,29 @@ impl Plan {
 
 /// Makes the kernel; its parameters are those of [`super::gemv::lower`], of which `partial` and `arrived` are not touched.
 pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
+    lower_for(op, launch, None)
+}
+
+/// The same for experts: see [`super::gemv::lower_for`].
+pub(super) fn lower_for(op: &Gemv, launch: &Launch, experts: Option<&Experts>) -> Kernel {
     assert!((1..=product::MAX_BATCH).contains(&op.batch), "batch");
     let plan = Plan::new(op);
     let name = format!("walk_{}_{}x{}_b{}", c_name(&op.quantizer.name), op.shape.rows, op.shape.cols, op.batch);
-    let grid = [plan.layout.row_tiles() * plan.strips, op.batch.div_ceil(TOKENS)];
+    let strips = plan.layout.row_tiles() * plan.strips;
+    let grid = [strips * experts.map_or(1, Experts::units), op.batch.div_ceil(TOKENS)];
     let b = Builder::new(&name, grid, launch.warps * 32);
-    b.doc(operands::doc(op));
+    b.doc(operands::doc(op, experts));
     b.dependent_launch();
-    let operands = Operands::new(&b, op, &plan.layout, launch.table_bytes, (1, 1));
+    let operands = Operands::new(&b, op, &plan.layout, launch.table_bytes, (1, 1), experts);
     let sums = b.shared("sums", Elem::I32, plan.sums());
-    let (row_tile, strip) = divide(&b, b.special(Special::BlockX), plan.strips);
-    let e = Emit { b: &b, op, launch, plan: &plan, operands, sums, row_tile, strip, part: b.special(Special::BlockY) };
+    let block = b.special(Special::BlockX);
+    let (unit, block) = match experts {
+        Some(_) => (Some(block / strips), block % strips),
+        None => (None, block),
+    };
+    let (row_tile, strip) = divide(&b, block, plan.strips);
+    let part = b.special(Special::BlockY);
+    let e = Emit { b: &b, op, launch, plan: &plan, operands, sums, unit, row_tile, strip, part };
     e.kernel();
     b.finish()
 }
@@ -88,6 +101,8 @@ struct Emit<'b, 'a> {
     plan: &'a Plan,
     operands: Operands<'b, 'a>,
     sums: Mem,
+    /// Of a product of experts, which unit of pairs.
+    unit: Option<V<'b>>,
     row_tile: V<'b>,
     /// Strip of the row tile.
     strip: V<'b>,
@@ -101,9 +116,20 @@ impl<'b> Emit<'b, '_> {
         let thread = b.special(Special::Thread);
         self.operands.decoder.fill(threads);
         b.for_(thread, plan.sums(), threads, |i| b.store(self.sums, i, b.i32(0), Elem::I32));
+        if let Some(unit) = self.unit {
+            b.grid_wait();
+            b.grid_launch();
+            return self.operands.in_unit(unit, thread, threads, || self.multiply(thread));
+        }
         b.barrier();
         b.grid_wait();
         b.grid_launch();
+        self.multiply(thread);
+    }
+
+    /// All that depends on activations.
+    fn multiply(&self, thread: V<'b>) {
+        let (b, plan, threads) = (self.b, self.plan, self.launch.warps * 32);
         let codes = plan.layout.lane_words.len() as u32;
         let warp = b.special(Special::Warp);
         for code in 0..codes {
@@ -115,7 +141,9 @@ impl<'b> Emit<'b, '_> {
             let (row, within) = divide(b, i, TOKENS);
             let token = self.part * TOKENS + within;
             let first = (self.row_tile * plan.strips + self.strip) * (plan.parts * 16);
-            b.if_(token.lt(self.op.batch), || {
+            let exists = token.lt(self.op.batch);
+            let exists = self.operands.exists(token).map_or(exists, |there| exists & there);
+            b.if_(exists, || {
                 let of_token = 2 * plan.products;
                 let at = row * (PLANES * plan.products) + within * of_token;
                 let sums = b.load_as(self.sums, at, Elem::I32, of_token, Cache::Default).lanes();
@@ -134,6 +162,7 @@ impl<'b> Emit<'b, '_> {
         let unit = Unit::of(&self.op.quantizer.codes[code as usize]).operands;
         let before: u32 = plan.layout.lane_words[..code as usize].iter().sum();
         let first = self.row_tile * self.operands.row_words() + col / codes * self.operands.period() + before * 32;
+        let first = self.operands.word(first);
         let units = plan.parts * across / unit;
         // All operands of a strip of 16 rows are added to the same sums.
         let zero = || b.vector(&[b.i32(0); 4]);
@@ -173,6 +202,7 @@ impl<'b> Emit<'b, '_> {
         let (b, lane, planes) = (self.b, self.b.special(Special::Lane), 2 * self.op.batch);
         // Columns of the product beyond the last plane repeat it; their sums are not read.
         let plane = (self.part * PLANES + (lane >> 2)).min(planes as i32 - 1);
+        let (plane, planes) = (self.operands.plane(plane), self.operands.planes());
         let cells = self.op.shape.cols.next_multiple_of(COLUMN_PAD) / CELL;
         let padded = self.plan.layout.padded_cols() / CELL;
         [0, 1].map(|half| {

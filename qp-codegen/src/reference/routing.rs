@@ -1,6 +1,7 @@
-//! The choice of experts: of several feed-forward layers, those that a token goes through, and with what weights.
+//! The choice of experts: of several feed-forward layers, those that a token goes through, and with what weights. And what an
+//! expert does between its layers.
 
-use super::exp;
+use super::{Activation, exp};
 
 /// How a token's experts follow from its scores, one for each expert.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -48,9 +49,44 @@ impl Routing {
     }
 }
 
+/// The gated unit of an expert.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Unit {
+    /// `activation(gate) · up`.
+    Plain(Activation),
+    /// `g / (1 + e^(−alpha g)) · (u + 1)`, where `g` is the gate, at most `limit`, and `u` what it gates, within ±`limit`.
+    Clamped {
+        /// Steepness.
+        alpha: f32,
+        /// Largest magnitude.
+        limit: f32,
+    },
+}
+
+impl Unit {
+    /// Its value, which is not a number if the gate or what it gates is none.
+    pub fn apply(self, gate: f32, up: f32) -> f32 {
+        match self {
+            Unit::Plain(activation) => activation.apply(gate) * up,
+            Unit::Clamped { alpha, limit } => {
+                let gate = if gate > limit { limit } else { gate };
+                let up = up.clamp(-limit, limit);
+                gate / (1.0 + exp(-alpha * gate)) * (up + 1.0)
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_does_not_hide_what_is_no_number() {
+        let unit = Unit::Clamped { alpha: 1.702, limit: 7.0 };
+        assert!(unit.apply(f32::NAN, 1.0).is_nan() && unit.apply(1.0, f32::NAN).is_nan());
+        assert_eq!((unit.apply(100.0, 100.0), unit.apply(1.0, -100.0)), (unit.apply(7.0, 7.0), unit.apply(1.0, -7.0)));
+    }
 
     #[test]
     fn the_largest_are_chosen_and_their_weights_are_shares() {

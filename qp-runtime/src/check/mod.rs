@@ -6,6 +6,7 @@
 
 pub mod activations;
 pub mod attention;
+pub mod experts;
 pub mod synthetic;
 
 use std::sync::Arc;
@@ -345,12 +346,20 @@ pub fn shapes() -> Vec<(&'static str, synthetic::Shapes)> {
         context: 40,
         biased: false,
         tied: true,
+        experts: None,
+    };
+    let experts = |architecture, count, chosen| synthetic::Shapes {
+        experts: Some(synthetic::Mixture { architecture, count, chosen }),
+        ..small
     };
     vec![
         ("small model", small),
         ("small model with biases", synthetic::Shapes { biased: true, tied: false, ..small }),
         ("model with heads of 64", synthetic::Shapes { head_dim: 64, heads: 2, hidden: 128, inner: 256, ..small }),
         ("model with heads of 128", synthetic::Shapes { head_dim: 128, heads: 2, context: 300, ..small }),
+        ("mixture of experts", experts("Qwen3MoeForCausalLM", 7, 3)),
+        ("mixture of experts with limits and biases", experts("GptOssForCausalLM", 4, 2)),
+        ("mixture of experts of which one is shared", experts("Glm4MoeForCausalLM", 33, 4)),
     ]
 }
 
@@ -368,6 +377,14 @@ pub fn choices(a: &Quantizer, b: &Quantizer) -> Vec<(&'static str, Choose)> {
             "mixed",
             Box::new(move |name| {
                 let is = |part: &str| name.contains(part);
+                if is(".experts.") {
+                    // Experts that are alike, one of another quantizer, one that is half of each, one unquantized.
+                    return match name {
+                        _ if is("experts.0.") => None,
+                        _ if is("experts.1.") || is("experts.2.up_proj") => Some(b.clone()),
+                        _ => Some(a.clone()),
+                    };
+                }
                 if is("q_proj") || is("v_proj") || is("down_proj") {
                     Some(a.clone())
                 } else if is("k_proj") || is("1.mlp.gate_proj") || is("lm_head") {
@@ -400,6 +417,20 @@ mod tests {
     fn small_models_on_the_interpreter() {
         let (a, b) = (member("nuq_3"), member("fast_1.5"));
         for (shape, shapes) in &shapes()[..2] {
+            for (kind, choose) in choices(&a, &b) {
+                let name = format!("{kind} {shape}");
+                model(&interpreter(), &name, shapes, &*choose).unwrap_or_else(|e| panic!("{e}"));
+            }
+        }
+    }
+
+    #[test]
+    fn mixtures_of_experts_on_the_interpreter() {
+        let (a, b) = (member("nuq_3"), member("fast_1.5"));
+        let all = shapes();
+        let mixtures: Vec<_> = all.iter().filter(|s| s.1.experts.is_some()).collect();
+        assert_eq!(mixtures.len(), 3);
+        for (shape, shapes) in mixtures {
             for (kind, choose) in choices(&a, &b) {
                 let name = format!("{kind} {shape}");
                 model(&interpreter(), &name, shapes, &*choose).unwrap_or_else(|e| panic!("{e}"));

@@ -9,7 +9,7 @@ use qp_codegen::spec::{Quantizer, Shape};
 
 use crate::codec::{PackedMatrix, scale_count};
 use crate::model::weights::EMBEDDING;
-use crate::model::{Config, Error, Source, Tensor, Weight, Weights, arch};
+use crate::model::{Config, Error, Program, Source, Tensor, Weight, Weights, arch};
 
 /// Pseudo-random numbers (SplitMix64), the same everywhere.
 #[derive(Clone, Debug)]
@@ -80,6 +80,19 @@ pub struct Shapes {
     pub biased: bool,
     /// The head is the embedding.
     pub tied: bool,
+    /// Experts in place of the feed-forward layers.
+    pub experts: Option<Mixture>,
+}
+
+/// A mixture of experts.
+#[derive(Clone, Copy, Debug)]
+pub struct Mixture {
+    /// The architecture, by its name in `config.json`.
+    pub architecture: &'static str,
+    /// Experts.
+    pub count: usize,
+    /// Those that a token goes through.
+    pub chosen: usize,
 }
 
 /// Its configuration, and weights quantized by what `choose` gives for the name of each layer.
@@ -87,34 +100,41 @@ pub struct Shapes {
 /// # Errors
 /// Shapes that no configuration may have.
 pub fn model(shapes: &Shapes, choose: &dyn Fn(&str) -> Option<Quantizer>) -> Result<(Config, Weights), Error> {
-    let Shapes { hidden, inner, heads, head_dim, vocab, context, biased, tied } = shapes;
+    let Shapes { hidden, inner, heads, head_dim, vocab, context, biased, tied, experts } = shapes;
+    let architecture = experts.map_or("LlamaForCausalLM", |e| e.architecture);
+    let experts = experts.map_or_else(String::new, |Mixture { architecture, count, chosen }| {
+        let (key, more) = match architecture {
+            "Glm4MoeForCausalLM" => ("n_routed_experts", r#""first_k_dense_replace":0,"routed_scaling_factor":1.5,"#),
+            "Qwen3MoeForCausalLM" => ("num_experts", r#""norm_topk_prob":true,"#),
+            _ => ("num_local_experts", ""),
+        };
+        let width = if more.is_empty() { String::new() } else { format!(r#""moe_intermediate_size":{inner},"#) };
+        format!(r#""{key}":{count},"num_experts_per_tok":{chosen},{more}{width}"#)
+    });
     let text = format!(
-        r#"{{"architectures":["LlamaForCausalLM"],"hidden_size":{hidden},"intermediate_size":{inner},
+        r#"{{"architectures":["{architecture}"],{experts}"hidden_size":{hidden},"intermediate_size":{inner},
         "num_hidden_layers":2,"num_attention_heads":{heads},"num_key_value_heads":{},"head_dim":{head_dim},
         "vocab_size":{vocab},"rms_norm_eps":1e-5,"max_position_embeddings":{context},"rope_theta":10000.0,
         "attention_bias":{biased},"mlp_bias":{biased},"tie_word_embeddings":{tied}}}"#,
         heads / 2,
     );
     let config = Config::parse(Path::new("config.json"), &text)?;
-    let weights = Weights::load(&Arc::new(arch::program(&config)), &Synthetic { shapes: *shapes, choose })?;
+    let program = Arc::new(arch::program(&config));
+    let weights = Weights::load(&program, &Synthetic { program: &program, choose })?;
     Ok((config, weights))
 }
 
 struct Synthetic<'a> {
-    shapes: Shapes,
+    program: &'a Program,
     choose: &'a dyn Fn(&str) -> Option<Quantizer>,
 }
 
 impl Source for Synthetic<'_> {
     fn tensor(&self, name: &str) -> Result<Tensor, Error> {
-        let Shapes { hidden, inner, heads, head_dim, .. } = self.shapes;
-        let shape = match name {
-            _ if name.ends_with("q_proj.bias") => vec![heads * head_dim],
-            _ if name.ends_with("k_proj.bias") || name.ends_with("v_proj.bias") => vec![heads / 2 * head_dim],
-            _ if name.ends_with("gate_proj.bias") || name.ends_with("up_proj.bias") => vec![inner],
-            _ => vec![hidden],
-        };
-        Ok(tensor(name, &shape, 1.0))
+        let vector = self.program.vectors.iter().find(|v| v.tensor == name).map(|v| v.len);
+        let bias = || name.strip_suffix(".bias").and_then(|layer| self.program.named(layer));
+        let len = vector.or_else(|| bias().map(|id| self.program.layer(id).rows));
+        Ok(tensor(name, &[len.expect("a tensor of the program")], 1.0))
     }
 
     fn linear(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, Error> {

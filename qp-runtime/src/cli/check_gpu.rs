@@ -41,11 +41,15 @@ const SHAPES: [Shape; 2] = [Shape { rows: 256, cols: 1024 }, Shape { rows: 40, c
 /// Blocks of weights to encode.
 const ENCODED_BLOCKS: usize = 50;
 
+/// Quantizers of which products of experts are compared, at most.
+const MIXED: usize = 8;
+
 /// One thing to compare.
 enum Task {
     Quantizer(Box<Quantizer>, Shape),
     Encoder(Box<Quantizer>),
     Attention(check::attention::Shape),
+    Experts(Box<Quantizer>),
     Preparing,
     Choosing,
     /// Index of shapes and of choice.
@@ -82,6 +86,8 @@ impl CheckGpu {
         let large = |q: &Quantizer| self.interpreter && q.codes[0].window > 12;
         let alone = members.iter().filter(|q| q.codes.len() == 1 && !large(q));
         tasks.extend(alone.map(|q| Task::Encoder(Box::new(q.clone()))));
+        let some = members.iter().step_by(members.len().div_ceil(MIXED));
+        tasks.extend(some.map(|q| Task::Experts(Box::new(q.clone()))));
         tasks.extend([Task::Preparing, Task::Choosing]);
         tasks.extend(check::attention::shapes(self.interpreter).into_iter().map(Task::Attention));
         if self.attention {
@@ -94,6 +100,7 @@ impl CheckGpu {
             match task {
                 Task::Quantizer(q, shape) => check::quantizer(&on, q, *shape, &self.batches),
                 Task::Encoder(q) => check::encoder(&on, q, ENCODED_BLOCKS),
+                Task::Experts(q) => check::experts::products(&on, q, self.interpreter),
                 Task::Preparing => check::activations::preparing(&on, self.interpreter),
                 Task::Choosing => check::activations::choosing(&on, self.interpreter),
                 Task::Attention(shape) => check::attention::attention(&on, *shape),

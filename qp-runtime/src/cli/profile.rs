@@ -106,18 +106,19 @@ impl ProfileCommand {
                 known.extend(some.iter().copied().zip(times));
             }
             bar.inc((quantizers.len() - new.len()) as u64);
+            // Experts have launches in common: of one, a step's time is about the share of tokens that go through it.
+            let share = names.iter().find_map(|name| program.named(name)).map_or(1.0, |id| program.share(id));
             kernels.extend(numbered().map(|key| Kernel {
                 layers: names.clone(),
                 rows: shapes.iter().map(|s| s.rows).sum(),
                 cols: shapes[0].cols,
                 quantizer: quantizers[key.1].name.clone(),
                 core: Core::Tensor,
-                seconds: known[&key],
+                seconds: known[&key] * share,
             }));
         }
         bar.finish_and_clear();
         let rest = match &on {
-            Some(_) if program.device_lacks().is_some() => predicted_rest(&config, &device),
             Some(on) => rest::measure(on, &program, &Arc::new(rotating(&quantizers).clone()))?,
             None => predicted_rest(&config, &device),
         };

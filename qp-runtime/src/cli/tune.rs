@@ -53,9 +53,6 @@ impl Tune {
         let program = Arc::new(arch::program(&Config::read(&self.model)?));
         let weights = Weights::load(&program, &checkpoint)?;
         let layout = Layout::new(&program, &Form::of(&weights), &[], Precision::default());
-        if let Some(what) = program.device_lacks() {
-            return Err(crate::engine::Error::NotOnDevice { what }.into());
-        }
         let on = Executor::cuda(self.gpu)?;
         let start = Instant::now();
         let done = tune_all(&on, &layout, &self.tokens)?;

@@ -363,6 +363,22 @@ impl<T: Element> Buffer<T> {
         Ok(())
     }
 
+    /// As [`Buffer::write`], of the elements whose little-endian bytes are `bytes`, wherever those lie.
+    ///
+    /// # Errors
+    /// Data that does not fit or is no whole number of elements, a failing driver.
+    pub fn write_bytes(&mut self, at: usize, bytes: &[u8]) -> Result<(), DeviceError> {
+        if !bytes.len().is_multiple_of(size_of::<T>()) {
+            return Err(DeviceError::Buffer(format!("{} bytes are no whole number of elements", bytes.len())));
+        }
+        let at = self.range("writing", at, bytes.len() / size_of::<T>())?;
+        match &self.raw {
+            RawBuffer::Host(host) => write_lock(host)[at..at + bytes.len()].copy_from_slice(bytes),
+            RawBuffer::Cuda(memory) => memory.write(at, bytes)?,
+        }
+        Ok(())
+    }
+
     /// Copies elements `at..` to `out`, after all launches before it.
     ///
     /// # Errors

@@ -76,6 +76,83 @@ pub struct Dense<'a, T: Element> {
     pub y: &'a mut Buffer<f32>,
 }
 
+/// Of [`qp_codegen::kernels::experts::route`].
+#[derive(LaunchArgs)]
+pub struct Route<'a> {
+    /// The router's, a row a token.
+    pub scores: &'a Buffer<f32>,
+    /// One an expert.
+    pub correction: &'a Buffer<f32>,
+    /// One a pair.
+    pub experts: &'a mut Buffer<i32>,
+    /// One a pair.
+    pub weights: &'a mut Buffer<f32>,
+    /// One a layer of the model.
+    pub faults: &'a mut Buffer<i32>,
+    /// The launch's place there.
+    pub layer: i32,
+}
+
+/// Of [`qp_codegen::kernels::experts::group`].
+#[derive(LaunchArgs)]
+pub struct Group<'a> {
+    /// One a pair.
+    pub experts: &'a Buffer<i32>,
+    /// Sorted.
+    pub pairs: &'a mut Buffer<i32>,
+    /// Four numbers each.
+    pub units: &'a mut Buffer<i32>,
+}
+
+/// Of [`qp_codegen::kernels::dense::lower_for_experts`].
+#[derive(LaunchArgs)]
+pub struct DenseExperts<'a, T: Element> {
+    /// Experts × rows × columns.
+    pub weights: &'a Buffer<T>,
+    /// Inputs.
+    pub x: &'a Buffer<f32>,
+    /// Outputs.
+    pub y: &'a mut Buffer<f32>,
+    /// Units, or the experts of pairs.
+    pub units: &'a Buffer<i32>,
+    /// Their pairs.
+    pub pairs: &'a Buffer<i32>,
+    /// Places of the experts' matrices.
+    pub places: &'a Buffer<i32>,
+}
+
+/// Of [`qp_codegen::kernels::experts::unit`].
+#[derive(LaunchArgs)]
+pub struct GateExperts<'a> {
+    /// Gates.
+    pub gate: &'a Buffer<f32>,
+    /// What they gate.
+    pub up: &'a Buffer<f32>,
+    /// Experts × columns.
+    pub gate_bias: &'a Buffer<f32>,
+    /// Experts × columns.
+    pub up_bias: &'a Buffer<f32>,
+    /// One a pair.
+    pub experts: &'a Buffer<i32>,
+    /// Outputs.
+    pub y: &'a mut Buffer<f32>,
+}
+
+/// Of [`qp_codegen::kernels::experts::combine`].
+#[derive(LaunchArgs)]
+pub struct Combine<'a> {
+    /// A row a pair.
+    pub x: &'a Buffer<f32>,
+    /// Experts × columns.
+    pub bias: &'a Buffer<f32>,
+    /// One a pair.
+    pub experts: &'a Buffer<i32>,
+    /// One a pair.
+    pub weights: &'a Buffer<f32>,
+    /// A row a token.
+    pub y: &'a mut Buffer<f32>,
+}
+
 /// Of [`qp_codegen::kernels::argmax`].
 #[derive(LaunchArgs)]
 pub struct Argmax<'a> {

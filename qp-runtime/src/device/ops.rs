@@ -6,6 +6,7 @@ use half::bf16;
 use qp_codegen::kernels::decode::pack_tables;
 use qp_codegen::kernels::dequantize::{self, Dequantize};
 use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
+use qp_codegen::kernels::experts::Experts;
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::prepare::{self, Prepare, Spread};
 use qp_codegen::kernels::product::Launch;
@@ -28,6 +29,23 @@ pub struct GemvArgs<'a> {
     y: &'a mut Buffer<f32>,
     partial: &'a mut Buffer<i32>,
     arrived: &'a mut Buffer<i32>,
+}
+
+/// Arguments of [`Launch::lower_for_experts`]'s kernels.
+#[derive(LaunchArgs)]
+pub struct ExpertsArgs<'a> {
+    tables: &'a Buffer<u32>,
+    weights: &'a Buffer<u32>,
+    scales: &'a Buffer<bf16>,
+    x: &'a Buffer<i8>,
+    x_scale: &'a Buffer<f32>,
+    x_sum: &'a Buffer<i32>,
+    y: &'a mut Buffer<f32>,
+    partial: &'a mut Buffer<i32>,
+    arrived: &'a mut Buffer<i32>,
+    units: &'a Buffer<i32>,
+    pairs: &'a Buffer<i32>,
+    places: &'a Buffer<i32>,
 }
 
 /// Arguments of [`dequantize::lower`]'s kernels.
@@ -198,8 +216,15 @@ impl DeviceActivations {
     /// A full GPU.
     pub fn new(on: &Executor, columns: u32, batch: u32) -> Result<Self, DeviceError> {
         let planes = 2 * columns.next_multiple_of(COLUMN_PAD) as usize;
-        let batch = batch as usize;
-        Ok(DeviceActivations { x: on.zeroed(planes * batch)?, scale: on.zeroed(batch)?, sum: on.zeroed(batch)? })
+        DeviceActivations::of(on, planes * batch as usize, batch as usize)
+    }
+
+    /// Room for `rows` rows of `bytes` bytes together.
+    ///
+    /// # Errors
+    /// A full GPU.
+    pub fn of(on: &Executor, bytes: usize, rows: usize) -> Result<Self, DeviceError> {
+        Ok(DeviceActivations { x: on.zeroed(bytes)?, scale: on.zeroed(rows)?, sum: on.zeroed(rows)? })
     }
 
     /// Uploads tokens' activations.
@@ -282,6 +307,64 @@ impl GemvKernel {
             partial: &mut self.partial,
             arrived: &mut self.arrived,
         }
+    }
+}
+
+/// Products of packed matrices of experts with the activations of pairs of tokens and experts, loaded.
+pub struct ExpertsKernel {
+    kernel: Loaded,
+    nowhere: [Buffer<i32>; 2],
+}
+
+/// Which pairs go through which expert.
+#[derive(Clone, Copy)]
+pub struct Pairs<'a> {
+    /// Units, or the experts of pairs if each is a unit.
+    pub units: &'a Buffer<i32>,
+    /// The units' pairs.
+    pub pairs: &'a Buffer<i32>,
+    /// Of each expert, the place of its matrix.
+    pub places: &'a Buffer<i32>,
+}
+
+impl ExpertsKernel {
+    /// Makes the kernel; `op` is the product of one expert with the pairs of a unit.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn load(on: &Executor, op: &Gemv, experts: &Experts, launch: &Launch) -> Result<Self, DeviceError> {
+        let kernel = on.load::<ExpertsArgs>(launch.lower_for_experts(op, experts))?;
+        Ok(ExpertsKernel { kernel, nowhere: [on.zeroed(1)?, on.zeroed(1)?] })
+    }
+
+    /// Adds the launch to a graph: each row of `y` that belongs to a pair of one of the matrices of `m` gets that product.
+    ///
+    /// # Errors
+    /// A kernel of other parameters.
+    pub fn record(
+        &mut self,
+        to: &mut Recorder,
+        m: &DeviceMatrix,
+        x: &DeviceActivations,
+        Pairs { units, pairs, places }: Pairs<'_>,
+        y: &mut Buffer<f32>,
+    ) -> Result<(), DeviceError> {
+        let [partial, arrived] = &mut self.nowhere;
+        let args = ExpertsArgs {
+            tables: &m.tables,
+            weights: &m.weights,
+            scales: &m.scales,
+            x: &x.x,
+            x_scale: &x.scale,
+            x_sum: &x.sum,
+            y,
+            partial,
+            arrived,
+            units,
+            pairs,
+            places,
+        };
+        to.launch(&self.kernel, args)
     }
 }
 

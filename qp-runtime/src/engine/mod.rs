@@ -289,12 +289,6 @@ pub enum Error {
         /// Tokens whose keys and values would fit.
         fits: u64,
     },
-    /// A model of which the engine of GPUs does not compute a part.
-    #[error("the GPU's engine does not compute {what} yet: use the CPU (--device cpu)")]
-    NotOnDevice {
-        /// The part.
-        what: &'static str,
-    },
     /// A draft model that cannot guess.
     #[error("the draft model fails: {0}; leave --draft-model out")]
     Draft(#[source] Box<Error>),

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use qp_codegen::reference::routing::Routing;
+use qp_codegen::reference::routing::{Routing, Unit};
 use qp_codegen::reference::{Activation, Map, RmsNorm};
 
 use super::rope::Rope;
@@ -133,33 +133,6 @@ pub struct Expert {
     pub up: LayerId,
     /// Back to the width of the stream.
     pub down: LayerId,
-}
-
-/// The gated unit of an expert.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Unit {
-    /// `activation(gate) · up`.
-    Plain(Activation),
-    /// `g / (1 + e^(−alpha g)) · (u + 1)`, where `g` is the gate, at most `limit`, and `u` what it gates, within ±`limit`.
-    Clamped {
-        /// Steepness.
-        alpha: f32,
-        /// Largest magnitude.
-        limit: f32,
-    },
-}
-
-impl Unit {
-    /// Its value.
-    pub fn apply(self, gate: f32, up: f32) -> f32 {
-        match self {
-            Unit::Plain(activation) => activation.apply(gate) * up,
-            Unit::Clamped { alpha, limit } => {
-                let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
-                gate / (1.0 + qp_codegen::reference::exp(-alpha * gate)) * (up + 1.0)
-            }
-        }
-    }
 }
 
 /// A step of the computation.
@@ -410,9 +383,12 @@ impl Program {
         self.nodes.iter().flat_map(Node::groups)
     }
 
-    /// What the engine of GPUs does not compute, if there is something.
-    pub fn device_lacks(&self) -> Option<&'static str> {
-        self.nodes.iter().any(|n| matches!(n, Node::Mix(_))).then_some("mixtures of experts")
+    /// The share of tokens that go through a layer, on average: of an expert's, as many as it is chosen by.
+    pub fn share(&self, id: LayerId) -> f64 {
+        match self.node_of(id).map(|node| &self.nodes[node]) {
+            Some(Node::Mix(m)) => m.routing.chosen as f64 / m.experts.len() as f64,
+            _ => 1.0,
+        }
     }
 
     /// What a node computes, in words.
@@ -684,8 +660,7 @@ mod tests {
         assert_eq!(p.node_of(gate), p.node_of(down));
         let groups: Vec<_> = p.groups().filter(|g| g.contains(&up) || g.contains(&down)).collect();
         assert_eq!(groups, [vec![gate, up], vec![down]]);
-        assert_eq!(p.device_lacks(), Some("mixtures of experts"));
-        assert_eq!(small("Gemma2ForCausalLM").device_lacks(), None);
+        assert_eq!([router, gate, down].map(|id| p.share(id)), [1.0, 0.5, 0.5]);
     }
 
     #[test]

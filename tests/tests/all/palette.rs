@@ -5,13 +5,20 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use qp_codegen::cuda::{self, Target};
 use qp_codegen::ir::{Elem, Kernel};
+use qp_codegen::kernels::dense::{self, Dense};
 use qp_codegen::kernels::dequantize::{self, Dequantize};
 use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
+use qp_codegen::kernels::experts::combine::{self, Combine};
+use qp_codegen::kernels::experts::group::{self, Group};
+use qp_codegen::kernels::experts::route::{self, Route};
+use qp_codegen::kernels::experts::unit::{self, GateExperts};
+use qp_codegen::kernels::experts::{Experts, most_pairs};
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::prepare::{self, Gate, Prepare};
 use qp_codegen::kernels::product::{Launch, Way};
 use qp_codegen::kernels::{Span, encode};
 use qp_codegen::palette;
+use qp_codegen::reference::routing::{Routing, Score, Unit};
 use qp_codegen::reference::{Activation, RmsNorm};
 use qp_codegen::spec::{Quantizer, Rotation, Shape};
 use qp_runtime::check;
@@ -167,6 +174,55 @@ fn preparing_compiles_for_every_target_without_spills() {
             // Memory that a GPU lacks is another matter.
             if kernel.shared_bytes() <= target.device().shared_per_block {
                 kernels.push((Kernel { name: format!("{op:?}"), ..kernel }, target));
+            }
+        }
+    }
+    fine(kernels.par_iter().map(|(kernel, target)| compile(kernel, *target)));
+}
+
+/// Products of few and of many pairs, of codes of each kind, and all that is around them.
+#[test]
+fn mixtures_of_experts_compile_for_every_target_without_spills() {
+    if jit::nvrtc_for_tests().is_none() {
+        return;
+    }
+    let (count, chosen, inner, hidden) = (128, 8, 768, 2048);
+    let all = [1, 8, 64, 2048];
+    let mut kernels = Vec::new();
+    for (i, target) in Target::ALL.into_iter().enumerate() {
+        let few = target != Target::Sm90a;
+        for tokens in if few { of_member(i, &all) } else { all.to_vec() } {
+            let (pairs, most) = (tokens * chosen, most_pairs(tokens, chosen, count));
+            let experts = |rows, stride| Experts { count, matrices: count - 1, rows, pairs, most, stride };
+            let (of_tokens, of_pairs) = (experts(tokens, 2 * inner), experts(pairs, hidden));
+            for name in &["tcq_3", "nuq_4", "fast_1.5", "vq2_3"][..if few { 2 } else { 4 }] {
+                let quantizer = &palette::get(name).expect("of the palette");
+                for (shape, experts) in [
+                    (Shape { rows: 2 * inner, cols: hidden }, of_tokens),
+                    (Shape { rows: hidden, cols: inner }, of_pairs),
+                ] {
+                    let op = Gemv { quantizer, shape, batch: most, accumulate: false };
+                    let launch = Launch::ranked_for_experts(&op, &experts, &target.device())[0];
+                    let kernel = launch.lower_for_experts(&op, &experts);
+                    kernels.push((Kernel { name: format!("{name} {experts:?} {launch:?}"), ..kernel }, target));
+                }
+            }
+            let (x, y) = (Span::rows(hidden), Span::rows(2 * inner));
+            let op = Dense { rows: inner, cols: hidden, elem: Elem::BF16, batch: most, x, y, accumulate: false };
+            kernels.push((dense::lower_for_experts(&op, &of_tokens), target));
+            let unit = Unit::Clamped { alpha: 1.7, limit: 7.0 };
+            let op = GateExperts { columns: inner, pairs, count, unit, gate: y, up: y, biased: true };
+            kernels.push((unit::lower(&op), target));
+            let op = Combine { columns: hidden, batch: tokens, chosen, count, x, y: x, biased: true, accumulate: true };
+            kernels.push((combine::lower(&op), target));
+            for (score, corrected) in [(Score::Softmax, false), (Score::Sigmoid, true)] {
+                let routing = Routing { chosen: chosen as usize, score, normalise: true, scale: 2.5 };
+                let scores = Span::rows(count);
+                kernels
+                    .push((route::lower(&Route { experts: count, batch: tokens, scores, routing, corrected }), target));
+            }
+            if most > 1 {
+                kernels.push((group::lower(&Group { count, pairs, most }), target));
             }
         }
     }

@@ -35,6 +35,28 @@ fn quantized(architecture: &str, choose: impl Fn(&str) -> Option<&'static str>) 
     Arc::new(weights)
 }
 
+/// A random mixture of experts of an architecture, `chosen` of `count`.
+fn mixture(
+    architecture: &'static str,
+    count: usize,
+    chosen: usize,
+    choose: impl Fn(&str) -> Option<&'static str>,
+) -> Arc<Weights> {
+    let shapes = synthetic::Shapes {
+        hidden: 64,
+        inner: 48,
+        heads: 4,
+        head_dim: 16,
+        vocab: VOCAB,
+        context: 128,
+        biased: false,
+        tied: false,
+        experts: Some(synthetic::Mixture { architecture, count, chosen }),
+    };
+    let choose = |name: &str| choose(name).map(|member| synthetic::trained(palette::get(member).unwrap()));
+    Arc::new(synthetic::model(&shapes, &choose).unwrap().1)
+}
+
 /// The CPU's engine, and that of devices on the interpreter.
 fn engines(weights: &Arc<Weights>, room: Room) -> [Box<dyn Engine>; 2] {
     let cpu = CpuEngine::new(weights.clone(), room).unwrap();
@@ -119,15 +141,49 @@ fn a_device_gives_the_bits_of_the_cpu_however_sequences_are_cut_and_mixed() {
         ("Qwen2ForCausalLM", "unquantized", quantized("Qwen2ForCausalLM", |_| None)),
         ("Qwen3ForCausalLM", "quantized", model("Qwen3ForCausalLM")),
     ] {
-        let mut cpu = CpuEngine::new(weights.clone(), ROOM).unwrap();
-        let mut device = CudaEngine::new(Executor::interpreter(), &weights, ROOM).unwrap();
         let count = if kind == "quantized" { 33 } else { 5 };
-        let all: Vec<Vec<u32>> = (0..count).map(|s| tokens(s, if s == 1 { 68 } else { 6 + s % 2 })).collect();
-        let expected: Vec<_> = all.iter().map(|t| alone(&mut cpu, t)).collect();
-        for first in [1, 2] {
-            let done = together(&mut device, &all, &expected, first);
-            done.unwrap_or_else(|e| panic!("{architecture}, {kind}, {first}: {e}"));
+        mixed_and_alone(&weights, count, &format!("{architecture}, {kind}"));
+    }
+}
+
+/// Some sequences together on a device, cut in two ways, give the bits that each has alone on the CPU.
+fn mixed_and_alone(weights: &Arc<Weights>, count: usize, what: &str) {
+    let mut cpu = CpuEngine::new(weights.clone(), ROOM).unwrap();
+    let mut device = CudaEngine::new(Executor::interpreter(), weights, ROOM).unwrap();
+    let all: Vec<Vec<u32>> = (0..count).map(|s| tokens(s, if s == 1 { 68 } else { 6 + s % 2 })).collect();
+    let expected: Vec<_> = all.iter().map(|t| alone(&mut cpu, t)).collect();
+    for first in [1, 2] {
+        together(&mut device, &all, &expected, first).unwrap_or_else(|e| panic!("{what}, {first}: {e}"));
+    }
+}
+
+#[test]
+fn a_device_computes_mixtures_of_experts_as_the_cpu_however_sequences_are_cut_and_mixed() {
+    let quantized = |name: &str| Some(if name.contains("up_proj") { "fast_1.5" } else { "nuq_3" });
+    let alike = |name: &str| name.contains("experts").then_some("nuq_3");
+    let some = |name: &str| ["experts.1.", "experts.4.", "2.down"].iter().any(|e| name.contains(e)).then_some("nuq_3");
+    for (count, what, weights) in [
+        (33, "Qwen 3, alike", mixture("Qwen3MoeForCausalLM", 9, 3, alike)),
+        (5, "Qwen 3, quantized", mixture("Qwen3MoeForCausalLM", 9, 3, quantized)),
+        (5, "gpt-oss, alike", mixture("GptOssForCausalLM", 5, 2, alike)),
+        (5, "GLM-4.5, some quantized", mixture("Glm4MoeForCausalLM", 8, 1, some)),
+        (5, "Qwen 3, unquantized", mixture("Qwen3MoeForCausalLM", 5, 5, |_| None)),
+    ] {
+        mixed_and_alone(&weights, count, what);
+    }
+}
+
+#[test]
+fn experts_of_no_token_and_of_all_are_no_exceptions() {
+    for quantizer in [Some("nuq_3"), None] {
+        let mut weights = mixture("GptOssForCausalLM", 5, 2, |name| quantizer.filter(|_| name.contains("experts")));
+        let changed = Arc::get_mut(&mut weights).unwrap();
+        for block in 0..2 {
+            let router = changed.program.named(&format!("model.layers.{block}.mlp.router")).unwrap();
+            // All go through the second expert, none through the third and the last.
+            changed[router].bias = Some(vec![0.1, 1e4, -1e4, 0.0, -1e4]);
         }
+        mixed_and_alone(&weights, 9, "chosen by biases");
     }
 }
 

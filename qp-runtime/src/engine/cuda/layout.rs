@@ -1,5 +1,8 @@
 //! How a program's matrices lie on a device: which layers are one below the other, so that one launch computes them.
 
+pub mod mixture;
+
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use qp_codegen::ir::Elem;
@@ -7,9 +10,10 @@ use qp_codegen::kernels::attend;
 use qp_codegen::layout::Packed;
 use qp_codegen::spec::{Quantizer, Shape};
 
+use self::mixture::Mixed;
 use crate::device::ops::{first_rows, stacked};
 use crate::engine::Precision;
-use crate::model::program::CacheId;
+use crate::model::program::{CacheId, Node};
 use crate::model::{Dtype, LayerId, Program, Weight, Weights};
 
 /// What a layer's matrix is stored as.
@@ -95,22 +99,35 @@ pub struct Layout {
     pub specs: Vec<Arc<Quantizer>>,
     /// The matrix of each layer.
     pub matrix_of: Vec<usize>,
+    /// The matrices of mixtures, by node of the program.
+    pub mixtures: BTreeMap<usize, Mixed>,
     /// How precisely keys and values are kept.
     pub cache: Precision,
 }
 
 impl Layout {
-    /// Lays out the layers of a program, whose forms are `forms`; those of a group of `fused` are launched together.
+    /// Lays out the layers of a program, whose forms are `forms`; those of a group of `fused` are launched together. Of experts
+    /// all that have one form are, whatever the groups say.
     pub fn new(program: &Arc<Program>, forms: &[Form], fused: &[Vec<LayerId>], cache: Precision) -> Layout {
         let mut out = Layout {
             program: program.clone(),
             matrices: Vec::new(),
             specs: Vec::new(),
             matrix_of: vec![usize::MAX; program.layers.len()],
+            mixtures: BTreeMap::new(),
             cache,
         };
+        let mut groups: Vec<Vec<LayerId>> = Vec::new();
+        for (at, node) in program.nodes.iter().enumerate() {
+            if let Node::Mix(mixture) = node {
+                let mixed = Mixed::store(&mut out, mixture, forms);
+                out.mixtures.insert(at, mixed);
+            } else {
+                groups.extend(node.groups());
+            }
+        }
         let embeddings = program.ids().filter(|id| program.is_embedding(*id)).map(|id| vec![id]);
-        for group in program.groups().chain(embeddings) {
+        for group in groups.into_iter().chain(embeddings) {
             for launch in launches(&group, forms, fused) {
                 let layers: Vec<LayerId> = launch.iter().map(|&i| group[i]).collect();
                 if forms[layers[0].0] != Form::Shared {
@@ -127,11 +144,11 @@ impl Layout {
     }
 
     fn store(&mut self, layers: Vec<LayerId>, form: &Form) {
-        let rows: Vec<u32> = layers.iter().map(|id| self.program.layer(*id).rows as u32).collect();
-        let cols = self.program.layer(layers[0]).cols as u32;
+        let shapes: Vec<Shape> = layers.iter().map(|id| self.shape_of(*id)).collect();
+        let rows: Vec<u32> = shapes.iter().map(|shape| shape.rows).collect();
+        let cols = shapes[0].cols;
         let (shape, firsts, stride, spec) = match form {
             Form::Packed(q) => {
-                let shapes: Vec<Shape> = rows.iter().map(|&rows| Shape { rows, cols }).collect();
                 let shape = stacked(q, &shapes);
                 let spec = self.specs.iter().position(|s| s == q).unwrap_or_else(|| {
                     self.specs.push(q.clone());
@@ -139,12 +156,22 @@ impl Layout {
                 });
                 (shape, first_rows(q, cols, &rows), Packed::new(q, shape).padded_rows(), spec)
             }
-            Form::Dense(_) | Form::Shared => (Shape { rows: rows[0], cols }, vec![0], rows[0], usize::MAX),
+            Form::Dense(_) | Form::Shared => {
+                let all = rows.iter().sum();
+                let firsts = rows.iter().scan(0, |next, rows| Some(std::mem::replace(next, *next + rows)));
+                (Shape { rows: all, cols }, firsts.collect(), all, usize::MAX)
+            }
         };
         for id in &layers {
             self.matrix_of[id.0] = self.matrices.len();
         }
         self.matrices.push(Stored { layers, firsts, form: form.clone(), shape, stride, spec });
+    }
+
+    /// Rows × columns of a layer.
+    fn shape_of(&self, id: LayerId) -> Shape {
+        let layer = self.program.layer(id);
+        Shape { rows: layer.rows as u32, cols: layer.cols as u32 }
     }
 
     /// How the keys and values of an attention lie in memory.

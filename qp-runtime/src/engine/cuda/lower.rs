@@ -6,6 +6,8 @@
 //! Norms and gated units before packed layers are part of the preparation of their activations. A layer whose output is
 //! added to the residual stream adds it itself. Values lie in [`Slot`]s, which serve again once nothing reads them.
 
+mod mixture;
+
 use std::collections::BTreeMap;
 
 use qp_codegen::cuda::Device;
@@ -17,6 +19,11 @@ use qp_codegen::kernels::attend::{Append, Attend, append, few, many};
 use qp_codegen::kernels::dense::{self, Dense};
 use qp_codegen::kernels::embed::{self, Embed};
 use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
+use qp_codegen::kernels::experts::Experts;
+use qp_codegen::kernels::experts::combine::{self, Combine};
+use qp_codegen::kernels::experts::group::{self, Group};
+use qp_codegen::kernels::experts::route::{self, Route};
+use qp_codegen::kernels::experts::unit::{self, GateExperts};
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::glu::{self, Glu};
 use qp_codegen::kernels::map::{self, Map};
@@ -81,6 +88,30 @@ pub enum Op {
     },
     /// A product with a dense matrix.
     Dense(Dense),
+    /// The choice of each token's experts.
+    Route(Route),
+    /// Pairs of tokens and experts, sorted into units.
+    Group(Group),
+    /// Products with the packed matrices of experts.
+    Experts {
+        /// Their quantizer, among [`Layout::specs`].
+        spec: usize,
+        /// Of each expert's matrix.
+        shape: Shape,
+        /// Pairs and units.
+        experts: Experts,
+    },
+    /// Products with the dense matrices of experts.
+    DenseExperts {
+        /// That of one expert with the pairs of a unit.
+        op: Dense,
+        /// Pairs and units.
+        experts: Experts,
+    },
+    /// The gated unit of experts.
+    GateExperts(GateExperts),
+    /// The weighted sum of what experts give.
+    Combine(Combine),
     /// One slot onto another, or a bias onto a slot.
     Add(Add),
     /// New keys and values into the cache, queries rounded.
@@ -110,6 +141,11 @@ impl Op {
             Op::Prepare(_) => "prepare",
             Op::Product { .. } => "product",
             Op::Dense(_) => "dense product",
+            Op::Route(_) | Op::Group(_) => "routing",
+            Op::Experts { .. } => "product of experts",
+            Op::DenseExperts { .. } => "dense product of experts",
+            Op::GateExperts(_) => "gated unit of experts",
+            Op::Combine(_) => "sum of experts",
             Op::Add(_) => "add",
             Op::Append(_) => "append",
             Op::AttendFew(_) | Op::AttendMany(_) => "attention",
@@ -123,7 +159,7 @@ impl Op {
 
     /// True of products with matrices: what plans choose, and all else is beside.
     pub fn is_product(&self) -> bool {
-        matches!(self, Op::Product { .. } | Op::Dense(_))
+        matches!(self, Op::Product { .. } | Op::Dense(_) | Op::Experts { .. } | Op::DenseExperts { .. })
     }
 
     /// The operation of a packed product.
@@ -131,6 +167,17 @@ impl Op {
         match *self {
             Op::Product { spec, shape, batch, accumulate } => {
                 Some(Gemv { quantizer: &layout.specs[spec], shape, batch, accumulate })
+            }
+            _ => None,
+        }
+    }
+
+    /// The operation of one expert with the pairs of a unit, of packed products of experts.
+    pub fn product_of_experts<'l>(&self, layout: &'l Layout) -> Option<(Gemv<'l>, Experts)> {
+        match *self {
+            Op::Experts { spec, shape, experts } => {
+                let quantizer = &layout.specs[spec];
+                Some((Gemv { quantizer, shape, batch: experts.most, accumulate: false }, experts))
             }
             _ => None,
         }
@@ -153,6 +200,15 @@ impl Op {
             Op::Norm(op) => norm::lower(op),
             Op::Prepare(op) => prepare::lower(op, device),
             Op::Dense(op) => dense::lower(op),
+            Op::Route(op) => route::lower(op),
+            Op::Group(op) => group::lower(op),
+            Op::Experts { .. } => {
+                let (op, experts) = self.product_of_experts(layout).expect("of experts");
+                product::Launch::ranked_for_experts(&op, &experts, device)[0].lower_for_experts(&op, &experts)
+            }
+            Op::DenseExperts { op, experts } => dense::lower_for_experts(op, experts),
+            Op::GateExperts(op) => unit::lower(op),
+            Op::Combine(op) => combine::lower(op),
             Op::Add(op) => add::lower(op),
             Op::Append(op) => append::lower(op),
             Op::AttendFew(op) => few::lower(op, &few::Launch::choose(op, device)),
@@ -442,11 +498,7 @@ impl<'l> Lowering<'l> {
             Node::Embed { layer, y } => self.embed(*layer, *y),
             Node::Linear { x, layers } => self.linear(*x, layers),
             Node::Attend(attention) => self.attend(attention),
-            // Not computed: engines refuse such programs (`Program::device_lacks`). What a step takes is counted all the same.
-            Node::Mix(mixture) => {
-                self.materialise(mixture.x);
-                self.own(mixture.y);
-            }
+            Node::Mix(mixture) => self.mix(mixture),
             Node::Add { x, z, y } => {
                 // A product has added its output itself otherwise.
                 if self.places[y.0].is_none() {
@@ -570,16 +622,20 @@ impl<'l> Lowering<'l> {
         self.launch(Op::Prepare(op), &reads, None).vectors = norm.map(|n| n.weight).into_iter().collect();
     }
 
-    /// The residual stream onto which a layer's output is added, if a launch of that layer alone may do so.
-    fn stream_of(&self, id: LayerId, y: Value) -> Option<(Place, Value)> {
-        let program = &self.layout.program;
-        let (x, sum) = match program.nodes.get(self.at + 1)? {
+    /// The residual stream onto which the present node's output is added next, and their sum, if it may add itself.
+    fn sum_of(&self, y: Value) -> Option<(Place, Value)> {
+        let (x, sum) = match self.layout.program.nodes.get(self.at + 1)? {
             Node::Add { x, z, y: sum } if *z == y => (*x, *sum),
             _ => return None,
         };
         let here = self.reads(self.at).iter().filter(|v| **v == x).count();
-        let alone = self.left[y.0] == 1 && self.left[x.0] == here + 1 && !program.layer(id).bias;
-        let place = self.places[x.0].filter(|_| alone)?;
+        let alone = self.left[y.0] == 1 && self.left[x.0] == here + 1;
+        self.places[x.0].filter(|_| alone).map(|place| (place, sum))
+    }
+
+    /// The residual stream onto which a layer's output is added, if a launch of that layer alone may do so.
+    fn stream_of(&self, id: LayerId, y: Value) -> Option<(Place, Value)> {
+        let (place, sum) = self.sum_of(y).filter(|_| !self.layout.program.layer(id).bias)?;
         let stored = &self.layout.matrices[self.layout.matrix_of[id.0]];
         let fits = match stored.form {
             // Its outputs lie at a distance of its own.

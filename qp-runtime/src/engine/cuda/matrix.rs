@@ -24,15 +24,21 @@ pub enum Floats {
 }
 
 impl Floats {
-    /// A tensor's values.
-    fn upload(on: &Executor, tensor: &Tensor) -> Result<Floats, DeviceError> {
-        let bytes = tensor.bytes();
-        Ok(match &tensor.dtype {
-            Dtype::F16 => Floats::F16(on.upload_bytes(bytes)?),
-            Dtype::Bf16 => Floats::Bf16(on.upload_bytes(bytes)?),
-            Dtype::F32 => Floats::F32(on.upload_bytes(bytes)?),
-            Dtype::Format(_) => Floats::F32(on.upload_bytes(bytemuck::cast_slice(&tensor.to_f32()))?),
-        })
+    /// The values of tensors, one behind the other, which are `elem`.
+    fn upload(on: &Executor, elem: Elem, tensors: &[&Tensor]) -> Result<Floats, DeviceError> {
+        let mut out = Floats::zeroed(on, elem, tensors.iter().map(|t| t.len()).sum())?;
+        let mut at = 0;
+        for tensor in tensors {
+            let made = matches!(tensor.dtype, Dtype::Format(_)).then(|| tensor.to_f32());
+            let bytes = made.as_ref().map_or_else(|| tensor.bytes(), |made| bytemuck::cast_slice(made));
+            match &mut out {
+                Floats::F16(buffer) => buffer.write_bytes(at, bytes)?,
+                Floats::Bf16(buffer) => buffer.write_bytes(at, bytes)?,
+                Floats::F32(buffer) => buffer.write_bytes(at, bytes)?,
+            }
+            at += tensor.len();
+        }
+        Ok(out)
     }
 
     fn zeroed(on: &Executor, elem: Elem, len: usize) -> Result<Floats, DeviceError> {
@@ -83,14 +89,17 @@ impl Matrix {
         weights: &Weights,
         uploads: &mut Uploads,
     ) -> Result<Matrix, DeviceError> {
-        let mut parts = Vec::new();
+        let (mut parts, mut tensors) = (Vec::new(), Vec::new());
         for id in &stored.layers {
             match &weights[*id].weight {
-                Weight::Dense(tensor) => return Ok(Matrix::Dense(uploads.dense(on, tensor)?)),
+                Weight::Dense(tensor) => tensors.push(tensor),
                 Weight::Quantized { matrix, .. } => {
                     parts.push((weights[*id].rows as u32, matrix.words.as_slice(), matrix.scales.as_slice()));
                 }
             }
+        }
+        if let Form::Dense(elem) = &stored.form {
+            return Ok(Matrix::Dense(uploads.dense(on, *elem, &tensors)?));
         }
         let q = &layout.specs[stored.spec];
         Ok(Matrix::Packed(Arc::new(DeviceMatrix::upload(on, q, stored.shape.cols, &parts)?)))
@@ -101,21 +110,24 @@ impl Matrix {
 /// device, too.
 #[derive(Default)]
 pub struct Uploads {
-    /// By address of the tensors, which are kept so that nothing else comes to lie there.
-    first: Option<HashMap<usize, (Tensor, Arc<Floats>)>>,
+    first: Option<Known>,
     /// Those of the model that is being uploaded.
-    now: HashMap<usize, (Tensor, Arc<Floats>)>,
+    now: Known,
 }
 
+/// Matrices by addresses of their tensors, which are kept so that nothing else comes to lie there.
+type Known = HashMap<Vec<usize>, (Vec<Tensor>, Arc<Floats>)>;
+
 impl Uploads {
-    fn dense(&mut self, on: &Executor, tensor: &Tensor) -> Result<Arc<Floats>, DeviceError> {
-        let address = tensor.bytes().as_ptr().addr();
-        if let Some((_, there)) = self.first.as_ref().unwrap_or(&self.now).get(&address) {
+    fn dense(&mut self, on: &Executor, elem: Elem, tensors: &[&Tensor]) -> Result<Arc<Floats>, DeviceError> {
+        let addresses: Vec<usize> = tensors.iter().map(|tensor| tensor.bytes().as_ptr().addr()).collect();
+        if let Some((_, there)) = self.first.as_ref().unwrap_or(&self.now).get(&addresses) {
             return Ok(there.clone());
         }
-        let new = Arc::new(Floats::upload(on, tensor)?);
+        let new = Arc::new(Floats::upload(on, elem, tensors)?);
         if self.first.is_none() {
-            self.now.insert(address, (tensor.clone(), new.clone()));
+            let kept = tensors.iter().map(|tensor| (*tensor).clone()).collect();
+            self.now.insert(addresses, (kept, new.clone()));
         }
         Ok(new)
     }

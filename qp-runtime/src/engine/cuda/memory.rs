@@ -6,9 +6,9 @@ use std::fmt;
 use qp_codegen::ir::Elem;
 use qp_codegen::layout::{COLUMN_PAD, Packed};
 
-use super::layout::{Form, Layout, Stored};
+use super::layout::{Form, Layout, Stored, mixture};
 use super::lower::{self, Pick, Slot, Wanted};
-use super::{MOST_ROWS, most_tokens};
+use super::{MOST_ROWS, most_tokens, sizes};
 use crate::engine::{Error, PAGE, Room};
 use crate::model::program::CacheId;
 
@@ -34,13 +34,16 @@ impl Needs {
     /// Those of an engine with `room`.
     pub fn of(layout: &Layout, room: Room) -> Needs {
         let program = &layout.program;
-        let most = most_tokens(room);
+        let most = most_tokens(program, room);
+        let mixtures = mixture::Room::of(program, sizes(most));
         let rows = |slot: &Slot| u64::from(if slot.wanted { MOST_ROWS } else { most });
         let wanted = Wanted { rows: most.min(MOST_ROWS), pick: Pick::Best };
         let launches = lower::step(layout, most, wanted).launches;
         let slots: BTreeMap<Slot, u64> =
             launches.iter().flat_map(|l| l.write).map(|s| (s, 4 * rows(&s) * u64::from(s.stride))).collect();
         let columns = layout.matrices.iter().map(|m| m.shape.cols).max().unwrap_or(1).next_multiple_of(COLUMN_PAD);
+        let activations = (2 * u64::from(columns) * u64::from(most)).max(mixtures.activations as u64);
+        let routes = 12 * mixtures.pairs as u64 + 16 * mixtures.units as u64;
         let angles = 8 * (room.context * program.ropes.iter().map(|r| r.frequencies.len()).sum::<usize>()) as u64;
         let table = 4 * (room.context.div_ceil(PAGE) * room.pages.min(most as usize)) as u64;
         Needs {
@@ -51,7 +54,7 @@ impl Needs {
                 .map(|i| u64::from(layout.cache_of(CacheId(i)).most_pages()))
                 .min()
                 .unwrap_or(u64::MAX),
-            step: slots.values().sum::<u64>() + 2 * u64::from(columns) * u64::from(most) + angles + table,
+            step: slots.values().sum::<u64>() + activations + routes + angles + table,
         }
     }
 

@@ -29,22 +29,23 @@ use qp_codegen::kernels::attend::many::Run;
 use qp_codegen::kernels::product::MAX_BATCH;
 use qp_codegen::kernels::sample::mask_words;
 use qp_codegen::kernels::{Span, attend};
+use qp_codegen::layout::COLUMN_PAD;
 
 use qp_codegen::reference::sampling::{MOST_TOKENS as MOST_VOCAB, Sampling, WORDS};
 
 use self::ahead::{Ahead, is_decoding};
-use self::layout::{Form, Layout, Stored};
+use self::layout::{Form, Layout, Stored, mixture};
 use self::lower::{Launch, Pick, Slot, Wanted};
 use self::matrix::Matrix;
 pub use self::matrix::Uploads;
 pub use self::memory::Needs;
-use self::record::{Choices, Constants, Kernels, State, record};
+use self::record::{Choices, Constants, Kernels, Routes, State, record};
 use super::{Choice, Chunk, Engine, Error, PAGE, Room, Wish, attention_ops, check_chunks, check_pages, cut, penalty};
 use crate::device::attend::{Queries, Tokens};
 use crate::device::ops::DeviceActivations;
 use crate::device::{Buffer, DeviceError, Executor, Graph};
-use crate::model::program::{CacheId, Node, Norm, VectorId};
-use crate::model::{Weights, rope_tables};
+use crate::model::program::{CacheId, Expert, Node, Norm, VectorId};
+use crate::model::{LayerId, Program, Weights, rope_tables};
 
 /// Numbers of tokens that steps are made for: others are padded.
 const SIZES: [u32; 12] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048];
@@ -97,9 +98,6 @@ impl CudaEngine {
         if room.context > weights.program.context {
             return Err(Error::Positions { wanted: room.context, max: weights.program.context });
         }
-        if let Some(what) = weights.program.device_lacks() {
-            return Err(Error::NotOnDevice { what });
-        }
         let layout = Layout::new(&weights.program, &Form::of(weights), &weights.groups, room.cache);
         if let Some((free, _)) = executor.free_memory()? {
             Needs::of(&layout, room).check(free as u64)?;
@@ -114,8 +112,8 @@ impl CudaEngine {
             None => executor.upload(&weights[VectorId(i)]),
         });
         let vectors = vectors.collect::<Result<_, DeviceError>>()?;
-        let biases = weights.layers().iter().map(|l| l.bias.as_ref().map(|b| executor.upload(b)).transpose());
-        let biases = biases.collect::<Result<_, DeviceError>>()?;
+        let bias = |id: LayerId| weights[id].bias.clone().unwrap_or_default();
+        let biases = Biases::upload(&executor, &weights.program, bias)?;
         Ok(Self::of(executor, layout, room, matrices, vectors, biases)?)
     }
 
@@ -132,8 +130,7 @@ impl CudaEngine {
         let matrices = layout.matrices.iter().map(|m| matrix(&layout, m)).collect::<Result<_, _>>()?;
         let vectors = layout.program.vectors.iter().map(|v| executor.upload(&vec![1.0; v.len]));
         let vectors = vectors.collect::<Result<_, _>>()?;
-        let biases = layout.program.layers.iter().map(|l| l.bias.then(|| executor.zeroed(l.rows)).transpose());
-        let biases = biases.collect::<Result<_, _>>()?;
+        let biases = Biases::upload(&executor, &layout.program, |id| vec![0.0; layout.program.layer(id).rows])?;
         Self::of(executor, layout, room, matrices, vectors, biases)
     }
 
@@ -144,7 +141,7 @@ impl CudaEngine {
         room: Room,
         matrices: Vec<Matrix>,
         vectors: Vec<Buffer<f32>>,
-        biases: Vec<Option<Buffer<f32>>>,
+        biases: Biases,
     ) -> Result<Self, DeviceError> {
         let on = &executor;
         let turns = |rope| {
@@ -152,9 +149,21 @@ impl CudaEngine {
             Ok::<_, DeviceError>((on.upload(&tables.cos)?, on.upload(&tables.sin)?))
         };
         let turns = layout.program.ropes.iter().map(turns).collect::<Result<_, _>>()?;
-        let constants = Constants { matrices, vectors, biases, turns, nothing: on.zeroed(1)? };
+        let mut expert_places = BTreeMap::new();
+        for (node, mixed) in &layout.mixtures {
+            let Node::Mix(mixture) = &layout.program.nodes[*node] else { continue };
+            let count = mixture.experts.len();
+            for stack in mixed.stacks().filter(|stack| stack.experts.len() < count) {
+                expert_places.insert(stack.matrix, on.upload(&stack.places(count))?);
+            }
+        }
+        let (nothing, no_places) = (on.zeroed(1)?, on.zeroed(1)?);
+        let Biases { of_layers: biases, of_experts } = biases;
+        let constants = Constants { matrices, vectors, biases, of_experts, expert_places, turns, nothing, no_places };
         let columns = layout.matrices.iter().map(|m| m.shape.cols).max().unwrap_or(1);
-        let most_tokens = most_tokens(room);
+        let most_tokens = most_tokens(&layout.program, room);
+        let mixtures = mixture::Room::of(&layout.program, sizes(most_tokens));
+        let planes = 2 * columns.next_multiple_of(COLUMN_PAD) as usize * most_tokens as usize;
         let most = most_tokens as usize;
         let stride = room.context.div_ceil(PAGE).max(1);
         let sequences = most.min(room.pages.max(1));
@@ -187,7 +196,13 @@ impl CudaEngine {
                 seen: on.zeroed(MOST_ROWS as usize * mask_words(layout.program.vocab as u32) as usize)?,
             },
             values: BTreeMap::new(),
-            activations: DeviceActivations::new(on, columns, most_tokens)?,
+            activations: DeviceActivations::of(on, planes.max(mixtures.activations), most.max(mixtures.pairs))?,
+            routes: Routes {
+                experts: on.zeroed(mixtures.pairs)?,
+                weights: on.zeroed(mixtures.pairs)?,
+                pairs: on.zeroed(mixtures.pairs)?,
+                units: on.zeroed(4 * mixtures.units)?,
+            },
             faults: on.zeroed(layout.program.nodes.len())?,
             queries: Queries { planes: on.zeroed(most * queries as usize)?, scale: on.zeroed(most * heads as usize)? },
             caches: ids().map(cache).collect::<Result<_, DeviceError>>()?,
@@ -488,9 +503,50 @@ impl<'a> How<'a> {
     }
 }
 
-/// Most tokens of a step: no more than what all pages hold.
-fn most_tokens(room: Room) -> u32 {
-    padded((room.pages * PAGE).min(MOST_TOKENS as usize) as u32)
+/// Biases of layers, on a device.
+struct Biases {
+    /// By layer, but for experts'.
+    of_layers: Vec<Option<Buffer<f32>>>,
+    /// See [`Constants::of_experts`].
+    of_experts: BTreeMap<usize, [Buffer<f32>; 3]>,
+}
+
+impl Biases {
+    /// Those of the layers that have some; `bias` gives their values.
+    fn upload(on: &Executor, program: &Program, bias: impl Fn(LayerId) -> Vec<f32>) -> Result<Self, DeviceError> {
+        let mut of_layers: Vec<Option<Buffer<f32>>> = program.layers.iter().map(|_| None).collect();
+        let mut of_experts = BTreeMap::new();
+        for (at, node) in program.nodes.iter().enumerate() {
+            match node {
+                Node::Mix(m) => {
+                    let has = |id: LayerId| program.layer(id).bias;
+                    if m.experts.iter().any(|e| has(e.gate) || has(e.up) || has(e.down)) {
+                        let all = |part: fn(&Expert) -> LayerId| {
+                            on.upload(&m.experts.iter().flat_map(|e| bias(part(e))).collect::<Vec<f32>>())
+                        };
+                        of_experts.insert(at, [all(|e| e.gate)?, all(|e| e.up)?, all(|e| e.down)?]);
+                    }
+                }
+                node => {
+                    for id in node.groups().into_iter().flatten().filter(|id| program.layer(*id).bias) {
+                        of_layers[id.0] = Some(on.upload(&bias(id))?);
+                    }
+                }
+            }
+        }
+        Ok(Biases { of_layers, of_experts })
+    }
+}
+
+/// Most tokens of a step: no more than what all pages hold, and as many as kernels can count the values of.
+fn most_tokens(program: &Program, room: Room) -> u32 {
+    let held = padded((room.pages * PAGE).min(MOST_TOKENS as usize) as u32);
+    sizes(held).filter(|tokens| mixture::can_take(program, *tokens)).last().unwrap_or(1)
+}
+
+/// Numbers of tokens of steps up to `most`.
+fn sizes(most: u32) -> impl Iterator<Item = u32> + Clone {
+    SIZES.into_iter().filter(move |size| *size <= most)
 }
 
 /// The smallest size that holds `tokens`, of which there are at most [`MOST_TOKENS`].

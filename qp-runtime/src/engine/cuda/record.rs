@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use qp_codegen::ir::Kernel;
+use qp_codegen::kernels::product;
 use rayon::prelude::*;
 
 use super::layout::Layout;
@@ -10,7 +11,9 @@ use super::lower::{self, Launch, Op, Slot};
 use super::matrix::{Floats, Matrix};
 use crate::device::attend::{AppendInputs, AppendKernel, AttendKernel, Queries, Tokens};
 use crate::device::launches as args;
-use crate::device::ops::{DeviceActivations, EmbedPackedKernel, Faults, GemvKernel, PrepareInputs, PrepareKernel};
+use crate::device::ops::{
+    DeviceActivations, EmbedPackedKernel, ExpertsKernel, Faults, GemvKernel, Pairs, PrepareInputs, PrepareKernel,
+};
 use crate::device::tune;
 use crate::device::{Buffer, DeviceError, Executor, Loaded, Recorder};
 
@@ -22,10 +25,16 @@ pub struct Constants {
     pub vectors: Vec<Buffer<f32>>,
     /// Biases, by layer.
     pub biases: Vec<Option<Buffer<f32>>>,
+    /// By node of a mixture, the biases of its experts' gates, of what those gate, and of the way back: experts × rows each.
+    pub of_experts: BTreeMap<usize, [Buffer<f32>; 3]>,
+    /// By matrix of some experts of a mixture: of each expert, the place of its own, or −1.
+    pub expert_places: BTreeMap<usize, Buffer<i32>>,
     /// Cosines and sines, positions × frequencies, by [`RopeId`](crate::model::program::RopeId).
     pub turns: Vec<(Buffer<f32>, Buffer<f32>)>,
     /// Given where a kernel reads nothing.
     pub nothing: Buffer<f32>,
+    /// The same of whole numbers.
+    pub no_places: Buffer<i32>,
 }
 
 /// What launches write, and what says which tokens they are for.
@@ -44,6 +53,8 @@ pub struct State {
     pub values: BTreeMap<Slot, Buffer<f32>>,
     /// Activations as integers.
     pub activations: DeviceActivations,
+    /// The experts of each token.
+    pub routes: Routes,
     /// One a node of the program, not 0 once what it reads was not finite.
     pub faults: Buffer<i32>,
     /// Rounded queries.
@@ -62,12 +73,26 @@ pub struct Choices {
     pub seen: Buffer<u32>,
 }
 
+/// Which tokens go through which experts.
+pub struct Routes {
+    /// The expert of each pair.
+    pub experts: Buffer<i32>,
+    /// Its weight.
+    pub weights: Buffer<f32>,
+    /// Pairs, sorted.
+    pub pairs: Buffer<i32>,
+    /// Units of them.
+    pub units: Buffer<i32>,
+}
+
 /// A kernel that is ready to be launched, with what belongs to it.
 pub enum Ready {
     /// Nothing.
     Plain(Loaded),
     /// Where blocks meet.
     Product(GemvKernel),
+    /// Of experts.
+    Experts(ExpertsKernel),
     /// Of keys, values and queries.
     Append(AppendKernel),
     /// Where blocks meet.
@@ -147,6 +172,11 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
             let op = launch.op.embed_packed(layout).expect("an embedding");
             return EmbedPackedKernel::load(on, &op).map(Ready::EmbedPacked);
         }
+        Op::Experts { .. } => {
+            let (op, experts) = launch.op.product_of_experts(layout).expect("of experts");
+            let launch = product::Launch::ranked_for_experts(&op, &experts, &on.device())[0];
+            return ExpertsKernel::load(on, &op, &experts, &launch).map(Ready::Experts);
+        }
         Op::Append(op) => return AppendKernel::load(on, op).map(Ready::Append),
         Op::AttendFew(op) => return AttendKernel::few(on, op).map(Ready::Attend),
         Op::AttendMany(op) => {
@@ -164,6 +194,13 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
         (Op::Dense(_), Some(Floats::F16(_))) => on.load::<args::Dense<'_, half::f16>>(kernel)?,
         (Op::Dense(_), Some(Floats::Bf16(_))) => on.load::<args::Dense<'_, half::bf16>>(kernel)?,
         (Op::Dense(_), _) => on.load::<args::Dense<'_, f32>>(kernel)?,
+        (Op::DenseExperts { .. }, Some(Floats::F16(_))) => on.load::<args::DenseExperts<'_, half::f16>>(kernel)?,
+        (Op::DenseExperts { .. }, Some(Floats::Bf16(_))) => on.load::<args::DenseExperts<'_, half::bf16>>(kernel)?,
+        (Op::DenseExperts { .. }, _) => on.load::<args::DenseExperts<'_, f32>>(kernel)?,
+        (Op::Route(_), _) => on.load::<args::Route<'_>>(kernel)?,
+        (Op::Group(_), _) => on.load::<args::Group<'_>>(kernel)?,
+        (Op::GateExperts(_), _) => on.load::<args::GateExperts<'_>>(kernel)?,
+        (Op::Combine(_), _) => on.load::<args::Combine<'_>>(kernel)?,
         (Op::Norm(_), _) => on.load::<args::Norm<'_>>(kernel)?,
         (Op::Add(_), _) => on.load::<args::Add<'_>>(kernel)?,
         (Op::Glu(_), _) => on.load::<args::Glu<'_>>(kernel)?,
@@ -175,6 +212,7 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
             Op::Prepare(_)
             | Op::EmbedPacked { .. }
             | Op::Product { .. }
+            | Op::Experts { .. }
             | Op::Append(_)
             | Op::AttendFew(_)
             | Op::AttendMany(_),
@@ -200,8 +238,8 @@ pub fn record(
     constants: &Constants,
 ) -> Result<(), DeviceError> {
     let kernel = kernels.get(&launch.op);
-    let Constants { matrices, vectors, biases, turns, nothing } = constants;
-    let State { tokens, places, rows, best, choices, values, activations, faults, queries, caches } = state;
+    let Constants { matrices, vectors, biases, of_experts, expert_places, turns, nothing, no_places } = constants;
+    let State { tokens, places, rows, best, choices, values, activations, routes, faults, queries, caches } = state;
     // The buffer that is written cannot be among those that are read.
     let mut written = launch.write.map(|slot| (slot, values.remove(&slot).expect("a buffer for each slot")));
     let read = |i: usize| &values[&launch.reads[i]];
@@ -209,6 +247,13 @@ pub fn record(
     let norm_of = |i: usize| launch.vectors.get(i).map_or(nothing, |v| &vectors[v.0]);
     let norm = norm_of(0);
     let layer = launch.node as i32;
+    let bias_of = |which: usize| of_experts.get(&launch.node).map_or(nothing, |biases| &biases[which]);
+    // Where each pair is a unit, its expert says all of it.
+    let pairs_of = |most: u32| Pairs {
+        units: if most == 1 { &routes.experts } else { &routes.units },
+        pairs: &routes.pairs,
+        places: launch.matrix.and_then(|m| expert_places.get(&m)).unwrap_or(no_places),
+    };
     let y = written.as_mut().map(|w| &mut w.1);
     let result = match (&launch.op, kernel, matrix, y) {
         (Op::Prepare(op), Ready::Prepare(kernel), ..) => {
@@ -232,6 +277,34 @@ pub fn record(
             Floats::Bf16(weights) => to.launch(kernel, args::Dense { weights, x: read(0), y }),
             Floats::F32(weights) => to.launch(kernel, args::Dense { weights, x: read(0), y }),
         },
+        (Op::Route(_), Ready::Plain(kernel), ..) => {
+            let Routes { experts, weights, .. } = routes;
+            let (scores, correction) = (read(0), norm);
+            to.launch(kernel, args::Route { scores, correction, experts, weights, faults, layer })
+        }
+        (Op::Group(_), Ready::Plain(kernel), ..) => {
+            let Routes { experts, pairs, units, .. } = routes;
+            to.launch(kernel, args::Group { experts, pairs, units })
+        }
+        (Op::Experts { experts, .. }, Ready::Experts(kernel), Some(Matrix::Packed(matrix)), Some(y)) => {
+            kernel.record(to, matrix, activations, pairs_of(experts.most), y)
+        }
+        (Op::DenseExperts { experts, .. }, Ready::Plain(kernel), Some(Matrix::Dense(weights)), Some(y)) => {
+            let (x, Pairs { units, pairs, places }) = (read(0), pairs_of(experts.most));
+            match &**weights {
+                Floats::F16(weights) => to.launch(kernel, args::DenseExperts { weights, x, y, units, pairs, places }),
+                Floats::Bf16(weights) => to.launch(kernel, args::DenseExperts { weights, x, y, units, pairs, places }),
+                Floats::F32(weights) => to.launch(kernel, args::DenseExperts { weights, x, y, units, pairs, places }),
+            }
+        }
+        (Op::GateExperts(_), Ready::Plain(kernel), _, Some(y)) => {
+            let (gate_bias, up_bias, experts) = (bias_of(0), bias_of(1), &routes.experts);
+            to.launch(kernel, args::GateExperts { gate: read(0), up: read(1), gate_bias, up_bias, experts, y })
+        }
+        (Op::Combine(_), Ready::Plain(kernel), _, Some(y)) => {
+            let Routes { experts, weights, .. } = routes;
+            to.launch(kernel, args::Combine { x: read(0), bias: bias_of(2), experts, weights, y })
+        }
         (Op::Norm(_), Ready::Plain(kernel), _, Some(y)) => to.launch(kernel, args::Norm { x: read(0), norm, y }),
         (Op::Add(_), Ready::Plain(kernel), _, Some(y)) => {
             let bias = launch.bias.and_then(|id| biases[id.0].as_ref());

@@ -1,11 +1,11 @@
 //! The decoder that nearly all architectures are: blocks of attention and a feed-forward layer around a residual stream.
 //! What differs is a [`Style`] and what the configuration says.
 
-use qp_codegen::reference::routing::{Routing, Score};
+use qp_codegen::reference::routing::{Routing, Score, Unit};
 use qp_codegen::reference::{Activation, Map, RmsNorm};
 
 use crate::model::config::{self, Config};
-use crate::model::program::{Attention, Builder, Expert, Mixture, Norm, Program, RopeId, Unit, Value};
+use crate::model::program::{Attention, Builder, Expert, Mixture, Norm, Program, RopeId, Value};
 use crate::model::weights::{EMBEDDING, HEAD};
 
 /// How the blocks of an architecture are made.

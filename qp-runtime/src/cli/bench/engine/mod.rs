@@ -341,7 +341,8 @@ fn kinds(engine: &mut CudaEngine, layout: &Layout, tokens: u32, position: usize)
     names.into_iter().map(time).collect()
 }
 
-/// Bytes of packed matrices that a step reads, and their weights. Of an embedding a row is looked up.
+/// Bytes of packed matrices that a step of one token reads, and their weights: of experts, as many as it goes through. Of an
+/// embedding a row is looked up.
 fn read(layout: &Layout) -> (u64, u64) {
     let multiplied = layout.matrices.iter().filter(|m| !layout.program.is_embedding(m.layers[0]));
     let sizes = multiplied.map(|m| {
@@ -351,7 +352,8 @@ fn read(layout: &Layout) -> (u64, u64) {
             Form::Dense(elem) => weights * u64::from(elem.bytes()),
             Form::Shared => 0,
         };
-        (bytes, weights)
+        let share = layout.program.share(m.layers[0]);
+        ((bytes as f64 * share) as u64, (weights as f64 * share) as u64)
     });
     sizes.fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1))
 }

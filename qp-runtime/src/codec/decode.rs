@@ -1,5 +1,7 @@
 //! Packed words → entries, weights and exact products.
 
+use std::sync::Arc;
+
 use qp_codegen::layout::{self, BLOCKS_PER_TILE, LANES_PER_BLOCK};
 use qp_codegen::reference::{self, Activations};
 use qp_codegen::spec::{Code, Quantizer, Value, mask};
@@ -7,6 +9,7 @@ use rayon::prelude::*;
 
 use super::PackedMatrix;
 use super::dot::{Entry, dots};
+use crate::memory::arena::{Arena, Piece};
 
 /// A quantizer made ready to decode: its codebooks written out. Make it once, use it for every matrix.
 #[derive(Clone, Debug)]
@@ -144,40 +147,37 @@ impl Decoder {
         out
     }
 
-    /// The entries of the whole matrix, written out, for products that are computed again and again.
-    pub fn entries(&self, m: &PackedMatrix) -> Entries {
-        let (columns, tile) = (m.layout.shape.cols as usize, m.layout.tile.rows as usize);
-        let stride = m.layout.padded_cols() as usize;
-        let len = m.layout.shape.rows as usize * columns;
-        match self.quantizer.codes[0].value {
+    /// The entries of the whole matrix, written out in `arena`, for products that are computed again and again; `None` if they
+    /// do not fit.
+    pub fn entries(&self, m: &PackedMatrix, arena: &Arc<Arena>) -> Option<Entries> {
+        let len = m.layout.shape.rows as usize * m.layout.shape.cols as usize;
+        Some(match self.quantizer.codes[0].value {
             Value::I8 => {
-                let mut out = vec![0i8; len];
-                out.par_chunks_mut((tile * columns).max(1)).enumerate().for_each_init(
-                    || vec![0i16; tile * stride],
-                    |entries, (rt, out)| {
-                        self.row_tile(m, rt as u32, entries);
-                        for (out, entries) in out.chunks_exact_mut(columns).zip(entries.chunks_exact(stride)) {
-                            // Entries of 8-bit codes lie within -128..128.
-                            out.iter_mut().zip(entries).for_each(|(o, &e)| *o = e as i8);
-                        }
-                    },
-                );
+                let mut out = arena.take(len)?;
+                // Entries of 8-bit codes lie within -128..128.
+                self.write_entries(m, &mut out, |e| e as i8);
                 Entries::I8(out)
             }
             Value::I16 => {
-                let mut out = vec![0i16; len];
-                out.par_chunks_mut((tile * columns).max(1)).enumerate().for_each_init(
-                    || vec![0i16; tile * stride],
-                    |entries, (rt, out)| {
-                        self.row_tile(m, rt as u32, entries);
-                        for (out, entries) in out.chunks_exact_mut(columns).zip(entries.chunks_exact(stride)) {
-                            out.copy_from_slice(&entries[..columns]);
-                        }
-                    },
-                );
+                let mut out = arena.take(len)?;
+                self.write_entries(m, &mut out, |e| e);
                 Entries::I16(out)
             }
-        }
+        })
+    }
+
+    fn write_entries<E: Send>(&self, m: &PackedMatrix, out: &mut [E], entry: impl Fn(i16) -> E + Sync) {
+        let (columns, tile) = (m.layout.shape.cols as usize, m.layout.tile.rows as usize);
+        let stride = m.layout.padded_cols() as usize;
+        out.par_chunks_mut((tile * columns).max(1)).enumerate().for_each_init(
+            || vec![0i16; tile * stride],
+            |entries, (rt, out)| {
+                self.row_tile(m, rt as u32, entries);
+                for (out, entries) in out.chunks_exact_mut(columns).zip(entries.chunks_exact(stride)) {
+                    out.iter_mut().zip(entries).for_each(|(o, &e)| *o = entry(e));
+                }
+            },
+        );
     }
 
     /// The product with each token's activations, `tokens × rows`, in the exact arithmetic of [`reference`].
@@ -239,22 +239,21 @@ impl Decoder {
 }
 
 /// Entries of a matrix, decoded: `rows × columns`, row-major, without padding.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Entries {
     /// Of 8-bit codes.
-    I8(Vec<i8>),
+    I8(Piece<i8>),
     /// Of 16-bit codes.
-    I16(Vec<i16>),
+    I16(Piece<i16>),
 }
 
 impl Entries {
-    /// Bytes that the entries of a `rows × columns` matrix of `q` take.
-    pub fn bytes(q: &Quantizer, rows: usize, columns: usize) -> u64 {
-        let one = match q.codes[0].value {
-            Value::I8 => 1,
-            Value::I16 => 2,
-        };
-        rows as u64 * columns as u64 * one
+    /// Bytes that the entries of a `rows × columns` matrix of `q` take in an arena.
+    pub fn bytes(q: &Quantizer, rows: usize, columns: usize) -> usize {
+        match q.codes[0].value {
+            Value::I8 => Arena::bytes_of::<i8>(rows * columns),
+            Value::I16 => Arena::bytes_of::<i16>(rows * columns),
+        }
     }
 }
 

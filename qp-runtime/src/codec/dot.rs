@@ -73,7 +73,7 @@ mod x86 {
 
     /// The loop over a row: `$width` entries a step, widened to 16 bits by `$widen`, from which follow the sums in `$lanes` lanes.
     macro_rules! way {
-        ($name:ident, $entry:ty, $feature:literal, $register:ty, $width:literal, $zero:ident, $load:ident, $madd:ident, $add:ident, $store:ident, $widen:expr) => {
+        ($name:ident, $entry:ty, $feature:literal, $register:ty, $width:literal, $zero:ident, $load:ident, $madd:ident, $add:ident, $total:ident, $widen:expr) => {
             #[target_feature(enable = $feature)]
             unsafe fn $name<const N: usize>(row: &[$entry], tokens: [&[i16]; N]) -> [i64; N] {
                 let mut out = [0i64; N];
@@ -92,10 +92,7 @@ mod x86 {
                         }
                     }
                     for (out, sum) in out.iter_mut().zip(sums) {
-                        let mut lanes = [0i32; $width / 2];
-                        // SAFETY: a register has as many lanes.
-                        unsafe { $store(lanes.as_mut_ptr().cast(), sum) };
-                        *out += lanes.iter().map(|lane| i64::from(*lane)).sum::<i64>();
+                        *out += $total(sum);
                     }
                 }
                 let rest = plain(&row[whole..], tokens.map(|x| &x[whole..]));
@@ -103,6 +100,22 @@ mod x86 {
                 out
             }
         };
+    }
+
+    /// The sum of all lanes.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn total512(lanes: __m512i) -> i64 {
+        let (low, high) = (_mm512_castsi512_si256(lanes), _mm512_extracti64x4_epi64::<1>(lanes));
+        _mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_cvtepi32_epi64(low), _mm512_cvtepi32_epi64(high)))
+    }
+
+    /// As [`total512`].
+    #[target_feature(enable = "avx2")]
+    fn total256(lanes: __m256i) -> i64 {
+        let (low, high) = (_mm256_castsi256_si128(lanes), _mm256_extracti128_si256::<1>(lanes));
+        let four = _mm256_add_epi64(_mm256_cvtepi32_epi64(low), _mm256_cvtepi32_epi64(high));
+        let two = _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256::<1>(four));
+        _mm_cvtsi128_si64(two) + _mm_extract_epi64::<1>(two)
     }
 
     macro_rules! ways {
@@ -117,7 +130,7 @@ mod x86 {
                 _mm512_loadu_si512,
                 _mm512_madd_epi16,
                 _mm512_add_epi32,
-                _mm512_storeu_si512,
+                total512,
                 $widen512
             );
             way!(
@@ -130,7 +143,7 @@ mod x86 {
                 _mm256_loadu_si256,
                 _mm256_madd_epi16,
                 _mm256_add_epi32,
-                _mm256_storeu_si256,
+                total256,
                 $widen256
             );
 

@@ -12,7 +12,7 @@ use qp_codegen::spec::{Quantizer, Rotation};
 use rayon::prelude::*;
 
 use crate::codec::{Decoder, Entries, PackedMatrix, row_products};
-use crate::memory;
+use crate::memory::{self, arena::Arena, arena::Piece};
 use crate::model::{Dtype, Linear, Tensor, Weight, Weights};
 
 /// Weights of an unquantized matrix that one task multiplies, about.
@@ -26,9 +26,11 @@ pub struct Linears {
     decoders: Vec<(Arc<Quantizer>, Decoder)>,
     rotators: Vec<(Rotation, usize, Rotator)>,
     /// Entries of matrices, by the matrix' address, written out at its first use.
-    kept: HashMap<usize, OnceLock<Entries>>,
+    kept: HashMap<usize, OnceLock<Option<Entries>>>,
     /// Weights of matrices of other formats, by the address of their bytes, written out at their first use.
-    floats: HashMap<usize, OnceLock<Vec<f32>>>,
+    floats: HashMap<usize, OnceLock<Option<Piece<f32>>>>,
+    /// Where both lie.
+    arena: Option<Arc<Arena>>,
     /// Turns the rows of a quantized embedding back.
     back: Option<Rotator>,
 }
@@ -48,26 +50,31 @@ impl Linears {
         out
     }
 
-    /// Decides which of `layers` keep their entries: the first that fit `bytes` together.
+    /// Decides which of `layers` keep their entries or floats: the first that fit `bytes` together.
     fn keep<'w>(&mut self, layers: impl Iterator<Item = &'w Linear>, bytes: u64) {
-        let mut left = bytes;
+        let mut taken = 0;
         for layer in layers {
-            let size = match &layer.weight {
-                Weight::Quantized { quantizer, .. } => Entries::bytes(quantizer, layer.rows, layer.cols),
-                Weight::Dense(Tensor { dtype: Dtype::Format(_), .. }) => 4 * (layer.rows * layer.cols) as u64,
+            let (size, is_new) = match &layer.weight {
+                Weight::Quantized { quantizer, matrix } => {
+                    let is_new = !self.kept.contains_key(&address(matrix));
+                    (Entries::bytes(quantizer, layer.rows, layer.cols), is_new)
+                }
+                Weight::Dense(tensor) if matches!(tensor.dtype, Dtype::Format(_)) => {
+                    let is_new = !self.floats.contains_key(&address_of_bytes(tensor));
+                    (Arena::bytes_of::<f32>(layer.rows * layer.cols), is_new)
+                }
                 Weight::Dense(_) => continue,
             };
-            if size > left {
+            if !is_new || (taken + size) as u64 > bytes {
                 continue;
             }
-            let is_new = match &layer.weight {
-                Weight::Quantized { matrix, .. } => self.kept.insert(address(matrix), OnceLock::new()).is_none(),
-                Weight::Dense(tensor) => self.floats.insert(address_of_bytes(tensor), OnceLock::new()).is_none(),
-            };
-            if is_new {
-                left -= size;
+            taken += size;
+            match &layer.weight {
+                Weight::Quantized { matrix, .. } => drop(self.kept.insert(address(matrix), OnceLock::new())),
+                Weight::Dense(tensor) => drop(self.floats.insert(address_of_bytes(tensor), OnceLock::new())),
             }
         }
+        self.arena = Arena::new(taken);
     }
 
     fn add(&mut self, layer: &Linear) {
@@ -120,8 +127,9 @@ impl Linears {
         let one = |layer: &&Linear| {
             let mut y = match &layer.weight {
                 Weight::Dense(w) => {
-                    let kept = self.floats.get(&address_of_bytes(w));
-                    dense(w, kept.map(|k| &k.get_or_init(|| all(w, layer.cols))[..]), layer.rows, layer.cols, x)
+                    let all = || all(w, layer.cols, self.arena.as_ref()?);
+                    let kept = self.floats.get(&address_of_bytes(w)).and_then(|k| k.get_or_init(all).as_deref());
+                    dense(w, kept, layer.rows, layer.cols, x)
                 }
                 Weight::Quantized { quantizer, matrix } => {
                     let rotation = quantizer.rotation;
@@ -133,7 +141,8 @@ impl Linears {
                         return None;
                     }
                     let decoder = self.decoder(quantizer).expect("added by new");
-                    let kept = self.kept.get(&address(matrix)).map(|k| k.get_or_init(|| decoder.entries(matrix)));
+                    let all = || decoder.entries(matrix, self.arena.as_ref()?);
+                    let kept = self.kept.get(&address(matrix)).and_then(|k| k.get_or_init(all).as_ref());
                     decoder.linear(matrix, kept, &prepared[at].1)
                 }
             };
@@ -166,12 +175,12 @@ fn address_of_bytes(tensor: &Tensor) -> usize {
     tensor.bytes().as_ptr().addr()
 }
 
-/// All weights of a matrix.
-fn all(w: &Tensor, cols: usize) -> Vec<f32> {
-    let mut out = vec![0f32; w.len()];
+/// All weights of a matrix, if `arena` has room for them.
+fn all(w: &Tensor, cols: usize, arena: &Arc<Arena>) -> Option<Piece<f32>> {
+    let mut out = arena.take(w.len())?;
     let task = (TASK / cols.max(1)).max(1) * cols.max(1);
     out.par_chunks_mut(task).enumerate().for_each(|(i, part)| w.read(i * task, part));
-    out
+    Some(out)
 }
 
 /// `x·Wᵀ`: tokens × rows. `kept` are the weights, if they were written out.

@@ -1,5 +1,7 @@
 //! Memory of this machine.
 
+pub mod arena;
+
 /// Bytes of main memory that programs can still take without pushing others out; 0 where the system does not say.
 pub fn available() -> u64 {
     let Ok(text) = std::fs::read_to_string("/proc/meminfo") else { return 0 };

@@ -91,7 +91,9 @@ impl Launch {
         let sms = (device.sms / of.busy()).max(1);
         let bandwidth = device.bandwidth * f64::from(sms) / f64::from(device.sms);
         let shared_per_block = device.shared_per_block - experts::UNIT_BYTES;
-        let share = Device { sms, bandwidth, shared_per_block, ..*device };
+        // Where a unit's weights and results begin takes some registers.
+        let registers_per_sm = device.registers_per_sm / 16 * 15;
+        let share = Device { sms, bandwidth, shared_per_block, registers_per_sm, ..*device };
         // Blocks that share columns have no place to meet.
         let alone = |launch: &Launch| match launch {
             Launch::Gemv(launch) => launch.split == 1,

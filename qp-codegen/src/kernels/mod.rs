@@ -12,6 +12,7 @@ pub mod encode;
 pub mod gemm;
 pub mod gemv;
 pub mod glu;
+pub mod grouped;
 mod launch;
 pub mod map;
 pub mod math;

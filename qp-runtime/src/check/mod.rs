@@ -6,6 +6,7 @@
 
 pub mod activations;
 pub mod attention;
+pub mod formats;
 pub mod synthetic;
 
 use std::sync::Arc;

@@ -1,8 +1,9 @@
 //! Linear layers on the CPU.
 //!
 //! Where memory allows, the entries of quantized layers are decoded once, at a layer's first use, and kept: then a product
-//! reads a byte a weight. Weights of other formats are kept as floats likewise, at four bytes each. Results are the same either way. Every output is summed in one fixed order, whatever the
-//! number of tokens and threads.
+//! reads a byte a weight. So are the integers of formats whose products are exact; the weights of other formats are kept as floats,
+//! at four bytes each. Results are the same either way, whatever the number of tokens and threads: sums are of integers, or in one
+//! fixed order.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
@@ -11,7 +12,7 @@ use qp_codegen::reference::{Activations, Rotator, quantize_activations};
 use qp_codegen::spec::{Quantizer, Rotation};
 use rayon::prelude::*;
 
-use crate::codec::{Decoder, Entries, PackedMatrix, row_products};
+use crate::codec::{Decoder, Entries, Lines, PackedMatrix, linear_of_lines, row_products};
 use crate::memory;
 use crate::model::{Dtype, Linear, Tensor, Weight, Weights};
 
@@ -29,6 +30,8 @@ pub struct Linears {
     kept: HashMap<usize, OnceLock<Entries>>,
     /// Weights of matrices of other formats, by the address of their bytes, written out at their first use.
     floats: HashMap<usize, OnceLock<Vec<f32>>>,
+    /// The same where products are exact.
+    lines: HashMap<usize, OnceLock<Lines>>,
     /// Turns the rows of a quantized embedding back.
     back: Option<Rotator>,
 }
@@ -54,7 +57,10 @@ impl Linears {
         for layer in layers {
             let size = match &layer.weight {
                 Weight::Quantized { quantizer, .. } => Entries::bytes(quantizer, layer.rows, layer.cols),
-                Weight::Dense(Tensor { dtype: Dtype::Format(_), .. }) => 4 * (layer.rows * layer.cols) as u64,
+                Weight::Dense(Tensor { dtype: Dtype::Format(reader), .. }) => match reader.terms() {
+                    Some(terms) => Lines::bytes(terms, layer.rows, layer.cols),
+                    None => 4 * (layer.rows * layer.cols) as u64,
+                },
                 Weight::Dense(_) => continue,
             };
             if size > left {
@@ -62,7 +68,13 @@ impl Linears {
             }
             let is_new = match &layer.weight {
                 Weight::Quantized { matrix, .. } => self.kept.insert(address(matrix), OnceLock::new()).is_none(),
-                Weight::Dense(tensor) => self.floats.insert(address_of_bytes(tensor), OnceLock::new()).is_none(),
+                Weight::Dense(tensor) => {
+                    let address = address_of_bytes(tensor);
+                    match tensor.exact() {
+                        Some(_) => self.lines.insert(address, OnceLock::new()).is_none(),
+                        None => self.floats.insert(address, OnceLock::new()).is_none(),
+                    }
+                }
             };
             if is_new {
                 left -= size;
@@ -71,18 +83,19 @@ impl Linears {
     }
 
     fn add(&mut self, layer: &Linear) {
-        match &layer.weight {
-            Weight::Dense(_) => (),
+        let rotation = match &layer.weight {
+            Weight::Dense(tensor) if tensor.exact().is_some() => Rotation::None,
+            Weight::Dense(_) => return,
             Weight::Quantized { quantizer, .. } => {
                 if self.decoder(quantizer).is_none() {
                     self.decoders.push((quantizer.clone(), Decoder::new(quantizer)));
                 }
-                if self.rotator(quantizer.rotation, layer.cols).is_none() {
-                    // Shapes of a checked configuration fit u32.
-                    let rotator = Rotator::new(quantizer.rotation, layer.cols as u32);
-                    self.rotators.push((quantizer.rotation, layer.cols, rotator));
-                }
+                quantizer.rotation
             }
+        };
+        if self.rotator(rotation, layer.cols).is_none() {
+            // Shapes of a checked configuration fit u32.
+            self.rotators.push((rotation, layer.cols, Rotator::new(rotation, layer.cols as u32)));
         }
     }
 
@@ -118,24 +131,37 @@ impl Linears {
     pub fn apply(&self, layers: &[&Linear], x: &[f32]) -> Option<Vec<Vec<f32>>> {
         let mut prepared: Vec<(Rotation, Vec<Activations>)> = Vec::new();
         let one = |layer: &&Linear| {
-            let mut y = match &layer.weight {
-                Weight::Dense(w) => {
+            let rotation = match &layer.weight {
+                Weight::Dense(w) => w.exact().map(|_| Rotation::None),
+                Weight::Quantized { quantizer, .. } => Some(quantizer.rotation),
+            };
+            let tokens = rotation.map(|rotation| {
+                let at = prepared.iter().position(|(r, _)| *r == rotation).unwrap_or_else(|| {
+                    prepared.push((rotation, self.prepare(rotation, layer.cols, x)));
+                    prepared.len() - 1
+                });
+                &prepared[at].1[..]
+            });
+            if tokens.is_some_and(|tokens| tokens.iter().any(|token| !token.scale.is_finite())) {
+                return None;
+            }
+            let mut y = match (&layer.weight, tokens) {
+                (Weight::Quantized { quantizer, matrix }, Some(tokens)) => {
+                    let decoder = self.decoder(quantizer).expect("added by new");
+                    let kept = self.kept.get(&address(matrix)).map(|k| k.get_or_init(|| decoder.entries(matrix)));
+                    decoder.linear(matrix, kept, tokens)
+                }
+                (Weight::Dense(w), Some(tokens)) => {
+                    let (reader, tensors) = w.exact()?;
+                    let kept = self.lines.get(&address_of_bytes(w));
+                    let kept = kept.map(|k| k.get_or_init(|| Lines::new(reader, &tensors)));
+                    linear_of_lines(reader, &tensors, kept, tokens)
+                }
+                (Weight::Dense(w), None) => {
                     let kept = self.floats.get(&address_of_bytes(w));
                     dense(w, kept.map(|k| &k.get_or_init(|| all(w, layer.cols))[..]), layer.rows, layer.cols, x)
                 }
-                Weight::Quantized { quantizer, matrix } => {
-                    let rotation = quantizer.rotation;
-                    let at = prepared.iter().position(|(r, _)| *r == rotation).unwrap_or_else(|| {
-                        prepared.push((rotation, self.prepare(rotation, layer.cols, x)));
-                        prepared.len() - 1
-                    });
-                    if prepared[at].1.iter().any(|token| !token.scale.is_finite()) {
-                        return None;
-                    }
-                    let decoder = self.decoder(quantizer).expect("added by new");
-                    let kept = self.kept.get(&address(matrix)).map(|k| k.get_or_init(|| decoder.entries(matrix)));
-                    decoder.linear(matrix, kept, &prepared[at].1)
-                }
+                (Weight::Quantized { .. }, None) => return None,
             };
             if let Some(bias) = &layer.bias {
                 y.chunks_exact_mut(layer.rows).for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));

@@ -121,6 +121,14 @@ impl Tensor {
         })
     }
 
+    /// Of a format whose products are exact, its reader and the bytes of its tensors.
+    pub fn exact(&self) -> Option<(&Arc<Reader>, Vec<&[u8]>)> {
+        match &self.dtype {
+            Dtype::Format(reader) => reader.terms().map(|_| (reader, self.parts.iter().map(Bytes::as_slice).collect())),
+            Dtype::F32 | Dtype::F16 | Dtype::Bf16 => None,
+        }
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.shape.iter().product()

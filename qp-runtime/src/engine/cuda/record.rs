@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 
 use qp_codegen::ir::Kernel;
+use qp_codegen::kernels::grouped;
 use rayon::prelude::*;
 
 use super::layout::Layout;
 use super::lower::{self, Launch, Op, Slot};
 use super::matrix::{Floats, Matrix};
 use crate::device::attend::{AppendInputs, AppendKernel, AttendKernel, Queries, Tokens};
+use crate::device::grouped::GroupedKernel;
 use crate::device::launches as args;
 use crate::device::ops::{DeviceActivations, EmbedPackedKernel, Faults, GemvKernel, PrepareInputs, PrepareKernel};
 use crate::device::tune;
@@ -68,6 +70,8 @@ pub enum Ready {
     Plain(Loaded),
     /// Where blocks meet.
     Product(GemvKernel),
+    /// Nothing.
+    Grouped(GroupedKernel),
     /// Of keys, values and queries.
     Append(AppendKernel),
     /// Where blocks meet.
@@ -142,6 +146,11 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
             let op = launch.op.embed_packed(layout).expect("an embedding");
             return EmbedPackedKernel::load(on, &op).map(Ready::EmbedPacked);
         }
+        Op::Grouped { terms, shape, batch, y, accumulate } => {
+            let op = grouped::Product { terms, shape: *shape, batch: *batch, y: *y, accumulate: *accumulate };
+            let launch = grouped::Launch::choose(&op, &on.device());
+            return GroupedKernel::load(on, &op, &launch).map(Ready::Grouped);
+        }
         Op::Append(op) => return AppendKernel::load(on, op).map(Ready::Append),
         Op::AttendFew(op) => return AttendKernel::few(on, op).map(Ready::Attend),
         Op::AttendMany(op) => {
@@ -170,6 +179,7 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
             Op::Prepare(_)
             | Op::EmbedPacked { .. }
             | Op::Product { .. }
+            | Op::Grouped { .. }
             | Op::Append(_)
             | Op::AttendFew(_)
             | Op::AttendMany(_),
@@ -212,6 +222,9 @@ pub fn record(
             kernel.record(to, inputs, activations, Faults { faults, layer })
         }
         (Op::Product { .. }, Ready::Product(kernel), Some(Matrix::Packed(matrix)), Some(y)) => {
+            kernel.record(to, matrix, activations, y)
+        }
+        (Op::Grouped { .. }, Ready::Grouped(kernel), Some(Matrix::Grouped(matrix)), Some(y)) => {
             kernel.record(to, matrix, activations, y)
         }
         (Op::EmbedPacked { .. }, Ready::EmbedPacked(kernel), Some(Matrix::Packed(matrix)), Some(y)) => {

@@ -10,11 +10,12 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use qp_codegen::cuda::{self, Target, print};
 use qp_codegen::ir::{Elem, Kernel};
-use qp_codegen::kernels::{Span, dequantize, embed_packed, encode, gemv, prepare, product};
+use qp_codegen::kernels::{Span, dequantize, embed_packed, encode, gemv, grouped, prepare, product};
 use qp_codegen::layout::{Packed, TooLarge};
 use qp_codegen::nvrtc;
 use qp_codegen::reference::RmsNorm;
-use qp_codegen::spec::{self, Definition, Matrix, Quantizer, Shape};
+use qp_codegen::spec::terms::Terms;
+use qp_codegen::spec::{self, Definition, Format, Matrix, Quantizer, Shape};
 use qp_codegen::syntax::{self, Diagnostics};
 use qp_codegen::{explain, formats, palette, text_file};
 
@@ -83,7 +84,7 @@ enum Command {
 /// What `emit` prints.
 #[derive(Args)]
 struct Emit {
-    /// A name of the palette, file.qspec, or file.qspec:name
+    /// A name of the palette or of a format, file.qspec, or file.qspec:name
     #[arg(long)]
     spec: String,
     /// What the kernel does
@@ -320,8 +321,23 @@ fn try_bits(spec: &str, bits: &[String], layout: Option<(String, Shape)>) -> Res
     print_out(&text.map_err(Failure::Other)?)
 }
 
+/// The product with a matrix of a format.
+fn product_of_format(e: &Emit, format: &Format) -> Result<Kernel, Failure> {
+    let refused = |why: String| Failure::Other(format!("`{}` has no such kernel: {why}", format.name));
+    if e.op != Operation::Gemv {
+        return Err(refused("formats have products alone".to_owned()));
+    }
+    let terms = Terms::of(format).map_err(|why| refused(why.to_string()))?;
+    let y = Span::rows(e.shape.rows);
+    let op = grouped::Product { terms: &terms, shape: e.shape, batch: e.batch, y, accumulate: false };
+    Ok(grouped::lower(&op, &grouped::Launch::choose(&op, &e.target.device())))
+}
+
 /// The kernel that `e` asks for.
 fn kernel(e: &Emit) -> Result<Kernel, Failure> {
+    if let Ok(Definition::Format(format)) = spec::resolve_any(&e.spec) {
+        return product_of_format(e, &format);
+    }
     // The tables are data: a kernel is the same before and after training.
     let q = spec::resolve_untrained(&e.spec)?;
     let too_large = |problem: TooLarge| Failure::Other(problem.to_string());

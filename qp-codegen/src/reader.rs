@@ -8,7 +8,10 @@ use std::sync::Arc;
 
 use crate::spec::format::{Arithmetic, Cover, Format, Layout, Number, Place, Target, TensorSpec, WeightOp};
 use crate::spec::index::{Index, IndexOp, Var};
+use crate::spec::terms::{Inexact, Terms};
 use crate::spec::{Shape, mask};
+
+mod exact;
 
 /// Columns that are computed together.
 const CHUNK: usize = 256;
@@ -26,6 +29,10 @@ pub struct Book {
     entries: Vec<f32>,
     /// First entry and step, if entries are these exactly: then they are computed and not looked up.
     line: Option<(f32, f32)>,
+    /// How products are computed exactly, or why they are not.
+    terms: Result<Arc<Terms>, Inexact>,
+    /// If they are, the integers of all entries, less the smallest.
+    digits: Vec<u8>,
 }
 
 impl Book {
@@ -34,12 +41,22 @@ impl Book {
         let entries = format.book();
         let (first, step) = (entries[0], entries[1] - entries[0]);
         let is_line = entries.iter().enumerate().all(|(i, e)| (first + i as f32 * step).to_bits() == e.to_bits());
-        Book { format, entries, line: is_line.then_some((first, step)) }
+        let terms = Terms::of(&format).map(Arc::new);
+        let mut digits = Vec::new();
+        if let Ok(terms) = &terms {
+            let mut integers = vec![0; format.vector as usize];
+            for code in 0..1u32 << format.window {
+                format.integers(code, &mut integers);
+                digits.extend(integers.iter().map(|i| (i - terms.lowest) as u8));
+            }
+        }
+        Book { format, entries, line: is_line.then_some((first, step)), terms, digits }
     }
 
     /// Without entries: for what looks at places alone.
     pub(crate) fn without_entries(format: Format) -> Self {
-        Book { format, entries: Vec::new(), line: None }
+        let terms = Err(Inexact::NoLine);
+        Book { format, entries: Vec::new(), line: None, terms, digits: Vec::new() }
     }
 }
 
@@ -705,7 +722,7 @@ impl Reader {
         let mut out = vec![0.0; self.shape.cols as usize];
         rows.into_iter().all(|row| {
             self.read(tensors, row, 0, &mut out);
-            out.iter().all(|w| w.is_finite())
+            out.iter().all(|w| w.is_finite()) && self.lines_are_finite(tensors, row)
         })
     }
 }

@@ -3,7 +3,10 @@
 use std::fmt::Write;
 
 use super::decimal;
-use crate::spec::format::{Arithmetic, Format, WeightOp};
+use crate::kernels::grouped::layout::Relaid;
+use crate::spec::Shape;
+use crate::spec::format::{Arithmetic, Field, Format, Weight, WeightOp};
+use crate::spec::terms::Terms;
 
 /// Writing to a string cannot fail.
 macro_rules! line {
@@ -38,7 +41,7 @@ pub fn explain(f: &Format) -> String {
             None => line!(o, "  field       {}: {} for {}", field.name, field.ty.text(), field.cover.text()),
         }
     }
-    line!(o, "  sums        weights times activations in single precision, in one order on every device");
+    products(f, o);
     line!(o, "  encode      no: a format is imported, `qp import`, and not made");
     line!(o, "  hash        {}", f.hash());
     for l in &f.layouts {
@@ -59,20 +62,60 @@ pub fn explain(f: &Format) -> String {
     out
 }
 
-/// The weight as a formula, `e` for the entry.
+/// Side of the matrix whose bits on a device are told.
+const SIDE: u32 = 4096;
+
+/// How products are computed.
+fn products(f: &Format, o: &mut String) {
+    let terms = match Terms::of(f) {
+        Ok(terms) => terms,
+        Err(why) => {
+            line!(
+                o,
+                "  products    weights times activations in single precision, in one order on every device: {why}"
+            );
+            return;
+        }
+    };
+    let fields: Vec<&Field> = terms.fields.iter().map(|f| &f.1).collect();
+    let formula = |w: &Weight| expression(&w.ops, &|i| fields[i].name.clone());
+    let highest = terms.lowest + (1 << terms.bits) - 1;
+    line!(o, "  products    exact: integers within {} to {highest} times activations of 15 bits", terms.lowest);
+    match terms.run {
+        None => line!(o, "  slope       {}, of a row, multiplied at the end", formula(&terms.slope)),
+        Some(run) => {
+            line!(o, "  slope       {}, in runs of {run} columns", formula(&terms.slope));
+            if let Some(rest) = &terms.rest {
+                line!(o, "  rest        {}, times the sum of a run's activations", formula(rest));
+            }
+            let bits = 30 - terms.span;
+            line!(o, "  sums        of 64 bits; slopes are whole multiples of the row's unit, up to 2^{bits}");
+        }
+    }
+    let shape = Shape { rows: SIDE, cols: SIDE };
+    let bits = Relaid::new(&terms, shape).bytes() as f64 * 8.0 / shape.len() as f64;
+    line!(o, "  on a GPU    {} bits a weight of {SIDE} x {SIDE}, fields included", decimal((bits * 1e3).round() / 1e3));
+}
+
+/// The weight as a formula, `entry` for the entry.
 fn weight(f: &Format) -> String {
+    expression(&f.weight.ops, &|i| f.fields[i].name.clone())
+}
+
+/// An expression as a formula.
+fn expression(ops: &[WeightOp], name: &dyn Fn(usize) -> String) -> String {
     let mut texts: Vec<(String, bool)> = Vec::new();
     let atom = |t: &(String, bool)| if t.1 { t.0.clone() } else { format!("({})", t.0) };
-    for op in &f.weight.ops {
+    for op in ops {
         let text = match op {
             WeightOp::Entry => ("entry".to_string(), true),
             WeightOp::Const(c) => (c.to_string(), c.integer().is_some()),
-            WeightOp::Field(i) => (f.fields[*i].name.clone(), true),
-            WeightOp::Lookup(t, i) => (format!("{}[{}]", f.fields[*t].name, f.fields[*i].name), true),
+            WeightOp::Field(i) => (name(*i), true),
+            WeightOp::Lookup(t, i) => (format!("{}[{}]", name(*t), name(*i)), true),
             WeightOp::Neg(a) => (format!("-{}", atom(&texts[*a])), false),
             WeightOp::Binary(op, a, b) => {
                 // A product's factors on the left need no parentheses.
-                let product = |n: &usize| matches!(f.weight.ops[*n], WeightOp::Binary(Arithmetic::Mul, ..));
+                let product = |n: &usize| matches!(ops[*n], WeightOp::Binary(Arithmetic::Mul, ..));
                 let sum = matches!(op, Arithmetic::Add | Arithmetic::Sub);
                 let left = if product(a) || (sum && texts[*a].1) { texts[*a].0.clone() } else { atom(&texts[*a]) };
                 let right = if sum && product(b) { texts[*b].0.clone() } else { atom(&texts[*b]) };
@@ -82,4 +125,28 @@ fn weight(f: &Format) -> String {
         texts.push(text);
     }
     texts.pop().map(|t| t.0).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::explain;
+    use crate::formats;
+
+    #[test]
+    fn it_says_how_products_are_computed_or_why_not_exactly() {
+        let of = |name: &str| explain(formats::get(name).unwrap());
+        let text = of("gptq_int4_g128");
+        for line in [
+            "  products    exact: integers within 0 to 15 times activations of 15 bits\n",
+            "  slope       s, in runs of 128 columns\n",
+            "  rest        (-z) * s, times the sum of a run's activations\n",
+            "  sums        of 64 bits; slopes are whole multiples of the row's unit, up to 2^26\n",
+            "  on a GPU    4.197 bits a weight of 4096 x 4096, fields included\n",
+        ] {
+            assert!(text.contains(line), "{line}{text}");
+        }
+        assert!(of("int8_channel").contains("  slope       s, of a row, multiplied at the end\n"));
+        let text = of("fp8_channel");
+        assert!(text.contains("in one order on every device: its entries are -245760 to 245760, more than"), "{text}");
+    }
 }

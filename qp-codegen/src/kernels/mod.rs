@@ -14,6 +14,7 @@ pub mod experts;
 pub mod gemm;
 pub mod gemv;
 pub mod glu;
+pub mod grouped;
 mod launch;
 pub mod map;
 pub mod math;

@@ -30,6 +30,7 @@ mod fusion;
 pub mod index;
 mod load;
 pub mod table_file;
+pub mod terms;
 
 pub(crate) use check::Files;
 pub use format::Format;

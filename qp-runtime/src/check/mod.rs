@@ -7,6 +7,7 @@
 pub mod activations;
 pub mod attention;
 pub mod experts;
+pub mod formats;
 pub mod synthetic;
 
 use std::sync::Arc;

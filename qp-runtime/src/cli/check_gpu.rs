@@ -4,8 +4,9 @@ use std::time::Instant;
 
 use clap::Args;
 use qp_codegen::kernels::product::MAX_BATCH;
-use qp_codegen::palette;
+use qp_codegen::spec::format::Format;
 use qp_codegen::spec::{self, Quantizer, Shape};
+use qp_codegen::{formats, palette};
 use rayon::prelude::*;
 
 use super::Error;
@@ -38,6 +39,9 @@ pub struct CheckGpu {
 /// Rows × columns of the matrices: of whole tiles, and of neither whole row tiles nor whole column tiles.
 const SHAPES: [Shape; 2] = [Shape { rows: 256, cols: 1024 }, Shape { rows: 40, cols: 1376 }];
 
+/// The same of formats, whose files hold whole groups of columns and words of rows.
+const FORMAT_SHAPES: [Shape; 2] = [Shape { rows: 256, cols: 1024 }, Shape { rows: 96, cols: 2304 }];
+
 /// Blocks of weights to encode.
 const ENCODED_BLOCKS: usize = 50;
 
@@ -48,6 +52,7 @@ const MIXED: usize = 8;
 enum Task {
     Quantizer(Box<Quantizer>, Shape),
     Encoder(Box<Quantizer>),
+    Format(&'static Format, Shape),
     Attention(check::attention::Shape),
     Experts(Box<Quantizer>),
     Preparing,
@@ -88,6 +93,10 @@ impl CheckGpu {
         tasks.extend(alone.map(|q| Task::Encoder(Box::new(q.clone()))));
         let some = members.iter().step_by(members.len().div_ceil(MIXED));
         tasks.extend(some.map(|q| Task::Experts(Box::new(q.clone()))));
+        if self.members.is_empty() {
+            let formats = formats::names().into_iter().filter_map(formats::get);
+            tasks.extend(formats.flat_map(|f| FORMAT_SHAPES.map(|s| Task::Format(f, s))));
+        }
         tasks.extend([Task::Preparing, Task::Choosing]);
         tasks.extend(check::attention::shapes(self.interpreter).into_iter().map(Task::Attention));
         if self.attention {
@@ -101,6 +110,7 @@ impl CheckGpu {
                 Task::Quantizer(q, shape) => check::quantizer(&on, q, *shape, &self.batches),
                 Task::Encoder(q) => check::encoder(&on, q, ENCODED_BLOCKS),
                 Task::Experts(q) => check::experts::products(&on, q, self.interpreter),
+                Task::Format(format, shape) => check::formats::format(&on, format, *shape, &self.batches),
                 Task::Preparing => check::activations::preparing(&on, self.interpreter),
                 Task::Choosing => check::activations::choosing(&on, self.interpreter),
                 Task::Attention(shape) => check::attention::attention(&on, *shape),

@@ -1,6 +1,7 @@
 //! The codec on the CPU: weights to bits and back.
 //!
 //! * [`Decoder`]: packed words → entries, weights, or the exact integer product of a linear layer.
+//! * [`Lines`]: exact products with matrices of formats.
 //! * [`row_products`]: products with a row that is not quantized.
 //! * [`Encoder`]: rotated weights → packed words, by the Viterbi algorithm over the trellis of each [`Code`].
 //! * [`feedback`]: what the encoder does about the inputs of a layer, if it knows them.
@@ -21,6 +22,7 @@ mod dot;
 mod encode;
 pub mod feedback;
 pub mod gaussian;
+mod lines;
 pub mod plain;
 pub mod search;
 pub(crate) mod simd;
@@ -36,6 +38,7 @@ pub use decode::{Decoder, Entries, decode_matrix, linear};
 pub use dense::row_products;
 pub use encode::{EncodeError, Encoder, encode_matrix};
 pub use gaussian::Gaussian;
+pub use lines::{Lines, linear as linear_of_lines};
 pub use words::Words;
 
 /// A quantized matrix: words in the order of its layout, and scales.

@@ -13,6 +13,7 @@ mod driver;
 mod encoder;
 mod error;
 mod executor;
+pub mod grouped;
 pub mod guest;
 pub mod launches;
 pub mod ops;

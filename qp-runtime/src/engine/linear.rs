@@ -1,8 +1,9 @@
 //! Linear layers on the CPU.
 //!
 //! Where memory allows, the entries of quantized layers are decoded once, at a layer's first use, and kept: then a product
-//! reads a byte a weight. Weights of other formats are kept as floats likewise, at four bytes each. Results are the same either way. Every output is summed in one fixed order, whatever the
-//! number of tokens and threads.
+//! reads a byte a weight. So are the integers of formats whose products are exact; the weights of other formats are kept as floats,
+//! at four bytes each. Results are the same either way, whatever the number of tokens and threads: sums are of integers, or in one
+//! fixed order.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
@@ -11,7 +12,7 @@ use qp_codegen::reference::{Activations, Rotator, quantize_activations};
 use qp_codegen::spec::{Quantizer, Rotation};
 use rayon::prelude::*;
 
-use crate::codec::{Decoder, Entries, PackedMatrix, row_products};
+use crate::codec::{Decoder, Entries, Lines, PackedMatrix, linear_of_lines, row_products};
 use crate::memory::{self, arena::Arena, arena::Piece};
 use crate::model::{Dtype, Linear, Tensor, Weight, Weights};
 
@@ -29,7 +30,9 @@ pub struct Linears {
     kept: HashMap<usize, OnceLock<Option<Entries>>>,
     /// Weights of matrices of other formats, by the address of their bytes, written out at their first use.
     floats: HashMap<usize, OnceLock<Option<Piece<f32>>>>,
-    /// Where both lie.
+    /// The same where products are exact.
+    lines: HashMap<usize, OnceLock<Option<Lines>>>,
+    /// Where all of them lie.
     arena: Option<Arc<Arena>>,
     /// Turns the rows of a quantized embedding back.
     back: Option<Rotator>,
@@ -60,8 +63,12 @@ impl Linears {
                     (Entries::bytes(quantizer, layer.rows, layer.cols), is_new)
                 }
                 Weight::Dense(tensor) if matches!(tensor.dtype, Dtype::Format(_)) => {
-                    let is_new = !self.floats.contains_key(&address_of_bytes(tensor));
-                    (Arena::bytes_of::<f32>(layer.rows * layer.cols), is_new)
+                    let address = address_of_bytes(tensor);
+                    let is_new = !self.floats.contains_key(&address) && !self.lines.contains_key(&address);
+                    match tensor.exact() {
+                        Some((reader, _)) => (Lines::bytes(reader, layer.rows, layer.cols), is_new),
+                        None => (Arena::bytes_of::<f32>(layer.rows * layer.cols), is_new),
+                    }
                 }
                 Weight::Dense(_) => continue,
             };
@@ -71,6 +78,9 @@ impl Linears {
             taken += size;
             match &layer.weight {
                 Weight::Quantized { matrix, .. } => drop(self.kept.insert(address(matrix), OnceLock::new())),
+                Weight::Dense(tensor) if tensor.exact().is_some() => {
+                    drop(self.lines.insert(address_of_bytes(tensor), OnceLock::new()));
+                }
                 Weight::Dense(tensor) => drop(self.floats.insert(address_of_bytes(tensor), OnceLock::new())),
             }
         }
@@ -78,18 +88,19 @@ impl Linears {
     }
 
     fn add(&mut self, layer: &Linear) {
-        match &layer.weight {
-            Weight::Dense(_) => (),
+        let rotation = match &layer.weight {
+            Weight::Dense(tensor) if tensor.exact().is_some() => Rotation::None,
+            Weight::Dense(_) => return,
             Weight::Quantized { quantizer, .. } => {
                 if self.decoder(quantizer).is_none() {
                     self.decoders.push((quantizer.clone(), Decoder::new(quantizer)));
                 }
-                if self.rotator(quantizer.rotation, layer.cols).is_none() {
-                    // Shapes of a checked configuration fit u32.
-                    let rotator = Rotator::new(quantizer.rotation, layer.cols as u32);
-                    self.rotators.push((quantizer.rotation, layer.cols, rotator));
-                }
+                quantizer.rotation
             }
+        };
+        if self.rotator(rotation, layer.cols).is_none() {
+            // Shapes of a checked configuration fit u32.
+            self.rotators.push((rotation, layer.cols, Rotator::new(rotation, layer.cols as u32)));
         }
     }
 
@@ -125,26 +136,39 @@ impl Linears {
     pub fn apply(&self, layers: &[&Linear], x: &[f32]) -> Option<Vec<Vec<f32>>> {
         let mut prepared: Vec<(Rotation, Vec<Activations>)> = Vec::new();
         let one = |layer: &&Linear| {
-            let mut y = match &layer.weight {
-                Weight::Dense(w) => {
+            let rotation = match &layer.weight {
+                Weight::Dense(w) => w.exact().map(|_| Rotation::None),
+                Weight::Quantized { quantizer, .. } => Some(quantizer.rotation),
+            };
+            let tokens = rotation.map(|rotation| {
+                let at = prepared.iter().position(|(r, _)| *r == rotation).unwrap_or_else(|| {
+                    prepared.push((rotation, self.prepare(rotation, layer.cols, x)));
+                    prepared.len() - 1
+                });
+                &prepared[at].1[..]
+            });
+            if tokens.is_some_and(|tokens| tokens.iter().any(|token| !token.scale.is_finite())) {
+                return None;
+            }
+            let mut y = match (&layer.weight, tokens) {
+                (Weight::Quantized { quantizer, matrix }, Some(tokens)) => {
+                    let decoder = self.decoder(quantizer).expect("added by new");
+                    let all = || decoder.entries(matrix, self.arena.as_ref()?);
+                    let kept = self.kept.get(&address(matrix)).and_then(|k| k.get_or_init(all).as_ref());
+                    decoder.linear(matrix, kept, tokens)
+                }
+                (Weight::Dense(w), Some(tokens)) => {
+                    let (reader, tensors) = w.exact()?;
+                    let all = || Lines::new(reader, &tensors, self.arena.as_ref()?);
+                    let kept = self.lines.get(&address_of_bytes(w)).and_then(|k| k.get_or_init(all).as_ref());
+                    linear_of_lines(reader, &tensors, kept, tokens)
+                }
+                (Weight::Dense(w), None) => {
                     let all = || all(w, layer.cols, self.arena.as_ref()?);
                     let kept = self.floats.get(&address_of_bytes(w)).and_then(|k| k.get_or_init(all).as_deref());
                     dense(w, kept, layer.rows, layer.cols, x)
                 }
-                Weight::Quantized { quantizer, matrix } => {
-                    let rotation = quantizer.rotation;
-                    let at = prepared.iter().position(|(r, _)| *r == rotation).unwrap_or_else(|| {
-                        prepared.push((rotation, self.prepare(rotation, layer.cols, x)));
-                        prepared.len() - 1
-                    });
-                    if prepared[at].1.iter().any(|token| !token.scale.is_finite()) {
-                        return None;
-                    }
-                    let decoder = self.decoder(quantizer).expect("added by new");
-                    let all = || decoder.entries(matrix, self.arena.as_ref()?);
-                    let kept = self.kept.get(&address(matrix)).and_then(|k| k.get_or_init(all).as_ref());
-                    decoder.linear(matrix, kept, &prepared[at].1)
-                }
+                (Weight::Quantized { .. }, None) => return None,
             };
             if let Some(bias) = &layer.bias {
                 y.chunks_exact_mut(layer.rows).for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));

@@ -355,6 +355,16 @@ impl Program {
         self.nodes.iter().any(|n| matches!(n, Node::Embed { layer, .. } if *layer == id))
     }
 
+    /// For each layer, whether it is of a mixture's experts.
+    pub fn expert_layers(&self) -> Vec<bool> {
+        let mut out = vec![false; self.layers.len()];
+        for node in &self.nodes {
+            let Node::Mix(mixture) = node else { continue };
+            mixture.experts.iter().flat_map(|e| [e.gate, e.up, e.down]).for_each(|id| out[id.0] = true);
+        }
+        out
+    }
+
     /// True if the layer belongs to a decoder block and is no router: plans quantize those by default. A router is small,
     /// and a change of its scores chooses other experts.
     pub fn in_block(&self, id: LayerId) -> bool {

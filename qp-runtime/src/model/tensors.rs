@@ -110,6 +110,8 @@ pub struct Tensor {
     pub shape: Vec<usize>,
     /// Elements one after another; or the tensors of a format's layout, in its order.
     parts: Vec<Bytes>,
+    /// True if products are those of its floats, where a format could have exact ones.
+    as_floats: bool,
 }
 
 impl Tensor {
@@ -119,15 +121,29 @@ impl Tensor {
         let fit = parts.len() == reader.tensors().len()
             && parts.iter().zip(reader.tensors()).all(|(p, t)| p.as_slice().len() as u64 == t.bytes);
         let shape = vec![reader.shape().rows as usize, reader.shape().cols as usize];
-        fit.then(|| Tensor { dtype: Dtype::Format(reader.clone()), shape, parts })
+        fit.then(|| Tensor { dtype: Dtype::Format(reader.clone()), shape, parts, as_floats: false })
     }
 
     /// A tensor of `f32` values in memory; `None` unless there are `shape.product()` values.
     pub fn from_f32(shape: &[usize], values: &[f32]) -> Option<Self> {
         (shape.iter().product::<usize>() == values.len()).then(|| {
             let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-            Tensor { dtype: Dtype::F32, shape: shape.to_vec(), parts: vec![bytes.into()] }
+            Tensor { dtype: Dtype::F32, shape: shape.to_vec(), parts: vec![bytes.into()], as_floats: false }
         })
+    }
+
+    /// The tensor, whose products are those of its floats: where no kernel computes exact ones.
+    pub fn as_floats(self) -> Self {
+        Tensor { as_floats: true, ..self }
+    }
+
+    /// Of a format whose products are exact, its reader and the bytes of its tensors.
+    pub fn exact(&self) -> Option<(&Arc<Reader>, Vec<&[u8]>)> {
+        match &self.dtype {
+            _ if self.as_floats => None,
+            Dtype::Format(reader) => reader.terms().map(|_| (reader, self.parts.iter().map(Bytes::as_slice).collect())),
+            Dtype::F32 | Dtype::F16 | Dtype::Bf16 => None,
+        }
     }
 
     /// Number of elements.
@@ -474,7 +490,7 @@ impl TensorDir {
         };
         let parts =
             if e.pieces.is_empty() { vec![e.in_order()] } else { e.pieces.iter().map(|p| p.bytes.clone()).collect() };
-        let tensor = Tensor { dtype, shape: e.shape.clone(), parts };
+        let tensor = Tensor { dtype, shape: e.shape.clone(), parts, as_floats: false };
         if !e.finite.load(Ordering::Relaxed) {
             tensor.check_finite(name)?;
             e.finite.store(true, Ordering::Relaxed);
@@ -573,7 +589,7 @@ mod tests {
         let mut shifted = vec![0u8];
         shifted.extend(&f16s);
         let bytes = Bytes { range: 1..9, owner: Owner::Memory(shifted.into()) };
-        let odd = Tensor { dtype: Dtype::F16, shape: vec![4], parts: vec![bytes] };
+        let odd = Tensor { dtype: Dtype::F16, shape: vec![4], parts: vec![bytes], as_floats: false };
         assert_eq!(odd.to_f32(), t.tensor("h").unwrap().to_f32());
     }
 

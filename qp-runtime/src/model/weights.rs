@@ -166,11 +166,16 @@ impl Weights {
             own.push(if shared(layer).is_some() { None } else { Some(load()?) });
         }
         let weight_of = |id: LayerId| own[id.0].clone().expect("a shared matrix is another layer's own");
+        let experts = program.expert_layers();
         let mut layers = Vec::with_capacity(program.layers.len());
         for id in program.ids() {
             let layer = program.layer(id);
             let Layer { name, rows, cols, bias, shares: _ } = layer.clone();
-            let weight = weight_of(shared(layer).unwrap_or(id));
+            let weight = match weight_of(shared(layer).unwrap_or(id)) {
+                // Devices hold the experts of a format as floats.
+                Weight::Dense(tensor) if experts[id.0] => Weight::Dense(tensor.as_floats()),
+                weight => weight,
+            };
             let bias = bias.then(|| vector(&format!("{name}.bias"), rows)).transpose()?;
             layers.push(Linear { name, rows, cols, weight, bias });
         }

@@ -37,7 +37,14 @@ fn the_same_logits_as_a_directory() {
             let (a, b) = (Model::open(dir.path()).unwrap(), Model::open(&file).unwrap());
             assert_eq!((b.config.bos, b.config.eos.as_slice(), b.config.tied), (Some(1), &[2][..], tied));
             assert_eq!(a.tokenizer.encode("In 1611, é\n").unwrap(), b.tokenizer.encode("In 1611, é\n").unwrap());
-            assert_eq!(logits(a), logits(b), "{architecture}");
+            let (a, b) = (logits(a), logits(b));
+            if tied {
+                // The output layer is the embedding's Q8_0 here, whose products take rounded activations.
+                let size = a.iter().fold(0f32, |m, x| m.max(x.abs()));
+                assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 2e-3 * size), "{architecture}: {a:?} {b:?}");
+            } else {
+                assert_eq!(a, b, "{architecture}");
+            }
         }
     }
     // Rows of q and k in the wrong order are another model.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use qp_codegen::cuda::{self, Target};
+use qp_codegen::formats;
 use qp_codegen::ir::{Elem, Kernel};
 use qp_codegen::kernels::dense::{self, Dense};
 use qp_codegen::kernels::dequantize::{self, Dequantize};
@@ -14,12 +15,14 @@ use qp_codegen::kernels::experts::route::{self, Route};
 use qp_codegen::kernels::experts::unit::{self, GateExperts};
 use qp_codegen::kernels::experts::{Experts, most_pairs};
 use qp_codegen::kernels::gemv::Gemv;
+use qp_codegen::kernels::grouped::{self, Product};
 use qp_codegen::kernels::prepare::{self, Gate, Prepare};
 use qp_codegen::kernels::product::{Launch, Way};
 use qp_codegen::kernels::{Span, encode};
 use qp_codegen::palette;
 use qp_codegen::reference::routing::{Routing, Score, Unit};
 use qp_codegen::reference::{Activation, RmsNorm};
+use qp_codegen::spec::terms::Terms;
 use qp_codegen::spec::{Quantizer, Rotation, Shape};
 use qp_runtime::check;
 use qp_runtime::device::Executor;
@@ -142,6 +145,32 @@ fn products_of_many_tokens_have_launches_that_do_not_spill() {
             compile(first).or_else(|e| candidates.into_iter().rev().find_map(|l| compile(l).ok()).ok_or(e))
         };
         [Way::Groups, Way::Gemm].map(best)
+    }));
+}
+
+#[test]
+fn products_of_formats_compile_for_every_target() {
+    if jit::nvrtc_for_tests().is_none() {
+        return;
+    }
+    let mut work = Vec::new();
+    let all: Vec<_> = formats::names().into_iter().filter_map(|n| Terms::of(formats::get(n)?).ok()).collect();
+    for (i, terms) in all.iter().enumerate() {
+        let shape = if i % 2 == 0 { Shape { rows: 28672, cols: 4096 } } else { Shape { rows: 4096, cols: 14336 } };
+        // Each for the target that matters most, and for one other.
+        for target in [Target::Sm90a, Target::ALL[i % Target::ALL.len()]] {
+            for batch in if target == Target::Sm90a && i % 4 == 0 { vec![1, 8, 64] } else { vec![1] } {
+                let op = Product { terms, shape, batch, y: Span::rows(shape.rows), accumulate: false };
+                let kernel = grouped::lower(&op, &grouped::Launch::choose(&op, &target.device()));
+                // The cost model does not foresee every register of short runs and of several tokens.
+                let may_spill = terms.run.is_some_and(|run| run < 128) || terms.bits != 4 || batch > 1;
+                work.push((kernel, target, may_spill));
+            }
+        }
+    }
+    fine(work.par_iter().map(|(kernel, target, may_spill)| match compile(kernel, *target) {
+        Err(why) if *may_spill && why.contains(": spills: ") => Ok(()),
+        made => made,
     }));
 }
 

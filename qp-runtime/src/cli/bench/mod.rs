@@ -5,6 +5,7 @@ mod distortion;
 mod distortion_plot;
 mod encode;
 mod engine;
+mod formats;
 mod jit;
 mod kernels;
 mod prepare;
@@ -20,6 +21,7 @@ use attention::AttentionBench;
 use distortion::DistortionBench;
 use encode::EncodeBench;
 use engine::EngineBench;
+use formats::FormatBench;
 use jit::JitBench;
 use kernels::KernelBench;
 use prepare::PrepareBench;
@@ -38,6 +40,7 @@ enum What {
     Distortion(DistortionBench),
     Encode(EncodeBench),
     Engine(EngineBench),
+    Formats(FormatBench),
     Jit(JitBench),
     Kernels(KernelBench),
     Prepare(PrepareBench),
@@ -52,6 +55,7 @@ impl Bench {
             What::Distortion(d) => d.run(),
             What::Encode(e) => e.run(),
             What::Engine(e) => e.run(),
+            What::Formats(f) => f.run(),
             What::Jit(j) => j.run(),
             What::Kernels(k) => k.run(),
             What::Prepare(p) => p.run(),

@@ -8,9 +8,11 @@ use std::sync::Arc;
 use qp_codegen::ir::Elem;
 use qp_codegen::kernels::attend;
 use qp_codegen::layout::Packed;
+use qp_codegen::spec::terms::Terms;
 use qp_codegen::spec::{Quantizer, Shape};
 
 use self::mixture::Mixed;
+use crate::device::grouped;
 use crate::device::ops::{first_rows, stacked};
 use crate::engine::Precision;
 use crate::model::program::{CacheId, Node};
@@ -23,6 +25,8 @@ pub enum Form {
     Dense(Elem),
     /// Packed by a quantizer.
     Packed(Arc<Quantizer>),
+    /// Of a format whose products are exact: packed, its fields beside.
+    Grouped(Arc<Terms>),
     /// The matrix of another layer, which this one shares.
     Shared,
 }
@@ -30,10 +34,16 @@ pub enum Form {
 impl Form {
     /// The forms of a model's layers, in the order of its program.
     pub fn of(weights: &Weights) -> Vec<Form> {
-        let form = |id: LayerId| match &weights[id].weight {
-            weight if shared(weights, id, weight) => Form::Shared,
-            Weight::Quantized { quantizer, .. } => Form::Packed(quantizer.clone()),
-            Weight::Dense(tensor) => Form::Dense(match tensor.dtype {
+        // Rows of an embedding are looked up, so that one which is the output layer too lies there twice.
+        let terms = |id: LayerId, weight: &Weight| {
+            let tensor = weight.dense().filter(|_| !weights.program.is_embedding(id))?;
+            tensor.exact().and_then(|(reader, _)| reader.terms().cloned())
+        };
+        let form = |id: LayerId| match (&weights[id].weight, terms(id, &weights[id].weight)) {
+            (_, Some(terms)) => Form::Grouped(terms),
+            (weight, None) if shared(weights, id, weight) => Form::Shared,
+            (Weight::Quantized { quantizer, .. }, None) => Form::Packed(quantizer.clone()),
+            (Weight::Dense(tensor), None) => Form::Dense(match tensor.dtype {
                 Dtype::F16 => Elem::F16,
                 Dtype::Bf16 => Elem::BF16,
                 Dtype::F32 | Dtype::Format(_) => Elem::F32,
@@ -59,7 +69,10 @@ pub fn launches(layers: &[LayerId], forms: &[Form], fused: &[Vec<LayerId>]) -> V
         (Form::Packed(p), Form::Packed(q)) => {
             p == q && (!planned || group_of(a).is_some_and(|g| group_of(b) == Some(g)))
         }
-        (Form::Packed(_) | Form::Dense(_) | Form::Shared, _) => false,
+        (Form::Grouped(p), Form::Grouped(q)) => {
+            p == q && (!planned || group_of(a).is_some_and(|g| group_of(b) == Some(g)))
+        }
+        (Form::Packed(_) | Form::Grouped(_) | Form::Dense(_) | Form::Shared, _) => false,
     };
     let mut out: Vec<Vec<usize>> = Vec::new();
     for (i, &layer) in layers.iter().enumerate() {
@@ -155,6 +168,11 @@ impl Layout {
                     self.specs.len() - 1
                 });
                 (shape, first_rows(q, cols, &rows), Packed::new(q, shape).padded_rows(), spec)
+            }
+            Form::Grouped(_) => {
+                let shapes: Vec<Shape> = rows.iter().map(|&rows| Shape { rows, cols }).collect();
+                let shape = grouped::stacked(&shapes);
+                (shape, grouped::first_rows(&rows), shape.rows, usize::MAX)
             }
             Form::Dense(_) | Form::Shared => {
                 let all = rows.iter().sum();

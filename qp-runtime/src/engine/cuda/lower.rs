@@ -9,6 +9,7 @@
 mod mixture;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use qp_codegen::cuda::Device;
 use qp_codegen::ir::Kernel;
@@ -26,12 +27,14 @@ use qp_codegen::kernels::experts::route::{self, Route};
 use qp_codegen::kernels::experts::unit::{self, GateExperts};
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::glu::{self, Glu};
+use qp_codegen::kernels::grouped;
 use qp_codegen::kernels::map::{self, Map};
 use qp_codegen::kernels::norm::{self, Norm};
 use qp_codegen::kernels::prepare::{self, Gate, Prepare};
 use qp_codegen::kernels::product;
 use qp_codegen::kernels::rows::{self, Rows};
 use qp_codegen::kernels::sample::{self, Sample};
+use qp_codegen::spec::terms::Terms;
 use qp_codegen::spec::{Rotation, Shape};
 
 use super::layout::{Form, Layout};
@@ -83,6 +86,19 @@ pub enum Op {
         shape: Shape,
         /// Tokens.
         batch: u32,
+        /// Whether outputs are added to what is there.
+        accumulate: bool,
+    },
+    /// An exact product with a matrix of a format.
+    Grouped {
+        /// The format's weight.
+        terms: Arc<Terms>,
+        /// Of the matrix.
+        shape: Shape,
+        /// Tokens.
+        batch: u32,
+        /// Where outputs go.
+        y: Span,
         /// Whether outputs are added to what is there.
         accumulate: bool,
     },
@@ -139,7 +155,7 @@ impl Op {
             Op::Embed(_) | Op::EmbedPacked { .. } => "embedding",
             Op::Norm(_) => "norm",
             Op::Prepare(_) => "prepare",
-            Op::Product { .. } => "product",
+            Op::Product { .. } | Op::Grouped { .. } => "product",
             Op::Dense(_) => "dense product",
             Op::Route(_) | Op::Group(_) => "routing",
             Op::Experts { .. } => "product of experts",
@@ -159,7 +175,10 @@ impl Op {
 
     /// True of products with matrices: what plans choose, and all else is beside.
     pub fn is_product(&self) -> bool {
-        matches!(self, Op::Product { .. } | Op::Dense(_) | Op::Experts { .. } | Op::DenseExperts { .. })
+        matches!(
+            self,
+            Op::Product { .. } | Op::Grouped { .. } | Op::Dense(_) | Op::Experts { .. } | Op::DenseExperts { .. }
+        )
     }
 
     /// The operation of a packed product.
@@ -199,6 +218,10 @@ impl Op {
             Op::Embed(op) => embed::lower(op),
             Op::Norm(op) => norm::lower(op),
             Op::Prepare(op) => prepare::lower(op, device),
+            Op::Grouped { terms, shape, batch, y, accumulate } => {
+                let op = grouped::Product { terms, shape: *shape, batch: *batch, y: *y, accumulate: *accumulate };
+                grouped::lower(&op, &grouped::Launch::choose(&op, device))
+            }
             Op::Dense(op) => dense::lower(op),
             Op::Route(op) => route::lower(op),
             Op::Group(op) => group::lower(op),
@@ -570,7 +593,7 @@ impl<'l> Lowering<'l> {
         let op = match &stored.form {
             Form::Dense(elem) => Op::Embed(Embed { columns: shape.cols, elem: *elem, batch, y: span }),
             Form::Packed(_) => Op::EmbedPacked { spec: stored.spec, shape, batch, y: span },
-            Form::Shared => unreachable!("a matrix is no other's"),
+            Form::Grouped(_) | Form::Shared => unreachable!("an embedding's rows lie as they are, or packed"),
         };
         self.launch(op, &[], Some(slot)).matrix = Some(matrix);
     }
@@ -640,6 +663,7 @@ impl<'l> Lowering<'l> {
         let fits = match stored.form {
             // Its outputs lie at a distance of its own.
             Form::Packed(_) => stored.stride == place.slot.stride && stored.layers.len() == 1,
+            Form::Grouped(_) => stored.layers.len() == 1,
             Form::Dense(_) | Form::Shared => true,
         };
         fits.then_some((place, sum))
@@ -660,19 +684,21 @@ impl<'l> Lowering<'l> {
                 layers.iter().copied().filter(|l| layout.matrix_of[l.0.0] == matrix).collect();
             let stream = self.stream_of(own[0].0, own[0].1);
             let accumulate = stream.is_some();
-            if let Form::Packed(q) = &stored.form
-                && prepared != Some(q.rotation)
-            {
-                prepared = Some(q.rotation);
-                self.prepare(x, q.rotation);
-            }
-            let input = match &stored.form {
-                Form::Packed(_) => None,
-                Form::Dense(_) | Form::Shared => {
-                    self.materialise(x);
-                    Some(self.place(x))
-                }
+            let rotation = match &stored.form {
+                Form::Packed(q) => Some(q.rotation),
+                Form::Grouped(_) => Some(Rotation::None),
+                Form::Dense(_) | Form::Shared => None,
             };
+            if let Some(rotation) = rotation
+                && prepared != Some(rotation)
+            {
+                prepared = Some(rotation);
+                self.prepare(x, rotation);
+            }
+            let input = rotation.is_none().then(|| {
+                self.materialise(x);
+                self.place(x)
+            });
             let (slot, span) = match stream {
                 Some((place, sum)) => {
                     self.put(sum, place.slot, place.span);
@@ -697,6 +723,7 @@ impl<'l> Lowering<'l> {
                     y: span,
                     accumulate,
                 }),
+                (Form::Grouped(terms), _) => Op::Grouped { terms: terms.clone(), shape, batch, y: span, accumulate },
                 _ => Op::Product { spec: stored.spec, shape, batch, accumulate },
             };
             let reads: Vec<Slot> = input.map(|i| i.slot).into_iter().collect();

@@ -9,9 +9,10 @@ use qp_codegen::layout::Packed;
 
 use super::layout::{Form, Layout, Stored};
 use crate::codec::scale_count;
+use crate::device::grouped::GroupedMatrix;
 use crate::device::ops::DeviceMatrix;
 use crate::device::{Buffer, DeviceError, Executor};
-use crate::model::{Dtype, Tensor, Weight, Weights};
+use crate::model::{Dtype, LayerId, Tensor, Weight, Weights};
 
 /// A buffer of floats of any width.
 pub enum Floats {
@@ -55,6 +56,8 @@ impl Floats {
 pub enum Matrix {
     /// Packed words, scales and tables.
     Packed(Arc<DeviceMatrix>),
+    /// Of a format, packed.
+    Grouped(Arc<GroupedMatrix>),
     /// Rows × columns.
     Dense(Arc<Floats>),
 }
@@ -68,6 +71,7 @@ impl Matrix {
         let shape = stored.shape;
         Ok(match &stored.form {
             Form::Dense(elem) => Matrix::Dense(Arc::new(Floats::zeroed(on, *elem, shape.len() as usize)?)),
+            Form::Grouped(terms) => Matrix::Grouped(Arc::new(GroupedMatrix::zeroed(on, terms, shape)?)),
             Form::Packed(_) | Form::Shared => {
                 let q = &layout.specs[stored.spec];
                 let words = vec![0; Packed::new(q, shape).words()];
@@ -89,6 +93,11 @@ impl Matrix {
         weights: &Weights,
         uploads: &mut Uploads,
     ) -> Result<Matrix, DeviceError> {
+        if let Form::Grouped(terms) = &stored.form {
+            let exact = |id: &LayerId| weights[*id].weight.dense().and_then(Tensor::exact);
+            let parts: Vec<_> = stored.layers.iter().filter_map(exact).map(|(r, t)| (&**r, t)).collect();
+            return Ok(Matrix::Grouped(Arc::new(GroupedMatrix::upload(on, terms, &parts)?)));
+        }
         let (mut parts, mut tensors) = (Vec::new(), Vec::new());
         for id in &stored.layers {
             match &weights[*id].weight {

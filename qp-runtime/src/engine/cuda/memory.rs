@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use qp_codegen::ir::Elem;
+use qp_codegen::kernels::grouped::layout::Relaid;
 use qp_codegen::layout::{COLUMN_PAD, Packed};
 
 use super::layout::{Form, Layout, Stored, mixture};
@@ -87,6 +88,7 @@ fn bytes(layout: &Layout, stored: &Stored) -> u64 {
     match &stored.form {
         Form::Dense(Elem::F32) => 4 * len,
         Form::Dense(_) => 2 * len,
+        Form::Grouped(terms) => Relaid::new(terms, stored.shape).bytes(),
         Form::Packed(_) | Form::Shared => {
             let packed = Packed::new(&layout.specs[stored.spec], stored.shape);
             4 * packed.words() as u64 + 2 * u64::from(packed.padded_rows())

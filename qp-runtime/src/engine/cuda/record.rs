@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 
 use qp_codegen::ir::Kernel;
-use qp_codegen::kernels::product;
+use qp_codegen::kernels::{grouped, product};
 use rayon::prelude::*;
 
 use super::layout::Layout;
 use super::lower::{self, Launch, Op, Slot};
 use super::matrix::{Floats, Matrix};
 use crate::device::attend::{AppendInputs, AppendKernel, AttendKernel, Queries, Tokens};
+use crate::device::grouped::GroupedKernel;
 use crate::device::launches as args;
 use crate::device::ops::{
     DeviceActivations, EmbedPackedKernel, ExpertsKernel, Faults, GemvKernel, Pairs, PrepareInputs, PrepareKernel,
@@ -93,6 +94,8 @@ pub enum Ready {
     Product(GemvKernel),
     /// Of experts.
     Experts(ExpertsKernel),
+    /// Nothing.
+    Grouped(GroupedKernel),
     /// Of keys, values and queries.
     Append(AppendKernel),
     /// Where blocks meet.
@@ -177,6 +180,11 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
             let launch = product::Launch::ranked_for_experts(&op, &experts, &on.device())[0];
             return ExpertsKernel::load(on, &op, &experts, &launch).map(Ready::Experts);
         }
+        Op::Grouped { terms, shape, batch, y, accumulate } => {
+            let op = grouped::Product { terms, shape: *shape, batch: *batch, y: *y, accumulate: *accumulate };
+            let launch = grouped::Launch::choose(&op, &on.device());
+            return GroupedKernel::load(on, &op, &launch).map(Ready::Grouped);
+        }
         Op::Append(op) => return AppendKernel::load(on, op).map(Ready::Append),
         Op::AttendFew(op) => return AttendKernel::few(on, op).map(Ready::Attend),
         Op::AttendMany(op) => {
@@ -213,6 +221,7 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
             | Op::EmbedPacked { .. }
             | Op::Product { .. }
             | Op::Experts { .. }
+            | Op::Grouped { .. }
             | Op::Append(_)
             | Op::AttendFew(_)
             | Op::AttendMany(_),
@@ -262,6 +271,9 @@ pub fn record(
             kernel.record(to, inputs, activations, Faults { faults, layer })
         }
         (Op::Product { .. }, Ready::Product(kernel), Some(Matrix::Packed(matrix)), Some(y)) => {
+            kernel.record(to, matrix, activations, y)
+        }
+        (Op::Grouped { .. }, Ready::Grouped(kernel), Some(Matrix::Grouped(matrix)), Some(y)) => {
             kernel.record(to, matrix, activations, y)
         }
         (Op::EmbedPacked { .. }, Ready::EmbedPacked(kernel), Some(Matrix::Packed(matrix)), Some(y)) => {

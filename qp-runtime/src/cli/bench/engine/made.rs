@@ -54,6 +54,7 @@ impl Noise {
                 let matrix = DeviceMatrix::repeating(on, q, stored.shape, &self.words, scale(stored.shape))?;
                 Matrix::Packed(Arc::new(matrix))
             }
+            Form::Grouped(_) => Matrix::zeroed(on, layout, stored)?,
             Form::Dense(elem) => Matrix::Dense(Arc::new(match elem {
                 Elem::F16 => {
                     let halves: Vec<f16> = self.floats.iter().map(|v| f16::from_f32(v.to_f32())).collect();
@@ -109,7 +110,7 @@ impl Noise {
                         specs.push(q.clone());
                     }
                 }
-                Form::Dense(_) | Form::Shared => {
+                Form::Grouped(_) | Form::Dense(_) | Form::Shared => {
                     let name = format!("{}.weight", layer.name);
                     let shape = vec![layer.rows, layer.cols];
                     items.push((name.clone(), vec![Planned { name, dtype: Dtype::BF16, shape }]));

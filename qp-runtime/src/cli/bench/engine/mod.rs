@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
+use qp_codegen::kernels::grouped::layout::Relaid;
 use qp_codegen::layout::Packed;
 
 use self::made::Noise;
@@ -349,6 +350,7 @@ fn read(layout: &Layout) -> (u64, u64) {
         let weights = u64::from(m.shape.rows) * u64::from(m.shape.cols);
         let bytes = match &m.form {
             Form::Packed(q) => 4 * Packed::new(q, m.shape).words() as u64,
+            Form::Grouped(terms) => Relaid::new(terms, m.shape).bytes(),
             Form::Dense(elem) => weights * u64::from(elem.bytes()),
             Form::Shared => 0,
         };

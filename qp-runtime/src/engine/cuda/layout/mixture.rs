@@ -62,7 +62,7 @@ impl Mixed {
         // Where what is gated begins, if it can lie behind the gates.
         let up = |pair: (&Vec<LayerId>, &Vec<LayerId>)| match (&forms[pair.0[0].0], &forms[pair.1[0].0]) {
             (Form::Packed(p), Form::Packed(q)) if p == q => Some(first_rows(q, cols, &[rows, rows])[1]),
-            (Form::Packed(_) | Form::Dense(_) | Form::Shared, _) => None,
+            (Form::Packed(_) | Form::Dense(_) | Form::Grouped(_) | Form::Shared, _) => None,
         };
         let first = up((&gates[0], &ups[0]));
         let downs = Outputs::store(out, each(|e| e.down), forms);
@@ -106,7 +106,8 @@ impl Outputs {
                     let packed = Packed::new(q, member);
                     (member, packed.words() as u64, packed.padded_rows())
                 }
-                Form::Dense(_) | Form::Shared => (shapes[0], shapes[0].len(), shapes[0].rows),
+                // Experts of formats are floats.
+                Form::Dense(_) | Form::Grouped(_) | Form::Shared => (shapes[0], shapes[0].len(), shapes[0].rows),
             };
             // Kernels count a buffer's elements in 31 bits.
             let most = (i32::MAX as u64 / elements.max(1)).max(1) as usize;

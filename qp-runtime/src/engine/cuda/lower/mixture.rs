@@ -129,7 +129,9 @@ impl Lowering<'_> {
                     let op = Dense { rows, cols, elem: *elem, batch, x, y, accumulate: false };
                     (Op::DenseExperts { op, experts }, Some(from))
                 }
-                Form::Shared => unreachable!("experts share no matrices"),
+                Form::Shared | Form::Grouped(_) => {
+                    unreachable!("experts share no matrices, and those of formats are floats")
+                }
             };
             let reads: Vec<Slot> = reads.into_iter().collect();
             self.launch(op, &reads, Some(slot)).matrix = Some(stack.matrix);

@@ -1,0 +1,264 @@
+//! How a matrix of a format is stored for products.
+//!
+//! The integers of entries, less the smallest ([`Terms::lowest`]), are cut into **tiles** of 16 rows × 128 columns. A lane
+//! of a warp has 64 of a tile, as 16 registers of four bytes: register `4·m + a` is operand `a` of the tensor-core product
+//! of columns `32·m..`, by the fragment layout of `mma.m16n8k32`:
+//!
+//! ```text
+//! row in tile    = 8·(a mod 2) + lane / 4
+//! column in tile = 32·m + 16·(a div 2) + 4·(lane mod 4) + byte
+//! ```
+//!
+//! Bytes of `n` bits are cut into **parts** of 8, 4, 2 and 1 bits, those that `n` is a sum of, the lowest bits in the widest
+//! part. A word of a part of `w` bits holds `8 / w` registers: register `i` of them is `(word >> w·i)` and the mask of `w`
+//! bits in every byte. So four weights become bytes in one or two operations, and 4 bits take 8 words a lane. The words of
+//! a tile lie as [`crate::layout::word_in_tile`] says; tiles of a row of tiles side by side.
+//!
+//! Fields lie in **sections**, each of the narrowest type that holds its numbers, the two rows of a lane side by side.
+
+use crate::layout::word_in_tile;
+use crate::reader::Reader;
+use crate::spec::format::Cover;
+use crate::spec::terms::{Kept, Numbers, TILE, Terms};
+use crate::spec::{Shape, mask};
+
+/// Rows of a tile.
+pub const ROWS: u32 = 16;
+/// Registers of a lane in a tile.
+pub const REGISTERS: u32 = 16;
+/// Bytes of a word that say which multiples a row's slopes are of.
+const GRID_BYTES: u32 = 1;
+
+/// A field's numbers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Section {
+    /// Their type.
+    pub kept: Kept,
+    /// Columns that share a number; those of a whole row are as many as it has.
+    pub columns: u32,
+    /// Numbers of a row in a tile.
+    pub units: u32,
+    /// Tiles, side by side, that share a number.
+    pub tiles: u32,
+    /// Numbers of a row, or groups of [`Section::units`].
+    pub blocks: u32,
+    /// First word among those of all sections.
+    pub first: u32,
+}
+
+impl Section {
+    /// Bytes of a lane's numbers in a tile: of two rows.
+    pub fn lane_bytes(&self) -> u32 {
+        2 * self.units * self.kept.bytes()
+    }
+
+    /// Bytes of a row of tiles.
+    fn row_bytes(&self) -> u32 {
+        self.blocks * ROWS / 2 * self.lane_bytes()
+    }
+
+    /// Where number `k` of row `row` of a row of tiles lies, in bytes from the row's first.
+    fn at(&self, row: u32, k: u32) -> usize {
+        let (block, unit) = (k / self.units, k % self.units);
+        let element = (block * 8 + row % 8) * 2 * self.units + 2 * unit + row / 8;
+        (element * self.kept.bytes()) as usize
+    }
+}
+
+/// The sizes of a matrix that is stored for products.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Relaid {
+    /// Rows × columns.
+    pub shape: Shape,
+    /// Bits of a weight.
+    pub bits: u32,
+    /// One a field of the terms; none where slopes are those of whole rows.
+    pub sections: Vec<Section>,
+    /// First word of the rows' grids, if they have any.
+    pub grid: Option<u32>,
+    /// Words of sections and grids.
+    number_words: u32,
+}
+
+/// Why a matrix is not multiplied exactly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a matrix of {rows} x {cols} is too large: kernels count up to 2^31 weights", rows = .0.rows, cols = .0.cols)]
+pub struct TooLarge(pub Shape);
+
+impl Relaid {
+    /// Those of a `shape` matrix of a format with `terms`.
+    pub fn new(terms: &Terms, shape: Shape) -> Relaid {
+        let (row_tiles, col_tiles) = (shape.rows.div_ceil(ROWS), shape.cols.div_ceil(TILE));
+        let (mut sections, mut grid, mut at) = (Vec::new(), None, 0);
+        if terms.run.is_some() {
+            for (_, field) in &terms.fields {
+                let kept = Kept::of(field.ty);
+                let (columns, units, tiles) = match field.cover {
+                    Cover::Rectangle(s) if s.cols < TILE => (s.cols, TILE / s.cols, 1),
+                    Cover::Rectangle(s) => (s.cols, 1, s.cols / TILE),
+                    Cover::Matrix | Cover::Row | Cover::Column | Cover::Flat(_) => (shape.cols, 1, col_tiles),
+                };
+                let section = Section { kept, columns, units, tiles, blocks: col_tiles.div_ceil(tiles), first: at };
+                at += (row_tiles * section.row_bytes()).div_ceil(4).next_multiple_of(4);
+                sections.push(section);
+            }
+            grid = Some(at);
+            at += (row_tiles * ROWS * GRID_BYTES).div_ceil(4).next_multiple_of(4);
+        }
+        Relaid { shape, bits: terms.bits, sections, grid, number_words: at.max(4) }
+    }
+
+    /// Tiles from top to bottom.
+    pub fn row_tiles(&self) -> u32 {
+        self.shape.rows.div_ceil(ROWS)
+    }
+
+    /// Tiles from left to right.
+    pub fn col_tiles(&self) -> u32 {
+        self.shape.cols.div_ceil(TILE)
+    }
+
+    /// Rows after padding.
+    pub fn padded_rows(&self) -> u32 {
+        self.row_tiles() * ROWS
+    }
+
+    /// Words of a lane in a tile.
+    pub fn lane_words(&self) -> u32 {
+        REGISTERS * self.bits / 8
+    }
+
+    /// Words of a row of tiles.
+    pub fn row_words(&self) -> u32 {
+        self.col_tiles() * self.lane_words() * 32
+    }
+
+    /// Words of all tiles.
+    pub fn words(&self) -> usize {
+        self.row_words() as usize * self.row_tiles() as usize
+    }
+
+    /// Words of all sections and grids.
+    pub fn number_words(&self) -> usize {
+        self.number_words as usize
+    }
+
+    /// Bytes of all of it.
+    pub fn bytes(&self) -> u64 {
+        4 * (self.words() as u64 + u64::from(self.number_words) + u64::from(self.padded_rows()))
+    }
+
+    /// The parts that a weight's bits are cut into, in the order of their words: first bit and bits.
+    pub fn parts(&self) -> Vec<(u32, u32)> {
+        let mut first = 0;
+        let widths = [8, 4, 2, 1].into_iter().filter(|w| self.bits & w != 0);
+        widths
+            .map(|w| {
+                first += w;
+                (first - w, w)
+            })
+            .collect()
+    }
+
+    /// Packs a row of tiles: `digits` are 16 rows, each padded to whole tiles.
+    fn pack(&self, digits: &[u8], words: &mut [u32]) {
+        let stride = (self.col_tiles() * TILE) as usize;
+        let lane_words = self.lane_words();
+        for (tile, words) in words.chunks_exact_mut(lane_words as usize * 32).enumerate() {
+            for lane in 0..32 {
+                let digits = &digits[(lane / 4) as usize * stride + tile * TILE as usize + (lane % 4 * 4) as usize..];
+                for register in 0..REGISTERS {
+                    let (m, a) = (register / 4, register % 4);
+                    let at = (a % 2 * 8) as usize * stride + (32 * m + a / 2 * 16) as usize;
+                    let bytes = u32::from_le_bytes([digits[at], digits[at + 1], digits[at + 2], digits[at + 3]]);
+                    let mut word = 0;
+                    for (first, width) in self.parts() {
+                        let of_word = 8 / width;
+                        let part = bytes >> first & mask(width) * 0x0101_0101;
+                        let at = word_in_tile(lane_words, lane, word + register / of_word);
+                        words[at as usize] |= part << (width * (register % of_word));
+                        word += REGISTERS / of_word;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The rows from `first` on of the matrix that `reader` reads, as a row of tiles of this one.
+    pub fn row_tile(&self, reader: &Reader, tensors: &[&[u8]], first: u32) -> RowTile {
+        let (cols, rows) = (reader.shape().cols as usize, reader.shape().rows);
+        let stride = (self.col_tiles() * TILE) as usize;
+        let mut digits = vec![0; stride * ROWS as usize];
+        let mut out = RowTile {
+            words: vec![0; self.row_words() as usize],
+            sections: self.sections.iter().map(|s| vec![0; s.row_bytes() as usize]).collect(),
+            grid: vec![0; ROWS as usize],
+            factors: vec![0.0; ROWS as usize],
+        };
+        let mut numbers = Numbers::default();
+        for (row, digits) in (0..).zip(digits.chunks_exact_mut(stride)) {
+            // Rows of padding have the numbers of the last, so that nothing in them is beyond all numbers.
+            let from = (first + row).min(rows - 1);
+            if first + row < rows {
+                reader.digits(tensors, from, &mut digits[..cols]);
+            }
+            reader.numbers(tensors, from, &mut numbers);
+            out.factors[row as usize] = numbers.factor;
+            out.grid[(row % 8 * 2 + row / 8) as usize] = (127 - numbers.grid) as u8;
+            for (f, (section, bytes)) in self.sections.iter().zip(&mut out.sections).enumerate() {
+                let size = section.kept.bytes() as usize;
+                for (k, value) in (0..).zip(reader.kept(tensors, f, from, section.columns)) {
+                    let bits = section.kept.bits(value).to_le_bytes();
+                    bytes[section.at(row, k)..][..size].copy_from_slice(&bits[..size]);
+                }
+            }
+        }
+        self.pack(&digits, &mut out.words);
+        out
+    }
+}
+
+/// A row of tiles, stored.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RowTile {
+    words: Vec<u32>,
+    sections: Vec<Vec<u8>>,
+    grid: Vec<u8>,
+    factors: Vec<f32>,
+}
+
+/// A whole matrix, stored; the parameters of a product's kernel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stored {
+    /// Integers.
+    pub words: Vec<u32>,
+    /// Fields and grids, little endian.
+    pub numbers: Vec<u8>,
+    /// Of each row, what its sum is multiplied with at the end.
+    pub factors: Vec<f32>,
+}
+
+impl Stored {
+    /// Zeros.
+    pub fn zeroed(layout: &Relaid) -> Stored {
+        Stored {
+            words: vec![0; layout.words()],
+            numbers: vec![0; layout.number_words() * 4],
+            factors: vec![0.0; layout.padded_rows() as usize],
+        }
+    }
+
+    /// Puts a row of tiles in its place, `at` rows of tiles from the top.
+    pub fn put(&mut self, layout: &Relaid, at: u32, tile: &RowTile) {
+        let at = at as usize;
+        let rows = ROWS as usize;
+        self.words[at * tile.words.len()..][..tile.words.len()].copy_from_slice(&tile.words);
+        self.factors[at * rows..][..rows].copy_from_slice(&tile.factors);
+        for (section, bytes) in layout.sections.iter().zip(&tile.sections) {
+            self.numbers[section.first as usize * 4 + at * bytes.len()..][..bytes.len()].copy_from_slice(bytes);
+        }
+        if let Some(grid) = layout.grid {
+            self.numbers[grid as usize * 4 + at * rows..][..rows].copy_from_slice(&tile.grid);
+        }
+    }
+}

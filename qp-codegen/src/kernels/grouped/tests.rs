@@ -1,0 +1,153 @@
+//! Products with matrices of formats, run by the interpreter against [`Reader::product`].
+
+use std::sync::Arc;
+
+use super::layout::{ROWS, Relaid, Stored};
+use super::{Launch, Product, lower};
+use crate::cuda::Target;
+use crate::formats;
+use crate::ir::interpret::{Arg, Options, run};
+use crate::kernels::Span;
+use crate::reader::{Book, Reader};
+use crate::reference::{Activations, activation_cells, quantize_activations};
+use crate::spec::Shape;
+use crate::spec::terms::Terms;
+
+/// A matrix of made-up bits.
+fn matrix(name: &str, shape: Shape) -> (Arc<Terms>, Reader, Vec<Vec<u8>>) {
+    let format = formats::get(name).unwrap_or_else(|| panic!("there is no {name}"));
+    let book = Arc::new(Book::new(format.clone()));
+    let reader = Reader::new(&book, &format.layouts[0], shape).unwrap_or_else(|e| panic!("{name}: {e}"));
+    let tensors = reader.made(u64::from(shape.rows));
+    (reader.terms().expect(name).clone(), reader, tensors)
+}
+
+fn activations(cols: u32, batch: u32) -> Vec<Activations> {
+    let mut x = 99u32;
+    let mut value = || {
+        x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (x >> 8) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..batch).map(|_| quantize_activations(&(0..cols).map(|_| value()).collect::<Vec<_>>())).collect()
+}
+
+fn stored(reader: &Reader, tensors: &[&[u8]], layout: &Relaid) -> Stored {
+    let mut out = Stored::zeroed(layout);
+    for tile in 0..layout.row_tiles() {
+        out.put(layout, tile, &layout.row_tile(reader, tensors, tile * ROWS));
+    }
+    out
+}
+
+/// What the kernel of a launch gives, added to `before`.
+fn product(op: &Product, launch: &Launch, matrix: &Stored, tokens: &[Activations], before: &[f32]) -> Vec<f32> {
+    let kernel = lower(op, launch);
+    let scales: Vec<f32> = tokens.iter().map(|t| t.scale).collect();
+    let bytes = |x: &[f32]| x.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+    let words: Vec<u8> = matrix.words.iter().flat_map(|w| w.to_le_bytes()).collect();
+    let (factors, scales, mut y) = (bytes(&matrix.factors), bytes(&scales), bytes(before));
+    let x: Vec<u8> = activation_cells(tokens).iter().map(|b| b.cast_unsigned()).collect();
+    let [words, numbers, factors, x, scales] =
+        [&words, &matrix.numbers, &factors, &x, &scales].map(|b| Arg::ReadOnly(b.as_slice()));
+    let mut args = [words, numbers, factors, x, scales, Arg::Buffer(&mut y)];
+    run(&kernel, &mut args, &Options::default()).unwrap_or_else(|e| panic!("{}: {e}", kernel.name));
+    y.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+}
+
+fn check(name: &str, shape: Shape, batches: &[u32], launches: &[Launch]) {
+    let (terms, reader, tensors) = matrix(name, shape);
+    let tensors: Vec<&[u8]> = tensors.iter().map(Vec::as_slice).collect();
+    let layout = Relaid::new(&terms, shape);
+    let matrix = stored(&reader, &tensors, &layout);
+    for &batch in batches {
+        let tokens = activations(shape.cols, batch);
+        let expected = reader.product(&tensors, &tokens);
+        // Near the sums of the weights as they are written.
+        let mut row = vec![0.0; shape.cols as usize];
+        for r in 0..shape.rows {
+            reader.read(&tensors, r, 0, &mut row);
+            for (t, token) in tokens.iter().enumerate() {
+                let terms =
+                    row.iter().zip(&token.q).map(|(w, q)| f64::from(*w) * f64::from(*q) * f64::from(token.scale));
+                let (sum, size) = terms.fold((0.0, 0.0), |(s, n), x| (s + x, n + x.abs()));
+                let found = f64::from(expected[t * shape.rows as usize + r as usize]);
+                assert!((found - sum).abs() <= size * 2e-6, "{name}: row {r}, token {t} is {found}, not {sum}");
+            }
+        }
+        let op = Product { terms: &terms, shape, batch, y: Span::rows(shape.rows), accumulate: false };
+        let chosen = Launch::choose(&op, &Target::Sm90a.device());
+        for launch in launches.iter().chain([&chosen]) {
+            let blocks = launch.blocks.min(layout.row_tiles());
+            let found = product(&op, &Launch { blocks, ..*launch }, &matrix, &tokens, &vec![0.0; expected.len()]);
+            let differs = found.iter().zip(&expected).position(|(a, b)| a.to_bits() != b.to_bits());
+            assert_eq!(differs, None, "{name}, {batch} tokens, {launch:?}: {found:?} {expected:?}");
+        }
+    }
+}
+
+const ONE: Launch = Launch { warps: 1, depth: 1, blocks: 1, ahead: 1, min_blocks: 1 };
+
+#[test]
+fn all_formats_with_terms_are_multiplied_exactly() {
+    let mut count = 0;
+    for name in formats::names() {
+        let format = formats::get(name).unwrap();
+        if Terms::of(format).is_err() {
+            continue;
+        }
+        // Three tiles, where the format's groups allow it.
+        let cols =
+            if format.name.ends_with("_k") || name.starts_with("iq") || name.starts_with("tq") { 512 } else { 384 };
+        // Words of zeros hold whole rows.
+        let rows = if name.starts_with("gptq") { 32 } else { 40 };
+        check(name, Shape { rows, cols }, &[1], &[]);
+        count += 1;
+    }
+    assert_eq!(count, 34);
+}
+
+#[test]
+fn launches_and_batches_do_not_matter() {
+    let launches = [
+        ONE,
+        Launch { blocks: 2, ..ONE },
+        Launch { warps: 2, depth: 1, ahead: 2, ..ONE },
+        Launch { warps: 3, depth: 2, blocks: 3, ..ONE },
+        Launch { warps: 2, depth: 4, ahead: 2, blocks: 2, ..ONE },
+    ];
+    for name in ["gptq_int4_g128", "awq_int4_g32", "q6_k", "q8_0"] {
+        let cols = if name == "q6_k" { 768 } else { 640 };
+        check(name, Shape { rows: 56, cols }, &[1, 3, 5, 8, 9, 17], &launches);
+    }
+    check("int8_channel", Shape { rows: 23, cols: 300 }, &[1, 4, 6], &launches);
+    check("q5_1", Shape { rows: 23, cols: 352 }, &[2], &launches);
+    check("mxfp4", Shape { rows: 5, cols: 32 }, &[64], &launches[..2]);
+}
+
+#[test]
+fn outputs_are_added_to_a_part_of_a_buffer() {
+    let shape = Shape { rows: 24, cols: 256 };
+    let (terms, reader, tensors) = matrix("q4_1", shape);
+    let tensors: Vec<&[u8]> = tensors.iter().map(Vec::as_slice).collect();
+    let layout = Relaid::new(&terms, shape);
+    let tokens = activations(256, 2);
+    let y = Span { first: 7, stride: 40 };
+    let op = Product { terms: &terms, shape, batch: 2, y, accumulate: true };
+    let before: Vec<f32> = (0..80).map(|i| i as f32).collect();
+    let found = product(&op, &ONE, &stored(&reader, &tensors, &layout), &tokens, &before);
+    let expected = reader.product(&tensors, &tokens);
+    for (i, (found, before)) in found.iter().zip(&before).enumerate() {
+        let (token, row) = (i / 40, (i % 40).wrapping_sub(7));
+        let add = if row < 24 { expected[token * 24 + row] } else { 0.0 };
+        assert_eq!(*found, before + add, "{i}");
+    }
+}
+
+#[test]
+fn four_bits_take_four_bits() {
+    let terms = Terms::of(formats::get("gptq_int4_g128").unwrap()).unwrap();
+    let layout = Relaid::new(&terms, Shape { rows: 4096, cols: 4096 });
+    let bits = layout.bytes() as f64 * 8.0 / 4096.0 / 4096.0;
+    // A scale of 16 bits and a byte for 128 columns; a byte and a number of 32 bits for a row.
+    assert!((bits - (4.0 + 24.0 / 128.0 + 40.0 / 4096.0)).abs() < 1e-9, "{bits}");
+}

@@ -1,0 +1,393 @@
+//! Products with matrices of a format, exactly: the weight brought into the form `slope × integer + rest`.
+//!
+//! # The meaning of a product
+//!
+//! The entries of many formats are small integers, and their weights are a straight line through these whose slope and
+//! rest are made of fields alone. Then a row's sum of products with the integers `q` of a token's activations
+//! ([`crate::reference::quantize_activations`]) is
+//!
+//! ```text
+//! Σ over runs of columns   slope · Σ integer·q  +  rest · Σ q
+//! ```
+//!
+//! where a run is of columns that share their fields. Slope and rest are computed as written, each operation rounded to
+//! single precision, and then rounded to whole multiples of a power of two of the row's own ([`Numbers`]): such that the
+//! largest weight of the row has 30 bits. So the sum is one of integers, in 64 bits, which no order of summing changes.
+//! It is converted to single precision once, and multiplied by the power of two and by the token's scale.
+//!
+//! Numbers of half precision lose nothing where they lie within a factor of 2^11 (for entries of 8 bits) or more of the
+//! row's largest; what others lose is less than what a sum in single precision loses by rounding once.
+//!
+//! If slopes are those of whole rows and there is no rest, the sum is that of the integers and the slope is multiplied
+//! with it at the end, as the scales of the palette's quantizers are.
+
+use super::Shape;
+use super::format::{Arithmetic, Cover, Field, Format, Number, Weight, WeightOp};
+use crate::syntax::number::Rational;
+
+/// Columns of a tile of a matrix that is stored again for products; runs are of so many, or of a part of them.
+pub const TILE: u32 = 128;
+/// Columns of the shortest run.
+pub const SHORTEST: u32 = 16;
+/// Most columns of a matrix, for which sums fit 64 bits.
+pub const MOST_COLUMNS: u32 = 1 << 17;
+/// Bits of the largest weight of a row, as a multiple of the row's power of two.
+const PRECISION: i32 = 30;
+/// Integers' magnitudes are at most 2 to this, so that the sums of a run fit 32 bits.
+const WIDEST: u32 = 8;
+/// The least exponent of a row's power of two: of it and of its inverse single precision holds all bits.
+const LEAST: i32 = -126;
+
+/// Why products of a format are not computed exactly.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Inexact {
+    /// Entries that do not fit a byte.
+    #[error("its entries are {lowest} to {highest}, more than a byte holds")]
+    Wide {
+        /// The smallest integer.
+        lowest: i32,
+        /// The largest.
+        highest: i32,
+    },
+    /// A weight that is no straight line through the entries.
+    #[error("its weight is not the entry times fields, plus fields")]
+    NoLine,
+    /// Tables of a matrix.
+    #[error("its weight looks up `{0}`, a table of the matrix")]
+    Lookup(String),
+    /// Columns that share a number are no runs of a tile.
+    #[error("`{field}` is for {cover}: runs are of 16, 32, 64 or a multiple of 128 columns")]
+    Cover {
+        /// The field.
+        field: String,
+        /// Which weights share a number.
+        cover: String,
+    },
+}
+
+/// A format's weight as `slope × integer + rest`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Terms {
+    /// The smallest integer of an entry.
+    pub lowest: i32,
+    /// Bits of the difference of an integer from the smallest.
+    pub bits: u32,
+    /// Integers' magnitudes are at most 2 to this.
+    pub span: u32,
+    /// The fields of slope and rest, with their places in the format.
+    pub fields: Vec<(usize, Field)>,
+    /// An expression of fields; its fields are indices into [`Terms::fields`].
+    pub slope: Weight,
+    /// The same, if there is one.
+    pub rest: Option<Weight>,
+    /// Columns of a run; nothing if the slope is that of a whole row, and no rest.
+    pub run: Option<u32>,
+}
+
+/// A value that is a straight line through the integer.
+#[derive(Clone, Debug, Default)]
+struct Line {
+    slope: Option<Vec<WeightOp>>,
+    rest: Option<Vec<WeightOp>>,
+}
+
+/// `a op b`, the nodes of `b` behind those of `a`.
+fn join(op: Arithmetic, a: &[WeightOp], b: &[WeightOp]) -> Vec<WeightOp> {
+    if let (Arithmetic::Mul, [WeightOp::Const(one)]) = (op, a)
+        && *one == Rational::from(1)
+    {
+        return b.to_vec();
+    }
+    if let (Arithmetic::Mul | Arithmetic::Div, [WeightOp::Const(one)]) = (op, b)
+        && *one == Rational::from(1)
+    {
+        return a.to_vec();
+    }
+    let n = a.len();
+    let moved = b.iter().map(|o| match *o {
+        WeightOp::Neg(x) => WeightOp::Neg(x + n),
+        WeightOp::Binary(op, x, y) => WeightOp::Binary(op, x + n, y + n),
+        WeightOp::Entry | WeightOp::Const(_) | WeightOp::Field(_) | WeightOp::Lookup(..) => o.clone(),
+    });
+    let mut out: Vec<WeightOp> = a.iter().cloned().chain(moved).collect();
+    out.push(WeightOp::Binary(op, n - 1, n + b.len() - 1));
+    out
+}
+
+fn negative(a: &[WeightOp]) -> Vec<WeightOp> {
+    let mut out = a.to_vec();
+    out.push(WeightOp::Neg(a.len() - 1));
+    out
+}
+
+/// The sum or difference of what may be absent.
+fn sum(op: Arithmetic, a: Option<Vec<WeightOp>>, b: Option<Vec<WeightOp>>) -> Option<Vec<WeightOp>> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(join(op, &a, &b)),
+        (None, Some(b)) if op == Arithmetic::Sub => Some(negative(&b)),
+        (a, b) => a.or(b),
+    }
+}
+
+impl Terms {
+    /// The terms of `format`.
+    ///
+    /// # Errors
+    /// If its products are not computed exactly, why.
+    pub fn of(format: &Format) -> Result<Terms, Inexact> {
+        let mut integers = vec![0; format.vector as usize];
+        let (mut lowest, mut highest) = (i32::MAX, i32::MIN);
+        for code in 0..1u32 << format.window {
+            format.integers(code, &mut integers);
+            for &i in &integers {
+                (lowest, highest) = (lowest.min(i), highest.max(i));
+            }
+        }
+        let most = lowest.unsigned_abs().max(highest.unsigned_abs()).max(1);
+        let bits = 32 - highest.abs_diff(lowest).max(1).leading_zeros();
+        let span = most.next_power_of_two().trailing_zeros();
+        if bits > 8 || span > WIDEST {
+            return Err(Inexact::Wide { lowest, highest });
+        }
+        let line = line(format)?;
+        let slope = line.slope.ok_or(Inexact::NoLine)?;
+        let mut fields: Vec<(usize, Field)> = Vec::new();
+        let mut named = |ops: Vec<WeightOp>| -> Weight {
+            let of = |op: WeightOp| match op {
+                WeightOp::Field(f) => WeightOp::Field(match fields.iter().position(|x| x.0 == f) {
+                    Some(at) => at,
+                    None => {
+                        fields.push((f, format.fields[f].clone()));
+                        fields.len() - 1
+                    }
+                }),
+                other => other,
+            };
+            Weight { ops: ops.into_iter().map(of).collect() }
+        };
+        let (slope, rest) = (named(slope), line.rest.map(&mut named));
+        let mut run = rest.is_some().then_some(TILE);
+        for (_, f) in &fields {
+            match f.cover {
+                Cover::Matrix | Cover::Row => (),
+                Cover::Rectangle(Shape { cols, .. }) if (SHORTEST..TILE).contains(&cols) && cols.is_power_of_two() => {
+                    run = Some(run.unwrap_or(TILE).min(cols));
+                }
+                Cover::Rectangle(Shape { cols, .. }) if cols.is_multiple_of(TILE) => {
+                    run = Some(run.unwrap_or(TILE));
+                }
+                Cover::Column | Cover::Rectangle(_) | Cover::Flat(_) => {
+                    return Err(Inexact::Cover { field: f.name.clone(), cover: f.cover.text() });
+                }
+            }
+        }
+        Ok(Terms { lowest, bits, span, fields, slope, rest, run })
+    }
+
+    /// Runs of a row of `cols` columns; the last may be cut short.
+    pub fn runs(&self, cols: u32) -> usize {
+        self.run.map_or(1, |run| cols.div_ceil(run) as usize)
+    }
+
+    /// The numbers of a row from the slope and the rest of each of its runs.
+    pub fn numbers(&self, slopes: &[f32], rests: &[f32], out: &mut Numbers) {
+        out.slopes.clear();
+        out.rests.clear();
+        if self.run.is_none() {
+            out.factor = slopes[0];
+            out.slopes.push(1);
+            return;
+        }
+        let span = self.span as i32;
+        let largest = slopes.iter().map(|&x| exponent(x) + span).chain(rests.iter().map(|&x| exponent(x)));
+        out.grid = (largest.max().unwrap_or(0) + 1 - PRECISION).max(LEAST);
+        out.factor = power(out.grid);
+        let inverse = power(-out.grid);
+        let whole = |x: &f32| (x * inverse).round_ties_even() as i32;
+        out.slopes.extend(slopes.iter().map(whole));
+        out.rests.extend(rests.iter().map(whole));
+    }
+}
+
+/// The exponent of a number's leading bit, or more.
+fn exponent(x: f32) -> i32 {
+    ((x.to_bits() >> 23 & 0xff) as i32).max(1) - 127
+}
+
+/// 2 to the power of `n`, -126 to 127.
+fn power(n: i32) -> f32 {
+    f32::from_bits(((n + 127) as u32) << 23)
+}
+
+/// What a row's sums are multiplied with.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Numbers {
+    /// The exponent of the power of two whose multiples slopes and rests are; 0 for slopes of whole rows.
+    pub grid: i32,
+    /// What the sum is multiplied with at the end.
+    pub factor: f32,
+    /// One a run.
+    pub slopes: Vec<i32>,
+    /// One a run, or none.
+    pub rests: Vec<i32>,
+}
+
+/// The format's weight as a line through the integer of its entry.
+fn line(format: &Format) -> Result<Line, Inexact> {
+    let constant = |c: Rational| vec![WeightOp::Const(c)];
+    let rest = format.offset.checked_mul(format.unit).ok_or(Inexact::NoLine)?;
+    let entry = Line { slope: Some(constant(format.unit)), rest: (rest != 0.into()).then(|| constant(rest)) };
+    let mut nodes: Vec<Line> = Vec::new();
+    for op in &format.weight.ops {
+        let node = match *op {
+            WeightOp::Entry => entry.clone(),
+            WeightOp::Const(c) => Line { slope: None, rest: Some(constant(c)) },
+            WeightOp::Field(f) => Line { slope: None, rest: Some(vec![WeightOp::Field(f)]) },
+            WeightOp::Lookup(table, _) => return Err(Inexact::Lookup(format.fields[table].name.clone())),
+            WeightOp::Neg(a) => {
+                let a = &nodes[a];
+                Line { slope: a.slope.as_deref().map(negative), rest: a.rest.as_deref().map(negative) }
+            }
+            WeightOp::Binary(op @ (Arithmetic::Add | Arithmetic::Sub), a, b) => {
+                let (a, b) = (nodes[a].clone(), nodes[b].clone());
+                Line { slope: sum(op, a.slope, b.slope), rest: sum(op, a.rest, b.rest) }
+            }
+            WeightOp::Binary(op, a, b) => {
+                // One of a product's factors, and what is divided by, has no slope.
+                let (a, b) = (&nodes[a], &nodes[b]);
+                match (op, a, b) {
+                    (_, a, Line { slope: None, rest: Some(b) }) => Line {
+                        slope: a.slope.as_deref().map(|a| join(op, a, b)),
+                        rest: a.rest.as_deref().map(|a| join(op, a, b)),
+                    },
+                    (Arithmetic::Mul, Line { slope: None, rest: Some(a) }, b) => Line {
+                        slope: b.slope.as_deref().map(|b| join(op, a, b)),
+                        rest: b.rest.as_deref().map(|b| join(op, a, b)),
+                    },
+                    _ => return Err(Inexact::NoLine),
+                }
+            }
+        };
+        nodes.push(node);
+    }
+    // Without a weight the entry is it.
+    Ok(nodes.pop().unwrap_or(entry))
+}
+
+impl Weight {
+    /// The value of an expression of fields alone, each operation rounded to single precision.
+    pub fn value(&self, field: &dyn Fn(usize) -> f32, nodes: &mut Vec<f32>) -> f32 {
+        nodes.clear();
+        for op in &self.ops {
+            let value = match *op {
+                WeightOp::Const(c) => c.to_f32(),
+                WeightOp::Field(f) => field(f),
+                WeightOp::Neg(a) => -nodes[a],
+                WeightOp::Binary(op, a, b) => op.apply(nodes[a], nodes[b]),
+                WeightOp::Entry | WeightOp::Lookup(..) => f32::NAN,
+            };
+            nodes.push(value);
+        }
+        nodes.last().copied().unwrap_or(f32::NAN)
+    }
+}
+
+/// How a field's numbers are stored again: the narrowest of a few types that holds all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kept {
+    /// Unsigned bytes.
+    U8,
+    /// Signed bytes.
+    I8,
+    /// Half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// Single precision.
+    F32,
+}
+
+impl Kept {
+    /// The type for numbers of `ty`.
+    pub fn of(ty: Number) -> Kept {
+        match ty {
+            Number::Unsigned(n) if n <= 8 => Kept::U8,
+            Number::Signed(n) if n <= 8 => Kept::I8,
+            Number::F16 | Number::E4m3 | Number::E5m2 => Kept::F16,
+            Number::Bf16 | Number::E8m0 => Kept::Bf16,
+            Number::Unsigned(_) | Number::Signed(_) | Number::F32 => Kept::F32,
+        }
+    }
+
+    /// Bytes of a number.
+    pub fn bytes(self) -> u32 {
+        match self {
+            Kept::U8 | Kept::I8 => 1,
+            Kept::F16 | Kept::Bf16 => 2,
+            Kept::F32 => 4,
+        }
+    }
+
+    /// The bits of `value`, which the type holds.
+    pub fn bits(self, value: f32) -> u32 {
+        match self {
+            Kept::U8 => value as u32,
+            Kept::I8 => (value as i32 as u32) & 0xff,
+            Kept::F16 => half::f16::from_f32(value).to_bits().into(),
+            Kept::Bf16 => half::bf16::from_f32(value).to_bits().into(),
+            Kept::F32 => value.to_bits(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::formats;
+
+    #[test]
+    fn formats_become_lines() {
+        let of = |name: &str| Terms::of(formats::get(name).unwrap());
+        let t = of("gptq_int4_g128").unwrap();
+        assert_eq!((t.lowest, t.bits, t.span, t.run), (0, 4, 4, Some(128)));
+        assert_eq!(t.slope.ops, [WeightOp::Field(0)]);
+        // -z * s
+        let rest = [WeightOp::Field(1), WeightOp::Neg(0), WeightOp::Field(0), WeightOp::Binary(Arithmetic::Mul, 1, 2)];
+        assert_eq!(t.rest.unwrap().ops, rest);
+        let t = of("q8_0").unwrap();
+        assert_eq!((t.lowest, t.bits, t.span, t.run, t.rest), (-128, 8, 7, Some(32), None));
+        let t = of("q4_k").unwrap();
+        assert_eq!((t.bits, t.run, t.fields.len(), t.rest.is_some()), (4, Some(32), 4, true));
+        let t = of("q6_k").unwrap();
+        assert_eq!((t.lowest, t.bits, t.run), (-32, 6, Some(16)));
+        let t = of("int8_channel").unwrap();
+        assert_eq!((t.bits, t.run, t.rest), (8, None, None));
+        let t = of("mxfp4").unwrap();
+        assert_eq!((t.lowest, t.bits, t.run), (-12, 5, Some(32)));
+        assert_eq!(of("nvfp4").unwrap().run, Some(16));
+        let why = |name: &str| of(name).unwrap_err().to_string();
+        assert_eq!(why("fp8_128"), "its entries are -245760 to 245760, more than a byte holds");
+        assert!(why("iq1_m").contains("`down` is for 1 x 8"), "{}", why("iq1_m"));
+        let exact = formats::names().into_iter().filter(|n| of(n).is_ok()).count();
+        assert_eq!((exact, formats::names().len()), (34, 42));
+    }
+
+    #[test]
+    fn numbers_have_thirty_bits_with_the_largest_integer() {
+        let t = Terms::of(formats::get("gptq_int4_g128").unwrap()).unwrap();
+        let mut n = Numbers::default();
+        t.numbers(&[0.5, -0.25, 0.0], &[-3.0, 0.0, 7.75], &mut n);
+        // 0.5 · 16 = 8 = 2^3: a number below 2^4 is below 2^30 times 2^-26.
+        assert_eq!((n.grid, n.factor), (-26, 2f32.powi(-26)));
+        assert_eq!(n.slopes, [1 << 25, -(1 << 24), 0]);
+        assert_eq!(n.rests, [-(3 << 26), 0, 31 << 24]);
+        t.numbers(&[0.0], &[0.0], &mut n);
+        assert_eq!((n.grid, &n.slopes[..], &n.rests[..]), (LEAST, &[0][..], &[0][..]));
+        // Nothing leaves 32 bits, whatever the fields are.
+        t.numbers(&[f32::MAX, f32::MIN_POSITIVE], &[f32::MIN, 1e-45], &mut n);
+        assert!(n.slopes.iter().chain(&n.rests).all(|x| x.unsigned_abs() <= 1 << 30), "{n:?}");
+        let t = Terms::of(formats::get("int8_channel").unwrap()).unwrap();
+        t.numbers(&[0.3], &[], &mut n);
+        assert_eq!((n.factor, &n.slopes[..], n.rests.len()), (0.3, &[1][..], 0));
+    }
+}

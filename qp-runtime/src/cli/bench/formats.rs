@@ -1,0 +1,233 @@
+//! `qp bench formats`: the speed of exact products with matrices of others' formats.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use qp_codegen::formats;
+use qp_codegen::kernels::Span;
+use qp_codegen::kernels::grouped::{Launch, Product};
+use qp_codegen::reader::{Book, Reader};
+use qp_codegen::reference::{self, Activations};
+use qp_codegen::spec::Shape;
+use qp_codegen::spec::format::Format;
+use rayon::prelude::*;
+use serde::Serialize;
+
+use super::kernels::bandwidth;
+use super::{COPIES, ROTATE, rounded, shape};
+use crate::check::synthetic::Random;
+use crate::cli::Error;
+use crate::cli::output::{outln, write};
+use crate::codec;
+use crate::device::grouped::{GroupedKernel, GroupedMatrix};
+use crate::device::ops::DeviceActivations;
+use crate::device::{DeviceError, Executor};
+
+/// Time exact products with matrices of others' formats on a GPU.
+///
+/// Each kernel is first compared with the CPU, to the bit. Then a graph of launches rotates over copies of the matrix that
+/// together exceed the L2 cache; the time is that of the graph over its launches, the best of several runs.
+#[derive(Args)]
+pub struct FormatBench {
+    /// Formats, whose products must be exact.
+    #[arg(long, value_delimiter = ',', default_value = "gptq_int4_g128")]
+    format: Vec<String>,
+    /// Matrices, rows x columns.
+    #[arg(long, value_delimiter = ',', value_parser = shape, default_value = "28672x4096,14336x4096,4096x14336,4096x4096")]
+    shape: Vec<Shape>,
+    /// Tokens at once (1 to 2048).
+    #[arg(long, value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=2048))]
+    batch: Vec<u32>,
+    /// Try this many launches, the best by the cost model first.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    launches: u16,
+    /// Which GPU.
+    #[arg(long, default_value_t = 0)]
+    gpu: usize,
+    /// Also write the results as JSON.
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+/// Launches of a graph, at least.
+const LAUNCHES: usize = 256;
+/// Runs of a graph, of which the fastest counts.
+const ROUNDS: usize = 7;
+
+/// What was measured.
+#[derive(Debug, Serialize)]
+struct Row {
+    format: String,
+    rows: u32,
+    cols: u32,
+    batch: u32,
+    /// Bits a weight on the device, fields included.
+    bits: f64,
+    /// Microseconds of a launch.
+    us: f64,
+    gb_per_s: f64,
+    /// What the cost model expects.
+    model_us: f64,
+    warps: u32,
+    depth: u32,
+    blocks: u32,
+    ahead: u32,
+    min_blocks: u32,
+    registers: u32,
+}
+
+impl FormatBench {
+    /// Runs it.
+    pub(super) fn run(self) -> Result<(), Error> {
+        let on = Executor::cuda(self.gpu)?;
+        let gpu = on.gpu().ok_or("no GPU")?;
+        let read = bandwidth(&on, ROTATE)?;
+        outln!("{} ({} SMs); memory: {:.2} TB/s reading alone", gpu.name, gpu.sms, read / 1e12)?;
+        outln!(
+            "{:>16} {:>13} {:>5} {:>6} {:>9} {:>8} {:>8} {:>9}  launch",
+            "format",
+            "shape",
+            "b",
+            "bits",
+            "us",
+            "GB/s",
+            "reading",
+            "expected"
+        )?;
+        let mut all = Vec::new();
+        for name in &self.format {
+            let format = formats::get(name).ok_or_else(|| format!("there is no format `{name}`"))?;
+            for &shape in &self.shape {
+                let matrix = Made::new(&on, format, shape)?;
+                for &batch in &self.batch {
+                    for row in matrix.measure(&on, batch, self.launches.into())? {
+                        print(&row, read)?;
+                        all.push(row);
+                    }
+                }
+            }
+        }
+        if let Some(path) = &self.json {
+            write(path, &(serde_json::to_string_pretty(&all)? + "\n"))?;
+        }
+        Ok(())
+    }
+}
+
+fn print(row: &Row, read: f64) -> Result<(), Error> {
+    let Row { warps, depth, blocks, ahead, min_blocks, registers, .. } = row;
+    outln!(
+        "{:>16} {:>13} {:>5} {:>6.3} {:>9.2} {:>8.0} {:>7.0}% {:>9.2}  warps {warps}, depth {depth}, blocks {blocks}, \
+         ahead {ahead}, min_blocks {min_blocks}, registers {registers}",
+        row.format,
+        format!("{}x{}", row.rows, row.cols),
+        row.batch,
+        row.bits,
+        row.us,
+        row.gb_per_s,
+        row.gb_per_s * 1e9 / read * 100.0,
+        row.model_us,
+    )
+}
+
+/// A matrix of made-up bits, in enough copies.
+struct Made {
+    reader: Reader,
+    tensors: Vec<Vec<u8>>,
+    copies: Vec<GroupedMatrix>,
+}
+
+impl Made {
+    fn new(on: &Executor, format: &Format, shape: Shape) -> Result<Made, Error> {
+        let layout = format.layouts.first().ok_or("a format without layouts")?;
+        let reader = Reader::new(&Arc::new(Book::new(format.clone())), layout, shape)?;
+        let Some(terms) = reader.terms() else {
+            return Err(format!("products of {} are not exact; `qp-codegen explain` says why", format.name).into());
+        };
+        let tensors = reader.made(1);
+        let slices = tensors.iter().map(Vec::as_slice).collect();
+        let mut copies = vec![GroupedMatrix::upload(on, terms, &[(&reader, slices)])?];
+        while copies.len() < COPIES && copies.len() * copies[0].bytes() < ROTATE && on.gpu().is_some() {
+            copies.push(copies[0].copy(on)?);
+        }
+        Ok(Made { reader, tensors, copies })
+    }
+
+    /// Times the model's first launches.
+    ///
+    /// # Errors
+    /// Those of the executor, or a result that differs from the CPU's.
+    fn measure(&self, on: &Executor, batch: u32, tried: usize) -> Result<Vec<Row>, Error> {
+        let (name, shape) = (&self.reader.format().name, self.reader.shape());
+        let terms = self.reader.terms().ok_or("a format without terms")?;
+        let mut random = Random::of(name);
+        let inputs: Vec<Activations> =
+            (0..batch).map(|_| reference::quantize_activations(&random.values(shape.cols as usize, 1.0))).collect();
+        let slices: Vec<&[u8]> = self.tensors.iter().map(Vec::as_slice).collect();
+        let expected = codec::linear_of_lines(&self.reader, &slices, None, &inputs);
+        let x = DeviceActivations::upload(on, &inputs)?;
+        let mut y = on.zeroed(expected.len())?;
+        let op = Product { terms, shape, batch, y: Span::rows(shape.rows), accumulate: false };
+        let mut ranked = Launch::ranked(&op, &on.device());
+        ranked.truncate(tried);
+        let load = |&(expected, launch): &(f64, Launch)| Ok((expected, launch, GroupedKernel::load(on, &op, &launch)?));
+        let kernels = ranked.par_iter().map(load).collect::<Result<Vec<_>, DeviceError>>()?;
+        let mut out = Vec::new();
+        for (model, launch, kernel) in kernels {
+            kernel.launch(on, &self.copies[0], &x, &mut y)?;
+            let found = y.to_vec()?;
+            if let Some(i) = (0..expected.len()).find(|&i| found[i].to_bits() != expected[i].to_bits()) {
+                let (row, token) = (i % shape.rows as usize, i / shape.rows as usize);
+                let (got, must) = (found[i], expected[i]);
+                return Err(format!("{name}, {launch:?}: row {row}, token {token} is {got}, but must be {must}").into());
+            }
+            let launches = LAUNCHES.next_multiple_of(self.copies.len());
+            let mut graph = on.record();
+            for i in 0..launches {
+                kernel.record(&mut graph, &self.copies[i % self.copies.len()], &x, &mut y)?;
+            }
+            let graph = graph.finish()?;
+            let rounds = if on.gpu().is_some() { ROUNDS } else { 0 };
+            let seconds = on.time_best(rounds, || graph.launch())? / launches as f64;
+            let bytes = self.copies[0].bytes() as f64;
+            let Launch { warps, depth, blocks, ahead, min_blocks } = launch;
+            out.push(Row {
+                format: name.clone(),
+                rows: shape.rows,
+                cols: shape.cols,
+                batch,
+                bits: rounded(bytes * 8.0 / shape.len() as f64, 1e3),
+                us: rounded(seconds * 1e6, 1e3),
+                gb_per_s: rounded(bytes / seconds / 1e9, 10.0),
+                model_us: rounded(model * 1e6, 1e3),
+                warps,
+                depth,
+                blocks,
+                ahead,
+                min_blocks,
+                registers: kernel.loaded().usage().map_or(0, |u| u.registers),
+            });
+        }
+        Ok(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_measured_is_compared_with_the_cpu() {
+        let on = Executor::interpreter();
+        let shape = Shape { rows: 24, cols: 256 };
+        let mut made = Made::new(&on, formats::get("q4_0").expect("of the formats"), shape).unwrap();
+        let rows = made.measure(&on, 2, 2).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(rows.iter().map(|r| (r.rows, r.cols, r.batch)).collect::<Vec<_>>(), [(24, 256, 2); 2]);
+        made.tensors[0][0] ^= 1;
+        let message = made.measure(&on, 1, 1).expect_err("another matrix").to_string();
+        assert!(message.contains("row 0, token 0 is") && message.contains("but must be"), "{message}");
+        let error = Made::new(&on, formats::get("nf4").expect("of the formats"), shape).err().expect("not exact");
+        assert!(error.to_string().contains("are not exact"), "{error}");
+    }
+}

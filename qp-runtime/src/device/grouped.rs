@@ -1,0 +1,170 @@
+//! Matrices of formats on a device, and products with them.
+
+use qp_codegen::kernels::grouped::layout::{ROWS, Relaid, RowTile, Stored};
+use qp_codegen::kernels::grouped::{self, Launch, Product};
+use qp_codegen::reader::Reader;
+use qp_codegen::spec::Shape;
+use qp_codegen::spec::terms::Terms;
+use rayon::prelude::*;
+
+use super::ops::DeviceActivations;
+use super::{Buffer, DeviceError, Executor, LaunchArgs, Loaded, Recorder};
+
+/// Arguments of [`grouped::lower`]'s kernels.
+#[derive(LaunchArgs)]
+pub struct GroupedArgs<'a> {
+    weights: &'a Buffer<u32>,
+    numbers: &'a Buffer<u32>,
+    factors: &'a Buffer<f32>,
+    x: &'a Buffer<i8>,
+    x_scale: &'a Buffer<f32>,
+    y: &'a mut Buffer<f32>,
+}
+
+/// Rows of tiles that are stored again at a time.
+const AT_ONCE: u32 = 512;
+
+/// A matrix of a format, or several that share an input one below the other, on a device.
+pub struct GroupedMatrix {
+    /// Rows × columns, and where everything lies.
+    pub layout: Relaid,
+    weights: Buffer<u32>,
+    numbers: Buffer<u32>,
+    factors: Buffer<f32>,
+}
+
+/// The shape of matrices stored one below the other: of several, each is padded to whole tiles.
+pub fn stacked(shapes: &[Shape]) -> Shape {
+    match shapes {
+        [one] => *one,
+        several => Shape { rows: several.iter().map(|s| s.rows.next_multiple_of(ROWS)).sum(), cols: several[0].cols },
+    }
+}
+
+/// Where matrices of `rows` begin in a [`GroupedMatrix`] of them all.
+pub fn first_rows(rows: &[u32]) -> Vec<u32> {
+    rows.iter()
+        .scan(0, |at, &rows| {
+            let first = *at;
+            *at += rows.next_multiple_of(ROWS);
+            Some(first)
+        })
+        .collect()
+}
+
+impl GroupedMatrix {
+    /// Stores matrices of one format with `terms`, with equal columns, again and uploads them: for each its reader and the
+    /// bytes of its tensors.
+    ///
+    /// # Errors
+    /// A full GPU.
+    pub fn upload(on: &Executor, terms: &Terms, parts: &[(&Reader, Vec<&[u8]>)]) -> Result<Self, DeviceError> {
+        let shapes: Vec<Shape> = parts.iter().map(|p| p.0.shape()).collect();
+        let layout = Relaid::new(terms, stacked(&shapes));
+        let mut stored = Stored::zeroed(&layout);
+        let mut at = 0;
+        for (reader, tensors) in parts {
+            let tiles = reader.shape().rows.div_ceil(ROWS);
+            for first in (0..tiles).step_by(AT_ONCE as usize) {
+                let some = first..tiles.min(first + AT_ONCE);
+                let made: Vec<RowTile> =
+                    some.into_par_iter().map(|tile| layout.row_tile(reader, tensors, tile * ROWS)).collect();
+                (at + first..).zip(&made).for_each(|(at, tile)| stored.put(&layout, at, tile));
+            }
+            at += tiles;
+        }
+        Self::of(on, layout, &stored)
+    }
+
+    /// A matrix of zeros.
+    ///
+    /// # Errors
+    /// A full GPU.
+    pub fn zeroed(on: &Executor, terms: &Terms, shape: Shape) -> Result<Self, DeviceError> {
+        let layout = Relaid::new(terms, shape);
+        Ok(GroupedMatrix {
+            weights: on.zeroed(layout.words())?,
+            numbers: on.zeroed(layout.number_words())?,
+            factors: on.zeroed(layout.padded_rows() as usize)?,
+            layout,
+        })
+    }
+
+    fn of(on: &Executor, layout: Relaid, stored: &Stored) -> Result<Self, DeviceError> {
+        Ok(GroupedMatrix {
+            weights: on.upload(&stored.words)?,
+            numbers: on.upload_bytes(&stored.numbers)?,
+            factors: on.upload(&stored.factors)?,
+            layout,
+        })
+    }
+
+    /// Bytes on the device.
+    pub fn bytes(&self) -> usize {
+        self.weights.bytes() + self.numbers.bytes() + self.factors.bytes()
+    }
+
+    /// Another matrix of the same contents.
+    ///
+    /// # Errors
+    /// A full GPU.
+    pub fn copy(&self, on: &Executor) -> Result<Self, DeviceError> {
+        Ok(GroupedMatrix {
+            layout: self.layout.clone(),
+            weights: on.copy(&self.weights)?,
+            numbers: on.copy(&self.numbers)?,
+            factors: on.copy(&self.factors)?,
+        })
+    }
+}
+
+/// A product of a matrix of a format with the activations of some tokens, loaded.
+pub struct GroupedKernel(Loaded);
+
+impl GroupedKernel {
+    /// Makes the kernel.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn load(on: &Executor, op: &Product<'_>, launch: &Launch) -> Result<Self, DeviceError> {
+        Ok(GroupedKernel(on.load::<GroupedArgs<'_>>(grouped::lower(op, launch))?))
+    }
+
+    /// The kernel.
+    pub fn loaded(&self) -> &Loaded {
+        &self.0
+    }
+
+    /// Adds the launch `y = m · x` (or `y += m · x`) to a graph.
+    ///
+    /// # Errors
+    /// A kernel of other parameters.
+    pub fn record(
+        &self,
+        to: &mut Recorder,
+        m: &GroupedMatrix,
+        x: &DeviceActivations,
+        y: &mut Buffer<f32>,
+    ) -> Result<(), DeviceError> {
+        to.launch(&self.0, Self::args(m, x, y))
+    }
+
+    /// Launches `y = m · x` (or `y += m · x`).
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn launch(
+        &self,
+        on: &Executor,
+        m: &GroupedMatrix,
+        x: &DeviceActivations,
+        y: &mut Buffer<f32>,
+    ) -> Result<(), DeviceError> {
+        on.launch(&self.0, Self::args(m, x, y))
+    }
+
+    fn args<'a>(m: &'a GroupedMatrix, x: &'a DeviceActivations, y: &'a mut Buffer<f32>) -> GroupedArgs<'a> {
+        let GroupedMatrix { weights, numbers, factors, .. } = m;
+        GroupedArgs { weights, numbers, factors, x: &x.x, x_scale: &x.scale, y }
+    }
+}

@@ -62,14 +62,18 @@ enum Task {
 }
 
 impl CheckGpu {
-    /// What to check, with random tables where a quantizer is untrained.
-    fn quantizers(&self) -> Result<Vec<Quantizer>, Error> {
-        let found = spec::resolve_all_untrained(&self.members)?;
-        let mut members: Vec<Quantizer> = found.into_iter().map(|(q, _)| q).collect();
+    /// What to check: quantizers, with random tables where one is untrained, and formats.
+    fn chosen(&self) -> Result<(Vec<Quantizer>, Vec<&'static Format>), Error> {
         if self.members.is_empty() {
-            members.extend(palette::library().quantizers.iter().cloned());
+            let quantizers = palette::library().quantizers.iter().cloned().map(synthetic::trained).collect();
+            return Ok((quantizers, formats::names().into_iter().filter_map(formats::get).collect()));
         }
-        Ok(members.into_iter().map(synthetic::trained).collect())
+        let format = |name: &String| formats::get(name).filter(|_| palette::get(name).is_none());
+        let (of_formats, others): (Vec<String>, Vec<String>) =
+            self.members.iter().cloned().partition(|name| format(name).is_some());
+        let quantizers = spec::resolve_all_untrained(&others)?;
+        let quantizers = quantizers.into_iter().map(|(q, _)| synthetic::trained(q)).collect();
+        Ok((quantizers, of_formats.iter().filter_map(format).collect()))
     }
 
     /// Runs the command.
@@ -78,25 +82,24 @@ impl CheckGpu {
     /// No GPU, an unknown quantizer, or any difference.
     pub fn run(self) -> Result<(), Error> {
         let on = if self.interpreter { Executor::interpreter() } else { Executor::cuda(0)? };
-        let members = self.quantizers()?;
+        let (members, formats) = self.chosen()?;
+        let what = format!("{} quantizers, {} formats", members.len(), formats.len());
         match on.gpu() {
-            Some(gpu) => outln!("{} ({}), {} quantizers", gpu.name, on.target(), members.len())?,
-            None => outln!("interpreter, {} quantizers", members.len())?,
+            Some(gpu) => outln!("{} ({}), {what}", gpu.name, on.target())?,
+            None => outln!("interpreter, {what}")?,
         }
-        let (first, last) = (&members[0], &members[members.len() - 1]);
-        let (shapes, choices) = (check::shapes(), check::choices(first, last));
+        // Models are of the quantizers.
+        let choices = members.first().zip(members.last()).map(|(first, last)| check::choices(first, last));
+        let (shapes, choices) = (check::shapes(), choices.unwrap_or_default());
         let mut tasks: Vec<Task> =
             members.iter().flat_map(|q| SHAPES.map(|s| Task::Quantizer(Box::new(q.clone()), s))).collect();
         // Those of a mix are members themselves. The interpreter would take minutes over large windows.
         let large = |q: &Quantizer| self.interpreter && q.codes[0].window > 12;
         let alone = members.iter().filter(|q| q.codes.len() == 1 && !large(q));
         tasks.extend(alone.map(|q| Task::Encoder(Box::new(q.clone()))));
-        let some = members.iter().step_by(members.len().div_ceil(MIXED));
+        let some = members.iter().step_by(members.len().div_ceil(MIXED).max(1));
         tasks.extend(some.map(|q| Task::Experts(Box::new(q.clone()))));
-        if self.members.is_empty() {
-            let formats = formats::names().into_iter().filter_map(formats::get);
-            tasks.extend(formats.flat_map(|f| FORMAT_SHAPES.map(|s| Task::Format(f, s))));
-        }
+        tasks.extend(formats.iter().flat_map(|&f| FORMAT_SHAPES.map(|s| Task::Format(f, s))));
         tasks.extend([Task::Preparing, Task::Choosing]);
         tasks.extend(check::attention::shapes(self.interpreter).into_iter().map(Task::Attention));
         if self.attention {

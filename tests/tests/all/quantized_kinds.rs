@@ -66,6 +66,16 @@ fn quantize(dir: &Path, plan: &str, calibrate: Option<Calibrate>) -> Model {
     Model::open(&out).unwrap()
 }
 
+/// Printable characters, each of which is a token.
+fn letters(n: usize, seed: u32) -> String {
+    let mut x = seed;
+    let mut next = || {
+        x = x.wrapping_mul(1_103_515_245).wrapping_add(12345);
+        char::from(b' ' + (x >> 16) as u8 % 95)
+    };
+    (0..n).map(|_| next()).collect()
+}
+
 /// A model of the kind of a case, wide enough for errors to move on to other columns; with what is to be changed.
 fn wide(name: &str, change: Json) -> RandomModel {
     let mut config = Case::named(name).model.config;
@@ -78,14 +88,19 @@ fn wide(name: &str, change: Json) -> RandomModel {
     let program = arch::program(&read);
     let mut tensors = std::collections::BTreeMap::new();
     for layer in program.layers.iter().filter(|l| l.shares.is_none()) {
-        let name = format!("{}.weight", layer.name);
-        // The rows of an embedding are as long as the residual stream is; columns differ in size, as they do in models.
-        let most = if layer.name.contains("embed") { 1.0 } else { 2.5 / (layer.cols as f32).sqrt() };
-        let mut values = Random::of(&name).values(layer.rows * layer.cols, most);
+        let tensor = format!("{}.weight", layer.name);
+        // Embeddings are as large as what blocks add, Gemma's once they are scaled; columns differ, as they do in models.
+        let width = (layer.cols as f32).sqrt();
+        let most = match layer.name.contains("embed") {
+            true if name.contains("gemma") => 1.0 / width,
+            true => 1.0,
+            false => 2.5 / width,
+        };
+        let mut values = Random::of(&tensor).values(layer.rows * layer.cols, most);
         for (i, v) in values.iter_mut().enumerate() {
             *v *= [1.5, 1.0, 0.5, 0.25][i % layer.cols % 4];
         }
-        tensors.insert(name, (vec![layer.rows, layer.cols], values));
+        tensors.insert(tensor, (vec![layer.rows, layer.cols], values));
     }
     let middle = if name.starts_with("gemma") { 0.0 } else { 1.0 };
     for vector in &program.vectors {
@@ -103,13 +118,15 @@ fn experts_gemma_and_fused_layers_are_planned_and_fitted() {
         ("phi3", json!({}), "model.layers.1.self_attn.qkv_proj", 2 * 4),
     ] {
         let model = wide(name, change);
-        let prompt: Vec<u32> = (0..40u32).map(|i| i * 91 % 256).collect();
+        let prompt: Vec<u32> = letters(40, 2).bytes().map(u32::from).collect();
         let dir = tempfile::tempdir().unwrap();
         model.write(dir.path());
         let dense = Model::open(dir.path()).unwrap();
         let plan = plan(&dense);
         let expected = logits(&dense, &prompt);
-        let calibrate = Calibrate { texts: Texts::Own, tokens: 2048 };
+        let text = dir.path().join("text");
+        std::fs::write(&text, letters(4096, 1)).unwrap();
+        let calibrate = Calibrate { texts: Texts::File(text), tokens: 2048 };
         let plain = difference(&logits(&quantize(dir.path(), &plan, None), &prompt), &expected);
         let model = quantize(dir.path(), &plan, Some(calibrate));
         let fitted = difference(&logits(&model, &prompt), &expected);

@@ -64,7 +64,7 @@ def texts(directory, checkpoint, ranks=1, dtype="float32"):
     what = json.dumps([str(checkpoint), ranks, dtype, TOKENS, PROMPTS])
     done = subprocess.run([sys.executable, script, what], env=ENVIRONMENT, capture_output=True, text=True)
     found = [line for line in done.stdout.splitlines() if line.startswith("TEXTS")]
-    assert found, (done.stdout + done.stderr)[-6000:]
+    assert found, (done.stdout + done.stderr)[-60000:]
     return json.loads(found[0][5:])
 
 
@@ -110,7 +110,7 @@ def test_the_server(tmp_path):
     try:
         address = f"http://127.0.0.1:{port}"
         while True:
-            assert server.poll() is None, (tmp_path / "log").read_text()[-6000:]
+            assert server.poll() is None, (tmp_path / "log").read_text()[-60000:]
             try:
                 urllib.request.urlopen(f"{address}/health")
                 break

@@ -167,7 +167,8 @@ mod tests {
 
     #[test]
     fn a_part_decodes_to_the_part_of_what_the_matrix_decodes_to() {
-        for (name, shape) in [("nuq_3", Shape { rows: 100, cols: 512 }), ("htcq_2.25", Shape { rows: 64, cols: 1090 })] {
+        for (name, shape) in [("nuq_3", Shape { rows: 100, cols: 512 }), ("htcq_2.25", Shape { rows: 64, cols: 1090 })]
+        {
             let q = palette::get(name).unwrap();
             let m = made(&q, shape);
             let all = decoded(&q, &m);

@@ -193,7 +193,12 @@ impl Product {
         if tokens == 0 || tokens > self.batch {
             return Err(DeviceError::Buffer(format!("{tokens} tokens, where 1 to {} are taken", self.batch)));
         }
-        let meeting = if meeting == 0 { self.host.place(stream, self.meeting[0] + self.meeting[1])? } else { meeting };
+        let meeting = match (meeting, self.meeting[0] + self.meeting[1]) {
+            // Blocks that do not meet need no place, which could not be made while a stream is captured.
+            (0, 0) => self.flips.address(),
+            (0, numbers) => self.host.place(stream, numbers)?,
+            (given, _) => given,
+        };
         let mut at = scratch;
         let [planes, scale, sum, own] = self.parts.map(|bytes| {
             let part = Lent::Memory(at, bytes);

@@ -377,7 +377,7 @@ impl Rounded {
 #[inline(always)]
 fn add_products(q: &[i16; UNIT], cells: &[u8], sums: &mut [i32; TILE]) {
     for (cell, sum) in cells.as_chunks::<UNIT>().0.iter().zip(sums) {
-        *sum += cell.iter().zip(q).map(|(k, q)| i32::from(*k as i8) * i32::from(*q)).sum::<i32>();
+        *sum = sum.wrapping_add(unit_product(cell, q));
     }
 }
 
@@ -386,8 +386,16 @@ fn add_products(q: &[i16; UNIT], cells: &[u8], sums: &mut [i32; TILE]) {
 fn add_weighted(weights: &[u8], cells: &[u8], sums: &mut [i32; 256]) {
     let weights: [i16; UNIT] = std::array::from_fn(|i| weights[i].into());
     for (cell, sum) in cells.as_chunks::<UNIT>().0.iter().zip(sums) {
-        *sum += cell.iter().zip(weights).map(|(v, w)| i32::from(*v as i8) * i32::from(w)).sum::<i32>();
+        *sum = sum.wrapping_add(unit_product(cell, &weights));
     }
+}
+
+/// The product of a unit of signed bytes with a unit of numbers. All sums stay below 2^31; that they are not checked for it lets
+/// the compiler use vectors.
+#[inline(always)]
+fn unit_product(bytes: &[u8; UNIT], numbers: &[i16; UNIT]) -> i32 {
+    let products = bytes.iter().zip(numbers).map(|(b, n)| i32::from(*b as i8).wrapping_mul(i32::from(*n)));
+    products.fold(0, i32::wrapping_add)
 }
 
 /// `cap · tanh(score / cap)` in base 2: scores and caps are times `log2 e`.

@@ -117,6 +117,13 @@ pub struct Product {
     parts: [usize; 4],
     /// Numbers of both parts of the meeting place.
     meeting: [usize; 2],
+    /// Given in place of it where blocks do not meet: to make one could not be done while a stream is captured.
+    apart: Option<Buffer<i32>>,
+}
+
+/// Whether blocks meet in a place of so many numbers.
+fn meet(place: [usize; 2]) -> bool {
+    place[1] > 1 || place[0] > ALIGN / 4
 }
 
 impl Product {
@@ -140,7 +147,9 @@ impl Product {
         let mut next = || loaded.next().expect("as many as were asked for");
         let tokens = batch as usize;
         let planes = 2 * shape.cols.next_multiple_of(COLUMN_PAD) as usize;
-        let meeting = launch.meeting_place(&op);
+        let (sums, counters) = launch.meeting_place(&op);
+        let meeting = [sums.next_multiple_of(ALIGN / 4), counters];
+        let apart = if meet(meeting) { None } else { Some(on.zeroed(meeting[0] + meeting[1])?) };
         let product = Product {
             prepare: next(),
             product: next(),
@@ -153,7 +162,8 @@ impl Product {
             elem,
             blocks: spread.blocks,
             parts: [planes * tokens, 4 * tokens, 4 * tokens, 4 * prepare.scratch(spread)],
-            meeting: [meeting.0.next_multiple_of(ALIGN / 4), meeting.1],
+            meeting,
+            apart,
             host: host.clone(),
         };
         on.synchronize()?;
@@ -177,7 +187,7 @@ impl Product {
 
     /// Bytes of the meeting place; 0 if blocks do not meet.
     pub fn meeting_bytes(&self) -> usize {
-        if self.meeting[1] > 1 || self.meeting[0] > ALIGN / 4 { 4 * (self.meeting[0] + self.meeting[1]) } else { 0 }
+        if meet(self.meeting) { 4 * (self.meeting[0] + self.meeting[1]) } else { 0 }
     }
 
     /// Puts the launches into the host's stream.
@@ -193,10 +203,9 @@ impl Product {
         if tokens == 0 || tokens > self.batch {
             return Err(DeviceError::Buffer(format!("{tokens} tokens, where 1 to {} are taken", self.batch)));
         }
-        let meeting = match (meeting, self.meeting[0] + self.meeting[1]) {
-            // Blocks that do not meet need no place, which could not be made while a stream is captured.
-            (0, 0) => self.flips.address(),
-            (0, numbers) => self.host.place(stream, numbers)?,
+        let meeting = match (meeting, &self.apart) {
+            (0, Some(apart)) => apart.address(),
+            (0, None) => self.host.place(stream, self.meeting[0] + self.meeting[1])?,
             (given, _) => given,
         };
         let mut at = scratch;

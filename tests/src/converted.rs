@@ -127,7 +127,9 @@ pub fn converted(model: &RandomModel) -> Option<Gguf> {
         None => (),
         Some(other) => panic!("{other}"),
     }
-    let mut stacks: BTreeMap<String, BTreeMap<usize, (Vec<usize>, Vec<f32>)>> = BTreeMap::new();
+    /// Shapes and weights by expert.
+    type Stack = BTreeMap<usize, (Vec<usize>, Vec<f32>)>;
+    let mut stacks: BTreeMap<String, Stack> = BTreeMap::new();
     for (name, (shape, weights)) in &model.tensors {
         let of_heads = match name {
             n if !interleave || !n.contains("layers") => None,

@@ -317,10 +317,10 @@ fn drawn(engine: &mut dyn Engine) -> Vec<u32> {
         engine.answer(&chunks, &wishes, &mut tokens, &mut logits).unwrap();
         assert_eq!(logits.len(), read.iter().filter(|r| **r).count() * VOCAB);
         let (mut tokens, mut rows) = (tokens.into_iter(), logits.chunks_exact(VOCAB));
-        for s in 0..2 {
-            out.push(if read[s] { argmax(rows.next().unwrap()).unwrap() } else { tokens.next().unwrap() });
-            all.extend(if read[s] { logits.iter().map(|l| l.to_bits()).collect() } else { Vec::new() });
+        for is_read in read {
+            out.push(if is_read { argmax(rows.next().unwrap()).unwrap() } else { tokens.next().unwrap() });
         }
+        all.extend(logits.iter().map(|l| l.to_bits()));
         assert_eq!(tokens.next(), None);
         for (s, (token, mask)) in out.iter().zip(forbidden).enumerate() {
             assert!(

@@ -174,7 +174,7 @@ impl Relaid {
                     let mut word = 0;
                     for (first, width) in self.parts() {
                         let of_word = 8 / width;
-                        let part = bytes >> first & mask(width) * 0x0101_0101;
+                        let part = (bytes >> first) & (mask(width) * 0x0101_0101);
                         let at = word_in_tile(lane_words, lane, word + register / of_word);
                         words[at as usize] |= part << (width * (register % of_word));
                         word += REGISTERS / of_word;

@@ -387,7 +387,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         if columns < 32 {
             // Half a product: the other half's activations are left out.
             let ([first, second], zero) = (kept(run / 2), b.u32(0));
-            let x = if run % 2 == 0 { [first, zero] } else { [zero, second] };
+            let x = if run.is_multiple_of(2) { [first, zero] } else { [zero, second] };
             return b.mma_i8(false, a(run / 2), x, sum);
         }
         for kt in run * columns / 32..(run + 1) * columns / 32 {

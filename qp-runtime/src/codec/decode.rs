@@ -8,6 +8,7 @@ use qp_codegen::spec::{Code, Quantizer, Value, mask};
 use rayon::prelude::*;
 
 use super::PackedMatrix;
+use super::dense::by_token;
 use super::dot::{Entry, dots};
 use crate::memory::arena::{Arena, Piece};
 
@@ -196,45 +197,25 @@ impl Decoder {
         out.par_chunks_mut((task * n).max(1)).enumerate().for_each_init(
             || (Vec::new(), vec![0i64; n], vec![0i64; n]),
             |(entries, sums, low), (i, out)| {
-                let first = i * task;
-                let row_outputs = out.chunks_exact_mut(n.max(1));
-                match kept {
-                    Some(Entries::I8(kept)) => {
-                        let kept = kept[first * columns..].chunks_exact(columns);
-                        for ((r, out), row) in row_outputs.enumerate().zip(kept) {
-                            inputs.sums(row, sums, low);
-                            inputs.scale(code, sums, m.scale(first + r), out);
-                        }
-                    }
-                    Some(Entries::I16(kept)) => {
-                        let kept = kept[first * columns..].chunks_exact(columns);
-                        for ((r, out), row) in row_outputs.enumerate().zip(kept) {
-                            inputs.sums(row, sums, low);
-                            inputs.scale(code, sums, m.scale(first + r), out);
-                        }
-                    }
-                    None => {
-                        entries.resize(tile * stride, 0i16);
-                        for (r, out) in row_outputs.enumerate() {
-                            let row = first + r;
+                for (r, out) in out.chunks_exact_mut(n.max(1)).enumerate() {
+                    let row = i * task + r;
+                    let own = row * columns..(row + 1) * columns;
+                    match kept {
+                        Some(Entries::I8(kept)) => inputs.sums(&kept[own], sums, low),
+                        Some(Entries::I16(kept)) => inputs.sums(&kept[own], sums, low),
+                        None => {
+                            entries.resize(tile * stride, 0i16);
                             if row.is_multiple_of(tile) {
                                 self.row_tile(m, (row / tile) as u32, entries);
                             }
                             inputs.sums(&entries[row % tile * stride..][..columns], sums, low);
-                            inputs.scale(code, sums, m.scale(row), out);
                         }
                     }
+                    inputs.scale(code, sums, m.scale(row), out);
                 }
             },
         );
-        if n <= 1 {
-            return out;
-        }
-        let mut turned = vec![0f32; n * rows];
-        turned.par_chunks_exact_mut(rows).enumerate().for_each(|(t, turned)| {
-            turned.iter_mut().enumerate().for_each(|(r, y)| *y = out[r * n + t]);
-        });
-        turned
+        by_token(out, n)
     }
 }
 

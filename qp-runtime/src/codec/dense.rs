@@ -1,6 +1,7 @@
 //! Products with rows of unquantized weights, by the machine's vector instructions.
 
 use qp_codegen::kernels::dense;
+use rayon::prelude::*;
 
 use super::simd::for_each_instruction_set;
 
@@ -12,6 +13,19 @@ for_each_instruction_set! {
             *out = dense::reference(row, x);
         }
     }
+}
+
+/// Results, rows × `tokens`, as tokens × rows. Products are computed the first way, so that the rows of tasks are apart.
+pub fn by_token(by_row: Vec<f32>, tokens: usize) -> Vec<f32> {
+    if tokens <= 1 {
+        return by_row;
+    }
+    let rows = by_row.len() / tokens;
+    let mut out = vec![0f32; by_row.len()];
+    out.par_chunks_exact_mut(rows.max(1)).enumerate().for_each(|(t, out)| {
+        out.iter_mut().enumerate().for_each(|(r, y)| *y = by_row[r * tokens + t]);
+    });
+    out
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use qp_codegen::reference::Activations;
 use qp_codegen::spec::terms::{Numbers, TILE, Terms};
 use rayon::prelude::*;
 
+use super::dense::by_token;
 use super::simd::for_each_instruction_set;
 use crate::memory::arena::{Arena, Piece};
 
@@ -150,14 +151,7 @@ pub fn linear(reader: &Reader, tensors: &[&[u8]], kept: Option<&Lines>, tokens: 
             }
         },
     );
-    if n <= 1 {
-        return by_row;
-    }
-    let mut y = vec![0f32; n * rows];
-    y.par_chunks_exact_mut(rows).enumerate().for_each(|(t, y)| {
-        y.iter_mut().enumerate().for_each(|(r, y)| *y = by_row[r * n + t]);
-    });
-    y
+    by_token(by_row, n)
 }
 
 for_each_instruction_set! {

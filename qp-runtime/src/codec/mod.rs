@@ -35,7 +35,7 @@ use qp_codegen::layout::Packed;
 use qp_codegen::spec::{Quantizer, Shape};
 
 pub use decode::{Decoder, Entries, decode_matrix, linear};
-pub use dense::row_products;
+pub use dense::{by_token, row_products};
 pub use encode::{EncodeError, Encoder, encode_matrix};
 pub use gaussian::Gaussian;
 pub use lines::{Lines, linear as linear_of_lines};

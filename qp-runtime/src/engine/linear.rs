@@ -12,7 +12,7 @@ use qp_codegen::reference::{Activations, Rotator, quantize_activations};
 use qp_codegen::spec::{Quantizer, Rotation};
 use rayon::prelude::*;
 
-use crate::codec::{Decoder, Entries, Lines, PackedMatrix, linear_of_lines, row_products};
+use crate::codec::{Decoder, Entries, Lines, PackedMatrix, by_token, linear_of_lines, row_products};
 use crate::memory::{self, arena::Arena, arena::Piece};
 use crate::model::{Dtype, Linear, Tensor, Weight, Weights};
 
@@ -228,12 +228,5 @@ fn dense(w: &Tensor, kept: Option<&[f32]>, rows: usize, cols: usize, x: &[f32]) 
             }
         },
     );
-    if tokens <= 1 {
-        return by_row;
-    }
-    let mut y = vec![0f32; tokens * rows];
-    y.par_chunks_exact_mut(rows).enumerate().for_each(|(t, y)| {
-        y.iter_mut().enumerate().for_each(|(r, y)| *y = by_row[r * tokens + t]);
-    });
-    y
+    by_token(by_row, tokens)
 }

@@ -57,14 +57,14 @@ def _find_compiler(index: Optional[int]) -> None:
             continue
 
 
-def _product(index, spec, rows, columns, tokens, dtype) -> Product:
-    key = (index, spec, rows, columns, tokens, dtype)
+def _product(index, spec, rows, columns, tokens, dtype, share=False) -> Product:
+    key = (index, spec, rows, columns, tokens, dtype, share)
     product = _products.get(key)
     if product is None:
         _refuse_capture(index, "layer")
         _find_compiler(index)
         name = str(dtype).removeprefix("torch.")
-        product = _products[key] = Product(quantizer_of(spec), rows, columns, tokens, name, index)
+        product = _products[key] = Product(quantizer_of(spec), rows, columns, tokens, name, index, share)
     return product
 
 
@@ -94,6 +94,13 @@ def _fits(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, words: in
     device = x.get_device()
     if packed.get_device() != device or scales.get_device() != device:
         raise ValueError(f"the matrix is on {packed.device} and {scales.device}, the input on {x.device}")
+
+
+def _meeting_place(size: int, x: torch.Tensor) -> Optional[torch.Tensor]:
+    """Zeros for a graph that is being captured: it may run beside its stream, so it meets in memory of its own."""
+    if size and _capturing(x.device.index):
+        return torch.zeros(size, dtype=torch.uint8, device=x.device)
+    return None
 
 
 def linear(x, packed, scales, spec, rows, columns):
@@ -137,17 +144,89 @@ def run(index, stream, x, packed, scales, spec, rows, columns):
     # `new_empty` takes a third of the time of `empty` with its keywords. (The scratch's bytes divide by four.)
     scratch = x.new_empty(scratch_bytes // x.element_size())
     y = x.new_empty((batch, stride))
-    meeting = 0
-    if meeting_bytes and _capturing(index):
-        # A graph may run beside the stream that it was captured on, so it meets in memory of its own.
-        own = torch.zeros(meeting_bytes, dtype=torch.uint8, device=x.device)
-        meeting = own.data_ptr()
+    own = _meeting_place(meeting_bytes, x)
+    meeting = 0 if own is None else own.data_ptr()
     launch(stream, tokens, at, packed.data_ptr(), padded.data_ptr(), y.data_ptr(), scratch.data_ptr(), meeting)
     if batch != tokens:
         y = y[:tokens]
     if stride != rows:
         y = y[:, :rows]
     return y.reshape(*x.shape[:-1], rows) if x.dim() != 2 or stride != rows else y
+
+
+def _parts(x: torch.Tensor, columns: int) -> list[torch.Tensor]:
+    """The activations of as many tokens as a launch takes, side by side and aligned."""
+    if x.dtype == torch.float64:
+        x = x.float()
+    flat = x.reshape(-1, columns)
+    parts = [part.contiguous() for part in flat.split(_MOST) if part.shape[0]]
+    return [part.clone() if part.data_ptr() % 16 else part for part in parts]
+
+
+def largest(x, spec, rows, columns):
+    """`torch.ops.qp.largest` on CUDA."""
+    with torch.cuda.device(x.device.index):
+        return largest_of(x.device.index, torch._C._cuda_getCurrentRawStream(x.device.index), x, spec, rows, columns)
+
+
+def largest_of(index, stream, x, spec, rows, columns):
+    """The largest magnitudes of a share's activations, on a device and stream."""
+    found = []
+    for part in _parts(x, columns):
+        tokens = part.shape[0]
+        product = _product(index, spec, rows, columns, _rounded(tokens), part.dtype, True)
+        scratch = torch.empty(product.scratch_bytes, dtype=torch.uint8, device=x.device)
+        magnitudes = torch.empty(product.tokens, dtype=torch.float32, device=x.device)
+        product.largest(stream, tokens, part.data_ptr(), scratch.data_ptr(), magnitudes.data_ptr())
+        found.append(magnitudes[:tokens])
+    return torch.cat(found or [x.new_empty(0, dtype=torch.float32)]).reshape(x.shape[:-1])
+
+
+def totals(x, magnitudes, packed, spec, rows, columns):
+    """`torch.ops.qp.totals` on CUDA."""
+    index = x.device.index
+    with torch.cuda.device(index):
+        return totals_of(index, torch._C._cuda_getCurrentRawStream(index), x, magnitudes, packed, spec, rows, columns)
+
+
+def totals_of(index, stream, x, magnitudes, packed, spec, rows, columns):
+    """The totals of a share and the scales of its activations, on a device and stream."""
+    _fits(x, packed, magnitudes, quantizer_of(spec).packed_lengths(rows, columns)[0])
+    magnitudes, first = magnitudes.reshape(-1), 0
+    sums, scales = [], []
+    for part in _parts(x, columns):
+        tokens = part.shape[0]
+        product = _product(index, spec, rows, columns, _rounded(tokens), part.dtype, True)
+        scratch = torch.empty(product.scratch_bytes, dtype=torch.uint8, device=x.device)
+        y = torch.empty((product.tokens, product.stride, 2), dtype=torch.int32, device=x.device)
+        given = torch.zeros(product.tokens, dtype=torch.float32, device=x.device)
+        given[:tokens] = magnitudes[first : first + tokens]
+        first += tokens
+        unused = _no_scales(x.device, product.stride)
+        own = _meeting_place(product.meeting_bytes, x)
+        meeting = 0 if own is None else own.data_ptr()
+        product.launch(
+            stream, tokens, part.data_ptr(), packed.data_ptr(), unused.data_ptr(), y.data_ptr(), scratch.data_ptr(),
+            meeting, given.data_ptr(),
+        )  # fmt: skip
+        sums.append(y[:tokens, :rows])
+        of_tokens = scratch[product.scales_at : product.scales_at + 4 * tokens].view(torch.float32)
+        scales.append(of_tokens.clone())
+    if not sums:
+        return x.new_empty((*x.shape[:-1], rows, 2), dtype=torch.int32), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return torch.cat(sums).reshape(*x.shape[:-1], rows, 2), torch.cat(scales).reshape(x.shape[:-1])
+
+
+_unused_scales: dict[tuple, torch.Tensor] = {}
+
+
+def _no_scales(device: torch.device, stride: int) -> torch.Tensor:
+    """Scales for a launch that reads them and does not use them."""
+    key = (device, stride)
+    if key not in _unused_scales:
+        _refuse_capture(device.index, "layer")
+        _unused_scales[key] = torch.zeros(stride, dtype=torch.bfloat16, device=device)
+    return _unused_scales[key]
 
 
 def embedding(tokens, packed, scales, spec, rows, columns, dtype):

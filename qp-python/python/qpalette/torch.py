@@ -47,27 +47,20 @@ def _matrix(packed: torch.Tensor, scales: torch.Tensor, spec: str, rows: int, co
     return matrix
 
 
-def _check(x: torch.Tensor, columns: int) -> None:
-    if x.shape[-1] != columns:
-        raise ValueError(f"the matrix has {columns} columns, x has {x.shape[-1]}")
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"activations are floats, not {x.dtype}")
-
-
 def _linear(x, packed, scales, spec, rows, columns):
-    _check(x, columns)
+    _cuda.check(x, columns)
     flat = x.detach().reshape(-1, columns).to(torch.float32).contiguous()
     y = torch.from_numpy(_matrix(packed, scales, spec, rows, columns).linear(flat.numpy()))
     return y.reshape(*x.shape[:-1], rows).to(x.dtype)
 
 
 def _linear_cuda(x, packed, scales, spec, rows, columns):
-    _check(x, columns)
+    _cuda.check(x, columns)
     return _cuda.linear(x, packed, scales, spec, rows, columns)
 
 
 def _linear_fake(x, packed, scales, spec, rows, columns):
-    _check(x, columns)
+    _cuda.check(x, columns)
     return x.new_empty(*x.shape[:-1], rows)
 
 
@@ -95,23 +88,23 @@ def _no_scales(count: int) -> torch.Tensor:
 
 
 def _largest(x, packed, spec, rows, columns):
-    _check(x, columns)
+    _cuda.check(x, columns)
     flat = x.detach().reshape(-1, columns).to(torch.float32).contiguous()
     return torch.from_numpy(_share(packed, spec, rows, columns).largest(flat.numpy())).reshape(x.shape[:-1])
 
 
 def _largest_cuda(x, packed, spec, rows, columns):
-    _check(x, columns)
+    _cuda.check(x, columns)
     return _cuda.largest(x, spec, rows, columns)
 
 
 def _largest_fake(x, packed, spec, rows, columns):
-    _check(x, columns)
+    _cuda.check(x, columns)
     return x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 def _totals(x, magnitudes, packed, spec, rows, columns):
-    _check(x, columns)
+    _cuda.check(x, columns)
     flat = x.detach().reshape(-1, columns).to(torch.float32).contiguous()
     sums, scales = _share(packed, spec, rows, columns).totals(flat.numpy(), magnitudes.reshape(-1).numpy())
     sums = torch.from_numpy(sums).reshape(*x.shape[:-1], rows)
@@ -120,12 +113,12 @@ def _totals(x, magnitudes, packed, spec, rows, columns):
 
 
 def _totals_cuda(x, magnitudes, packed, spec, rows, columns):
-    _check(x, columns)
+    _cuda.check(x, columns)
     return _cuda.totals(x, magnitudes, packed, spec, rows, columns)
 
 
 def _totals_fake(x, magnitudes, packed, spec, rows, columns):
-    _check(x, columns)
+    _cuda.check(x, columns)
     sums = x.new_empty(*x.shape[:-1], rows, 2, dtype=torch.int32)
     return sums, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
@@ -165,6 +158,8 @@ class _Matrix(torch.nn.Module):
 
     def _describe(self, quantizer: Quantizer, rows: int, columns: int, error: Optional[float]) -> None:
         self.rows, self.columns = rows, columns
+        # See `_cuda.again`.
+        self._calls: dict = {}
         self.spec, self.name, self.error = register(quantizer), quantizer.name, error
 
     @classmethod
@@ -187,8 +182,8 @@ class _Matrix(torch.nn.Module):
         return quantizer_of(self.spec)
 
     def __getstate__(self) -> dict:
-        # Another process may not know the digest.
-        return {**self.__dict__, "_quantizer": self.quantizer}
+        # Another process may not know the digest, and has kernels of its own.
+        return {**self.__dict__, "_calls": {}, "_quantizer": self.quantizer}
 
     def __setstate__(self, state: dict) -> None:
         register(state.pop("_quantizer"))
@@ -244,8 +239,10 @@ class Linear(_Matrix):
             y = torch.ops.qp.linear(x, self.packed, self.scales, self.spec, self.rows, self.columns)
             return y if self.bias is None else y + self.bias.to(y.dtype)
         # The operator without the dispatcher, which takes longer than all else that is done here.
-        buffers = self._buffers
-        y = _linear_cuda(x, buffers["packed"], buffers["scales"], self.spec, self.rows, self.columns)
+        own = self.__dict__
+        buffers = own["_buffers"]
+        matrix = buffers["packed"], buffers["scales"], own["spec"], own["rows"], own["columns"]
+        y = _cuda.again(own["_calls"], x, *matrix)
         bias = buffers["bias"]
         return y if bias is None else y + bias.to(y.dtype)
 
@@ -264,7 +261,7 @@ class SharedLinear(Linear):
 
     def __init__(self, matrix: PackedMatrix, bias: Optional[torch.Tensor] = None, group=None) -> None:
         super().__init__(matrix, bias)
-        self.group = group
+        self.unit, self.group = self.quantizer.total_unit, group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         matrix = self.packed, self.spec, self.rows, self.columns
@@ -273,7 +270,7 @@ class SharedLinear(Linear):
         sums, scales = torch.ops.qp.totals(x, magnitudes, *matrix)
         torch.distributed.all_reduce(sums, torch.distributed.ReduceOp.SUM, self.group)
         total = sums[..., 0].to(torch.int64) * (1 << _LOW) + sums[..., 1]
-        factor = scales * self.quantizer.total_unit
+        factor = scales * self.unit
         y = (total.to(torch.float32) * self.scales.to(torch.float32) * factor[..., None]).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

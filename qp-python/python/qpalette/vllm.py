@@ -24,6 +24,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  #
 from vllm.model_executor.layers.linear import (  # noqa: E402
     LinearBase,
     LinearMethodBase,
+    ReplicatedLinear,
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
@@ -266,7 +267,8 @@ class QpLinearMethod(_Method, LinearMethodBase):
         whole = len(names) == 1 and len(sizes) > 1
         before, out = 0, []
         for i, size in enumerate(sizes):
-            rank, ranks = layer.tp_rank, layer.tp_size
+            # A replicated layer is whole on every rank.
+            rank, ranks = (0, 1) if isinstance(layer, ReplicatedLinear) else (layer.tp_rank, layer.tp_size)
             replicas = getattr(layer, "num_kv_head_replicas", 1) if i > 0 else 1
             rank, ranks = rank // replicas, ranks // replicas
             first = (before if whole else 0) + rank * size

@@ -47,7 +47,8 @@ impl Book {
             [first, second, ..] => (first, second - first),
             _ => (0.0, 0.0),
         };
-        let is_line = !entries.is_empty() && entries.iter().enumerate().all(|(i, e)| (first + i as f32 * step).to_bits() == e.to_bits());
+        let is_line = !entries.is_empty()
+            && entries.iter().enumerate().all(|(i, e)| (first + i as f32 * step).to_bits() == e.to_bits());
         let terms = Terms::of(&format).map(Arc::new);
         let mut digits = Vec::new();
         if let Ok(terms) = &terms {
@@ -304,7 +305,15 @@ impl Reader {
 
     /// The weights of `row` from column `col` on, before anything is done to both sides; if entries are given, they are the
     /// row's.
-    fn row(&self, tensors: &[&[u8]], row: u32, col: u32, mut source: Source<'_, '_>, out: &mut [f32], scratch: &mut Scratch) {
+    fn row(
+        &self,
+        tensors: &[&[u8]],
+        row: u32,
+        col: u32,
+        mut source: Source<'_, '_>,
+        out: &mut [f32],
+        scratch: &mut Scratch,
+    ) {
         let mut at = col as usize;
         let mut out = out;
         while !out.is_empty() {
@@ -346,7 +355,15 @@ impl Reader {
     }
 
     /// Computes the weights of at most [`CHUNK`] columns.
-    fn chunk(&self, tensors: &[&[u8]], row: u32, col: u32, source: &mut Source<'_, '_>, out: &mut [f32], scratch: &mut Scratch) {
+    fn chunk(
+        &self,
+        tensors: &[&[u8]],
+        row: u32,
+        col: u32,
+        source: &mut Source<'_, '_>,
+        out: &mut [f32],
+        scratch: &mut Scratch,
+    ) {
         let format = self.format();
         let (n, v) = (out.len(), format.vector as usize);
         let Scratch { codes, entries, registers, operands } = scratch;
@@ -507,4 +524,3 @@ impl Reader {
         })
     }
 }
-

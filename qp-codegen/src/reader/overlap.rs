@@ -35,9 +35,10 @@ pub fn sample_shapes(format: &Format, layout: &Layout) -> Vec<Shape> {
             Cover::Matrix | Cover::Row | Cover::Column => true,
         };
         let small = || stored(layout, *s).is_ok_and(|t| t.iter().map(|t| t.bytes).sum::<u64>() <= MOST_COUNTED);
-        let blocks = format.trellis.as_ref().is_none_or(|t| {
-            s.rows.is_multiple_of(t.block.rows) && s.cols.is_multiple_of(t.block.cols)
-        });
+        let blocks = format
+            .trellis
+            .as_ref()
+            .is_none_or(|t| s.rows.is_multiple_of(t.block.rows) && s.cols.is_multiple_of(t.block.cols));
         blocks && s.cols.is_multiple_of(format.vector) && format.fields.iter().all(covered) && small()
     };
     let Some(first) = shapes.into_iter().find(fits) else { return Vec::new() };

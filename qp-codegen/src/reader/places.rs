@@ -183,7 +183,13 @@ fn address(place: &Place, spec: &TensorSpec, dims: &[u64], shape: Shape, b: i64)
 }
 
 impl Part {
-    pub(super) fn new(format: &Format, layout: &Layout, tensors: &[Stored], place: &Place, shape: Shape) -> Result<Self, Misfit> {
+    pub(super) fn new(
+        format: &Format,
+        layout: &Layout,
+        tensors: &[Stored],
+        place: &Place,
+        shape: Shape,
+    ) -> Result<Self, Misfit> {
         let (name, bits) = describe(format, place.target);
         let (spec, stored) = (&layout.tensors[place.tensor], &tensors[place.tensor]);
         let aperiodic = || Misfit::Aperiodic { target: name.to_string() };
@@ -209,7 +215,8 @@ impl Part {
             periods[k] = p.period.min(extent[k]);
             strides[k] = p.stride;
         }
-        let members = periods[0].checked_mul(periods[1]).and_then(|n| n.checked_mul(if is_stream { len.into() } else { 1 }));
+        let members =
+            periods[0].checked_mul(periods[1]).and_then(|n| n.checked_mul(if is_stream { len.into() } else { 1 }));
         if members.is_none_or(|n| n > MOST_ADDRESSES) {
             return Err(aperiodic());
         }
@@ -312,4 +319,3 @@ impl Translation {
         Some(Translation { periods, bits, values })
     }
 }
-

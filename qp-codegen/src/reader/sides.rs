@@ -216,3 +216,154 @@ impl Reader {
         self.streams.is_none() && !self.format().has_sides()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::reader::Book;
+    use crate::spec::load_str;
+
+    /// A reader of the layout of a text's format.
+    fn reader(text: &str, rows: u32, cols: u32) -> Result<Reader, Misfit> {
+        let library = load_str("test", text).unwrap_or_else(|e| panic!("{e}"));
+        let format = library.formats[0].clone();
+        let layout = format.layouts[0].clone();
+        Reader::new(&Arc::new(Book::new(format)), &layout, Shape { rows, cols })
+    }
+
+    const SIDES: &str = "
+        quantizer q {
+            bits 8
+            values i8
+            decode w { [w] }
+            field f : f16 per column
+            field p : u8 per column
+            field g : f16 per row
+            field r : u8 per row
+            input permute(p), f
+            output permute(r), g
+        }
+        layout l of q {
+            tensor w : u8[rows, cols]
+            tensor f : f16[cols]
+            tensor p : u8[cols]
+            tensor g : f16[rows]
+            tensor r : u8[rows]
+            code(i, j) in w[i, j]
+            f(j) in f[j]
+            p(j) in p[j]
+            g(i) in g[i]
+            r(i) in r[i]
+        }";
+
+    #[test]
+    fn sides_are_those_of_a_product() {
+        let reader = reader(SIDES, 2, 4).unwrap();
+        let w = [1u8, 2, 3, 4, 255, 6, 7, 250];
+        let halves = |x: &[f32]| x.iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect::<Vec<u8>>();
+        let (f, p, g, r) = ([2.0f32, -1.0, 0.5, 4.0], [2u8, 0, 3, 1], [10.0f32, 0.25], [1u8, 0]);
+        let (fs, gs) = (halves(&f), halves(&g));
+        let mut out = vec![0.0; 8];
+        reader.read_rows(&[&w, &fs, &p, &gs, &r], 0, &mut out);
+        // What is done to a token's activations and results, for each column's unit.
+        for column in 0..4 {
+            let x: Vec<f32> = (0..4).map(|i| f32::from(i == column)).collect();
+            let x: Vec<f32> = (0..4).map(|i| x[p[i] as usize] * f[i]).collect();
+            let of = |row: usize| (0..4).map(|i| f32::from(w[4 * row + i] as i8) * x[i]).sum::<f32>();
+            let y: Vec<f32> = (0..2).map(|i| of(r[i] as usize) * g[i]).collect();
+            assert_eq!([out[column], out[4 + column]], y[..]);
+        }
+        let mut one = vec![0.0; 2];
+        reader.read(&[&w, &fs, &p, &gs, &r], 1, 1, &mut one);
+        assert_eq!(one, out[5..7]);
+        // What is no permutation makes nothing that looks like weights.
+        for (p, r) in [([0u8, 0, 3, 1], [1u8, 0]), ([0, 4, 3, 1], [1, 0]), ([2, 0, 3, 1], [1, 1])] {
+            assert!(!reader.is_finite(&[&w, &fs, &p, &gs, &r], 0..2));
+            reader.read_rows(&[&w, &fs, &p, &gs, &r], 0, &mut out);
+            assert!(out.iter().all(|x| x.is_nan()));
+        }
+    }
+
+    #[test]
+    fn sides_that_have_no_transform_are_refused() {
+        let text = "
+            quantizer q {
+                window 6
+                vector 1
+                step 2
+                block 4 x 8
+                order p { [p % 4, p / 4] }
+                values i8
+                decode w { [w] }
+                input signs(seed = 1), hadamard
+                output hadamard(8)
+            }
+            layout l of q {
+                tensor s : u32[rows / 4, cols / 8, 2]
+                stream(i, j)[b] in s[i, j, b / 32] bit b % 32
+            }";
+        let why = |rows, cols| reader(text, rows, cols).unwrap_err().to_string();
+        assert_eq!(why(16, 24), "24 columns are no power of two");
+        assert_eq!(why(12, 32), "12 rows are no multiple of 8");
+        assert_eq!(why(8, 4), "4 columns are no multiple of 8");
+        let reader = reader(text, 16, 16).unwrap();
+        assert_eq!(reader.band(), 16);
+        let bytes: Vec<u8> = (0..64u8).map(|i| i.wrapping_mul(77)).collect();
+        let mut all = vec![0.0; 256];
+        reader.read_rows(&[&bytes], 0, &mut all);
+        // Rows of a part of a band, and over its end.
+        let mut some = vec![0.0; 9 * 16];
+        reader.read_rows(&[&bytes], 3, &mut some);
+        assert_eq!(some, all[3 * 16..12 * 16]);
+        // By the definition: the sum over both transforms of signs and entries.
+        let stream = |i: usize, j: usize, b: usize| bytes[8 * (2 * i + j) + b % 64 / 8] >> (b % 8) & 1;
+        let entry = |r: usize, c: usize| {
+            let p = c % 8 * 4 + r % 4;
+            let window = (0..6).fold(0u8, |w, b| w | stream(r / 4, c / 8, 2 * p + b) << b);
+            f64::from(window)
+        };
+        let sign = |a: usize, b: usize| if (a & b).count_ones() % 2 == 1 { -1.0 } else { 1.0 };
+        let signs = layout::signs(1, 16);
+        for (r, c) in [(0, 0), (5, 9), (15, 15), (8, 3)] {
+            let first = r / 8 * 8;
+            let mut sum = 0.0;
+            for (i, j) in (0..8).flat_map(|i| (0..16).map(move |j| (i, j))) {
+                sum += sign(r % 8, i) * entry(first + i, j) * sign(j, c);
+            }
+            let expected = sum / 8f64.sqrt() / 4.0 * if signs[c] { -1.0 } else { 1.0 };
+            assert!((f64::from(all[r * 16 + c]) - expected).abs() < 1e-4, "{r} {c}: {} {expected}", all[r * 16 + c]);
+        }
+    }
+
+    #[test]
+    fn tables_of_vectors_are_summed_exactly() {
+        let text = "
+            quantizer q {
+                bits 2 for 2
+                table a[2] : f16 per matrix
+                table b[2] : f16 per matrix
+                decode w { negate(a[w[0]] - b[w[1]], w) }
+            }
+            layout l of q {
+                tensor q : u8[rows, cols / 8]
+                tensor a : f16[2, 2]
+                tensor b : f16[2, 2]
+                code(r, k) in q[r, k / 4] bit k % 4 * 2
+                a(i, v) in a[i, v]
+                b(i, v) in b[i, v]
+            }";
+        let reader = reader(text, 1, 8).unwrap();
+        let halves = |x: [f32; 4]| x.map(|x| half::f16::from_f32(x).to_le_bytes()).concat();
+        let (a, b) = (halves([1.0, 2.0, 60000.0, -5.0]), halves([2f32.powi(-24), 0.5, -60000.0, 3.0]));
+        let mut out = [0.0; 8];
+        // Codes 0, 1, 2, 3.
+        reader.read_rows(&[&[0b1110_0100], &a, &b], 0, &mut out);
+        // 1 - 2^-24 has 24 bits.
+        assert_eq!(out, [1.0 - 2f32.powi(-24), 1.5, -60000.0, -5.5, 60001.0, 1.0, -120000.0, 8.0]);
+        let infinite = halves([1.0, f32::INFINITY, 0.0, 0.0]);
+        assert!(reader.is_finite(&[&[0b1110_0100], &a, &b], 0..1));
+        assert!(!reader.is_finite(&[&[0b1110_0100], &infinite, &b], 0..1));
+    }
+}

@@ -181,7 +181,8 @@ impl<'a> Loader<'a> {
             "palette" => palette::files().map(|f| f.0).collect(),
             other => {
                 let d = Diagnostic::error(name.span, format!("there is no library `{other}`"), "");
-                let d = d.hint("there is `std`, what several formats share, and `palette`; a file is `use \"file.qspec\"`");
+                let d =
+                    d.hint("there is `std`, what several formats share, and `palette`; a file is `use \"file.qspec\"`");
                 return vec![self.sink.fail(d)];
             }
         };

@@ -391,8 +391,12 @@ mod tests {
         let why = |name: &str| of(name).unwrap_err().to_string();
         assert_eq!(why("fp8_128"), "its entries are -245760 to 245760, more than a byte holds");
         assert!(why("iq1_m").contains("`down` is for 1 x 8"), "{}", why("iq1_m"));
+        assert_eq!(why("exl3_mul1_3"), "its codes have memory");
+        assert_eq!(why("e8p"), "its activations or results are transformed");
+        assert_eq!(why("aqlm_2x8"), "`a`, a table of the matrix, is looked up");
+        assert_eq!(why("iq3_xxs"), "codes of 23 bits are too many to write their entries out");
         let exact = formats::names().into_iter().filter(|n| of(n).is_ok()).count();
-        assert_eq!((exact, formats::names().len()), (34, 45));
+        assert_eq!((exact, formats::names().len()), (35, 92));
     }
 
     #[test]

@@ -381,8 +381,9 @@ fn code(
             c.clone().unwrap_or((unknown, t.name.span))
         })
         .collect();
-    let decoded =
-        p.decode.and_then(|d| decode::Checker::new(window, vector, &known, known.len(), &cx.functions, scope, sink).check(d));
+    let decoded = p
+        .decode
+        .and_then(|d| decode::Checker::new(window, vector, &known, known.len(), &cx.functions, scope, sink).check(d));
     let mut tables = Vec::new();
     let mut new = vec![0; known.len()];
     let tables_ok = checked.iter().all(Option::is_some);

@@ -5,8 +5,8 @@ use std::io::ErrorKind;
 use super::code::{self, Context, Properties, choice};
 use super::consts::{self, Const, Scope, integer, number};
 use super::{Sink, decode, sides};
-use crate::spec::format::{Arithmetic, Cover, Field, Format, Number, Weight, WeightOp, WideTable};
 use crate::spec::expr::Room;
+use crate::spec::format::{Arithmetic, Cover, Field, Format, Number, Weight, WeightOp, WideTable};
 use crate::spec::{Shape, Table, TableSource, mask, table_file};
 use crate::syntax::ast::{self, BinaryOp, Body, CoverExpr, Expr, ExprKind, PropertyKind, TypeName, UnaryOp};
 use crate::syntax::diag::{Diagnostic, Span};
@@ -46,7 +46,9 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
     for property in &b.properties {
         let cure = match &property.kind {
             PropertyKind::Scale(_) => "a format's scales are fields: `field s : f32 per row` and `weight e { e * s }`",
-            PropertyKind::Block(..) if !has_memory => "codes without memory have no blocks: leave it out",
+            PropertyKind::Block(..) if !has_memory => {
+                "a format has a code for each group of weights, and no blocks: leave it out"
+            }
             PropertyKind::Order(_) if !has_memory => "codes without memory have no order: leave it out",
             PropertyKind::Step(_) if !has_memory => {
                 "a format's codes do not overlap: write `bits N for V` in place of window and step"
@@ -160,9 +162,9 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
     let its = of_matrix.iter().map(|f| (&fields[*f].0, fields[*f].1));
     let its = its.map(|(f, span)| by_name(&f.name, f.entries.unwrap_or(1), span));
     let all: Vec<(Table, Span)> = known.iter().cloned().chain(its).collect();
-    let decoded = p.decode.and_then(|d| {
-        decode::Checker::new(window, vector, &all, known.len(), &cx.functions, &scope, sink).check(d)
-    });
+    let decoded = p
+        .decode
+        .and_then(|d| decode::Checker::new(window, vector, &all, known.len(), &cx.functions, &scope, sink).check(d));
     let mut used = vec![false; fields.len()];
     let mut numbers = Vec::new();
     for (i, &f) in of_matrix.iter().enumerate() {

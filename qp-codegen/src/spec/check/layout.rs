@@ -190,7 +190,8 @@ fn place(p: &ast::Place, format: &Format, tensors: &[TensorSpec], scope: &Scope,
     if is_stream != p.bit_name.is_some() || (is_stream && (p.less.is_some() || p.read.is_some())) {
         let message = format!("`{}` is not placed so", p.target.name);
         let d = Diagnostic::error(p.target.span, message, "");
-        return sink.fail(d.hint("`stream(i, j)[b] in …` says for each bit b where it lies; of others `[a..b]` names some"));
+        return sink
+            .fail(d.hint("`stream(i, j)[b] in …` says for each bit b where it lies; of others `[a..b]` names some"));
     }
     let bits = match &p.bits {
         None => (0, width),

@@ -1,12 +1,12 @@
 //! What a format says beside its code: where weights of a stream lie, and what is done to activations and results.
 
+use super::Sink;
 use super::code::Properties;
 use super::consts::{self, Scope, integer};
 use super::layout::{Names, index};
-use super::Sink;
+use crate::spec::Shape;
 use crate::spec::format::{Cover, Field, Number, Step, Trellis};
 use crate::spec::index::Var;
-use crate::spec::Shape;
 use crate::syntax::ast::{self, Body, Expr, ExprKind, Ident, PropertyKind};
 use crate::syntax::diag::{Diagnostic, Span};
 

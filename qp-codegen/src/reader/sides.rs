@@ -237,7 +237,7 @@ mod tests {
         quantizer q {
             bits 8
             values i8
-            decode w { [w] }
+            decode w { [(w ^ 128) - 128] }
             field f : f16 per column
             field p : u8 per column
             field g : f16 per row

@@ -456,6 +456,9 @@ impl Format {
             // Sums of a few numbers of half precision have fewer bits than double precision.
             return (integer as f64 / f64::from(1 << FRACTION)) as f32;
         }
+        if self.offset == 0.into() && self.unit == 1.into() {
+            return integer as f32;
+        }
         let exact = Rational::from(integer).checked_add(self.offset).and_then(|n| n.checked_mul(self.unit));
         exact.map_or(f32::NAN, Rational::to_f32)
     }

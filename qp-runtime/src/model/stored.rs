@@ -201,9 +201,10 @@ impl Stored {
                 if fit.is_some() || !there {
                     continue;
                 }
-                match way.fit(tensors, &names, shape).and_then(|found| Ok((found, way.marks(tensors, name)?))) {
-                    Ok(((reader, pieces), marks)) => fit = Some((way, names, marks, reader, pieces)),
-                    Err(why) => failed = failed.or(Some((way, why))),
+                match (way.fit(tensors, &names, shape), way.marks(tensors, name)) {
+                    (Ok((reader, pieces)), Ok(marks)) => fit = Some((way, names, marks, reader, pieces)),
+                    (Ok(_), Err(why)) => failed = Some((way, why)),
+                    (Err(why), _) => failed = failed.or(Some((way, why))),
                 }
             }
             let wrong = |way: &Way, why: String| {

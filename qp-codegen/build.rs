@@ -33,7 +33,7 @@ fn hash(path: &Path, hasher: &mut DefaultHasher) -> io::Result<()> {
 fn list(specs: &Path) -> io::Result<()> {
     println!("cargo::rerun-if-changed={}", specs.display());
     let mut files = Vec::new();
-    for folder in ["", "tables", "formats", "formats/tables"] {
+    for folder in ["", "tables", "library", "formats", "formats/tables"] {
         let Ok(entries) = fs::read_dir(specs.join(folder)) else { continue };
         for entry in entries {
             let path = entry?.path();

@@ -16,7 +16,7 @@ const DISTORTION: &str = "distortion.toml";
 pub(crate) struct Embedded;
 
 /// Names of the palette's files: formats are no quantizers that one makes.
-fn files() -> impl Iterator<Item = &'static (&'static str, &'static str)> {
+pub(crate) fn files() -> impl Iterator<Item = &'static (&'static str, &'static str)> {
     FILES.iter().filter(|f| f.0.ends_with(".qspec") && !f.0.contains('/'))
 }
 

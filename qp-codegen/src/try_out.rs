@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use qp_codegen::reader::{Book, Reader};
 use qp_codegen::reference;
+use qp_codegen::spec::expr::Room;
 use qp_codegen::spec::format::Format;
 use qp_codegen::spec::{Definition, Quantizer, Shape, mask};
 
@@ -69,8 +70,12 @@ fn of_quantizer(q: &Quantizer, window: u32, out: &mut String) -> Result<(), Stri
 
 fn of_format(f: &Format, code: u32, out: &mut String) -> Result<(), String> {
     fits(code, f.window)?;
+    if let Some(table) = f.numbers.first() {
+        let table = &f.fields[*table].name;
+        return Err(format!("`{}` looks up `{table}`, a table of the matrix: give a layout and tensors", f.name));
+    }
     let mut integers = vec![0; f.vector as usize];
-    f.integers(code, &mut integers);
+    f.integers(code, &[], &mut Room::default(), &mut integers);
     let entries = integers.iter().map(|&i| f.entry(i));
     line!(out, "code {code:#x}: integers {}; entries {}", list(&integers), list(entries));
     Ok(())
@@ -102,8 +107,10 @@ pub fn matrix(f: &Format, layout: &str, shape: Shape, tensors: &[Vec<u8>]) -> Re
             }
             line!(out, "row {row}  {:<8} {}", field.name, numbers.join(" "));
         }
-        let codes = (0..shape.cols / f.vector).map(|k| reader.code(&bytes, row, k));
-        line!(out, "row {row}  {:<8} {}", "codes", list(codes));
+        if f.trellis.is_none() {
+            let codes = (0..shape.cols / f.vector).map(|k| reader.code(&bytes, row, k));
+            line!(out, "row {row}  {:<8} {}", "codes", list(codes));
+        }
         let mut weights = vec![0.0; shape.cols as usize];
         reader.read(&bytes, row, 0, &mut weights);
         line!(out, "row {row}  {:<8} {}", "weights", list(weights));

@@ -25,28 +25,33 @@ impl RandomModel {
     /// Two layers, hidden 64, feed-forward 96, 4 heads of 8 (so heads · width ≠ hidden), 2 key/value heads, untied;
     /// with biases of q, k and v if the architecture is `Qwen2ForCausalLM`, with norms of heads if `Qwen3ForCausalLM`.
     pub fn new(architecture: &str) -> Self {
+        Self::sized(architecture, 64, 96, 8)
+    }
+
+    /// As [`RandomModel::new`], with other sizes of hidden, feed-forward and head.
+    pub fn sized(architecture: &str, hidden: usize, inner: usize, head: usize) -> Self {
         let config = json!({
-            "architectures": [architecture], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCAB,
+            "architectures": [architecture], "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head, "vocab_size": VOCAB,
             "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 1000.0, "hidden_act": "silu",
             "tie_word_embeddings": false,
         });
         let mut model = RandomModel { config, tensors: BTreeMap::new() };
         let mut random = Random(1);
         for name in ["model.embed_tokens.weight", "lm_head.weight"] {
-            model.random(&mut random, name, &[VOCAB, 64]);
+            model.random(&mut random, name, &[VOCAB, hidden]);
         }
-        model.random(&mut random, "model.norm.weight", &[64]);
+        model.random(&mut random, "model.norm.weight", &[hidden]);
         for i in 0..2 {
             let bias = architecture == "Qwen2ForCausalLM";
             for (name, rows, cols, bias) in [
-                ("self_attn.q_proj", 32, 64, bias),
-                ("self_attn.k_proj", 16, 64, bias),
-                ("self_attn.v_proj", 16, 64, bias),
-                ("self_attn.o_proj", 64, 32, false),
-                ("mlp.gate_proj", 96, 64, false),
-                ("mlp.up_proj", 96, 64, false),
-                ("mlp.down_proj", 64, 96, false),
+                ("self_attn.q_proj", 4 * head, hidden, bias),
+                ("self_attn.k_proj", 2 * head, hidden, bias),
+                ("self_attn.v_proj", 2 * head, hidden, bias),
+                ("self_attn.o_proj", hidden, 4 * head, false),
+                ("mlp.gate_proj", inner, hidden, false),
+                ("mlp.up_proj", inner, hidden, false),
+                ("mlp.down_proj", hidden, inner, false),
             ] {
                 model.random(&mut random, &format!("model.layers.{i}.{name}.weight"), &[rows, cols]);
                 if bias {
@@ -54,10 +59,10 @@ impl RandomModel {
                 }
             }
             for name in ["input_layernorm", "post_attention_layernorm"] {
-                model.random(&mut random, &format!("model.layers.{i}.{name}.weight"), &[64]);
+                model.random(&mut random, &format!("model.layers.{i}.{name}.weight"), &[hidden]);
             }
             for name in ["q_norm", "k_norm"].iter().filter(|_| architecture == "Qwen3ForCausalLM") {
-                model.random(&mut random, &format!("model.layers.{i}.self_attn.{name}.weight"), &[8]);
+                model.random(&mut random, &format!("model.layers.{i}.self_attn.{name}.weight"), &[head]);
             }
         }
         model

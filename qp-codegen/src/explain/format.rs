@@ -30,13 +30,33 @@ pub fn explain(f: &Format) -> String {
     let fields = if of_fields.is_empty() { String::new() } else { format!(" ({})", of_fields.join(", ")) };
     line!(o, "  rate        {} bits a weight, {} with fields{fields}", decimal(codes), decimal(all));
     let s = if f.vector == 1 { "" } else { "s" };
-    line!(o, "  codes       {} bits for {} weight{s}, without memory", f.window, f.vector);
+    match &f.trellis {
+        None => line!(o, "  codes       {} bits for {} weight{s}, without memory", f.window, f.vector),
+        Some(t) => {
+            let (n, v, k) = (f.window, f.vector, t.step);
+            line!(o, "  codes       windows of {n} bits for {v} weight{s}, {k} bits apart");
+            let (rows, cols, bits) = (t.block.rows, t.block.cols, t.bits(f.vector));
+            line!(o, "  block       {rows} x {cols} weights in {bits} bits, whose first follows the last");
+        }
+    }
     let offset = if f.offset == 0.into() { String::new() } else { format!(" + {}", f.offset) };
     let unit = if f.unit == 1.into() { String::new() } else { format!(" x {}", f.unit) };
-    line!(o, "  entry       integer of {} bits{offset}{unit}", f.entry_bits);
+    match f.numbers.is_empty() {
+        true => line!(o, "  entry       integer of {} bits{offset}{unit}", f.entry_bits),
+        false => line!(o, "  entry       sum of numbers of tables, rounded once to single precision"),
+    }
     line!(o, "  weight      {}; each operation rounded to single precision", weight(f));
+    for (name, steps) in [("input ", &f.input), ("output", &f.output)] {
+        if !steps.is_empty() {
+            line!(o, "  {name}      {}", f.steps_text(steps));
+        }
+    }
     for field in &f.fields {
         match field.entries {
+            Some(n) if field.width > 1 => {
+                let (name, ty, v) = (&field.name, field.ty.text(), field.width);
+                line!(o, "  table       {name}[{n}]: vectors of {v} {ty} of each matrix");
+            }
             Some(n) => line!(o, "  table       {}[{n}]: {} of each matrix", field.name, field.ty.text()),
             None => line!(o, "  field       {}: {} for {}", field.name, field.ty.text(), field.cover.text()),
         }

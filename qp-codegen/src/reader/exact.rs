@@ -120,7 +120,7 @@ impl Reader {
             for (m, &(_, ty, count)) in tensor.members.iter().enumerate() {
                 let field = layout.places.iter().find_map(|p| match p.target {
                     Target::Field(f) if (p.tensor, p.member) == (t, m) => Some(format.fields[f].ty),
-                    Target::Field(_) | Target::Code => None,
+                    Target::Field(_) | Target::Code | Target::Stream => None,
                 });
                 let ty = field.filter(|f| f.bits() == ty.bits()).unwrap_or(ty);
                 let (size, first) = (ty.bits() as usize / 8, tensor.member_at(m) as usize / 8);

@@ -29,15 +29,29 @@ pub fn hash(f: &Format) -> String {
 fn body(f: &Format) -> String {
     let mut out = "{\n".to_string();
     let o = &mut out;
-    let vector = if f.vector == 1 { String::new() } else { format!(" for {}", f.vector) };
-    line!(o, "    bits   {}{vector}", f.window);
+    match &f.trellis {
+        None => {
+            let vector = if f.vector == 1 { String::new() } else { format!(" for {}", f.vector) };
+            line!(o, "    bits   {}{vector}", f.window);
+        }
+        Some(t) => {
+            line!(o, "    window {}", f.window);
+            line!(o, "    vector {}", f.vector);
+            line!(o, "    step   {}", t.step);
+            line!(o, "    block  {} x {}", t.block.rows, t.block.cols);
+            let [row, col] = t.order.each_ref().map(Index::text);
+            line!(o, "    order  {} {{ [{row}, {col}] }}", Var::First.name());
+        }
+    }
     let zero = Rational::from(0);
     let offset = match f.offset.compare(zero) {
         Some(std::cmp::Ordering::Greater) => format!(" + {}", f.offset),
         Some(std::cmp::Ordering::Less) => format!(" {}", f.offset),
         _ => String::new(),
     };
-    line!(o, "    values i{}{offset}", f.entry_bits);
+    if f.numbers.is_empty() {
+        line!(o, "    values i{}{offset}", f.entry_bits);
+    }
     if f.unit != 1.into() {
         line!(o, "    unit   {}", f.unit);
     }
@@ -50,7 +64,8 @@ fn body(f: &Format) -> String {
         line!(o, "    ]");
     }
     line!(o, "    decode w {{");
-    let tables: Vec<&str> = f.tables.iter().map(|t| t.name.as_str()).collect();
+    let of_matrix = f.numbers.iter().map(|n| f.fields[*n].name.as_str());
+    let tables: Vec<&str> = f.tables.iter().map(|t| t.name.as_str()).chain(of_matrix).collect();
     decode(&tables, &f.decode, "        ", o);
     line!(o, "    }}");
     for field in &f.fields {
@@ -61,7 +76,13 @@ fn body(f: &Format) -> String {
     }
     line!(o, "    weight {} {{", entry_name(f));
     line!(o, "        {}", weight(f));
-    line!(o, "    }}\n}}");
+    line!(o, "    }}");
+    for (name, steps) in [("input ", &f.input), ("output", &f.output)] {
+        if !steps.is_empty() {
+            line!(o, "    {name} {}", f.steps_text(steps));
+        }
+    }
+    line!(o, "}}");
     out
 }
 
@@ -118,15 +139,17 @@ fn layout(f: &Format, l: &Layout, out: &mut String) {
 fn place(f: &Format, l: &Layout, p: &Place) -> String {
     let (name, count, width) = match p.target {
         Target::Code => ("code", 2, f.window),
+        Target::Stream => ("stream", 2, p.bits.1),
         Target::Field(i) => {
             let field = &f.fields[i];
-            let count = if field.entries.is_some() { 1 } else { field.cover.indices() };
-            (field.name.as_str(), count, field.ty.bits())
+            (field.name.as_str(), field.indices(), field.ty.bits())
         }
     };
     let vars = [Var::First.name(), Var::Second.name()][..count].join(", ");
     let mut out = format!("{name}({vars})");
-    if p.bits != (0, width) {
+    if p.target == Target::Stream {
+        let _ = write!(out, "[{}]", Var::Bit.name());
+    } else if p.bits != (0, width) {
         let _ = write!(out, "[{}..{}]", p.bits.0, p.bits.1);
     }
     if p.less > 0 {

@@ -250,44 +250,70 @@ impl Decode {
     }
 }
 
+/// Room for the values of a [`Decode`]'s nodes, so that one window after the other is evaluated without allocation.
+#[derive(Debug, Default)]
+pub struct Room {
+    words: Vec<u32>,
+    lanes: Vec<i64>,
+}
+
 impl Decode {
-    /// As [`Decode::eval`], with entries of 32 bits and any `vector`: what formats use. `table` gives component `k` of
-    /// entry `i` (not yet reduced by its length) of a table.
-    pub fn eval_wide(&self, code: u32, vector: usize, table: &dyn Fn(u32, u32, usize) -> i32, out: &mut [i32]) {
-        enum Value {
-            Word(u32),
-            Vector(Vec<i32>),
-        }
-        let mut values: Vec<Value> = Vec::with_capacity(self.nodes.len());
-        for op in &self.nodes {
-            let word = |n: &Node| match &values[n.0 as usize] {
-                Value::Word(w) => *w,
-                Value::Vector(v) => v.first().map_or(0, |x| *x as u32),
+    /// As [`Decode::eval`], with entries of 64 bits and any `vector`: what formats use. `table` gives component `k` of
+    /// entry `i` (not yet reduced by its length) of a table. `out` gets the entries.
+    pub fn eval_wide(
+        &self,
+        code: u32,
+        vector: usize,
+        table: &dyn Fn(u32, u32, usize) -> i64,
+        room: &mut Room,
+        out: &mut [i64],
+    ) {
+        let Room { words, lanes } = room;
+        words.clear();
+        lanes.resize(self.nodes.len() * vector, 0);
+        for (n, op) in self.nodes.iter().enumerate() {
+            let word = |n: &Node| words[n.0 as usize];
+            let (before, rest) = lanes.split_at_mut(n * vector);
+            let target = &mut rest[..vector];
+            let both = |a: &Node, b: &Node| {
+                let of = |n: &Node| before[n.0 as usize * vector..][..vector].iter().copied();
+                of(a).zip(of(b))
             };
-            let lane = |n: &Node, k: usize| match &values[n.0 as usize] {
-                Value::Word(w) => *w as i32,
-                Value::Vector(v) => v[k],
-            };
-            let lanes = |f: &dyn Fn(usize) -> i32| Value::Vector((0..vector).map(f).collect());
             let value = match op {
-                Op::Window => Value::Word(code),
-                Op::Const(c) => Value::Word(*c),
-                Op::Not(a) => Value::Word(!word(a)),
-                Op::Binary(op, a, b) => Value::Word(op.apply(word(a), word(b))),
-                Op::Byte(a, i) => Value::Word(word(a) >> (8 * i) & 0xff),
-                Op::ByteSum(a) => Value::Word(word(a).to_le_bytes().iter().map(|&b| u32::from(b)).sum()),
-                Op::Bit(a, i) => Value::Word(word(a) >> i & 1),
-                Op::Lookup { table: t, index } => lanes(&|k| table(*t, word(index), k)),
-                Op::Signs(b) => lanes(&|k| -(lane(&b[k], 0) & 1)),
-                Op::Pack(w) => lanes(&|k| word(&w[k]) as i32),
-                Op::Vector(VectorOp::Xor, a, b) => lanes(&|k| lane(a, k) ^ lane(b, k)),
-                Op::Vector(VectorOp::Add, a, b) => lanes(&|k| lane(a, k).wrapping_add(lane(b, k))),
+                Op::Window => code,
+                Op::Const(c) => *c,
+                Op::Not(a) => !word(a),
+                Op::Binary(op, a, b) => op.apply(word(a), word(b)),
+                Op::Byte(a, i) => word(a) >> (8 * i) & 0xff,
+                Op::ByteSum(a) => word(a).to_le_bytes().iter().map(|&b| u32::from(b)).sum(),
+                Op::Bit(a, i) => word(a) >> i & 1,
+                Op::Lookup { table: t, index } => {
+                    let i = word(index);
+                    target.iter_mut().enumerate().for_each(|(k, x)| *x = table(*t, i, k));
+                    0
+                }
+                Op::Signs(b) => {
+                    target.iter_mut().zip(b).for_each(|(x, b)| *x = -i64::from(word(b) & 1));
+                    0
+                }
+                Op::Pack(w) => {
+                    target.iter_mut().zip(w).for_each(|(x, w)| *x = i64::from(word(w) as i32));
+                    0
+                }
+                Op::Vector(op, a, b) => {
+                    target.iter_mut().zip(both(a, b)).for_each(|(x, (a, b))| {
+                        *x = match op {
+                            VectorOp::Xor => a ^ b,
+                            VectorOp::Add => a.wrapping_add(b),
+                        };
+                    });
+                    0
+                }
             };
-            values.push(value);
+            words.push(value);
         }
-        if let Some(Value::Vector(v)) = values.last() {
-            out.copy_from_slice(&v[..out.len()]);
-        }
+        let last = self.nodes.len().saturating_sub(1) * vector;
+        out.copy_from_slice(&lanes[last..last + out.len()]);
     }
 }
 

@@ -2,17 +2,27 @@
 //!
 //! # The model
 //!
-//! A [`Format`] is a quantizer without memory whose weights are more than a scale times an entry. Each group of
+//! A [`Format`] is a quantizer whose weights are more than a scale times an entry. Each group of
 //! `vector` weights of a row has a **code** of `window` bits; the decode expression turns it into integers, and
 //! `(integer + offset) × unit`, rounded once to single precision, is the **entry**. Beside the codes stand **fields**:
 //! numbers that the weights of a [`Cover`] share. The [`Weight`] is an expression of the entry and the fields, each of
-//! whose operations is rounded to single precision; that is what the matrix is.
+//! whose operations is rounded to single precision.
+//!
+//! A format may have memory: then the codes are the windows of a block's stream, as a quantizer's are, and the
+//! [`Trellis`] says where in the block each weight of the stream lies.
+//!
+//! Tables that a matrix has of its own may be looked up by codes. The entry is then the sum of their numbers, exact, and
+//! rounded once to single precision.
+//!
+//! A format may have **sides**: what is done to activations before the product, and to results after it ([`Step`]). The
+//! matrix is then the weights with both applied to them: first the steps of the input, from the last to the first, to each
+//! row; then those of the output, from the first to the last, to each column; each operation rounded to single precision.
 //!
 //! What codes and fields mean is one thing, where a file keeps their bits is another: a [`Layout`] names the tensors of
 //! a file and, for codes and fields, the place of each bit. [`crate::reader`] reads weights by a layout.
 
 use super::Shape;
-use super::expr::Decode;
+use super::expr::{Decode, Room};
 use super::index::Index;
 use crate::syntax::number::Rational;
 use half::{bf16, f16};
@@ -179,6 +189,18 @@ pub struct Field {
     pub cover: Cover,
     /// For a table that each matrix has of its own, its entries.
     pub entries: Option<u32>,
+    /// Numbers of an entry: the format's `vector` for a table that codes look up, else 1.
+    pub width: u32,
+}
+
+impl Field {
+    /// Indices of a number in a layout.
+    pub fn indices(&self) -> usize {
+        match self.entries {
+            Some(_) => 1 + usize::from(self.width > 1),
+            None => self.cover.indices(),
+        }
+    }
 }
 
 /// A table of a format's codes.
@@ -251,6 +273,55 @@ pub struct Weight {
     pub ops: Vec<WeightOp>,
 }
 
+/// How the codes of a format with memory lie in a block's stream.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Trellis {
+    /// Bits that the window moves forward.
+    pub step: u32,
+    /// Shape of a block.
+    pub block: Shape,
+    /// Row and column in the block of weight number [`Var::First`](super::index::Var::First) of the stream.
+    pub order: [Index; 2],
+}
+
+impl Trellis {
+    /// Bits of a block's stream, with so many weights a step.
+    pub fn bits(&self, vector: u32) -> u32 {
+        self.block.len() as u32 / vector * self.step
+    }
+
+    /// Row and column of each weight of the stream; where one lies outside of the block or two lie at one place, the
+    /// number of the weight.
+    pub fn places(&self) -> Result<Vec<(u32, u32)>, u32> {
+        let (rows, cols) = (i64::from(self.block.rows), i64::from(self.block.cols));
+        let mut taken = vec![false; self.block.len() as usize];
+        let place = |p: u32| {
+            let of = |side: usize, most: i64| {
+                self.order[side].eval(&|_| p.into()).filter(|x| (0..most).contains(x)).ok_or(p)
+            };
+            let (row, col) = (of(0, rows)?, of(1, cols)?);
+            match std::mem::replace(&mut taken[(row * cols + col) as usize], true) {
+                true => Err(p),
+                false => Ok((row as u32, col as u32)),
+            }
+        };
+        (0..self.block.len() as u32).map(place).collect()
+    }
+}
+
+/// What is done to activations before a product, or to results after it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Step {
+    /// A product with the numbers of a field, one for each column (of activations) or row (of results).
+    Field(usize),
+    /// Orthonormal Hadamard transforms of so many neighbours, a power of two; of all without it.
+    Hadamard(Option<u32>),
+    /// The random signs of a seed: see [`crate::layout::signs`].
+    Signs(u64),
+    /// Number `i` of the result is number `p[i]` of what there was, `p` a field.
+    Permute(usize),
+}
+
 /// A tensor of a layout.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TensorSpec {
@@ -281,6 +352,8 @@ impl TensorSpec {
 pub enum Target {
     /// Codes, by row and group of `vector` columns.
     Code,
+    /// The stream of a block, by row and column of blocks.
+    Stream,
     /// A field.
     Field(usize),
 }
@@ -326,7 +399,7 @@ pub struct Layout {
 pub struct Format {
     /// Name, not part of the content hash.
     pub name: String,
-    /// Bits of a code, 1..=18.
+    /// Bits of a code, 1..=24.
     pub window: u32,
     /// Weights of a code, 1..=16.
     pub vector: u32,
@@ -346,31 +419,70 @@ pub struct Format {
     pub weight: Weight,
     /// Where files keep the bits.
     pub layouts: Vec<Layout>,
+    /// How windows overlap, if codes have memory.
+    pub trellis: Option<Trellis>,
+    /// Tables of the matrix that the decode expression looks up, which come after [`Format::tables`]: their fields.
+    pub numbers: Vec<usize>,
+    /// What is done to activations.
+    pub input: Vec<Step>,
+    /// What is done to results.
+    pub output: Vec<Step>,
 }
 
+/// Numbers of a matrix's tables are multiples of 2 to the power of minus this, of which half precision has no smaller.
+const FRACTION: u32 = 24;
+
+/// Most entries that are written out.
+const MOST_ENTRIES: u64 = 1 << 21;
+
 impl Format {
-    /// The integers of `code`: `vector` of them.
-    pub fn integers(&self, code: u32, out: &mut [i32]) {
-        let table = |t: u32, i: u32, k: usize| {
-            let t = &self.tables[t as usize];
-            t.values[(i % t.entries) as usize * self.vector as usize + k]
+    /// The integers of `code`: `vector` of them. `numbers` has what [`Format::numbers`] hold, entry-major, as
+    /// [`number`] makes it.
+    pub fn integers(&self, code: u32, numbers: &[Vec<i64>], room: &mut Room, out: &mut [i64]) {
+        let (kept, v) = (self.tables.len(), self.vector as usize);
+        let table = |t: u32, i: u32, k: usize| match self.tables.get(t as usize) {
+            Some(t) => t.values[(i % t.entries) as usize * v + k].into(),
+            None => {
+                let t = &numbers[t as usize - kept];
+                t[i as usize % (t.len() / v) * v + k]
+            }
         };
-        self.decode.eval_wide(code, self.vector as usize, &table, out);
+        self.decode.eval_wide(code, v, &table, room, out);
     }
 
     /// The entry that `integer` makes: `(integer + offset) × unit`, rounded once.
-    pub fn entry(&self, integer: i32) -> f32 {
-        let exact = Rational::from(i64::from(integer)).checked_add(self.offset).and_then(|n| n.checked_mul(self.unit));
+    pub fn entry(&self, integer: i64) -> f32 {
+        if !self.numbers.is_empty() {
+            // Sums of a few numbers of half precision have fewer bits than double precision.
+            return (integer as f64 / f64::from(1 << FRACTION)) as f32;
+        }
+        if self.offset == 0.into() && self.unit == 1.into() {
+            return integer as f32;
+        }
+        let exact = Rational::from(integer).checked_add(self.offset).and_then(|n| n.checked_mul(self.unit));
         exact.map_or(f32::NAN, Rational::to_f32)
     }
 
-    /// All entries, code-major: 2^window × vector.
+    /// Whether something is done to activations or results.
+    pub fn has_sides(&self) -> bool {
+        !self.input.is_empty() || !self.output.is_empty()
+    }
+
+    /// Whether all entries are known without a matrix, and few enough to be written out.
+    pub fn has_book(&self) -> bool {
+        self.numbers.is_empty() && u64::from(self.vector) << self.window <= MOST_ENTRIES
+    }
+
+    /// All entries, code-major: 2^window × vector. None unless [`Format::has_book`].
     pub fn book(&self) -> Vec<f32> {
+        if !self.has_book() {
+            return Vec::new();
+        }
         let v = self.vector as usize;
-        let mut integers = vec![0; v];
+        let (mut integers, mut room) = (vec![0; v], Room::default());
         let mut out = Vec::with_capacity(v << self.window);
         for code in 0..1u32 << self.window {
-            self.integers(code, &mut integers);
+            self.integers(code, &[], &mut room, &mut integers);
             out.extend(integers.iter().map(|&i| self.entry(i)));
         }
         out
@@ -378,7 +490,8 @@ impl Format {
 
     /// Bits a weight: of the codes, and with the fields whose share does not depend on the matrix.
     pub fn rate(&self) -> (f64, f64) {
-        let codes = f64::from(self.window) / f64::from(self.vector);
+        let step = self.trellis.as_ref().map_or(self.window, |t| t.step);
+        let codes = f64::from(step) / f64::from(self.vector);
         let of = |f: &Field| f.cover.weights().map(|n| f64::from(f.ty.bits()) / n as f64);
         (codes, codes + self.fields.iter().filter_map(of).sum::<f64>())
     }
@@ -386,6 +499,18 @@ impl Format {
     /// The layout called `name`.
     pub fn layout(&self, name: &str) -> Option<&Layout> {
         self.layouts.iter().find(|l| l.name == name)
+    }
+
+    /// Steps of input or output as they are written.
+    pub fn steps_text(&self, steps: &[Step]) -> String {
+        let one = |s: &Step| match *s {
+            Step::Field(i) => self.fields[i].name.clone(),
+            Step::Hadamard(None) => "hadamard".into(),
+            Step::Hadamard(Some(n)) => format!("hadamard({n})"),
+            Step::Signs(seed) => format!("signs(seed = {seed})"),
+            Step::Permute(i) => format!("permute({})", self.fields[i].name),
+        };
+        steps.iter().map(one).collect::<Vec<_>>().join(", ")
     }
 
     /// Self-contained text: the quantizer with everything evaluated, and its layouts. Reads back as an equal format.
@@ -397,6 +522,11 @@ impl Format {
     pub fn hash(&self) -> String {
         super::canonical_format::hash(self)
     }
+}
+
+/// A number of a matrix's table that codes look up, as a multiple of a power of two; nothing if it is none, or infinite.
+pub fn number(value: f32) -> Option<i64> {
+    value.is_finite().then(|| (f64::from(value) * f64::from(1 << FRACTION)) as i64)
 }
 
 #[cfg(test)]

@@ -17,6 +17,8 @@ pub enum Var {
     First,
     /// The second index of a target.
     Second,
+    /// The bit of a stream.
+    Bit,
     /// What is stored, in a `read` block.
     Stored,
 }
@@ -29,6 +31,7 @@ impl Var {
             Var::Cols => "cols",
             Var::First => "i",
             Var::Second => "j",
+            Var::Bit => "n",
             Var::Stored => "b",
         }
     }
@@ -269,6 +272,16 @@ impl Index {
                     | IndexOp::Eq => (p.stride == 0 && q.stride == 0).then_some(p),
                 }
             }
+        }
+    }
+
+    /// Whether the expression has the variable `v`.
+    pub fn has(&self, v: Var) -> bool {
+        match self {
+            Index::Const(_) => false,
+            Index::Var(w) => *w == v,
+            Index::Binary(_, a, b) => a.has(v) || b.has(v),
+            Index::If(a, b, c) => a.has(v) || b.has(v) || c.has(v),
         }
     }
 

@@ -5,7 +5,8 @@ use std::path::{Component, Path, PathBuf};
 
 use super::check::{self, Files, Parsed, Sink};
 use super::{Format, Fusion, Quantizer, TableSource};
-use crate::syntax::ast::Item;
+use crate::palette::Embedded;
+use crate::syntax::ast::{Ident, Item, Use};
 use crate::syntax::diag::{Diagnostic, Diagnostics, FileId, Severity, Sources, Span, nearest};
 use crate::syntax::{diag, parse};
 use crate::text_file;
@@ -88,7 +89,7 @@ pub fn load_file(path: impl AsRef<Path>) -> Result<Library, Diagnostics> {
 /// ```
 pub fn load_str(name: &str, text: &str) -> Result<Library, Diagnostics> {
     let mut loader = Loader::new(&Disk);
-    loader.parse(name, Path::new(""), text);
+    loader.parse(name, Path::new(""), text, false);
     loader.finish()
 }
 
@@ -99,7 +100,7 @@ pub fn load_str(name: &str, text: &str) -> Result<Library, Diagnostics> {
 /// All that is wrong with the text, files that it names included.
 pub fn load_alone(name: &str, text: &str) -> Result<Library, Diagnostics> {
     let mut loader = Loader::new(&Nothing);
-    loader.parse(name, Path::new(""), text);
+    loader.parse(name, Path::new(""), text, false);
     loader.finish()
 }
 
@@ -118,7 +119,7 @@ pub(crate) fn load_from(files: &dyn Files, path: &Path) -> Result<Library, Diagn
     let mut loader = Loader::new(files);
     match files.read(path) {
         Ok(text) => {
-            loader.parse(&path.display().to_string(), path, &text);
+            loader.parse(&path.display().to_string(), path, &text, false);
         }
         Err(e) => loader.sink.push(Diagnostic::plain(format!("cannot read {}: {e}", path.display()))),
     }
@@ -140,35 +141,56 @@ impl<'a> Loader<'a> {
     }
 
     /// Parses a text and the files it uses; its index.
-    fn parse(&mut self, name: &str, path: &Path, text: &str) -> usize {
+    fn parse(&mut self, name: &str, path: &Path, text: &str, embedded: bool) -> usize {
         let file = self.sources.add(name, text);
         let mut errors = Vec::new();
         let (tree, _) = parse(file, text, &mut errors);
         errors.into_iter().for_each(|e| self.sink.push(e));
-        let uses: Vec<(String, Span)> = tree
+        let uses: Vec<Use> = tree
             .items
             .iter()
             .filter_map(|i| match i {
-                Item::Use(u) => Some((u.path.name.clone(), u.path.span)),
+                Item::Use(u) => Some(u.clone()),
                 Item::Family(_) | Item::Quantizer(_) | Item::Fusion(_) | Item::Function(_) | Item::Layout(_) => None,
             })
             .collect();
         let index = self.parsed.len();
-        self.parsed.push(Parsed { path: path.to_path_buf(), tree, uses: Vec::new() });
+        self.parsed.push(Parsed { path: path.to_path_buf(), tree, uses: Vec::new(), embedded });
         self.open.push(index);
         let folder = path.parent().unwrap_or(Path::new(""));
-        for (used, span) in uses {
-            match self.used(&plain(&folder.join(used)), span) {
-                Some(i) => self.parsed[index].uses.push(i),
-                None => self.parsed[index].tree.incomplete = true,
+        for Use { path, library, .. } in uses {
+            let files = match library {
+                true => self.library(&path),
+                false => vec![self.used(&plain(&folder.join(&path.name)), path.span, embedded)],
+            };
+            for file in files {
+                match file {
+                    Some(i) => self.parsed[index].uses.push(i),
+                    None => self.parsed[index].tree.incomplete = true,
+                }
             }
         }
         self.open.pop();
         index
     }
 
-    fn used(&mut self, path: &Path, span: Span) -> Option<usize> {
-        if let Some(i) = self.parsed.iter().position(|p| plain(&p.path) == path) {
+    /// The files of a library that is built in.
+    fn library(&mut self, name: &Ident) -> Vec<Option<usize>> {
+        let files: Vec<&str> = match name.name.as_str() {
+            "std" => vec!["library/std.qspec"],
+            "palette" => palette::files().map(|f| f.0).collect(),
+            other => {
+                let d = Diagnostic::error(name.span, format!("there is no library `{other}`"), "");
+                let d =
+                    d.hint("there is `std`, what several formats share, and `palette`; a file is `use \"file.qspec\"`");
+                return vec![self.sink.fail(d)];
+            }
+        };
+        files.into_iter().map(|f| self.used(&Path::new("specs").join(f), name.span, true)).collect()
+    }
+
+    fn used(&mut self, path: &Path, span: Span, embedded: bool) -> Option<usize> {
+        if let Some(i) = self.parsed.iter().position(|p| p.embedded == embedded && plain(&p.path) == path) {
             if self.open.contains(&i) {
                 let d = Diagnostic::error(span, "a file cannot use itself", "this leads back to where it is used");
                 return self.sink.fail(d.hint("move what both need to a file of its own"));
@@ -179,8 +201,9 @@ impl<'a> Loader<'a> {
             let d = Diagnostic::error(span, format!("more than {MOST_OPEN} files use each other in a row"), "");
             return self.sink.fail(d.hint("let one file use the others"));
         }
-        match self.files.read(path) {
-            Ok(text) => Some(self.parse(&path.display().to_string(), path, &text)),
+        let files: &dyn Files = if embedded { &Embedded } else { self.files };
+        match files.read(path) {
+            Ok(text) => Some(self.parse(&path.display().to_string(), path, &text, embedded)),
             Err(e) => {
                 let d = Diagnostic::error(span, format!("cannot read {}: {e}", path.display()), "");
                 self.sink.fail(d.hint("the path is relative to the folder of this file"))
@@ -205,7 +228,7 @@ impl<'a> Loader<'a> {
             let d = d.hint("a file holds `quantizer name { … }`, families, fusion patterns and `use`");
             found.list.push(Diagnostic { severity: Severity::Warning, ..d });
         }
-        let mut files: Vec<PathBuf> = self.parsed.into_iter().map(|p| p.path).collect();
+        let mut files: Vec<PathBuf> = self.parsed.into_iter().filter(|p| !p.embedded).map(|p| p.path).collect();
         files.retain(|f| !f.as_os_str().is_empty());
         for t in quantizers.iter().flat_map(|q| &q.codes).flat_map(|c| &c.tables).filter(|t| !t.values.is_empty()) {
             match &t.source {

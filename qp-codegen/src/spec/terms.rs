@@ -22,6 +22,7 @@
 //! with it at the end, as the scales of the palette's quantizers are.
 
 use super::Shape;
+use super::expr::Room;
 use super::format::{Arithmetic, Cover, Field, Format, Number, Weight, WeightOp};
 use crate::syntax::number::Rational;
 
@@ -52,8 +53,17 @@ pub enum Inexact {
     /// A weight that is no straight line through the entries.
     #[error("its weight is not the entry times fields, plus fields")]
     NoLine,
+    /// A window that overlaps others.
+    #[error("its codes have memory")]
+    Memory,
+    /// Steps of input or output.
+    #[error("its activations or results are transformed")]
+    Sides,
+    /// Codes that are too many to write out.
+    #[error("codes of {0} bits are too many to write their entries out")]
+    Long(u32),
     /// Tables of a matrix.
-    #[error("its weight looks up `{0}`, a table of the matrix")]
+    #[error("`{0}`, a table of the matrix, is looked up")]
     Lookup(String),
     /// Columns that share a number are no runs of a tile.
     #[error("`{field}` is for {cover}: runs are of 16, 32, 64 or a multiple of 128 columns")]
@@ -135,12 +145,25 @@ impl Terms {
     /// # Errors
     /// If its products are not computed exactly, why.
     pub fn of(format: &Format) -> Result<Terms, Inexact> {
-        let mut integers = vec![0; format.vector as usize];
+        if format.trellis.is_some() {
+            return Err(Inexact::Memory);
+        }
+        if format.has_sides() {
+            return Err(Inexact::Sides);
+        }
+        if let Some(table) = format.numbers.first() {
+            return Err(Inexact::Lookup(format.fields[*table].name.clone()));
+        }
+        if !format.has_book() {
+            return Err(Inexact::Long(format.window));
+        }
+        let (mut integers, mut room) = (vec![0; format.vector as usize], Room::default());
         let (mut lowest, mut highest) = (i32::MAX, i32::MIN);
         for code in 0..1u32 << format.window {
-            format.integers(code, &mut integers);
+            format.integers(code, &[], &mut room, &mut integers);
             for &i in &integers {
-                (lowest, highest) = (lowest.min(i), highest.max(i));
+                // The integers of a checked format are of its entries' type.
+                (lowest, highest) = (lowest.min(i as i32), highest.max(i as i32));
             }
         }
         let most = lowest.unsigned_abs().max(highest.unsigned_abs()).max(1);
@@ -368,8 +391,12 @@ mod tests {
         let why = |name: &str| of(name).unwrap_err().to_string();
         assert_eq!(why("fp8_128"), "its entries are -245760 to 245760, more than a byte holds");
         assert!(why("iq1_m").contains("`down` is for 1 x 8"), "{}", why("iq1_m"));
+        assert_eq!(why("exl3_mul1_3"), "its codes have memory");
+        assert_eq!(why("e8p"), "its activations or results are transformed");
+        assert_eq!(why("aqlm_2x8"), "`a`, a table of the matrix, is looked up");
+        assert_eq!(why("iq3_xxs"), "codes of 23 bits are too many to write their entries out");
         let exact = formats::names().into_iter().filter(|n| of(n).is_ok()).count();
-        assert_eq!((exact, formats::names().len()), (34, 45));
+        assert_eq!((exact, formats::names().len()), (35, 92));
     }
 
     #[test]

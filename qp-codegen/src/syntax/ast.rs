@@ -24,7 +24,7 @@ pub struct File {
 /// What may stand at the top of a file.
 #[derive(Clone, Debug)]
 pub enum Item {
-    /// `use "file.qspec"`
+    /// `use "file.qspec"` or `use std`
     Use(Use),
     /// `family name(parameters) { … }`
     Family(Family),
@@ -134,10 +134,12 @@ pub struct TypeName {
 /// `target(variables)[a..b] - constant in place`
 #[derive(Clone, Debug)]
 pub struct Place {
-    /// `code`, or a field or table.
+    /// `code`, `stream`, or a field or table.
     pub target: Ident,
     /// Names of its indices.
     pub vars: Vec<Ident>,
+    /// The name of a bit's number, of a stream: `stream(i, j)[b]`.
+    pub bit_name: Option<Ident>,
     /// Which of its bits: all without it.
     pub bits: Option<(Expr, Expr)>,
     /// What is stored is less by this.
@@ -181,8 +183,10 @@ pub struct FieldDecl {
 /// Makes the families and quantizers of another file known.
 #[derive(Clone, Debug)]
 pub struct Use {
-    /// Path, relative to this file's folder.
+    /// Path, relative to this file's folder, or the name of a library.
     pub path: Ident,
+    /// True for a library that is built in.
+    pub library: bool,
     /// The whole item.
     pub span: Span,
 }
@@ -286,6 +290,23 @@ pub enum PropertyKind {
     Field(FieldDecl),
     /// `weight entry { … }`
     Weight(Decode),
+    /// `order weight { … [row, column] }`
+    Order(Decode),
+    /// `input step, …`
+    Input(Vec<Step>),
+    /// `output step, …`
+    Output(Vec<Step>),
+}
+
+/// A step of what is done to activations or results: `su`, `hadamard`, `hadamard(128)`, `signs(seed = 0)`, `permute(p)`.
+#[derive(Clone, Debug)]
+pub struct Step {
+    /// A field, or what is done.
+    pub name: Ident,
+    /// An argument without a name.
+    pub value: Option<Expr>,
+    /// Arguments with names.
+    pub args: Vec<Arg>,
 }
 
 /// `name = constant` in parentheses.

@@ -133,7 +133,7 @@ impl Plan {
                     self.body(inner);
                     continue;
                 }
-                PropertyKind::Decode(d) | PropertyKind::Weight(d) => self.decode(d),
+                PropertyKind::Decode(d) | PropertyKind::Weight(d) | PropertyKind::Order(d) => self.decode(d),
                 PropertyKind::Window(_)
                 | PropertyKind::Vector(_)
                 | PropertyKind::Step(_)
@@ -143,6 +143,8 @@ impl Plan {
                 | PropertyKind::Table(_)
                 | PropertyKind::Bits(..)
                 | PropertyKind::Field(_)
+                | PropertyKind::Input(_)
+                | PropertyKind::Output(_)
                 | PropertyKind::Scale(_)
                 | PropertyKind::Rotate(..) => (),
             }

@@ -11,9 +11,9 @@ use super::lexer::{Lexed, Token, TokenKind, lex};
 pub const ITEMS: [&str; 6] = ["use", "family", "quantizer", "fusion", "function", "layout"];
 
 /// Keywords that begin a property.
-pub const PROPERTIES: [&str; 15] = [
+pub const PROPERTIES: [&str; 18] = [
     "let", "window", "vector", "step", "bits", "block", "values", "unit", "table", "decode", "field", "weight",
-    "scale", "rotate", "code",
+    "scale", "rotate", "code", "order", "input", "output",
 ];
 
 /// Words that cannot be names.
@@ -235,8 +235,12 @@ impl<'a> Parser<'a> {
 
     fn use_item(&mut self) -> Parse<Use> {
         let start = self.next().span;
-        let path = self.string("the path of a file in double quotes")?;
-        Ok(Use { span: start.to(path.span), path })
+        let library = self.peek().kind == TokenKind::Name && !self.peek().first_on_line;
+        let path = match library {
+            true => self.name("the name of a library")?,
+            false => self.string("the path of a file in double quotes, or `std` or `palette`")?,
+        };
+        Ok(Use { span: start.to(path.span), path, library })
     }
 
     fn family(&mut self, doc: Vec<String>) -> Parse<Family> {
@@ -401,6 +405,9 @@ impl<'a> Parser<'a> {
             }
             "field" => PropertyKind::Field(self.field()?),
             "weight" => PropertyKind::Weight(self.decode("a name for the entry, as in `weight e {`", "weight")?),
+            "order" => PropertyKind::Order(self.decode("a name for the weight's number, as in `order p {`", "order")?),
+            "input" => PropertyKind::Input(self.steps()?),
+            "output" => PropertyKind::Output(self.steps()?),
             _ => return self.expected("a property"),
         };
         Ok(Property { span: keyword.span.to(self.last()), keyword, kind })
@@ -480,6 +487,7 @@ impl<'a> Parser<'a> {
                 self.fail(d.hint(match kind {
                     "decode" => "end the block with the entries, as in `t[h >> 23]`",
                     "weight" => "end the block with the weight, as in `e * s`",
+                    "order" => "end the block with the weight's place, as in `[p / 16, p % 16]`",
                     _ => "end the block with an expression",
                 }))
             }

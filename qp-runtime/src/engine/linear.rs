@@ -202,7 +202,7 @@ fn address_of_bytes(tensor: &Tensor) -> usize {
 /// All weights of a matrix, if `arena` has room for them.
 fn all(w: &Tensor, cols: usize, arena: &Arc<Arena>) -> Option<Piece<f32>> {
     let mut out = arena.take(w.len())?;
-    let task = (TASK / cols.max(1)).max(1) * cols.max(1);
+    let task = (TASK / cols.max(1)).max(1).next_multiple_of(w.band()) * cols.max(1);
     out.par_chunks_mut(task).enumerate().for_each(|(i, part)| w.read(i * task, part));
     Some(out)
 }
@@ -210,20 +210,25 @@ fn all(w: &Tensor, cols: usize, arena: &Arc<Arena>) -> Option<Piece<f32>> {
 /// `x·Wᵀ`: tokens × rows. `kept` are the weights, if they were written out.
 fn dense(w: &Tensor, kept: Option<&[f32]>, rows: usize, cols: usize, x: &[f32]) -> Vec<f32> {
     let tokens = x.len() / cols;
-    let task = (TASK / cols.max(1)).max(1);
+    // Rows that are read together, and how many bands of them are a task.
+    let band = if kept.is_some() { 1 } else { w.band() };
+    let task = (TASK / cols.max(1)).max(1).next_multiple_of(band);
     // Rows × tokens, so that the rows of tasks are apart.
     let mut by_row = vec![0f32; rows * tokens];
     by_row.par_chunks_mut((task * tokens).max(1)).enumerate().for_each_init(
-        || vec![0f32; cols],
-        |weights, (i, out)| {
-            for (r, out) in out.chunks_exact_mut(tokens).enumerate() {
-                let start = (i * task + r) * cols;
-                match kept {
-                    Some(kept) => row_products(&kept[start..start + cols], x, out),
+        || vec![0f32; band * cols],
+        |buffer, (i, out)| {
+            for (b, out) in out.chunks_mut((band * tokens).max(1)).enumerate() {
+                let (start, len) = ((i * task + b * band) * cols, out.len() / tokens * cols);
+                let weights = match kept {
+                    Some(kept) => &kept[start..start + len],
                     None => {
-                        w.read(start, weights);
-                        row_products(weights, x, out);
+                        w.read(start, &mut buffer[..len]);
+                        &buffer[..len]
                     }
+                };
+                for (weights, out) in weights.chunks_exact(cols).zip(out.chunks_exact_mut(tokens)) {
+                    row_products(weights, x, out);
                 }
             }
         },

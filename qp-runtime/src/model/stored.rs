@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use qp_codegen::formats;
 use qp_codegen::reader::{Book, Reader};
 use qp_codegen::spec::Shape;
-use qp_codegen::spec::format::{Cover, Layout};
+use qp_codegen::spec::format::{Cover, Format, Layout};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -19,8 +19,8 @@ use super::tensors::{Kind, Piece, TensorDir};
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Import {
-    /// The format.
-    format: String,
+    /// The format, or several that differ in their tensors.
+    format: OneOrMore,
     /// Its layout.
     layout: String,
     /// JSON pointers into `quantization_config`, and what must stand there. `false` may be absent too.
@@ -34,6 +34,28 @@ struct Import {
     /// Tensors beside a matrix that say how activations would be rounded, which they are not.
     #[serde(default)]
     beside: Vec<String>,
+    /// Tensors of one number beside a matrix that tell the format, and that number.
+    #[serde(default)]
+    marks: BTreeMap<String, u32>,
+    /// Tensors beside a matrix that tell of another format.
+    #[serde(default)]
+    unmarked: Vec<String>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum OneOrMore {
+    One(String),
+    More(Vec<String>),
+}
+
+impl OneOrMore {
+    fn names(&self) -> &[String] {
+        match self {
+            OneOrMore::One(name) => std::slice::from_ref(name),
+            OneOrMore::More(names) => names,
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -57,13 +79,37 @@ pub struct Stored {
 /// A format and layout, and what lies beside.
 #[derive(Clone, Debug)]
 struct Way {
-    book: Arc<Book>,
+    format: &'static Format,
+    /// Made when a matrix has it.
+    book: OnceLock<Arc<Book>>,
     import: &'static Import,
 }
 
 impl Way {
     fn layout(&self) -> Option<&Layout> {
-        self.book.format.layout(&self.import.layout)
+        self.format.layout(&self.import.layout)
+    }
+
+    /// Whether tensors beside the matrix `name` tell of this format.
+    fn is_marked(&self, tensors: &TensorDir, name: &str) -> bool {
+        let there = |mark: &String| tensors.contains(&format!("{name}.{mark}"));
+        self.import.marks.keys().all(there) && !self.import.unmarked.iter().any(there)
+    }
+
+    /// The tensors that tell the format of the matrix `name`.
+    ///
+    /// # Errors
+    /// If one of them says something else.
+    fn marks(&self, tensors: &TensorDir, name: &str) -> Result<Vec<String>, String> {
+        let one = |(mark, number): (&String, &u32)| {
+            let mark = format!("{name}.{mark}");
+            let piece = tensors.piece(&mark).map_err(|e| e.to_string())?;
+            match piece.bytes.as_slice() == number.to_le_bytes() {
+                true => Ok(mark),
+                false => Err(format!("'{mark}' is not {number:#x}")),
+            }
+        };
+        self.import.marks.iter().map(one).collect()
     }
 
     /// Names of the tensors of the matrix `name`.
@@ -77,7 +123,8 @@ impl Way {
     /// Why the tensors are no such matrix.
     fn fit(&self, tensors: &TensorDir, names: &[String], shape: Shape) -> Result<(Arc<Reader>, Vec<Piece>), String> {
         let layout = self.layout().ok_or("there is no such layout")?;
-        let reader = Reader::new(&self.book, layout, shape).map_err(|e| e.to_string())?;
+        let book = self.book.get_or_init(|| Arc::new(Book::new(self.format.clone())));
+        let reader = Reader::new(book, layout, shape).map_err(|e| e.to_string())?;
         let mut pieces = Vec::new();
         for (name, wanted) in names.iter().zip(reader.tensors()) {
             let piece = tensors.piece(name).map_err(|e| e.to_string())?;
@@ -93,7 +140,7 @@ impl Way {
 
     /// True if each column has the group that its place says.
     fn in_order(&self, groups: &Piece) -> bool {
-        let covers = self.book.format.fields.iter().filter_map(|f| match f.cover {
+        let covers = self.format.fields.iter().filter_map(|f| match f.cover {
             Cover::Rectangle(s) => Some(s.cols as usize),
             Cover::Matrix | Cover::Row | Cover::Column | Cover::Flat(_) => None,
         });
@@ -105,7 +152,7 @@ impl Way {
 
 impl PartialEq for Stored {
     fn eq(&self, other: &Self) -> bool {
-        let of = |s: &Stored| s.ways.iter().map(|w| std::ptr::from_ref(w.import)).collect::<Vec<_>>();
+        let of = |s: &Stored| s.ways.iter().map(|w| (std::ptr::from_ref(w.import), &w.format.name)).collect::<Vec<_>>();
         of(self) == of(other)
     }
 }
@@ -119,17 +166,17 @@ impl Stored {
         };
         let stands = |(pointer, refused): (&String, &Value)| config.pointer(pointer) == Some(refused);
         let fits = |i: &&Import| i.when.iter().all(holds) && !i.unless.iter().any(stands);
-        let way = |import: &'static Import| {
-            let book = Arc::new(Book::new(formats::get(&import.format)?.clone()));
-            Some(Way { book, import })
+        let ways = |import: &'static Import| {
+            let formats = import.format.names().iter().filter_map(|name| formats::get(name));
+            formats.map(move |format| Way { format, book: OnceLock::new(), import })
         };
-        let ways: Vec<Way> = imports().iter().filter(fits).filter_map(way).collect();
+        let ways: Vec<Way> = imports().iter().filter(fits).flat_map(ways).collect();
         (!ways.is_empty()).then_some(Stored { ways })
     }
 
     /// Names of the formats that are known, for messages.
     pub fn known() -> String {
-        let mut names: Vec<&str> = imports().iter().map(|i| i.format.as_str()).collect();
+        let mut names: Vec<&str> = imports().iter().flat_map(|i| i.format.names()).map(String::as_str).collect();
         names.sort_unstable();
         names.dedup();
         names.join(", ")
@@ -150,20 +197,22 @@ impl Stored {
             for way in &self.ways {
                 let names = way.names(name);
                 // Layers that the config leaves out, such as the output layer, are as they are.
-                if fit.is_some() || !names.iter().all(|n| tensors.contains(n)) {
+                let there = names.iter().all(|n| tensors.contains(n)) && way.is_marked(tensors, name);
+                if fit.is_some() || !there {
                     continue;
                 }
-                match way.fit(tensors, &names, shape) {
-                    Ok((reader, pieces)) => fit = Some((way, names, reader, pieces)),
-                    Err(why) => failed = failed.or(Some((way, why))),
+                match (way.fit(tensors, &names, shape), way.marks(tensors, name)) {
+                    (Ok((reader, pieces)), Ok(marks)) => fit = Some((way, names, marks, reader, pieces)),
+                    (Ok(_), Err(why)) => failed = Some((way, why)),
+                    (Err(why), _) => failed = failed.or(Some((way, why))),
                 }
             }
             let wrong = |way: &Way, why: String| {
-                let format = &way.book.format.name;
+                let format = &way.format.name;
                 let what = format!("layer '{name}', which config.json says to be {format}: {why}");
                 Error::Unsupported { path: tensors_path(tensors), what, supported: "what the layout says".to_owned() }
             };
-            let Some((way, names, reader, pieces)) = fit else {
+            let Some((way, names, marks, reader, pieces)) = fit else {
                 match failed {
                     Some((way, why)) => return Err(wrong(way, why)),
                     None => continue,
@@ -178,7 +227,7 @@ impl Stored {
             }
             let of_activations = way.import.beside.iter().map(|b| format!("{name}.{b}"));
             beside.extend(of_activations.filter(|b| tensors.contains(b)));
-            joined.push((name.clone(), names, groups, reader, pieces));
+            joined.push((name.clone(), names, marks.into_iter().chain(groups), reader, pieces));
         }
         if !beside.is_empty() {
             let (path, count) = (tensors_path(tensors), beside.len());
@@ -186,9 +235,9 @@ impl Stored {
             tensors.notes.push(format!("{}: {count} {what}", path.display()));
         }
         let mut leave_out = beside;
-        for (name, names, groups, reader, pieces) in joined {
+        for (name, names, told, reader, pieces) in joined {
             names.iter().for_each(|n| drop(tensors.take(n)));
-            leave_out.extend(groups);
+            leave_out.extend(told);
             tensors.add(format!("{name}.weight"), Kind::Format(reader), pieces);
         }
         for name in leave_out {
@@ -212,11 +261,13 @@ mod tests {
     #[test]
     fn what_config_json_says_is_found() {
         for i in imports() {
-            let format = formats::get(&i.format).unwrap_or_else(|| panic!("there is no format {}", i.format));
-            assert!(format.layout(&i.layout).is_some(), "{}", i.format);
+            for name in i.format.names() {
+                let format = formats::get(name).unwrap_or_else(|| panic!("there is no format {name}"));
+                assert!(format.layout(&i.layout).is_some(), "{name}");
+            }
         }
         assert!(imports().len() > 8);
-        let name = |v: Value| Stored::find(&v).map(|s| s.ways[0].book.format.name.clone());
+        let name = |v: Value| Stored::find(&v).map(|s| s.ways[0].format.name.clone());
         let gptq = |bits: u32, group: i32, act: bool| json!({"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act, "sym": true});
         assert_eq!(name(gptq(4, 128, false)).as_deref(), Some("gptq_int4_g128"));
         assert_eq!(name(gptq(3, 128, false)).as_deref(), Some("gptq_int3_g128"));
@@ -232,5 +283,6 @@ mod tests {
         let ways = |v: Value| Stored::find(&v).map_or(0, |s| s.ways.len());
         assert_eq!(ways(json!({"quant_method": "fp8", "weight_block_size": null, "activation_scheme": "static"})), 4);
         assert_eq!(ways(json!({"quant_method": "fp8", "weight_block_size": [64, 64]})), 0);
+        assert_eq!(ways(json!({"quant_method": "exl3", "bits": 3.0, "head_bits": 6})), 24);
     }
 }

@@ -184,16 +184,29 @@ impl Tensor {
         }
     }
 
+    /// Rows of a matrix that are best read together, from a multiple of them on.
+    pub fn band(&self) -> usize {
+        match &self.dtype {
+            Dtype::Format(reader) => reader.band() as usize,
+            Dtype::F32 | Dtype::F16 | Dtype::Bf16 => 1,
+        }
+    }
+
     /// As `read`, of a format: rows, or parts of them.
     fn read_format(&self, reader: &Reader, start: usize, out: &mut [f32]) {
         let parts: Vec<&[u8]> = self.parts.iter().map(Bytes::as_slice).collect();
         let cols = reader.shape().cols as usize;
         let (mut at, mut out) = (start, out);
         while !out.is_empty() {
-            let (row, col) = (at / cols, at % cols);
-            let (part, rest) = out.split_at_mut(out.len().min(cols - col));
             // A matrix has fewer than 2^32 rows and columns.
-            reader.read(&parts, row as u32, col as u32, part);
+            let (row, col) = ((at / cols) as u32, at % cols);
+            let whole = if col == 0 { out.len() / cols * cols } else { 0 };
+            let len = if whole > 0 { whole } else { out.len().min(cols - col) };
+            let (part, rest) = out.split_at_mut(len);
+            match whole {
+                0 => reader.read(&parts, row, col as u32, part),
+                _ => reader.read_rows(&parts, row, part),
+            }
             at += part.len();
             out = rest;
         }
@@ -210,9 +223,9 @@ impl Tensor {
             Dtype::Bf16 => finite(self.bytes(), |b: [u8; 2]| u16::from_le_bytes(b) & 0x7F80 != 0x7F80),
             Dtype::Format(reader) => {
                 let parts: Vec<&[u8]> = self.parts.iter().map(Bytes::as_slice).collect();
-                let rows = reader.shape().rows;
-                let tasks = (0..rows.div_ceil(ROWS)).into_par_iter();
-                tasks.all(|i| reader.is_finite(&parts, i * ROWS..rows.min((i + 1) * ROWS)))
+                let (rows, step) = (reader.shape().rows, ROWS.next_multiple_of(reader.band()));
+                let tasks = (0..rows.div_ceil(step)).into_par_iter();
+                tasks.all(|i| reader.is_finite(&parts, i * step..rows.min((i + 1) * step)))
             }
         };
         if whole {
@@ -231,7 +244,14 @@ impl Tensor {
     /// All elements as `f32`.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.len()];
-        self.read(0, &mut out);
+        match &self.dtype {
+            Dtype::Format(reader) => {
+                let cols = reader.shape().cols as usize;
+                let task = (ROWS as usize).next_multiple_of(self.band()) * cols;
+                out.par_chunks_mut(task).enumerate().for_each(|(i, part)| self.read(i * task, part));
+            }
+            Dtype::F32 | Dtype::F16 | Dtype::Bf16 => self.read(0, &mut out),
+        }
         out
     }
 }

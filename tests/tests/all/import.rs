@@ -216,6 +216,72 @@ fn gptq(dir: &Path) -> (PathBuf, PathBuf) {
     (quantized, plain)
 }
 
+/// A model whose layers are EXL3's, of several codebooks and rates, and the same model with their weights written out.
+fn exl3(dir: &Path) -> (PathBuf, PathBuf) {
+    let mut model = RandomModel::sized("LlamaForCausalLM", 128, 256, 64);
+    let (quantized, plain) = (dir.join("quantized"), dir.join("plain"));
+    let (mut x, mut tensors) = (3u32, Vec::new());
+    for (n, (name, (shape, weights))) in model.tensors.iter_mut().filter(|t| t.0.contains("_proj")).enumerate() {
+        let (rows, cols, k) = (shape[0], shape[1], 1 + n % 8);
+        let (codebook, multiplier) = [("mul1", 0x83DC_D12Du32), ("mcg", 0xCBAC_1FED), ("3inst", 0)][n % 3];
+        let format = formats::get(&format!("exl3_{codebook}_{k}")).unwrap();
+        let shape = Shape { rows: rows as u32, cols: cols as u32 };
+        let book = Arc::new(Book::new(format.clone()));
+        let reader = Reader::new(&book, format.layout("exl3").unwrap(), shape).unwrap();
+        let mut next = || {
+            x = x.wrapping_mul(1_103_515_245).wrapping_add(12345);
+            (x >> 16) as u8
+        };
+        let trellis: Vec<u8> = (0..rows * cols * k / 8).map(|_| next()).collect();
+        let mut factors = |count: usize, size: f32| -> Vec<u8> {
+            let one = |b: u8| f16::from_f32(size * (f32::from(b) - 127.5) / 128.0);
+            (0..count).flat_map(|_| one(next()).to_le_bytes()).collect()
+        };
+        let (su, sv) = (factors(cols, 1.0), factors(rows, 0.2));
+        reader.read_rows(&[&trellis, &su, &sv], 0, weights);
+        let layer = name.trim_end_matches(".weight");
+        let (i16s, f16s) = (safetensors::Dtype::I16, safetensors::Dtype::F16);
+        tensors.push((format!("{layer}.trellis"), i16s, vec![cols / 16, rows / 16, 16 * k], trellis));
+        tensors.push((format!("{layer}.suh"), f16s, vec![cols], su));
+        tensors.push((format!("{layer}.svh"), f16s, vec![rows], sv));
+        if multiplier > 0 {
+            let mark =
+                (format!("{layer}.{codebook}"), safetensors::Dtype::I32, vec![], multiplier.to_le_bytes().to_vec());
+            tensors.push(mark);
+        }
+    }
+    let config = serde_json::json!({"quant_method": "exl3", "version": "0.0.1", "bits": 3.0, "head_bits": 6});
+    write_both(&plain, &quantized, model, config, tensors);
+    (quantized, plain)
+}
+
+#[test]
+fn a_directory_of_exl3_runs_moves_in_and_moves_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let (quantized, plain) = exl3(dir.path());
+    let expected = logits(Model::open(&plain).unwrap());
+    let model = Model::open(&quantized).unwrap();
+    // The first five tokens are the same.
+    let found = on_device(&model).0;
+    assert_eq!(found, expected[..found.len()]);
+    assert_eq!(logits(model), expected);
+    let out = dir.path().join("out");
+    let manifest = import(&quantized, &out, Begin::default(), &mut |_, _, _| ()).unwrap();
+    let specs: Vec<&str> = manifest.layers.iter().map(|l| l.spec.as_str()).collect();
+    assert_eq!((specs.len(), &specs[..4]), (14, &["exl3_mul1_1", "exl3_mcg_2", "exl3_3inst_3", "exl3_mul1_4"][..]));
+    assert_eq!(logits(Model::open(&out).unwrap()), expected);
+    let paths = export(&out, &dir.path().join("back"), false, &mut |_, _, _| ()).unwrap();
+    let path = quantized.join("model.safetensors");
+    let mut original = std::fs::read(&path).unwrap();
+    assert!(std::fs::read(&paths[0]).unwrap() == original, "not the same bytes");
+    // A multiplier that is no codebook's.
+    let mark = original.windows(4).rposition(|b| b == 0xCBAC_1FEDu32.to_le_bytes()).unwrap();
+    original[mark] ^= 1;
+    std::fs::write(&path, original).unwrap();
+    let error = Model::open(&quantized).unwrap_err().to_string();
+    assert!(error.contains(".mcg' is not 0xcbac1fed"), "{error}");
+}
+
 /// A tensor of a file: name, type, shape and bytes.
 type Raw = (String, safetensors::Dtype, Vec<usize>, Vec<u8>);
 

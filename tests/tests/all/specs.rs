@@ -286,3 +286,49 @@ fn many_errors_are_few_messages() {
     let shown = errors.to_string();
     assert!(shown.lines().count() < 40 && shown.contains("more of them"), "{shown}");
 }
+
+#[test]
+fn libraries_are_used_by_name() {
+    let library =
+        load_str("test", "use palette\nquantizer m = mix(tcq_2, tcq_2.5)\n").unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!((library.quantizers.len(), library.quantizers[0].rate()), (1, 2.25));
+    assert!(
+        library.quantizers[0].is_trained() && library.files.iter().all(|f| f.ends_with("test")),
+        "{:?}",
+        library.files
+    );
+    let text = "use std\nquantizer q { bits 4 values i8 unit 1/2 decode w { [small_float(w, 2, 1)] } block 2 x 128 scale row rotate none }";
+    let q = &load_str("test", text).unwrap_or_else(|e| panic!("{e}")).quantizers[0];
+    let entries: Vec<i16> = (0..16)
+        .flat_map(|w| {
+            let mut out = [0];
+            q.codes[0].entry(w, &mut out);
+            out
+        })
+        .collect();
+    assert_eq!(entries, [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]);
+    // It stands alone when it is canonical.
+    assert!(spec::load_alone("test", &q.canonical()).is_ok());
+}
+
+/// What `std` rounds is what half precision rounds.
+#[test]
+fn halves_are_those_of_half_precision() {
+    let text = "use std
+        quantizer round { bits 18 values i32 decode w { [round_to_half((w << 2) - w[17] * (w[0..2] + 1048575))] } weight e { e } }
+        quantizer sum { bits 18 values i32 decode w { [sum_of_halves((w * 89226354 + 64248484) & 0x8fff8fff ^ 0x3b603b60)] } weight e { e } }";
+    let library = load_str("test", text).unwrap_or_else(|e| panic!("{e}"));
+    let (mut room, mut out) = (Default::default(), [0]);
+    let mut of = |name: &str, code: u32| {
+        library.format(name).unwrap().integers(code, &[], &mut room, &mut out);
+        out[0]
+    };
+    for code in (0..1 << 18).step_by(7) {
+        let number = (code << 2) as i32 - (code >> 17 & 1) as i32 * ((code & 3) as i32 + 1_048_575);
+        let half = half::f16::from_f64(f64::from(number) / 32.0).to_f64() * 32.0;
+        assert_eq!(of("round", code) as f64, half, "{number}");
+        let h = code.wrapping_mul(89_226_354).wrapping_add(64_248_484) & 0x8fff_8fff ^ 0x3b60_3b60;
+        let sum = half::f16::from_bits(h as u16) + half::f16::from_bits((h >> 16) as u16);
+        assert_eq!(of("sum", code) as f64, sum.to_f64() * 8192.0, "{code:#x}");
+    }
+}

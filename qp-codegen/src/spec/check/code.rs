@@ -137,6 +137,9 @@ pub fn duplicates(b: &Body, sink: &mut Sink) {
         | PropertyKind::Decode(_)
         | PropertyKind::Bits(..)
         | PropertyKind::Weight(_)
+        | PropertyKind::Order(_)
+        | PropertyKind::Input(_)
+        | PropertyKind::Output(_)
         | PropertyKind::Scale(_)
         | PropertyKind::Rotate(..) => Some(("", p.keyword.name.clone(), p.keyword.span)),
     };
@@ -161,6 +164,8 @@ pub fn report_missing(missing: &[&str], at: Span, cx: &Context<'_>, sink: &mut S
         "unit" => "unit 1/32",
         "decode" => "decode w { … }",
         "scale" => "scale row",
+        "bits" => "bits 4",
+        "order" => "order p { [p / 16, p % 16] }",
         _ => "rotate hadamard(seed = 0)",
     };
     if !missing.is_empty() {
@@ -295,6 +300,9 @@ impl<'a> Properties<'a> {
                 PropertyKind::Let(..)
                 | PropertyKind::Field(_)
                 | PropertyKind::Weight(_)
+                | PropertyKind::Order(_)
+                | PropertyKind::Input(_)
+                | PropertyKind::Output(_)
                 | PropertyKind::Scale(_)
                 | PropertyKind::Rotate(..)
                 | PropertyKind::Code(_) => (),
@@ -373,8 +381,9 @@ fn code(
             c.clone().unwrap_or((unknown, t.name.span))
         })
         .collect();
-    let decoded =
-        p.decode.and_then(|d| decode::Checker::new(window, vector, &known, &cx.functions, scope, sink).check(d));
+    let decoded = p
+        .decode
+        .and_then(|d| decode::Checker::new(window, vector, &known, known.len(), &cx.functions, scope, sink).check(d));
     let mut tables = Vec::new();
     let mut new = vec![0; known.len()];
     let tables_ok = checked.iter().all(Option::is_some);

@@ -40,6 +40,8 @@ pub struct Checker<'a> {
     pub vector: Option<u32>,
     /// The code's tables, with their places.
     pub tables: &'a [(Table, Span)],
+    /// How many of them are the code's; the others are of a matrix, and their entries are numbers.
+    pub own_tables: usize,
     /// Functions that may be called.
     pub functions: &'a [&'a ast::Function],
     /// Constants.
@@ -75,12 +77,13 @@ impl<'a> Checker<'a> {
         window: Option<u32>,
         vector: Option<u32>,
         tables: &'a [(Table, Span)],
+        own_tables: usize,
         functions: &'a [&'a ast::Function],
         scope: &'a Scope,
         sink: &'a mut Sink,
     ) -> Self {
         let state = State { looked_up: vec![false; tables.len()], ..State::default() };
-        Checker { window, vector, tables, functions, scope, sink, state }
+        Checker { window, vector, tables, own_tables, functions, scope, sink, state }
     }
 
     /// Checks the block.
@@ -111,6 +114,10 @@ impl<'a> Checker<'a> {
             );
         }
         let result = result.filter(|_| ok)?;
+        if self.state.looked_up[self.own_tables..].contains(&true) && !self.is_number(result) {
+            let d = Diagnostic::error(d.result.span, "the entries are no numbers of the matrix's tables", "");
+            return self.sink.fail(d.hint("they are sums of such numbers where one of these tables is looked up"));
+        }
         Some(Checked { decode: normal(&self.state.decode, result), looked_up: self.state.looked_up })
     }
 
@@ -173,6 +180,27 @@ impl<'a> Checker<'a> {
         let (ones, one) = (self.each(ones)?, self.each(one)?);
         let complement = self.node(Op::Vector(VectorOp::Xor, vector, ones))?;
         self.node(Op::Vector(VectorOp::Add, complement, one))
+    }
+
+    /// True for a vector of numbers of a matrix's tables.
+    fn is_number(&self, node: Node) -> bool {
+        let mut found: Vec<bool> = Vec::new();
+        for op in &self.state.decode.nodes[..=node.0 as usize] {
+            found.push(match op {
+                Op::Lookup { table, .. } => *table as usize >= self.own_tables,
+                Op::Vector(_, a, b) => found[a.0 as usize] || found[b.0 as usize],
+                Op::Window
+                | Op::Const(_)
+                | Op::Not(_)
+                | Op::Binary(..)
+                | Op::Byte(..)
+                | Op::ByteSum(_)
+                | Op::Bit(..)
+                | Op::Signs(_)
+                | Op::Pack(_) => false,
+            });
+        }
+        found[node.0 as usize]
     }
 
     fn type_of(&self, v: &Value) -> &'static str {
@@ -346,6 +374,12 @@ impl<'a> Checker<'a> {
                     return self.sink.fail(d.hint("vectors are joined with `^`, `+` and `-`"));
                 }
             };
+            let numbers = [&va, &vb].map(|v| matches!(v, Value::Node(n) if self.is_number(*n)));
+            if numbers != [false; 2] && (numbers != [true; 2] || vector_op == VectorOp::Xor) {
+                let message = "numbers of a matrix's tables are joined with each other alone, by `+` and `-`";
+                let d = Diagnostic::error(span, message, "");
+                return self.sink.fail(d.hint("`negate(v, h)` changes their signs; the weight block adds and scales"));
+            }
             let mut sides = [va, vb].into_iter().zip([a.span, b.span]).map(|(v, span)| {
                 // A word is added to each entry.
                 let joins = op != BinaryOp::Xor && !is_vector_node(&self.state.decode, &v);

@@ -4,19 +4,20 @@ use std::io::ErrorKind;
 
 use super::code::{self, Context, Properties, choice};
 use super::consts::{self, Const, Scope, integer, number};
-use super::{Sink, decode};
+use super::{Sink, decode, sides};
+use crate::spec::expr::Room;
 use crate::spec::format::{Arithmetic, Cover, Field, Format, Number, Weight, WeightOp, WideTable};
-use crate::spec::{Shape, Table, TableSource, table_file};
+use crate::spec::{Shape, Table, TableSource, mask, table_file};
 use crate::syntax::ast::{self, BinaryOp, Body, CoverExpr, Expr, ExprKind, PropertyKind, TypeName, UnaryOp};
 use crate::syntax::diag::{Diagnostic, Span};
 use crate::syntax::number::Rational;
 
-/// Most bits of a code: entries of all codes are written out.
-const MAX_CODE: i128 = 18;
+/// Most bits of a code.
+const MAX_CODE: i128 = 24;
+/// Codes of up to so many bits are all tried; of longer ones so many, spread evenly.
+const TRIED: u32 = 18;
 /// Most weights of a code.
 const MAX_VECTOR: i128 = 16;
-/// Most entries of all codes.
-const MOST_ENTRIES: u64 = 1 << 21;
 /// Most operations of a weight.
 const MOST_WEIGHT: usize = 256;
 
@@ -26,7 +27,8 @@ const ENTRIES: [(&str, u32); 4] = [("i8", 8), ("i16", 16), ("i24", 24), ("i32", 
 /// True if a body says what its weights are, so that it is a format's.
 pub fn is_format(b: &Body) -> bool {
     b.properties.iter().any(|p| match &p.kind {
-        PropertyKind::Field(_) | PropertyKind::Weight(_) => true,
+        PropertyKind::Field(_) | PropertyKind::Weight(_) | PropertyKind::Order(_) => true,
+        PropertyKind::Input(_) | PropertyKind::Output(_) => true,
         PropertyKind::Table(t) => matches!(t.source, ast::TableSource::OfMatrix(..)),
         _ => false,
     })
@@ -38,15 +40,23 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
     code::duplicates(b, sink);
     let p = Properties::new(&[b]);
     p.report_said(sink);
+    let (memory, of_memory) = sides::Memory::of(b, &p);
+    // Windows that overlap are told by any of their properties.
+    let has_memory = p.bits.is_none() && of_memory.len() < 5;
     for property in &b.properties {
         let cure = match &property.kind {
             PropertyKind::Scale(_) => "a format's scales are fields: `field s : f32 per row` and `weight e { e * s }`",
-            PropertyKind::Block(..) => "a format has a code for each group of weights, and no blocks: leave it out",
-            PropertyKind::Step(_) => {
+            PropertyKind::Block(..) if !has_memory => {
+                "a format has a code for each group of weights, and no blocks: leave it out"
+            }
+            PropertyKind::Order(_) if !has_memory => "codes without memory have no order: leave it out",
+            PropertyKind::Step(_) if !has_memory => {
                 "a format's codes do not overlap: write `bits N for V` in place of window and step"
             }
             PropertyKind::Code(_) => "a format has one code",
-            PropertyKind::Rotate(name, _) if name.name != "none" => "a format's weights are as they are: leave it out",
+            PropertyKind::Rotate(name, _) if name.name != "none" => {
+                "say what is done to activations: `input signs(seed = 0), hadamard`"
+            }
             _ => continue,
         };
         let keyword = &property.keyword;
@@ -57,24 +67,34 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
         PropertyKind::Weight(w) => Some(w),
         _ => None,
     });
+    // A table of the matrix gives numbers, which have no type of the spec's.
+    let of_matrix = |p: &ast::Property| match &p.kind {
+        PropertyKind::Table(t) => matches!(t.source, ast::TableSource::OfMatrix(..)),
+        _ => false,
+    };
+    let may_be_numbers = b.properties.iter().any(of_matrix);
     if !b.incomplete {
-        let bits = p.bits.is_none().then_some("bits");
-        let given = [("values", p.values.is_some()), ("decode", p.decode.is_some()), ("weight", weight.is_some())];
-        let missing: Vec<&str> = bits.into_iter().chain(given.into_iter().filter(|g| !g.1).map(|g| g.0)).collect();
+        let bits = (p.bits.is_none() && !has_memory).then_some("bits");
+        let of_memory = of_memory.iter().copied().filter(|_| has_memory);
+        let given = [("values", p.values.is_some() || may_be_numbers), ("decode", p.decode.is_some())];
+        let missing: Vec<&str> =
+            bits.into_iter().chain(of_memory).chain(given.into_iter().filter(|g| !g.1).map(|g| g.0)).collect();
         code::report_missing(&missing, cx.owner.span, cx, sink);
     }
-    let (bits, length, _) = p.bits?;
+    let (bits, length) = match (p.bits, memory.is_some()) {
+        (Some((bits, length, _)), _) => (bits, length),
+        (None, true) if has_memory => (p.window?, p.vector),
+        (None, _) => return None,
+    };
     let window = integer(bits, "the bits of a code", 1..=MAX_CODE, &scope, sink).map(|n| n as u32);
     let vector = match length {
         Some(e) => integer(e, "the weights of a code", 1..=MAX_VECTOR, &scope, sink).map(|n| n as u32),
         None => Some(1),
     };
-    if let (Some(l), Some(v)) = (window, vector)
-        && u64::from(v) << l > MOST_ENTRIES
-    {
-        let d = Diagnostic::error(bits.span, format!("2^{l} codes of {v} weights are too many"), "");
-        return sink.fail(d.hint(format!("all codes together have {MOST_ENTRIES} entries at most")));
-    }
+    let trellis = match memory.filter(|_| has_memory) {
+        Some(m) => Some(m.check(window?, vector?, &scope, sink)?),
+        None => None,
+    };
     let values = p.values.and_then(|(ty, offset)| {
         let bits = choice(ty, "entry type", &ENTRIES, sink);
         let offset = offset.map_or(Some(0.into()), |e| number(e, &scope, sink));
@@ -107,7 +127,7 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
                     match (entries, ty) {
                         (Some(n), Some(ty)) => {
                             let (name, entries) = (t.name.name.clone(), Some(n as u32));
-                            fields.push((Field { name, ty, cover: Cover::Matrix, entries }, t.name.span));
+                            fields.push((Field { name, ty, cover: Cover::Matrix, entries, width: 1 }, t.name.span));
                         }
                         _ => ok = false,
                     }
@@ -122,33 +142,60 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
                 ok &= ty.is_some() && cover.is_some();
                 // With errors it is still known by name, so that its uses are not errors too.
                 let (ty, cover) = (ty.unwrap_or(Number::Unsigned(1)), cover.unwrap_or(Cover::Matrix));
-                fields.push((Field { name: f.name.name.clone(), ty, cover, entries: None }, f.name.span));
-                if f.name.name == "code" {
-                    let d = Diagnostic::error(f.name.span, "no field can be called `code`", "");
-                    sink.push(d.hint("layouts call the codes so"));
+                let name = f.name.name.clone();
+                fields.push((Field { name, ty, cover, entries: None, width: 1 }, f.name.span));
+                if ["code", "stream"].contains(&f.name.name.as_str()) {
+                    let d = Diagnostic::error(f.name.span, format!("no field can be called `{}`", f.name.name), "");
+                    sink.push(d.hint("layouts call codes and their streams so"));
                     ok = false;
                 }
             }
             _ => (),
         }
     }
-    let known: Vec<(Table, Span)> = tables
-        .iter()
-        .map(|(t, span)| {
-            let known =
-                Table { name: t.name.clone(), entries: t.entries, values: Vec::new(), source: TableSource::Inline };
-            (known, *span)
-        })
-        .collect();
-    let decoded =
-        p.decode.and_then(|d| decode::Checker::new(window, vector, &known, &cx.functions, &scope, sink).check(d));
-    let weight = weight.and_then(|w| WeightChecker::new(w, &fields, &known, &scope, sink).check(w));
+    let by_name = |name: &str, entries: u32, span: Span| {
+        let (name, values, source) = (name.to_string(), Vec::new(), TableSource::Inline);
+        (Table { name, entries, values, source }, span)
+    };
+    let known: Vec<(Table, Span)> = tables.iter().map(|(t, span)| by_name(&t.name, t.entries, *span)).collect();
+    let of_matrix: Vec<usize> = (0..fields.len()).filter(|f| fields[*f].0.entries.is_some()).collect();
+    let its = of_matrix.iter().map(|f| (&fields[*f].0, fields[*f].1));
+    let its = its.map(|(f, span)| by_name(&f.name, f.entries.unwrap_or(1), span));
+    let all: Vec<(Table, Span)> = known.iter().cloned().chain(its).collect();
+    let decoded = p
+        .decode
+        .and_then(|d| decode::Checker::new(window, vector, &all, known.len(), &cx.functions, &scope, sink).check(d));
+    let mut used = vec![false; fields.len()];
+    let mut numbers = Vec::new();
+    for (i, &f) in of_matrix.iter().enumerate() {
+        if decoded.as_ref().is_some_and(|d| d.looked_up[known.len() + i]) {
+            (used[f], fields[f].0.width) = (true, vector.unwrap_or(1));
+            numbers.push(f);
+            ok &= looked_up(&fields[f], sink);
+        }
+    }
+    let steps = sides::steps(b, &fields, &mut used, &scope, sink);
+    let weight = match weight {
+        Some(w) => WeightChecker::new(w, &fields, &known, used, &scope, sink).check(w),
+        None => Some(Weight { ops: vec![WeightOp::Entry] }),
+    };
+    if !numbers.is_empty()
+        && let Some(at) = p.values.map(|v| v.0.span).or(p.unit.map(|u| u.span))
+    {
+        let d = Diagnostic::error(at, "the entries are numbers of the matrix's tables", "");
+        return sink.fail(d.hint("they are as the tables have them: take `values` and `unit` away"));
+    }
+    if numbers.is_empty() && p.values.is_none() {
+        code::report_missing(&["values"], cx.owner.span, cx, sink);
+    }
     if !b.incomplete && ok && decoded.is_some() && weight.is_some() {
         scope.warn_unused(0, sink);
     }
-    let (mut decoded, (entry_bits, offset)) = (decoded?, values?);
+    let mut decoded = decoded?;
+    let (entry_bits, offset) = if numbers.is_empty() { values? } else { (32, 0.into()) };
+    let (input, output) = steps?;
     let mut kept = Vec::new();
-    let mut new = vec![0; known.len()];
+    let mut new = vec![0; all.len()];
     for (i, ((t, span), used)) in tables.into_iter().zip(&decoded.looked_up).enumerate() {
         if *used {
             new[i] = kept.len() as u32;
@@ -157,6 +204,10 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
             let d = Diagnostic::warning(span, format!("the table `{}` is never used", t.name), "");
             sink.push(d.hint("take it out, or look it up in the decode block"));
         }
+    }
+    let of_tables = (0..).zip(of_matrix).filter(|(_, f)| numbers.contains(f));
+    for (n, (i, _)) in (kept.len() as u32..).zip(of_tables) {
+        new[known.len() + i] = n;
     }
     decode::renumber(&mut decoded.decode, &new);
     let format = Format {
@@ -171,6 +222,10 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
         fields: fields.into_iter().map(|f| f.0).collect(),
         weight: weight?,
         layouts: Vec::new(),
+        trellis,
+        numbers,
+        input,
+        output,
     };
     (ok && entries(&format, p.decode?, sink)).then_some(format)
 }
@@ -180,29 +235,75 @@ fn range(bits: u32) -> (i32, i32) {
     (i32::MIN >> (32 - bits), i32::MAX >> (32 - bits))
 }
 
+/// Whether codes can look up a table of the matrix.
+fn looked_up((table, span): &(Field, Span), sink: &mut Sink) -> bool {
+    let narrow = match table.ty {
+        Number::F16 | Number::E4m3 | Number::E5m2 => true,
+        Number::Unsigned(n) | Number::Signed(n) => n <= 16,
+        Number::Bf16 | Number::F32 | Number::E8m0 => false,
+    };
+    if !narrow {
+        let message = format!("codes look up no tables of {}", table.ty.text());
+        let d = Diagnostic::error(*span, message, "");
+        sink.push(d.hint("sums of f16, e4m3, e5m2 and integers of up to 16 bits are exact, and no others"));
+    }
+    let power = table.entries.is_some_and(u32::is_power_of_two);
+    if !power {
+        let message = format!("codes look up no table of {} entries", table.entries.unwrap_or(0));
+        sink.push(Diagnostic::error(*span, message, "").hint("make their number a power of two"));
+    }
+    narrow && power
+}
+
 /// Looks at all codes: integers must be of the entries' type; bits on which nothing depends are told.
 fn entries(format: &Format, d: &ast::Decode, sink: &mut Sink) -> bool {
+    let key = (format.decode.clone(), format.tables.clone(), [format.window, format.vector, format.entry_bits]);
+    let is_number = !format.numbers.is_empty();
+    // Members of a family often differ in other things.
+    if !is_number && sink.sound.contains(&key) {
+        return true;
+    }
     let (min, max) = range(format.entry_bits);
+    let (min, max) = (i64::from(min), i64::from(max));
     let v = format.vector as usize;
-    let mut all = vec![0; v << format.window];
-    for (code, out) in all.chunks_exact_mut(v).enumerate() {
-        format.integers(code as u32, out);
-        if let Some(bad) = out.iter().find(|x| !(min..=max).contains(*x)) {
+    // In place of a matrix's tables stand numbers that tell all entries apart.
+    let made = |f: &usize| {
+        let of = &format.fields[*f];
+        let count = u64::from(of.entries.unwrap_or(1)) * u64::from(of.width);
+        (1..=count).map(|i| (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 20) as i64).collect::<Vec<i64>>()
+    };
+    let numbers: Vec<Vec<i64>> = format.numbers.iter().map(made).collect();
+    let (tried, stride) = (format.window.min(TRIED), (1u32 << (format.window - format.window.min(TRIED))) | 1);
+    let stride = if format.window > TRIED { stride } else { 1 };
+    let mut room = Room::default();
+    let mut all = vec![0i64; v << tried];
+    for (code, out) in (0u32..).map(|i| i.wrapping_mul(stride) & mask(format.window)).zip(all.chunks_exact_mut(v)) {
+        format.integers(code, &numbers, &mut room, out);
+        if let Some(bad) = out.iter().find(|x| !is_number && !(min..=max).contains(*x)) {
             let message = format!("code {code:#x} gives {bad}, which is no integer of {} bits", format.entry_bits);
             let d = Diagnostic::error(d.result.span, message, "");
             sink.push(d.hint(format!("entries lie within {min}..={max}: choose another type, or another expression")));
             return false;
         }
     }
-    let unused: Vec<u32> = (0..format.window)
-        .filter(|bit| {
+    let depends = |bit: u32| {
+        if format.window <= TRIED {
             let half = v << bit;
-            all.chunks_exact(2 * half).all(|pair| pair[..half] == pair[half..])
+            return all.chunks_exact(2 * half).any(|pair| pair[..half] != pair[half..]);
+        }
+        let mut other = vec![0; v];
+        let mut room = Room::default();
+        (0u32..1 << tried).zip(all.chunks_exact(v)).any(|(i, entry)| {
+            let code = (i.wrapping_mul(stride) & mask(format.window)) ^ 1 << bit;
+            format.integers(code, &numbers, &mut room, &mut other);
+            entry != other
         })
-        .collect();
-    if let [first, ..] = unused[..] {
+    };
+    if let Some(first) = (0..format.window).find(|bit| !depends(*bit)) {
         let message = format!("no entry depends on bit {first} of the code");
         sink.push(Diagnostic::warning(d.result.span, message, "").hint("such bits are stored in vain"));
+    } else {
+        sink.sound.push(key);
     }
     true
 }
@@ -311,10 +412,10 @@ impl<'a> WeightChecker<'a> {
         d: &'a ast::Decode,
         fields: &'a [(Field, Span)],
         tables: &'a [(Table, Span)],
+        used: Vec<bool>,
         scope: &'a Scope,
         sink: &'a mut Sink,
     ) -> Self {
-        let used = vec![false; fields.len()];
         WeightChecker { entry: &d.window, fields, tables, scope, sink, lets: Vec::new(), used, ops: Vec::new() }
     }
 
@@ -436,6 +537,10 @@ impl<'a> WeightChecker<'a> {
                     return self.sink.fail(d);
                 };
                 let table = self.field(name);
+                if let Some(of) = table.filter(|t| self.fields[*t].0.width > 1) {
+                    let message = format!("`{}` is looked up by codes", self.fields[of].0.name);
+                    return self.sink.fail(Diagnostic::error(base.span, message, "").hint("its entries are vectors"));
+                }
                 let Some(table) = table.filter(|t| self.fields[*t].0.entries.is_some()) else {
                     let tables = self.fields.iter().filter(|f| f.0.entries.is_some()).map(|f| f.0.name.as_str());
                     let d = consts::unknown(name, base.span, "table of the matrix", tables);

@@ -49,9 +49,14 @@ pub fn check(l: &ast::Layout, format: &Format, scope: &Scope, sink: &mut Sink) -
         };
         let (slot, name) = match place.target {
             Target::Code => (0, "code"),
+            Target::Stream => (0, "stream"),
             Target::Field(f) => (1 + f, format.fields[f].name.as_str()),
         };
-        let bits = ((1u64 << (place.bits.1 - place.bits.0)) - 1) << place.bits.0;
+        // A stream has one place, which names all of its bits.
+        let bits = match place.target {
+            Target::Stream => 1,
+            Target::Code | Target::Field(_) => ((1u64 << (place.bits.1 - place.bits.0)) - 1) << place.bits.0,
+        };
         if place.read.is_none() && named[slot] & bits != 0 {
             let d = Diagnostic::error(p.target.span, format!("bits of `{name}` are placed twice"), "");
             sink.push(d.hint("`[a..b]` after the indices says which bits a place holds"));
@@ -60,8 +65,12 @@ pub fn check(l: &ast::Layout, format: &Format, scope: &Scope, sink: &mut Sink) -
         named[slot] |= bits;
         out.places.push(place);
     }
-    let widths = [format.window].into_iter().chain(format.fields.iter().map(|f| f.ty.bits()));
-    let names = ["code"].into_iter().chain(format.fields.iter().map(|f| f.name.as_str()));
+    let (code, width) = match format.trellis {
+        Some(_) => ("stream", 1),
+        None => ("code", format.window),
+    };
+    let widths = [width].into_iter().chain(format.fields.iter().map(|f| f.ty.bits()));
+    let names = [code].into_iter().chain(format.fields.iter().map(|f| f.name.as_str()));
     let complete = ok;
     for ((found, width), name) in named.iter().zip(widths).zip(names) {
         if complete && *found != (1u64 << width) - 1 {
@@ -106,7 +115,11 @@ fn counted(l: &ast::Layout, format: &Format, layout: &Layout, sink: &mut Sink) -
                 Diagnostic::error(l.name.span, message, "").hint(format!("{shape}; each bit has one place"))
             }
             Err(
-                e @ (Misfit::Aperiodic { .. } | Misfit::Outside { .. } | Misfit::Size { .. } | Misfit::Vector { .. }),
+                e @ (Misfit::Aperiodic { .. }
+                | Misfit::Outside { .. }
+                | Misfit::Size { .. }
+                | Misfit::Vector { .. }
+                | Misfit::Side { .. }),
             ) => {
                 let message = format!("the layout `{}` has a wrong place: {e}", layout.name);
                 let shape = format!("seen for a matrix of {} x {}", shape.rows, shape.cols);
@@ -124,7 +137,7 @@ fn tensor(t: &ast::TensorDecl, known: &[TensorSpec], scope: &Scope, sink: &mut S
     if known.iter().any(|k| k.name == name.name) {
         return sink.fail(Diagnostic::error(name.span, format!("`{}` is defined twice", name.name), ""));
     }
-    let names = Names { vars: &[], stored: None, lets: Vec::new() };
+    let names = Names { vars: &[], bit: None, stored: None, lets: Vec::new() };
     let dims: Vec<Option<Index>> = t.dims.iter().map(|e| index(e, &names, scope, sink)).collect();
     let mut members = Vec::new();
     for m in &t.members {
@@ -145,15 +158,19 @@ fn tensor(t: &ast::TensorDecl, known: &[TensorSpec], scope: &Scope, sink: &mut S
 
 fn place(p: &ast::Place, format: &Format, tensors: &[TensorSpec], scope: &Scope, sink: &mut Sink) -> Option<Place> {
     let fields = || format.fields.iter().map(|f| f.name.as_str());
+    let code = if format.trellis.is_some() { "stream" } else { "code" };
     let (target, width, wanted) = match fields().position(|f| f == p.target.name) {
-        _ if p.target.name == "code" => (Target::Code, format.window, 2),
+        _ if p.target.name == code => match &format.trellis {
+            Some(t) => (Target::Stream, t.bits(format.vector), 2),
+            None => (Target::Code, format.window, 2),
+        },
         Some(f) => {
             let field = &format.fields[f];
-            let indices = if field.entries.is_some() { 1 } else { field.cover.indices() };
+            let indices = field.indices();
             (Target::Field(f), field.ty.bits(), indices)
         }
         None => {
-            let known: Vec<&str> = ["code"].into_iter().chain(fields()).collect();
+            let known: Vec<&str> = [code].into_iter().chain(fields()).collect();
             let d = consts::unknown(&p.target.name, p.target.span, "target", known.into_iter());
             return sink.fail(d);
         }
@@ -163,10 +180,18 @@ fn place(p: &ast::Place, format: &Format, tensors: &[TensorSpec], scope: &Scope,
         let d = Diagnostic::error(p.target.span, message, "");
         return sink.fail(d.hint(match target {
             Target::Code => "a code has its row, and the number of its group of columns",
+            Target::Stream => "a stream has row and column of its block, and then the bit: `stream(i, j)[b]`",
             Target::Field(_) => {
                 "none for a matrix; the row, the column or the number of the cover; row and column of a grid"
             }
         }));
+    }
+    let is_stream = target == Target::Stream;
+    if is_stream != p.bit_name.is_some() || (is_stream && (p.less.is_some() || p.read.is_some())) {
+        let message = format!("`{}` is not placed so", p.target.name);
+        let d = Diagnostic::error(p.target.span, message, "");
+        return sink
+            .fail(d.hint("`stream(i, j)[b] in …` says for each bit b where it lies; of others `[a..b]` names some"));
     }
     let bits = match &p.bits {
         None => (0, width),
@@ -203,7 +228,7 @@ fn place(p: &ast::Place, format: &Format, tensors: &[TensorSpec], scope: &Scope,
                 let d = consts::unknown(&name.name, name.span, "member", names);
                 return sink.fail(d);
             };
-            let names = Names { vars: &p.vars, stored: None, lets: Vec::new() };
+            let names = Names { vars: &p.vars, bit: p.bit_name.as_ref(), stored: None, lets: Vec::new() };
             (member, e.as_ref().map_or(Some(Index::Const(0)), |e| index(e, &names, scope, sink))?)
         }
         (None, true) => {
@@ -218,7 +243,7 @@ fn place(p: &ast::Place, format: &Format, tensors: &[TensorSpec], scope: &Scope,
         let d = Diagnostic::error(p.tensor.span, "bits run on along tensors of numbers, not of records", "");
         return sink.fail(d);
     }
-    let names = Names { vars: &p.vars, stored: None, lets: Vec::new() };
+    let names = Names { vars: &p.vars, bit: p.bit_name.as_ref(), stored: None, lets: Vec::new() };
     let indices: Vec<Option<Option<Index>>> =
         p.indices.iter().map(|e| e.as_ref().map(|e| index(e, &names, scope, sink))).collect();
     let mut checked = Vec::new();
@@ -236,7 +261,7 @@ fn place(p: &ast::Place, format: &Format, tensors: &[TensorSpec], scope: &Scope,
                 let d = Diagnostic::error(d.window.span, "a `read` block takes whole elements of up to 16 bits", "");
                 return sink.fail(d.hint("it gives the whole target, so that neither has a range of bits"));
             }
-            let mut names = Names { vars: &p.vars, stored: Some(&d.window), lets: Vec::new() };
+            let mut names = Names { vars: &p.vars, bit: None, stored: Some(&d.window), lets: Vec::new() };
             for (name, e) in &d.lets {
                 let value = index(e, &names, scope, sink)?;
                 names.lets.push((&name.name, value));
@@ -248,14 +273,15 @@ fn place(p: &ast::Place, format: &Format, tensors: &[TensorSpec], scope: &Scope,
 }
 
 /// What the expressions of a layout may name beside constants.
-struct Names<'a> {
-    vars: &'a [ast::Ident],
-    stored: Option<&'a ast::Ident>,
-    lets: Vec<(&'a str, Index)>,
+pub struct Names<'a> {
+    pub vars: &'a [ast::Ident],
+    pub bit: Option<&'a ast::Ident>,
+    pub stored: Option<&'a ast::Ident>,
+    pub lets: Vec<(&'a str, Index)>,
 }
 
 /// A whole-number expression.
-fn index(e: &Expr, names: &Names<'_>, scope: &Scope, sink: &mut Sink) -> Option<Index> {
+pub fn index(e: &Expr, names: &Names<'_>, scope: &Scope, sink: &mut Sink) -> Option<Index> {
     let out = part(e, names, scope, sink)?;
     if out.height() > HIGHEST_INDEX || out.size() > MOST_INDEX {
         return sink.fail(Diagnostic::error(e.span, "this expression is too long", ""));
@@ -273,6 +299,9 @@ fn part(e: &Expr, names: &Names<'_>, scope: &Scope, sink: &mut Sink) -> Option<I
         ExprKind::Name(name) => {
             if let Some(l) = names.lets.iter().find(|l| l.0 == name) {
                 return Some(l.1.clone());
+            }
+            if names.bit.is_some_and(|b| b.name == *name) {
+                return Some(Index::Var(Var::Bit));
             }
             if names.stored.is_some_and(|s| s.name == *name) {
                 return Some(Index::Var(Var::Stored));

@@ -5,7 +5,8 @@
 //! 3. [`code`]: a body's properties, and what must fit what.
 //! 4. [`format`]: quantizers that say their weight.
 //! 5. [`layout`]: the layouts of their bits.
-//! 6. [`fusion`]: fusion patterns.
+//! 6. [`sides`]: what else a format says.
+//! 7. [`fusion`]: fusion patterns.
 
 mod code;
 mod consts;
@@ -13,6 +14,7 @@ mod decode;
 mod format;
 mod fusion;
 mod layout;
+mod sides;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -21,8 +23,11 @@ use std::path::{Path, PathBuf};
 use code::{CheckedBody, CheckedCode, Context};
 use consts::Scope;
 
+use super::expr::Decode;
+use super::format::WideTable;
 use super::{Code, Format, Fusion, Quantizer};
 use crate::kernels::decode::Unit;
+use crate::palette::Embedded;
 use crate::syntax::ast::{self, Definition, Expr, Ident, Item};
 use crate::syntax::diag::{Diagnostic, Severity, Span};
 
@@ -40,6 +45,8 @@ pub struct Parsed {
     pub tree: ast::File,
     /// Files it uses.
     pub uses: Vec<usize>,
+    /// True if it is embedded in the program.
+    pub embedded: bool,
 }
 
 /// Most diagnostics that are collected.
@@ -59,6 +66,8 @@ pub struct Sink {
     seen: BTreeSet<(Span, String)>,
     /// Integers in tables so far.
     values: usize,
+    /// Codes of formats all of whose entries were found good, by all that decides them.
+    sound: Vec<(Decode, Vec<WideTable>, [u32; 3])>,
     context: Option<(Span, String)>,
 }
 
@@ -307,7 +316,8 @@ impl<'a> Checker<'a> {
     fn checked(&mut self, name: &Ident, owner: (&Ident, usize), body: &ast::Body, scope: Scope) -> Option<Checked> {
         let folder = self.parsed[owner.1].path.parent().unwrap_or(Path::new(""));
         let functions = self.functions(owner.1);
-        let cx = Context { name, owner: owner.0, folder, files: self.files, functions };
+        let files: &dyn Files = if self.parsed[owner.1].embedded { &Embedded } else { self.files };
+        let cx = Context { name, owner: owner.0, folder, files, functions };
         let layouts: Vec<_> = self.layouts(owner.1).into_iter().filter(|l| l.of.name == owner.0.name).collect();
         if !format::is_format(body) {
             if let Some(l) = layouts.first() {

@@ -67,6 +67,29 @@ impl Parser<'_> {
         Ok(CoverExpr::Rectangle(rows, self.expr()?))
     }
 
+    /// What stands after `input` or `output`.
+    pub(super) fn steps(&mut self) -> Parse<Vec<Step>> {
+        let mut steps = Vec::new();
+        loop {
+            let name = self.name("a field, `hadamard`, `signs(seed = 0)` or `permute(field)`")?;
+            let (mut value, mut args) = (None, Vec::new());
+            if self.peek().kind == TokenKind::LParen && self.touches() {
+                let named = self.lexed.tokens.get(self.at + 2).is_some_and(|t| t.kind == TokenKind::Assign);
+                if named {
+                    args = self.args()?.0;
+                } else {
+                    self.next();
+                    value = Some(self.expr()?);
+                    self.expect(TokenKind::RParen, ")")?;
+                }
+            }
+            steps.push(Step { name, value, args });
+            if !self.eat(TokenKind::Comma) {
+                return Ok(steps);
+            }
+        }
+    }
+
     /// `layout name of quantizer { … }`
     pub(super) fn layout(&mut self, doc: Vec<String>) -> Parse<Layout> {
         let start = self.next().span;
@@ -147,15 +170,18 @@ impl Parser<'_> {
         }
         self.next();
         let vars = self.separated(TokenKind::RParen, ")", |p| p.name("the name of an index"))?;
-        let bits = if self.eat(TokenKind::LBracket) {
-            let from = self.expr()?;
-            self.expect(TokenKind::Range, "..")?;
-            let to = self.expr()?;
+        let (mut bits, mut bit_name) = (None, None);
+        if self.eat(TokenKind::LBracket) {
+            // A name alone stands for each bit of a stream.
+            if self.lexed.tokens.get(self.at + 1).is_some_and(|t| t.kind == TokenKind::RBracket) {
+                bit_name = Some(self.name("the name of a bit's number")?);
+            } else {
+                let from = self.expr()?;
+                self.expect(TokenKind::Range, "..")?;
+                bits = Some((from, self.expr()?));
+            }
             self.expect(TokenKind::RBracket, "]")?;
-            Some((from, to))
-        } else {
-            None
-        };
+        }
         let less = if self.eat(TokenKind::Minus) { Some(self.expr()?) } else { None };
         if !self.eat_word("in") {
             let d = self.expected_here("`in`");
@@ -186,7 +212,7 @@ impl Parser<'_> {
             None
         };
         let span = target.span.to(self.last());
-        Ok(Place { target, vars, bits, less, tensor, indices, member, bit, read, span })
+        Ok(Place { target, vars, bit_name, bits, less, tensor, indices, member, bit, read, span })
     }
 }
 

@@ -14,19 +14,17 @@ use crate::model::tensors::Kind;
 pub const LAYOUT: &str = "gguf";
 
 /// Numbers and names of element types that cannot be used, for messages.
-const UNUSED: [(u32, &str); 12] = [
+const UNUSED: [(u32, &str); 10] = [
     (4, "Q4_2"),
     (5, "Q4_3"),
     (9, "Q8_1"),
     (15, "Q8_K"),
-    (18, "IQ3_XXS"),
     (24, "I8"),
     (25, "I16"),
     (26, "I32"),
     (27, "I64"),
     (28, "F64"),
     (36, "IQ4_NL_4_4"),
-    (40, "NVFP4"),
 ];
 
 /// Why a tensor cannot be read.

@@ -205,7 +205,7 @@ impl<'a> Parser<'a> {
                     let mut d = self.expected_here("`family`, `quantizer`, `layout`, `function`, `fusion` or `use`");
                     d.labels[0] = (self.peek().span, String::new());
                     if let Some(near) = word.and_then(|w| nearest(w, ITEMS)) {
-                        d = d.hint(format!("did you mean `{near}`?"));
+                        d = d.meant(near);
                     } else if word.is_some_and(|w| PROPERTIES.contains(&w)) {
                         d = d.hint("a property stands in the braces of a family or quantizer");
                     }
@@ -349,7 +349,7 @@ impl<'a> Parser<'a> {
         if !PROPERTIES.contains(&word) {
             let d = Diagnostic::error(keyword.span, format!("there is no property `{word}`"), "");
             let d = match nearest(word, PROPERTIES) {
-                Some(near) => d.hint(format!("did you mean `{near}`?")),
+                Some(near) => d.meant(near),
                 None => d.hint(format!("the properties are {}", PROPERTIES.join(", "))),
             };
             return self.fail(d);

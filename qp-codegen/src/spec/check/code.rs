@@ -178,7 +178,7 @@ pub fn choice<T: Copy>(name: &Ident, what: &str, choices: &[(&str, T)], sink: &m
     let names: Vec<&str> = choices.iter().map(|c| c.0).collect();
     let d = Diagnostic::error(name.span, format!("there is no {what} `{}`", name.name), "");
     sink.fail(match nearest(&name.name, names.iter().copied()) {
-        Some(near) => d.hint(format!("did you mean `{near}`?")),
+        Some(near) => d.meant(near),
         None => d.hint(format!("it is one of {}", names.join(", "))),
     })
 }

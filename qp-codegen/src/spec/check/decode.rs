@@ -95,6 +95,13 @@ impl<'a> Checker<'a> {
                 ok = false;
                 continue;
             }
+            if let Some(v) = &value {
+                let text = match v {
+                    Value::Const(c) => c.text(),
+                    Value::Node(_) => self.type_of(v).to_string(),
+                };
+                self.sink.fact(name.span, || text);
+            }
             self.state.lets.push(Let { name: name.clone(), value, used: false });
         }
         let result = self.vector_of(&d.result);

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use code::{CheckedBody, CheckedCode, Context};
 use consts::Scope;
 
-use super::{Code, Format, Fusion, Quantizer};
+use super::{Code, Fact, Format, Fusion, Quantizer};
 use crate::kernels::decode::Unit;
 use crate::syntax::ast::{self, Definition, Expr, Ident, Item};
 use crate::syntax::diag::{Diagnostic, Severity, Span};
@@ -57,6 +57,10 @@ pub struct Sink {
     /// In order of discovery.
     pub list: Vec<Diagnostic>,
     seen: BTreeSet<(Span, String)>,
+    /// What is learnt of names, if anyone asks.
+    pub facts: Option<Vec<Fact>>,
+    /// Name of the quantizer that is being checked.
+    of: String,
     /// Integers in tables so far.
     values: usize,
     context: Option<(Span, String)>,
@@ -78,6 +82,13 @@ impl Sink {
             d.labels.push((*span, text.clone()));
         }
         self.list.push(d);
+    }
+
+    /// Notes what is known of the name at `at`, if anyone asks.
+    pub fn fact(&mut self, at: Span, text: impl FnOnce() -> String) {
+        if let Some(facts) = &mut self.facts {
+            facts.push(Fact { at, text: text(), of: self.of.clone() });
+        }
     }
 
     /// Counts `values` integers of a table at `at`.
@@ -290,6 +301,7 @@ impl<'a> Checker<'a> {
         }
         self.states[file][item] = State::Doing;
         let outer = self.sink.context.take();
+        let outer_name = std::mem::replace(&mut self.sink.of, q.name.name.clone());
         let done = match &q.def {
             Definition::Body(body) => {
                 let owner = (&q.name, file);
@@ -299,6 +311,7 @@ impl<'a> Checker<'a> {
             Definition::Mix(names) => self.mix(file, q, names).map(Checked::Quantizer),
         };
         self.sink.context = outer;
+        self.sink.of = outer_name;
         self.states[file][item] = State::Done(done.clone());
         done
     }

@@ -11,6 +11,7 @@ use qp_codegen::explain;
 use qp_codegen::palette;
 use qp_codegen::spec::{Definition, Shape};
 use qp_codegen::syntax::lexer::{Token, TokenKind};
+use qp_codegen::syntax::parser::PROPERTIES;
 
 use super::names::{Block, Kind, Name};
 use super::position::uri_of;
@@ -334,7 +335,9 @@ pub fn completions(checked: &Checked, at: Position) -> Vec<CompletionItem> {
         let given = file.names.around(at).map_or(&[][..], |b| &b.given);
         let again = ["let", "table", "field", "code"];
         let starts = words::starts(block).iter();
-        let missing = starts.filter(|w| block != Block::Body || again.contains(&w.word) || !has(given, w.word));
+        let missing = starts.filter(|w| {
+            block != Block::Body || PROPERTIES.contains(&w.word) && (again.contains(&w.word) || !has(given, w.word))
+        });
         all.extend(missing.map(|w| of_word(w, keyword, u32::from(again.contains(&w.word)))));
     }
     if block != Block::File && !(fresh && block == Block::Body) {

@@ -65,7 +65,7 @@ pub enum Block {
     Weight,
     /// Lines of a function.
     Function,
-    /// What is read from an element.
+    /// What is read from an element, or where a weight lies.
     Read,
     /// Lines of a layout.
     Layout,
@@ -220,7 +220,7 @@ impl Reader<'_> {
                 ("fusion", _) => Block::Fusion,
                 ("decode", _) => Block::Decode,
                 ("weight", _) => Block::Weight,
-                ("read", _) => Block::Read,
+                ("read" | "order", _) => Block::Read,
                 ("of", _) => Block::Layout,
                 (_, "code") => Block::Body,
                 _ => Block::Launch,
@@ -302,7 +302,7 @@ impl Reader<'_> {
                         ("table", Block::Body, (true, TokenKind::LBracket)) => Some((Kind::Table, i + 1)),
                         ("field", Block::Body, (true, TokenKind::Colon)) => Some((Kind::Field, i + 1)),
                         ("tensor" | "record", Block::Layout, (true, _)) => Some((Kind::Tensor, i + 1)),
-                        ("decode", Block::Body, (true, TokenKind::LBrace))
+                        ("decode" | "order", Block::Body, (true, TokenKind::LBrace))
                         | ("read", Block::Layout, (true, TokenKind::LBrace)) => Some((Kind::Window, i + 1)),
                         ("weight", Block::Body, (true, TokenKind::LBrace)) => Some((Kind::Entry, i + 1)),
                         (_, Block::Record, _) if self.kind(i + 1) == TokenKind::Colon => Some((Kind::Member, i)),

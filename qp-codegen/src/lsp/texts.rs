@@ -165,12 +165,8 @@ impl Checked {
 
     /// The file, then those that it uses itself.
     pub fn visible(&self) -> Vec<&File> {
-        let Some(own) = self.file() else { return Vec::new() };
-        let tokens = &own.names.lexed.tokens;
-        let uses = tokens.windows(2).filter(|t| t[0].first_on_line && &own.text[t[0].span.range()] == "use");
-        let paths: Vec<PathBuf> = uses.filter_map(|t| self.used(own, t[1].span)).map(|p| plain(&p)).collect();
-        let used = self.files[1..].iter().filter(|f| paths.contains(&plain(&f.path)));
-        std::iter::once(own).chain(used).collect()
+        let used = self.analysis.uses.iter().filter_map(|i| self.files.get(*i));
+        self.file().into_iter().chain(used).collect()
     }
 
     /// The definitions whose body the item `item` has: itself, or the members of a family.

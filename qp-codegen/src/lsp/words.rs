@@ -87,6 +87,13 @@ const OF_PROPERTIES: &[Word] = &[
         "rotate hadamard(seed = 0)",
         "Rotation along the columns before coding: `none`, or `hadamard(seed = S, block = N)`.",
     ),
+    word(
+        "order",
+        "order p { [p / 128, p % 128] }",
+        "Where weight p of a block's stream lies in the block: row and column.",
+    ),
+    word("input", "input su, hadamard(128)", "Steps that activations go through before they are rounded."),
+    word("output", "output hadamard(128), sv", "Steps that results go through."),
     word("code", "code { … }", "One code of a mix that is written out; column blocks take the codes in turn."),
 ];
 
@@ -220,9 +227,14 @@ pub fn covers(of_scales: bool) -> impl Iterator<Item = &'static Word> {
 
 /// The word, wherever it stands.
 pub fn any(word: &str) -> Option<&'static Word> {
-    let all =
-        [OTHERS, TYPES, COVERS, OF_BLOCKS, OF_CONSTANTS, OF_FUSIONS, OF_LAUNCHES, OF_LAYOUTS, OF_PROPERTIES, OF_ITEMS];
-    all.into_iter().flatten().find(|w| w.word == word)
+    all().find(|w| w.word == word)
+}
+
+/// All words.
+fn all() -> impl Iterator<Item = &'static Word> {
+    [OTHERS, TYPES, COVERS, OF_BLOCKS, OF_CONSTANTS, OF_FUSIONS, OF_LAUNCHES, OF_LAYOUTS, OF_PROPERTIES, OF_ITEMS]
+        .into_iter()
+        .flatten()
 }
 
 #[cfg(test)]
@@ -235,8 +247,28 @@ mod tests {
     fn all_keywords_are_explained() {
         let of = |block: Block| starts(block).iter().map(|w| w.word).collect::<Vec<_>>();
         assert_eq!(of(Block::File), ITEMS);
-        assert_eq!(of(Block::Body), PROPERTIES);
+        assert!(PROPERTIES.iter().all(|p| of(Block::Body).contains(p)));
         assert_eq!(of(Block::Decode), ["let"]);
         assert!(starts(Block::Body).iter().all(|w| w.example.starts_with(w.word)));
+    }
+
+    #[test]
+    fn the_editors_grammars_know_all_words() {
+        let text_mate = include_str!("../../../editors/vscode/syntaxes/qspec.tmLanguage.json");
+        let tree_sitter = concat!(
+            include_str!("../../../editors/tree-sitter-qspec/grammar.js"),
+            include_str!("../../../editors/tree-sitter-qspec/queries/highlights.scm"),
+        );
+        // Names of arguments are names as any; the types u1 to u32 and i1 to i32 are told by a pattern.
+        let listed =
+            |w: &&Word| !["seed", "rounds", "samples", "u4", "u8", "i8", "i16", "i24", "i32"].contains(&w.word);
+        let is_property = |w: &&Word| starts(Block::Body).iter().any(|p| p.word == w.word);
+        for w in all().filter(listed).filter(|w| !is_property(w) || PROPERTIES.contains(&w.word)) {
+            let mut words = text_mate.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            assert!(w.word == "use" || words.any(|t| t == w.word), "{}", w.word);
+            // Types, and what is rotated how, are names there.
+            let name = TYPES.iter().any(|t| t.word == w.word) || ["none", "hadamard"].contains(&w.word);
+            assert!(name || tree_sitter.contains(&format!("\"{}\"", w.word)), "{}", w.word);
+        }
     }
 }

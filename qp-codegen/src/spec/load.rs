@@ -125,6 +125,8 @@ pub struct Analysis {
     pub found: Diagnostics,
     /// Paths of the texts.
     pub paths: Vec<PathBuf>,
+    /// Which of the texts the file uses itself, whose names it knows.
+    pub uses: Vec<usize>,
     /// What the file defines without errors.
     pub definitions: Vec<Definition>,
     /// What is known of names.
@@ -147,10 +149,11 @@ pub fn analyse(files: &dyn Files, path: &Path) -> Analysis {
     let mut loader = Loader::of_file(files, path);
     loader.sink.facts = Some(Vec::new());
     let paths = loader.parsed.iter().map(|p| p.path.clone()).collect();
+    let uses = loader.parsed.first().map_or(Vec::new(), |p| p.uses.clone());
     let (found, checked) = loader.check();
     let quantizers = checked.quantizers.into_iter().map(Definition::Quantizer);
     let definitions = quantizers.chain(checked.formats.into_iter().map(Definition::Format)).collect();
-    Analysis { found, paths, definitions, facts: loader.sink.facts.unwrap_or_default() }
+    Analysis { found, paths, uses, definitions, facts: loader.sink.facts.unwrap_or_default() }
 }
 
 struct Loader<'a> {

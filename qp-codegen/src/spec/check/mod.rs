@@ -3,13 +3,15 @@
 //! 1. [`consts`]: constant expressions.
 //! 2. [`decode`]: the decode block.
 //! 3. [`code`]: a body's properties, and what must fit what.
-//! 4. [`format`]: quantizers that say their weight.
-//! 5. [`layout`]: the layouts of their bits.
-//! 6. [`fusion`]: fusion patterns.
+//! 4. [`enumerate`]: what looking at all windows shows.
+//! 5. [`format`]: quantizers that say their weight.
+//! 6. [`layout`]: the layouts of their bits.
+//! 7. [`fusion`]: fusion patterns.
 
 mod code;
 mod consts;
 mod decode;
+mod enumerate;
 mod format;
 mod fusion;
 mod layout;
@@ -46,6 +48,8 @@ pub struct Parsed {
 const MOST_FOUND: usize = 1000;
 /// Most integers in the tables of a file's quantizers, all together.
 const MOST_VALUES: usize = 1 << 24;
+/// Most operations of looking at the windows of a file's quantizers, for warnings: part of a second.
+const MOST_LOOKED: u64 = 1 << 27;
 /// Most codes of a quantizer.
 const MOST_CODES: usize = 16;
 /// Most operations in the program that decodes a unit of each code of a quantizer: more would take a compiler minutes.
@@ -63,6 +67,8 @@ pub struct Sink {
     of: String,
     /// Integers in tables so far.
     values: usize,
+    /// Operations of looking at windows so far.
+    looked: u64,
     context: Option<(Span, String)>,
 }
 
@@ -89,6 +95,16 @@ impl Sink {
         if let Some(facts) = &mut self.facts {
             facts.push(Fact { at, text: text(), of: self.of.clone() });
         }
+    }
+
+    /// Counts `operations` of looking at windows for warnings; false if that would take too long.
+    pub fn may_look(&mut self, operations: u64) -> bool {
+        let looked = self.looked.saturating_add(operations);
+        let may = looked <= MOST_LOOKED;
+        if may {
+            self.looked = looked;
+        }
+        may
     }
 
     /// Counts `values` integers of a table at `at`.

@@ -181,7 +181,7 @@ mod tests {
             assert_eq!(found, sum, "{name}");
             count += 1;
         }
-        assert_eq!(count, 21);
+        assert_eq!(count, 28);
     }
 
     #[test]

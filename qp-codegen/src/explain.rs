@@ -4,6 +4,9 @@ mod format;
 
 use std::fmt::Write;
 
+use crate::cuda::{Device, Target};
+use crate::kernels::gemv::Gemv;
+use crate::kernels::{encode, product};
 use crate::layout::{self, BLOCKS_PER_TILE, LANES_PER_BLOCK, Packed};
 use crate::metric::Effort;
 use crate::palette;
@@ -69,7 +72,7 @@ pub fn explain(q: &Quantizer, shape: Shape) -> String {
     line(o, &format!("  tables      {} bytes", table_bytes(q)));
     let measured = match palette::distortion(&q.name).filter(|_| palette::get(&q.name).as_ref() == Some(q)) {
         Some(d) => format!("{d} mean squared error for a unit Gaussian, {:.3} times the bound", d / bound(q.rate())),
-        None => "not measured".to_string(),
+        None => format!("not measured: qp bench distortion FILE.qspec:{}", q.name),
     };
     line(o, &format!("  distortion  {measured} (bound {})", significant(bound(q.rate()))));
     line(
@@ -97,6 +100,7 @@ pub fn explain(q: &Quantizer, shape: Shape) -> String {
             }
         ),
     );
+    speed(o, q, shape);
     line(o, &format!("  hash        {}", q.hash()));
     for (i, code) in q.codes.iter().enumerate() {
         line(o, "");
@@ -108,6 +112,53 @@ pub fn explain(q: &Quantizer, shape: Shape) -> String {
         explain_code(o, code);
     }
     out
+}
+
+/// The GPU for which times are told.
+const TARGET: Target = Target::Sm90a;
+
+/// How exact products are, how long one takes and what limits it, and where the quantizer can be encoded.
+fn speed(o: &mut String, q: &Quantizer, shape: Shape) {
+    let products = match q.value() {
+        Value::I8 => "one product of bytes",
+        Value::I16 => "two products of bytes, of high and low ones",
+    };
+    line(o, &format!("  products    exact sums of integers, by {products}; activations are rounded to 15 bits"));
+    let seconds = |device: &Device| {
+        let op = Gemv { quantizer: q, shape, batch: 1, accumulate: false };
+        product::Launch::ranked(&op, device)[0].0
+    };
+    line(o, &time(&seconds, matrix_bytes(q, shape)));
+    let refused = q.codes.iter().find_map(|c| encode::Plan::new(c, &TARGET.device()).err());
+    let on_gpu = match refused {
+        _ if !q.is_trained() => "not before its table is trained: qp train-codebook".to_string(),
+        None => "on a CPU or a GPU".to_string(),
+        Some(why) => why.to_string(),
+    };
+    line(o, &format!("  encoding    {on_gpu}"));
+}
+
+/// What the cost model expects of a product with one token's activations, and what limits it: that whose lack would save most.
+fn time(seconds: &dyn Fn(&Device) -> f64, bytes: u64) -> String {
+    let device = TARGET.device();
+    let all = seconds(&device);
+    let saved_by = |faster: Device| all - seconds(&faster);
+    let memory = saved_by(Device { bandwidth: device.bandwidth * 1e3, ..device });
+    let work = saved_by(Device { clock: device.clock * 1e3, ..device });
+    let limit = if memory.max(work) < all / 5.0 {
+        "starting it takes most of that"
+    } else if work > memory {
+        "limited by decoding"
+    } else {
+        "limited by the memory"
+    };
+    let reading = bytes as f64 / device.bandwidth;
+    format!(
+        "  a token     about {} us on an {}, {limit}; reading the bytes alone takes {}",
+        rounded(all * 1e6),
+        device.name,
+        rounded(reading * 1e6)
+    )
 }
 
 fn line(out: &mut String, text: &str) {
@@ -323,6 +374,34 @@ mod tests {
         assert_eq!(table_bytes(&q), 1024);
         assert_eq!(table_bytes(&palette::get("nuq_8").unwrap()), 512);
         assert_eq!(significant(bound(2.0)), "0.06250");
+    }
+
+    #[test]
+    fn it_says_how_exact_how_fast_and_what_encodes_it() {
+        let shape = Shape { rows: 28672, cols: 4096 };
+        let text = explain(&palette::get("fine_3").unwrap(), shape);
+        for line in [
+            "  products    exact sums of integers, by one product of bytes; activations are rounded to 15 bits\n",
+            "  a token     about ",
+            " us on an H100, limited by ",
+            "; reading the bytes alone takes ",
+            "  encoding    on a CPU or a GPU\n",
+        ] {
+            assert!(text.contains(line), "{line}{text}");
+        }
+        let small = explain(&palette::get("nuq_4").unwrap(), Shape { rows: 64, cols: 256 });
+        assert!(
+            small.contains("by two products of bytes") && small.contains("starting it takes most of that"),
+            "{small}"
+        );
+        let mut long = palette::get("tcq_3").unwrap();
+        long.codes[0].window = 24;
+        let text = explain(&long, shape);
+        assert!(
+            text.contains("  encoding    windows of 24 bits have more states than a GPU's encoder can keep"),
+            "{text}"
+        );
+        assert!(text.contains("not measured: qp bench distortion FILE.qspec:tcq_3 "), "{text}");
     }
 
     #[test]

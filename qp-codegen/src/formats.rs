@@ -187,7 +187,7 @@ mod tests {
             assert_eq!(found, sum, "{name}");
             count += 1;
         }
-        assert_eq!(count, 66);
+        assert_eq!(count, 73);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The `qp-codegen` command: check, format and explain quantizers, and print the kernels that they become.
 
+mod lsp;
 mod try_out;
 
 use std::fs;
@@ -79,6 +80,12 @@ enum Command {
     },
     /// Print the kernel of a quantizer
     Emit(Emit),
+    /// Serve an editor: the language server protocol over standard input and output
+    Lsp {
+        /// What editors add that know other ways of talking, too
+        #[arg(long, hide = true)]
+        stdio: bool,
+    },
 }
 
 /// What `emit` prints.
@@ -168,6 +175,7 @@ fn main() -> ExitCode {
         Command::List { files } => list(&files),
         Command::Try { spec, bits, layout, shape } => try_bits(&spec, &bits, layout.zip(shape)),
         Command::Emit(e) => emit(&e),
+        Command::Lsp { stdio: _ } => lsp::serve().map_err(Failure::Other),
     };
     match run {
         Ok(()) => ExitCode::SUCCESS,

@@ -3,6 +3,9 @@
 use std::fmt::Write;
 
 use super::decimal;
+use crate::cuda::Device;
+use crate::kernels::Span;
+use crate::kernels::grouped;
 use crate::kernels::grouped::layout::Relaid;
 use crate::spec::Shape;
 use crate::spec::format::{Arithmetic, Field, Format, Weight, WeightOp};
@@ -115,6 +118,9 @@ fn products(f: &Format, o: &mut String) {
     let shape = Shape { rows: SIDE, cols: SIDE };
     let bits = Relaid::new(&terms, shape).bytes() as f64 * 8.0 / shape.len() as f64;
     line!(o, "  on a GPU    {} bits a weight of {SIDE} x {SIDE}, fields included", decimal((bits * 1e3).round() / 1e3));
+    let op = grouped::Product { terms: &terms, shape, batch: 1, y: Span::rows(SIDE), accumulate: false };
+    let seconds = |device: &Device| grouped::Launch::ranked(&op, device)[0].0;
+    line!(o, "{}", super::time(&seconds, Relaid::new(&terms, shape).bytes()));
 }
 
 /// The weight as a formula, `entry` for the entry.
@@ -162,6 +168,7 @@ mod tests {
             "  rest        (-z) * s, times the sum of a run's activations\n",
             "  sums        of 64 bits; slopes are whole multiples of the row's unit, up to 2^26\n",
             "  on a GPU    4.197 bits a weight of 4096 x 4096, fields included\n",
+            "  a token     about ",
         ] {
             assert!(text.contains(line), "{line}{text}");
         }

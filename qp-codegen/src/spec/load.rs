@@ -44,7 +44,8 @@ impl Library {
     }
 }
 
-struct Disk;
+/// The files of the disk.
+pub struct Disk;
 
 impl Files for Disk {
     fn read(&self, path: &Path) -> io::Result<String> {
@@ -116,14 +117,44 @@ pub fn from_canonical(text: &str) -> Quantizer {
 
 /// As [`load_file`], from other places than a disk.
 pub(crate) fn load_from(files: &dyn Files, path: &Path) -> Result<Library, Diagnostics> {
-    let mut loader = Loader::new(files);
-    match files.read(path) {
-        Ok(text) => {
-            loader.parse(&path.display().to_string(), path, &text, false);
-        }
-        Err(e) => loader.sink.push(Diagnostic::plain(format!("cannot read {}: {e}", path.display()))),
-    }
-    loader.finish()
+    Loader::of_file(files, path).finish()
+}
+
+/// What is known of a file, also where it has errors: for editors.
+pub struct Analysis {
+    /// Errors and warnings, errors first, with the texts: that of the file, then those of the files that it uses.
+    pub found: Diagnostics,
+    /// Paths of the texts.
+    pub paths: Vec<PathBuf>,
+    /// Which of the texts the file uses itself, whose names it knows.
+    pub uses: Vec<usize>,
+    /// What the file defines without errors.
+    pub definitions: Vec<Definition>,
+    /// What is known of names.
+    pub facts: Vec<Fact>,
+}
+
+/// What is known of a name where it is defined.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fact {
+    /// The name's place.
+    pub at: Span,
+    /// A value, or the type of one that is computed from the window.
+    pub text: String,
+    /// The quantizer for which it holds: a family's constants have another value in each member.
+    pub of: String,
+}
+
+/// Reads and checks a file of `files` and tells all that is known of it.
+pub fn analyse(files: &dyn Files, path: &Path) -> Analysis {
+    let mut loader = Loader::of_file(files, path);
+    loader.sink.facts = Some(Vec::new());
+    let paths = loader.parsed.iter().map(|p| p.path.clone()).collect();
+    let uses = loader.parsed.first().map_or(Vec::new(), |p| p.uses.clone());
+    let (found, checked) = loader.check();
+    let quantizers = checked.quantizers.into_iter().map(Definition::Quantizer);
+    let definitions = quantizers.chain(checked.formats.into_iter().map(Definition::Format)).collect();
+    Analysis { found, paths, uses, definitions, facts: loader.sink.facts.unwrap_or_default() }
 }
 
 struct Loader<'a> {
@@ -138,6 +169,18 @@ struct Loader<'a> {
 impl<'a> Loader<'a> {
     fn new(files: &'a dyn Files) -> Self {
         Loader { files, sources: Sources::default(), sink: Sink::default(), parsed: Vec::new(), open: Vec::new() }
+    }
+
+    /// With the file `path` and those that it uses.
+    fn of_file(files: &'a dyn Files, path: &Path) -> Self {
+        let mut loader = Loader::new(files);
+        match files.read(path) {
+            Ok(text) => {
+                loader.parse(&path.display().to_string(), path, &text, false);
+            }
+            Err(e) => loader.sink.push(Diagnostic::plain(format!("cannot read {}: {e}", path.display()))),
+        }
+        loader
     }
 
     /// Parses a text and the files it uses; its index.
@@ -211,15 +254,22 @@ impl<'a> Loader<'a> {
         }
     }
 
-    fn finish(mut self) -> Result<Library, Diagnostics> {
-        let check::Found { quantizers, formats, fusions } = match self.parsed.is_empty() {
+    /// Checks what was parsed. Diagnostics are in the order of the text, errors first: what was found at parsing came before
+    /// all else.
+    fn check(&mut self) -> (Diagnostics, check::Found) {
+        let checked = match self.parsed.is_empty() {
             true => Default::default(),
             false => check::library(&self.parsed, 0, self.files, &mut self.sink),
         };
-        let mut found = Diagnostics { sources: self.sources, list: self.sink.list };
-        // In the order of the text, errors first: what was found at parsing came before all else.
+        let (sources, list) = (std::mem::take(&mut self.sources), std::mem::take(&mut self.sink.list));
+        let mut found = Diagnostics { sources, list };
         found.list.sort_by_key(|d| (d.severity, d.labels.first().map(|l| l.0)));
         diag::limit(&mut found.list);
+        (found, checked)
+    }
+
+    fn finish(mut self) -> Result<Library, Diagnostics> {
+        let (mut found, check::Found { quantizers, formats, fusions }) = self.check();
         if found.has_errors() {
             return Err(found);
         }

@@ -32,13 +32,13 @@ mod load;
 pub mod table_file;
 pub mod terms;
 
-pub(crate) use check::Files;
+pub use check::Files;
 pub use format::Format;
 pub use fusion::{Epilogue, Fusion, Launch, Matrix, Prologue};
 pub(crate) use load::load_from;
 pub use load::{
-    Definition, Library, from_canonical, load_alone, load_file, load_str, resolve, resolve_all, resolve_all_untrained,
-    resolve_any, resolve_fusion, resolve_untrained, untrained,
+    Analysis, Definition, Disk, Fact, Library, analyse, from_canonical, load_alone, load_file, load_str, resolve,
+    resolve_all, resolve_all_untrained, resolve_any, resolve_fusion, resolve_untrained, untrained,
 };
 
 use std::path::PathBuf;

@@ -87,6 +87,8 @@ pub struct Diagnostic {
     pub labels: Vec<(Span, String)>,
     /// What cures it.
     pub hint: Option<String>,
+    /// A text that cures it, and what it takes the place of: what an editor can do by itself.
+    pub replace: Option<(Span, String)>,
 }
 
 impl Diagnostic {
@@ -97,6 +99,7 @@ impl Diagnostic {
             message: message.into(),
             labels: vec![(span, label.into())],
             hint: None,
+            replace: None,
         }
     }
 
@@ -107,13 +110,29 @@ impl Diagnostic {
 
     /// An error about no place in a text (a missing file, a wrong name on the command line).
     pub fn plain(message: impl Into<String>) -> Self {
-        Diagnostic { severity: Severity::Error, message: message.into(), labels: Vec::new(), hint: None }
+        Diagnostic { severity: Severity::Error, message: message.into(), labels: Vec::new(), hint: None, replace: None }
     }
 
     /// Adds what cures it.
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
+    }
+
+    /// Adds a text that cures it, in place of what stands at `span`.
+    pub fn replace(mut self, span: Span, text: impl Into<String>) -> Self {
+        self.replace = Some((span, text.into()));
+        self
+    }
+
+    /// Adds that `near` was meant where the first label is.
+    pub fn meant(self, near: &str) -> Self {
+        let at = self.labels.first().map(|l| l.0);
+        let d = self.hint(format!("did you mean `{near}`?"));
+        match at {
+            Some(at) => d.replace(at, near),
+            None => d,
+        }
     }
 
     /// Adds a further place.

@@ -149,6 +149,13 @@ const PUNCTUATION: [(&str, TokenKind); 30] = [
     ("×", TokenKind::Name),
 ];
 
+/// Operators of other languages, what stands for them here, and why.
+const FOREIGN: [(&str, TokenKind, &str, &str); 3] = [
+    (">>>", TokenKind::Shr, ">>", "words have no sign, so that `>>` shifts zeros in"),
+    ("&&", TokenKind::And, "&", "bits and words are joined by `&`"),
+    ("||", TokenKind::Or, "|", "bits and words are joined by `|`"),
+];
+
 /// A token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Token {
@@ -213,6 +220,15 @@ pub fn lex(file: FileId, text: &str, errors: &mut Vec<Diagnostic>) -> Lexed {
                 first_on_line = false;
             }
             (None, len)
+        } else if let Some((value, len)) = exponent(rest) {
+            let all = span(at, at + len);
+            let text = &rest[..len];
+            let d = Diagnostic::error(all, format!("`{text}` is not a number: there are no exponents"), "");
+            errors.push(match value {
+                Some(v) => d.replace(all, decimal(v)).hint(format!("write `{}`", decimal(v))),
+                None => d.hint("write a power of ten: `3 * 10 ** -5`"),
+            });
+            (Some(TokenKind::Number(value.unwrap_or(1.into()))), len)
         } else if c.is_ascii_digit() {
             let len = number_len(rest);
             let kind = number(&rest[..len]);
@@ -234,6 +250,11 @@ pub fn lex(file: FileId, text: &str, errors: &mut Vec<Diagnostic>) -> Lexed {
                     (Some(TokenKind::Str), len)
                 }
             }
+        } else if let Some((wrong, kind, right, why)) = FOREIGN.iter().find(|f| rest.starts_with(f.0)) {
+            let all = span(at, at + wrong.len());
+            let d = Diagnostic::error(all, format!("there is no operator `{wrong}`"), "");
+            errors.push(d.replace(all, *right).hint(format!("{why}: write `{right}`")));
+            (Some(*kind), wrong.len())
         } else {
             match PUNCTUATION.iter().find(|(s, _)| rest.starts_with(s)) {
                 Some((s, kind)) => (Some(*kind), s.len()),
@@ -243,8 +264,9 @@ pub fn lex(file: FileId, text: &str, errors: &mut Vec<Diagnostic>) -> Lexed {
                     let shown = c.escape_debug();
                     let e = Diagnostic::error(span(at, at + len), format!("`{shown}` has no meaning here"), "");
                     errors.push(match c {
-                        ';' => e.hint("a line needs no end mark: leave it out"),
-                        '#' => e.hint("a comment begins with `//`"),
+                        ';' => e.replace(span(at, at + len), "").hint("a line needs no end mark: leave it out"),
+                        '#' => e.replace(span(at, at + len), "//").hint("a comment begins with `//`"),
+                        '!' => e.replace(span(at, at + len), "~").hint("the complement of a word is `~`"),
                         '\'' => e.hint("a string stands in double quotes"),
                         _ => e,
                     });
@@ -287,6 +309,39 @@ fn tight_block(s: &str) -> Option<(usize, usize)> {
     (digits(rows) && digits(cols) && rows != "0").then_some((rows.len(), len))
 }
 
+/// `1e-3`: its value, if that is a sane one, and its length.
+fn exponent(s: &str) -> Option<(Option<Rational>, usize)> {
+    let digits = |t: &str| t.find(|c: char| !c.is_ascii_digit()).unwrap_or(t.len());
+    let whole = digits(s);
+    let fraction = s[whole..].strip_prefix('.').map_or(0, |t| 1 + digits(t));
+    let mantissa = whole + fraction;
+    let rest = s[mantissa..].strip_prefix(['e', 'E']).filter(|_| whole > 0 && fraction != 1)?;
+    let sign = usize::from(rest.starts_with(['-', '+']));
+    let power = digits(&rest[sign..]);
+    let len = mantissa + 1 + sign + power;
+    if power == 0 || s[len..].starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_') {
+        return None;
+    }
+    let exponent = rest[..sign + power].trim_start_matches('+').parse::<i128>().ok().filter(|e| e.abs() <= 18);
+    let power = exponent.and_then(|e| Rational::from(10).pow(e));
+    Some((Rational::parse_decimal(&s[..mantissa]).zip(power).and_then(|(m, p)| m.checked_mul(p)), len))
+}
+
+/// A number whose denominator divides a power of ten, as digits.
+fn decimal(r: Rational) -> String {
+    let (mut num, den) = r.parts();
+    let mut places = 0;
+    let mut of = 1;
+    while of % den != 0 {
+        of *= 10;
+        places += 1;
+    }
+    num *= of / den;
+    let digits = format!("{num:0>width$}", width = places + 1);
+    let (whole, fraction) = digits.split_at(digits.len() - places);
+    if places == 0 { whole.to_string() } else { format!("{whole}.{fraction}") }
+}
+
 fn number(s: &str) -> Option<TokenKind> {
     let radix = |digits: &str, radix| {
         let digits: String = digits.chars().filter(|c| *c != '_').collect();
@@ -308,7 +363,8 @@ fn bad_number(span: Span, text: &str) -> Diagnostic {
     if text.starts_with("0x") || text.starts_with("0b") || digits == text.len() {
         e.hint("numbers are written 12, 0.5, 0x9E37 or 0b1010, and fit 63 bits in hexadecimal and binary")
     } else if text[digits..].starts_with('x') {
-        e.hint(format!("put spaces around `x`: `{} x {}`", &text[..digits], &text[digits + 1..]))
+        let apart = format!("{} x {}", &text[..digits], &text[digits + 1..]);
+        e.replace(span, apart.clone()).hint(format!("put spaces around `x`: `{apart}`"))
     } else {
         e.hint("put a space between a number and what follows it")
     }
@@ -342,6 +398,26 @@ mod tests {
         assert_eq!(kinds("0xFFFFFFFFFFFFFFFFF").2, 1);
         assert_eq!(kinds("1.2.3").2, 1);
         assert_eq!(kinds(&"\0".repeat(16_000)).2, 1);
+    }
+
+    #[test]
+    fn what_other_languages_write_is_one_error_with_its_meaning() {
+        use TokenKind::*;
+        for (text, value, cure) in [
+            ("1e-3", Rational::new(1, 1000), Some("0.001")),
+            ("2.50E+2", Rational::new(250, 1), Some("250")),
+            ("12e0", Rational::new(12, 1), Some("12")),
+            ("1e99", Rational::new(1, 1), None),
+        ] {
+            let mut errors = Vec::new();
+            let lexed = lex(FileId(0), text, &mut errors);
+            assert_eq!((errors.len(), lexed.tokens.len(), lexed.tokens[0].kind), (1, 2, Number(value.unwrap())));
+            assert_eq!(errors[0].replace.as_ref().map(|r| r.1.as_str()), cure, "{text}");
+        }
+        // These are other mistakes, or none.
+        assert_eq!(kinds("0x1e - 3").2, 0);
+        assert_eq!((kinds("1e").2, kinds("1e-3x").2), (1, 1));
+        assert_eq!(kinds("a >>> b && c || d"), (vec![Name, Shr, Name, And, Name, Or, Name, End], 0, 3));
     }
 
     #[test]

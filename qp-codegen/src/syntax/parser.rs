@@ -39,7 +39,7 @@ type Parse<T> = Result<T, Failed>;
 pub fn parse(file: FileId, text: &str, errors: &mut Vec<Diagnostic>) -> (File, Lexed) {
     let lexed = lex(file, text, errors);
     let mut found = Vec::new();
-    let mut parser = Parser { text, lexed: &lexed, at: 0, errors: &mut found, depth: 0, bodies: 0 };
+    let mut parser = Parser { text, lexed: &lexed, at: 0, errors: &mut found, depth: 0, bodies: 0, sign_first: None };
     let tree = parser.file();
     errors.append(&mut found);
     errors.sort_by_key(|d| d.labels.first().map(|l| l.0));
@@ -54,6 +54,8 @@ struct Parser<'a> {
     errors: &'a mut Vec<Diagnostic>,
     depth: u32,
     bodies: u32,
+    /// The last minus of the block that is first on its line, and continues the line before.
+    sign_first: Option<Span>,
 }
 
 impl<'a> Parser<'a> {
@@ -205,7 +207,7 @@ impl<'a> Parser<'a> {
                     let mut d = self.expected_here("`family`, `quantizer`, `layout`, `function`, `fusion` or `use`");
                     d.labels[0] = (self.peek().span, String::new());
                     if let Some(near) = word.and_then(|w| nearest(w, ITEMS)) {
-                        d = d.hint(format!("did you mean `{near}`?"));
+                        d = d.meant(near);
                     } else if word.is_some_and(|w| PROPERTIES.contains(&w)) {
                         d = d.hint("a property stands in the braces of a family or quantizer");
                     }
@@ -353,7 +355,7 @@ impl<'a> Parser<'a> {
         if !PROPERTIES.contains(&word) {
             let d = Diagnostic::error(keyword.span, format!("there is no property `{word}`"), "");
             let d = match nearest(word, PROPERTIES) {
-                Some(near) => d.hint(format!("did you mean `{near}`?")),
+                Some(near) => d.meant(near),
                 None => d.hint(format!("the properties are {}", PROPERTIES.join(", "))),
             };
             return self.fail(d);
@@ -392,10 +394,25 @@ impl<'a> Parser<'a> {
             "unit" => PropertyKind::Unit(self.expr()?),
             "table" => PropertyKind::Table(self.table()?),
             "decode" => PropertyKind::Decode(self.decode("a name for the window, as in `decode w {`", "decode")?),
-            "scale" => PropertyKind::Scale(self.name("`row` or `matrix`")?),
+            "scale" => {
+                let name = self.name("`row` or `matrix`")?;
+                if self.peek().kind == TokenKind::LParen {
+                    let d = Diagnostic::error(name.span, format!("there is no scale `{}(…)`", name.name), "");
+                    let d = d.hint(
+                        "a scale is of a `row` or of the `matrix`; one for a group of columns is a format's field: \
+                         `field s : f16 per 1 x 128` and `weight e { e * s }`",
+                    );
+                    return self.fail(d);
+                }
+                PropertyKind::Scale(name)
+            }
             "rotate" => {
                 let name = self.name("`none` or `hadamard(seed = 0)`")?;
-                let args = if self.peek().kind == TokenKind::LParen { self.args()?.0 } else { Vec::new() };
+                let args = if self.peek().kind == TokenKind::LParen {
+                    self.args("seed = 0, block = 128")?.0
+                } else {
+                    Vec::new()
+                };
                 PropertyKind::Rotate(name, args)
             }
             "code" => PropertyKind::Code(self.body()?),
@@ -413,10 +430,14 @@ impl<'a> Parser<'a> {
         Ok(Property { span: keyword.span.to(self.last()), keyword, kind })
     }
 
-    /// `(name = constant, …)` and the span of the parentheses.
-    fn args(&mut self) -> Parse<(Vec<Arg>, Span)> {
+    /// `(name = constant, …)`, as in `example`, and the span of the parentheses.
+    fn args(&mut self, example: &str) -> Parse<(Vec<Arg>, Span)> {
         let open = self.expect(TokenKind::LParen, "(")?;
         let args = self.separated(TokenKind::RParen, ")", |p| {
+            if !p.lexed.tokens.get(p.at + 1).is_some_and(|t| t.kind == TokenKind::Assign) {
+                let d = p.expected_here("the name of an argument and `=`");
+                return p.fail(d.hint(format!("arguments have names: `({example})`")));
+            }
             let name = p.name("a name, as in `seed = 0`")?;
             p.expect(TokenKind::Assign, "=")?;
             Ok(Arg { name, value: p.expr()? })
@@ -438,7 +459,7 @@ impl<'a> Parser<'a> {
         } else if self.eat_word("from") {
             TableSource::File(self.string("the path of a table file in double quotes")?)
         } else if self.eat_word("trained") {
-            let (args, args_span) = self.args()?;
+            let (args, args_span) = self.args("seed = 1, rounds = 8, samples = 2 ** 20")?;
             if !self.eat_word("in") {
                 let d = self.expected_here("`in`").hint("say where the table is kept: `in \"tables/{name}.table\"`");
                 return self.fail(d);
@@ -462,6 +483,7 @@ impl<'a> Parser<'a> {
     /// `{ let … result }`
     fn block(&mut self, kind: &str) -> Parse<(Vec<(Ident, Expr)>, Expr)> {
         let open = self.expect(TokenKind::LBrace, "{")?;
+        self.sign_first = None;
         let mut lets = Vec::new();
         let mut result = None;
         let mut failed = false;
@@ -484,6 +506,12 @@ impl<'a> Parser<'a> {
             None if !failed => {
                 let message = format!("the {kind} block has no result");
                 let d = Diagnostic::error(close, message, "expected an expression before this");
+                if let (Some(sign), Some((_, last))) = (self.sign_first, lets.last())
+                    && last.span.start < sign.start
+                {
+                    let d = d.label(sign, "this continues the line before");
+                    return self.fail(d.hint("put a result that begins with a sign in parentheses, as in `(-t[h])`"));
+                }
                 self.fail(d.hint(match kind {
                     "decode" => "end the block with the entries, as in `t[h >> 23]`",
                     "weight" => "end the block with the weight, as in `e * s`",
@@ -593,7 +621,10 @@ impl<'a> Parser<'a> {
             if precedence < min {
                 break;
             }
-            self.next();
+            let sign = self.next();
+            if op == BinaryOp::Sub && sign.first_on_line {
+                self.sign_first = Some(sign.span);
+            }
             let right = self.binary(precedence + 1)?;
             let span = left.span.to(right.span);
             left = self.node(ExprKind::Binary(op, Box::new(left), Box::new(right)), span)?;
@@ -642,6 +673,11 @@ impl<'a> Parser<'a> {
                 let span = e.span.to(self.last());
                 e = self.node(ExprKind::Range(Box::new(e), Box::new(index), Box::new(to)), span)?;
                 continue;
+            }
+            if self.peek().kind == TokenKind::Comma {
+                let d = Diagnostic::error(self.peek().span, "there is one index, not several", "");
+                let cure = "an entry is `t[i]`, and has as many weights as the code's `vector`; bits a to b - 1 of a word are `h[a..b]`";
+                return self.fail(d.hint(cure));
             }
             self.expect(TokenKind::RBracket, "]")?;
             let span = e.span.to(self.last());

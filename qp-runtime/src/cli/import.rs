@@ -31,10 +31,15 @@ pub struct Import {
 }
 
 /// Write the files that a checkpoint was imported from: the same bytes, checked by their SHA-256.
+///
+/// With --dequantized, of any checkpoint: a model directory whose weights are floats, for programs that read no other.
 #[derive(clap::Args)]
 pub struct Export {
-    /// The checkpoint that `qp import` made
+    /// The checkpoint: one that `qp import` made, or with --dequantized any
     dir: PathBuf,
+    /// Write the weights out as floats instead, in safetensors with config.json and tokenizer
+    #[arg(long, value_enum, value_name = "TYPE", num_args = 0..=1, default_missing_value = "bf16")]
+    dequantized: Option<import::Float>,
     /// Folder to write to
     #[arg(short, long, value_name = "DIR", default_value = ".")]
     out: PathBuf,
@@ -82,7 +87,11 @@ impl Export {
     /// Runs the command.
     pub fn run(self) -> Result<(), Error> {
         let bar = bar(self.quiet);
-        let result = import::export(&self.dir, &self.out, self.force, &mut |name, i, n| show(&bar, name, i, n));
+        let shown = &mut |name: &str, i, n| show(&bar, name, i, n);
+        let result = match self.dequantized {
+            Some(ty) => import::write_out(&self.dir, &self.out, ty, self.force, shown),
+            None => import::export(&self.dir, &self.out, self.force, shown),
+        };
         bar.finish_and_clear();
         for path in result? {
             outln!("{}", path.display())?;

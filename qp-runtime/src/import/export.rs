@@ -1,5 +1,6 @@
 //! Writing the files again that a checkpoint was imported from.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use super::{Error, Progress, SourceFile, left_out_file};
 use crate::checkpoint::{self, Checkpoint};
 use crate::model::gguf::{Gguf, Kept};
 use crate::model::tensors::interleaved;
+use crate::model::{packing::STACKED, stored};
 
 /// A writer that counts and hashes.
 struct Hashing<W> {
@@ -45,7 +47,10 @@ impl<W: Write> Hashing<W> {
 pub fn export(dir: &Path, out: &Path, force: bool, progress: &mut Progress<'_>) -> Result<Vec<PathBuf>, Error> {
     let checkpoint = Checkpoint::open(dir)?;
     let Some(source) = checkpoint.manifest().source.clone() else {
-        return Err(Error::refused(dir, "was not imported: only what `qp import` made can be exported"));
+        return Err(Error::refused(
+            dir,
+            "was not imported: there are no files to give back; --dequantized writes its weights as floats",
+        ));
     };
     if !["gguf", "safetensors"].contains(&source.kind.as_str()) {
         return Err(Error::refused(
@@ -62,6 +67,8 @@ pub fn export(dir: &Path, out: &Path, force: bool, progress: &mut Progress<'_>) 
     } else {
         (None, headers.iter().map(|p| View::of_safetensors(p)).collect::<Result<Vec<_>, _>>()?)
     };
+    let layers = checkpoint.manifest().layers.iter();
+    let renamed = layers.flat_map(|l| stored::renamed(&l.name, &l.spec, l.layout.as_deref())).collect();
     let mut paths = Vec::new();
     for (view, file) in views.iter().zip(&source.files) {
         let path = out.join(&file.name);
@@ -69,7 +76,7 @@ pub fn export(dir: &Path, out: &Path, force: bool, progress: &mut Progress<'_>) 
             return Err(Error::refused(&path, "exists; --force replaces it"));
         }
         let beside = out.join(format!("{}.partial", file.name));
-        let done = one(&checkpoint, gguf.as_ref(), view, file, &beside, progress).and_then(|()| {
+        let done = one((&checkpoint, &renamed), gguf.as_ref(), view, file, &beside, progress).and_then(|()| {
             std::fs::rename(&beside, &path).map_err(|source| Error::Write { path: path.clone(), source })
         });
         if let Err(e) = done {
@@ -82,9 +89,31 @@ pub fn export(dir: &Path, out: &Path, force: bool, progress: &mut Progress<'_>) 
     Ok(paths)
 }
 
-/// Writes the file `part` to `path`.
+/// The bytes of a file's tensor in which the experts of several layers are stacked, rows of two layers by turns.
+fn stacked(checkpoint: &Checkpoint, name: &str) -> Result<Option<Vec<u8>>, Error> {
+    for (all, parts) in STACKED {
+        let Some((before, kind)) = name.split_once(&format!(".experts.{all}_")) else { continue };
+        let layer = |expert: usize, part: &str| format!("{before}.experts.{expert}.{part}");
+        let mut out = Vec::new();
+        for expert in 0.. {
+            let Some(rows) = checkpoint.layer(&layer(expert, parts[0])).map(|l| l.rows as usize) else { break };
+            let pieces = parts.iter().map(|part| checkpoint.bytes(&format!("{}.{kind}", layer(expert, part))));
+            let pieces = pieces.collect::<Result<Vec<_>, _>>()?;
+            for row in 0..rows {
+                for piece in pieces.iter().map(|p| p.as_slice()) {
+                    let width = piece.len() / rows;
+                    out.extend_from_slice(&piece[row * width..(row + 1) * width]);
+                }
+            }
+        }
+        return Ok((!out.is_empty()).then_some(out));
+    }
+    Ok(None)
+}
+
+/// Writes the file `part` to `path`, of a checkpoint with the names of tensors that files call otherwise.
 fn one(
-    checkpoint: &Checkpoint,
+    (checkpoint, renamed): (&Checkpoint, &BTreeMap<String, String>),
     gguf: Option<&Gguf>,
     part: &View,
     file: &SourceFile,
@@ -104,7 +133,10 @@ fn one(
         let as_it_is = || Kept { names: vec![name.clone()], rows: 1, heads: None };
         let kept = match gguf {
             Some(gguf) => gguf.kept_as(name)?,
-            None => checkpoint.contains(name).then(as_it_is),
+            None => match renamed.get(name) {
+                Some(ours) => Some(Kept { names: vec![ours.clone()], ..as_it_is() }),
+                None => checkpoint.contains(name).then(as_it_is),
+            },
         };
         let bytes = match kept {
             Some(kept) => {
@@ -117,10 +149,13 @@ fn one(
                     None => bytes,
                 }
             }
-            None => {
-                let path = checkpoint.dir().join(left_out_file(name));
-                std::fs::read(&path).map_err(checkpoint::Error::io("read", &path))?
-            }
+            None => match stacked(checkpoint, name)? {
+                Some(bytes) => bytes,
+                None => {
+                    let path = checkpoint.dir().join(left_out_file(name));
+                    std::fs::read(&path).map_err(checkpoint::Error::io("read", &path))?
+                }
+            },
         };
         if bytes.len() != range.len() {
             return Err(Error::refused(checkpoint.dir(), format!("tensor '{name}' has not the bytes that it had")));

@@ -5,8 +5,10 @@
 //! the bytes of its tensors under the names `LAYER.TENSOR`, `TENSOR` as the format's layout calls it; the format's text, layouts included,
 //! lies in `specs/`. What else the file holds is kept too: the header with all of its keys, and tensors that no engine
 //! reads. So [`export`] writes the same file again, byte for byte, and checks that with the SHA-256 that was taken then.
+//! [`write_out`] writes the weights of any checkpoint as floats.
 
 mod export;
+mod plain;
 mod view;
 
 use std::collections::BTreeMap;
@@ -16,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 pub use export::export;
+pub use plain::{Float, write_out};
 use view::View;
 
 use crate::checkpoint::weights::{Planned, SHARD_BYTES};
@@ -99,14 +102,14 @@ pub fn import(model: &Path, out: &Path, begin: Begin, progress: &mut Progress<'_
     checkpoint::check_output(out, begin.force)?;
     let files = Files::open(model)?;
     // All that opening finds wrong is found before anything is written.
-    let (opened, joined) = Model::open_plain(model)?;
+    let (opened, mut joined) = Model::open_plain(model)?;
     let (kind, source, views) = match &files {
         Files::Gguf(gguf) => {
             let views = gguf.parts().iter().map(View::of_gguf).collect::<Result<Vec<_>, _>>()?;
             ("gguf", gguf.tensors()?, views)
         }
         Files::Dir(dir) => {
-            if opened.config.stored.is_none() {
+            if joined.keep_packed() == 0 && opened.config.stored.is_none() {
                 let why = "is not quantized: GGUF files are imported, and models whose config.json says how; use `qp quantize`";
                 return Err(Error::refused(model, why));
             }

@@ -22,7 +22,7 @@ pub mod files;
 pub mod gguf;
 mod halves;
 pub mod keys;
-mod packing;
+pub(crate) mod packing;
 pub mod program;
 pub mod rope;
 pub mod shards;

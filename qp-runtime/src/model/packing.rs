@@ -82,6 +82,18 @@ impl View {
     }
 }
 
+impl View {
+    /// Of MXFP4, the blocks and the scales of `rows` rows of `groups` times 32 columns, from those that are stored.
+    pub fn packed(&self, stored: &[u8], rows: usize, groups: usize) -> Option<[Vec<u8>; 2]> {
+        let View::Mxfp4 { scales, first, step } = self else { return None };
+        let gather = |from: &[u8], width: usize| {
+            let row = |i: usize| &from[(first + step * i) * width..][..width];
+            (0..rows).flat_map(row).copied().collect()
+        };
+        Some([gather(stored, groups * 16), gather(scales.as_slice(), groups)])
+    }
+}
+
 /// A number of four bits: sign, two bits of exponent, one of mantissa.
 fn fp4(code: u8) -> f32 {
     const MAGNITUDES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
@@ -145,14 +157,16 @@ fn scale_blocks(dir: &mut TensorDir, block: [usize; 2]) -> Result<(), Error> {
     Ok(())
 }
 
+/// Names of layers whose experts files stack, and of the layers whose rows follow each other by turns in them.
+pub(crate) const STACKED: [(&str, &[&str]); 2] =
+    [("gate_up_proj", &["gate_proj", "up_proj"]), ("down_proj", &["down_proj"])];
+
 /// Takes apart the experts whose tensors' names begin with `prefix`.
 fn unstack(dir: &mut TensorDir, prefix: &str, config: &Config) -> Result<(), Error> {
     let Some(experts) = &config.experts else { return Ok(()) };
     let (count, inner, hidden) = (experts.count, experts.inner, config.hidden);
-    // Name in files, rows and columns as the program has them, parts that follow each other row by row.
-    let layers: [(&str, &[&str], usize, usize); 2] =
-        [("gate_up_proj", &["gate_proj", "up_proj"], inner, hidden), ("down_proj", &["down_proj"], hidden, inner)];
-    for (stacked, parts, rows, columns) in layers {
+    // Rows and columns as the program has them.
+    for ((stacked, parts), (rows, columns)) in STACKED.into_iter().zip([(inner, hidden), (hidden, inner)]) {
         let step = parts.len();
         let all = format!("{prefix}{stacked}");
         let name = |expert: usize, part: usize, kind: &str| format!("{prefix}{expert}.{}.{kind}", parts[part]);

@@ -7,7 +7,8 @@ use std::sync::{Arc, OnceLock};
 use qp_codegen::formats;
 use qp_codegen::reader::{Book, Reader};
 use qp_codegen::spec::Shape;
-use qp_codegen::spec::format::{Cover, Format, Layout};
+use qp_codegen::spec::format::{Cover, Format, Layout, Number};
+use safetensors::Dtype;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -40,6 +41,36 @@ struct Import {
     /// Tensors beside a matrix that tell of another format.
     #[serde(default)]
     unmarked: Vec<String>,
+    /// Tensors beside a matrix that say what is known.
+    #[serde(default)]
+    known: Vec<String>,
+    /// What files call tensors of the layout, behind the matrix's name, where that is not the layout's name.
+    #[serde(default)]
+    tensors: BTreeMap<String, String>,
+    /// A tensor that is a text in JSON about the matrix.
+    #[serde(default)]
+    state: Option<String>,
+    /// What must stand in it.
+    #[serde(default)]
+    says: BTreeMap<String, Value>,
+    /// Tensors of the layout that are a number in it.
+    #[serde(default)]
+    numbers: Vec<String>,
+    /// A tensor of the entries of all codes, which must be the format's.
+    #[serde(default)]
+    book: Option<String>,
+}
+
+impl Import {
+    /// What files call the layout's tensor `tensor`.
+    fn in_files<'a>(&'a self, tensor: &'a str) -> &'a str {
+        self.tensors.get(tensor).map_or(tensor, String::as_str)
+    }
+
+    /// Tensors beside a matrix that hold nothing of its weights, but say something of them.
+    fn about(&self) -> impl Iterator<Item = &String> {
+        self.state.iter().chain(&self.book)
+    }
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -112,30 +143,91 @@ impl Way {
         self.import.marks.iter().map(one).collect()
     }
 
-    /// Names of the tensors of the matrix `name`.
+    /// Names that the tensors of the matrix `name` have in files.
     fn names(&self, name: &str) -> Vec<String> {
-        self.layout().map_or_else(Vec::new, |l| l.tensors.iter().map(|t| format!("{name}.{}", t.name)).collect())
+        let stored =
+            self.layout().into_iter().flat_map(|l| &l.tensors).filter(|t| !self.import.numbers.contains(&t.name));
+        stored.map(|t| format!("{name}.{}", self.import.in_files(&t.name))).collect()
     }
 
-    /// How a matrix of `shape` is read; its tensors `names` in order.
+    /// How the matrix `name` of `shape` is read; its tensors in the layout's order, called `NAME.TENSOR` as the layout does.
     ///
     /// # Errors
     /// Why the tensors are no such matrix.
-    fn fit(&self, tensors: &TensorDir, names: &[String], shape: Shape) -> Result<(Arc<Reader>, Vec<Piece>), String> {
+    fn fit(&self, tensors: &TensorDir, name: &str, shape: Shape) -> Result<(Arc<Reader>, Vec<Piece>), String> {
         let layout = self.layout().ok_or("there is no such layout")?;
         let book = self.book.get_or_init(|| Arc::new(Book::new(self.format.clone())));
         let reader = Reader::new(book, layout, shape).map_err(|e| e.to_string())?;
+        let piece = |tensor: &str| tensors.piece(&format!("{name}.{tensor}")).map_err(|e| e.to_string());
+        let state = match &self.import.state {
+            Some(state) => self.state(&piece(state)?, shape)?,
+            None => Value::Null,
+        };
+        if let Some(book) = &self.import.book {
+            self.same_book(&piece(book)?)?;
+        }
         let mut pieces = Vec::new();
-        for (name, wanted) in names.iter().zip(reader.tensors()) {
-            let piece = tensors.piece(name).map_err(|e| e.to_string())?;
+        for wanted in reader.tensors() {
+            let called = format!("{name}.{}", wanted.name);
+            if self.import.numbers.contains(&wanted.name) {
+                let number =
+                    state.get(&wanted.name).and_then(Value::as_f64).map(|n| n as f32).filter(|n| n.is_finite());
+                let number = number.ok_or_else(|| format!("its state has no number `{}`", wanted.name))?;
+                let bytes = number.to_le_bytes().to_vec().into();
+                pieces.push(Piece { name: called, dtype: Dtype::F32, shape: vec![1], bytes });
+                continue;
+            }
+            let piece = piece(self.import.in_files(&wanted.name))?;
+            let name = &piece.name;
             let sides = |dims: Vec<u64>| dims.into_iter().filter(|n| *n != 1).collect::<Vec<u64>>();
             let (found, expected) = (piece.shape.iter().map(|n| *n as u64).collect(), wanted.dims.clone());
             if sides(found) != sides(expected) || piece.bytes.as_slice().len() as u64 != wanted.bytes {
                 return Err(format!("'{name}' is {:?} of {:?}, expected {:?}", piece.shape, piece.dtype, wanted.dims));
             }
-            pieces.push(piece);
+            // Floats of 16 bits are of two kinds.
+            let float = match wanted.ty {
+                Some(Number::F16) => Some(Dtype::F16),
+                Some(Number::Bf16) => Some(Dtype::BF16),
+                Some(Number::F32) => Some(Dtype::F32),
+                _ => None,
+            };
+            if let Some(float) = float.filter(|f| *f != piece.dtype) {
+                return Err(format!("'{name}' holds {:?}, expected {float:?}", piece.dtype));
+            }
+            pieces.push(Piece { name: called, ..piece });
         }
         Ok((Arc::new(reader), pieces))
+    }
+
+    /// What the text beside a matrix of `shape` says.
+    ///
+    /// # Errors
+    /// If it is no such text, or says something else than it must.
+    fn state(&self, piece: &Piece, shape: Shape) -> Result<Value, String> {
+        let name = &piece.name;
+        let state: Value =
+            serde_json::from_slice(piece.bytes.as_slice()).map_err(|e| format!("'{name}' is no JSON: {e}"))?;
+        let sides = Value::from(vec![shape.rows, shape.cols]);
+        let all = self.import.says.iter().map(|(key, value)| (key.as_str(), value)).chain([("shape", &sides)]);
+        for (key, wanted) in all {
+            let found = state.get(key).unwrap_or(&Value::Null);
+            if found != wanted {
+                return Err(format!("'{name}' says that its {key} is {found}, not {wanted}"));
+            }
+        }
+        Ok(state)
+    }
+
+    /// Looks whether a tensor holds the entries of all codes.
+    ///
+    /// # Errors
+    /// If it does not.
+    fn same_book(&self, piece: &Piece) -> Result<(), String> {
+        let found = piece.bytes.as_slice().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b));
+        if piece.dtype == Dtype::F32 && found.eq(self.format.book()) {
+            return Ok(());
+        }
+        Err(format!("'{}' holds other numbers than the codes of {} stand for", piece.name, self.format.name))
     }
 
     /// True if each column has the group that its place says.
@@ -197,11 +289,12 @@ impl Stored {
             for way in &self.ways {
                 let names = way.names(name);
                 // Layers that the config leaves out, such as the output layer, are as they are.
-                let there = names.iter().all(|n| tensors.contains(n)) && way.is_marked(tensors, name);
+                let about = way.import.about().map(|t| format!("{name}.{t}"));
+                let there = names.iter().cloned().chain(about).all(|n| tensors.contains(&n)) && way.is_marked(tensors, name);
                 if fit.is_some() || !there {
                     continue;
                 }
-                match (way.fit(tensors, &names, shape), way.marks(tensors, name)) {
+                match (way.fit(tensors, name, shape), way.marks(tensors, name)) {
                     (Ok((reader, pieces)), Ok(marks)) => fit = Some((way, names, marks, reader, pieces)),
                     (Ok(_), Err(why)) => failed = Some((way, why)),
                     (Err(why), _) => failed = failed.or(Some((way, why))),
@@ -227,7 +320,10 @@ impl Stored {
             }
             let of_activations = way.import.beside.iter().map(|b| format!("{name}.{b}"));
             beside.extend(of_activations.filter(|b| tensors.contains(b)));
-            joined.push((name.clone(), names, marks.into_iter().chain(groups), reader, pieces));
+            let known = way.import.known.iter().map(|k| format!("{name}.{k}")).filter(|k| tensors.contains(k));
+            let known: Vec<String> =
+                known.chain(way.import.about().map(|t| format!("{name}.{t}"))).chain(marks).chain(groups).collect();
+            joined.push((name.clone(), names, known, reader, pieces));
         }
         if !beside.is_empty() {
             let (path, count) = (tensors_path(tensors), beside.len());
@@ -235,9 +331,9 @@ impl Stored {
             tensors.notes.push(format!("{}: {count} {what}", path.display()));
         }
         let mut leave_out = beside;
-        for (name, names, told, reader, pieces) in joined {
+        for (name, names, known, reader, pieces) in joined {
             names.iter().for_each(|n| drop(tensors.take(n)));
-            leave_out.extend(told);
+            leave_out.extend(known);
             tensors.add(format!("{name}.weight"), Kind::Format(reader), pieces);
         }
         for name in leave_out {
@@ -247,6 +343,14 @@ impl Stored {
         }
         Ok(())
     }
+}
+
+/// For the matrix `name` of a format and layout, the tensors that files call otherwise than a checkpoint: the name in files, and
+/// in the checkpoint.
+pub fn renamed(name: &str, format: &str, layout: Option<&str>) -> Vec<(String, String)> {
+    let import = imports().iter().find(|i| i.format == format && Some(i.layout.as_str()) == layout);
+    let tensors = import.into_iter().flat_map(|i| &i.tensors);
+    tensors.map(|(ours, theirs)| (format!("{name}.{theirs}"), format!("{name}.{ours}"))).collect()
 }
 
 fn tensors_path(tensors: &TensorDir) -> std::path::PathBuf {

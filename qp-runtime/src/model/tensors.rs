@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::{bf16, f16};
 use memmap2::Mmap;
-use qp_codegen::reader::Reader;
+use qp_codegen::formats;
+use qp_codegen::reader::{Book, Reader};
+use qp_codegen::spec::Shape;
 use rayon::prelude::*;
 use safetensors::SafeTensors;
 
@@ -467,6 +469,16 @@ impl TensorDir {
         if !e.pieces.is_empty() {
             return Ok((&e.kind, e.pieces.clone()));
         }
+        if let (Some(view), Kind::Format(_)) = (&e.view, &e.kind) {
+            let (layer, groups) = (name.strip_suffix(".weight").unwrap_or(name), e.shape[1] / 32);
+            let packed = view.packed(e.bytes.as_slice(), e.shape[0], groups).into_iter().flatten();
+            let pieces = packed.zip([("blocks", vec![e.shape[0], groups, 16]), ("scales", vec![e.shape[0], groups])]);
+            let piece = |(bytes, (of, shape)): (Vec<u8>, (&str, Vec<usize>))| {
+                let dtype = safetensors::Dtype::U8;
+                Piece { name: format!("{layer}.{of}"), dtype, shape, bytes: bytes.into() }
+            };
+            return Ok((&e.kind, pieces.map(piece).collect()));
+        }
         let bytes = e.in_order();
         Ok(match &e.kind {
             Kind::Plain(dtype) => {
@@ -479,6 +491,22 @@ impl TensorDir {
                 (&e.kind, vec![Piece { name, dtype: safetensors::Dtype::U8, shape, bytes }])
             }
         })
+    }
+
+    /// Has matrices of MXFP4 be those of the format, as they are stored, in place of decoded numbers: for [`TensorDir::stored`].
+    /// Gives how many there are.
+    pub(crate) fn keep_packed(&mut self) -> usize {
+        let Some(format) = formats::get("mxfp4") else { return 0 };
+        let book = Arc::new(Book::new(format.clone()));
+        let mut count = 0;
+        for e in self.entries.values_mut().filter(|e| matches!(e.view, Some(View::Mxfp4 { .. }))) {
+            let shape = Shape { rows: e.shape[0] as u32, cols: e.shape[1] as u32 };
+            if let Some(reader) = format.layout("gpt_oss").and_then(|l| Reader::new(&book, l, shape).ok()) {
+                e.kind = Kind::Format(Arc::new(reader));
+                count += 1;
+            }
+        }
+        count
     }
 
     /// The tensor `name`, which is no format's.

@@ -283,14 +283,25 @@ fn a_directory_of_exl3_runs_moves_in_and_moves_out() {
 }
 
 /// A tensor of a file: name, type, shape and bytes.
-type Raw = (String, safetensors::Dtype, Vec<usize>, Vec<u8>);
+pub type Raw = (String, safetensors::Dtype, Vec<usize>, Vec<u8>);
 
 /// Writes `model`, and the same with `tensors` in place of its layers, which `config` is about.
-fn write_both(plain: &Path, quantized: &Path, mut model: RandomModel, config: serde_json::Value, tensors: Vec<Raw>) {
+pub fn write_both(
+    plain: &Path,
+    quantized: &Path,
+    mut model: RandomModel,
+    config: serde_json::Value,
+    tensors: Vec<Raw>,
+) {
     std::fs::create_dir_all(plain).unwrap();
-    std::fs::create_dir_all(quantized).unwrap();
     model.write(plain);
     model.tensors.retain(|name, _| !name.contains("_proj"));
+    write_with(quantized, model, config, tensors);
+}
+
+/// Writes `model` with further `tensors`, which `config` is about.
+pub fn write_with(quantized: &Path, mut model: RandomModel, config: serde_json::Value, tensors: Vec<Raw>) {
+    std::fs::create_dir_all(quantized).unwrap();
     model.config["quantization_config"] = config;
     model.write(quantized);
     // What the model has besides, and the quantized matrices, in one file.

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 use super::consts::{self, Const, Scope, in_range, integer, number};
-use super::{Files, Sink, decode};
+use super::{Files, Sink, decode, enumerate};
 use crate::layout::LANES_PER_BLOCK;
 use crate::spec::{Code, Rotation, ScaleKind, Shape, Table, TableSource, Training, Value, table_file};
 use crate::syntax::ast::{self, Arg, Body, Expr, ExprKind, Ident, Property, PropertyKind};
@@ -183,7 +183,7 @@ pub fn choice<T: Copy>(name: &Ident, what: &str, choices: &[(&str, T)], sink: &m
     let names: Vec<&str> = choices.iter().map(|c| c.0).collect();
     let d = Diagnostic::error(name.span, format!("there is no {what} `{}`", name.name), "");
     sink.fail(match nearest(&name.name, names.iter().copied()) {
-        Some(near) => d.hint(format!("did you mean `{near}`?")),
+        Some(near) => d.meant(near),
         None => d.hint(format!("it is one of {}", names.join(", "))),
     })
 }
@@ -410,7 +410,13 @@ fn code(
         tables,
         decode: decoded.decode,
     };
-    (fits && tables_ok).then_some(code)
+    if !(fits && tables_ok) {
+        return None;
+    }
+    if let Some(d) = p.decode {
+        enumerate::warn(&code, d, sink);
+    }
+    Some(code)
 }
 
 fn vector_length(e: &Expr, scope: &Scope, sink: &mut Sink) -> Option<u32> {
@@ -555,7 +561,12 @@ fn values(ty: &Ident, offset: Option<&Expr>, scope: &Scope, sink: &mut Sink) -> 
             (0, 1) => Some(false),
             (1, 2) => Some(true),
             _ => {
-                sink.fail(Diagnostic::error(e.span, format!("the offset of the entries must be 0 or 1/2, not {n}"), ""))
+                let d = Diagnostic::error(e.span, format!("the offset of the entries must be 0 or 1/2, not {n}"), "");
+                let whole = n.integer().map_or(String::new(), |i| {
+                    let (sign, i) = if i < 0 { ('-', -i) } else { ('+', i) };
+                    format!(", and add others where entries are made: `[w {sign} {i}]`")
+                });
+                sink.fail(d.hint(format!("write `+ 1/2` or leave it out{whole}")))
             }
         }),
     };

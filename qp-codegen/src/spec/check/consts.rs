@@ -87,6 +87,9 @@ impl Scope {
             sink.push(Diagnostic::error(span, format!("more than {MOST_CONSTANTS} constants"), ""));
             return;
         }
+        if let Some(value) = &value {
+            sink.fact(span, || value.text());
+        }
         self.constants.push(Constant { name: name.to_string(), span, value, used: Cell::new(false), what });
     }
 
@@ -249,7 +252,7 @@ pub fn unknown<'a>(name: &str, span: Span, what: &str, names: impl Iterator<Item
     let d = Diagnostic::error(span, format!("there is no {what} `{name}`"), "");
     let names: Vec<&str> = names.collect();
     match nearest(name, names.iter().copied()) {
-        Some(near) => d.hint(format!("did you mean `{near}`?")),
+        Some(near) => d.meant(near),
         None if !names.is_empty() && names.len() <= 16 => d.hint(format!("there is {}", names.join(", "))),
         None => d,
     }
@@ -302,6 +305,7 @@ pub fn fold(op: BinaryOp, a: Rational, b: Rational, span: Span, sink: &mut Sink)
         BinaryOp::Or => bits(|x, y| x | y),
         BinaryOp::Xor => {
             let d = Diagnostic::error(span, "`^` is the exclusive or of words, not a power", "");
+            let d = d.replace(span, format!("{a} ** {b}"));
             return sink.fail(d.hint(format!("a power is written `{a} ** {b}`")));
         }
         BinaryOp::Eq => return Some(Const::Condition(a == b)),

@@ -98,6 +98,13 @@ impl<'a> Checker<'a> {
                 ok = false;
                 continue;
             }
+            if let Some(v) = &value {
+                let text = match v {
+                    Value::Const(c) => c.text(),
+                    Value::Node(_) => self.type_of(v).to_string(),
+                };
+                self.sink.fact(name.span, || text);
+            }
             self.state.lets.push(Let { name: name.clone(), value, used: false });
         }
         let result = self.vector_of(&d.result);
@@ -265,6 +272,12 @@ impl<'a> Checker<'a> {
             ExprKind::Unary(op, a) => match self.expr(a)? {
                 Value::Const(Const::Number(n)) => consts::fold_unary(*op, n, e.span, self.sink).map(Value::Const),
                 v => {
+                    if *op == UnaryOp::Neg
+                        && let Value::Node(n) = v
+                        && is_vector_node(&self.state.decode, &v)
+                    {
+                        return self.negated(n).map(Value::Node);
+                    }
                     let a = self.coerce(v, a.span, Type::Word)?;
                     match op {
                         UnaryOp::Not => self.push(Op::Not(a)),
@@ -289,6 +302,11 @@ impl<'a> Checker<'a> {
             ExprKind::If(c, a, b) => {
                 self.use_names(a);
                 self.use_names(b);
+                if let Some((name, span)) = self.computed_name(c) {
+                    let d = Diagnostic::error(span, format!("`if` chooses by constants, and `{name}` is none"), "");
+                    let cure = "what is chosen by the window is looked up in a table, or cut out with a mask";
+                    return self.sink.fail(d.label(c.span, "the condition").hint(cure));
+                }
                 if self.state.calls.is_empty() {
                     let chosen = consts::choose(c, a, b, self.scope, self.sink)?;
                     return self.expr(chosen);
@@ -303,6 +321,23 @@ impl<'a> Checker<'a> {
                     }
                 }
             }
+        }
+    }
+
+    /// A name in `e` whose value is computed from the window.
+    fn computed_name(&self, e: &Expr) -> Option<(String, Span)> {
+        let all = |list: &[&Expr]| list.iter().find_map(|e| self.computed_name(e));
+        match &e.kind {
+            ExprKind::Number(_) => None,
+            ExprKind::Name(n) => {
+                let is_window = self.state.window_name.as_ref().is_some_and(|w| w.name == *n);
+                let is_node = |l: &Let| l.name.name == *n && matches!(l.value, Some(Value::Node(_)));
+                (is_window || self.state.lets.iter().any(is_node)).then(|| (n.clone(), e.span))
+            }
+            ExprKind::Unary(_, a) => self.computed_name(a),
+            ExprKind::Binary(_, a, b) | ExprKind::Index(a, b) => all(&[a, b]),
+            ExprKind::Call(_, l) | ExprKind::List(l) => l.iter().find_map(|e| self.computed_name(e)),
+            ExprKind::Range(a, b, c) | ExprKind::If(a, b, c) => all(&[a, b, c]),
         }
     }
 

@@ -3,14 +3,16 @@
 //! 1. [`consts`]: constant expressions.
 //! 2. [`decode`]: the decode block.
 //! 3. [`code`]: a body's properties, and what must fit what.
-//! 4. [`format`]: quantizers that say their weight.
-//! 5. [`layout`]: the layouts of their bits.
-//! 6. [`sides`]: what else a format says.
-//! 7. [`fusion`]: fusion patterns.
+//! 4. [`enumerate`]: what looking at all windows shows.
+//! 5. [`format`]: quantizers that say their weight.
+//! 6. [`layout`]: the layouts of their bits.
+//! 7. [`sides`]: what else a format says.
+//! 8. [`fusion`]: fusion patterns.
 
 mod code;
 mod consts;
 mod decode;
+mod enumerate;
 mod format;
 mod fusion;
 mod layout;
@@ -25,7 +27,7 @@ use consts::Scope;
 
 use super::expr::Decode;
 use super::format::WideTable;
-use super::{Code, Format, Fusion, Quantizer};
+use super::{Code, Fact, Format, Fusion, Quantizer};
 use crate::kernels::decode::Unit;
 use crate::palette::Embedded;
 use crate::syntax::ast::{self, Definition, Expr, Ident, Item};
@@ -53,6 +55,8 @@ pub struct Parsed {
 const MOST_FOUND: usize = 1000;
 /// Most integers in the tables of a file's quantizers, all together.
 const MOST_VALUES: usize = 1 << 24;
+/// Most operations of looking at the windows of a file's quantizers, for warnings: part of a second.
+const MOST_LOOKED: u64 = 1 << 27;
 /// Most codes of a quantizer.
 const MOST_CODES: usize = 16;
 /// Most operations in the program that decodes a unit of each code of a quantizer: more would take a compiler minutes.
@@ -64,10 +68,16 @@ pub struct Sink {
     /// In order of discovery.
     pub list: Vec<Diagnostic>,
     seen: BTreeSet<(Span, String)>,
+    /// What is learnt of names, if anyone asks.
+    pub facts: Option<Vec<Fact>>,
+    /// Name of the quantizer that is being checked.
+    of: String,
     /// Integers in tables so far.
     values: usize,
     /// Codes of formats all of whose entries were found good, by all that decides them.
     sound: Vec<(Decode, Vec<WideTable>, [u32; 3])>,
+    /// Operations of looking at windows so far.
+    looked: u64,
     context: Option<(Span, String)>,
 }
 
@@ -87,6 +97,23 @@ impl Sink {
             d.labels.push((*span, text.clone()));
         }
         self.list.push(d);
+    }
+
+    /// Notes what is known of the name at `at`, if anyone asks.
+    pub fn fact(&mut self, at: Span, text: impl FnOnce() -> String) {
+        if let Some(facts) = &mut self.facts {
+            facts.push(Fact { at, text: text(), of: self.of.clone() });
+        }
+    }
+
+    /// Counts `operations` of looking at windows for warnings; false if that would take too long.
+    pub fn may_look(&mut self, operations: u64) -> bool {
+        let looked = self.looked.saturating_add(operations);
+        let may = looked <= MOST_LOOKED;
+        if may {
+            self.looked = looked;
+        }
+        may
     }
 
     /// Counts `values` integers of a table at `at`.
@@ -299,6 +326,7 @@ impl<'a> Checker<'a> {
         }
         self.states[file][item] = State::Doing;
         let outer = self.sink.context.take();
+        let outer_name = std::mem::replace(&mut self.sink.of, q.name.name.clone());
         let done = match &q.def {
             Definition::Body(body) => {
                 let owner = (&q.name, file);
@@ -308,6 +336,7 @@ impl<'a> Checker<'a> {
             Definition::Mix(names) => self.mix(file, q, names).map(Checked::Quantizer),
         };
         self.sink.context = outer;
+        self.sink.of = outer_name;
         self.states[file][item] = State::Done(done.clone());
         done
     }

@@ -163,7 +163,7 @@ impl Parser<'_> {
         if self.peek().kind != TokenKind::LParen {
             let d = self.expected_here("`(`");
             let d = match nearest(&target.name, LINES) {
-                Some(near) => d.hint(format!("did you mean `{near}`?")),
+                Some(near) => d.replace(target.span, near).hint(format!("did you mean `{near}`?")),
                 None => d.hint("a place begins with what is stored and its indices: `code(r, c) in …`"),
             };
             return self.fail(d);

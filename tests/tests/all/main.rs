@@ -9,6 +9,7 @@ mod gguf;
 mod gguf_architectures;
 mod import;
 mod ir;
+mod made;
 mod palette;
 mod plan;
 mod plans;

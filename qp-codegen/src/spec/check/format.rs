@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 
 use super::code::{self, Context, Properties, choice};
 use super::consts::{self, Const, Scope, integer, number};
-use super::{Sink, decode};
+use super::{Sink, decode, formula};
 use crate::spec::format::{Arithmetic, Cover, Field, Format, Number, Weight, WeightOp, WideTable};
 use crate::spec::{Shape, Table, TableSource, table_file};
 use crate::syntax::ast::{self, BinaryOp, Body, CoverExpr, Expr, ExprKind, PropertyKind, TypeName, UnaryOp};
@@ -107,7 +107,8 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
                     match (entries, ty) {
                         (Some(n), Some(ty)) => {
                             let (name, entries) = (t.name.name.clone(), Some(n as u32));
-                            fields.push((Field { name, ty, cover: Cover::Matrix, entries }, t.name.span));
+                            let field = Field { name, ty, cover: Cover::Matrix, entries, formula: None };
+                            fields.push((field, t.name.span));
                         }
                         _ => ok = false,
                     }
@@ -122,7 +123,8 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
                 ok &= ty.is_some() && cover.is_some();
                 // With errors it is still known by name, so that its uses are not errors too.
                 let (ty, cover) = (ty.unwrap_or(Number::Unsigned(1)), cover.unwrap_or(Cover::Matrix));
-                fields.push((Field { name: f.name.name.clone(), ty, cover, entries: None }, f.name.span));
+                let name = f.name.name.clone();
+                fields.push((Field { name, ty, cover, entries: None, formula: None }, f.name.span));
                 if f.name.name == "code" {
                     let d = Diagnostic::error(f.name.span, "no field can be called `code`", "");
                     sink.push(d.hint("layouts call the codes so"));
@@ -132,6 +134,7 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
             _ => (),
         }
     }
+    ok &= formula::all(b, &mut fields, &scope, sink);
     let known: Vec<(Table, Span)> = tables
         .iter()
         .map(|(t, span)| {

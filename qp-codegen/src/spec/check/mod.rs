@@ -11,6 +11,7 @@ mod code;
 mod consts;
 mod decode;
 mod format;
+mod formula;
 mod fusion;
 mod layout;
 

@@ -27,7 +27,8 @@ impl Parser<'_> {
                 .fail(d.hint(format!("a field has a type and a cover: `field {} : f16 per 1 x 32`", name.name)));
         }
         let (ty, cover) = self.type_and_cover()?;
-        Ok(FieldDecl { name, ty, cover })
+        let formula = if self.eat(TokenKind::Assign) { Some(self.expr()?) } else { None };
+        Ok(FieldDecl { name, ty, cover, formula })
     }
 
     /// `type per cover`

@@ -16,6 +16,7 @@ mod exact;
 mod overlap;
 mod places;
 mod sides;
+mod write;
 
 use entries::{Entries, Streams};
 pub use overlap::{Overlap, overlap, sample_shapes};
@@ -253,27 +254,13 @@ impl Reader {
     }
 
     fn covering(&self, f: usize, row: u32, col: u32) -> (i64, i64) {
-        match self.format().fields[f].cover {
-            Cover::Matrix => (0, 0),
-            Cover::Row => (row.into(), 0),
-            Cover::Column => (col.into(), 0),
-            Cover::Rectangle(s) => ((row / s.rows).into(), (col / s.cols).into()),
-            Cover::Flat(n) => ((i64::from(row) * i64::from(self.shape.cols) + i64::from(col)) / i64::from(n), 0),
-        }
+        let [i, j] = self.format().fields[f].cover.place(self.shape, row, col);
+        (i as i64, j as i64)
     }
 
     /// Columns from `col` on, of `row`, that have the number of field `f` which covers (row, col).
     pub fn run(&self, f: usize, row: u32, col: u32) -> usize {
-        let left = match self.format().fields[f].cover {
-            Cover::Matrix | Cover::Row => u32::MAX,
-            Cover::Column => 1,
-            Cover::Rectangle(s) => s.cols - col % s.cols,
-            Cover::Flat(n) => {
-                let at = (u64::from(row) * u64::from(self.shape.cols) + u64::from(col)) % u64::from(n);
-                n - at as u32
-            }
-        };
-        left as usize
+        self.format().fields[f].cover.run(self.shape, row, col) as usize
     }
 
     /// The weights of `row` from column `col` on, as many as `out` holds. `tensors` are the bytes of

@@ -9,13 +9,14 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use qp_codegen::spec::{Quantizer, Shape, resolve};
+use qp_codegen::spec::{Definition, Quantizer, Rotation, Shape, resolve_any, untrained};
 use qp_codegen::syntax::diag::nearest;
 use qp_codegen::syntax::{Diagnostic, Diagnostics, FileId, Sources, Span, diag};
 use qp_codegen::text_file;
 use regex::{Regex, RegexBuilder};
 use toml::de::{DeTable, DeValue};
 
+use crate::codec::FormatEncoder;
 use crate::model::weights::EMBEDDING;
 
 /// The word that leaves a layer as it is.
@@ -43,11 +44,54 @@ pub struct Plan {
     groups: Vec<Vec<Text>>,
 }
 
+/// What a layer's weights become.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Spec {
+    /// Blocks of a trained quantizer.
+    Quantizer(Arc<Quantizer>),
+    /// Codes and fields of a format that can be made.
+    Format(Arc<FormatEncoder>),
+}
+
+impl Spec {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        match self {
+            Spec::Quantizer(q) => &q.name,
+            Spec::Format(f) => &f.format().name,
+        }
+    }
+
+    /// Its identity.
+    pub fn hash(&self) -> String {
+        match self {
+            Spec::Quantizer(q) => q.hash(),
+            Spec::Format(f) => f.format().hash(),
+        }
+    }
+
+    /// Its self-contained text.
+    pub fn canonical(&self) -> String {
+        match self {
+            Spec::Quantizer(q) => q.canonical(),
+            Spec::Format(f) => f.format().canonical(),
+        }
+    }
+
+    /// How weights and inputs are rotated.
+    pub fn rotation(&self) -> Rotation {
+        match self {
+            Spec::Quantizer(q) => q.rotation,
+            Spec::Format(_) => Rotation::None,
+        }
+    }
+}
+
 /// A plan applied to a model's layers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Resolved {
-    /// The quantizers in use, by name.
-    pub specs: Vec<Arc<Quantizer>>,
+    /// The quantizers and formats in use, by name.
+    pub specs: Vec<Spec>,
     /// For each layer, in the order given, the index of its quantizer in `specs`; `None` leaves it as it is.
     pub layers: Vec<Option<usize>>,
     /// Fusion groups: indices of layers, ascending.
@@ -249,22 +293,22 @@ impl Plan {
         &self,
         choice: &[Option<&'a Text>],
         problems: &mut Vec<Diagnostic>,
-    ) -> (Vec<Arc<Quantizer>>, BTreeMap<&'a str, usize>) {
+    ) -> (Vec<Spec>, BTreeMap<&'a str, usize>) {
         let mut texts: BTreeMap<&str, &Text> = BTreeMap::new();
         for text in choice.iter().flatten().filter(|t| t.text != KEEP) {
             texts.entry(&text.text).or_insert(text);
         }
-        let mut loaded: BTreeMap<String, (Arc<Quantizer>, Vec<&str>)> = BTreeMap::new();
+        let mut loaded: BTreeMap<String, (Spec, Vec<&str>)> = BTreeMap::new();
         for (&name, text) in &texts {
             match self.load(name) {
-                Ok(q) => match loaded.get_mut(&q.name) {
+                Ok(spec) => match loaded.get_mut(spec.name()) {
                     None => {
-                        loaded.insert(q.name.clone(), (Arc::new(q), vec![name]));
+                        loaded.insert(spec.name().to_owned(), (spec, vec![name]));
                     }
-                    Some((other, names)) if **other == q => names.push(name),
+                    Some((other, names)) if *other == spec => names.push(name),
                     Some((_, names)) => problems.push(problem(
                         text.span,
-                        format!("`{name}` and `{}` are different quantizers of one name, `{}`", names[0], q.name),
+                        format!("`{name}` and `{}` are different quantizers of one name, `{}`", names[0], spec.name()),
                         Some("rename one of them in its .qspec file".into()),
                     )),
                 },
@@ -283,12 +327,24 @@ impl Plan {
         (specs, index)
     }
 
-    /// Paths are relative to the plan's folder; all else is a name of the palette.
-    fn load(&self, name: &str) -> Result<Quantizer, Diagnostics> {
-        if is_path(name) {
-            return resolve(&self.folder.join(name).to_string_lossy());
+    /// Paths are relative to the plan's folder; all else is a name of the palette or of a format.
+    fn load(&self, name: &str) -> Result<Spec, Diagnostics> {
+        let path = is_path(name).then(|| self.folder.join(name).to_string_lossy().into_owned());
+        let name = path.as_deref().unwrap_or(name);
+        let failed = |d| Diagnostics { list: vec![d], ..Diagnostics::default() };
+        match resolve_any(name)? {
+            Definition::Quantizer(q) => match untrained(&q, name) {
+                Some(d) => Err(failed(d)),
+                None => Ok(Spec::Quantizer(Arc::new(q))),
+            },
+            Definition::Format(f) => match FormatEncoder::new(&f) {
+                Ok(encoder) => Ok(Spec::Format(Arc::new(encoder))),
+                Err(why) => {
+                    let d = Diagnostic::plain(format!("`{}` cannot be made: {why}", f.name));
+                    Err(failed(d.hint("`qp-codegen explain` says which formats can")))
+                }
+            },
         }
-        resolve(name)
     }
 
     fn resolve_groups(
@@ -296,7 +352,7 @@ impl Plan {
         layers: &[Layer],
         kept: &dyn Fn(usize) -> bool,
         chosen: &[Option<usize>],
-        specs: &[Arc<Quantizer>],
+        specs: &[Spec],
         problems: &mut Vec<Diagnostic>,
     ) -> Vec<Vec<usize>> {
         let mut out: Vec<Vec<usize>> = Vec::new();
@@ -359,7 +415,7 @@ fn check_group(
     members: &[usize],
     layers: &[Layer],
     chosen: &[Option<usize>],
-    specs: &[Arc<Quantizer>],
+    specs: &[Spec],
     others: &[Vec<usize>],
 ) -> Result<(), String> {
     let first = members[0];
@@ -378,7 +434,10 @@ fn check_group(
                 layers[first].name
             ));
         }
-        match (chosen[m].map(|s| specs[s].rotation), chosen[first].map(|s| specs[s].rotation)) {
+        if let Some(Spec::Format(f)) = chosen[m].map(|s| &specs[s]) {
+            return Err(format!("`{name}` has the format `{}`, which has launches of its own", f.format().name));
+        }
+        match (chosen[m].map(|s| specs[s].rotation()), chosen[first].map(|s| specs[s].rotation())) {
             (Some(a), Some(b)) if a != b => {
                 return Err(format!(
                     "`{}` and `{name}` are rotated differently: layers of a group read the same input",

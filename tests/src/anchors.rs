@@ -102,7 +102,7 @@ pub fn problem(choice: Choice, freedom: Freedom, timed: bool, blocks: u32, extra
     }
     let rates: Vec<f64> = candidates.iter().map(|c| c.bits).collect();
     let bytes = |layer: &Layer, c: usize| {
-        (layer.weights() as f64 * rates[c] / 8.0).ceil() as i64 + bits_and_table(&origin[c].0).1
+        Some((layer.weights() as f64 * rates[c] / 8.0).ceil() as i64 + bits_and_table(&origin[c].0).1)
     };
     let times = |layers: &[&Layer], c: usize, core: Core| {
         let mut group: String = layers.iter().filter_map(|l| l.short().chars().next()).collect();

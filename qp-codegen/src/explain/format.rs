@@ -8,7 +8,7 @@ use crate::kernels::Span;
 use crate::kernels::grouped;
 use crate::kernels::grouped::layout::Relaid;
 use crate::spec::Shape;
-use crate::spec::format::{Arithmetic, Field, Format, Weight, WeightOp};
+use crate::spec::format::{Arithmetic, Field, Format, Unmade, Weight, WeightOp};
 use crate::spec::terms::Terms;
 
 /// Writing to a string cannot fail.
@@ -65,7 +65,22 @@ pub fn explain(f: &Format) -> String {
         }
     }
     products(f, o);
-    line!(o, "  encode      no: a format is imported, `qp import`, and not made");
+    match f.order() {
+        Err(why) => line!(o, "  encode      no: {why}"),
+        Ok(_) if f.written().is_none() => line!(o, "  encode      no: {}", Unmade::NoLayout),
+        Ok(order) => {
+            let s = if order.is_empty() {
+                "codes to the nearest"
+            } else {
+                "fields by formula, codes to the nearest, refined"
+            };
+            line!(o, "  encode      {s}");
+            for field in order.iter().map(|i| &f.fields[*i]) {
+                let formula = field.formula.as_ref().map(|e| e.text(f)).unwrap_or_default();
+                line!(o, "  formula     {} = {formula}", field.name);
+            }
+        }
+    }
     line!(o, "  hash        {}", f.hash());
     for l in &f.layouts {
         let both = if l.places.iter().all(|p| p.read.is_none()) { "every bit has one place" } else { "read only" };
@@ -172,6 +187,15 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line}{text}");
         }
+        for line in [
+            "  encode      fields by formula, codes to the nearest, refined\n",
+            "  formula     s = (max(max(w), 0) - min(min(w), 0)) / 15\n",
+            "  formula     z = round(-min(min(w), 0) / s)\n",
+        ] {
+            assert!(text.contains(line), "{line}{text}");
+        }
+        let text = of("iq2_xxs");
+        assert!(text.contains("  encode      no: no formula for "), "{text}");
         assert!(of("int8_channel").contains("  slope       s, of a row, multiplied at the end\n"));
         let text = of("fp8_channel");
         assert!(text.contains("in one order on every device: its entries are -245760 to 245760, more than"), "{text}");

@@ -47,9 +47,9 @@ pub(super) struct Part {
     /// For each member of a period, where its runs begin in `runs`, and the end.
     pub(super) starts: Vec<u32>,
     pub(super) runs: Vec<Run>,
-    less: u32,
+    pub(super) less: u32,
     /// Bits of the whole target.
-    bits: u32,
+    pub(super) bits: u32,
     pub(super) translation: Option<Translation>,
     /// For each row of a period, if all codes lie within bytes of a regular order.
     pub(super) strips: Option<Vec<Vec<Strip>>>,

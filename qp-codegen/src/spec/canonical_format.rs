@@ -16,17 +16,18 @@ macro_rules! line {
 
 /// See [`Format::canonical`].
 pub fn text(f: &Format) -> String {
-    let mut out = format!("quantizer {} {}", f.name, body(f));
+    let mut out = format!("quantizer {} {}", f.name, body(f, true));
     f.layouts.iter().for_each(|l| layout(f, l, &mut out));
     out
 }
 
 /// See [`Format::hash`].
 pub fn hash(f: &Format) -> String {
-    Sha256::digest(body(f)).iter().map(|b| format!("{b:02x}")).collect()
+    Sha256::digest(body(f, false)).iter().map(|b| format!("{b:02x}")).collect()
 }
 
-fn body(f: &Format) -> String {
+/// Everything in braces. Formulas change no meaning of bits, so that a format with them is the same as without.
+fn body(f: &Format, formulas: bool) -> String {
     let mut out = "{\n".to_string();
     let o = &mut out;
     match &f.trellis {
@@ -71,7 +72,11 @@ fn body(f: &Format) -> String {
     for field in &f.fields {
         match field.entries {
             Some(n) => line!(o, "    table  {}[{n}] : {} per matrix", field.name, field.ty.text()),
-            None => line!(o, "    field  {} : {} per {}", field.name, field.ty.text(), field.cover.text()),
+            None => {
+                let formula = field.formula.as_ref().filter(|_| formulas);
+                let formula = formula.map(|e| format!(" = {}", e.text(f))).unwrap_or_default();
+                line!(o, "    field  {} : {} per {}{formula}", field.name, field.ty.text(), field.cover.text());
+            }
         }
     }
     line!(o, "    weight {} {{", entry_name(f));

@@ -23,7 +23,8 @@
 
 use super::Shape;
 use super::expr::{Decode, Room};
-use super::index::Index;
+use super::formula::Formula;
+use super::index::{Index, IndexOp, Var};
 use crate::syntax::number::Rational;
 use half::{bf16, f16};
 
@@ -92,6 +93,59 @@ impl Number {
                 _ => small_float(raw, 5, 2, |size| size > 0x7c),
             },
         }
+    }
+
+    /// The bits of the number nearest to `x`, of the largest where `x` is beyond it. What is no number counts as 0.
+    pub fn nearest(self, x: f64) -> u32 {
+        let x = if x.is_nan() { 0.0 } else { x };
+        match self {
+            Number::Unsigned(n) => x.round().clamp(0.0, ((1u64 << n) - 1) as f64) as u32,
+            Number::Signed(n) => {
+                let most = (1i64 << (n - 1)) as f64;
+                x.round().clamp(-most, most - 1.0) as i64 as u32 & super::mask(n)
+            }
+            // Through single precision, since machines differ in how they convert from double.
+            Number::F16 => f16::from_f32((x as f32).clamp(f16::MIN.to_f32(), f16::MAX.to_f32())).to_bits().into(),
+            Number::Bf16 => bf16::from_f32((x as f32).clamp(bf16::MIN.to_f32(), bf16::MAX.to_f32())).to_bits().into(),
+            Number::F32 => (x as f32).clamp(f32::MIN, f32::MAX).to_bits(),
+            Number::E8m0 | Number::E4m3 | Number::E5m2 => {
+                // Magnitudes are in the order of their bits.
+                let (last, sign) = match self {
+                    Number::E8m0 => (254, 0),
+                    Number::E4m3 => (0x7e, 0x80),
+                    _ => (0x7b, 0x80),
+                };
+                let size = if sign == 0 { x.max(0.0) } else { x.abs() };
+                let value = |raw: u32| f64::from(self.value(raw));
+                let (mut below, mut above) = (0, last);
+                while above - below > 1 {
+                    let middle = (below + above) / 2;
+                    if value(middle) <= size { below = middle } else { above = middle }
+                }
+                let (under, over) = (size - value(below), value(above) - size);
+                let raw = if over < under || (over == under && below % 2 == 1) { above } else { below };
+                if x < 0.0 { raw | sign } else { raw }
+            }
+        }
+    }
+
+    /// The bits of the next numbers above and below in magnitude, of integers in value.
+    pub fn neighbours(self, raw: u32) -> impl Iterator<Item = u32> {
+        let (size, sign, first, last) = match self {
+            Number::Unsigned(n) => (i64::from(raw), 0, 0, (1i64 << n) - 1),
+            Number::Signed(n) => {
+                let half = 1i64 << (n - 1);
+                (i64::from((raw << (32 - n)) as i32 >> (32 - n)), 0, -half, half - 1)
+            }
+            Number::F16 => (i64::from(raw & 0x7fff), raw & 0x8000, 0, 0x7bff),
+            Number::Bf16 => (i64::from(raw & 0x7fff), raw & 0x8000, 0, 0x7f7f),
+            Number::F32 => (i64::from(raw & 0x7fff_ffff), raw & 0x8000_0000, 0, 0x7f7f_ffff),
+            Number::E8m0 => (i64::from(raw), 0, 0, 254),
+            Number::E4m3 => (i64::from(raw & 0x7f), raw & 0x80, 0, 0x7e),
+            Number::E5m2 => (i64::from(raw & 0x7f), raw & 0x80, 0, 0x7b),
+        };
+        let inside = move |n: &i64| (first..=last).contains(n);
+        [size + 1, size - 1].into_iter().filter(inside).map(move |n| n as u32 & super::mask(self.bits()) | sign)
     }
 
     /// True if some bits of the type are no finite number.
@@ -168,6 +222,45 @@ impl Cover {
         }
     }
 
+    /// Where on [`Cover::grid`] the number lies that covers the weight (row, col).
+    pub fn place(self, shape: Shape, row: u32, col: u32) -> [u64; 2] {
+        match self {
+            Cover::Matrix => [0, 0],
+            Cover::Row => [row.into(), 0],
+            Cover::Column => [col.into(), 0],
+            Cover::Rectangle(s) => [(row / s.rows).into(), (col / s.cols).into()],
+            Cover::Flat(n) => [(u64::from(row) * u64::from(shape.cols) + u64::from(col)) / u64::from(n), 0],
+        }
+    }
+
+    /// Columns from `col` on, of `row`, that share their number; may lead beyond the row.
+    pub fn run(self, shape: Shape, row: u32, col: u32) -> u32 {
+        match self {
+            Cover::Matrix | Cover::Row => u32::MAX,
+            Cover::Column => 1,
+            Cover::Rectangle(s) => s.cols - col % s.cols,
+            Cover::Flat(n) => {
+                let at = (u64::from(row) * u64::from(shape.cols) + u64::from(col)) % u64::from(n);
+                n - at as u32
+            }
+        }
+    }
+
+    /// Whether all weights that share a number of `part` share one of this, for every matrix.
+    pub fn holds(self, part: Cover) -> bool {
+        match (self, part) {
+            (Cover::Matrix, _) => true,
+            (Cover::Row, Cover::Row) | (Cover::Column, Cover::Column) => true,
+            (Cover::Row, Cover::Rectangle(s)) => s.rows == 1,
+            (Cover::Column, Cover::Rectangle(s)) => s.cols == 1,
+            (Cover::Rectangle(a), Cover::Rectangle(b)) => {
+                a.rows.is_multiple_of(b.rows) && a.cols.is_multiple_of(b.cols)
+            }
+            (Cover::Flat(a), Cover::Flat(b)) => a.is_multiple_of(b),
+            _ => false,
+        }
+    }
+
     /// Weights that share a number, if that does not depend on the matrix.
     pub fn weights(self) -> Option<u64> {
         match self {
@@ -191,6 +284,8 @@ pub struct Field {
     pub entries: Option<u32>,
     /// Numbers of an entry: the format's `vector` for a table that codes look up, else 1.
     pub width: u32,
+    /// How an encoder finds its numbers; no part of the format's identity.
+    pub formula: Option<Formula>,
 }
 
 impl Field {
@@ -394,6 +489,91 @@ pub struct Layout {
     pub places: Vec<Place>,
 }
 
+impl Layout {
+    /// A layout of codes one behind the other and a tensor for each field, for formats of which no file is known. There is
+    /// none for a single number of broken bytes.
+    pub fn plain(format: &Format) -> Option<Layout> {
+        if format.trellis.is_some() || format.fields.iter().any(|f| f.width > 1) {
+            return None;
+        }
+        let (first, second, c) = (Index::Var(Var::First), Index::Var(Var::Second), |n: u32| Index::Const(n.into()));
+        let op = |op, a: &Index, b: Index| Index::binary(op, a.clone(), b);
+        let mut out = Layout { name: "plain".into(), ty: None, tensors: Vec::new(), places: Vec::new() };
+        // So many numbers of `bits` bits fill whole bytes.
+        let filling = |bits: u32| 8 >> bits.trailing_zeros().min(3);
+        let mut put = |name: &str, target: Target, ty: Number, sides: Vec<(Index, u32)>| {
+            let most = filling(ty.bits());
+            if sides.is_empty() && most > 1 {
+                return None;
+            }
+            let last = sides.len().saturating_sub(1);
+            let (mut dims, mut indices, mut element) = (Vec::new(), Vec::new(), c(0));
+            for (k, (side, n)) in sides.into_iter().enumerate() {
+                let (index, most) = (if k == 0 { &first } else { &second }, if k == last { most } else { 1 });
+                dims.push(match n.checked_mul(most)? {
+                    1 => side,
+                    n => op(IndexOp::Div, &side, c(n)),
+                });
+                indices.push(Some(if most == 1 { index.clone() } else { op(IndexOp::Div, index, c(most)) }));
+                if most > 1 {
+                    element = op(IndexOp::Rem, index, c(most));
+                }
+            }
+            if dims.is_empty() {
+                dims.push(c(1));
+                indices.push(Some(c(0)));
+            }
+            let members = vec![("n".into(), ty, most)];
+            out.tensors.push(TensorSpec { name: name.to_owned(), record: true, dims, members });
+            let (tensor, bits) = (out.tensors.len() - 1, (0, ty.bits()));
+            let (less, member, bit, read) = (0, 0, c(0), None);
+            out.places.push(Place { target, bits, less, tensor, indices, member, element, bit, read });
+            Some(())
+        };
+        let (rows, cols) = (Index::Var(Var::Rows), Index::Var(Var::Cols));
+        let code = Number::Unsigned(format.window);
+        put("code", Target::Code, code, vec![(rows.clone(), 1), (cols.clone(), format.vector)])?;
+        for (f, field) in format.fields.iter().enumerate() {
+            if field.entries.is_some() {
+                return None;
+            }
+            let sides = match field.cover {
+                Cover::Matrix => vec![],
+                Cover::Row => vec![(rows.clone(), 1)],
+                Cover::Column => vec![(cols.clone(), 1)],
+                Cover::Rectangle(s) => vec![(rows.clone(), s.rows), (cols.clone(), s.cols)],
+                Cover::Flat(n) => vec![(op(IndexOp::Mul, &rows, cols.clone()), n)],
+            };
+            put(&field.name, Target::Field(f), field.ty, sides)?;
+        }
+        Some(out)
+    }
+}
+
+/// Why a format cannot be made.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unmade {
+    /// Fields whose numbers nothing tells.
+    #[error("no formula for {}: import only", .0.join(", "))]
+    NoFormula(Vec<String>),
+    /// Weights of a code that do not share their numbers.
+    #[error("a code is for {vector} weights, and `{field}` for {cover}: weights of a code must share their fields")]
+    Split {
+        /// The field.
+        field: String,
+        /// What it covers.
+        cover: String,
+        /// Weights of a code.
+        vector: u32,
+    },
+    /// What no encoder here searches.
+    #[error("{0}: import only")]
+    NoEncoder(&'static str),
+    /// No place where its bits could be kept.
+    #[error("it has no layout that can be written: add one")]
+    NoLayout,
+}
+
 /// A format.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Format {
@@ -513,12 +693,64 @@ impl Format {
         steps.iter().map(one).collect::<Vec<_>>().join(", ")
     }
 
+    /// Fields in the order in which an encoder finds their numbers, each behind those that its formula names, those that
+    /// cover more first.
+    ///
+    /// # Errors
+    /// Why the format cannot be made.
+    pub fn order(&self) -> Result<Vec<usize>, Unmade> {
+        if self.trellis.is_some() {
+            return Err(Unmade::NoEncoder("its codes have memory"));
+        }
+        if !self.input.is_empty() || !self.output.is_empty() {
+            return Err(Unmade::NoEncoder("it transforms activations or results"));
+        }
+        if !self.numbers.is_empty() {
+            return Err(Unmade::NoEncoder("its codes look up tables of the matrix"));
+        }
+        let name = |f: &Field| f.name.clone();
+        let without: Vec<String> = self.fields.iter().filter(|f| f.formula.is_none()).map(name).collect();
+        if !without.is_empty() {
+            return Err(Unmade::NoFormula(without));
+        }
+        let fits = |c: Cover| match c {
+            Cover::Matrix | Cover::Row => true,
+            Cover::Column => self.vector == 1,
+            Cover::Rectangle(s) => s.cols.is_multiple_of(self.vector),
+            Cover::Flat(n) => n.is_multiple_of(self.vector),
+        };
+        if let Some(f) = self.fields.iter().find(|f| !fits(f.cover)) {
+            return Err(Unmade::Split { field: f.name.clone(), cover: f.cover.text(), vector: self.vector });
+        }
+        let mut order: Vec<usize> = Vec::new();
+        while order.len() < self.fields.len() {
+            let left = (0..self.fields.len()).filter(|f| !order.contains(f));
+            let named =
+                |f: &usize| self.fields[*f].formula.iter().flat_map(Formula::fields).all(|g| order.contains(&g));
+            let ready: Vec<usize> = left.filter(named).collect();
+            let narrower = |f: &usize, g: &usize| {
+                let (f, g) = (self.fields[*f].cover, self.fields[*g].cover);
+                g.holds(f) && !f.holds(g)
+            };
+            let next = ready.iter().find(|f| !ready.iter().any(|g| narrower(f, g)));
+            // The checker refuses formulas that need each other.
+            order.push(*next.ok_or_else(|| Unmade::NoFormula(Vec::new()))?);
+        }
+        Ok(order)
+    }
+
+    /// The layout by which the format is written: the first that can be written, or [`Layout::plain`].
+    pub fn written(&self) -> Option<Layout> {
+        let own = self.layouts.iter().find(|l| l.places.iter().all(|p| p.read.is_none()));
+        own.cloned().or_else(|| Layout::plain(self))
+    }
+
     /// Self-contained text: the quantizer with everything evaluated, and its layouts. Reads back as an equal format.
     pub fn canonical(&self) -> String {
         super::canonical_format::text(self)
     }
 
-    /// SHA-256, in hexadecimal, of the canonical text without name and layouts.
+    /// SHA-256, in hexadecimal, of the canonical text without name, layouts and formulas.
     pub fn hash(&self) -> String {
         super::canonical_format::hash(self)
     }
@@ -542,5 +774,26 @@ mod tests {
         assert_eq!(of(Number::E8m0, &[0, 1, 127, 254]), [2f32.powi(-127), 2f32.powi(-126), 1.0, 2f32.powi(127)]);
         assert_eq!(of(Number::Signed(6), &[0, 31, 32, 63]), [0.0, 31.0, -32.0, -1.0]);
         assert_eq!(of(Number::Signed(32), &[u32::MAX]), [-1.0]);
+    }
+
+    #[test]
+    fn numbers_are_rounded_to_the_nearest_of_their_type() {
+        let of = |n: Number, x: f64| n.value(n.nearest(x));
+        for n in [Number::E4m3, Number::E5m2, Number::F16, Number::Signed(6), Number::E8m0, Number::Unsigned(5)] {
+            for raw in 0..1u32 << n.bits() {
+                let x = n.value(raw);
+                if x.is_finite() && !(x == 0.0 && raw != 0) {
+                    assert_eq!(n.nearest(x.into()), raw, "{n:?} {x}");
+                    assert!(n.neighbours(raw).all(|r| n.value(r) != x && n.value(r).is_finite()), "{n:?} {raw}");
+                }
+            }
+            assert!([f64::INFINITY, f64::NEG_INFINITY, f64::NAN].iter().all(|x| of(n, *x).is_finite()), "{n:?}");
+        }
+        assert_eq!(
+            (of(Number::E4m3, 1e9), of(Number::E4m3, -17.1), of(Number::E8m0, -3.0)),
+            (448.0, -18.0, 2f32.powi(-127))
+        );
+        assert_eq!((of(Number::E8m0, 6.1), of(Number::E8m0, 5.9), of(Number::Unsigned(4), 99.0)), (8.0, 4.0, 15.0));
+        assert_eq!((of(Number::Signed(4), -9.0), of(Number::Bf16, 1e39)), (-8.0, f32::from_bits(0x7f7f_0000)));
     }
 }

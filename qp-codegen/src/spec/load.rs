@@ -399,8 +399,10 @@ fn format_of(arg: &str) -> Result<Option<Format>, Diagnostics> {
 /// As [`resolve`].
 pub fn resolve_untrained(arg: &str) -> Result<Quantizer, Diagnostics> {
     if let Some(f) = format_of(arg)? {
-        let d = Diagnostic::plain(format!("`{}` is a format of others, which can be read and not made", f.name));
-        let d = d.hint("`qp import` takes such matrices as they are; `qp-codegen list` shows what can be made");
+        let d = Diagnostic::plain(format!("`{}` is a format, and a quantizer of blocks is needed here", f.name));
+        let d = d.hint(
+            "`qp quantize`, `qp plan` and `qp bench distortion` take formats; `qp-codegen list` shows the palette",
+        );
         return Err(Diagnostics { list: vec![d], ..Diagnostics::default() });
     }
     if let Some((file, member)) = arg.rsplit_once(':').filter(|(file, _)| file.ends_with(".qspec")) {

@@ -26,6 +26,7 @@ mod canonical_format;
 mod check;
 pub mod expr;
 pub mod format;
+pub mod formula;
 mod fusion;
 pub mod index;
 mod load;

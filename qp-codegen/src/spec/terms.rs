@@ -180,7 +180,8 @@ impl Terms {
                 WeightOp::Field(f) => WeightOp::Field(match fields.iter().position(|x| x.0 == f) {
                     Some(at) => at,
                     None => {
-                        fields.push((f, format.fields[f].clone()));
+                        // How a field is made is not a matter of products.
+                        fields.push((f, Field { formula: None, ..format.fields[f].clone() }));
                         fields.len() - 1
                     }
                 }),

@@ -169,7 +169,7 @@ pub enum CoverExpr {
     Rectangle(Expr, Expr),
 }
 
-/// `field name : type per cover`
+/// `field name : type per cover = formula`
 #[derive(Clone, Debug)]
 pub struct FieldDecl {
     /// Its name.
@@ -178,6 +178,8 @@ pub struct FieldDecl {
     pub ty: TypeName,
     /// What weights share one.
     pub cover: CoverExpr,
+    /// How an encoder finds one.
+    pub formula: Option<Expr>,
 }
 
 /// Makes the families and quantizers of another file known.

@@ -114,8 +114,8 @@ pub struct Freedom {
 /// is no such kernel. Arguments: layers, index of the candidate, core.
 pub type Times<'a> = &'a dyn Fn(&[&Layer], usize, Core) -> Option<i64>;
 
-/// Bytes of a layer under a candidate.
-pub type Bytes<'a> = &'a dyn Fn(&Layer, usize) -> i64;
+/// Bytes of a layer under a candidate; `None` if its sides do not fit.
+pub type Bytes<'a> = &'a dyn Fn(&Layer, usize) -> Option<i64>;
 
 /// A kernel launch that a plan uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -218,7 +218,7 @@ impl Problem {
             let (mut items, mut means) = (Vec::new(), Vec::new());
             for (c, candidate) in self.candidates.iter().enumerate() {
                 let cost = layers.iter().map(|l| l.sensitivity * candidate.distortion).sum();
-                let memory = layers.iter().map(|l| bytes(l, c)).sum();
+                let Some(memory) = layers.iter().map(|l| bytes(l, c)).sum::<Option<i64>>() else { continue };
                 match times {
                     None => {
                         items.push(Item { cost, uses: [memory, 0] });
@@ -236,7 +236,8 @@ impl Problem {
             }
             if items.is_empty() {
                 if let [layer] = layers[..] {
-                    return Err(Unusable::NoKernel { layer: layer.name.clone() });
+                    let layer = layer.name.clone();
+                    return Err(if times.is_some() { Unusable::NoKernel { layer } } else { Unusable::NoFit { layer } });
                 }
                 continue;
             }
@@ -348,6 +349,12 @@ pub enum Unusable {
     /// Nothing to choose from.
     #[error("no quantizer to choose from: name at least one")]
     NoCandidates,
+    /// The sides of a layer fit no candidate.
+    #[error("the sides of `{layer}` fit none of the quantizers: name others beside them")]
+    NoFit {
+        /// The layer.
+        layer: String,
+    },
     /// The profile has no kernel for a layer under any candidate.
     #[error("the latency profile has no kernel for `{layer}` under any of the quantizers: profile them first")]
     NoKernel {

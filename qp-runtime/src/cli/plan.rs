@@ -1,10 +1,12 @@
 //! `qp plan`: the best quantizer and launch for every layer.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use qp_codegen::formats;
 use qp_codegen::layout::Packed;
 use qp_codegen::palette;
-use qp_codegen::spec::{Quantizer, ScaleKind};
+use qp_codegen::spec::{Quantizer, ScaleKind, Shape};
 
 use super::Error;
 use super::output::{self, note, out, outln, write};
@@ -14,7 +16,9 @@ use crate::allocate::profile::{Origin, Profile, femtoseconds};
 use crate::allocate::report::{self, Budget};
 use crate::allocate::sensitivity::Sensitivities;
 use crate::allocate::{Allocation, Candidate, Core, Effort, Freedom, Layer, Problem, Role, frontier, heatmap};
+use crate::codec::{FormatEncoder, distortion};
 use crate::model::weights::{EMBEDDING, HEAD};
+use crate::plan::Spec;
 
 /// Choose a quantizer for every layer, and which layers share a launch, so that the predicted loss is least.
 ///
@@ -28,7 +32,8 @@ pub struct Plan {
     /// What `qp profile` measured; needed for budgets of time
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
-    /// Quantizers of the palette to choose from; `*` stands for any text
+    /// Quantizers of the palette to choose from, or formats that can be made (q4_k); `*` stands for any text. Formats have no
+    /// times, so that they are for budgets of memory alone
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "*")]
     quantizers: Vec<String>,
     /// Memory budget in bits a weight, scales included
@@ -189,12 +194,11 @@ impl Plan {
             note(format_args!("the times for {} are predicted, not measured", p.device));
         }
         let quantizers = candidates(&self.quantizers)?;
-        let packed: Vec<Quantizer> = quantizers.iter().map(|(q, _)| q.clone()).collect();
         let list: Vec<Candidate> = quantizers
-            .into_iter()
-            .map(|(q, distortion)| Candidate { bits: q.rate(), name: q.name, distortion })
+            .iter()
+            .map(|m| Candidate { bits: m.bits, name: m.spec.name().to_owned(), distortion: m.distortion })
             .collect();
-        let bytes = |layer: &Layer, c: usize| layer_bytes(&packed[c], layer);
+        let bytes = |layer: &Layer, c: usize| layer_bytes(&quantizers[c].spec, layer.shape);
         let freedom = Freedom { fusion: !self.no_fusion, cores: !self.tensor_cores };
         let names: Vec<String> = list.iter().map(|c| c.name.clone()).collect();
         let table = profile.as_ref().map(Profile::table);
@@ -248,19 +252,35 @@ fn picture(problem: &Problem, plan: &Allocation) -> String {
     heatmap::svg(problem, plan, &title)
 }
 
-/// Bytes of a packed layer with its scales, as a checkpoint holds it. Tables are shared by all layers and not counted.
-fn layer_bytes(q: &Quantizer, layer: &Layer) -> i64 {
-    let scales = match q.scale {
-        ScaleKind::Row => i64::from(layer.shape.rows),
-        ScaleKind::Matrix => 1,
-    };
-    4 * Packed::new(q, layer.shape).words() as i64 + 2 * scales
+/// Bytes of a packed layer with its scales or fields, as a checkpoint holds it; nothing if its sides do not fit. Tables are
+/// shared by all layers and not counted.
+fn layer_bytes(spec: &Spec, shape: Shape) -> Option<i64> {
+    match spec {
+        Spec::Quantizer(q) => {
+            let scales = match q.scale {
+                ScaleKind::Row => i64::from(shape.rows),
+                ScaleKind::Matrix => 1,
+            };
+            Some(4 * Packed::new(q, shape).words() as i64 + 2 * scales)
+        }
+        Spec::Format(f) => Some(f.reader(shape).ok()?.tensors().iter().map(|t| t.bytes as i64).sum()),
+    }
 }
 
-/// Bytes of all layers of `problem` under one quantizer.
+/// Bytes of all layers of `problem` under one quantizer or format.
 fn uniform_bytes(problem: &Problem, name: &str) -> Result<i64, Error> {
-    let q = palette::get(name).ok_or_else(|| format!("`{name}` is no quantizer of the palette"))?;
-    Ok(problem.layers.iter().map(|l| layer_bytes(&q, l)).sum())
+    let spec = match palette::get(name) {
+        Some(q) => Spec::Quantizer(Arc::new(q)),
+        None => {
+            let format = formats::get(name).ok_or_else(|| format!("`{name}` is no quantizer of the palette"))?;
+            Spec::Format(Arc::new(FormatEncoder::new(format).map_err(|why| format!("`{name}`: {why}"))?))
+        }
+    };
+    let of = |l: &Layer| {
+        let bytes = layer_bytes(&spec, l.shape);
+        bytes.ok_or_else(|| Error::from(format!("the sides of `{}` do not fit `{name}`", l.name)))
+    };
+    problem.layers.iter().map(of).sum()
 }
 
 /// The names in the palette that match a pattern, in its order.
@@ -277,14 +297,57 @@ pub(super) fn choose(patterns: &[String]) -> Result<Vec<&'static str>, Error> {
     Ok(names.into_iter().filter(|n| patterns.iter().any(|p| matches(p, n))).collect())
 }
 
-/// The quantizers of the palette that match a pattern, with their distortions.
-fn candidates(patterns: &[String]) -> Result<Vec<(Quantizer, f64)>, Error> {
+/// What a plan may give to layers.
+struct Member {
+    spec: Spec,
+    /// Bits a weight, with the fields that belong to a number of weights.
+    bits: f64,
+    distortion: f64,
+}
+
+/// Columns and weights of the Gaussian matrix by which a format's error is found.
+const FORMAT_SAMPLE: (u32, u64) = (4096, 1 << 18);
+
+/// The quantizers of the palette that match a pattern, with their distortions, and the formats that match a pattern which
+/// no quantizer does.
+fn candidates(patterns: &[String]) -> Result<Vec<Member>, Error> {
     let (mut out, mut unmeasured) = (Vec::new(), Vec::new());
-    for name in choose(patterns)? {
+    let known = palette::names();
+    let (own, other): (Vec<String>, Vec<String>) =
+        patterns.iter().cloned().partition(|p| known.iter().any(|n| matches(p, n)));
+    let names = if other.is_empty() { Vec::new() } else { formats::names() };
+    if let Some(strange) = other.iter().find(|p| !names.iter().any(|n| matches(p, n))) {
+        // It says what there is.
+        choose(std::slice::from_ref(strange))?;
+    }
+    for name in if own.is_empty() { Vec::new() } else { choose(&own)? } {
         match (palette::get(name).filter(Quantizer::is_trained), palette::distortion(name)) {
-            (Some(q), Some(d)) => out.push((q, d)),
+            (Some(q), Some(distortion)) => {
+                out.push(Member { bits: q.rate(), spec: Spec::Quantizer(Arc::new(q)), distortion });
+            }
             (None, _) | (_, None) => unmeasured.push(name),
         }
+    }
+    let mut unmade = Vec::new();
+    for name in names.into_iter().filter(|n| other.iter().any(|p| matches(p, n))) {
+        let Some(format) = formats::get(name) else { continue };
+        match FormatEncoder::new(format) {
+            Ok(encoder) => {
+                let (columns, weights) = FORMAT_SAMPLE;
+                let (_, d) = distortion::measure_format(&encoder, columns, weights, 0)?;
+                let bits = format.rate().1;
+                out.push(Member { spec: Spec::Format(Arc::new(encoder)), bits, distortion: d.mean });
+            }
+            Err(why) => unmade.push(format!("{name} ({why})")),
+        }
+    }
+    if out.iter().any(|m| matches!(m.spec, Spec::Format(_))) {
+        note(
+            "formats do not rotate: on a model's own weights their errors may exceed those on Gaussian ones, which are planned with",
+        );
+    }
+    if !unmade.is_empty() {
+        note(format_args!("left out, since they cannot be made: {}", unmade.join(", ")));
     }
     if out.is_empty() {
         return Err(format!("no measured distortion of {}: see specs/distortion.toml", unmeasured.join(", ")).into());

@@ -1,10 +1,12 @@
 //! How well a quantizer reproduces a Gaussian source.
 
+use qp_codegen::reader::Misfit;
 use qp_codegen::reference;
-use qp_codegen::spec::{Code, Quantizer};
+use qp_codegen::spec::{Code, Quantizer, Shape};
+use rayon::prelude::*;
 
 use super::search::Search;
-use super::{Gaussian, train};
+use super::{FormatEncoder, Gaussian, train};
 use crate::device::{DeviceError, Executor};
 
 /// A measured mean squared error for a source of unit variance.
@@ -39,6 +41,41 @@ pub fn combine(parts: &[Distortion]) -> Distortion {
         standard_error: parts.iter().map(|d| d.standard_error.powi(2)).sum::<f64>().sqrt() / n,
         samples: parts.iter().map(|d| d.samples).sum(),
     }
+}
+
+/// Measures a format that can be made on a Gaussian matrix of `columns` columns and at least `samples` weights, of the
+/// stream `seed`, on the CPU. Returns the bits a weight of all its tensors too.
+///
+/// # Errors
+/// If such a matrix does not fit its layout.
+pub fn measure_format(
+    encoder: &FormatEncoder,
+    columns: u32,
+    samples: u64,
+    seed: u64,
+) -> Result<(f64, Distortion), Misfit> {
+    // Whole squares and words of all layouts.
+    let rows = samples.div_ceil(columns.into()).next_multiple_of(128) as u32;
+    let shape = Shape { rows, cols: columns };
+    let reader = encoder.reader(shape)?;
+    let weights = Gaussian::new(seed).samples(shape.len() as usize);
+    let made = encoder.encode(&reader, &weights, &|_| ()).expect("finite weights");
+    let tensors: Vec<&[u8]> = made.iter().map(Vec::as_slice).collect();
+    let errors: Vec<f64> = (0..rows)
+        .into_par_iter()
+        .map(|row| {
+            let mut decoded = vec![0.0; columns as usize];
+            reader.read(&tensors, row, 0, &mut decoded);
+            let weights = &weights[row as usize * columns as usize..];
+            let squares = decoded.iter().zip(weights).map(|(a, b)| f64::from(a - b).powi(2));
+            squares.sum::<f64>() / f64::from(columns)
+        })
+        .collect();
+    let n = errors.len() as f64;
+    let mean = errors.iter().sum::<f64>() / n;
+    let variance = errors.iter().map(|e| (e - mean).powi(2)).sum::<f64>() / (n - 1.0);
+    let bits = made.iter().map(Vec::len).sum::<usize>() as f64 * 8.0 / shape.len() as f64;
+    Ok((bits, Distortion { mean, standard_error: (variance / n).sqrt(), samples: shape.len() }))
 }
 
 /// As [`measure_code`], on a device if there is one; the result is the same.

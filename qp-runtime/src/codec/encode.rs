@@ -28,6 +28,18 @@ pub enum EncodeError {
         /// The weight.
         value: f32,
     },
+    /// A weight that is too large for a format.
+    #[error(
+        "the weight in row {row}, column {column} is {value}: formats are made of weights below 1e30; check the model's files"
+    )]
+    Large {
+        /// From 0.
+        row: usize,
+        /// From 0.
+        column: usize,
+        /// The weight.
+        value: f32,
+    },
     /// The device failed.
     #[error("encoding on the device: {message}")]
     Device {

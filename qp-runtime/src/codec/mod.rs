@@ -4,6 +4,7 @@
 //! * [`Lines`]: exact products with matrices of formats.
 //! * [`row_products`]: products with a row that is not quantized.
 //! * [`Encoder`]: rotated weights → packed words, by the Viterbi algorithm over the trellis of each [`Code`].
+//! * [`FormatEncoder`]: weights → matrices of formats.
 //! * [`feedback`]: what the encoder does about the inputs of a layer, if it knows them.
 //! * [`cut`]: parts of packed matrices, and matrices below one another.
 //! * [`train`]: the tables of a code, by Lloyd's iteration on the trellis itself.
@@ -23,6 +24,7 @@ mod encode;
 pub mod feedback;
 pub mod gaussian;
 mod lines;
+pub mod make;
 pub mod plain;
 pub mod search;
 pub(crate) mod simd;
@@ -39,6 +41,7 @@ pub use dense::{by_token, row_products};
 pub use encode::{EncodeError, Encoder, encode_matrix};
 pub use gaussian::Gaussian;
 pub use lines::{Lines, linear as linear_of_lines};
+pub use make::FormatEncoder;
 pub use words::Words;
 
 /// A quantized matrix: words in the order of its layout, and scales.

@@ -348,7 +348,7 @@ impl Stored {
 /// For the matrix `name` of a format and layout, the tensors that files call otherwise than a checkpoint: the name in files, and
 /// in the checkpoint.
 pub fn renamed(name: &str, format: &str, layout: Option<&str>) -> Vec<(String, String)> {
-    let import = imports().iter().find(|i| i.format == format && Some(i.layout.as_str()) == layout);
+    let import = imports().iter().find(|i| i.format.names().iter().any(|f| f == format) && Some(i.layout.as_str()) == layout);
     let tensors = import.into_iter().flat_map(|i| &i.tensors);
     tensors.map(|(ours, theirs)| (format!("{name}.{theirs}"), format!("{name}.{ours}"))).collect()
 }

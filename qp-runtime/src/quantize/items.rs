@@ -3,14 +3,16 @@
 use std::collections::BTreeSet;
 
 use qp_codegen::layout::Packed;
+use qp_codegen::reader::Stored;
 use qp_codegen::spec::Shape;
+use qp_codegen::spec::format::Number;
 use safetensors::Dtype;
 
 use crate::checkpoint::reader::tensor_names;
 use crate::checkpoint::weights::Planned;
 use crate::codec::scale_count;
 use crate::model::{LayerId, Program, TensorDir};
-use crate::plan::{self, Resolved};
+use crate::plan::{self, Resolved, Spec};
 
 use super::Error;
 
@@ -77,14 +79,23 @@ pub fn items(source: &TensorDir, layers: &[Place], plan: &Resolved) -> Result<Ve
     let mut replaced = BTreeSet::new();
     for (i, (place, spec)) in layers.iter().zip(&plan.layers).enumerate() {
         let Some(spec) = spec else { continue };
-        let (q, name) = (&plan.specs[*spec], place.layer.name.clone());
-        let [packed, scales] = tensor_names(&name);
-        Packed::check(q, place.layer.shape).map_err(|source| Error::TooLarge { layer: name.clone(), source })?;
-        let words = Packed::new(q, place.layer.shape).words();
-        let tensors = vec![
-            Planned { name: packed, dtype: Dtype::U32, shape: vec![words] },
-            Planned { name: scales, dtype: Dtype::BF16, shape: vec![scale_count(q, place.layer.shape)] },
-        ];
+        let (name, shape) = (place.layer.name.clone(), place.layer.shape);
+        let tensors = match &plan.specs[*spec] {
+            Spec::Quantizer(q) => {
+                let [packed, scales] = tensor_names(&name);
+                Packed::check(q, shape).map_err(|source| Error::TooLarge { layer: name.clone(), source })?;
+                let words = Packed::new(q, shape).words();
+                vec![
+                    Planned { name: packed, dtype: Dtype::U32, shape: vec![words] },
+                    Planned { name: scales, dtype: Dtype::BF16, shape: vec![scale_count(q, shape)] },
+                ]
+            }
+            Spec::Format(f) => {
+                let spec = f.format().name.clone();
+                let reader = f.reader(shape).map_err(|source| Error::Misfit { layer: name.clone(), spec, source })?;
+                reader.tensors().iter().map(|t| planned(&name, t)).collect()
+            }
+        };
         replaced.insert(format!("{name}.weight"));
         encoded.push(Item { name, work: Work::Encode { layer: i, tensor: place.tensor.clone() }, tensors });
     }
@@ -97,4 +108,38 @@ pub fn items(source: &TensorDir, layers: &[Place], plan: &Resolved) -> Result<Ve
     }
     items.append(&mut encoded);
     Ok(items)
+}
+
+/// A tensor of a format's layout, of the layer `name`.
+fn planned(name: &str, t: &Stored) -> Planned {
+    let dtype = t.ty.and_then(|ty| {
+        Some(match ty {
+            Number::F16 => Dtype::F16,
+            Number::Bf16 => Dtype::BF16,
+            Number::F32 => Dtype::F32,
+            Number::E4m3 => Dtype::F8_E4M3,
+            Number::E5m2 => Dtype::F8_E5M2,
+            Number::E8m0 | Number::Unsigned(8) => Dtype::U8,
+            Number::Signed(8) => Dtype::I8,
+            Number::Unsigned(16) => Dtype::U16,
+            Number::Signed(16) => Dtype::I16,
+            Number::Unsigned(32) => Dtype::U32,
+            Number::Signed(32) => Dtype::I32,
+            Number::Unsigned(_) | Number::Signed(_) => return None,
+        })
+    });
+    let mut shape: Vec<usize> = t.dims.iter().map(|n| *n as usize).collect();
+    let name = format!("{name}.{}", t.name);
+    let elements: u64 = t.dims.iter().product();
+    match dtype {
+        Some(dtype) => Planned { name, dtype, shape },
+        // Records, as bytes: a side of an element's where each has whole bytes.
+        None => {
+            match t.bytes.is_multiple_of(elements) {
+                true => shape.push((t.bytes / elements) as usize),
+                false => shape = vec![t.bytes as usize],
+            }
+            Planned { name, dtype: Dtype::U8, shape }
+        }
+    }
 }

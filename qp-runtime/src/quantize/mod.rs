@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use qp_codegen::layout::TooLarge;
 use qp_codegen::metric::Effort;
+use qp_codegen::reader::Misfit;
 use qp_codegen::spec::Quantizer;
 use qp_codegen::syntax::Diagnostics;
 use rayon::prelude::*;
@@ -23,12 +24,13 @@ use crate::checkpoint::{self, Begin, Draft, Head, LayerEntry, Manifest, ModelId,
 use crate::codec::EncodeError;
 use crate::device::{DeviceError, Executor};
 use crate::engine;
+use crate::import;
 use crate::model::{self, Files, Model, TensorDir};
-use crate::plan::{Plan, Resolved};
+use crate::plan::{Plan, Resolved, Spec};
 use calibrate::{Calibrate, Calibration};
 use items::{Item, Work, items, join_tied, layers};
-pub use pipeline::relative_error;
 use pipeline::{Pipeline, Pool};
+pub use pipeline::{relative_error, relative_error_of_format};
 
 /// Files of a model directory that a checkpoint takes along, where they exist.
 pub(crate) const COPIED: [&str; 12] = [
@@ -82,6 +84,27 @@ pub enum Error {
         layer: String,
         /// What is too large.
         source: TooLarge,
+    },
+    /// A layer whose sides are no multiples of what its format's layout needs.
+    #[error(
+        "layer '{layer}' as {spec}: {source}; give it another quantizer, or leave it as it is with \"{layer}\" = \"keep\" in the plan"
+    )]
+    Misfit {
+        /// The layer.
+        layer: String,
+        /// The format.
+        spec: String,
+        /// What does not fit.
+        source: Misfit,
+    },
+    /// Rounding fitted to texts, of a format.
+    #[error(
+        "--calibrate fits the rounding of quantizers; `{spec}` is a format, whose fields and codes are fitted to the weights: \
+         leave --calibrate out"
+    )]
+    Calibrated {
+        /// The format.
+        spec: String,
     },
     /// The encoder refused a layer.
     #[error("layer '{layer}': {source}")]
@@ -241,12 +264,16 @@ impl Job {
         join_tied(&program, &mut plan);
         let items = items(&source, &layers, &plan)?;
 
+        let format = plan.specs.iter().find(|s| matches!(s, Spec::Format(_)));
+        if let (Some(spec), Some(_)) = (format, &self.calibrate) {
+            return Err(Error::Calibrated { spec: spec.name().to_owned() });
+        }
         let spec_of = |i: usize| plan.layers[i].map(|s| &plan.specs[s]);
         let chosen: Vec<(String, String)> = layers
             .iter()
             .enumerate()
             .filter_map(|(i, l)| Some((l.layer.name.clone(), spec_of(i)?)))
-            .map(|(l, q)| (l, format!("{} {}", q.name, q.hash())))
+            .map(|(l, spec)| (l, format!("{} {}", spec.name(), spec.hash())))
             .collect();
         let name = |i: &usize| layers[*i].layer.name.clone();
         let groups: Vec<Vec<String>> = plan.groups.iter().map(|g| g.iter().map(name).collect()).collect();
@@ -256,6 +283,9 @@ impl Job {
         };
         let calibration = self.calibrate.as_ref().map(calibration).transpose()?;
         let mut head = Head::new(model, self.shard_bytes, chosen, groups.clone());
+        if format.is_some() {
+            head.format = import::FORMAT;
+        }
         head.calibration = calibration.as_ref().map(|c| c.entry().clone());
         let planned = items.iter().map(|i| (i.name.clone(), i.tensors.clone())).collect();
         let mut draft = Draft::begin(&self.out, &head, planned, self.begin)?;
@@ -270,7 +300,10 @@ impl Job {
         if self.devices.is_empty() {
             let left = items.iter().filter(|i| draft.record(&i.name).is_none());
             let left = left.filter_map(|i| match i.work {
-                Work::Encode { layer, .. } => Some((spec_of(layer)?, layers[layer].layer.shape.len())),
+                Work::Encode { layer, .. } => match spec_of(layer)? {
+                    Spec::Quantizer(q) => Some((q, layers[layer].layer.shape.len())),
+                    Spec::Format(_) => None,
+                },
                 Work::Copy => None,
             });
             let threads = self.threads.unwrap_or_else(rayon::current_num_threads);
@@ -294,19 +327,24 @@ impl Job {
         groups: Vec<Vec<String>>,
     ) -> Result<Manifest, Error> {
         let mut specs = Vec::new();
-        for q in &plan.specs {
-            let file = format!("specs/{}.qspec", q.name);
-            draft.put_file(&file, q.canonical().as_bytes())?;
-            specs.push(SpecEntry { name: q.name.clone(), file, hash: q.hash() });
+        for spec in &plan.specs {
+            let file = format!("specs/{}.qspec", spec.name());
+            draft.put_file(&file, spec.canonical().as_bytes())?;
+            specs.push(SpecEntry { name: spec.name().to_owned(), file, hash: spec.hash() });
         }
+        // Other programs read quantizers alone.
+        let for_others = !plan.specs.iter().any(|s| matches!(s, Spec::Format(_)));
         let files = Files::open(&self.model)?;
         for name in COPIED {
             if let Some(bytes) = files.read(name)? {
-                let bytes = if name == "config.json" { checkpoint::hugging::config(&bytes) } else { bytes };
+                let bytes =
+                    if name == "config.json" && for_others { checkpoint::hugging::config(&bytes) } else { bytes };
                 draft.put_file(name, &bytes)?;
             }
         }
-        draft.put_index()?;
+        if for_others {
+            draft.put_index()?;
+        }
         draft.put_file("plan.toml", plan_text(&layers, &groups).as_bytes())?;
         let model = ModelId { sha256: head.model };
         let (tensors, files) = (Vec::new(), Vec::new());

@@ -14,8 +14,9 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use bytemuck::cast_slice;
+use qp_codegen::reader::Reader;
 use qp_codegen::reference::{self, Rotator};
-use qp_codegen::spec::{Quantizer, Rotation, Shape};
+use qp_codegen::spec::{Rotation, Shape};
 use rayon::prelude::*;
 
 use super::calibrate::Calibration;
@@ -27,7 +28,7 @@ use crate::codec::feedback::Feedback;
 use crate::codec::{Decoder, Encoder, PackedMatrix};
 use crate::device::{DeviceError, Executor};
 use crate::model::{LayerId, Program, TensorDir};
-use crate::plan::Resolved;
+use crate::plan::{Resolved, Spec};
 
 /// Bytes of unpacked weights that may be in flight; a layer that is larger goes alone.
 const IN_FLIGHT: u64 = 1536 << 20;
@@ -114,13 +115,20 @@ struct Loaded<'b> {
     permit: Permit<'b>,
 }
 
+/// What a layer's weights became.
+enum Encoded {
+    Packed(PackedMatrix),
+    /// The tensors of a format.
+    Stored(Vec<Vec<u8>>),
+}
+
 /// An item's number and why it failed.
 type Failed = (usize, Error);
 
 /// The encoders of one device, or of the CPU: each is made when first used, since a resumed run may need none.
 struct Encoders<'a> {
     device: Option<&'a Executor>,
-    specs: &'a [Arc<Quantizer>],
+    specs: &'a [Spec],
     made: Mutex<BTreeMap<usize, Arc<Encoder>>>,
 }
 
@@ -130,7 +138,7 @@ impl Encoders<'_> {
         if let Some(encoder) = made.get(&spec) {
             return Ok(encoder.clone());
         }
-        let q = &self.specs[spec];
+        let Spec::Quantizer(q) = &self.specs[spec] else { unreachable!("formats have encoders of their own") };
         let encoder = Arc::new(match self.device {
             None => Encoder::new(q),
             Some(on) => Encoder::on(on, q)?,
@@ -190,12 +198,16 @@ impl Pipeline<'_> {
 
     fn entry(&self, item: usize, layer: usize, error: f64) -> LayerEntry {
         let Shape { rows, cols } = self.layers[layer].layer.shape;
-        let (name, spec) = (self.items[item].name.clone(), self.quantizer(layer).1.name.clone());
-        LayerEntry { name, spec, layout: None, rows, cols, error }
+        let (name, spec) = (self.items[item].name.clone(), self.spec(layer).1);
+        let layout = match spec {
+            Spec::Quantizer(_) => None,
+            Spec::Format(f) => Some(f.layout().to_owned()),
+        };
+        LayerEntry { name, spec: spec.name().to_owned(), layout, rows, cols, error }
     }
 
     /// Number and quantizer of a layer that has one.
-    fn quantizer(&self, layer: usize) -> (usize, &Quantizer) {
+    fn spec(&self, layer: usize) -> (usize, &Spec) {
         let spec = self.plan.layers[layer].expect("items follow the plan");
         (spec, &self.plan.specs[spec])
     }
@@ -215,22 +227,24 @@ impl Pipeline<'_> {
         // What is still to be encoded, by which rotation.
         let mut rotations: Vec<Option<Rotation>> = vec![None; self.layers.len()];
         for &(_, layer) in left.iter().filter(|l| has_inputs(l.1)) {
-            rotations[layer] = Some(self.quantizer(layer).1.rotation);
+            rotations[layer] = Some(self.spec(layer).1.rotation());
         }
         for &(item, layer) in left {
             if stop.load(Ordering::Relaxed) {
                 return;
             }
-            let (spec, q) = self.quantizer(layer);
+            let (spec, by) = self.spec(layer);
             let name = &self.items[item].name;
             let shape = self.layers[layer].layer.shape;
             let permit = budget.take(4 * u64::from(shape.rows) * u64::from(shape.cols));
-            self.progress.layer(name, &q.name);
+            self.progress.layer(name, by.name());
             let work = || {
-                let weights = load(self.source, &self.layers[layer].tensor, name, q, shape)?;
-                let feedback = match &mut calibration {
-                    Some(c) if has_inputs(layer) => c.feedback(LayerId(layer), name, q, &rotations)?,
-                    Some(_) | None => None,
+                let weights = load(self.source, &self.layers[layer].tensor, name, by.rotation(), shape)?;
+                let feedback = match (&mut calibration, by) {
+                    (Some(c), Spec::Quantizer(q)) if has_inputs(layer) => {
+                        c.feedback(LayerId(layer), name, q, &rotations)?
+                    }
+                    (Some(_) | None, Spec::Quantizer(_) | Spec::Format(_)) => None,
                 };
                 Ok((weights, feedback))
             };
@@ -250,7 +264,7 @@ impl Pipeline<'_> {
         &self,
         encoders: &Encoders,
         from: &Mutex<Receiver<Result<Loaded<'b>, Failed>>>,
-        to: &SyncSender<Result<(Loaded<'b>, PackedMatrix), Failed>>,
+        to: &SyncSender<Result<(Loaded<'b>, Encoded), Failed>>,
     ) {
         loop {
             let next = from.lock().unwrap_or_else(PoisonError::into_inner).recv();
@@ -266,15 +280,26 @@ impl Pipeline<'_> {
         }
     }
 
-    fn encode(&self, encoders: &Encoders, layer: &Loaded) -> Result<PackedMatrix, Error> {
-        let encoder = encoders.get(layer.spec)?;
+    fn encode(&self, encoders: &Encoders, layer: &Loaded) -> Result<Encoded, Error> {
         let shape = self.layers[layer.layer].layer.shape;
         let advance = |n| self.progress.advance(n);
-        let packed = match &layer.feedback {
-            None => encoder.encode(shape, &layer.weights, &advance),
-            Some(feedback) => encoder.encode_for(shape, &layer.weights, feedback, &advance),
+        let encoded = match (&self.plan.specs[layer.spec], &layer.feedback) {
+            (Spec::Format(f), _) => f.encode(&self.reader(layer.layer), &layer.weights, &advance).map(Encoded::Stored),
+            (Spec::Quantizer(_), None) => {
+                encoders.get(layer.spec)?.encode(shape, &layer.weights, &advance).map(Encoded::Packed)
+            }
+            (Spec::Quantizer(_), Some(feedback)) => {
+                let encoder = encoders.get(layer.spec)?;
+                encoder.encode_for(shape, &layer.weights, feedback, &advance).map(Encoded::Packed)
+            }
         };
-        packed.map_err(|source| Error::Encode { layer: self.items[layer.item].name.clone(), source })
+        encoded.map_err(|source| Error::Encode { layer: self.items[layer.item].name.clone(), source })
+    }
+
+    /// The reader of a layer that has a format.
+    fn reader(&self, layer: usize) -> Reader {
+        let (_, Spec::Format(f)) = self.spec(layer) else { unreachable!("asked of formats alone") };
+        f.reader(self.layers[layer].layer.shape).expect("as planned")
     }
 
     /// Copies what is copied, then writes and records layers as they come.
@@ -282,7 +307,7 @@ impl Pipeline<'_> {
         &self,
         draft: &mut Draft,
         copies: &[&Item],
-        encoded: Receiver<Result<(Loaded, PackedMatrix), Failed>>,
+        encoded: Receiver<Result<(Loaded, Encoded), Failed>>,
         entries: &mut BTreeMap<usize, LayerEntry>,
     ) -> Result<(), Error> {
         for item in copies {
@@ -292,7 +317,7 @@ impl Pipeline<'_> {
         let mut decoders: Vec<Option<Decoder>> = self.plan.specs.iter().map(|_| None).collect();
         let mut first: Option<Failed> = None;
         for next in encoded {
-            let (layer, packed) = match next {
+            let (layer, made) = match next {
                 Ok(done) => done,
                 Err(failed) => {
                     if first.as_ref().is_none_or(|f| failed.0 < f.0) {
@@ -305,10 +330,20 @@ impl Pipeline<'_> {
                 continue;
             }
             let Loaded { item, layer, spec, weights, feedback: _, permit } = layer;
-            let decoder = decoders[spec].get_or_insert_with(|| Decoder::new(&self.plan.specs[spec]));
-            let error = self.pool.run(|| relative_error(decoder, &packed, &weights));
+            let (error, tensors): (f64, Vec<&[u8]>) = match (&made, &self.plan.specs[spec]) {
+                (Encoded::Packed(packed), Spec::Quantizer(q)) => {
+                    let decoder = decoders[spec].get_or_insert_with(|| Decoder::new(q));
+                    let error = self.pool.run(|| relative_error(decoder, packed, &weights));
+                    (error, vec![cast_slice(&packed.words), cast_slice(&packed.scales)])
+                }
+                (made, _) => {
+                    let Encoded::Stored(tensors) = made else { unreachable!("a matrix of a format") };
+                    let tensors: Vec<&[u8]> = tensors.iter().map(Vec::as_slice).collect();
+                    let error = self.pool.run(|| relative_error_of_format(&self.reader(layer), &tensors, &weights));
+                    (error, tensors)
+                }
+            };
             drop((weights, permit));
-            let tensors = [cast_slice(&packed.words), cast_slice(&packed.scales)];
             draft.put(&self.items[item].name, &tensors, Some(error))?;
             entries.insert(item, self.entry(item, layer, error));
             if self.progress.finished(&entries[&item]).is_break() {
@@ -320,11 +355,11 @@ impl Pipeline<'_> {
 }
 
 /// The weights of a layer as `f32`, rotated along the columns.
-fn load(source: &TensorDir, tensor: &str, layer: &str, q: &Quantizer, shape: Shape) -> Result<Vec<f32>, Error> {
+fn load(source: &TensorDir, tensor: &str, layer: &str, rotation: Rotation, shape: Shape) -> Result<Vec<f32>, Error> {
     let stored = source.tensor(tensor)?;
     let cols = shape.cols as usize;
     let mut w = vec![0f32; stored.len()];
-    let rotator = Rotator::new(q.rotation, shape.cols);
+    let rotator = Rotator::new(rotation, shape.cols);
     let rows = w.par_chunks_exact_mut(cols).enumerate().map(|(r, row)| {
         stored.read(r * cols, row);
         rotator.apply(row);
@@ -363,7 +398,27 @@ pub fn relative_error(decoder: &Decoder, packed: &PackedMatrix, weights: &[f32])
             },
         )
         .collect();
-    let (error, power) = rows.iter().flatten().fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1));
+    relative(rows.iter().flatten())
+}
+
+/// As [`relative_error`], of a matrix of a format.
+pub fn relative_error_of_format(reader: &Reader, tensors: &[&[u8]], weights: &[f32]) -> f64 {
+    let cols = reader.shape().cols as usize;
+    let rows = (0u32..).zip(weights.chunks_exact(cols)).collect::<Vec<_>>();
+    let of_row = |decoded: &mut Vec<f32>, (row, weights): (u32, &[f32])| {
+        reader.read(tensors, row, 0, decoded);
+        weights.iter().zip(decoded).fold((0.0, 0.0), |(e, s), (x, y)| {
+            let (x, y) = (f64::from(*x), f64::from(*y));
+            (e + (x - y) * (x - y), s + x * x)
+        })
+    };
+    let rows: Vec<(f64, f64)> = rows.into_par_iter().map_init(|| vec![0.0; cols], of_row).collect();
+    relative(rows.iter())
+}
+
+/// The sum of squared errors over that of squared weights, six digits.
+fn relative<'a>(rows: impl Iterator<Item = &'a (f64, f64)>) -> f64 {
+    let (error, power) = rows.fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1));
     if power > 0.0 { six_digits(error / power) } else { 0.0 }
 }
 

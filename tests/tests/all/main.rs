@@ -10,6 +10,7 @@ mod gguf_architectures;
 mod import;
 mod import_packed;
 mod ir;
+mod made;
 mod palette;
 mod plan;
 mod plans;

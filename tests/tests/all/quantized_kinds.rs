@@ -34,7 +34,7 @@ fn plan(model: &Model) -> String {
         measure(None, "random", model.config.bos, &model.weights, settings, None, &mut Quiet).expect("measured");
     let candidates = [("tcq_2", 2.0, 0.07), ("tcq_4", 4.0, 0.006)];
     let candidates = candidates.map(|(name, bits, distortion)| Candidate { name: name.to_owned(), bits, distortion });
-    let bytes = |layer: &Layer, c: usize| layer.weights() as i64 * [2, 4][c] / 8;
+    let bytes = |layer: &Layer, c: usize| Some(layer.weights() as i64 * [2, 4][c] / 8);
     let free = Freedom { fusion: false, cores: false };
     let p = Problem::new(measured.layers(), candidates.to_vec(), free, 0, &bytes, None).expect("usable");
     let a = p.solve(Some(p.least_memory() * 3 / 2), None, Effort::default()).expect("feasible");

@@ -122,7 +122,7 @@ fn plans_are_taken_by_qp_quantize() {
         Candidate { name: "tcq_2".to_owned(), bits: 2.0, distortion: 0.07 },
         Candidate { name: "tcq_3".to_owned(), bits: 3.0, distortion: 0.02 },
     ];
-    let bytes = |layer: &Layer, c: usize| layer.weights() as i64 * [2, 3][c] / 8;
+    let bytes = |layer: &Layer, c: usize| Some(layer.weights() as i64 * [2, 3][c] / 8);
     // A launch costs as much as half a thousand weights at 2 bits, so fusing pays.
     let times = |layers: &[&Layer], c: usize, core: Core| {
         let weights: i64 = layers.iter().map(|l| l.weights() as i64).sum();

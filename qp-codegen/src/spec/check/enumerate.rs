@@ -2,7 +2,7 @@
 //! tables that cannot be trained.
 
 use super::Sink;
-use crate::spec::expr::{self, Op, VectorOp};
+use crate::spec::expr::{self, Op, VectorOp, Room};
 use crate::spec::{Code, Table, TableSource, Value};
 use crate::syntax::ast::{BinaryOp, Decode, Expr, ExprKind};
 use crate::syntax::diag::Diagnostic;
@@ -119,8 +119,9 @@ fn losses(code: &Code, d: &Decode, sink: &mut Sink) {
     let bits = code.value.bytes() * 8;
     let table = |t: u32, i: u32, k: usize| {
         let t = &code.tables[t as usize];
-        i32::from(t.values[(i % t.entries) as usize * v + k])
+        i64::from(t.values[(i % t.entries) as usize * v + k])
     };
+    let (min, max, mut room) = (i64::from(min), i64::from(max), Room::default());
     let last = u32::MAX >> (32 - code.window);
     let count = MOST.min(last.saturating_add(1));
     if !sink.may_look(u64::from(count) * code.decode.nodes.len() as u64) {
@@ -129,10 +130,10 @@ fn losses(code: &Code, d: &Decode, sink: &mut Sink) {
     for i in 0..count {
         // All windows, or so many that lie anywhere.
         let window = if last < MOST { i } else { i.wrapping_mul(0x9E37_79B1) & last };
-        let mut wide = [0i32; 4];
-        code.decode.eval_wide(window, v, &table, &mut wide[..v]);
+        let mut wide = [0i64; 4];
+        code.decode.eval_wide(window, v, &table, &mut room, &mut wide[..v]);
         if let Some(bad) = wide[..v].iter().find(|x| !(min..=2 * max + 1).contains(*x)) {
-            let kept = if bits == 8 { i32::from(*bad as i8) } else { i32::from(*bad as i16) };
+            let kept = if bits == 8 { i64::from(*bad as i8) } else { i64::from(*bad as i16) };
             let message = format!("window {window:#x} gives {bad}, of which an entry of {bits} bits is {kept}");
             let cure =
                 format!("entries lie within {min} and {max}: choose another type or expression, if that is not meant");

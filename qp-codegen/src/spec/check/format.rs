@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 
 use super::code::{self, Context, Properties, choice};
 use super::consts::{self, Const, Scope, integer, number};
-use super::{Sink, decode, sides};
+use super::{Sink, decode, formula, sides};
 use crate::spec::expr::Room;
 use crate::spec::format::{Arithmetic, Cover, Field, Format, Number, Weight, WeightOp, WideTable};
 use crate::spec::{Shape, Table, TableSource, mask, table_file};
@@ -127,7 +127,8 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
                     match (entries, ty) {
                         (Some(n), Some(ty)) => {
                             let (name, entries) = (t.name.name.clone(), Some(n as u32));
-                            fields.push((Field { name, ty, cover: Cover::Matrix, entries, width: 1 }, t.name.span));
+                            let field = Field { name, ty, cover: Cover::Matrix, entries, width: 1, formula: None };
+                            fields.push((field, t.name.span));
                         }
                         _ => ok = false,
                     }
@@ -143,7 +144,7 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
                 // With errors it is still known by name, so that its uses are not errors too.
                 let (ty, cover) = (ty.unwrap_or(Number::Unsigned(1)), cover.unwrap_or(Cover::Matrix));
                 let name = f.name.name.clone();
-                fields.push((Field { name, ty, cover, entries: None, width: 1 }, f.name.span));
+                fields.push((Field { name, ty, cover, entries: None, width: 1, formula: None }, f.name.span));
                 if ["code", "stream"].contains(&f.name.name.as_str()) {
                     let d = Diagnostic::error(f.name.span, format!("no field can be called `{}`", f.name.name), "");
                     sink.push(d.hint("layouts call codes and their streams so"));
@@ -153,6 +154,7 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
             _ => (),
         }
     }
+    ok &= formula::all(b, &mut fields, &scope, sink);
     let by_name = |name: &str, entries: u32, span: Span| {
         let (name, values, source) = (name.to_string(), Vec::new(), TableSource::Inline);
         (Table { name, entries, values, source }, span)

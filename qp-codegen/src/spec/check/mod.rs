@@ -14,6 +14,7 @@ mod consts;
 mod decode;
 mod enumerate;
 mod format;
+mod formula;
 mod fusion;
 mod layout;
 mod sides;

@@ -27,7 +27,8 @@ impl Parser<'_> {
                 .fail(d.hint(format!("a field has a type and a cover: `field {} : f16 per 1 x 32`", name.name)));
         }
         let (ty, cover) = self.type_and_cover()?;
-        Ok(FieldDecl { name, ty, cover })
+        let formula = if self.eat(TokenKind::Assign) { Some(self.expr()?) } else { None };
+        Ok(FieldDecl { name, ty, cover, formula })
     }
 
     /// `type per cover`
@@ -76,7 +77,7 @@ impl Parser<'_> {
             if self.peek().kind == TokenKind::LParen && self.touches() {
                 let named = self.lexed.tokens.get(self.at + 2).is_some_and(|t| t.kind == TokenKind::Assign);
                 if named {
-                    args = self.args()?.0;
+                    args = self.args("seed = 0")?.0;
                 } else {
                     self.next();
                     value = Some(self.expr()?);

@@ -5,12 +5,13 @@ use std::path::Path;
 
 use clap::Args;
 use qp_codegen::palette;
-use qp_codegen::spec::{self, Code, Quantizer};
+use qp_codegen::spec::{self, Code, Definition, Quantizer};
 
 use super::distortion_plot::{self, Series};
 use crate::cli::Error;
 use crate::cli::device::{Device, open};
 use crate::cli::output::{outln, write};
+use crate::codec::FormatEncoder;
 use crate::codec::distortion::{self, Distortion};
 
 /// The errors of Q-Palette's quantizers, by the names of the same rates here.
@@ -21,7 +22,7 @@ const EXL3: &str = include_str!("../../../../benches/exl3_distortion.toml");
 /// Measure the error of quantizers on unit-variance Gaussian samples.
 #[derive(Args)]
 pub struct DistortionBench {
-    /// Quantizers: names of the palette, spec files (all that they define), or FILE:NAME.
+    /// Quantizers: names of the palette, spec files (all that they define), or FILE:NAME; or formats that can be made.
     #[arg(required_unless_present = "all")]
     spec: Vec<String>,
     /// The whole palette.
@@ -30,6 +31,9 @@ pub struct DistortionBench {
     /// Weights to encode with each code.
     #[arg(long, default_value_t = 1 << 20, value_parser = clap::value_parser!(u64).range(512..))]
     samples: u64,
+    /// Columns of the matrix that a format is made of.
+    #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1 << 17))]
+    columns: u32,
     /// Seed of the samples.
     #[arg(long, default_value_t = 0x5eed_0000_0000)]
     seed: u64,
@@ -52,7 +56,17 @@ impl DistortionBench {
     pub fn run(self) -> Result<(), Error> {
         let names: Vec<String> =
             if self.all { palette::names().iter().map(|n| n.to_string()).collect() } else { self.spec.clone() };
-        let quantizers = spec::resolve_all(&names)?;
+        let (mut formats, mut others) = (Vec::new(), Vec::new());
+        for name in names {
+            match spec::resolve_any(&name) {
+                Ok(Definition::Format(f)) => {
+                    formats.push(FormatEncoder::new(&f).map_err(|why| format!("`{}` cannot be made: {why}", f.name))?);
+                }
+                // A file may define several.
+                Ok(Definition::Quantizer(_)) | Err(_) => others.push(name),
+            }
+        }
+        let quantizers = spec::resolve_all(&others)?;
         let q_palette: toml::Table = Q_PALETTE.parse()?;
         // Mixes are made of codes that stand alone too: each is measured once.
         let mut known: Vec<(&Code, Distortion)> = vec![];
@@ -76,6 +90,10 @@ impl DistortionBench {
             let row = Row { quantizer, distortion: distortion::combine(&parts), q_palette };
             outln!("{}", row.line())?;
             rows.push(row);
+        }
+        for encoder in &formats {
+            let (bits, d) = distortion::measure_format(encoder, self.columns, self.samples, self.seed)?;
+            outln!("{}", line(&encoder.format().name, bits, d, None))?;
         }
         if self.write {
             write(Path::new("benches/results/distortion.md"), &self.page(&rows))?;
@@ -110,25 +128,26 @@ const HEADER: &str = "\
 
 impl Row<'_> {
     fn line(&self) -> String {
-        let (rate, d) = (self.quantizer.rate(), self.distortion.mean);
-        let bound = 2f64.powf(-2.0 * rate);
-        let lost = lost(rate, d);
-        let (theirs, ratio) = match self.q_palette {
-            Some(q) => (figure(q), format!("{:.3}", d / q)),
-            None => Default::default(),
-        };
-        let error = format!("{:.1} %", 100.0 * self.distortion.standard_error / d);
-        format!(
-            "| {} | {rate} | {} | {} | {error} | {lost:.3} | {theirs} | {ratio} |",
-            self.quantizer.name,
-            figure(bound),
-            figure(d)
-        )
+        line(&self.quantizer.name, self.quantizer.rate(), self.distortion, self.q_palette)
     }
 }
 
+/// A line of the table.
+fn line(name: &str, rate: f64, distortion: Distortion, q_palette: Option<f64>) -> String {
+    let d = distortion.mean;
+    let bound = 2f64.powf(-2.0 * rate);
+    let lost = lost(rate, d);
+    let (theirs, ratio) = match q_palette {
+        Some(q) => (figure(q), format!("{:.3}", d / q)),
+        None => Default::default(),
+    };
+    let error = format!("{:.1} %", 100.0 * distortion.standard_error / d);
+    let rate = (rate * 1e4).round() / 1e4;
+    format!("| {name} | {rate} | {} | {} | {error} | {lost:.3} | {theirs} | {ratio} |", figure(bound), figure(d))
+}
+
 /// Distance of the error `d` to the bound, in bits a weight.
-fn lost(rate: f64, d: f64) -> f64 {
+pub(super) fn lost(rate: f64, d: f64) -> f64 {
     0.5 * (d / 2f64.powf(-2.0 * rate)).log2()
 }
 
@@ -161,7 +180,7 @@ fn plot(rows: &[Row]) -> Result<String, Error> {
 }
 
 /// Four significant digits.
-fn figure(x: f64) -> String {
+pub(super) fn figure(x: f64) -> String {
     let digits = 3 - x.log10().floor() as i32;
     format!("{x:.*}", digits.max(0) as usize)
 }

@@ -8,6 +8,7 @@ mod engine;
 mod formats;
 mod jit;
 mod kernels;
+mod museum;
 mod prepare;
 mod results;
 mod roofline;
@@ -24,6 +25,7 @@ use engine::EngineBench;
 use formats::FormatBench;
 use jit::JitBench;
 use kernels::KernelBench;
+use museum::MuseumBench;
 use prepare::PrepareBench;
 use roofline::RooflineBench;
 
@@ -43,6 +45,7 @@ enum What {
     Formats(FormatBench),
     Jit(JitBench),
     Kernels(KernelBench),
+    Museum(MuseumBench),
     Prepare(PrepareBench),
     Roofline(RooflineBench),
 }
@@ -58,6 +61,7 @@ impl Bench {
             What::Formats(f) => f.run(),
             What::Jit(j) => j.run(),
             What::Kernels(k) => k.run(),
+            What::Museum(m) => m.run(),
             What::Prepare(p) => p.run(),
             What::Roofline(r) => r.run(),
         }

@@ -10,7 +10,7 @@ use crate::cli::Error;
 use crate::engine::Precision;
 use crate::engine::cuda::layout::{Form, Layout};
 use crate::model::{Config, LayerId, arch};
-use crate::plan::{self, Plan};
+use crate::plan::{self, Plan, Spec};
 use crate::quantize::items::{join_tied, layers};
 
 /// What matters of Llama 3.1 8B's `config.json`.
@@ -102,12 +102,16 @@ impl ModelArgs {
         let layers: Vec<plan::Layer> = layers(&program).into_iter().map(|place| place.layer).collect();
         let mut resolved = plan.resolve(&layers)?;
         join_tied(&program, &mut resolved);
-        let form = |id: LayerId| match (resolved.layers[id.0], program.layer(id).shares) {
-            (Some(spec), _) => Form::Packed(resolved.specs[spec].clone()),
-            (None, Some(_)) => Form::Shared,
-            (None, None) => Form::Dense(Elem::BF16),
+        let form = |id: LayerId| match (resolved.layers[id.0].map(|s| &resolved.specs[s]), program.layer(id).shares) {
+            (Some(Spec::Quantizer(q)), _) => Ok(Form::Packed(q.clone())),
+            (Some(Spec::Format(f)), _) => Err(format!(
+                "`{}` is a format: `qp bench formats` times its products, and this command the palette's quantizers",
+                f.format().name
+            )),
+            (None, Some(_)) => Ok(Form::Shared),
+            (None, None) => Ok(Form::Dense(Elem::BF16)),
         };
-        let forms: Vec<Form> = program.ids().map(form).collect();
+        let forms: Vec<Form> = program.ids().map(form).collect::<Result<_, String>>()?;
         let fused: Vec<Vec<LayerId>> =
             resolved.groups.iter().map(|g| g.iter().copied().map(LayerId).collect()).collect();
         Ok(Layout::new(&program, &forms, &fused, cache))

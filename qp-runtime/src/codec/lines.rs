@@ -71,20 +71,23 @@ impl Source for Lines<'_> {
             self.reader.digits(&self.tensors, row as u32, &mut scratch.digits);
             to.put(i, 0, &scratch.digits);
             let numbers = &mut scratch.numbers;
-            self.reader.numbers(&self.tensors, row as u32, numbers);
-            to.put_factor(i, numbers.factor);
-            match form.runs {
-                None => (),
-                Some(Runs { halves: false, .. }) => to.put_runs(i, &numbers.slopes, &numbers.rests),
-                Some(Runs { columns, .. }) => {
-                    let of = |weight| -> Vec<u16> {
-                        let Some(field) = half(terms, weight) else { return Vec::new() };
-                        let numbers = self.reader.kept(&self.tensors, field, row as u32, columns as u32);
-                        numbers.into_iter().map(|x| f16::from_f32(x).to_bits()).collect()
-                    };
-                    to.put_halves(i, &of(&terms.slope), &terms.rest.as_ref().map_or_else(Vec::new, of));
+            let Some(Runs { columns, halves: true, .. }) = form.runs else {
+                self.reader.numbers(&self.tensors, row as u32, numbers);
+                to.put_factor(i, numbers.factor);
+                if form.runs.is_some() {
+                    to.put_runs(i, &numbers.slopes, &numbers.rests);
                 }
-            }
+                continue;
+            };
+            let of = |weight| match half(terms, weight) {
+                Some(field) => self.reader.kept(&self.tensors, field, row as u32, columns as u32),
+                None => Vec::new(),
+            };
+            let (slopes, rests) = (of(&terms.slope), terms.rest.as_ref().map_or_else(Vec::new, of));
+            terms.numbers(&slopes, &rests, numbers);
+            to.put_factor(i, numbers.factor);
+            let halves = |x: &[f32]| x.iter().map(|x| f16::from_f32(*x).to_bits()).collect::<Vec<_>>();
+            to.put_halves(i, &halves(&slopes), &halves(&rests));
         }
     }
 }

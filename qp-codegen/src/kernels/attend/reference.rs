@@ -247,14 +247,14 @@ fn attend_here<I: Integers>(op: &Attend, cache: &[u8], query: &Query<'_>, out: &
     let columns = layout.columns() as usize;
     let q = Rounded::new(query, columns);
     let (first, last) = (op.first(query.position) as usize, query.position as usize);
-    let (mut all, mut span, mut chunk) = (Sums::NONE, Sums::NONE, Sums::NONE);
+    let (mut all, mut span, mut chunk, mut sums) = (Sums::NONE, Sums::NONE, Sums::NONE, Sums::NONE);
     let mut fine = true;
     for tile in first / TILE..=last / TILE {
         let seen = first.saturating_sub(tile * TILE)..(last + 1 - tile * TILE).min(TILE);
         let piece = (query.pages[tile] as usize * layout.kv_heads as usize + query.kv_head as usize)
             * layout.piece_bytes() as usize;
         let piece = &cache[piece..][..layout.piece_bytes() as usize];
-        let sums = q.tile::<I>(op, piece, seen);
+        q.tile::<I>(op, piece, seen, &mut sums);
         fine &= sums.high.abs() < HIGHEST;
         chunk.fold(&sums, columns);
         let next = tile as u32 + 1;
@@ -326,9 +326,9 @@ impl<'a> Rounded<'a> {
         q
     }
 
-    /// The sums of a tile, of which the positions `seen` are seen.
+    /// Writes the sums of a tile, of which the positions `seen` are seen.
     #[inline(always)]
-    fn tile<I: Integers>(&self, op: &Attend, piece: &[u8], seen: std::ops::Range<usize>) -> Sums {
+    fn tile<I: Integers>(&self, op: &Attend, piece: &[u8], seen: std::ops::Range<usize>, sums: &mut Sums) {
         let (integers, numbers) = piece.split_at(op.cache.scales() as usize);
         let (keys, values) = integers.split_at(op.cache.values() as usize);
         let (mut scales, mut logarithms, mut inverses) = ([0f32; TILE], [0f32; TILE], [0f32; TILE]);
@@ -365,11 +365,10 @@ impl<'a> Rounded<'a> {
                 *lane = if unit == 0 { sum } else { *lane + sum };
             }
         }
-        let mut sums = Sums { high, total: (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]), ..Sums::NONE };
+        (sums.high, sums.total) = (high, (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]));
         let rounded = weights.map(|weight| weight.mul_add(WEIGHT_ONE, BIAS).to_bits());
         // SAFETY: as above.
         unsafe { I::values(&op.cache, values, &I::bytes(&rounded), &mut sums.columns) };
-        sums
     }
 }
 

@@ -6,7 +6,7 @@ use qp_codegen::spec::{Code, Quantizer, Shape, Value, mask};
 use rayon::prelude::*;
 
 use super::PackedMatrix;
-use super::strips::{Digits, Form, Inputs, Product, ROWS, Scratch, Source, StripMut, products};
+use super::strips::{Digits, Form, Inputs, Outcome, Product, ROWS, Scratch, Source, StripMut, products};
 
 /// A quantizer made ready to decode: its codebooks written out. Make it once, use it for every matrix.
 #[derive(Clone, Debug)]
@@ -152,6 +152,15 @@ impl Decoder {
     /// The product with each token's activations, `tokens × rows`, in the exact arithmetic of [`reference`].
     /// Every token has `layout.shape.cols` activations.
     pub fn linear(&self, m: &PackedMatrix, tokens: &[Activations]) -> Vec<f32> {
+        self.product(m, tokens)
+    }
+
+    /// The integers that become the results of [`Decoder::linear`], `tokens × rows`: see [`reference::total`].
+    pub fn totals(&self, m: &PackedMatrix, tokens: &[Activations]) -> Vec<i64> {
+        self.product(m, tokens)
+    }
+
+    fn product<T: Outcome>(&self, m: &PackedMatrix, tokens: &[Activations]) -> Vec<T> {
         let inputs = Inputs::new(tokens.to_vec(), m.layout.shape.cols as usize);
         products(&[Product { source: &self.matrix(m), kept: None, inputs: &inputs }]).remove(0)
     }

@@ -138,7 +138,7 @@ mod tests {
             for n in [7, 3, 1, 0] {
                 let inputs = Inputs::new(tokens[..n].to_vec(), cols as usize);
                 let product = Product { source: &lines, kept: Some(&kept), inputs: &inputs };
-                assert_eq!(products(&[product]), [&expected[..24 * n]], "{name}");
+                assert_eq!(products::<f32>(&[product]), [&expected[..24 * n]], "{name}");
             }
         }
     }

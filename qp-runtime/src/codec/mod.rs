@@ -40,7 +40,7 @@ pub use dense::{by_token, row_products};
 pub use encode::{EncodeError, Encoder, encode_matrix};
 pub use gaussian::Gaussian;
 pub use lines::Lines;
-pub use strips::{Form, Inputs, Product, Scratch, Source, StripMut, Strips, products};
+pub use strips::{Form, Inputs, Outcome, Product, Scratch, Source, StripMut, Strips, products};
 pub use words::Words;
 
 /// A quantized matrix: words in the order of its layout, and scales.

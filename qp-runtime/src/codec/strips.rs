@@ -361,13 +361,35 @@ pub struct Product<'a> {
     pub inputs: &'a Inputs,
 }
 
+/// What becomes of the integer that a product is.
+pub trait Outcome: Copy + Default + Send + Sync {
+    /// Of the integer, with the row's factor and the token's.
+    fn of(total: i64, of_row: f32, of_token: f32) -> Self;
+}
+
+/// The result of a layer.
+impl Outcome for f32 {
+    #[inline(always)]
+    fn of(total: i64, of_row: f32, of_token: f32) -> f32 {
+        total as f32 * of_row * of_token
+    }
+}
+
+/// The integer itself.
+impl Outcome for i64 {
+    #[inline(always)]
+    fn of(total: i64, _: f32, _: f32) -> i64 {
+        total
+    }
+}
+
 /// The products with each token's activations, tokens × rows each, as [`qp_codegen::spec::terms`] and [`qp_codegen::reference`]
 /// define them. All are computed together.
-pub fn products(all: &[Product<'_>]) -> Vec<Vec<f32>> {
+pub fn products<T: Outcome>(all: &[Product<'_>]) -> Vec<Vec<T>> {
     let forms: Vec<Form> = all.iter().map(|p| p.source.form()).collect();
     // Strips × tokens × rows, so that what tasks write is apart.
-    let zeros = |(p, form): (&Product<'_>, &Form)| vec![[0f32; ROWS]; form.strips() * p.inputs.tokens.len()];
-    let mut results: Vec<Vec<[f32; ROWS]>> = all.iter().zip(&forms).map(zeros).collect();
+    let zeros = |(p, form): (&Product<'_>, &Form)| vec![[T::default(); ROWS]; form.strips() * p.inputs.tokens.len()];
+    let mut results: Vec<Vec<[T; ROWS]>> = all.iter().zip(&forms).map(zeros).collect();
     let sums: Vec<Vec<i32>> =
         all.iter().zip(&forms).map(|(p, f)| f.runs.map_or_else(Vec::new, |runs| p.inputs.sums(runs.columns))).collect();
     let mut tokens: Vec<Vec<Token<'_>>> = Vec::new();
@@ -416,8 +438,8 @@ pub fn products(all: &[Product<'_>]) -> Vec<Vec<f32>> {
 }
 
 /// Results of strips × `tokens` as tokens × `rows`.
-fn by_token(results: &[[f32; ROWS]], rows: usize, tokens: usize) -> Vec<f32> {
-    let mut out = vec![0f32; rows * tokens];
+fn by_token<T: Outcome>(results: &[[T; ROWS]], rows: usize, tokens: usize) -> Vec<T> {
+    let mut out = vec![T::default(); rows * tokens];
     out.par_chunks_exact_mut(rows.max(1)).enumerate().for_each(|(t, out)| {
         for (out, result) in out.chunks_mut(ROWS).zip(results[t..].iter().step_by(tokens)) {
             out.copy_from_slice(&result[..out.len()]);
@@ -584,8 +606,12 @@ mod tests {
                         let inputs = Inputs::of(way, tokens[..n].to_vec(), columns);
                         for kept in [None, Some(&strips)] {
                             let product = || Product { source: &made, kept, inputs: &inputs };
-                            let results = products(&[product(), product()]);
+                            let results: Vec<Vec<f32>> = products(&[product(), product()]);
                             assert_eq!(results, [&expected[..], &expected], "{way:?}, {:?}", made.form);
+                            let totals: Vec<Vec<i64>> = products(&[product()]);
+                            let of = |i: usize| (made.factors[i % rows], tokens[i / rows].scale * made.form.unit);
+                            let scaled = totals[0].iter().enumerate().map(|(i, x)| f32::of(*x, of(i).0, of(i).1));
+                            assert_eq!(scaled.collect::<Vec<_>>(), expected);
                         }
                     }
                 }
@@ -612,7 +638,7 @@ mod tests {
                 }];
                 for &way in Way::all() {
                     let inputs = Inputs::of(way, tokens.to_vec(), columns);
-                    let results = products(&[Product { source: &made, kept: None, inputs: &inputs }]);
+                    let results: Vec<Vec<f32>> = products(&[Product { source: &made, kept: None, inputs: &inputs }]);
                     assert_eq!(results, [made.results(&tokens)], "{way:?}, {digits:?}");
                 }
             }

@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 use half::f16;
 use qp_codegen::reference::split_activation;
 
-use super::{Digits, OfRuns, PAD, ROWS, RunsOf, Strip, UNIT};
+use super::{Digits, OfRuns, Outcome, PAD, ROWS, RunsOf, Strip, UNIT};
 
 /// How sums are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +76,7 @@ impl Way {
     }
 
     /// The results of a strip for each token, whose cells are this way's.
-    pub(super) fn results(self, strip: &Strip<'_>, tokens: &[Token<'_>], out: &mut [[f32; ROWS]]) {
+    pub(super) fn results<T: Outcome>(self, strip: &Strip<'_>, tokens: &[Token<'_>], out: &mut [[T; ROWS]]) {
         let cells = strip.columns.next_multiple_of(PAD) / UNIT;
         let runs = strip.runs.map_or(0, |runs| runs.count);
         let fits = |t: &Token<'_>| t.cells.len() == cells && t.sums.len() == runs;
@@ -143,8 +143,8 @@ impl<const N: usize> Plus for [[i64; ROWS]; N] {
 
 /// The results of a token from its sums.
 #[inline(always)]
-fn result(strip: &Strip<'_>, token: &Token<'_>, sums: [i64; ROWS]) -> [f32; ROWS] {
-    std::array::from_fn(|r| (strip.times * sums[r] + token.add) as f32 * strip.factors[r] * token.factor)
+fn result<T: Outcome>(strip: &Strip<'_>, token: &Token<'_>, sums: [i64; ROWS]) -> [T; ROWS] {
+    std::array::from_fn(|r| T::of(strip.times * sums[r] + token.add, strip.factors[r], token.factor))
 }
 
 /// Pairs of units of which 32 bits hold a row's sum: `512 · 255 · 16256` is below 2^31.
@@ -208,7 +208,7 @@ mod x86 {
     use std::array::from_fn;
     use std::ops::Range;
 
-    use super::super::{Digits, OfRuns, PAD, ROWS, RunsOf, Strip};
+    use super::super::{Digits, OfRuns, Outcome, PAD, ROWS, RunsOf, Strip};
     use super::{Token, of_planes, result};
 
     /// Calls `$sums` for four tokens at a time, then for two, then for one, and writes their results.
@@ -239,7 +239,7 @@ mod x86 {
     /// # Safety
     /// The machine has AVX-512 (F, BW, DQ, VL, VNNI); the strip's parts and the tokens' are as long as they must be.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    pub(super) unsafe fn vnni(strip: &Strip<'_>, tokens: &[Token<'_>], out: &mut [[f32; ROWS]]) {
+    pub(super) unsafe fn vnni<T: Outcome>(strip: &Strip<'_>, tokens: &[Token<'_>], out: &mut [[T; ROWS]]) {
         by_tokens!(strip, tokens, out, vnni_sums, [4, 2, 1]);
     }
 
@@ -386,7 +386,7 @@ mod x86 {
     /// # Safety
     /// The machine has AVX2 and F16C; the strip's parts and the tokens' are as long as they must be.
     #[target_feature(enable = "avx2,f16c")]
-    pub(super) unsafe fn avx2(strip: &Strip<'_>, tokens: &[Token<'_>], out: &mut [[f32; ROWS]]) {
+    pub(super) unsafe fn avx2<T: Outcome>(strip: &Strip<'_>, tokens: &[Token<'_>], out: &mut [[T; ROWS]]) {
         by_tokens!(strip, tokens, out, avx2_sums, [2, 1]);
     }
 

@@ -34,18 +34,22 @@ pub struct Activations {
 /// Bits of an infinity: larger ones, signs apart, are those of what is not a number.
 pub const INFINITY_BITS: u32 = 0x7f80_0000;
 
-/// Rounds one token's (rotated) activations to 15-bit integers.
+/// Rounds one token's (rotated) activations to 15-bit integers. It is inlined into its callers, so that those compiled for vector
+/// instructions use them.
+#[inline(always)]
 pub fn quantize_activations(x: &[f32]) -> Activations {
     quantize_activations_by(x, 0.0)
 }
 
 /// The largest magnitude of some numbers; infinite if one is not finite.
+#[inline(always)]
 pub fn largest_magnitude(x: &[f32]) -> f32 {
     // Magnitudes are ordered as their bits are; what is not a number lies above an infinity.
     f32::from_bits(x.iter().fold(0, |m, v| m.max(v.to_bits() & i32::MAX as u32)).min(INFINITY_BITS))
 }
 
 /// As [`quantize_activations`], as if one of the magnitudes were `given`: that of columns which lie elsewhere.
+#[inline(always)]
 pub fn quantize_activations_by(x: &[f32], given: f32) -> Activations {
     let largest = largest_magnitude(x).to_bits().max(largest_magnitude(&[given]).to_bits());
     if largest >= INFINITY_BITS {
@@ -59,6 +63,7 @@ pub fn quantize_activations_by(x: &[f32], given: f32) -> Activations {
 }
 
 /// Splits an activation into signed bytes: `q = 128·high + low`, `low` in −64..64.
+#[inline]
 pub fn split_activation(q: i16) -> (i8, i8) {
     let high = (q + 64) >> 7;
     (high as i8, (q - (high << 7)) as i8)
@@ -91,11 +96,13 @@ pub fn weight(code: &Code, entry: i16, row_scale: f32) -> f32 {
 /// Mean of the squares of `x`, summed in a fixed order: four neighbours `(a² + b²) + (c² + d²)`, the 32 fours of each
 /// [`MEAN_GROUP`] columns in a tree, and the groups' sums, group `g` onto partial sum `g mod 32`, then those in a tree.
 /// A tree of 32 adds those that lie 16, 8, 4, 2 and 1 apart.
+#[inline(always)]
 pub fn mean_square(x: &[f32]) -> f32 {
     sum_in_order(x, |v| v * v) / x.len() as f32
 }
 
 /// The sum of `f` of each value, in the order of [`mean_square`].
+#[inline(always)]
 fn sum_in_order(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     let tree = |mut v: [f32; 32]| {
         for half in [16, 8, 4, 2, 1] {
@@ -176,6 +183,7 @@ pub struct RmsNorm {
 
 impl RmsNorm {
     /// `x / √(mean(x²) + eps) · weight`, in this order of operations.
+    #[inline(always)]
     pub fn apply(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
         let inverse = 1.0 / (mean_square(x) + self.eps).sqrt();
         let weight = weight.iter().map(|w| if self.add_one { w + 1.0 } else { *w });
@@ -194,6 +202,7 @@ pub enum Activation {
 
 impl Activation {
     /// Its value at `x`.
+    #[inline(always)]
     pub fn apply(self, x: f32) -> f32 {
         match self {
             Activation::Silu => silu(x),
@@ -203,6 +212,7 @@ impl Activation {
 }
 
 /// The nearest whole number, ties to even, of a magnitude below 2^22: `round_ties_even`, which without SSE 4.1 is a call.
+#[inline(always)]
 fn round(x: f32) -> f32 {
     const WHOLE: f32 = 12_582_912.0; // 1.5 · 2^23: its neighbours are whole
     (x + WHOLE) - WHOLE
@@ -210,6 +220,7 @@ fn round(x: f32) -> f32 {
 
 /// `eˣ` within 2 units in the last place, for `x` in [`EXP_RANGE`]; beyond, the value at that end. Made of additions
 /// and products in this order, none of them fused: the same everywhere, as a library's is not, and fast on any CPU.
+#[inline(always)]
 pub fn exp(x: f32) -> f32 {
     let x = x.max(EXP_RANGE.0).min(EXP_RANGE.1);
     let n = round(x * std::f32::consts::LOG2_E);
@@ -228,12 +239,14 @@ pub const LN_2: (f32, f32) = (0.693_359_4, -2.121_944_4e-4);
 pub const EXP_SERIES: [f32; 8] = [1.0, 1.0, 0.5, 1.0 / 6.0, 1.0 / 24.0, 1.0 / 120.0, 1.0 / 720.0, 1.0 / 5040.0];
 
 /// `x / (1 + e⁻ˣ)`.
+#[inline(always)]
 pub fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
 }
 
 /// GELU by its approximation with a hyperbolic tangent, `x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))`, computed as
 /// `x / (1 + e^(x (a + b x²)))` with [`GELU`]'s `a` and `b`.
+#[inline(always)]
 pub fn gelu_tanh(x: f32) -> f32 {
     x / (1.0 + exp(x * (GELU.0 + GELU.1 * (x * x))))
 }

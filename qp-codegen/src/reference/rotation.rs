@@ -59,12 +59,20 @@ impl Hadamard {
         (1.0 / f64::from(self.columns / self.blocks).sqrt()) as f32
     }
 
-    /// `x ← H·x / √n`: butterflies of stride 1, 2, 4, …, then the dense part in order of its columns, then the norm.
+    /// `x ← H·x / √n`: butterflies of stride 1, 2, 4, …, then the dense part in order of its columns, then the norm. It is
+    /// inlined into its callers, so that those compiled for vector instructions use them.
+    #[inline(always)]
     pub fn apply(&self, x: &mut [f32]) {
         assert_eq!(x.len(), self.columns as usize, "length of the transform");
         let two = 1usize << self.log2;
         for group in x.chunks_exact_mut(two) {
             let mut stride = 1;
+            if two >= 16 {
+                for part in group.as_chunks_mut::<16>().0 {
+                    *part = stage::<8>(stage::<4>(stage::<2>(stage::<1>(*part))));
+                }
+                stride = 16;
+            }
             while stride < two {
                 for pair in group.chunks_exact_mut(2 * stride) {
                     let (lo, hi) = pair.split_at_mut(stride);
@@ -92,6 +100,12 @@ impl Hadamard {
         let norm = self.norm();
         x.iter_mut().for_each(|v| *v *= norm);
     }
+}
+
+/// The butterflies of stride `S` of sixteen values.
+#[inline(always)]
+fn stage<const S: usize>(x: [f32; 16]) -> [f32; 16] {
+    std::array::from_fn(|i| if i & S == 0 { x[i] + x[i ^ S] } else { x[i ^ S] - x[i] })
 }
 
 /// An `m × m` Hadamard matrix by Paley's first or second construction over a prime field, true for −1.
@@ -209,7 +223,8 @@ impl Rotator {
         }))
     }
 
-    /// Rotates one row of weights or one token's activations, in place.
+    /// Rotates one row of weights or one token's activations, in place. Inlined as [`Hadamard::apply`] is.
+    #[inline(always)]
     pub fn apply(&self, x: &mut [f32]) {
         let Some(Turn { signs, transforms, back }) = &self.0 else { return };
         let transform = |x: &mut [f32]| {

@@ -64,7 +64,7 @@ pub fn products(on: &Executor, q: &Quantizer, small: bool) -> Result<usize, Fail
                 let own: Vec<usize> =
                     (0..pairs as usize).filter(|p| places[expert_of[*p] as usize] == place as i32).collect();
                 let x: Vec<Activations> = own.iter().map(|p| inputs[p / (pairs / rows) as usize].clone()).collect();
-                let y = decoder.linear(matrix, None, &x);
+                let y = decoder.linear(matrix, &x);
                 for (p, y) in own.iter().zip(y.chunks_exact(shape.rows as usize)) {
                     expected[p * stride as usize..][..shape.rows as usize].copy_from_slice(y);
                 }

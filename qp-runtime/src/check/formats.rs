@@ -12,7 +12,7 @@ use qp_codegen::spec::terms::Terms;
 
 use super::synthetic::Random;
 use super::{Failure, same_floats};
-use crate::codec::linear_of_lines;
+use crate::codec::Lines;
 use crate::device::grouped::{GroupedKernel, GroupedMatrix};
 use crate::device::ops::DeviceActivations;
 use crate::device::{DeviceError, Executor};
@@ -35,7 +35,7 @@ pub fn format(on: &Executor, format: &Format, shape: Shape, batches: &[u32]) -> 
     for &batch in batches {
         let inputs: Vec<_> =
             (0..batch).map(|_| quantize_activations(&random.values(shape.cols as usize, 3.0))).collect();
-        let expected = linear_of_lines(&reader, &tensors, None, &inputs);
+        let expected = Lines::new(&reader, tensors.clone()).product(&inputs);
         let op = Product { terms, shape, batch, y: Span::rows(shape.rows), accumulate: false };
         let ranked = Launch::ranked(&op, &on.device());
         for launch in [ranked[0].1, ranked[ranked.len() - 1].1] {

@@ -217,7 +217,7 @@ fn products(
     })?;
     let mut done = 1;
 
-    let expected = decoder.linear(packed, None, &tokens);
+    let expected = decoder.linear(packed, &tokens);
     exact_products(&what, weights, columns, &tokens, &expected)?;
     let op = Gemv { quantizer: q, shape, batch, accumulate: false };
     let ranked = Launch::ranked(&op, &on.device());

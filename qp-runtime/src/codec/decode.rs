@@ -1,16 +1,12 @@
 //! Packed words → entries, weights and exact products.
 
-use std::sync::Arc;
-
 use qp_codegen::layout::{self, BLOCKS_PER_TILE, LANES_PER_BLOCK};
 use qp_codegen::reference::{self, Activations};
-use qp_codegen::spec::{Code, Quantizer, Value, mask};
+use qp_codegen::spec::{Code, Quantizer, Shape, Value, mask};
 use rayon::prelude::*;
 
 use super::PackedMatrix;
-use super::dense::by_token;
-use super::dot::{Entry, dots};
-use crate::memory::arena::{Arena, Piece};
+use super::strips::{Digits, Form, Inputs, Outcome, Product, ROWS, Scratch, Source, StripMut, products};
 
 /// A quantizer made ready to decode: its codebooks written out. Make it once, use it for every matrix.
 #[derive(Clone, Debug)]
@@ -148,169 +144,81 @@ impl Decoder {
         out
     }
 
-    /// The entries of the whole matrix, written out in `arena`, for products that are computed again and again; `None` if they
-    /// do not fit.
-    pub fn entries(&self, m: &PackedMatrix, arena: &Arc<Arena>) -> Option<Entries> {
-        let len = m.layout.shape.rows as usize * m.layout.shape.cols as usize;
-        Some(match self.quantizer.codes[0].value {
-            Value::I8 => {
-                let mut out = arena.take(len)?;
-                // Entries of 8-bit codes lie within -128..128.
-                self.write_entries(m, &mut out, |e| e as i8);
-                Entries::I8(out)
-            }
-            Value::I16 => {
-                let mut out = arena.take(len)?;
-                self.write_entries(m, &mut out, |e| e);
-                Entries::I16(out)
-            }
-        })
-    }
-
-    fn write_entries<E: Send>(&self, m: &PackedMatrix, out: &mut [E], entry: impl Fn(i16) -> E + Sync) {
-        let (columns, tile) = (m.layout.shape.cols as usize, m.layout.tile.rows as usize);
-        let stride = m.layout.padded_cols() as usize;
-        out.par_chunks_mut((tile * columns).max(1)).enumerate().for_each_init(
-            || vec![0i16; tile * stride],
-            |entries, (rt, out)| {
-                self.row_tile(m, rt as u32, entries);
-                for (out, entries) in out.chunks_exact_mut(columns).zip(entries.chunks_exact(stride)) {
-                    out.iter_mut().zip(entries).for_each(|(o, &e)| *o = entry(e));
-                }
-            },
-        );
+    /// The matrix `m`, to be multiplied.
+    pub fn matrix<'a>(&'a self, m: &'a PackedMatrix) -> Decoded<'a> {
+        Decoded { decoder: self, matrix: m }
     }
 
     /// The product with each token's activations, `tokens × rows`, in the exact arithmetic of [`reference`].
-    /// Every token has `layout.shape.cols` activations. `kept` are the matrix's [`Decoder::entries`], if they were
-    /// written out; without them each row tile is decoded on its way.
-    pub fn linear(&self, m: &PackedMatrix, kept: Option<&Entries>, tokens: &[Activations]) -> Vec<f32> {
-        let code = &self.quantizer.codes[0];
-        self.products(m, kept, tokens, |inputs, row, sums, out| inputs.scale(code, sums, m.scale(row), out))
+    /// Every token has `layout.shape.cols` activations.
+    pub fn linear(&self, m: &PackedMatrix, tokens: &[Activations]) -> Vec<f32> {
+        self.product(m, tokens)
     }
 
     /// The integers that become the results of [`Decoder::linear`], `tokens × rows`: see [`reference::total`].
     pub fn totals(&self, m: &PackedMatrix, tokens: &[Activations]) -> Vec<i64> {
-        let code = &self.quantizer.codes[0];
-        self.products(m, None, tokens, |inputs, _, sums, out| {
-            for ((total, &sum), &(of_token, _)) in out.iter_mut().zip(sums).zip(&inputs.ends) {
-                *total = reference::total(code, sum, of_token);
-            }
-        })
+        self.product(m, tokens)
     }
 
-    /// The products with each token's activations, `tokens × rows`: what `end` makes of the sums of a row.
-    fn products<T: Copy + Default + Send + Sync>(
-        &self,
-        m: &PackedMatrix,
-        kept: Option<&Entries>,
-        tokens: &[Activations],
-        end: impl Fn(&Inputs, usize, &[i64], &mut [T]) + Sync,
-    ) -> Vec<T> {
-        let (rows, columns) = (m.layout.shape.rows as usize, m.layout.shape.cols as usize);
-        let (tile, stride) = (m.layout.tile.rows as usize, m.layout.padded_cols() as usize);
-        let code = &self.quantizer.codes[0];
-        let inputs = Inputs::new(code, tokens, columns);
-        let n = tokens.len();
-        // Rows × tokens, so that row tiles are apart.
-        let mut out = vec![T::default(); rows * n];
-        // A task has rows enough to be worth handing to another core.
-        let task = tile.max(TASK / columns.max(1)).next_multiple_of(tile);
-        out.par_chunks_mut((task * n).max(1)).enumerate().for_each_init(
-            || (Vec::new(), vec![0i64; n], vec![0i64; n]),
-            |(entries, sums, low), (i, out)| {
-                for (r, out) in out.chunks_exact_mut(n.max(1)).enumerate() {
-                    let row = i * task + r;
-                    let own = row * columns..(row + 1) * columns;
-                    match kept {
-                        Some(Entries::I8(kept)) => inputs.sums(&kept[own], sums, low),
-                        Some(Entries::I16(kept)) => inputs.sums(&kept[own], sums, low),
-                        None => {
-                            entries.resize(tile * stride, 0i16);
-                            if row.is_multiple_of(tile) {
-                                self.row_tile(m, (row / tile) as u32, entries);
-                            }
-                            inputs.sums(&entries[row % tile * stride..][..columns], sums, low);
-                        }
-                    }
-                    end(&inputs, row, sums, out);
+    fn product<T: Outcome>(&self, m: &PackedMatrix, tokens: &[Activations]) -> Vec<T> {
+        let inputs = Inputs::new(tokens.to_vec(), m.layout.shape.cols as usize);
+        products(&[Product { source: &self.matrix(m), kept: None, inputs: &inputs }]).remove(0)
+    }
+}
+
+/// A packed matrix, with what decodes it.
+#[derive(Clone, Copy, Debug)]
+pub struct Decoded<'a> {
+    decoder: &'a Decoder,
+    matrix: &'a PackedMatrix,
+}
+
+impl Decoded<'_> {
+    /// The form of the `rows × columns` matrices of `q`.
+    pub fn form(q: &Quantizer, rows: usize, columns: usize) -> Form {
+        let code = &q.codes[0];
+        let (digits, lowest) = match code.value {
+            Value::I8 => (Digits::Eight, i8::MIN.into()),
+            Value::I16 => (Digits::Sixteen, i16::MIN.into()),
+        };
+        let unit = reference::output_factor(code, 1.0);
+        Form { rows, columns, digits, lowest, runs: None, half_offset: code.half_offset, unit }
+    }
+}
+
+impl Source for Decoded<'_> {
+    fn form(&self) -> Form {
+        let Shape { rows, cols } = self.matrix.layout.shape;
+        Decoded::form(&self.decoder.quantizer, rows as usize, cols as usize)
+    }
+
+    fn write(&self, strip: usize, scratch: &mut Scratch, to: &mut StripMut<'_>) {
+        let layout = &self.matrix.layout;
+        let (tile, stride) = (layout.tile.rows as usize, layout.padded_cols() as usize);
+        let (rows, columns) = (layout.shape.rows as usize, layout.shape.cols as usize);
+        let digits = self.form().digits;
+        for (i, row) in (strip * ROWS..rows.min((strip + 1) * ROWS)).enumerate() {
+            let of_tile = (std::ptr::from_ref(self.matrix).addr(), row / tile);
+            if scratch.tile != Some(of_tile) {
+                scratch.entries.resize(tile * stride, 0);
+                self.decoder.row_tile(self.matrix, (row / tile) as u32, &mut scratch.entries);
+                scratch.tile = Some(of_tile);
+            }
+            let entries = &scratch.entries[row % tile * stride..][..columns];
+            // Entries less the smallest: the sign's bit is the other one.
+            let mut put = |plane, digit: &dyn Fn(i16) -> u8| {
+                scratch.digits.clear();
+                scratch.digits.extend(entries.iter().map(|&e| digit(e)));
+                to.put(i, plane, &scratch.digits);
+            };
+            match digits {
+                Digits::Sixteen => {
+                    put(0, &|e| (e >> 8) as u8 ^ 0x80);
+                    put(1, &|e| e as u8);
                 }
-            },
-        );
-        by_token(out, n)
-    }
-}
-
-/// Entries of a matrix, decoded: `rows × columns`, row-major, without padding.
-#[derive(Debug)]
-pub enum Entries {
-    /// Of 8-bit codes.
-    I8(Piece<i8>),
-    /// Of 16-bit codes.
-    I16(Piece<i16>),
-}
-
-impl Entries {
-    /// Bytes that the entries of a `rows × columns` matrix of `q` take in an arena.
-    pub fn bytes(q: &Quantizer, rows: usize, columns: usize) -> usize {
-        match q.codes[0].value {
-            Value::I8 => Arena::bytes_of::<i8>(rows * columns),
-            Value::I16 => Arena::bytes_of::<i16>(rows * columns),
-        }
-    }
-}
-
-/// Entries that a task multiplies, about.
-const TASK: usize = 1 << 15;
-
-/// Tokens' activations, ready for products with rows of entries.
-struct Inputs<'a> {
-    planes: Planes<'a>,
-    /// Of each token, the sum of its activations, and what its results are multiplied with.
-    ends: Vec<(i64, f32)>,
-}
-
-/// By token.
-enum Planes<'a> {
-    /// For 8-bit entries: products of at most 2^7 · 16256.
-    Whole(Vec<&'a [i16]>),
-    /// For 16-bit entries: high and low bytes, `q = 128·high + low`, so that products stay below 2^15 · 128.
-    Split(Vec<Vec<i16>>, Vec<Vec<i16>>),
-}
-
-impl<'a> Inputs<'a> {
-    fn new(code: &Code, tokens: &'a [Activations], columns: usize) -> Self {
-        assert!(tokens.iter().all(|a| a.q.len() == columns), "activations of a token");
-        let split = |a: &Activations| -> (Vec<i16>, Vec<i16>) {
-            a.q.iter().map(|&q| reference::split_activation(q)).map(|(h, l)| (i16::from(h), i16::from(l))).unzip()
-        };
-        let planes = match code.value {
-            Value::I8 => Planes::Whole(tokens.iter().map(|a| &a.q[..]).collect()),
-            Value::I16 => {
-                let (high, low) = tokens.iter().map(split).unzip();
-                Planes::Split(high, low)
+                _ => put(0, &|e| e as u8 ^ 0x80),
             }
-        };
-        let ends = tokens.iter().map(|a| (a.sum, reference::output_factor(code, a.scale))).collect();
-        Inputs { planes, ends }
-    }
-
-    /// The products with a row of entries, one a token. `low` is for what is in between.
-    fn sums<E: Entry>(&self, row: &[E], sums: &mut [i64], low: &mut [i64]) {
-        match &self.planes {
-            Planes::Whole(q) => dots(row, q, sums),
-            Planes::Split(high, lows) => {
-                dots(row, high, sums);
-                dots(row, lows, low);
-                sums.iter_mut().zip(low).for_each(|(sum, low)| *sum = 128 * *sum + *low);
-            }
-        }
-    }
-
-    /// The results of a row, which has this scale.
-    fn scale(&self, code: &Code, sums: &[i64], scale: f32, out: &mut [f32]) {
-        for ((y, &sum), &(of_token, factor)) in out.iter_mut().zip(sums).zip(&self.ends) {
-            *y = reference::scale_output(code, sum, of_token, scale, factor);
+            to.put_factor(i, self.matrix.scale(row));
         }
     }
 }
@@ -322,5 +230,5 @@ pub fn decode_matrix(q: &Quantizer, m: &PackedMatrix) -> Vec<f32> {
 
 /// [`Decoder::linear`] of one matrix.
 pub fn linear(q: &Quantizer, m: &PackedMatrix, tokens: &[Activations]) -> Vec<f32> {
-    Decoder::new(q).linear(m, None, tokens)
+    Decoder::new(q).linear(m, tokens)
 }

@@ -1,182 +1,101 @@
 //! Exact products with matrices of formats ([`qp_codegen::spec::terms`]).
 
-use std::sync::Arc;
-
+use half::f16;
 use qp_codegen::reader::Reader;
 use qp_codegen::reference::Activations;
-use qp_codegen::spec::terms::{Numbers, TILE, Terms};
-use rayon::prelude::*;
+use qp_codegen::spec::format::{Weight, WeightOp};
+use qp_codegen::spec::terms::{Kept, Terms};
 
-use super::dense::by_token;
-use super::simd::for_each_instruction_set;
-use crate::memory::arena::{Arena, Piece};
+use super::strips::{Digits, Form, Inputs, Product, ROWS, Runs, Scratch, Source, StripMut, products};
 
-/// Weights that a task multiplies, about.
-const TASK: usize = 1 << 15;
-
-/// The rows of a matrix of a format, written out: integers of a byte each, and the numbers of their runs.
-#[derive(Debug)]
-pub struct Lines {
-    digits: Piece<u8>,
-    factors: Piece<f32>,
-    slopes: Piece<i32>,
-    rests: Piece<i32>,
+/// A matrix of a format whose products are exact.
+#[derive(Clone, Debug)]
+pub struct Lines<'a> {
+    reader: &'a Reader,
+    tensors: Vec<&'a [u8]>,
 }
 
-/// A row of it.
-#[derive(Clone, Copy)]
-struct Row<'a> {
-    digits: &'a [u8],
-    factor: f32,
-    slopes: &'a [i32],
-    rests: &'a [i32],
-}
-
-/// Columns whose products are summed before they are multiplied with a slope.
-fn run(terms: &Terms) -> usize {
-    terms.run.unwrap_or(TILE) as usize
-}
-
-/// The slopes of a row; that of a whole row is said for each run.
-fn slopes<'a>(numbers: &'a Numbers, ones: &'a [i32], terms: &Terms) -> &'a [i32] {
-    if terms.run.is_some() { &numbers.slopes } else { ones }
-}
-
-impl Lines {
-    /// Bytes that a `rows × cols` matrix of `reader`'s format, which must have terms, takes in an arena.
-    pub fn bytes(reader: &Reader, rows: usize, cols: usize) -> usize {
-        let terms = reader.terms().expect("a format with terms");
-        let runs = rows * cols.div_ceil(run(terms));
-        let of_runs = Arena::bytes_of::<i32>(runs);
-        let rests = if terms.rest.is_some() { of_runs } else { 0 };
-        Arena::bytes_of::<u8>(rows * cols) + Arena::bytes_of::<f32>(rows) + of_runs + rests
+impl<'a> Lines<'a> {
+    /// The matrix that `reader` reads from `tensors`.
+    ///
+    /// # Panics
+    /// If the format has no terms.
+    pub fn new(reader: &'a Reader, tensors: Vec<&'a [u8]>) -> Lines<'a> {
+        assert!(reader.terms().is_some(), "a format with terms");
+        Lines { reader, tensors }
     }
 
-    /// Those of the matrix that `reader` reads from `tensors`, which must be of a format with terms, in `arena`; `None` if they do
-    /// not fit.
-    pub fn new(reader: &Reader, tensors: &[&[u8]], arena: &Arc<Arena>) -> Option<Lines> {
-        let terms = reader.terms().expect("a format with terms");
-        let (rows, cols) = (reader.shape().rows as usize, reader.shape().cols as usize);
-        let runs = cols.div_ceil(run(terms));
-        let of_rest = if terms.rest.is_some() { runs } else { 0 };
-        let mut out = Lines {
-            digits: arena.take(rows * cols)?,
-            factors: arena.take(rows)?,
-            slopes: arena.take(rows * runs)?,
-            rests: arena.take(rows * of_rest)?,
-        };
-        let ones = vec![1; runs];
-        let rests: Vec<&mut [i32]> = match of_rest {
-            0 => (0..rows).map(|_| &mut [][..]).collect(),
-            n => out.rests.chunks_exact_mut(n).collect(),
-        };
-        let of_rows = out.digits.par_chunks_exact_mut(cols).zip(&mut out.factors[..]);
-        let of_rows = of_rows.zip(out.slopes.par_chunks_exact_mut(runs)).zip(rests);
-        of_rows.enumerate().for_each_init(Numbers::default, |numbers, (row, (((digits, factor), to), rests))| {
-            reader.digits(tensors, row as u32, digits);
-            reader.numbers(tensors, row as u32, numbers);
-            *factor = numbers.factor;
-            to.copy_from_slice(slopes(numbers, &ones, terms));
-            rests.copy_from_slice(&numbers.rests);
-        });
-        Some(out)
-    }
-}
-
-/// One token's activations.
-struct Input<'a> {
-    q: &'a [i16],
-    /// Their sums over each run.
-    sums: Vec<i32>,
-    scale: f32,
-}
-
-/// The product with each token's activations, tokens × rows. Every token has as many activations as the matrix columns.
-/// `kept` are the matrix's [`Lines`], if they were written out; without them each row is decoded on its way.
-///
-/// # Panics
-/// If the format has no terms.
-pub fn linear(reader: &Reader, tensors: &[&[u8]], kept: Option<&Lines>, tokens: &[Activations]) -> Vec<f32> {
-    let terms = reader.terms().expect("a format with terms");
-    let (rows, cols) = (reader.shape().rows as usize, reader.shape().cols as usize);
-    let (run, n) = (run(terms), tokens.len());
-    let runs = cols.div_ceil(run);
-    let inputs: Vec<Input> = tokens
-        .iter()
-        .map(|a| {
-            assert_eq!(a.q.len(), cols, "activations of a token");
-            let sums = a.q.chunks(run).map(|q| q.iter().map(|&q| i32::from(q)).sum()).collect();
-            Input { q: &a.q, sums, scale: a.scale }
+    /// The form of the matrices that `reader` reads; `None` if the format has no terms.
+    pub fn form(reader: &Reader) -> Option<Form> {
+        let terms = reader.terms()?;
+        Some(Form {
+            rows: reader.shape().rows as usize,
+            columns: reader.shape().cols as usize,
+            digits: if terms.bits <= 4 { Digits::Four } else { Digits::Eight },
+            lowest: terms.lowest,
+            runs: terms.run.map(|columns| Runs {
+                columns: columns as usize,
+                rests: terms.rest.is_some(),
+                halves: half(terms, &terms.slope).is_some()
+                    && terms.rest.as_ref().is_none_or(|rest| half(terms, rest).is_some()),
+            }),
+            half_offset: false,
+            unit: 1.0,
         })
-        .collect();
-    let products = |row: Row<'_>, out: &mut [f32]| {
-        for (out, x) in out.iter_mut().zip(&inputs) {
-            let (numbers, lowest) = ((row.slopes, row.rests), terms.lowest);
-            let sum = match run {
-                16 => sum::<16>(row.digits, x.q, &x.sums, numbers, lowest),
-                32 => sum::<32>(row.digits, x.q, &x.sums, numbers, lowest),
-                64 => sum::<64>(row.digits, x.q, &x.sums, numbers, lowest),
-                _ => sum::<128>(row.digits, x.q, &x.sums, numbers, lowest),
-            };
-            *out = sum as f32 * row.factor * x.scale;
-        }
-    };
-    // Rows × tokens, so that the rows of tasks are apart.
-    let mut by_row = vec![0f32; rows * n];
-    let task = (TASK / cols.max(1)).max(1);
-    let ones = vec![1; runs];
-    by_row.par_chunks_mut((task * n).max(1)).enumerate().for_each_init(
-        || (vec![0u8; if kept.is_some() { 0 } else { cols }], Numbers::default()),
-        |(digits, numbers), (i, out)| {
-            for (r, out) in out.chunks_exact_mut(n.max(1)).enumerate() {
-                let row = i * task + r;
-                match kept {
-                    Some(kept) => {
-                        let rests = kept.rests.len() / rows;
-                        let row = Row {
-                            digits: &kept.digits[row * cols..][..cols],
-                            factor: kept.factors[row],
-                            slopes: &kept.slopes[row * runs..][..runs],
-                            rests: &kept.rests[row * rests..][..rests],
-                        };
-                        products(row, out);
-                    }
-                    None => {
-                        reader.digits(tensors, row as u32, digits);
-                        reader.numbers(tensors, row as u32, numbers);
-                        let slopes = slopes(numbers, &ones, terms);
-                        products(Row { digits, factor: numbers.factor, slopes, rests: &numbers.rests }, out);
-                    }
-                }
-            }
-        },
-    );
-    by_token(by_row, n)
+    }
+
+    /// The product with each token's activations, tokens × rows. Every token has as many activations as the matrix columns.
+    pub fn product(&self, tokens: &[Activations]) -> Vec<f32> {
+        let inputs = Inputs::new(tokens.to_vec(), self.reader.shape().cols as usize);
+        products(&[Product { source: self, kept: None, inputs: &inputs }]).remove(0)
+    }
 }
 
-for_each_instruction_set! {
-    /// A row's sum: over runs of `N` columns the products of integers and activations times the slope, and the activations'
-    /// sum times the rest.
-    fn sum[R, const N: usize](digits: &[u8], q: &[i16], sums: &[i32], numbers: (&[i32], &[i32]), lowest: i32) -> i64 {
-        let (slopes, rests) = numbers;
-        let mut total = 0i64;
-        // Of up to 128 products below 2^8 · 2^14.
-        let dot = |d: &[u8], q: &[i16]| d.iter().zip(q).fold(0i32, |s, (&d, &q)| s.wrapping_add(i32::from(d) * i32::from(q)));
-        let (whole, last) = digits.as_chunks::<N>();
-        let (whole_q, last_q) = q.as_chunks::<N>();
-        for (((d, q), sum), slope) in whole.iter().zip(whole_q).zip(sums).zip(slopes) {
-            total += i64::from(*slope) * i64::from(dot(d, q) + lowest * sum);
+/// The field that slopes, or rests, are, if they are one whose numbers half precision holds.
+fn half(terms: &Terms, weight: &Weight) -> Option<usize> {
+    match weight.ops[..] {
+        [WeightOp::Field(f)] if Kept::of(terms.fields[f].1.ty) == Kept::F16 => Some(f),
+        _ => None,
+    }
+}
+
+impl Source for Lines<'_> {
+    fn form(&self) -> Form {
+        Lines::form(self.reader).expect("looked at by new")
+    }
+
+    fn write(&self, strip: usize, scratch: &mut Scratch, to: &mut StripMut<'_>) {
+        let (shape, form, terms) = (self.reader.shape(), self.form(), self.reader.terms().expect("looked at by new"));
+        scratch.digits.resize(shape.cols as usize, 0);
+        for (i, row) in (strip * ROWS..(shape.rows as usize).min((strip + 1) * ROWS)).enumerate() {
+            self.reader.digits(&self.tensors, row as u32, &mut scratch.digits);
+            to.put(i, 0, &scratch.digits);
+            let numbers = &mut scratch.numbers;
+            let Some(Runs { columns, halves: true, .. }) = form.runs else {
+                self.reader.numbers(&self.tensors, row as u32, numbers);
+                to.put_factor(i, numbers.factor);
+                if form.runs.is_some() {
+                    to.put_runs(i, &numbers.slopes, &numbers.rests);
+                }
+                continue;
+            };
+            let of = |weight| match half(terms, weight) {
+                Some(field) => self.reader.kept(&self.tensors, field, row as u32, columns as u32),
+                None => Vec::new(),
+            };
+            let (slopes, rests) = (of(&terms.slope), terms.rest.as_ref().map_or_else(Vec::new, of));
+            terms.numbers(&slopes, &rests, numbers);
+            to.put_factor(i, numbers.factor);
+            let halves = |x: &[f32]| x.iter().map(|x| f16::from_f32(*x).to_bits()).collect::<Vec<_>>();
+            to.put_halves(i, &halves(&slopes), &halves(&rests));
         }
-        if !last.is_empty() {
-            let k = whole.len();
-            total += i64::from(slopes[k]) * i64::from(dot(last, last_q) + lowest * sums[k]);
-        }
-        rests.iter().zip(sums).fold(total, |total, (&rest, &sum)| total + i64::from(rest) * i64::from(sum))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use qp_codegen::formats;
     use qp_codegen::reader::Book;
     use qp_codegen::reference::quantize_activations;
@@ -184,12 +103,15 @@ mod tests {
 
     use super::*;
     use crate::check::synthetic::Random;
+    use crate::codec::Strips;
+    use crate::memory::arena::Arena;
 
     #[test]
     fn products_are_those_of_the_reference() {
         for (name, cols) in [
             ("gptq_int4_g128", 384),
             ("awq_int4_g32", 96),
+            ("q4_1", 352),
             ("q4_k", 512),
             ("q6_k", 256),
             ("q8_0", 352),
@@ -206,14 +128,18 @@ mod tests {
             let tensors: Vec<&[u8]> = tensors.iter().map(Vec::as_slice).collect();
             let mut random = Random::of(name);
             let mut token = || quantize_activations(&random.values(cols as usize, 2.0));
-            let tokens = [token(), token(), token()];
+            let tokens: Vec<Activations> = (0..7).map(|_| token()).collect();
             let expected = reader.product(&tensors, &tokens);
-            let arena = Arena::new(Lines::bytes(&reader, 24, cols as usize)).unwrap();
-            let lines = Lines::new(&reader, &tensors, &arena).unwrap();
+            let lines = Lines::new(&reader, tensors);
+            let arena = Arena::new(Lines::form(&reader).unwrap().bytes()).unwrap();
+            let kept = Strips::new(&lines, &arena).unwrap();
             assert!(arena.take::<u8>(1).is_none(), "{name}: all is used");
-            assert_eq!(linear(&reader, &tensors, None, &tokens), expected, "{name}");
-            assert_eq!(linear(&reader, &tensors, Some(&lines), &tokens), expected, "{name}");
-            assert_eq!(linear(&reader, &tensors, Some(&lines), &tokens[..1]), expected[..24], "{name}");
+            assert_eq!(lines.product(&tokens), expected, "{name}");
+            for n in [7, 3, 1, 0] {
+                let inputs = Inputs::new(tokens[..n].to_vec(), cols as usize);
+                let product = Product { source: &lines, kept: Some(&kept), inputs: &inputs };
+                assert_eq!(products::<f32>(&[product]), [&expected[..24 * n]], "{name}");
+            }
         }
     }
 }

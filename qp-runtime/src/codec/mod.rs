@@ -1,7 +1,8 @@
 //! The codec on the CPU: weights to bits and back.
 //!
 //! * [`Decoder`]: packed words → entries, weights, or the exact integer product of a linear layer.
-//! * [`Lines`]: exact products with matrices of formats.
+//! * [`Lines`]: the same of matrices of formats.
+//! * [`products`]: exact products with both, as [`Strips`] of rows.
 //! * [`row_products`]: products with a row that is not quantized.
 //! * [`Encoder`]: rotated weights → packed words, by the Viterbi algorithm over the trellis of each [`Code`].
 //! * [`FormatEncoder`]: weights → matrices of formats.
@@ -19,7 +20,6 @@ pub mod cut;
 mod decode;
 mod dense;
 pub mod distortion;
-mod dot;
 mod encode;
 pub mod feedback;
 pub mod gaussian;
@@ -28,6 +28,7 @@ pub mod make;
 pub mod plain;
 pub mod search;
 pub(crate) mod simd;
+mod strips;
 pub mod train;
 pub mod viterbi;
 mod words;
@@ -36,12 +37,13 @@ use half::bf16;
 use qp_codegen::layout::Packed;
 use qp_codegen::spec::{Quantizer, Shape};
 
-pub use decode::{Decoder, Entries, decode_matrix, linear};
+pub use decode::{Decoded, Decoder, decode_matrix, linear};
 pub use dense::{by_token, row_products};
 pub use encode::{EncodeError, Encoder, encode_matrix};
 pub use gaussian::Gaussian;
-pub use lines::{Lines, linear as linear_of_lines};
+pub use lines::Lines;
 pub use make::FormatEncoder;
+pub use strips::{Form, Inputs, Outcome, Product, Scratch, Source, StripMut, Strips, products};
 pub use words::Words;
 
 /// A quantized matrix: words in the order of its layout, and scales.

@@ -10,10 +10,12 @@ use std::sync::Arc;
 
 use qp_codegen::kernels::attend::reference::{self as twin, Norms, Query, Token};
 use qp_codegen::kernels::{Span, attend};
+use qp_codegen::reference::{Activation, RmsNorm};
 use rayon::prelude::*;
 
 use super::linear::Linears;
 use super::{Chunk, Engine, Error, PAGE, Room, attention_ops, check_chunks, check_pages, cut};
+use crate::codec::simd::for_each_instruction_set;
 use crate::model::program::{self, Attention, Mixture, Node, Norm, Value};
 use crate::model::{LayerId, RopeTables, Weights, rope_tables};
 
@@ -122,8 +124,9 @@ impl CpuEngine {
                     values.put(attention.y, y.ok_or_else(|| not_finite(&weights, at))?);
                 }
                 Node::Gate { gate, up, activation, y } => {
-                    let mut gate = values.take(*gate);
-                    gate.iter_mut().zip(&values.0[up.0]).for_each(|(g, u)| *g = activation.apply(*g) * u);
+                    let (mut gate, width) = (values.take(*gate), weights.program.widths[gate.0]);
+                    let tokens = gate.par_chunks_exact_mut(width).zip(values.0[up.0].par_chunks_exact(width));
+                    tokens.for_each(|(gate, up)| gated(*activation, gate, up));
                     values.put(*y, gate);
                 }
                 Node::Add { x, z, y } => {
@@ -334,9 +337,21 @@ impl Engine for CpuEngine {
 /// Norms each row of `x` of as many values as there are weights.
 fn normalize(weights: &Weights, norm: &Norm, x: &mut [f32]) {
     let weight = &weights[norm.weight];
-    for row in x.chunks_exact_mut(weight.len()) {
-        let normed = norm.norm.apply(row, weight);
+    x.par_chunks_exact_mut(weight.len()).for_each(|row| normed(norm.norm, weight, row));
+}
+
+for_each_instruction_set! {
+    /// Norms a row.
+    fn normed[R](norm: RmsNorm, weight: &[f32], row: &mut [f32]) {
+        let normed = norm.apply(row, weight);
         row.copy_from_slice(&normed);
+    }
+}
+
+for_each_instruction_set! {
+    /// `activation(gate) · up`, in place of the gates.
+    fn gated[R](activation: Activation, gate: &mut [f32], up: &[f32]) {
+        gate.iter_mut().zip(up).for_each(|(gate, up)| *gate = activation.apply(*gate) * up);
     }
 }
 

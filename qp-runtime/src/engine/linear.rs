@@ -1,7 +1,7 @@
 //! Linear layers on the CPU.
 //!
-//! Where memory allows, the entries of quantized layers are decoded once, at a layer's first use, and kept: then a product
-//! reads a byte a weight. So are the integers of formats whose products are exact; the weights of other formats are kept as floats,
+//! Where memory allows, the integers of quantized layers, and of formats whose products are exact, are decoded once, at a layer's
+//! first use, and kept as [`Strips`]: then a product reads a byte a weight or less. The weights of other formats are kept as floats,
 //! at four bytes each. Results are the same either way, whatever the number of tokens and threads: sums are of integers, or in one
 //! fixed order.
 
@@ -12,7 +12,8 @@ use qp_codegen::reference::{Activations, Rotator, quantize_activations};
 use qp_codegen::spec::{Quantizer, Rotation};
 use rayon::prelude::*;
 
-use crate::codec::{Decoder, Entries, Lines, PackedMatrix, by_token, linear_of_lines, row_products};
+use crate::codec::simd::for_each_instruction_set;
+use crate::codec::{Decoded, Decoder, Inputs, Lines, Product, Source, Strips, by_token, products, row_products};
 use crate::memory::{self, arena::Arena, arena::Piece};
 use crate::model::{Dtype, Linear, Tensor, Weight, Weights};
 
@@ -26,16 +27,21 @@ const SHARE: u64 = 2;
 pub struct Linears {
     decoders: Vec<(Arc<Quantizer>, Decoder)>,
     rotators: Vec<(Rotation, usize, Rotator)>,
-    /// Entries of matrices, by the matrix' address, written out at its first use.
-    kept: HashMap<usize, OnceLock<Option<Entries>>>,
-    /// Weights of matrices of other formats, by the address of their bytes, written out at their first use.
-    floats: HashMap<usize, OnceLock<Option<Piece<f32>>>>,
-    /// The same where products are exact.
-    lines: HashMap<usize, OnceLock<Option<Lines>>>,
+    /// Matrices that are kept decoded, by [`address`]; each is written out at its first use.
+    kept: HashMap<usize, OnceLock<Option<Kept>>>,
     /// Where all of them lie.
     arena: Option<Arc<Arena>>,
     /// Turns the rows of a quantized embedding back.
     back: Option<Rotator>,
+}
+
+/// A matrix, decoded.
+#[derive(Debug)]
+enum Kept {
+    /// Integers, where products are exact.
+    Strips(Strips),
+    /// Weights.
+    Floats(Piece<f32>),
 }
 
 impl Linears {
@@ -53,35 +59,22 @@ impl Linears {
         out
     }
 
-    /// Decides which of `layers` keep their entries or floats: the first that fit `bytes` together.
+    /// Decides which of `layers` are kept decoded: the first that fit `bytes` together.
     fn keep<'w>(&mut self, layers: impl Iterator<Item = &'w Linear>, bytes: u64) {
         let mut taken = 0;
         for layer in layers {
-            let (size, is_new) = match &layer.weight {
-                Weight::Quantized { quantizer, matrix } => {
-                    let is_new = !self.kept.contains_key(&address(matrix));
-                    (Entries::bytes(quantizer, layer.rows, layer.cols), is_new)
-                }
-                Weight::Dense(tensor) if matches!(tensor.dtype, Dtype::Format(_)) => {
-                    let address = address_of_bytes(tensor);
-                    let is_new = !self.floats.contains_key(&address) && !self.lines.contains_key(&address);
-                    match tensor.exact() {
-                        Some((reader, _)) => (Lines::bytes(reader, layer.rows, layer.cols), is_new),
-                        None => (Arena::bytes_of::<f32>(layer.rows * layer.cols), is_new),
-                    }
-                }
-                Weight::Dense(_) => continue,
+            let size = match &layer.weight {
+                Weight::Quantized { quantizer, .. } => Decoded::form(quantizer, layer.rows, layer.cols).bytes(),
+                Weight::Dense(tensor) => match (&tensor.dtype, tensor.exact()) {
+                    (_, Some((reader, _))) => Lines::form(reader).expect("products are exact").bytes(),
+                    (Dtype::Format(_), None) => Arena::bytes_of::<f32>(layer.rows * layer.cols),
+                    (Dtype::F32 | Dtype::F16 | Dtype::Bf16, None) => continue,
+                },
             };
-            if !is_new || (taken + size) as u64 > bytes {
-                continue;
-            }
-            taken += size;
-            match &layer.weight {
-                Weight::Quantized { matrix, .. } => drop(self.kept.insert(address(matrix), OnceLock::new())),
-                Weight::Dense(tensor) if tensor.exact().is_some() => {
-                    drop(self.lines.insert(address_of_bytes(tensor), OnceLock::new()));
-                }
-                Weight::Dense(tensor) => drop(self.floats.insert(address_of_bytes(tensor), OnceLock::new())),
+            let address = address(&layer.weight);
+            if !self.kept.contains_key(&address) && (taken + size) as u64 <= bytes {
+                taken += size;
+                self.kept.insert(address, OnceLock::new());
             }
         }
         self.arena = Arena::new(taken);
@@ -132,71 +125,84 @@ impl Linears {
     }
 
     /// Several linear layers of one input `x` (tokens × columns): tokens × rows each. The input is rotated and rounded
-    /// once for all layers that share a rotation.
+    /// once for all layers that share a rotation, and their products are computed together. `None` if what is rounded is not
+    /// finite.
     pub fn apply(&self, layers: &[&Linear], x: &[f32]) -> Option<Vec<Vec<f32>>> {
-        let mut prepared: Vec<(Rotation, Vec<Activations>)> = Vec::new();
-        let one = |layer: &&Linear| {
-            let rotation = match &layer.weight {
-                Weight::Dense(w) => w.exact().map(|_| Rotation::None),
-                Weight::Quantized { quantizer, .. } => Some(quantizer.rotation),
-            };
-            let tokens = rotation.map(|rotation| {
-                let at = prepared.iter().position(|(r, _)| *r == rotation).unwrap_or_else(|| {
-                    prepared.push((rotation, self.prepare(rotation, layer.cols, x)));
-                    prepared.len() - 1
-                });
-                &prepared[at].1[..]
-            });
-            if tokens.is_some_and(|tokens| tokens.iter().any(|token| !token.scale.is_finite())) {
-                return None;
+        let sources: Vec<Option<(Rotation, Box<dyn Source + '_>)>> = layers.iter().map(|l| self.source(l)).collect();
+        let mut prepared: Vec<(Rotation, Inputs)> = Vec::new();
+        for (layer, (rotation, _)) in layers.iter().zip(&sources).filter_map(|(l, s)| Some((l, s.as_ref()?))) {
+            if prepared.iter().all(|(r, _)| r != rotation) {
+                prepared.push((*rotation, self.prepare(*rotation, layer.cols, x)));
             }
-            let mut y = match (&layer.weight, tokens) {
-                (Weight::Quantized { quantizer, matrix }, Some(tokens)) => {
-                    let decoder = self.decoder(quantizer).expect("added by new");
-                    let all = || decoder.entries(matrix, self.arena.as_ref()?);
-                    let kept = self.kept.get(&address(matrix)).and_then(|k| k.get_or_init(all).as_ref());
-                    decoder.linear(matrix, kept, tokens)
-                }
-                (Weight::Dense(w), Some(tokens)) => {
-                    let (reader, tensors) = w.exact()?;
-                    let all = || Lines::new(reader, &tensors, self.arena.as_ref()?);
-                    let kept = self.lines.get(&address_of_bytes(w)).and_then(|k| k.get_or_init(all).as_ref());
-                    linear_of_lines(reader, &tensors, kept, tokens)
-                }
+        }
+        if !prepared.iter().all(|(_, inputs)| inputs.are_finite()) {
+            return None;
+        }
+        let exact = layers.iter().zip(&sources).filter_map(|(layer, source)| {
+            let (rotation, source) = source.as_ref()?;
+            let kept = self.kept(layer, |arena| Strips::new(&**source, arena).map(Kept::Strips));
+            let kept = kept.and_then(|kept| if let Kept::Strips(strips) = kept { Some(strips) } else { None });
+            let (_, inputs) = prepared.iter().find(|(r, _)| r == rotation)?;
+            Some(Product { source: &**source, kept, inputs })
+        });
+        let mut exact = products(&exact.collect::<Vec<_>>()).into_iter();
+        let one = |(layer, source): (&&Linear, &Option<_>)| {
+            let mut y = match (&layer.weight, source) {
                 (Weight::Dense(w), None) => {
-                    let all = || all(w, layer.cols, self.arena.as_ref()?);
-                    let kept = self.floats.get(&address_of_bytes(w)).and_then(|k| k.get_or_init(all).as_deref());
+                    let kept = self.kept(layer, |arena| all(w, layer.cols, arena).map(Kept::Floats));
+                    let kept = kept.and_then(|kept| if let Kept::Floats(all) = kept { Some(&all[..]) } else { None });
                     dense(w, kept, layer.rows, layer.cols, x)
                 }
-                (Weight::Quantized { .. }, None) => return None,
+                _ => exact.next()?,
             };
             if let Some(bias) = &layer.bias {
                 y.chunks_exact_mut(layer.rows).for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
             }
             Some(y)
         };
-        layers.iter().map(one).collect()
+        layers.iter().zip(&sources).map(one).collect()
     }
 
-    fn prepare(&self, rotation: Rotation, cols: usize, x: &[f32]) -> Vec<Activations> {
+    /// The matrix of a layer whose products are exact, and the rotation of its inputs.
+    fn source<'a>(&'a self, layer: &'a Linear) -> Option<(Rotation, Box<dyn Source + 'a>)> {
+        Some(match &layer.weight {
+            Weight::Quantized { quantizer, matrix } => {
+                let decoder = self.decoder(quantizer).expect("added by new");
+                (quantizer.rotation, Box::new(decoder.matrix(matrix)))
+            }
+            Weight::Dense(tensor) => {
+                let (reader, tensors) = tensor.exact()?;
+                (Rotation::None, Box::new(Lines::new(reader, tensors)))
+            }
+        })
+    }
+
+    /// The layer's matrix, decoded, if it is kept; at its first use `write` writes it out.
+    fn kept(&self, layer: &Linear, write: impl FnOnce(&Arc<Arena>) -> Option<Kept>) -> Option<&Kept> {
+        self.kept.get(&address(&layer.weight))?.get_or_init(|| write(self.arena.as_ref()?)).as_ref()
+    }
+
+    fn prepare(&self, rotation: Rotation, cols: usize, x: &[f32]) -> Inputs {
         let rotator = self.rotator(rotation, cols).expect("added by new");
-        let one = |x: &[f32]| {
-            let mut x = x.to_vec();
-            rotator.apply(&mut x);
-            quantize_activations(&x)
-        };
-        x.par_chunks_exact(cols).map(one).collect()
+        Inputs::new(x.par_chunks_exact(cols).map(|x| rounded(rotator, x)).collect(), cols)
     }
 }
 
-/// Where a matrix lies: what tells it from others.
-fn address(matrix: &Arc<PackedMatrix>) -> usize {
-    Arc::as_ptr(matrix).addr()
+for_each_instruction_set! {
+    /// A token's input, rotated and rounded.
+    fn rounded[R](rotator: &Rotator, x: &[f32]) -> Activations {
+        let mut x = x.to_vec();
+        rotator.apply(&mut x);
+        quantize_activations(&x)
+    }
 }
 
-/// Where a tensor's bytes lie, which live as long as the model.
-fn address_of_bytes(tensor: &Tensor) -> usize {
-    tensor.bytes().as_ptr().addr()
+/// Where a matrix lies, which tells it from others as long as the model lives.
+fn address(weight: &Weight) -> usize {
+    match weight {
+        Weight::Quantized { matrix, .. } => Arc::as_ptr(matrix).addr(),
+        Weight::Dense(tensor) => tensor.bytes().as_ptr().addr(),
+    }
 }
 
 /// All weights of a matrix, if `arena` has room for them.

@@ -80,7 +80,7 @@ impl Cache {
     /// Where among the 16 bytes of a column of values position `position` of 16 lies. A lane of a product of queries and keys
     /// gets positions `2t`, `2t + 1`, `2t + 8` and `2t + 9` of 16: as they lie side by side here, it holds the operand of the
     /// product with the values already.
-    pub fn place(position: u32) -> u32 {
+    pub const fn place(position: u32) -> u32 {
         position / 2 % 4 * 4 + position / 8 * 2 + position % 2
     }
 

@@ -9,6 +9,9 @@ use super::{
 use crate::kernels::math::{across_lanes_reference, power_reference, whole_reference};
 use crate::layout::CELL;
 
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
 /// Positions of a tile.
 const TILE: usize = PAGE as usize;
 /// Columns, or positions, that lie side by side.
@@ -50,6 +53,24 @@ pub fn append(
     queries: &mut [i8],
     scales: &mut [f32],
 ) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the CPU has the instructions.
+        return unsafe { x86::append_avx2(op, token, norms, cache, queries, scales) };
+    }
+    append_here(op, token, norms, cache, queries, scales)
+}
+
+/// The body of [`append`], compiled for each set of instructions.
+#[inline(always)]
+fn append_here(
+    op: &Append,
+    token: &Token<'_>,
+    norms: Norms<'_>,
+    cache: &mut [u8],
+    queries: &mut [i8],
+    scales: &mut [f32],
+) -> bool {
     let layout = &op.cache;
     let (d, columns) = (layout.head_dim as usize, layout.columns() as usize);
     let mut finite = true;
@@ -60,7 +81,7 @@ pub fn append(
         let inverse = inverse(LARGEST_OF_TWO_PLANES, most);
         let (high, low) = planes_of.split_at_mut(columns);
         for (i, (high, low)) in high.iter_mut().zip(low).enumerate() {
-            (*high, *low) = if i < d { planes((head[i] * inverse).round_ties_even() as i16) } else { (0, 0) };
+            (*high, *low) = if i < d { planes(whole_reference(head[i] * inverse) as i16) } else { (0, 0) };
         }
         *scale = most / LARGEST_OF_TWO_PLANES * op.query_factor();
     }
@@ -70,11 +91,20 @@ pub fn append(
     for ((piece, k), v) in pieces.zip(token.k.chunks_exact(d)).zip(token.v.chunks_exact(d)) {
         turned(op, k, norms.k, token, &mut head[..d]);
         let most = largest(&head[..d], &mut finite);
-        store(layout, piece, &head[..d], inverse(layout.largest(), most), |plane, i| layout.key(plane, offset, i));
+        let rounded = Planes::new(&head[..d], inverse(layout.largest(), most), layout);
+        for (plane, bytes) in (0..layout.planes).zip(&rounded.0) {
+            for (column, unit) in (0..columns).step_by(UNIT).zip(bytes.as_chunks::<UNIT>().0) {
+                piece[layout.key(plane, offset, column as u32) as usize..][..UNIT].copy_from_slice(unit);
+            }
+        }
         let key_scale = most / layout.largest();
         let most = largest(v, &mut finite);
         let (logarithm, inverse) = value_scale(most / layout.largest());
-        store(layout, piece, v, inverse, |plane, i| layout.value(plane, offset, i));
+        let rounded = Planes::new(v, inverse, layout);
+        for (plane, bytes) in (0..layout.planes).zip(&rounded.0) {
+            let cells = piece[layout.value(plane, offset, 0) as usize..].iter_mut().step_by(UNIT);
+            cells.zip(&bytes[..columns]).for_each(|(to, byte)| *to = *byte);
+        }
         for (i, number) in [key_scale, logarithm, inverse].into_iter().enumerate() {
             let at = layout.scales() as usize + 4 * (i * TILE + offset as usize);
             piece[at..at + 4].copy_from_slice(&number.to_le_bytes());
@@ -84,6 +114,7 @@ pub fn append(
 }
 
 /// The norm and the turn of a head.
+#[inline(always)]
 fn turned(op: &Append, x: &[f32], weights: &[f32], token: &Token<'_>, out: &mut [f32]) {
     out.copy_from_slice(x);
     if let Some(eps) = op.norm {
@@ -110,6 +141,7 @@ fn turned(op: &Append, x: &[f32], weights: &[f32], token: &Token<'_>, out: &mut 
 }
 
 /// The largest magnitude, 0 if one is not finite.
+#[inline(always)]
 fn largest(x: &[f32], finite: &mut bool) -> f32 {
     let bits = x.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
     let fine = bits < f32::INFINITY.to_bits();
@@ -134,15 +166,20 @@ fn value_scale(scale: f32) -> (f32, f32) {
     (clamped as f32 + quarter as f32 * 0.25, inverse)
 }
 
-/// Stores rounded numbers in the places that `at` gives for a plane and a column; the columns beyond the head are zero.
-fn store(layout: &Cache, piece: &mut [u8], x: &[f32], inverse: f32, at: impl Fn(u32, u32) -> u32) {
-    for i in 0..layout.columns() {
-        let q = x.get(i as usize).map_or(0.0, |x| (x * inverse).round_ties_even());
-        let (high, low) = if layout.planes == 2 { planes(q as i16) } else { (q as i8, 0) };
-        piece[at(0, i) as usize] = high as u8;
-        if layout.planes == 2 {
-            piece[at(1, i) as usize] = low as u8;
+/// The planes of a head's rounded numbers; the columns beyond the head are zero.
+struct Planes([[u8; 256]; 2]);
+
+impl Planes {
+    #[inline(always)]
+    fn new(x: &[f32], inverse: f32, layout: &Cache) -> Planes {
+        let mut out = [[0; 256]; 2];
+        let [first, second] = &mut out;
+        for ((x, first), second) in x.iter().zip(first).zip(second) {
+            let q = whole_reference(x * inverse) as i16;
+            let (high, low) = if layout.planes == 2 { planes(q) } else { (q as i8, 0) };
+            (*first, *second) = (high.cast_unsigned(), low.cast_unsigned());
         }
+        Planes(out)
     }
 }
 
@@ -200,39 +237,24 @@ pub fn attend(op: &Attend, cache: &[u8], query: &Query<'_>, out: &mut [f32]) -> 
             return unsafe { x86::attend_avx2(op, cache, query, out) };
         }
     }
-    attend_here(op, cache, query, out)
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use super::{Attend, Query, attend_here};
-
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) fn attend_avx2(op: &Attend, cache: &[u8], query: &Query<'_>, out: &mut [f32]) -> bool {
-        attend_here(op, cache, query, out)
-    }
-
-    #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-    pub(super) fn attend_avx512(op: &Attend, cache: &[u8], query: &Query<'_>, out: &mut [f32]) -> bool {
-        attend_here(op, cache, query, out)
-    }
+    attend_here::<Plain>(op, cache, query, out)
 }
 
 /// The body of [`attend`], compiled for each set of instructions.
 #[inline(always)]
-fn attend_here(op: &Attend, cache: &[u8], query: &Query<'_>, out: &mut [f32]) -> bool {
+fn attend_here<I: Integers>(op: &Attend, cache: &[u8], query: &Query<'_>, out: &mut [f32]) -> bool {
     let layout = &op.cache;
     let columns = layout.columns() as usize;
     let q = Rounded::new(query, columns);
     let (first, last) = (op.first(query.position) as usize, query.position as usize);
-    let (mut all, mut span, mut chunk) = (Sums::NONE, Sums::NONE, Sums::NONE);
+    let (mut all, mut span, mut chunk, mut sums) = (Sums::NONE, Sums::NONE, Sums::NONE, Sums::NONE);
     let mut fine = true;
     for tile in first / TILE..=last / TILE {
         let seen = first.saturating_sub(tile * TILE)..(last + 1 - tile * TILE).min(TILE);
         let piece = (query.pages[tile] as usize * layout.kv_heads as usize + query.kv_head as usize)
             * layout.piece_bytes() as usize;
         let piece = &cache[piece..][..layout.piece_bytes() as usize];
-        let sums = q.tile(op, piece, seen);
+        q.tile::<I>(op, piece, seen, &mut sums);
         fine &= sums.high.abs() < HIGHEST;
         chunk.fold(&sums, columns);
         let next = tile as u32 + 1;
@@ -265,53 +287,73 @@ fn weight(x: f32) -> f32 {
 }
 
 /// A query as the CPU multiplies it.
-struct Rounded {
+struct Rounded<'a> {
     /// The numbers, then their high planes.
     whole: [i16; 256],
     high: [i16; 256],
+    /// Both planes as they are.
+    planes: &'a [i8],
     scale: f32,
     columns: usize,
 }
 
-impl Rounded {
+/// The integers of a tile, computed by some instructions.
+///
+/// # Safety
+/// All functions need the instructions of the implementation: call them only from functions compiled for these, into which they
+/// are inlined.
+trait Integers {
+    /// The products of the query with the keys of a tile, but for that of low planes, over 256 if there are two.
+    unsafe fn scores(query: &Rounded<'_>, layout: &Cache, keys: &[u8]) -> [i32; TILE];
+
+    /// The high and the low bytes of a tile's weights, each 16 in the order of [`Cache::place`].
+    unsafe fn bytes(weights: &[u32; TILE]) -> [[u8; TILE]; 2];
+
+    /// The values of a tile, weighted, but for the product of low planes, over 256 if there are two.
+    unsafe fn values(layout: &Cache, values: &[u8], weights: &[[u8; TILE]; 2], sums: &mut [f32; 256]);
+}
+
+impl<'a> Rounded<'a> {
     #[inline(always)]
-    fn new(query: &Query<'_>, columns: usize) -> Rounded {
+    fn new(query: &Query<'a>, columns: usize) -> Rounded<'a> {
         let (high, low) = query.planes.split_at(columns);
-        let mut q = Rounded { whole: [0; 256], high: [0; 256], scale: query.scale, columns };
-        for (i, (high, low)) in high.iter().zip(low).enumerate() {
-            q.whole[i] = i16::from(*high) * 256 + i16::from(*low);
-            q.high[i] = (*high).into();
+        let (planes, scale) = (query.planes, query.scale);
+        let mut q = Rounded { whole: [0; 256], high: [0; 256], planes, scale, columns };
+        for (((whole, of_high), high), low) in q.whole.iter_mut().zip(&mut q.high).zip(high).zip(low) {
+            *whole = i16::from(*high) * 256 + i16::from(*low);
+            *of_high = (*high).into();
         }
         q
     }
 
-    /// The sums of a tile, of which the positions `seen` are seen.
+    /// Writes the sums of a tile, of which the positions `seen` are seen.
     #[inline(always)]
-    fn tile(&self, op: &Attend, piece: &[u8], seen: std::ops::Range<usize>) -> Sums {
-        let number = |i: usize, position: usize| {
-            let at = op.cache.scales() as usize + 4 * (i * TILE + position);
-            f32::from_le_bytes([piece[at], piece[at + 1], piece[at + 2], piece[at + 3]])
-        };
-        let mut scores = self.products(&op.cache, piece).map(|sum| sum as f32);
+    fn tile<I: Integers>(&self, op: &Attend, piece: &[u8], seen: std::ops::Range<usize>, sums: &mut Sums) {
+        let (integers, numbers) = piece.split_at(op.cache.scales() as usize);
+        let (keys, values) = integers.split_at(op.cache.values() as usize);
+        let (mut scales, mut logarithms, mut inverses) = ([0f32; TILE], [0f32; TILE], [0f32; TILE]);
+        let (of_keys, of_values) = numbers.as_chunks::<4>().0.split_at(TILE);
+        let (of_values, of_inverses) = of_values.split_at(TILE);
+        scales.iter_mut().zip(of_keys).for_each(|(to, bytes)| *to = f32::from_le_bytes(*bytes));
+        logarithms.iter_mut().zip(of_values).for_each(|(to, bytes)| *to = f32::from_le_bytes(*bytes));
+        inverses.iter_mut().zip(of_inverses).for_each(|(to, bytes)| *to = f32::from_le_bytes(*bytes));
+        // SAFETY: this function's caller is compiled for the instructions.
+        let mut scores = unsafe { I::scores(self, &op.cache, keys) }.map(|sum| sum as f32);
         for (position, score) in scores.iter_mut().enumerate() {
-            let scaled = *score * number(0, position);
-            let logarithm = number(1, position);
+            let (scaled, logarithm) = (*score * scales[position], logarithms[position]);
             *score = match op.soft_cap {
                 None => scaled.mul_add(self.scale, logarithm),
                 Some(cap) => soft_cap(scaled * self.scale, cap) + logarithm,
             };
         }
-        for (position, score) in scores.iter_mut().enumerate() {
-            *score = if seen.contains(&position) { *score } else { UNSEEN };
+        scores[..seen.start].fill(UNSEEN);
+        scores[seen.end..].fill(UNSEEN);
+        let mut most = [UNSEEN; UNIT];
+        for scores in scores.as_chunks::<UNIT>().0 {
+            most.iter_mut().zip(scores).for_each(|(most, score)| *most = most.max(*score));
         }
-        let most = scores.iter().copied().fold(UNSEEN, f32::max);
-        let high = whole_reference(most + 0.5).max(LOWEST);
-        let mut weights = [0f32; TILE];
-        let mut inverses = [0f32; TILE];
-        for (position, (w, inverse)) in weights.iter_mut().zip(&mut inverses).enumerate() {
-            *w = weight(scores[position] - high);
-            *inverse = number(2, position);
-        }
+        let high = whole_reference(most.iter().copied().fold(UNSEEN, f32::max) + 0.5).max(LOWEST);
+        let weights = scores.map(|score| weight(score - high));
         // Lane t of four has positions 2t and 2t + 1 of each eight, and sums those of 16 positions first.
         let mut lanes = [0f32; 4];
         for (unit, (weights, inverses)) in weights.chunks_exact(UNIT).zip(inverses.chunks_exact(UNIT)).enumerate() {
@@ -323,51 +365,54 @@ impl Rounded {
                 *lane = if unit == 0 { sum } else { *lane + sum };
             }
         }
-        let mut sums = Sums { high, total: (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]), ..Sums::NONE };
-        let (mut high, mut low) = ([0u8; TILE], [0u8; TILE]);
-        for (position, weight) in weights.iter().enumerate() {
-            let rounded = weight.mul_add(WEIGHT_ONE, BIAS).to_bits() as u16;
-            let at = position / UNIT * UNIT + Cache::place((position % UNIT) as u32) as usize;
-            (high[at], low[at]) = ((rounded >> 8) as u8, rounded as u8);
-        }
-        self.add_values(&op.cache, piece, &high, &low, &mut sums.columns);
-        sums
+        (sums.high, sums.total) = (high, (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]));
+        let rounded = weights.map(|weight| weight.mul_add(WEIGHT_ONE, BIAS).to_bits());
+        // SAFETY: as above.
+        unsafe { I::values(&op.cache, values, &I::bytes(&rounded), &mut sums.columns) };
     }
+}
 
-    /// The integer products of the query with the keys of a tile, but for that of low planes, over 256 if there are two.
+/// By no instructions of their own.
+struct Plain;
+
+impl Integers for Plain {
     #[inline(always)]
-    fn products(&self, layout: &Cache, piece: &[u8]) -> [i32; TILE] {
+    unsafe fn scores(query: &Rounded<'_>, layout: &Cache, keys: &[u8]) -> [i32; TILE] {
         let mut sums = [0i32; TILE];
-        let plane = layout.plane_bytes() as usize;
-        let (high, low) = (&piece[..plane], &piece[plane..2 * plane]);
-        for (i, cells) in high.chunks_exact(TILE * UNIT).enumerate() {
-            let q: &[i16; UNIT] = self.whole[i * UNIT..].first_chunk().expect("columns come in units");
-            add_products(q, cells, &mut sums);
-        }
-        if layout.planes == 2 {
-            for (i, cells) in low.chunks_exact(TILE * UNIT).enumerate() {
-                let q: &[i16; UNIT] = self.high[i * UNIT..].first_chunk().expect("columns come in units");
+        let (high, low) = keys.split_at(layout.plane_bytes() as usize);
+        for (of_query, plane) in [(&query.whole, high), (&query.high, low)] {
+            // There may be no low plane.
+            for (i, cells) in plane.chunks_exact(TILE * UNIT).enumerate() {
+                let q: &[i16; UNIT] = of_query[i * UNIT..].first_chunk().expect("columns come in units");
                 add_products(q, cells, &mut sums);
             }
         }
         sums
     }
 
-    /// Adds the values of a tile, weighted, but for the product of low planes, to `sums`, over 256 if there are two.
     #[inline(always)]
-    fn add_values(&self, layout: &Cache, piece: &[u8], high: &[u8; TILE], low: &[u8; TILE], sums: &mut [f32; 256]) {
-        let plane = layout.plane_bytes() as usize;
-        let values = &piece[layout.values() as usize..][..layout.planes as usize * plane];
-        let (mut of_high, mut of_both) = ([0i32; 256], [0i32; 256]);
-        let row = self.columns * UNIT;
-        for (unit, cells) in values[..plane].chunks_exact(row).enumerate() {
-            add_weighted(&high[unit * UNIT..], cells, &mut of_high);
+    unsafe fn bytes(weights: &[u32; TILE]) -> [[u8; TILE]; 2] {
+        let (mut high, mut low) = ([0u8; TILE], [0u8; TILE]);
+        for (position, weight) in weights.iter().enumerate() {
+            let at = position / UNIT * UNIT + Cache::place((position % UNIT) as u32) as usize;
+            (high[at], low[at]) = ((weight >> 8) as u8, *weight as u8);
+        }
+        [high, low]
+    }
+
+    #[inline(always)]
+    unsafe fn values(layout: &Cache, values: &[u8], [high, low]: &[[u8; TILE]; 2], sums: &mut [f32; 256]) {
+        let columns = layout.columns() as usize;
+        let (of_high, of_low) = values.split_at(layout.plane_bytes() as usize);
+        let (mut of_highs, mut of_both) = ([0i32; 256], [0i32; 256]);
+        for (unit, cells) in of_high.chunks_exact(columns * UNIT).enumerate() {
+            add_weighted(&high[unit * UNIT..], cells, &mut of_highs);
             add_weighted(&low[unit * UNIT..], cells, &mut of_both);
         }
-        for (unit, cells) in values[plane..].chunks_exact(row).enumerate() {
+        for (unit, cells) in of_low.chunks_exact(columns * UNIT).enumerate() {
             add_weighted(&high[unit * UNIT..], cells, &mut of_both);
         }
-        for (sum, (high, both)) in sums[..self.columns].iter_mut().zip(of_high.iter().zip(&of_both)) {
+        for (sum, (high, both)) in sums[..columns].iter_mut().zip(of_highs.iter().zip(&of_both)) {
             *sum = (high * 256 + both) as f32;
         }
     }
@@ -408,4 +453,66 @@ fn soft_cap(score: f32, cap: f32) -> f32 {
 /// What a score is multiplied with to become the exponent of `tanh`'s power of two, and the cap in base 2.
 pub(super) fn soft_cap_constants(cap: f32) -> (f32, f32) {
     (2.0 / cap, cap * std::f32::consts::LOG2_E)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes that look random.
+    fn bytes(len: usize, seed: u32) -> Vec<u8> {
+        let mut x = seed;
+        let mut next = || {
+            x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (x >> 24) as u8
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    /// A cache of `pages` pages of any integers, whose scales are of moderate size.
+    fn cache(layout: &Cache, pages: usize, seed: u32) -> Vec<u8> {
+        let mut out = bytes(pages * layout.page_bytes() as usize, seed);
+        for piece in out.chunks_exact_mut(layout.piece_bytes() as usize) {
+            let numbers = piece[layout.scales() as usize..].as_chunks_mut::<4>().0;
+            for (i, number) in numbers.iter_mut().enumerate() {
+                let x = f32::from(number[0]) / 256.0;
+                let value = if i < TILE { 1e-3 * (x + 0.1) } else { x - 2.0 };
+                *number = value.to_le_bytes();
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn all_instructions_give_the_same_bits() {
+        for (head_dim, planes, window, soft_cap) in [
+            (64, 2, None, None),
+            (64, 1, Some(70), None),
+            (80, 2, None, Some(30.0)),
+            (256, 2, Some(3), None),
+            (6, 1, None, None),
+        ] {
+            let layout = Cache { kv_heads: 2, head_dim, planes };
+            let cache = cache(&layout, 5, head_dim + planes);
+            let op = Attend { cache: layout, heads: 4, tokens: 1, window, soft_cap, sinks: head_dim == 80 };
+            for position in [0, 1, 63, 64, 200, 319] {
+                let planes: Vec<i8> =
+                    bytes(2 * layout.columns() as usize, position).into_iter().map(u8::cast_signed).collect();
+                let (pages, kv_head) = ([3, 1, 4, 0, 2], position % 2);
+                let query = Query { planes: &planes, scale: 1e-3, position, pages: &pages, kv_head, sink: 0.3 };
+                let of = |attend: &dyn Fn(&mut [f32]) -> bool| {
+                    let mut out = vec![0f32; head_dim as usize];
+                    (attend(&mut out), out.iter().map(|x| x.to_bits()).collect::<Vec<_>>())
+                };
+                let expected = of(&|out| attend_here::<Plain>(&op, &cache, &query, out));
+                assert!(expected.0 && expected.1.iter().any(|x| *x != 0), "{head_dim} columns, position {position}");
+                assert_eq!(of(&|out| attend(&op, &cache, &query, out)), expected);
+                #[cfg(target_arch = "x86_64")]
+                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                    // SAFETY: the CPU has the instructions.
+                    assert_eq!(of(&|out| unsafe { x86::attend_avx2(&op, &cache, &query, out) }), expected);
+                }
+            }
+        }
+    }
 }

@@ -165,7 +165,7 @@ impl Made {
         let inputs: Vec<Activations> =
             (0..batch).map(|_| reference::quantize_activations(&random.values(shape.cols as usize, 1.0))).collect();
         let slices: Vec<&[u8]> = self.tensors.iter().map(Vec::as_slice).collect();
-        let expected = codec::linear_of_lines(&self.reader, &slices, None, &inputs);
+        let expected = codec::Lines::new(&self.reader, slices).product(&inputs);
         let x = DeviceActivations::upload(on, &inputs)?;
         let mut y = on.zeroed(expected.len())?;
         let op = Product { terms, shape, batch, y: Span::rows(shape.rows), accumulate: false };

@@ -68,7 +68,8 @@ pub fn exp2_reference(x: f32) -> f32 {
 
 /// `2^x` of `x` up to 0, and 0 of an `x` below `smallest`, which is −126 or more.
 pub fn weight<'b>(b: &'b Builder, x: V<'b>, smallest: f32) -> V<'b> {
-    x.ge(smallest).select(exp2(b, x), 0.0)
+    // A value by itself: what a choice computes is branched around, and then powers wait for each other.
+    x.ge(smallest).select(exp2(b, x).named("power"), 0.0)
 }
 
 /// The twin of [`weight`].

@@ -9,6 +9,7 @@ use super::map;
 use super::norm::{self, Norm};
 use super::read::{self, Read};
 use super::span::Span;
+use crate::cuda::Target;
 use crate::ir::interpret::{Arg, Options, run};
 use crate::ir::{Elem, Kernel, validate};
 use crate::reference::{Activation, Map, RmsNorm};
@@ -206,8 +207,13 @@ fn argmax_of(columns: usize, span: Span) {
     for (t, row) in logits.chunks(columns).enumerate() {
         memory[(span.first + t as u32 * span.stride) as usize..][..columns].copy_from_slice(row);
     }
-    let mut best = ints(&[-7; 6]);
     let op = Argmax { columns: columns as u32, batch: 6, logits: span };
-    launch(&argmax::lower(&op), &mut [Arg::ReadOnly(&bytes(&memory)), Arg::Buffer(&mut best)]);
-    assert_eq!(best, ints(&[700, 0, 99, -1, -1, 2400]), "{columns} {span:?}");
+    // A block a row, and a cluster.
+    for target in [Target::Sm80, Target::Sm90a] {
+        let device = target.device();
+        let (mut best, mut scratch) = (ints(&[-7; 6]), vec![0xee; 4 * op.scratch(&device)]);
+        let mut args = [Arg::ReadOnly(&bytes(&memory)), Arg::Buffer(&mut scratch), Arg::Buffer(&mut best)];
+        launch(&argmax::lower(&op, &device), &mut args);
+        assert_eq!(best, ints(&[700, 0, 99, -1, -1, 2400]), "{columns} {span:?} {target}");
+    }
 }

@@ -130,12 +130,13 @@ pub fn choosing(on: &Executor, small: bool) -> Result<usize, Failure> {
             .collect();
         let run = || {
             let op = Argmax { columns: columns as u32, batch, logits: span };
-            let argmax = on.load::<launches::Argmax<'_>>(argmax::lower(&op))?;
+            let argmax = on.load::<launches::Argmax<'_>>(argmax::lower(&op, &on.device()))?;
+            let mut scratch = on.zeroed(op.scratch(&on.device()))?;
             let op = Sample { columns: columns as u32, batch, logits: span };
             let sample = on.load::<launches::Sample<'_>>(sample::lower(&op))?;
             let logits = on.upload(&logits)?;
             let mut best = on.zeroed(rows.len())?;
-            on.launch(&argmax, launches::Argmax { logits: &logits, best: &mut best })?;
+            on.launch(&argmax, launches::Argmax { logits: &logits, scratch: &mut scratch, best: &mut best })?;
             let all: Vec<u32> = (0..batch).zip(&settings).flat_map(|(r, (s, p))| s.words(*p, r)).collect();
             let (settings, mut mask, mut tokens) = (on.upload(&all)?, on.upload(&mask)?, on.zeroed(rows.len())?);
             let draws = on.upload(&(0..batch as i32).collect::<Vec<_>>())?;

@@ -158,6 +158,8 @@ pub struct Combine<'a> {
 pub struct Argmax<'a> {
     /// Rows × columns.
     pub logits: &'a Buffer<f32>,
+    /// Where the blocks of a row meet.
+    pub scratch: &'a mut Buffer<u32>,
     /// One a row.
     pub best: &'a mut Buffer<i32>,
 }

@@ -152,7 +152,7 @@ fn without_a_gpu_the_message_says_what_to_do() {
 }
 
 /// The kernels between the matrices of a model of Llama-3.1-8B's shape, attention apart.
-fn step_kernels(batch: u32) -> Vec<Kernel> {
+fn step_kernels(batch: u32, target: Target) -> Vec<Kernel> {
     let (hidden, inner) = (4096, 14336);
     let gated = |first| Span { first, stride: 2 * inner };
     let residual = Span::rows(hidden);
@@ -171,7 +171,7 @@ fn step_kernels(batch: u32) -> Vec<Kernel> {
             y: Span::rows(128_256),
             accumulate: false,
         }),
-        argmax::lower(&argmax::Argmax { columns: 128_256, batch, logits: Span::rows(128_256) }),
+        argmax::lower(&argmax::Argmax { columns: 128_256, batch, logits: Span::rows(128_256) }, &target.device()),
     ]
 }
 
@@ -180,7 +180,7 @@ fn step_kernels_compile_without_spills_for_every_target() {
     let Some(nvrtc) = jit::nvrtc_for_tests() else { return };
     let targets: Vec<Target> = Target::ALL.into_iter().filter(|t| nvrtc.supports(t.nvrtc_arch())).collect();
     targets.into_par_iter().flat_map_iter(|t| [(t, 1), (t, 8)]).for_each(|(target, batch)| {
-        for kernel in step_kernels(batch) {
+        for kernel in step_kernels(batch, target) {
             let source = cuda::print(cuda::check(&kernel, target).unwrap_or_else(|e| panic!("{e}")));
             let options = jit::Options::default();
             let cubin = jit::compile_in(&Cache::none(), &source, &kernel.name, target.nvrtc_arch(), &options);

@@ -97,7 +97,7 @@ fn choose(
             return ops.par_iter().map(load).collect();
         }
     };
-    let wanted = ops.iter().map(|(op, hash)| {
+    let wanted = ops.par_iter().map(|(op, hash)| {
         let ranked = Launch::ranked(op, &device);
         Wanted::new(op, hash, target, (&gpu.name, gpu.sms), &ranked)
     });

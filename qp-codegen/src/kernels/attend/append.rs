@@ -81,14 +81,17 @@ pub fn lower(op: &Append) -> Kernel {
     let query_scale = b.sized("query_scale", Elem::F32, true, rows);
     let faults = b.buffer("faults", Elem::I32, true);
     let layer = b.scalar("layer", Scalar::I32);
-    b.grid_wait();
-    b.grid_launch();
-
     let token = b.special(Special::BlockY);
     let lane = b.special(Special::Lane);
     let vector = b.special(Special::BlockX) * WARPS + b.special(Special::Warp);
+    b.comment("Where the token belongs and how its columns turn: nothing of this is written by kernels before.");
     let slot = b.load_as(slots, token, Elem::I32, 1, Caching::ReadOnly);
-    let emit = Emit { b: &b, op, token, lane, cos, sin, positions, faults, layer };
+    let position = b.load_as(positions, token, Elem::I32, 1, Caching::ReadOnly);
+    let turns = turns(&b, op, lane, position, [cos, sin]);
+    // The attention that follows finds out what there is to do, and copies old pieces, meanwhile.
+    b.grid_launch();
+    b.grid_wait();
+    let emit = Emit { b: &b, op, lane, turns, faults, layer };
     b.if_(slot.ge(0) & vector.lt(vectors), || {
         let page = slot / PAGE;
         let piece = |head| page * kv_heads + head;
@@ -148,26 +151,53 @@ pub fn lower(op: &Append) -> Kernel {
 struct Emit<'b, 'a> {
     b: &'b Builder,
     op: &'a Append,
-    token: V<'b>,
     lane: V<'b>,
-    cos: Mem,
-    sin: Mem,
-    positions: Mem,
+    /// Of the lane's columns, from the first on, those among which some turn.
+    turns: Vec<Turn<'b>>,
     faults: Mem,
     layer: V<'b>,
 }
 
-impl<'b> Emit<'b, '_> {
-    /// The lane's columns of a head, 32 apart, with what each is (`None`: surely a column of the head).
-    fn columns(&self) -> Vec<(V<'b>, Option<V<'b>>)> {
-        let d = self.op.cache.head_dim;
-        let column = |r: u32| {
-            let i = self.lane + 32 * r;
-            (i, ((r + 1) * 32 > d).then(|| i.lt(d)))
-        };
-        (0..self.op.cache.columns() / 32).map(column).collect()
-    }
+/// How a column turns.
+struct Turn<'b> {
+    /// Whether it does.
+    rotates: V<'b>,
+    /// Whether it is the first of its pair.
+    low: V<'b>,
+    /// The other column of the pair.
+    partner: V<'b>,
+    cos: V<'b>,
+    sin: V<'b>,
+}
 
+/// The lane's columns of a head, 32 apart, with what each is (`None`: surely a column of the head).
+fn columns<'b>(op: &Append, lane: V<'b>) -> Vec<(V<'b>, Option<V<'b>>)> {
+    let d = op.cache.head_dim;
+    let column = |r: u32| {
+        let i = lane + 32 * r;
+        (i, ((r + 1) * 32 > d).then(|| i.lt(d)))
+    };
+    (0..op.cache.columns() / 32).map(column).collect()
+}
+
+/// How the lane's columns turn at `position`. Column `i` turns with `i + half`, or with `i − half`; or with its neighbour.
+fn turns<'b>(b: &'b Builder, op: &Append, lane: V<'b>, position: V<'b>, [cos, sin]: [Mem; 2]) -> Vec<Turn<'b>> {
+    let (half, last) = (op.rotary / 2, op.cache.head_dim as i32 - 1);
+    let turn = |(i, _): (V<'b>, Option<V<'b>>)| {
+        let (low, pair, partner) = if op.interleaved {
+            ((i & 1).eq(0), (i >> 1).min(half as i32 - 1), (i ^ 1).min(last))
+        } else {
+            let low = i.lt(half);
+            (low, low.select(i, i - half).min(half as i32 - 1), low.select(i + half, i - half).min(last))
+        };
+        let angle = position * half + pair;
+        let [cos, sin] = [cos, sin].map(|table| b.load_as(table, angle, Elem::F32, 1, Caching::ReadOnly));
+        Turn { rotates: i.lt(op.rotary), low, partner, cos, sin }
+    };
+    columns(op, lane).into_iter().take(op.rotary.div_ceil(32) as usize).map(turn).collect()
+}
+
+impl<'b> Emit<'b, '_> {
     /// The lane's values of a head that begins at `first`; zero beyond its last column.
     fn values(&self, x: Mem, first: V<'b>) -> Vec<V<'b>> {
         let last = self.op.cache.head_dim as i32 - 1;
@@ -175,7 +205,7 @@ impl<'b> Emit<'b, '_> {
             None => self.b.load(x, first + i, Elem::F32),
             Some(exists) => exists.select(self.b.load(x, first + i.min(last), Elem::F32), 0.0),
         };
-        self.columns().into_iter().map(load).collect()
+        columns(self.op, self.lane).into_iter().map(load).collect()
     }
 
     /// The same, normed and turned.
@@ -191,30 +221,15 @@ impl<'b> Emit<'b, '_> {
             None => x,
             Some(factor) => x * factor * b.load_as(norm, i, Elem::F32, 1, Caching::ReadOnly),
         };
-        let (half, last) = (op.rotary / 2, op.cache.head_dim as i32 - 1);
-        let position = b.load_as(self.positions, self.token, Elem::I32, 1, Caching::ReadOnly);
-        let turned = |(r, (i, exists)): (u32, (V<'b>, Option<V<'b>>))| {
-            let within = if exists.is_some() { i.min(last) } else { i };
-            let own = normed(own[r as usize], within);
-            if r * 32 >= op.rotary {
-                return own;
-            }
-            // Column i turns with i + half, or with i − half; or with its neighbour.
-            let rotates = i.lt(op.rotary);
-            let (low, pair, partner) = if op.interleaved {
-                ((i & 1).eq(0), (i >> 1).min(half as i32 - 1), (i ^ 1).min(last))
-            } else {
-                let low = i.lt(half);
-                (low, low.select(i, i - half).min(half as i32 - 1), low.select(i + half, i - half).min(last))
-            };
-            let other = normed(b.load(x, first + partner, Elem::F32), partner);
-            let angle = position * half + pair;
-            let c = b.load_as(self.cos, angle, Elem::F32, 1, Caching::ReadOnly);
-            let s = b.load_as(self.sin, angle, Elem::F32, 1, Caching::ReadOnly);
-            let (along, across) = (own * c, other * s);
+        let last = op.cache.head_dim as i32 - 1;
+        let turned = |(r, (i, exists)): (usize, (V<'b>, Option<V<'b>>))| {
+            let own = normed(own[r], if exists.is_some() { i.min(last) } else { i });
+            let Some(Turn { rotates, low, partner, cos, sin }) = self.turns.get(r) else { return own };
+            let other = normed(b.load(x, first + *partner, Elem::F32), *partner);
+            let (along, across) = (own * *cos, other * *sin);
             rotates.select(low.select(along - across, along + across), own)
         };
-        (0..).zip(self.columns()).map(turned).collect()
+        (0..).zip(columns(self.op, self.lane)).map(turned).collect()
     }
 
     /// The largest magnitude of a head, and what its values are multiplied with to have `largest` as theirs. Numbers that are
@@ -231,7 +246,7 @@ impl<'b> Emit<'b, '_> {
 
     /// Hands the bytes of the rounded values to `store`: plane, column, byte.
     fn rounded(&self, x: &[V<'b>], inverse: V<'b>, planes: u32, store: impl Fn(u32, V<'b>, V<'b>)) {
-        for (&x, (i, _)) in x.iter().zip(self.columns()) {
+        for (&x, (i, _)) in x.iter().zip(columns(self.op, self.lane)) {
             let q = (x * inverse).to(Scalar::I32);
             if planes == 2 {
                 store(0, i, (q + 128) >> 8);

@@ -158,11 +158,6 @@ impl<'b, 'a> Emit<'b, 'a> {
         if keys && self.wide() { self.b.vector(&[self.b.i32(0); 4]) } else { self.of_high() }
     }
 
-    /// What the second of two accumulators starts with, whose sum [`Emit::of_both`] begins.
-    pub fn none(&self) -> V<'b> {
-        self.b.vector(&[self.b.i32(0); 4])
-    }
-
     /// The sum `256·high + both`, rounded once, of what [`Emit::of_high`] and [`Emit::of_both`] began.
     pub fn joined(&self, high: V<'b>, both: V<'b>, keys: bool) -> V<'b> {
         let high = high.bits(Scalar::F32).fma(256.0, -256.0 * BIAS);
@@ -195,12 +190,17 @@ impl<'b, 'a> Emit<'b, 'a> {
         }
     }
 
-    /// The operand that `ldmatrix` makes of 16-byte units `first..first + count` (`count` 2 or 4) of 8 rows from `row` on, in
-    /// a plane at word `plane` whose units are `rows` rows.
-    pub fn operand(&self, plane: V<'b>, first: u32, count: u32, row: V<'b>, rows: u32) -> Vec<V<'b>> {
+    /// The word of the ring that a lane names for [`Emit::operand`]: of `count` (2 or 4) units of 16 bytes of 8 rows from `row`
+    /// on, in a plane at word `plane` whose units are `rows` rows. Operands at constant distances have it in common, so that
+    /// their places cost nothing.
+    pub fn cells(&self, plane: V<'b>, count: u32, row: V<'b>, rows: u32) -> V<'b> {
         let matrix = (self.lane >> 3) & (count as i32 - 1);
-        let cell = (matrix + first) * rows + row + (self.lane & 7);
-        self.b.load_matrix(self.ring, plane + cell * 4, count).lanes()
+        (plane + (matrix * rows + (self.lane & 7) + row) * 4).named("cells")
+    }
+
+    /// The operand that `ldmatrix` makes of `count` units, `words` behind those that `cells` names.
+    pub fn operand(&self, cells: V<'b>, words: u32, count: u32) -> Vec<V<'b>> {
+        self.b.load_matrix(self.ring, cells + words, count).lanes()
     }
 
     /// The largest of a row's scores, of which four lanes have some each.

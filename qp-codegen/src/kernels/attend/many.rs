@@ -274,13 +274,13 @@ impl<'b> Many<'b, '_> {
         let units = layout.columns() / 16;
         // By row, two of each eight positions.
         let scores: [Vec<Var>; 2] = [0, 1].map(|_| (0..PAGE / 4).map(|_| b.var(b.f32(0.0))).collect());
+        let [two, four] = [2, 4].map(|count| e.cells(piece, count, b.i32(0), PAGE));
         for j in 0..PAGE / 8 {
-            // Three sums apart: each product waits for the one before of its sum.
-            let (mut high, mut both, mut other) = (e.of_high(), e.of_both(true), e.none());
+            let (mut high, mut both) = (e.of_high(), e.of_both(true));
             for unit in (0..units).step_by(4) {
                 let count = (units - unit).min(4);
-                let operand =
-                    |plane: u32| e.operand(piece + plane * plane_words, unit, count, b.i32(8 * j as i32), PAGE);
+                let cells = if count == 4 { four } else { two };
+                let operand = |plane: u32| e.operand(cells, plane * plane_words + (unit * PAGE + 8 * j) * 4, count);
                 let planes: Vec<Vec<V>> = (0..layout.planes).map(operand).collect();
                 for i in 0..count / 2 {
                     let s = unit / 2 + i;
@@ -289,13 +289,12 @@ impl<'b> Many<'b, '_> {
                     high = b.mma_i8(true, q[0], k(0), high);
                     both = b.mma_i8(true, q[1], k(0), both);
                     if layout.planes == 2 {
-                        other = b.mma_i8(true, q[0], k(1), other);
+                        both = b.mma_i8(true, q[0], k(1), both);
                     }
                 }
             }
-            let both = self.added(both, other);
             let [key_scales, logarithms] = [0, 1].map(|i| e.numbers(piece, i, j));
-            for (c, both) in both.into_iter().enumerate() {
+            for (c, both) in both.lanes().into_iter().enumerate() {
                 let (row, i) = (c / 2, c % 2);
                 let sum = e.joined(high.lane(c as u32), both, true);
                 let score = e.score(sum, key_scales[i], rows.scale[row], logarithms[i]);
@@ -345,23 +344,20 @@ impl<'b> Many<'b, '_> {
             let word = |row: usize, i: usize| if low { weights[row][i].low } else { weights[row][i].high };
             [word(0, 2 * s), word(1, 2 * s), word(0, 2 * s + 1), word(1, 2 * s + 1)]
         };
-        let values = piece + layout.values() / 4;
+        let values = e.cells(piece + layout.values() / 4, 4, b.i32(0), layout.columns());
         for c in 0..sums_of(e.op) {
-            let (mut high, mut both, mut other) = (e.of_high(), e.of_both(false), e.none());
-            let row = b.i32(8 * c as i32);
-            let planes: Vec<Vec<V>> = (0..layout.planes)
-                .map(|plane| e.operand(values + plane * plane_words, 0, 4, row, layout.columns()))
-                .collect();
+            let (mut high, mut both) = (e.of_high(), e.of_both(false));
+            let planes: Vec<Vec<V>> =
+                (0..layout.planes).map(|plane| e.operand(values, plane * plane_words + 8 * c * 4, 4)).collect();
             for s in 0..2 {
                 let v = |plane: usize| [planes[plane][2 * s], planes[plane][2 * s + 1]];
                 high = b.mma_i8(false, operand(false, s), v(0), high);
                 both = b.mma_i8(false, operand(true, s), v(0), both);
                 if layout.planes == 2 {
-                    other = b.mma_i8(false, operand(false, s), v(1), other);
+                    both = b.mma_i8(false, operand(false, s), v(1), both);
                 }
             }
-            let both = self.added(both, other);
-            for (i, both) in both.into_iter().enumerate() {
+            for (i, both) in both.lanes().into_iter().enumerate() {
                 let var = sums[4 * c as usize + i];
                 let sum = e.joined(high.lane(i as u32), both, false);
                 b.set(var, factors[i / 2].fold(b.get(var), sum));
@@ -370,12 +366,6 @@ impl<'b> Many<'b, '_> {
                 e.settle();
             }
         }
-    }
-
-    /// The components of two accumulators of products of a high and a low plane, together; of one plane there is the first.
-    fn added(&self, both: V<'b>, other: V<'b>) -> Vec<V<'b>> {
-        let (both, other) = (both.lanes(), other.lanes());
-        if self.e.op.cache.planes == 1 { both } else { both.iter().zip(other).map(|(a, b)| *a + b).collect() }
     }
 
     /// Where the four span sums of group `c` of columns of this thread lie.

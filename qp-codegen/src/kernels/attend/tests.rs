@@ -3,8 +3,8 @@
 use super::reference::{self, Norms, Query, Token};
 use super::*;
 use crate::cuda::Target;
-use crate::ir::interpret::{Arg, Options, run};
-use crate::ir::{Kernel, validate};
+use crate::ir::interpret::{Arg, Options, Report, Trap, run};
+use crate::ir::{Kernel, Stmt, validate};
 use crate::kernels::Span;
 
 /// Random numbers.
@@ -378,8 +378,15 @@ impl<'a> Step<'a> {
         assert_eq!(faults, ints([0, 0]));
     }
 
-    /// A kernel that attends, against the twin. It is run twice: it leaves the places where parts meet as it found them.
-    fn check(&self, kernel: &Kernel, tiles: &[i32], (partial, arrived): (usize, usize), what: &str) {
+    /// Runs a kernel that attends on a cache; `memory`: results, parts, arrivals, faults.
+    fn run(
+        &self,
+        kernel: &Kernel,
+        tiles: &[i32],
+        cache: &[u8],
+        [y, partial, arrived, faults]: [&mut Vec<u8>; 4],
+        reverse: bool,
+    ) -> Result<Report, Trap> {
         let stride = self.sequences.iter().map(|s| s.pages.len()).max().expect("sequences");
         let mut table = vec![-1i32; self.sequences.len() * stride];
         for (row, s) in table.chunks_exact_mut(stride).zip(self.sequences) {
@@ -387,30 +394,36 @@ impl<'a> Step<'a> {
         }
         let queries: Vec<u8> = self.queries.iter().map(|x| *x as u8).collect();
         let sequence = ints(self.tokens.iter().map(|t| t.map_or(-1, |t| t.0 as i32)));
+        let args = &mut [
+            Arg::ReadOnly(&queries),
+            Arg::ReadOnly(&floats(&self.scales)),
+            Arg::ReadOnly(&floats(&self.sequences[0].sinks)),
+            Arg::ReadOnly(&self.positions()),
+            Arg::ReadOnly(&sequence),
+            Arg::ReadOnly(&self.slots()),
+            Arg::ReadOnly(&ints(table.iter().copied())),
+            Arg::ReadOnly(&ints(tiles.iter().copied())),
+            Arg::I32(stride as i32),
+            Arg::ReadOnly(cache),
+            Arg::Buffer(y),
+            Arg::Buffer(partial),
+            Arg::Buffer(arrived),
+            Arg::Buffer(faults),
+            Arg::I32(1),
+        ];
+        validate(kernel).unwrap_or_else(|problems| panic!("{problems}"));
+        run(kernel, args, &Options { reverse, ..Options::default() })
+    }
+
+    /// A kernel that attends, against the twin. It is run twice: it leaves the places where parts meet as it found them.
+    fn check(&self, kernel: &Kernel, tiles: &[i32], (partial, arrived): (usize, usize), what: &str) {
         let (mut partial, mut arrived) = (vec![0xffu8; 4 * partial], vec![0u8; 4 * arrived]);
         let mut faults = ints([0, 0]);
         for reverse in [false, true] {
             let mut y = vec![0xffu8; 4 * self.y.len()];
-            let args = &mut [
-                Arg::ReadOnly(&queries),
-                Arg::ReadOnly(&floats(&self.scales)),
-                Arg::ReadOnly(&floats(&self.sequences[0].sinks)),
-                Arg::ReadOnly(&self.positions()),
-                Arg::ReadOnly(&sequence),
-                Arg::ReadOnly(&self.slots()),
-                Arg::ReadOnly(&ints(table.iter().copied())),
-                Arg::ReadOnly(&ints(tiles.iter().copied())),
-                Arg::I32(stride as i32),
-                Arg::ReadOnly(&self.after),
-                Arg::Buffer(&mut y),
-                Arg::Buffer(&mut partial),
-                Arg::Buffer(&mut arrived),
-                Arg::Buffer(&mut faults),
-                Arg::I32(1),
-            ];
-            validate(kernel).unwrap_or_else(|problems| panic!("{problems}"));
-            let options = Options { reverse, ..Options::default() };
-            run(kernel, args, &options).unwrap_or_else(|trap| panic!("{what}, {}: {trap}", kernel.name));
+            let memory = [&mut y, &mut partial, &mut arrived, &mut faults];
+            self.run(kernel, tiles, &self.after, memory, reverse)
+                .unwrap_or_else(|trap| panic!("{what}, {}: {trap}", kernel.name));
             let expected = floats(&self.y);
             if let Some(i) = y.chunks(4).zip(expected.chunks(4)).position(|(a, b)| a != b) {
                 let of = |v: &[u8]| f32::from_le_bytes([v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]]);
@@ -491,6 +504,30 @@ fn few_tokens_equal_the_twin_however_they_are_cut() {
     }
     Step::new(model, &all[..1], vec![None]).check_few(FEW);
     Step::new(model, &all[1..2], vec![Some((0, 0))]).check_few(FEW);
+}
+
+/// Of a step that begins at position 252, page 3 and what comes after it is written; pages before are copied before the wait.
+#[test]
+fn what_the_step_writes_is_not_read_before_the_wait() {
+    let model = Model { heads: 2, cache: Cache { kv_heads: 1, head_dim: 32, planes: 2 }, rotary: 32, ..PLAIN };
+    let all = [Sequence::new(&model, &mut Random(5), 300, (0..5).collect())];
+    let step = Step::new(model, &all, (252..260).map(|p| Some((0, p))).collect());
+    let launch = few::Launch { blocks: 64, ..FEW };
+    let op = model.attend(8);
+    let mut kernel = few::lower(&op, &launch);
+    let wait = kernel.body.iter().position(|s| *s == Stmt::GridWait).expect("a wait");
+    kernel.body.truncate(wait + 1);
+    let (partial, arrived) = few::meeting_place(&op, &launch);
+    let (mut y, mut faults) = (vec![0u8; 4 * step.y.len()], ints([0, 0]));
+    let (mut partial, mut arrived) = (vec![0u8; 4 * partial], vec![0u8; 4 * arrived]);
+    let page = model.cache.page_bytes() as usize;
+    let mut before_wait = |pages: usize| {
+        let memory = [&mut y, &mut partial, &mut arrived, &mut faults];
+        step.run(&kernel, &[0, 0], &step.after[..pages * page], memory, false)
+    };
+    let read = before_wait(3).unwrap_or_else(|trap| panic!("{trap}")).global_loaded;
+    assert!(read >= 3 * 8 * page as u64, "{read} bytes: each token has three old pages of {page}");
+    assert!(before_wait(2).is_err(), "page 2 is old");
 }
 
 #[test]

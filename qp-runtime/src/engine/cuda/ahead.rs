@@ -109,7 +109,7 @@ impl CudaEngine {
         let Ahead { mails, next, .. } = &mut self.ahead;
         let (at, faults) = (*next, &self.state.faults);
         *next = 1 - at;
-        mails[at].add(0, &self.state.best, rows)?;
+        mails[at].add(0, &self.state.tokens, rows)?;
         mails[at].add(MOST_ROWS as usize, faults, faults.len())?;
         mails[at].send()?;
         Ok(at)

@@ -242,7 +242,7 @@ impl Op {
             Op::Glu(op) => glu::lower(op),
             Op::Map(op) => map::lower(op),
             Op::Rows(op) => rows::lower(op),
-            Op::Argmax(op) => argmax::lower(op),
+            Op::Argmax(op) => argmax::lower(op, device),
             Op::Sample(op) => sample::lower(op),
             Op::Product { .. } => {
                 let op = self.product(layout).expect("a product");

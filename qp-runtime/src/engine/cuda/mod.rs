@@ -25,6 +25,7 @@ pub mod rest;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
+use qp_codegen::kernels::argmax::Argmax;
 use qp_codegen::kernels::attend::many::Run;
 use qp_codegen::kernels::product::MAX_BATCH;
 use qp_codegen::kernels::sample::mask_words;
@@ -68,6 +69,8 @@ pub struct CudaEngine {
     settings: Vec<[u32; WORDS]>,
     /// What lies in the state's table.
     table: Vec<i32>,
+    /// Each token's row of the table, as it was written last.
+    sequence: Vec<i32>,
     kernels: Kernels,
     ahead: Ahead,
     /// By tokens and what is wanted of them.
@@ -185,12 +188,14 @@ impl CudaEngine {
             tiles: on.zeroed(tiles)?,
             stride: stride as i32,
         };
+        let vocab = layout.program.vocab as u32;
+        let best = Argmax { columns: vocab, batch: MOST_ROWS, logits: Span::rows(vocab) };
         let state = State {
-            tokens: on.zeroed(most)?,
+            tokens: on.zeroed(most.max(MOST_ROWS as usize))?,
             places,
             rows: on.zeroed(MOST_ROWS as usize)?,
-            best: on.zeroed(MOST_ROWS as usize)?,
             choices: Choices {
+                scratch: on.zeroed(best.scratch(&on.device()))?,
                 settings: on.zeroed(MOST_ROWS as usize * WORDS)?,
                 draws: on.zeroed(MOST_ROWS as usize)?,
                 seen: on.zeroed(MOST_ROWS as usize * mask_words(layout.program.vocab as u32) as usize)?,
@@ -220,6 +225,7 @@ impl CudaEngine {
             constants,
             state,
             table,
+            sequence: Vec::new(),
             kernels,
             graphs,
         })
@@ -294,7 +300,7 @@ impl CudaEngine {
     }
 
     /// Launches a step that needs no cutting. Gives the graph's key and, of each wanted row of logits, its row there. If it
-    /// is `fed`, its tokens are the likeliest of the step before, in their order, whatever `chunks` say.
+    /// is `fed`, its tokens are the likeliest of the step before, in their order, a row each, whatever `chunks` say.
     fn run(&mut self, chunks: &[Chunk<'_>], how: How<'_>, fed: bool) -> Result<((u32, Wanted), Vec<usize>), Error> {
         let count: usize = chunks.iter().map(|c| c.tokens.len()).sum();
         let size = padded(count as u32);
@@ -327,14 +333,16 @@ impl CudaEngine {
         // Rows of all tokens need no choosing.
         let rows = if wanted.is_empty() { 0 } else { padded(wanted.len() as u32) };
         let rows_of: Vec<usize> = if rows == size { wanted.clone() } else { (0..wanted.len()).collect() };
-        if fed {
-            self.state.tokens.copy_start(&self.state.best, chunks.len())?;
-        } else {
+        // Those of a step that is fed lie there.
+        if !fed {
             self.state.tokens.write(0, &tokens)?;
         }
         self.state.places.positions.write(0, &positions)?;
         self.state.places.slots.write(0, &slots)?;
-        self.state.places.sequence.write(0, &sequence)?;
+        if !self.sequence.starts_with(&sequence) {
+            self.state.places.sequence.write(0, &sequence)?;
+            self.sequence = sequence;
+        }
         if lower::is_many(size) {
             let mut first = 0;
             let runs: Vec<Run> = chunks
@@ -412,7 +420,7 @@ impl CudaEngine {
                 continue;
             }
             let mut best = vec![0; key.1.rows as usize];
-            self.state.best.read(0, &mut best)?;
+            self.state.tokens.read(0, &mut best)?;
             for (i, row) in rows.iter().enumerate() {
                 if rest.reads(i) {
                     self.read_logits(key, *row, logits)?;

@@ -40,14 +40,13 @@ pub struct Constants {
 
 /// What launches write, and what says which tokens they are for.
 pub struct State {
-    /// One a token.
+    /// One a token; afterwards the likeliest tokens of the rows that are wanted, or those drawn: of a step that follows with one
+    /// token a row, its tokens.
     pub tokens: Buffer<i32>,
     /// Where each of them belongs.
     pub places: Tokens,
     /// The tokens whose logits are wanted.
     pub rows: Buffer<i32>,
-    /// The likeliest tokens, or those drawn.
-    pub best: Buffer<i32>,
     /// How tokens are drawn.
     pub choices: Choices,
     /// Values.
@@ -64,8 +63,10 @@ pub struct State {
     pub caches: Vec<Buffer<u8>>,
 }
 
-/// What the drawing of tokens reads.
+/// What the choice of tokens reads.
 pub struct Choices {
+    /// Where the blocks that look for a row's likeliest token meet.
+    pub scratch: Buffer<u32>,
     /// Settings of each row.
     pub settings: Buffer<u32>,
     /// Number of each row's draw.
@@ -132,9 +133,12 @@ impl Kernels {
         matrices: &[Matrix],
         launches: &[Launch],
     ) -> Result<(), DeviceError> {
+        if launches.iter().all(|l| self.has(&l.op)) {
+            return Ok(());
+        }
         let mut others: Vec<(&Op, &Launch)> = Vec::new();
         let mut products: Vec<(&Op, tune::Product<'_>)> = Vec::new();
-        let hashes: Vec<String> = layout.specs.iter().map(|q| q.hash()).collect();
+        let hashes: Vec<String> = layout.specs.par_iter().map(|q| q.hash()).collect();
         for launch in launches.iter().filter(|l| !self.has(&l.op)) {
             match (&launch.op, launch.matrix.map(|m| &matrices[m])) {
                 (Op::Product { spec, .. }, Some(Matrix::Packed(matrix))) => {
@@ -248,7 +252,7 @@ pub fn record(
 ) -> Result<(), DeviceError> {
     let kernel = kernels.get(&launch.op);
     let Constants { matrices, vectors, biases, of_experts, expert_places, turns, nothing, no_places } = constants;
-    let State { tokens, places, rows, best, choices, values, activations, routes, faults, queries, caches } = state;
+    let State { tokens, places, rows, choices, values, activations, routes, faults, queries, caches } = state;
     // The buffer that is written cannot be among those that are read.
     let mut written = launch.write.map(|slot| (slot, values.remove(&slot).expect("a buffer for each slot")));
     let read = |i: usize| &values[&launch.reads[i]];
@@ -339,10 +343,13 @@ pub fn record(
             let cache = &caches[launch.cache.expect("a cache").0];
             kernel.record(to, (queries, norm), places, cache, y, Faults { faults, layer })
         }
-        (Op::Argmax(_), Ready::Plain(kernel), ..) => to.launch(kernel, args::Argmax { logits: read(0), best }),
+        (Op::Argmax(_), Ready::Plain(kernel), ..) => {
+            let scratch = &mut choices.scratch;
+            to.launch(kernel, args::Argmax { logits: read(0), scratch, best: tokens })
+        }
         (Op::Sample(_), Ready::Plain(kernel), ..) => {
-            let Choices { settings, draws, seen } = choices;
-            to.launch(kernel, args::Sample { logits: read(0), settings, draws, seen, tokens: best })
+            let Choices { settings, draws, seen, .. } = choices;
+            to.launch(kernel, args::Sample { logits: read(0), settings, draws, seen, tokens })
         }
         _ => unreachable!("a launch has the kernel and the buffers of its operation"),
     };

@@ -68,7 +68,7 @@ impl Launch {
             stages,
             min_blocks: resident,
             chunks: device.sms * 3 / 2,
-            spans: 4 * blocks,
+            spans: device.sms * 9 / 4,
             most: 16 * blocks,
         }
     }
@@ -186,6 +186,8 @@ struct Unit<'b> {
 struct Next {
     unit: Var,
     tile: Var,
+    /// Past the last tile that no kernel of the step writes to.
+    old: Var,
     end: Var,
     head: Var,
     /// The first word of the sequence's row of the table.
@@ -203,16 +205,24 @@ struct Sums {
 impl<'b> Few<'b, '_> {
     fn kernel(&self) {
         let (b, e) = (self.b, &self.e);
-        b.comment("What the step is cut into, and the first page: nothing of this is written by the kernel before.");
+        b.comment("What the step is cut into, and the first pieces, as far as no kernel of the step writes to them.");
         let block = b.special(crate::ir::Special::BlockX);
         let units = self.units();
         let next = self.begin(block, &units);
+        let stages = self.launch.stages;
+        let copied = b.var(b.i32(0));
+        for i in 0..stages - 1 {
+            b.if_(b.get(copied).eq(i as i32) & b.get(next.tile).lt(b.get(next.old)), || {
+                self.copy(&next, b.i32(i as i32), &units);
+                b.set(copied, b.i32(i as i32 + 1));
+            });
+        }
         b.grid_wait();
         b.grid_launch();
-        let stages = self.launch.stages;
         let slot = b.var(b.i32(0));
-        for i in 1..stages {
-            self.produce(&next, b.i32(i as i32 - 1), &units);
+        for i in 0..stages - 1 {
+            b.if_(b.get(copied).le(i as i32), || self.copy(&next, b.i32(i as i32), &units));
+            b.async_commit();
         }
         let sums: Vec<Sums> = (0..3).map(|_| self.sums()).collect();
         let [all, span, chunk] = &sums[..] else { unreachable!("three") };
@@ -344,7 +354,8 @@ impl<'b> Few<'b, '_> {
     fn begin(&self, block: V<'b>, units: &Units<'b>) -> Next {
         let b = self.b;
         let var = || b.var(b.i32(0));
-        let next = Next { unit: b.var(block), tile: var(), end: var(), head: var(), row: var(), page: var() };
+        let next =
+            Next { unit: b.var(block), tile: var(), old: var(), end: var(), head: var(), row: var(), page: var() };
         b.if_(block.lt(units.all), || self.go_to(&next, block, units));
         next
     }
@@ -353,15 +364,24 @@ impl<'b> Few<'b, '_> {
         let (b, e) = (self.b, &self.e);
         let Unit { place, tiles: [first, end] } = self.unit(unit, units);
         let row = e.int(e.p.sequence, place.token) * e.p.stride;
+        // Of the token's sequence the step writes positions that go on from each other, the token's among them.
+        let first_written = (place.position - (e.op.tokens as i32 - 1)).max(0);
         b.set(next.tile, first);
+        b.set(next.old, first_written / PAGE);
         b.set(next.end, end);
         b.set(next.head, place.head);
         b.set(next.row, row);
         b.set(next.page, e.int(e.p.table, row + first));
     }
 
-    /// Starts copying the next piece, if there is one, into place `slot` of the ring.
+    /// Starts copying the next piece, if there is one, into place `slot` of the ring: a group of copies.
     fn produce(&self, next: &Next, slot: V<'b>, units: &Units<'b>) {
+        self.copy(next, slot, units);
+        self.b.async_commit();
+    }
+
+    /// The same without ending the group.
+    fn copy(&self, next: &Next, slot: V<'b>, units: &Units<'b>) {
         let (b, e) = (self.b, &self.e);
         b.if_(b.get(next.unit).lt(units.all), || {
             e.copy_piece(slot, b.get(next.page), b.get(next.head));
@@ -377,7 +397,6 @@ impl<'b> Few<'b, '_> {
                 },
             );
         });
-        b.async_commit();
     }
 
     /// Row tiles, of [`ROWS`] heads each.
@@ -451,6 +470,7 @@ impl<'b> Few<'b, '_> {
         let last = place.position - lane_first;
         let first = e.first(place.position).map(|p| p - lane_first);
         let mut scores: Vec<Vec<V>> = vec![Vec::new(); queries.len()];
+        let [two, four] = [2, 4].map(|count| e.cells(piece, count, warp_first, PAGE));
         for j in 0..2 {
             let mut high: Vec<V> = queries.iter().map(|_| self.high(true)).collect();
             let mut low: Vec<V> = queries.iter().map(|_| self.low(true)).collect();
@@ -458,8 +478,9 @@ impl<'b> Few<'b, '_> {
             let units = layout.columns() / 16;
             for unit in (0..units).step_by(4) {
                 let count = (units - unit).min(4);
+                let cells = if count == 4 { four } else { two };
                 for plane in 0..layout.planes {
-                    let k = e.operand(piece + plane * plane_words, unit, count, row, PAGE);
+                    let k = e.operand(cells, plane * plane_words + (unit * PAGE + 8 * j) * 4, count);
                     for (i, k) in (0..).zip(k.chunks_exact(2)) {
                         for (m, (q, _)) in queries.iter().enumerate() {
                             let sum = if plane == 0 { &mut high[m] } else { &mut low[m] };
@@ -514,13 +535,12 @@ impl<'b> Few<'b, '_> {
         };
         let weights: Vec<(Factors, [[V; 4]; 2])> = (0..).zip(chunk.rows.iter().zip(&highs)).map(fold).collect();
         let (columns, tiles) = (self.plan.columns, self.column_tiles());
-        let values = piece + layout.values() / 4;
+        let values = e.cells(piece + layout.values() / 4, 4, e.warp * (tiles * 8), columns);
         for c in 0..tiles {
             let mut high: Vec<V> = queries.iter().map(|_| self.high(false)).collect();
             let mut low: Vec<V> = queries.iter().map(|_| self.low(false)).collect();
             for plane in 0..layout.planes {
-                let row = (e.warp * tiles + c) * 8;
-                let v = e.operand(values + plane * plane_words, 0, 4, row, columns);
+                let v = e.operand(values, plane * plane_words + 8 * c * 4, 4);
                 for (m, (_, p)) in weights.iter().enumerate() {
                     let sum = if plane == 0 { &mut high[m] } else { &mut low[m] };
                     for (p, v) in p.iter().zip(v.chunks_exact(2)) {

@@ -24,7 +24,7 @@ use crate::quantize::{Job, Progress};
 pub struct Quantize {
     /// The model: a directory (config.json, safetensors, tokenizer) or a GGUF file
     model: PathBuf,
-    /// One quantizer for every linear layer of the blocks: a name of the palette or a .qspec file
+    /// One quantizer for every linear layer of the blocks: a name of the palette or of a format (q4_k), or a .qspec file
     #[arg(long, value_name = "SPEC", required_unless_present = "plan", conflicts_with = "plan")]
     spec: Option<String>,
     /// A TOML file that gives each layer its quantizer (see docs/checkpoint.md)

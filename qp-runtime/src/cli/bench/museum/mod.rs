@@ -53,8 +53,9 @@ const PAGE: &str = "docs/formats.md";
 const PICTURE: &str = "docs/formats.svg";
 /// Columns and weights of the Gaussian matrix, and its seed.
 const SAMPLE: (u32, u64, u64) = (4096, 1 << 20, 0x5eed_0000_0000);
-/// Tokens of a window of the text.
+/// Tokens of a window of the text, and how many windows are scored.
 const WINDOW: usize = 256;
+const WINDOWS: usize = 16;
 /// Quantizers of the palette that are shown beside the formats.
 const BESIDE: [&str; 5] = ["tcq_2", "tcq_2.5", "tcq_3", "tcq_4", "tcq_5"];
 
@@ -172,7 +173,8 @@ impl MuseumBench {
     fn perplexity_of(&self, model: &Path) -> Result<f64, Error> {
         let text = crate::input::text(&self.text)?;
         let model = Model::open(model)?;
-        let tokens = model.tokenizer.encode(&text)?;
+        let mut tokens = model.tokenizer.encode(&text)?;
+        tokens.truncate(WINDOWS * WINDOW);
         let mut session = open_session(model, crate::cli::device::open(Device::Cpu)?.as_ref(), WINDOW)?;
         Ok(six_digits(perplexity(&mut session, &tokens, WINDOW, |_| ())?.perplexity()))
     }

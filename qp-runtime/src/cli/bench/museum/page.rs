@@ -49,8 +49,9 @@ pub fn tables(root: &Path, stored: &Stored) -> Result<String, Error> {
          *Bits* count everything that is stored for a matrix of 4096 columns. *Error* is the mean squared error on Gaussian weights of\n\
          variance 1, *lost* its distance to the bound D(R) = 2^(-2R) in bits a weight. *Palette* is the least error that a quantizer\n\
          of the palette has at no more bits (its row scales, .004 bits, not counted). *Perplexity* is that of the bundled model with all linear\n\
-         layers made so, on its held-out text ({unquantized} unquantized). *Time* is that of a product of one token with 4096 x 4096 weights on an\n\
-         H200, in microseconds, where it was measured ([results](../benches/results/formats-h200.md)).\n\n\
+         layers made so, on the first 4,080 tokens of its held-out text ({unquantized} unquantized; differences of some hundredths are\n\
+         chance). *Time* is that of a product of one token with 4096 x 4096 weights on an H200, in microseconds, where it was measured\n\
+         ([results](../benches/results/formats-h200.md)).\n\n\
          | format | bits | error | lost | palette | perplexity | products | time |\n|---|---|---|---|---|---|---|---|\n"
     );
     for f in &stored.figures {

@@ -278,11 +278,17 @@ impl<'a> Loader<'a> {
             let d = d.hint("a file holds `quantizer name { … }`, families, fusion patterns and `use`");
             found.list.push(Diagnostic { severity: Severity::Warning, ..d });
         }
-        let mut files: Vec<PathBuf> = self.parsed.into_iter().filter(|p| !p.embedded).map(|p| p.path).collect();
+        let (embedded, own): (Vec<_>, Vec<_>) =
+            self.parsed.into_iter().map(|p| (p.embedded, p.path)).partition(|p| p.0);
+        let built_in =
+            |file: &Path| embedded.iter().any(|(_, p)| p.parent().is_some_and(|folder| file.starts_with(folder)));
+        let mut files: Vec<PathBuf> = own.into_iter().map(|p| p.1).collect();
         files.retain(|f| !f.as_os_str().is_empty());
         for t in quantizers.iter().flat_map(|q| &q.codes).flat_map(|c| &c.tables).filter(|t| !t.values.is_empty()) {
             match &t.source {
-                TableSource::File(file) | TableSource::Trained { file, .. } if !files.contains(file) => {
+                TableSource::File(file) | TableSource::Trained { file, .. }
+                    if !files.contains(file) && !built_in(file) =>
+                {
                     files.push(file.clone());
                 }
                 TableSource::File(_) | TableSource::Trained { .. } | TableSource::Inline => (),

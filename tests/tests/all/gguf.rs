@@ -305,10 +305,10 @@ fn bad_files_are_refused_by_name() {
     let set =
         |key: &'static str, value: Value| move |f: &mut Gguf| drop(f.values.insert(key.to_owned(), value.clone()));
     assert_eq!(
-        message(&|f| f.tensors.get_mut("blk.1.ffn_up.weight").unwrap().1 = 18),
-        "DIR/m.gguf: tensor 'blk.1.ffn_up.weight' holds IQ3_XXS, which is not supported \
-         (supported: F32, F16, BF16, IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ4_NL, IQ4_XS, MXFP4, Q2_K, Q3_K, \
-         Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, TQ1_0, TQ2_0)"
+        message(&|f| f.tensors.get_mut("blk.1.ffn_up.weight").unwrap().1 = 9),
+        "DIR/m.gguf: tensor 'blk.1.ffn_up.weight' holds Q8_1, which is not supported \
+         (supported: F32, F16, BF16, IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS, IQ4_NL, IQ4_XS, MXFP4, \
+         NVFP4, Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, TQ1_0, TQ2_0)"
     );
     assert_eq!(
         message(&set("general.architecture", Value::Text("mamba".to_owned()))),

@@ -121,9 +121,12 @@ impl<'a> Checker<'a> {
             );
         }
         let result = result.filter(|_| ok)?;
-        if self.state.looked_up[self.own_tables..].contains(&true) && !self.is_number(result) {
-            let d = Diagnostic::error(d.result.span, "the entries are no numbers of the matrix's tables", "");
-            return self.sink.fail(d.hint("they are sums of such numbers where one of these tables is looked up"));
+        if self.state.looked_up[self.own_tables..].contains(&true)
+            && !are_numbers(&self.state.decode, result, self.own_tables)
+        {
+            let message = "numbers of a matrix's tables are joined with each other alone, by `+`, `-` and `negate`";
+            let d = Diagnostic::error(d.result.span, message, "");
+            return self.sink.fail(d.hint("all entries are such numbers; the weight block adds others and scales"));
         }
         Some(Checked { decode: normal(&self.state.decode, result), looked_up: self.state.looked_up })
     }
@@ -187,27 +190,6 @@ impl<'a> Checker<'a> {
         let (ones, one) = (self.each(ones)?, self.each(one)?);
         let complement = self.node(Op::Vector(VectorOp::Xor, vector, ones))?;
         self.node(Op::Vector(VectorOp::Add, complement, one))
-    }
-
-    /// True for a vector of numbers of a matrix's tables.
-    fn is_number(&self, node: Node) -> bool {
-        let mut found: Vec<bool> = Vec::new();
-        for op in &self.state.decode.nodes[..=node.0 as usize] {
-            found.push(match op {
-                Op::Lookup { table, .. } => *table as usize >= self.own_tables,
-                Op::Vector(_, a, b) => found[a.0 as usize] || found[b.0 as usize],
-                Op::Window
-                | Op::Const(_)
-                | Op::Not(_)
-                | Op::Binary(..)
-                | Op::Byte(..)
-                | Op::ByteSum(_)
-                | Op::Bit(..)
-                | Op::Signs(_)
-                | Op::Pack(_) => false,
-            });
-        }
-        found[node.0 as usize]
     }
 
     fn type_of(&self, v: &Value) -> &'static str {
@@ -409,12 +391,6 @@ impl<'a> Checker<'a> {
                     return self.sink.fail(d.hint("vectors are joined with `^`, `+` and `-`"));
                 }
             };
-            let numbers = [&va, &vb].map(|v| matches!(v, Value::Node(n) if self.is_number(*n)));
-            if numbers != [false; 2] && (numbers != [true; 2] || vector_op == VectorOp::Xor) {
-                let message = "numbers of a matrix's tables are joined with each other alone, by `+` and `-`";
-                let d = Diagnostic::error(span, message, "");
-                return self.sink.fail(d.hint("`negate(v, h)` changes their signs; the weight block adds and scales"));
-            }
             let mut sides = [va, vb].into_iter().zip([a.span, b.span]).map(|(v, span)| {
                 // A word is added to each entry.
                 let joins = op != BinaryOp::Xor && !is_vector_node(&self.state.decode, &v);
@@ -727,6 +703,63 @@ impl<'a> Checker<'a> {
 /// True if the value is a vector.
 fn is_vector_node(d: &Decode, v: &Value) -> bool {
     matches!(v, Value::Node(n) if d.op(*n).ty() == Type::Vector)
+}
+
+/// True if `result` is made of entries of the tables from `own` on, of a matrix, and of nothing else: sums of them, and the
+/// one's complements that are negatives when 1 is added where they were made, as `negate` and `-` do.
+fn are_numbers(d: &Decode, result: Node, own: usize) -> bool {
+    #[derive(Clone, Copy, PartialEq)]
+    enum Kind {
+        Other,
+        Number,
+        Complement,
+    }
+    let is_const = |n: &Node, c: u32| *d.op(*n) == Op::Const(c);
+    // The word that a bit is.
+    let is_word_of = |word: &Node, bit: &Node| match (d.op(*bit), d.op(*word)) {
+        (Op::Bit(a, 0), Op::Binary(WordOp::And, b, one)) => a == b && is_const(one, 1),
+        (Op::Bit(a, 31), Op::Binary(WordOp::Shr, b, by)) => a == b && is_const(by, 31),
+        (Op::Bit(a, i), Op::Binary(WordOp::And, shifted, one)) => {
+            is_const(one, 1) && matches!(d.op(*shifted), Op::Binary(WordOp::Shr, b, by) if a == b && is_const(by, *i))
+        }
+        _ => false,
+    };
+    let adds_up = |complement: &Node, ones: &Node| match (d.op(*complement), d.op(*ones)) {
+        (Op::Vector(VectorOp::Xor, _, signs), Op::Pack(words)) => match d.op(*signs) {
+            Op::Signs(bits) => bits.iter().zip(words).all(|(bit, word)| is_word_of(word, bit)),
+            _ => words.iter().all(|w| is_const(w, 1)),
+        },
+        _ => false,
+    };
+    let mut kinds: Vec<Kind> = Vec::new();
+    for op in &d.nodes[..=result.0 as usize] {
+        let kind = |n: &Node| kinds[n.0 as usize];
+        kinds.push(match op {
+            Op::Lookup { table, .. } if *table as usize >= own => Kind::Number,
+            Op::Vector(VectorOp::Xor, a, signs) if kind(a) == Kind::Number => match d.op(*signs) {
+                Op::Signs(_) => Kind::Complement,
+                Op::Pack(words) if words.iter().all(|w| is_const(w, u32::MAX)) => Kind::Complement,
+                _ => Kind::Other,
+            },
+            Op::Vector(VectorOp::Add, a, b) => match (kind(a), kind(b)) {
+                (Kind::Number, Kind::Number) => Kind::Number,
+                (Kind::Complement, Kind::Other) if adds_up(a, b) => Kind::Number,
+                _ => Kind::Other,
+            },
+            Op::Window
+            | Op::Const(_)
+            | Op::Not(_)
+            | Op::Binary(..)
+            | Op::Byte(..)
+            | Op::ByteSum(_)
+            | Op::Bit(..)
+            | Op::Lookup { .. }
+            | Op::Signs(_)
+            | Op::Pack(_)
+            | Op::Vector(VectorOp::Xor, ..) => Kind::Other,
+        });
+    }
+    kinds[result.0 as usize] == Kind::Number
 }
 
 /// The nodes that `result` needs, each after those it uses, in order of first need; `result` is last.

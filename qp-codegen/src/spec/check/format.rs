@@ -187,7 +187,7 @@ pub fn body(b: &Body, mut scope: Scope, cx: &Context<'_>, sink: &mut Sink) -> Op
         let d = Diagnostic::error(at, "the entries are numbers of the matrix's tables", "");
         return sink.fail(d.hint("they are as the tables have them: take `values` and `unit` away"));
     }
-    if numbers.is_empty() && p.values.is_none() {
+    if may_be_numbers && decoded.is_some() && numbers.is_empty() && p.values.is_none() && !b.incomplete {
         code::report_missing(&["values"], cx.owner.span, cx, sink);
     }
     if !b.incomplete && ok && decoded.is_some() && weight.is_some() {

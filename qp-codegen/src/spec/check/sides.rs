@@ -143,7 +143,8 @@ fn step(
         used[f] = true;
         if fields[f].0.cover != cover {
             let (wanted, found) = (cover.text(), fields[f].0.cover.text());
-            let d = Diagnostic::error(name.span, format!("`{}` is for {found}, not for each {wanted}", name.name), "");
+            let message = format!("`{}` is a field `per {found}`, not `per {wanted}`", name.name);
+            let d = Diagnostic::error(name.span, message, "");
             return sink.fail(d.hint("`input` takes fields `per column`, `output` takes fields `per row`"));
         }
         Some(f)

@@ -85,7 +85,7 @@ fn unsupported(code: u32) -> Unreadable {
         None => format!("elements of type number {code}"),
     };
     let named = |name: &&str| formats::get(name).is_some_and(|f| f.layout(LAYOUT).is_some());
-    let known = formats::names().into_iter().filter(named).map(str::to_uppercase);
+    let known = formats::names().into_iter().filter(named).map(|n| n.trim_end_matches("_gguf").to_uppercase());
     let plain = ["F32", "F16", "BF16"].map(str::to_owned);
     Unreadable::Type(found, plain.into_iter().chain(known).collect::<Vec<_>>().join(", "))
 }

@@ -9,6 +9,7 @@ use lsp_types::{
 };
 use qp_codegen::explain;
 use qp_codegen::palette;
+use qp_codegen::spec::expr::Room;
 use qp_codegen::spec::{Definition, Shape};
 use qp_codegen::syntax::lexer::{Token, TokenKind};
 use qp_codegen::syntax::parser::PROPERTIES;
@@ -188,19 +189,22 @@ fn about(definition: &Definition) -> String {
 
 /// What window or code 0 decodes to.
 fn first_entry(definition: &Definition) -> String {
-    let list = |values: &[i32]| values.iter().map(i32::to_string).collect::<Vec<_>>().join(", ");
+    let list = |values: &[i64]| values.iter().map(i64::to_string).collect::<Vec<_>>().join(", ");
     match definition {
         Definition::Quantizer(q) if !q.is_trained() => format!("`{}` has a table that is not trained yet", q.name),
         Definition::Quantizer(q) => {
             let code = &q.codes[0];
             let mut entries = vec![0; code.vector as usize];
             code.entry(0, &mut entries);
-            let entries: Vec<i32> = entries.into_iter().map(i32::from).collect();
+            let entries: Vec<i64> = entries.into_iter().map(i64::from).collect();
             format!("window 0 of `{}` gives [{}]", q.name, list(&entries))
+        }
+        Definition::Format(f) if !f.numbers.is_empty() => {
+            format!("codes of `{}` look up tables of each matrix", f.name)
         }
         Definition::Format(f) => {
             let mut integers = vec![0; f.vector as usize];
-            f.integers(0, &mut integers);
+            f.integers(0, &[], &mut Room::default(), &mut integers);
             format!("code 0 of `{}` gives [{}]", f.name, list(&integers))
         }
     }

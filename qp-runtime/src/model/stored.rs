@@ -290,7 +290,8 @@ impl Stored {
                 let names = way.names(name);
                 // Layers that the config leaves out, such as the output layer, are as they are.
                 let about = way.import.about().map(|t| format!("{name}.{t}"));
-                let there = names.iter().cloned().chain(about).all(|n| tensors.contains(&n)) && way.is_marked(tensors, name);
+                let there =
+                    names.iter().cloned().chain(about).all(|n| tensors.contains(&n)) && way.is_marked(tensors, name);
                 if fit.is_some() || !there {
                     continue;
                 }
@@ -348,7 +349,8 @@ impl Stored {
 /// For the matrix `name` of a format and layout, the tensors that files call otherwise than a checkpoint: the name in files, and
 /// in the checkpoint.
 pub fn renamed(name: &str, format: &str, layout: Option<&str>) -> Vec<(String, String)> {
-    let import = imports().iter().find(|i| i.format.names().iter().any(|f| f == format) && Some(i.layout.as_str()) == layout);
+    let import =
+        imports().iter().find(|i| i.format.names().iter().any(|f| f == format) && Some(i.layout.as_str()) == layout);
     let tensors = import.into_iter().flat_map(|i| &i.tensors);
     tensors.map(|(ours, theirs)| (format!("{name}.{theirs}"), format!("{name}.{ours}"))).collect()
 }

@@ -2,7 +2,7 @@
 //! tables that cannot be trained.
 
 use super::Sink;
-use crate::spec::expr::{self, Op, VectorOp, Room};
+use crate::spec::expr::{self, Op, Room, VectorOp};
 use crate::spec::{Code, Table, TableSource, Value};
 use crate::syntax::ast::{BinaryOp, Decode, Expr, ExprKind};
 use crate::syntax::diag::Diagnostic;

@@ -52,7 +52,7 @@ fn resolve(text: &str) -> Result<Resolved, String> {
 /// `layer = spec` of every layer.
 fn choices(text: &str) -> Vec<String> {
     let r = resolve(text).unwrap_or_else(|e| panic!("{e}"));
-    let name = |s: Option<usize>| s.map_or("keep", |s| r.specs[s].name.as_str()).to_owned();
+    let name = |s: Option<usize>| s.map_or("keep", |s| r.specs[s].name()).to_owned();
     layers().iter().zip(&r.layers).map(|(l, s)| format!("{} = {}", l.name, name(*s))).collect()
 }
 

@@ -144,7 +144,7 @@ fn plans_are_taken_by_qp_quantize() {
         .collect();
     let resolved = plan.resolve(&layers).unwrap_or_else(|e| panic!("{e}"));
     for (layer, &c) in resolved.layers.iter().zip(&chosen) {
-        let spec = layer.map(|s| resolved.specs[s].name.as_str());
+        let spec = layer.map(|s| resolved.specs[s].name());
         assert_eq!(spec, Some(p.candidates[c].name.as_str()));
     }
     let fused: Vec<Vec<usize>> = a.launches.iter().map(|l| l.layers.clone()).filter(|l| l.len() > 1).collect();

@@ -93,7 +93,7 @@ impl Checker<'_> {
         }
     }
 
-    fn new(&mut self, op: FormulaOp, span: Span) -> Option<Part> {
+    fn part(&mut self, op: FormulaOp, span: Span) -> Option<Part> {
         self.push(op, span).map(Part::Node)
     }
 
@@ -117,7 +117,7 @@ impl Checker<'_> {
                     let value = consts::fold_unary(UnaryOp::Neg, c, e.span, self.sink)?;
                     self.constant(value, e.span)
                 }
-                Part::Node(n) => self.new(FormulaOp::Neg(n), e.span),
+                Part::Node(n) => self.part(FormulaOp::Neg(n), e.span),
             },
             ExprKind::Binary(op, a, b) => self.binary(*op, a, b, e.span),
             ExprKind::If(c, a, b) => self.choice(c, a, b, e.span),
@@ -142,7 +142,7 @@ impl Checker<'_> {
             BinaryOp::Div => Arithmetic::Div,
             BinaryOp::Pow => {
                 return match (x, y) {
-                    (Part::Const(two), Part::Node(n)) if two == 2.into() => self.new(FormulaOp::Exp2(n), span),
+                    (Part::Const(two), Part::Node(n)) if two == 2.into() => self.part(FormulaOp::Exp2(n), span),
                     _ => {
                         self.fail(span, "powers of what weights decide are powers of 2", "write `2 ** …`, or a product")
                     }
@@ -157,7 +157,7 @@ impl Checker<'_> {
             }
         };
         let (x, y) = (self.node(x, a.span)?, self.node(y, b.span)?);
-        self.new(FormulaOp::Binary(arithmetic, x, y), span)
+        self.part(FormulaOp::Binary(arithmetic, x, y), span)
     }
 
     fn choice(&mut self, c: &Expr, a: &Expr, b: &Expr, span: Span) -> Option<Part> {
@@ -181,7 +181,7 @@ impl Checker<'_> {
             BinaryOp::Le => [y, x, b, a],
             _ => return self.fail(c.span, "numbers of weights are compared by < <= > >=", "write one of these"),
         };
-        self.new(FormulaOp::Select(select), span)
+        self.part(FormulaOp::Select(select), span)
     }
 
     fn call(&mut self, name: &str, at: Span, args: &[Expr], span: Span) -> Option<Part> {
@@ -189,7 +189,7 @@ impl Checker<'_> {
             && w == WEIGHTS
         {
             return match Reduction::ALL.into_iter().find(|r| r.name() == name) {
-                Some(r) => self.new(FormulaOp::Of(r), span),
+                Some(r) => self.part(FormulaOp::Of(r), span),
                 None => {
                     let known = Reduction::ALL.map(Reduction::name);
                     let d = consts::unknown(name, at, "function of weights", known.into_iter());
@@ -233,9 +233,9 @@ impl Checker<'_> {
                 self.push(if name == "max" { FormulaOp::Max(result, n) } else { FormulaOp::Min(result, n) }, span)?;
         }
         match name {
-            "round" => self.new(FormulaOp::Round(result), span),
-            "floor" => self.new(FormulaOp::Floor(result), span),
-            "log2" => self.new(FormulaOp::Log2(result), span),
+            "round" => self.part(FormulaOp::Round(result), span),
+            "floor" => self.part(FormulaOp::Floor(result), span),
+            "log2" => self.part(FormulaOp::Log2(result), span),
             _ => Some(Part::Node(result)),
         }
     }
@@ -256,7 +256,7 @@ impl Checker<'_> {
                 let message = format!("`{}` is for {}, and `{name}` for {}", own.name, covers.0, covers.1);
                 return self.fail(span, message, "a formula names fields that cover as much as its own, or more");
             }
-            return self.new(FormulaOp::Field(f), span);
+            return self.part(FormulaOp::Field(f), span);
         }
         match self.scope.get(name) {
             Some(value) => {

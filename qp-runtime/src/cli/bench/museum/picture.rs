@@ -26,8 +26,8 @@ const FAMILIES: [(&str, &[&str], &str); 6] = [
     ("BitNet", &["bitnet"], "#8c6d46"),
 ];
 const PALETTE: &str = "#33638d";
-/// Kinds of the palette that are drawn as lines, and their dashes.
-const KINDS: [(&str, &str); 4] = [("fine", ""), ("tcq", "5 3"), ("fast", "8 2 2 2"), ("nuq", "1 3")];
+/// Kinds of the palette that are drawn as lines: with the least error, and with fast products.
+const KINDS: [(&str, &str); 3] = [("fine", ""), ("tcq", "5 3"), ("nuq", "1 3")];
 
 fn colour(name: &str) -> &'static str {
     let of = FAMILIES.iter().filter(|f| f.1.iter().any(|p| name.starts_with(p)));

@@ -571,8 +571,8 @@ pub enum Stmt {
     /// Starts PTX `wgmma.m64nNk32.s32`: each four warps multiply 64 rows, 16 a warp, with N columns onto `acc`, once for
     /// each of `a`, which lie one behind the other along K. Only for targets that have it.
     ///
-    /// Until a [`Stmt::GroupWait`] with none pending the accumulators may only be added to by further products, and the
-    /// block's threads may not meet: others could then write B.
+    /// Until a [`Stmt::GroupWait`] for it the accumulators may only be added to by further products; and until one with none
+    /// pending the block's threads may not meet: others could then write B.
     ///
     /// Warp `w` of four holds rows `16·w..` of A and of the sums, as the operands and accumulators of [`Op::MmaI8`].
     /// B lies in shared memory in cells of 16 bytes: bytes `16·u..` of column `n` in cell `first + u·stride + n`. All of

@@ -185,6 +185,13 @@ refused! {
         add(k, Op::Get(x), Type::I32X4);
         k.body.push(Stmt::GroupWait { pending: 0 });
     };
+    group_read_of_the_last_of_two: |k| {
+        unfinished(k);
+        let x = unfinished(k);
+        k.body.push(Stmt::GroupWait { pending: 1 });
+        add(k, Op::Get(x), Type::I32X4);
+        k.body.push(Stmt::GroupWait { pending: 0 });
+    };
     group_set: |k| {
         let x = unfinished(k);
         let zero = number(k, 0);

@@ -31,8 +31,8 @@ pub struct Book {
     line: Option<(f32, f32)>,
     /// How products are computed exactly, or why they are not.
     terms: Result<Arc<Terms>, Inexact>,
-    /// If they are, the integers of all entries, less the smallest.
-    digits: Vec<u8>,
+    /// If they are, the digits of all entries: of each byte of them, code by code.
+    digits: Vec<Vec<u8>>,
 }
 
 impl Book {
@@ -45,9 +45,12 @@ impl Book {
         let mut digits = Vec::new();
         if let Ok(terms) = &terms {
             let mut integers = vec![0; format.vector as usize];
+            digits = vec![Vec::new(); terms.planes() as usize];
             for code in 0..1u32 << format.window {
                 format.integers(code, &mut integers);
-                digits.extend(integers.iter().map(|i| (i - terms.lowest) as u8));
+                for (plane, digits) in digits.iter_mut().enumerate() {
+                    digits.extend(integers.iter().map(|&i| (terms.digits(i) >> (8 * plane)) as u8));
+                }
             }
         }
         Book { format, entries, line: is_line.then_some((first, step)), terms, digits }

@@ -14,7 +14,8 @@ use crate::memory::arena::{Arena, Piece};
 /// Weights that a task multiplies, about.
 const TASK: usize = 1 << 15;
 
-/// The rows of a matrix of a format, written out: integers of a byte each, and the numbers of their runs.
+/// The rows of a matrix of a format, written out: digits, in each row a plane of bytes behind the other, and the numbers of their
+/// runs.
 #[derive(Debug)]
 pub struct Lines {
     digits: Piece<u8>,
@@ -37,6 +38,11 @@ fn run(terms: &Terms) -> usize {
     terms.run.unwrap_or(TILE) as usize
 }
 
+/// Bytes of the digits of a row of `cols` columns.
+fn of_row(terms: &Terms, cols: usize) -> usize {
+    cols * terms.planes() as usize
+}
+
 /// The slopes of a row; that of a whole row is said for each run.
 fn slopes<'a>(numbers: &'a Numbers, ones: &'a [i32], terms: &Terms) -> &'a [i32] {
     if terms.run.is_some() { &numbers.slopes } else { ones }
@@ -49,7 +55,7 @@ impl Lines {
         let runs = rows * cols.div_ceil(run(terms));
         let of_runs = Arena::bytes_of::<i32>(runs);
         let rests = if terms.rest.is_some() { of_runs } else { 0 };
-        Arena::bytes_of::<u8>(rows * cols) + Arena::bytes_of::<f32>(rows) + of_runs + rests
+        Arena::bytes_of::<u8>(rows * of_row(terms, cols)) + Arena::bytes_of::<f32>(rows) + of_runs + rests
     }
 
     /// Those of the matrix that `reader` reads from `tensors`, which must be of a format with terms, in `arena`; `None` if they do
@@ -60,7 +66,7 @@ impl Lines {
         let runs = cols.div_ceil(run(terms));
         let of_rest = if terms.rest.is_some() { runs } else { 0 };
         let mut out = Lines {
-            digits: arena.take(rows * cols)?,
+            digits: arena.take(rows * of_row(terms, cols))?,
             factors: arena.take(rows)?,
             slopes: arena.take(rows * runs)?,
             rests: arena.take(rows * of_rest)?,
@@ -70,7 +76,7 @@ impl Lines {
             0 => (0..rows).map(|_| &mut [][..]).collect(),
             n => out.rests.chunks_exact_mut(n).collect(),
         };
-        let of_rows = out.digits.par_chunks_exact_mut(cols).zip(&mut out.factors[..]);
+        let of_rows = out.digits.par_chunks_exact_mut(of_row(terms, cols)).zip(&mut out.factors[..]);
         let of_rows = of_rows.zip(out.slopes.par_chunks_exact_mut(runs)).zip(rests);
         of_rows.enumerate().for_each_init(Numbers::default, |numbers, (row, (((digits, factor), to), rests))| {
             reader.digits(tensors, row as u32, digits);
@@ -111,12 +117,11 @@ pub fn linear(reader: &Reader, tensors: &[&[u8]], kept: Option<&Lines>, tokens: 
         .collect();
     let products = |row: Row<'_>, out: &mut [f32]| {
         for (out, x) in out.iter_mut().zip(&inputs) {
-            let (numbers, lowest) = ((row.slopes, row.rests), terms.lowest);
             let sum = match run {
-                16 => sum::<16>(row.digits, x.q, &x.sums, numbers, lowest),
-                32 => sum::<32>(row.digits, x.q, &x.sums, numbers, lowest),
-                64 => sum::<64>(row.digits, x.q, &x.sums, numbers, lowest),
-                _ => sum::<128>(row.digits, x.q, &x.sums, numbers, lowest),
+                16 => row_sum::<16>(row, x, terms),
+                32 => row_sum::<32>(row, x, terms),
+                64 => row_sum::<64>(row, x, terms),
+                _ => row_sum::<128>(row, x, terms),
             };
             *out = sum as f32 * row.factor * x.scale;
         }
@@ -126,7 +131,7 @@ pub fn linear(reader: &Reader, tensors: &[&[u8]], kept: Option<&Lines>, tokens: 
     let task = (TASK / cols.max(1)).max(1);
     let ones = vec![1; runs];
     by_row.par_chunks_mut((task * n).max(1)).enumerate().for_each_init(
-        || (vec![0u8; if kept.is_some() { 0 } else { cols }], Numbers::default()),
+        || (vec![0u8; if kept.is_some() { 0 } else { of_row(terms, cols) }], Numbers::default()),
         |(digits, numbers), (i, out)| {
             for (r, out) in out.chunks_exact_mut(n.max(1)).enumerate() {
                 let row = i * task + r;
@@ -134,7 +139,7 @@ pub fn linear(reader: &Reader, tensors: &[&[u8]], kept: Option<&Lines>, tokens: 
                     Some(kept) => {
                         let rests = kept.rests.len() / rows;
                         let row = Row {
-                            digits: &kept.digits[row * cols..][..cols],
+                            digits: &kept.digits[row * of_row(terms, cols)..][..of_row(terms, cols)],
                             factor: kept.factors[row],
                             slopes: &kept.slopes[row * runs..][..runs],
                             rests: &kept.rests[row * rests..][..rests],
@@ -152,6 +157,19 @@ pub fn linear(reader: &Reader, tensors: &[&[u8]], kept: Option<&Lines>, tokens: 
         },
     );
     by_token(by_row, n)
+}
+
+/// A row's sum with a token's activations.
+fn row_sum<const N: usize>(row: Row<'_>, x: &Input<'_>, terms: &Terms) -> i64 {
+    if !terms.is_wide() {
+        return sum::<N>(row.digits, x.q, &x.sums, (row.slopes, row.rests), terms.lowest);
+    }
+    let planes = row.digits.chunks_exact(x.q.len());
+    let products =
+        planes.zip(0..).map(|(digits, plane)| sum::<N>(digits, x.q, &x.sums, (row.slopes, &[]), 0) << (8 * plane));
+    let offsets =
+        |numbers: &[i32]| numbers.iter().zip(&x.sums).map(|(&n, &sum)| i64::from(n) * i64::from(sum)).sum::<i64>();
+    products.sum::<i64>() + i64::from(terms.lowest) * offsets(row.slopes) + offsets(row.rests)
 }
 
 for_each_instruction_set! {
@@ -198,6 +216,11 @@ mod tests {
             ("nvfp4", 48),
             ("int8_channel", 300),
             ("iq2_xxs", 256),
+            ("nf4", 192),
+            ("fp4", 128),
+            ("mxfp6_e3m2", 320),
+            ("fp8_channel", 40),
+            ("mxfp8_e4m3", 96),
         ] {
             let format = formats::get(name).unwrap();
             let shape = Shape { rows: 24, cols };

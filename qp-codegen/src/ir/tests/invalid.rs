@@ -40,7 +40,7 @@ fn group(k: &mut Kernel, f: impl FnOnce(&mut Vec<Var>, &mut u32)) {
     k.body.push(Stmt::Set(var, sum));
     let (mut acc, mut stride) = (vec![var], 8);
     f(&mut acc, &mut stride);
-    k.body.push(Stmt::MmaGroup { signed_a: true, a: vec![[x; 4]], acc, mem: 0, first, stride });
+    k.body.push(Stmt::MmaGroup { signed_a: true, fresh: false, a: vec![[x; 4]], acc, mem: 0, first, stride });
     k.body.push(Stmt::GroupWait { pending: 0 });
 }
 

@@ -149,7 +149,8 @@ impl<'b, 'a> Emit<'b, 'a> {
         let (block, part) = divide(b, b.special(Special::BlockX), plan.parts);
         let first_row = block * layout.row_tiles() / launch.blocks;
         let rows = (block + 1) * layout.row_tiles() / launch.blocks - first_row;
-        let steps = rows * plan.passes;
+        // With several passes all blocks count as the one that has most rows: dividing by a constant costs little.
+        let steps = if plan.passes == 1 { rows } else { b.i32((plan.most_rows * plan.passes) as i32) };
         Emit { b, op, launch, plan, operands, sums, thread, lane, warp, part, first_row, rows, steps }
     }
 
@@ -181,11 +182,12 @@ impl<'b, 'a> Emit<'b, 'a> {
 
     /// Pass and row of tiles, within the block, of a step.
     fn place(&self, step: V<'b>) -> (V<'b>, V<'b>) {
-        if self.plan.passes == 1 {
-            return (self.b.i32(0), step);
-        }
-        let pass = step / self.rows;
-        (pass, step - pass * self.rows)
+        if self.plan.passes == 1 { (self.b.i32(0), step) } else { divide(self.b, step, self.plan.most_rows) }
+    }
+
+    /// True if there is a row of tiles for all steps.
+    fn has_rows(&self) -> bool {
+        self.plan.passes == 1 || self.plan.layout.row_tiles() == self.launch.blocks * self.plan.most_rows
     }
 
     /// The first of a warp's tiles in a pass.
@@ -210,7 +212,8 @@ impl<'b, 'a> Emit<'b, 'a> {
     fn fetch(&self, step: V<'b>, buffer: &Buffer) {
         let b = self.b;
         let (pass, row) = self.place(step);
-        let row = self.first_row + row;
+        // Of a row that is not the block's the sums are not kept.
+        let row = self.first_row + if self.has_rows() { row } else { row.min(self.rows - 1) };
         let col = self.column(pass);
         for (d, tile) in (0..).zip(&buffer.tiles) {
             let load = || self.operands.fetch(row, col + d, tile);
@@ -311,23 +314,26 @@ impl<'b, 'a> Emit<'b, 'a> {
         }
         let mut sums: Vec<[Option<V<'b>>; 2]> = vec![[None; 2]; plan.groups as usize];
         for (d, tile) in tiles.iter().enumerate() {
-            let registers = self.operands.registers(tile);
+            let planes = self.operands.registers(tile);
             let mut known = HashMap::new();
             for run in 0..plan.runs {
                 let factors = self.operands.factors(tile, run, inverses, &mut known);
                 for (group, sums) in sums.iter_mut().enumerate() {
-                    let of = |kt: u32| std::array::from_fn(|a| registers[(kt * 4) as usize + a]);
-                    let products = self.multiply(&of, &activations.x[d][group], run);
                     let offset = plan.offsets.then(|| b.get(activations.sums[d][group][run as usize]));
-                    for (half, sum) in (0..).zip(sums) {
-                        let (high, low) = (products.lane(2 * half), products.lane(2 * half + 1));
-                        let term = self.operands.term(high, low, offset, factors.map(|f| f[half as usize]));
-                        *sum = Some(sum.map_or(term, |s| s + term));
+                    for (plane, registers) in (0..).zip(&planes) {
+                        let of = |kt: u32| std::array::from_fn(|a| registers[(kt * 4) as usize + a]);
+                        let products = self.multiply(&of, &activations.x[d][group], run);
+                        for (half, sum) in (0..).zip(&mut *sums) {
+                            let products = [0, 1].map(|low| products.lane(2 * half + low));
+                            let term = self.operands.term(plane, products, offset, factors.map(|f| f[half as usize]));
+                            *sum = Some(sum.map_or(term, |s| s + term));
+                        }
                     }
                 }
             }
         }
-        self.keep(pass, row, &sums);
+        let keep = || self.keep(pass, row, &sums);
+        if self.has_rows() { keep() } else { b.if_(row.lt(self.rows), keep) }
     }
 
     /// Stores the warp's sums of a row of tiles, or adds them to those of the passes before.

@@ -17,6 +17,7 @@
 //! neighbours, so that the weights come from memory once.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use super::Product;
 use super::layout::{ROWS, Relaid};
@@ -50,6 +51,8 @@ pub struct Launch {
     pub row_tiles: u32,
     /// Tiles, side by side, that a warp takes of a chunk.
     pub chunk: u32,
+    /// Tiles, of a chunk's number a divisor, whose words are on their way.
+    pub ahead: u32,
     /// Parts of the tokens, each with blocks of its own.
     pub token_parts: u32,
     /// Blocks that share the rows of tiles (the grid has `blocks · token_parts`).
@@ -186,8 +189,8 @@ struct Emit<'b, 'a> {
 
 /// What the warps keep through the columns.
 struct Kept {
-    /// Registers for the tiles that are on their way, one below the other.
-    tiles: Vec<Tile>,
+    /// Registers for the tiles that are on their way: by step, one below the other.
+    tiles: Vec<Vec<Tile>>,
     /// Sums of 64 bits: by tile, group of planes and half of the tile's rows.
     sums: Vec<Var>,
     /// Sums of a product of groups of warps: by group of planes.
@@ -196,7 +199,8 @@ struct Kept {
 
 /// A tile that is being multiplied.
 struct Decoded<'b> {
-    registers: Vec<V<'b>>,
+    /// By plane.
+    planes: Vec<Vec<V<'b>>>,
     /// By run, for two rows.
     factors: Vec<Option<[Factors<'b>; 2]>>,
 }
@@ -243,8 +247,9 @@ impl<'b, 'a> Emit<'b, 'a> {
     fn kernel(&self) {
         let (b, plan, launch) = (self.b, self.plan, self.launch);
         b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
-        let tiles: Vec<Tile> = (0..launch.row_tiles).map(|_| self.operands.tile()).collect();
-        self.fetch(b.i32(0), &tiles);
+        let of_step = || (0..launch.row_tiles).map(|_| self.operands.tile()).collect();
+        let tiles: Vec<Vec<Tile>> = (0..launch.ahead).map(|_| of_step()).collect();
+        (0..).zip(&tiles).for_each(|(step, tiles)| self.fetch(b.i32(step), tiles));
         b.grid_wait();
         self.stage(b.i32(0));
         self.stage(b.i32(1));
@@ -277,8 +282,18 @@ impl<'b, 'a> Emit<'b, 'a> {
                 if plan.offsets {
                     self.add_up(chunk + 1);
                 }
-                let step = |i: V<'b>| self.step(chunk, i, &kept, &inverses);
-                let steps = || if launch.chunk == 1 { step(b.i32(0)) } else { b.for_(0, launch.chunk, 1, step) };
+                let in_turn = |first: V<'b>| {
+                    for p in 0..launch.ahead {
+                        self.step(chunk, (first + p, p), &kept, &inverses);
+                    }
+                };
+                let steps = || {
+                    if launch.chunk == launch.ahead {
+                        in_turn(b.i32(0));
+                    } else {
+                        b.for_(0, launch.chunk, launch.ahead, in_turn);
+                    }
+                };
                 if launch.group { steps() } else { self.busy(round, steps) }
             });
             self.finish(round, &kept.sums);
@@ -367,38 +382,49 @@ impl<'b, 'a> Emit<'b, 'a> {
     }
 
     /// Adds up the activations of each run of a chunk (chunks of all rounds count on), if there is one: a group of planes and a
-    /// tile a warp.
+    /// tile a warp at a time, in straight-line code, for nothing of it waits for anything else.
     fn add_up(&self, chunk: V<'b>) {
         let (b, plan) = (self.b, self.plan);
         let (from, to) = (self.slot(chunk), self.offsets_slot(chunk));
+        let (items, warps) = (plan.chunk_tiles * plan.groups, self.launch.warps());
         b.if_(chunk.lt(self.rounds * plan.chunks), || {
-            b.for_(self.warp, plan.chunk_tiles * plan.groups, self.launch.warps(), |item| {
-                let (tile, group) = divide(b, item, plan.groups);
-                // Lane 8j + i names row i of matrix j: of 16 columns.
-                let first =
-                    from + tile * plan.tile_cells() + group * 8 + (self.lane & 7) + (self.lane >> 3) * plan.planes();
-                let x: Vec<V> = (0..ACROSS / 2)
-                    .flat_map(|pair| b.load_matrix(self.staged, (first + pair * 4 * plan.planes()) * 4, 4).lanes())
-                    .collect();
-                let ones = [b.u32(ONES); 4];
-                let sums: Vec<V> = (0..plan.runs)
-                    .map(|run| {
-                        let none = b.vector(&[b.i32(0); 4]);
-                        let sum = self.operands_of(run, &|_| ones).into_iter().fold(none, |sum, (kt, a)| {
-                            let at = 2 * kt as usize;
-                            b.mma_i8(false, a, [x[at], x[at + 1]], sum)
-                        });
-                        sum.lane(0) * 128 + sum.lane(1)
-                    })
-                    .collect();
-                b.if_(self.lane.lt(OF_PRODUCT), || {
+            for round in 0..items.div_ceil(warps) {
+                // Warps without an item take the last, and store nothing: where threads part, the assembler would not let groups
+                // of warps multiply on.
+                let all = (round + 1) * warps <= items;
+                let item = self.warp + round * warps;
+                let (tile, group) = divide(b, if all { item } else { item.min(items as i32 - 1) }, plan.groups);
+                let sums = self.add_up_tile(from + tile * plan.tile_cells() + group * 8);
+                let stores = self.lane.lt(OF_PRODUCT);
+                b.if_(if all { stores } else { stores & item.lt(items) }, || {
                     let at = to + tile * plan.tile_offsets() + group * OF_PRODUCT + self.lane;
-                    for (run, &sum) in (0..).zip(&sums) {
+                    for (run, sum) in (0..).zip(sums) {
                         b.store(self.offsets, at + run * plan.groups * OF_PRODUCT, sum, Elem::I32);
                     }
                 });
-            });
+            }
         });
+    }
+
+    /// The sums over the runs of a tile of the lane's token of a group, whose planes lie at `first`: products with ones.
+    fn add_up_tile(&self, first: V<'b>) -> Vec<V<'b>> {
+        let (b, plan) = (self.b, self.plan);
+        // Lane 8j + i names row i of matrix j: of 16 columns.
+        let first = first + (self.lane & 7) + (self.lane >> 3) * plan.planes();
+        let x: Vec<V> = (0..ACROSS / 2)
+            .flat_map(|pair| b.load_matrix(self.staged, (first + pair * 4 * plan.planes()) * 4, 4).lanes())
+            .collect();
+        let ones = [b.u32(ONES); 4];
+        let none = b.vector(&[b.i32(0); 4]);
+        let of_run = |run: u32| {
+            let products = self.operands_of(run, &|_| ones).into_iter().map(|(kt, a)| {
+                let at = 2 * kt as usize;
+                b.mma_i8(false, a, [x[at], x[at + 1]], none)
+            });
+            let sums = products.map(|sum| sum.lane(0) * 128 + sum.lane(1));
+            sums.reduce(|sum, x| sum + x).expect("a run has columns")
+        };
+        (0..plan.runs).map(of_run).collect()
     }
 
     /// The operands of the products of a run: of which 32 columns, and the registers, zeros for columns of another run.
@@ -412,12 +438,13 @@ impl<'b, 'a> Emit<'b, 'a> {
         (run * columns / 32..(run + 1) * columns / 32).map(|kt| (kt, of(kt))).collect()
     }
 
-    /// Decodes and multiplies tile `i` of the warp's of a chunk. Where its words were, those of the next step are on their way
-    /// meanwhile.
-    fn step(&self, chunk: V<'b>, i: V<'b>, kept: &Kept, inverses: &[Option<[V<'b>; 2]>]) {
+    /// Decodes and multiplies tile `i` of the warp's of a chunk. Where its words were, which registers `p` held, those of a later
+    /// step are on their way meanwhile.
+    fn step(&self, chunk: V<'b>, (i, p): (V<'b>, u32), kept: &Kept, inverses: &[Option<[V<'b>; 2]>]) {
         let (b, plan) = (self.b, self.plan);
-        let arrived: Vec<Arrived> = kept.tiles.iter().map(|t| self.operands.arrived(t)).collect();
-        self.fetch(chunk * self.launch.chunk + i + 1, &kept.tiles);
+        let tiles = &kept.tiles[p as usize];
+        let arrived: Vec<Arrived> = tiles.iter().map(|t| self.operands.arrived(t)).collect();
+        self.fetch(chunk * self.launch.chunk + i + self.launch.ahead, tiles);
         if self.launch.group {
             // The assembler would put the loads off, but not beyond this.
             b.warp_sync();
@@ -430,47 +457,58 @@ impl<'b, 'a> Emit<'b, 'a> {
             .zip(inverses)
             .map(|(tile, inverses)| {
                 let mut known = HashMap::new();
-                let registers = self.operands.registers(tile);
+                let planes = self.operands.registers(tile);
                 let factors =
                     (0..plan.runs).map(|run| self.operands.factors(tile, run, *inverses, &mut known)).collect();
-                Decoded { registers, factors }
+                Decoded { planes, factors }
             })
             .collect();
         for run in 0..plan.runs {
-            if self.launch.group {
-                self.multiply_by_groups(run, &decoded[0], first, offsets, kept);
-            } else {
-                self.multiply_by_warps(run, &decoded, first, offsets, kept);
+            for plane in 0..self.op.terms.planes() {
+                if self.launch.group {
+                    self.multiply_by_groups((run, plane), &decoded[0], first, offsets, kept);
+                } else {
+                    self.multiply_by_warps((run, plane), &decoded, first, offsets, kept);
+                }
             }
         }
     }
 
-    /// The sum of the lane's token of a group over a run, if it is needed.
-    fn offset(&self, offsets: V<'b>, run: u32, group: u32) -> Option<V<'b>> {
+    /// The sum of the lane's token of a group over a run, if it is needed: with the lowest plane.
+    fn offset(&self, offsets: V<'b>, (run, plane): (u32, u32), group: u32) -> Option<V<'b>> {
         let at = (run * self.plan.groups + group) * OF_PRODUCT;
-        self.plan.offsets.then(|| self.b.load_as(self.offsets, offsets + at, Elem::I32, 1, Cache::Default))
+        let needed = self.plan.offsets && plane == 0;
+        needed.then(|| self.b.load_as(self.offsets, offsets + at, Elem::I32, 1, Cache::Default))
     }
 
-    /// Adds the sums of a run's products, of the high and the low plane for each of two rows, to those of tile `m`.
+    /// Adds the sums of a run's products with a plane of the weights, of the high and the low plane of the activations for each of
+    /// two rows, to those of tile `m`.
     fn add(
         &self,
         kept: &Kept,
-        (m, group): (u32, u32),
+        (m, group, plane): (u32, u32, u32),
         products: V<'b>,
         offset: Option<V<'b>>,
         factors: Option<[Factors<'b>; 2]>,
     ) {
         let b = self.b;
         for half in 0..2 {
-            let (high, low) = (products.lane(2 * half), products.lane(2 * half + 1));
-            let term = self.operands.term(high, low, offset, factors.map(|f| f[half as usize]));
+            let products = [0, 1].map(|low| products.lane(2 * half + low));
+            let term = self.operands.term(plane, products, offset, factors.map(|f| f[half as usize]));
             let sum = kept.sums[((m * self.plan.groups + group) * 2 + half) as usize];
             b.set(sum, b.get(sum) + term);
         }
     }
 
     /// Multiplies a run of the warp's tiles with all planes, which lie at `first`.
-    fn multiply_by_warps(&self, run: u32, tiles: &[Decoded<'b>], first: V<'b>, offsets: V<'b>, kept: &Kept) {
+    fn multiply_by_warps(
+        &self,
+        (run, plane): (u32, u32),
+        tiles: &[Decoded<'b>],
+        first: V<'b>,
+        offsets: V<'b>,
+        kept: &Kept,
+    ) {
         let (b, plan) = (self.b, self.plan);
         // Lane 8j + i names row i of matrix j: of planes 0 to 8 the first 16 columns, the second, of planes 8 to 16 …
         let second = (self.lane >> 3) & 1;
@@ -478,7 +516,8 @@ impl<'b, 'a> Emit<'b, 'a> {
         let of_one = first + (self.lane & 7) + second * plan.planes();
         let steps: Vec<Vec<(u32, [V; 4])>> = tiles
             .iter()
-            .map(|t| self.operands_of(run, &|kt| std::array::from_fn(|a| t.registers[(kt * 4) as usize + a])))
+            .map(|t| &t.planes[plane as usize])
+            .map(|t| self.operands_of(run, &|kt| std::array::from_fn(|a| t[(kt * 4) as usize + a])))
             .collect();
         for pair in (0..plan.groups).step_by(2) {
             let groups = (plan.groups - pair).min(2);
@@ -491,7 +530,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                 })
                 .collect();
             for group in 0..groups {
-                let offset = self.offset(offsets, run, pair + group);
+                let offset = self.offset(offsets, (run, plane), pair + group);
                 for ((m, tile), steps) in (0..).zip(tiles).zip(&steps) {
                     let none = b.vector(&[b.i32(0); 4]);
                     let at = 2 * group as usize;
@@ -499,31 +538,38 @@ impl<'b, 'a> Emit<'b, 'a> {
                         .iter()
                         .zip(&x)
                         .fold(none, |sum, ((_, a), x)| b.mma_i8(false, *a, [x[at], x[at + 1]], sum));
-                    self.add(kept, (m, pair + group), products, offset, tile.factors[run as usize]);
+                    self.add(kept, (m, pair + group, plane), products, offset, tile.factors[run as usize]);
                 }
             }
         }
     }
 
     /// Multiplies a run of the group's tiles with all planes, which lie at `first`.
-    fn multiply_by_groups(&self, run: u32, tile: &Decoded<'b>, first: V<'b>, offsets: V<'b>, kept: &Kept) {
+    fn multiply_by_groups(
+        &self,
+        (run, plane): (u32, u32),
+        tile: &Decoded<'b>,
+        first: V<'b>,
+        offsets: V<'b>,
+        kept: &Kept,
+    ) {
         let (b, plan) = (self.b, self.plan);
-        let steps = self.operands_of(run, &|kt| std::array::from_fn(|a| tile.registers[(kt * 4) as usize + a]));
+        let registers = &tile.planes[plane as usize];
+        let steps = self.operands_of(run, &|kt| std::array::from_fn(|a| registers[(kt * 4) as usize + a]));
         let a: Vec<[V; 4]> = steps.iter().map(|s| s.1).collect();
-        let none = b.vector(&[b.i32(0); 4]);
-        kept.products.iter().for_each(|&v| b.set(v, none));
         // Up to 32 planes are as fast as 32.
         let half = if plan.planes() <= 32 { plan.groups } else { group_columns(plan.planes() / 2) / 8 };
         let at = first + steps[0].0 * 2 * plan.planes();
         let (one, other) = kept.products.split_at(half as usize);
-        b.mma_group(false, &a, one, self.staged, at, plan.planes());
+        b.mma_group_fresh(false, &a, one, self.staged, at, plan.planes());
         if !other.is_empty() {
-            b.mma_group(false, &a, other, self.staged, at + half * 8, plan.planes());
+            b.mma_group_fresh(false, &a, other, self.staged, at + half * 8, plan.planes());
         }
-        let add = |groups: std::ops::Range<u32>| {
+        let add = |groups: Range<u32>| {
             for group in groups {
                 let products = b.get(kept.products[group as usize]);
-                self.add(kept, (0, group), products, self.offset(offsets, run, group), tile.factors[run as usize]);
+                let offset = self.offset(offsets, (run, plane), group);
+                self.add(kept, (0, group, plane), products, offset, tile.factors[run as usize]);
             }
         };
         if !other.is_empty() {

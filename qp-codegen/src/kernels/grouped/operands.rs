@@ -124,8 +124,43 @@ impl<'b, 'a> Operands<'b, 'a> {
         [0, 1].map(|half: u32| (((grid >> (8 * half)) & 0xff_u32) << 23_u32).bits(Scalar::F32))
     }
 
-    /// The registers of a tile: each of four unsigned bytes.
-    pub(super) fn registers(&self, tile: &Arrived<'b>) -> Vec<V<'b>> {
+    /// The registers of a tile, by plane: each of four unsigned bytes.
+    pub(super) fn registers(&self, tile: &Arrived<'b>) -> Vec<Vec<V<'b>>> {
+        match &self.op.terms.table {
+            Some(table) => self.looked_up(table, tile),
+            None => (0..self.layout.planes()).map(|plane| self.bytes(plane, tile)).collect(),
+        }
+    }
+
+    /// The registers of codes: the bytes of eight are picked by the lower three bits, once of the lower and once of the upper half of
+    /// the table, and one of the two by the highest bit.
+    fn looked_up(&self, table: &[u32], tile: &Arrived<'b>) -> Vec<Vec<V<'b>>> {
+        let b = self.b;
+        let selectors: Vec<(V, V)> = tile
+            .words
+            .iter()
+            .flat_map(|&word| {
+                let within = word & b.u32(0x7777_7777);
+                let half = ((word >> 1) & b.u32(0x4444_4444)) | b.u32(0x3210_3210);
+                [(within, half), (within >> 16, half >> 16)]
+            })
+            .collect();
+        let plane = |plane: u32| {
+            let four = |first: usize| {
+                let bytes = table[first..first + 4].iter().map(|x| (x >> (8 * plane)) as u8);
+                b.u32(bytes.rev().fold(0, |word, byte| word << 8 | u32::from(byte)))
+            };
+            let [t0, t1, t2, t3] = [0, 4, 8, 12].map(four);
+            let pick = |&(within, half): &(V<'b>, V<'b>)| {
+                t0.permute_by(t1, within).permute_by(t2.permute_by(t3, within), half)
+            };
+            selectors.iter().map(pick).collect()
+        };
+        (0..self.op.terms.planes()).map(plane).collect()
+    }
+
+    /// The registers of a plane.
+    fn bytes(&self, plane: u32, tile: &Arrived<'b>) -> Vec<V<'b>> {
         let b = self.b;
         let part = |register: u32, words: &[V<'b>], first: u32, width: u32| {
             let of_word = 8 / width;
@@ -135,9 +170,9 @@ impl<'b, 'a> Operands<'b, 'a> {
             if width == 8 { word } else { moved & b.u32((mask(width) << first) * 0x0101_0101) }
         };
         let one = |register: u32| {
-            let mut rest = &tile.words[..];
+            let mut rest = &tile.words[(plane * REGISTERS) as usize..];
             let mut value: Option<V<'b>> = None;
-            for (first, width) in self.layout.parts() {
+            for (first, width) in self.layout.parts(plane) {
                 let bits = part(register, rest, first, width);
                 value = Some(value.map_or(bits, |v| v | bits));
                 rest = &rest[(REGISTERS * width / 8) as usize..];
@@ -169,14 +204,30 @@ impl<'b, 'a> Operands<'b, 'a> {
         })
     }
 
-    /// What a run adds to the sum of a row and a token: `high` and `low` are the sums of the planes' products, `offset` is that of
-    /// the activations, where it is needed.
-    pub(super) fn term(&self, high: V<'b>, low: V<'b>, offset: Option<V<'b>>, factors: Option<Factors<'b>>) -> V<'b> {
-        let mut joined = high * 128 + low;
-        if let Some(offset) = offset.filter(|_| self.op.terms.lowest != 0) {
-            joined = joined + offset * self.op.terms.lowest;
+    /// What a run adds to the sum of a row and a token: `high` and `low` are the sums of the products of a plane of the weights with
+    /// those of the activations, `offset` is the sum of these, where it is needed, which is added with the lowest plane.
+    pub(super) fn term(
+        &self,
+        plane: u32,
+        [high, low]: [V<'b>; 2],
+        offset: Option<V<'b>>,
+        factors: Option<Factors<'b>>,
+    ) -> V<'b> {
+        let terms = self.op.terms;
+        let joined = high * 128 + low;
+        if plane > 0 {
+            let joined = joined.to(Scalar::I64);
+            let term = factors.map_or(joined, |(slope, _)| slope * joined);
+            return term * self.b.constant(Const::I64(1 << (8 * plane)));
         }
-        let joined = joined.to(Scalar::I64);
+        let joined = match offset.filter(|_| terms.lowest != 0) {
+            None => joined.to(Scalar::I64),
+            Some(offset) if terms.is_wide() => {
+                let lowest = self.b.constant(Const::I64(terms.lowest.into()));
+                joined.to(Scalar::I64) + offset.to(Scalar::I64) * lowest
+            }
+            Some(offset) => (joined + offset * terms.lowest).to(Scalar::I64),
+        };
         match factors {
             None => joined,
             Some((slope, None)) => slope * joined,

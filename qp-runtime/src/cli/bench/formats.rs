@@ -266,7 +266,7 @@ mod tests {
         made.tensors[0][0] ^= 1;
         let message = made.measure(&on, 1, 1).expect_err("another matrix").to_string();
         assert!(message.contains("row 0, token 0 is") && message.contains("but must be"), "{message}");
-        let error = Made::new(&on, formats::get("nf4").expect("of the formats"), shape).err().expect("not exact");
+        let error = Made::new(&on, formats::get("iq1_m").expect("of the formats"), shape).err().expect("not exact");
         assert!(error.to_string().contains("are not exact"), "{error}");
     }
 }

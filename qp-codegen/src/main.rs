@@ -336,6 +336,9 @@ fn product_of_format(e: &Emit, format: &Format) -> Result<Kernel, Failure> {
         return Err(refused("formats have products alone".to_owned()));
     }
     let terms = Terms::of(format).map_err(|why| refused(why.to_string()))?;
+    if !terms.fits(e.shape.cols) {
+        return Err(refused(format!("its numbers are not those of runs in rows of {} columns", e.shape.cols)));
+    }
     let y = Span::rows(e.shape.rows);
     let op = grouped::Product { terms: &terms, shape: e.shape, batch: e.batch, y, accumulate: false };
     Ok(grouped::lower(&op, &grouped::Launch::choose(&op, &e.target.device())))

@@ -36,8 +36,8 @@ pub struct Book {
     line: Option<(f32, f32)>,
     /// How products are computed exactly, or why they are not.
     terms: Result<Arc<Terms>, Inexact>,
-    /// If they are, the integers of all entries, less the smallest.
-    digits: Vec<u8>,
+    /// If they are, the digits of all entries: of each byte of them, code by code.
+    digits: Vec<Vec<u8>>,
 }
 
 impl Book {
@@ -54,9 +54,13 @@ impl Book {
         let mut digits = Vec::new();
         if let Ok(terms) = &terms {
             let (mut integers, mut room) = (vec![0; format.vector as usize], Room::default());
+            digits = vec![Vec::new(); terms.planes() as usize];
             for code in 0..1u32 << format.window {
                 format.integers(code, &[], &mut room, &mut integers);
-                digits.extend(integers.iter().map(|i| (i - i64::from(terms.lowest)) as u8));
+                for (plane, digits) in digits.iter_mut().enumerate() {
+                    // The integers of a checked format are of its entries' type.
+                    digits.extend(integers.iter().map(|&i| (terms.digits(i as i32) >> (8 * plane)) as u8));
+                }
             }
         }
         Book { format, entries, line: is_line.then_some((first, step)), terms, digits }

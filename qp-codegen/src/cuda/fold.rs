@@ -105,7 +105,7 @@ impl Folder<'_> {
                     self.used(*dst_index, user);
                     self.used(*src_index, user);
                 }
-                Stmt::MmaGroup { signed_a: _, a, acc: _, mem: _, first, stride: _ } => {
+                Stmt::MmaGroup { signed_a: _, fresh: _, a, acc: _, mem: _, first, stride: _ } => {
                     a.iter().flatten().chain([first]).for_each(|v| self.used(*v, user));
                 }
                 Stmt::Barrier
@@ -168,6 +168,7 @@ impl Folder<'_> {
             | Op::Dot2 { .. }
             | Op::Halves(..)
             | Op::AddMin(..)
+            | Op::PermuteBy(..)
             | Op::Vector(_)
             | Op::Get(_) => name.is_none() && !self.must_name[i],
         };

@@ -38,6 +38,7 @@ pub(super) enum Helper {
     /// `groups` accumulators of 8 columns, `steps` of 32 bytes of K.
     MmaGroup {
         signed_a: bool,
+        fresh: bool,
         groups: u8,
         steps: u8,
     },
@@ -97,9 +98,9 @@ impl Helper {
             Helper::LoadMatrix { lanes } => format!("qp_load_matrix_x{lanes}"),
             Helper::Mma { signed_a: true } => "qp_mma_s8".into(),
             Helper::Mma { signed_a: false } => "qp_mma_u8".into(),
-            Helper::MmaGroup { signed_a, groups, steps } => {
-                let a = if signed_a { "s8" } else { "u8" };
-                format!("qp_mma_group_{a}_n{}_k{}", u32::from(groups) * 8, u32::from(steps) * 32)
+            Helper::MmaGroup { signed_a, fresh, groups, steps } => {
+                let (a, fresh) = (if signed_a { "s8" } else { "u8" }, if fresh { "_fresh" } else { "" });
+                format!("qp_mma_group{fresh}_{a}_n{}_k{}", u32::from(groups) * 8, u32::from(steps) * 32)
             }
             Helper::Finished => "qp_finished".into(),
         }
@@ -210,7 +211,9 @@ impl Helper {
                 let parameters = "unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, int4 acc";
                 ("int4".into(), parameters.into(), body)
             }
-            Helper::MmaGroup { signed_a, groups, steps } => mma_group(signed_a, groups.into(), steps.into()),
+            Helper::MmaGroup { signed_a, fresh, groups, steps } => {
+                mma_group(signed_a, fresh, groups.into(), steps.into())
+            }
             Helper::Finished => {
                 let sums = ["x", "y", "z", "w"].map(|c| format!("\"+r\"(sum.{c})")).join(", ");
                 ("int4".into(), "int4 sum".into(), format!("asm volatile(\"\" : {sums});\nreturn sum;"))
@@ -226,7 +229,7 @@ impl Helper {
 ///
 /// B's descriptor holds, in units of 16 bytes: in bits 0 to 13 the address, from 16 on the distance of two units along K,
 /// from 32 on that of two groups of 8 columns; zeros above: no swizzling.
-fn mma_group(signed_a: bool, groups: u32, steps: u32) -> (String, String, String) {
+fn mma_group(signed_a: bool, fresh: bool, groups: u32, steps: u32) -> (String, String, String) {
     let a = if signed_a { "s8" } else { "u8" };
     let list = |f: &dyn Fn(u32) -> String, n: u32| (0..n).map(f).collect::<Vec<_>>().join(", ");
     let sums = list(&|i| format!("%{i}"), 4 * groups);
@@ -236,11 +239,16 @@ fn mma_group(signed_a: bool, groups: u32, steps: u32) -> (String, String, String
         let descriptor = 4 * (groups + steps) + step;
         text.push(format!("wgmma.mma_async.sync.aligned.m64n{}k32.s32.{a}.s8", 8 * groups));
         text.push(format!("    {{{sums}}},"));
-        text.push(format!("    {{{fragment}}}, %{descriptor}, 1;"));
+        // Whether what the accumulators hold counts.
+        let onto = u32::from(!fresh || step > 0);
+        text.push(format!("    {{{fragment}}}, %{descriptor}, {onto};"));
     }
     text.push("wgmma.commit_group.sync.aligned;".into());
     let text: Vec<String> = text.iter().map(|line| format!("\"{line}\\n\"")).collect();
-    let outputs = list(&|i| format!("\"+r\"(d{}.{})", i / 4, ["x", "y", "z", "w"][i as usize % 4]), 4 * groups);
+    // What is overwritten must not seem to be read: the assembler of CUDA 13.0 leaves products out whose accumulators, the same
+    // registers, others overwrite later.
+    let tie = if fresh { "=&r" } else { "+r" };
+    let outputs = list(&|i| format!("\"{tie}\"(d{}.{})", i / 4, ["x", "y", "z", "w"][i as usize % 4]), 4 * groups);
     let inputs = list(&|i| format!("\"r\"(a{i})"), 4 * steps);
     let descriptors = list(&|i| format!("\"l\"(b + {i} * stride)", i = 2 * i), steps);
     let body = format!(

@@ -362,9 +362,9 @@ impl<'k, 'h> Printer<'k, 'h> {
             Stmt::GroupWait { pending } => {
                 self.line(&format!("asm volatile(\"wgmma.wait_group.sync.aligned {pending};\" ::: \"memory\");"));
             }
-            Stmt::MmaGroup { signed_a, a, acc, mem, first, stride } => {
+            Stmt::MmaGroup { signed_a, fresh, a, acc, mem, first, stride } => {
                 let (groups, steps) = (acc.len() as u8, a.len() as u8);
-                let h = self.helper(Helper::MmaGroup { signed_a: *signed_a, groups, steps });
+                let h = self.helper(Helper::MmaGroup { signed_a: *signed_a, fresh: *fresh, groups, steps });
                 let mut args: Vec<String> = acc.iter().map(|x| self.vars[x.0 as usize].clone()).collect();
                 args.extend(a.iter().flatten().map(|v| self.expr(*v).text).collect::<Vec<_>>());
                 let from = self.expr(*first).within(Binds::Product);
@@ -509,6 +509,10 @@ impl<'k, 'h> Printer<'k, 'h> {
             Op::Halves(op, a, b) => {
                 let name = self.helper(Helper::Halves(*op));
                 self.args(&name, &[*a, *b])
+            }
+            Op::PermuteBy(a, b, c) => {
+                let h = self.helper(Helper::Permute);
+                self.args(&h, &[*a, *b, *c])
             }
             Op::AddMin(a, b, c) => self.args("__viaddmin_u16x2", &[*a, *b, *c]),
             Op::Vector(parts) => self.args(&format!("make_{}", type_of(ty)), parts),

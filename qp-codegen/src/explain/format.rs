@@ -118,7 +118,8 @@ fn products(f: &Format, o: &mut String) {
     let fields: Vec<&Field> = terms.fields.iter().map(|f| &f.1).collect();
     let formula = |w: &Weight| expression(&w.ops, &|i| fields[i].name.clone());
     let highest = terms.lowest + (1 << terms.bits) - 1;
-    line!(o, "  products    exact: integers within {} to {highest} times activations of 15 bits", terms.lowest);
+    let of = if terms.rounded > 0 { ", rounded from the entries," } else { "" };
+    line!(o, "  products    exact: integers within {} to {highest}{of} times activations of 15 bits", terms.lowest);
     match terms.run {
         None => line!(o, "  slope       {}, of a row, multiplied at the end", formula(&terms.slope)),
         Some(run) => {
@@ -126,7 +127,7 @@ fn products(f: &Format, o: &mut String) {
             if let Some(rest) = &terms.rest {
                 line!(o, "  rest        {}, times the sum of a run's activations", formula(rest));
             }
-            let bits = 30 - terms.span;
+            let bits = terms.precision(SIDE) - terms.span as i32;
             line!(o, "  sums        of 64 bits; slopes are whole multiples of the row's unit, up to 2^{bits}");
         }
     }
@@ -197,7 +198,11 @@ mod tests {
         let text = of("iq2_xxs");
         assert!(text.contains("  encode      no: no formula for "), "{text}");
         assert!(of("int8_channel").contains("  slope       s, of a row, multiplied at the end\n"));
-        let text = of("fp8_channel");
-        assert!(text.contains("in one order on every device: its entries are -245760 to 245760, more than"), "{text}");
+        assert!(of("fp8_channel").contains("  products    exact: integers within -245760 to 278527 times activations"));
+        assert!(
+            of("nf4").contains("  products    exact: integers within -16384 to 49151, rounded from the entries, times")
+        );
+        let text = of("iq1_m");
+        assert!(text.contains("in one order on every device: `down` is for 1 x 8"), "{text}");
     }
 }

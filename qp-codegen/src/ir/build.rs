@@ -378,11 +378,20 @@ impl Builder {
         self.push(Stmt::GroupFence);
     }
 
-    /// Starts products of warp groups; see [`Stmt::MmaGroup`].
+    /// Starts products of warp groups, added to `acc`; see [`Stmt::MmaGroup`].
     pub fn mma_group(&self, signed_a: bool, a: &[[V<'_>; 4]], acc: &[Var], mem: Mem, first: V<'_>, stride: u32) {
-        let Mem::Shared(mem) = mem else { panic!("from shared memory") };
+        self.start_group(signed_a, false, a, acc, (mem, first, stride));
+    }
+
+    /// Starts products of warp groups that take the place of what is in `acc`.
+    pub fn mma_group_fresh(&self, signed_a: bool, a: &[[V<'_>; 4]], acc: &[Var], mem: Mem, first: V<'_>, stride: u32) {
+        self.start_group(signed_a, true, a, acc, (mem, first, stride));
+    }
+
+    fn start_group(&self, signed_a: bool, fresh: bool, a: &[[V<'_>; 4]], acc: &[Var], b: (Mem, V<'_>, u32)) {
+        let (Mem::Shared(mem), first, stride) = b else { panic!("from shared memory") };
         let a = a.iter().map(|a| a.map(|v| v.val)).collect();
-        self.push(Stmt::MmaGroup { signed_a, a, acc: acc.to_vec(), mem, first: first.val, stride });
+        self.push(Stmt::MmaGroup { signed_a, fresh, a, acc: acc.to_vec(), mem, first: first.val, stride });
     }
 
     /// Waits for all but the last `pending` products of warp groups.
@@ -550,6 +559,11 @@ impl<'b> V<'b> {
         self.b.emit(Op::Permute { a: self.val, b: b.val, selector }, Type::U32)
     }
 
+    /// Picks four bytes of `(b:self)` by a selector; see [`Op::PermuteBy`].
+    pub fn permute_by(self, b: V<'b>, selector: V<'b>) -> V<'b> {
+        self.b.emit(Op::PermuteBy(self.val, b.val, selector.val), Type::U32)
+    }
+
     /// Four byte products summed onto `acc`.
     pub fn dot4(self, b: V<'b>, acc: V<'b>) -> V<'b> {
         self.b.emit(Op::Dot4 { a: self.val, b: b.val, acc: acc.val }, Type::I32)
@@ -693,7 +707,7 @@ fn sweep(kernel: &mut Kernel) {
                     used[src_index.0 as usize] = true;
                 }
                 Stmt::Prefetch { src: _, index } => used[index.0 as usize] = true,
-                Stmt::MmaGroup { signed_a: _, a, acc: _, mem: _, first, stride: _ } => {
+                Stmt::MmaGroup { signed_a: _, fresh: _, a, acc: _, mem: _, first, stride: _ } => {
                     a.iter().flatten().chain([&*first]).for_each(|v| used[v.0 as usize] = true);
                 }
                 Stmt::Barrier

@@ -355,6 +355,8 @@ pub enum Op {
         /// Constant selector.
         selector: u32,
     },
+    /// The same by a selector that is a value, of which the low 16 bits count: the bytes of `a` and `b`, which a selector looks up.
+    PermuteBy(Val, Val, Val),
     /// Four products of signed 8-bit components, summed onto `acc`: PTX `dp4a.s32.s32`. `a`, `b`: `U32`, `acc`: `I32`.
     Dot4 {
         /// Four packed bytes.
@@ -454,6 +456,7 @@ impl Op {
             }
             Op::Fma(a, b, c)
             | Op::AddMin(a, b, c)
+            | Op::PermuteBy(a, b, c)
             | Op::Select(a, b, c)
             | Op::FunnelShr { lo: a, hi: b, shift: c }
             | Op::Dot4 { a, b, acc: c }
@@ -571,8 +574,8 @@ pub enum Stmt {
     /// Starts PTX `wgmma.m64nNk32.s32`: each four warps multiply 64 rows, 16 a warp, with N columns onto `acc`, once for
     /// each of `a`, which lie one behind the other along K. Only for targets that have it.
     ///
-    /// Until a [`Stmt::GroupWait`] with none pending the accumulators may only be added to by further products, and the
-    /// block's threads may not meet: others could then write B.
+    /// Until a [`Stmt::GroupWait`] for it the accumulators may only be added to by further products; and until one with none
+    /// pending the block's threads may not meet: others could then write B.
     ///
     /// Warp `w` of four holds rows `16·w..` of A and of the sums, as the operands and accumulators of [`Op::MmaI8`].
     /// B lies in shared memory in cells of 16 bytes: bytes `16·u..` of column `n` in cell `first + u·stride + n`. All of
@@ -580,6 +583,8 @@ pub enum Stmt {
     MmaGroup {
         /// True if A's bytes are signed; B's are.
         signed_a: bool,
+        /// True if the accumulators begin at 0, whatever they hold.
+        fresh: bool,
         /// For each 32 bytes of K: the A fragment, four `U32`.
         a: Vec<[Val; 4]>,
         /// For each 8 of the N columns: the accumulator, `I32 × 4`. N is [`group_columns`] of itself.

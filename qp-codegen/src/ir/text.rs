@@ -40,12 +40,13 @@ pub fn statement(kernel: &Kernel, s: &Stmt) -> String {
         Stmt::AsyncWait { pending } => format!("async_wait {pending}"),
         Stmt::GroupFence => "group_fence".into(),
         Stmt::GroupWait { pending } => format!("group_wait {pending}"),
-        Stmt::MmaGroup { signed_a, a, acc, mem: m, first, stride } => format!(
-            "mma_group_{}8s8 [{}] by {}[{} + {stride} u + n] onto [{}]",
+        Stmt::MmaGroup { signed_a, fresh, a, acc, mem: m, first, stride } => format!(
+            "mma_group_{}8s8 [{}] by {}[{} + {stride} u + n] {} [{}]",
             if *signed_a { "s" } else { "u" },
             a.iter().map(|a| list(kernel, a)).collect::<Vec<_>>().join(", "),
             mem(Mem::Shared(*m)),
             value(*first),
+            if *fresh { "into" } else { "onto" },
             acc.iter().map(|x| var(*x).to_string()).collect::<Vec<_>>().join(", ")
         ),
         Stmt::GridWait => "grid_wait".into(),
@@ -94,6 +95,7 @@ fn operation(kernel: &Kernel, v: Val) -> String {
         Op::Halves(op, a, b) => {
             format!("{}_halves {}, {}", format!("{op:?}").to_lowercase(), value(a), value(b))
         }
+        Op::PermuteBy(a, b, c) => format!("permute {}:{} by {}", value(b), value(a), value(c)),
         Op::AddMin(a, b, c) => format!("add_min {}, {}, {}", value(a), value(b), value(c)),
         Op::Vector(parts) => format!("vector {}", list(kernel, parts)),
         Op::Extract(a, i) => format!("extract {}.{i}", value(a)),

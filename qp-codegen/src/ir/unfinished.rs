@@ -1,15 +1,16 @@
 //! What products of warp groups leave unfinished: nothing may read or set an accumulator that a [`Stmt::MmaGroup`] still
 //! adds to, and nothing may still run where threads meet or the kernel ends.
 //!
-//! Any number of products may follow each other; only a [`Stmt::GroupWait`] with none pending finishes them.
+//! Any number of products may follow each other. A [`Stmt::GroupWait`] with `n` pending finishes those behind which `n` or more
+//! others were started, whichever way led there.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use super::*;
 
 /// Where a valid kernel has not waited for its products, in the order of the text.
 pub(super) fn problems(kernel: &Kernel) -> Vec<Problem> {
-    let mut walk = Walk { kernel, next: 0, running: BTreeSet::new(), problems: Vec::new() };
+    let mut walk = Walk { kernel, next: 0, running: BTreeMap::new(), problems: Vec::new() };
     walk.block(&kernel.body);
     if !walk.running.is_empty() {
         walk.problems.push(Problem { at: None, what: Invalid::GroupWait });
@@ -20,8 +21,8 @@ pub(super) fn problems(kernel: &Kernel) -> Vec<Problem> {
 struct Walk<'k> {
     kernel: &'k Kernel,
     next: u32,
-    /// Accumulators that some way to here has left unfinished.
-    running: BTreeSet<Var>,
+    /// Accumulators that some way to here has left unfinished, and how many products were at least started behind theirs.
+    running: BTreeMap<Var, u32>,
     problems: Vec<Problem>,
 }
 
@@ -31,8 +32,11 @@ impl Walk<'_> {
             let place = self.next;
             self.next += 1;
             match s {
-                Stmt::MmaGroup { acc, .. } => self.running.extend(acc),
-                Stmt::GroupWait { pending: 0 } => self.running.clear(),
+                Stmt::MmaGroup { acc, .. } => {
+                    self.running.values_mut().for_each(|behind| *behind += 1);
+                    self.running.extend(acc.iter().map(|&x| (x, 0)));
+                }
+                Stmt::GroupWait { pending } => self.running.retain(|_, behind| *behind < *pending),
                 Stmt::Let(v) => {
                     if let Op::Get(x) = &self.kernel.value(*v).op {
                         self.finished(*x, place, s);
@@ -47,7 +51,7 @@ impl Walk<'_> {
                     self.block(then);
                     let after = std::mem::replace(&mut self.running, before);
                     self.block(els);
-                    self.running.extend(after);
+                    self.join(after);
                 }
                 Stmt::For { body, .. } => {
                     // Not at all, once, and after itself.
@@ -56,12 +60,11 @@ impl Walk<'_> {
                         self.next = first;
                         let before = self.running.clone();
                         self.block(body);
-                        self.running.extend(before);
+                        self.join(before);
                     }
                 }
                 Stmt::Barrier
                 | Stmt::ClusterBarrier
-                | Stmt::GroupWait { .. }
                 | Stmt::Store { .. }
                 | Stmt::WarpSync
                 | Stmt::Fence
@@ -77,8 +80,16 @@ impl Walk<'_> {
         }
     }
 
+    /// What may be unfinished on another way to here.
+    fn join(&mut self, other: BTreeMap<Var, u32>) {
+        for (x, behind) in other {
+            let least = self.running.entry(x).or_insert(behind);
+            *least = behind.min(*least);
+        }
+    }
+
     fn finished(&mut self, x: Var, place: u32, s: &Stmt) {
-        if self.running.contains(&x) {
+        if self.running.contains_key(&x) {
             self.problem(Invalid::Unfinished(x), place, s);
         }
     }

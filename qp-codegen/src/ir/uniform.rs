@@ -143,6 +143,7 @@ impl Uniformity {
             | Op::Dot2 { .. }
             | Op::Halves(..)
             | Op::AddMin(..)
+            | Op::PermuteBy(..)
             | Op::Vector(_)
             | Op::Extract(..) => worst,
         }

@@ -169,7 +169,7 @@ impl<'k> Validator<'k> {
                     let result = self.copy((*dst, *dst_index), (*src, *src_index), *bytes);
                     self.check(result);
                 }
-                Stmt::MmaGroup { signed_a: _, a, acc, mem, first, stride } => {
+                Stmt::MmaGroup { signed_a: _, fresh: _, a, acc, mem, first, stride } => {
                     let result = self.group(a, acc, (*mem, *first), *stride);
                     self.check(result);
                 }
@@ -330,7 +330,7 @@ impl<'k> Validator<'k> {
                 let ty = Type { scalar: *to, lanes: 1 };
                 if WORDS.contains(to) { Ok(ty) } else { Err(Invalid::NoOperation(ty)) }
             }
-            Op::FunnelShr { lo: a, hi: b, shift: c } | Op::AddMin(a, b, c) => {
+            Op::FunnelShr { lo: a, hi: b, shift: c } | Op::AddMin(a, b, c) | Op::PermuteBy(a, b, c) => {
                 [a, b, c].into_iter().try_for_each(|v| self.of(*v, Type::U32, "u32"))?;
                 Ok(Type::U32)
             }

@@ -7,33 +7,50 @@ use half::{bf16, f16};
 use super::{CHUNK, Reader};
 use crate::reference::Activations;
 use crate::spec::format::{Number, Target, Weight};
-use crate::spec::terms::{MOST_COLUMNS, Numbers, Terms};
+use crate::spec::terms::{Numbers, Terms};
 
 impl Reader {
     /// How products with the matrix are computed exactly, if they are.
     pub fn terms(&self) -> Option<&Arc<Terms>> {
-        self.book.terms.as_ref().ok().filter(|_| self.shape.cols <= MOST_COLUMNS)
+        self.book.terms.as_ref().ok().filter(|terms| terms.fits(self.shape.cols))
     }
 
-    /// Of the entries of `row`, as many as `out` holds: their integers less [`Terms::lowest`].
+    /// The digits of the entries of `row` ([`Terms::bits`]): all lowest bytes, then all of the next byte, and so on.
     ///
     /// # Panics
-    /// If the format has no terms, the row ends before, or a tensor is shorter than it must be.
+    /// If the format has no terms, `out` does not hold as many, or a tensor is shorter than it must be.
     pub fn digits(&self, tensors: &[&[u8]], row: u32, out: &mut [u8]) {
-        assert!(row < self.shape.rows && out.len() <= self.shape.cols as usize, "within the matrix");
+        let cols = self.shape.cols as usize;
+        assert!(row < self.shape.rows && out.len() == cols * self.book.digits.len(), "a row's digits");
         let v = self.format().vector as usize;
-        if v > 1 {
-            for (k, out) in (0..).zip(out.chunks_mut(v)) {
-                let code = self.code(tensors, row, k) as usize;
-                out.copy_from_slice(&self.book.digits[code * v..][..out.len()]);
+        for (digits, out) in self.book.digits.iter().zip(out.chunks_mut(cols)) {
+            if v > 1 {
+                for (k, out) in (0..).zip(out.chunks_mut(v)) {
+                    let code = self.code(tensors, row, k) as usize;
+                    out.copy_from_slice(&digits[code * v..][..out.len()]);
+                }
+            } else {
+                self.each_code(tensors, row, out, |code| digits[code as usize]);
             }
-            return;
         }
+    }
+
+    /// The codes of `row`, of up to eight bits and a weight each.
+    ///
+    /// # Panics
+    /// As [`Reader::digits`].
+    pub fn row_codes(&self, tensors: &[&[u8]], row: u32, out: &mut [u8]) {
+        assert!(row < self.shape.rows && out.len() == self.shape.cols as usize, "a row's codes");
+        self.each_code(tensors, row, out, |code| code as u8);
+    }
+
+    /// What `of` makes of the codes of `row`, of a weight each.
+    fn each_code(&self, tensors: &[&[u8]], row: u32, out: &mut [u8], of: impl Fn(u32) -> u8) {
         let mut codes = [0; CHUNK];
         for (k, out) in (0..).zip(out.chunks_mut(CHUNK)) {
             let codes = &mut codes[..out.len()];
             self.chunk_codes(tensors, row, k * CHUNK as u32, codes);
-            out.iter_mut().zip(codes).for_each(|(o, c)| *o = self.book.digits[*c as usize]);
+            out.iter_mut().zip(codes).for_each(|(o, c)| *o = of(*c));
         }
     }
 
@@ -64,7 +81,7 @@ impl Reader {
             slopes.push(terms.slope.value(&|f| values[f], &mut nodes));
             rests.extend(terms.rest.as_ref().map(|rest| rest.value(&|f| values[f], &mut nodes)));
         }
-        terms.numbers(&slopes, &rests, out);
+        terms.numbers(self.shape.cols, &slopes, &rests, out);
     }
 
     /// Whether slopes and rests of a row are, which may be beyond all numbers where entries are 0.
@@ -86,17 +103,19 @@ impl Reader {
     pub fn product(&self, tensors: &[&[u8]], tokens: &[Activations]) -> Vec<f32> {
         let terms = self.terms().expect("a format with terms").clone();
         let (rows, cols) = (self.shape.rows as usize, self.shape.cols as usize);
-        let (mut digits, mut numbers) = (vec![0; cols], Numbers::default());
+        let planes = terms.planes() as usize;
+        let (mut digits, mut numbers) = (vec![0; cols * planes], Numbers::default());
         let mut out = vec![0.0; rows * tokens.len()];
         for row in 0..rows {
             self.digits(tensors, row as u32, &mut digits);
             self.numbers(tensors, row as u32, &mut numbers);
             for (token, x) in tokens.iter().enumerate() {
                 let mut sum = 0i64;
-                for (col, (&digit, &q)) in digits.iter().zip(&x.q).enumerate() {
+                for (col, &q) in x.q.iter().enumerate() {
+                    let digit = (0..planes).map(|p| i64::from(digits[p * cols + col]) << (8 * p)).sum::<i64>();
                     let run = terms.run.map_or(0, |run| col / run as usize);
                     let rest = numbers.rests.get(run).copied().unwrap_or(0);
-                    let weight = i64::from(numbers.slopes[run]) * i64::from(i32::from(digit) + terms.lowest);
+                    let weight = i64::from(numbers.slopes[run]) * (digit + i64::from(terms.lowest));
                     sum += (weight + i64::from(rest)) * i64::from(q);
                 }
                 out[token * rows + row] = sum as f32 * numbers.factor * x.scale;

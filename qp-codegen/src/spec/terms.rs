@@ -12,11 +12,14 @@
 //!
 //! where a run is of columns that share their fields. Slope and rest are computed as written, each operation rounded to
 //! single precision, and then rounded to whole multiples of a power of two of the row's own ([`Numbers`]): such that the
-//! largest weight of the row has 30 bits. So the sum is one of integers, in 64 bits, which no order of summing changes.
+//! largest weight of the row has 30 bits ([`Terms::precision`]). So the sum is one of integers, in 64 bits, which no order of summing changes.
 //! It is converted to single precision once, and multiplied by the power of two and by the token's scale.
 //!
 //! Numbers of half precision lose nothing where they lie within a factor of 2^11 (for entries of 8 bits) or more of the
 //! row's largest; what others lose is less than what a sum in single precision loses by rounding once.
+//!
+//! Integers of up to 24 bits are taken as they are, as one to three bytes that are multiplied each on its own. Those of more, which
+//! floats in a table of entries are, are rounded to 16 bits: less than the rounding of activations to 15.
 //!
 //! If slopes are those of whole rows and there is no rest, the sum is that of the integers and the slope is multiplied
 //! with it at the end, as the scales of the palette's quantizers are.
@@ -34,17 +37,25 @@ pub const SHORTEST: u32 = 16;
 pub const MOST_COLUMNS: u32 = 1 << 17;
 /// Bits of the largest weight of a row, as a multiple of the row's power of two.
 const PRECISION: i32 = 30;
-/// Integers' magnitudes are at most 2 to this, so that the sums of a run fit 32 bits.
-const WIDEST: u32 = 8;
+/// Most bits of the difference of two integers that are taken as they are.
+const WIDEST: u32 = 24;
+/// Magnitudes up to 2 to this have sums over a run within 32 bits.
+const NARROW: u32 = 8;
+/// Bits that integers of more are rounded to.
+const ROUNDED: u32 = 16;
+/// Bits of a code that is stored as it is where the integer that it stands for has more.
+pub const CODE: u32 = 4;
+/// Bits that are left for the largest weight of a row and the number of its columns: 64 less those of an activation and of the signs.
+const SUM: i32 = 47;
 /// The least exponent of a row's power of two: of it and of its inverse single precision holds all bits.
 const LEAST: i32 = -126;
 
 /// Why products of a format are not computed exactly.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Inexact {
-    /// Entries that do not fit a byte.
-    #[error("its entries are {lowest} to {highest}, more than a byte holds")]
-    Wide {
+    /// Entries far from 0.
+    #[error("its entries are {lowest} to {highest}, too far from 0")]
+    Far {
         /// The smallest integer.
         lowest: i32,
         /// The largest.
@@ -78,10 +89,14 @@ pub enum Inexact {
 /// A format's weight as `slope × integer + rest`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Terms {
+    /// Bits by which the format's integers are rounded; the others here are of what is left.
+    pub rounded: u32,
     /// The smallest integer of an entry.
     pub lowest: i32,
-    /// Bits of the difference of an integer from the smallest.
+    /// Bits of the difference of an integer from the smallest, its *digits*.
     pub bits: u32,
+    /// The digits of each code of [`CODE`] bits, where these have more: then codes are stored.
+    pub table: Option<Vec<u32>>,
     /// Integers' magnitudes are at most 2 to this.
     pub span: u32,
     /// The fields of slope and rest, with their places in the format.
@@ -166,13 +181,27 @@ impl Terms {
                 (lowest, highest) = (lowest.min(i as i32), highest.max(i as i32));
             }
         }
-        let most = lowest.unsigned_abs().max(highest.unsigned_abs()).max(1);
-        let bits = 32 - highest.abs_diff(lowest).max(1).leading_zeros();
-        let span = most.next_power_of_two().trailing_zeros();
-        if bits > 8 || span > WIDEST {
-            return Err(Inexact::Wide { lowest, highest });
+        let bits_of = |lowest: i32, highest: i32| 32 - highest.abs_diff(lowest).max(1).leading_zeros();
+        let mut rounded = 0;
+        if bits_of(lowest, highest) > WIDEST {
+            let of = |by| (round(lowest, by), round(highest, by));
+            rounded = (1..31).find(|&by| bits_of(of(by).0, of(by).1) <= ROUNDED).unwrap_or(31);
+            (lowest, highest) = of(rounded);
         }
-        let line = line(format)?;
+        let bits = bits_of(lowest, highest);
+        let most = lowest.unsigned_abs().max(highest.unsigned_abs()).max(1);
+        let span = most.next_power_of_two().trailing_zeros();
+        if span > WIDEST {
+            return Err(Inexact::Far { lowest, highest });
+        }
+        let table = (format.window == CODE && format.vector == 1 && bits > CODE).then(|| {
+            let digits = |code| {
+                format.integers(code, &[], &mut room, &mut integers);
+                round(integers[0] as i32, rounded).abs_diff(lowest)
+            };
+            (0..1 << CODE).map(digits).collect()
+        });
+        let line = line(format, rounded)?;
         let slope = line.slope.ok_or(Inexact::NoLine)?;
         let mut fields: Vec<(usize, Field)> = Vec::new();
         let mut named = |ops: Vec<WeightOp>| -> Weight {
@@ -194,10 +223,12 @@ impl Terms {
         for (_, f) in &fields {
             match f.cover {
                 Cover::Matrix | Cover::Row => (),
-                Cover::Rectangle(Shape { cols, .. }) if (SHORTEST..TILE).contains(&cols) && cols.is_power_of_two() => {
+                Cover::Rectangle(Shape { cols, .. }) | Cover::Flat(cols)
+                    if (SHORTEST..TILE).contains(&cols) && cols.is_power_of_two() =>
+                {
                     run = Some(run.unwrap_or(TILE).min(cols));
                 }
-                Cover::Rectangle(Shape { cols, .. }) if cols.is_multiple_of(TILE) => {
+                Cover::Rectangle(Shape { cols, .. }) | Cover::Flat(cols) if cols.is_multiple_of(TILE) => {
                     run = Some(run.unwrap_or(TILE));
                 }
                 Cover::Column | Cover::Rectangle(_) | Cover::Flat(_) => {
@@ -205,7 +236,38 @@ impl Terms {
                 }
             }
         }
-        Ok(Terms { lowest, bits, span, fields, slope, rest, run })
+        Ok(Terms { rounded, lowest, bits, table, span, fields, slope, rest, run })
+    }
+
+    /// The digits of one of the format's integers.
+    pub fn digits(&self, integer: i32) -> u32 {
+        round(integer, self.rounded).abs_diff(self.lowest)
+    }
+
+    /// Bytes of the digits, each of which is multiplied on its own.
+    pub fn planes(&self) -> u32 {
+        self.bits.div_ceil(8)
+    }
+
+    /// True of integers whose sums over a run need more than 32 bits.
+    pub fn is_wide(&self) -> bool {
+        self.span > NARROW
+    }
+
+    /// True if a matrix of `cols` columns is multiplied so: sums fit 64 bits, and numbers for weights counted through the matrix
+    /// are those of runs.
+    pub fn fits(&self, cols: u32) -> bool {
+        let whole = |f: &Field| !matches!(f.cover, Cover::Flat(n) if !cols.is_multiple_of(n));
+        cols <= MOST_COLUMNS && self.fields.iter().all(|(_, f)| whole(f))
+    }
+
+    /// Bits of the largest weight of a row of `cols` columns, as a multiple of the row's power of two. Integers of more than a byte
+    /// leave fewer of 30 to a slope: then it is as many as sums have room for.
+    pub fn precision(&self, cols: u32) -> i32 {
+        if !self.is_wide() || self.rest.is_some() {
+            return PRECISION;
+        }
+        (SUM - cols.next_power_of_two().trailing_zeros() as i32).min(PRECISION + self.span as i32)
     }
 
     /// Runs of a row of `cols` columns; the last may be cut short.
@@ -213,8 +275,8 @@ impl Terms {
         self.run.map_or(1, |run| cols.div_ceil(run) as usize)
     }
 
-    /// The numbers of a row from the slope and the rest of each of its runs.
-    pub fn numbers(&self, slopes: &[f32], rests: &[f32], out: &mut Numbers) {
+    /// The numbers of a row of `cols` columns from the slope and the rest of each of its runs.
+    pub fn numbers(&self, cols: u32, slopes: &[f32], rests: &[f32], out: &mut Numbers) {
         out.slopes.clear();
         out.rests.clear();
         if self.run.is_none() {
@@ -224,13 +286,19 @@ impl Terms {
         }
         let span = self.span as i32;
         let largest = slopes.iter().map(|&x| exponent(x) + span).chain(rests.iter().map(|&x| exponent(x)));
-        out.grid = (largest.max().unwrap_or(0) + 1 - PRECISION).max(LEAST);
+        out.grid = (largest.max().unwrap_or(0) + 1 - self.precision(cols)).max(LEAST);
         out.factor = power(out.grid);
         let inverse = power(-out.grid);
         let whole = |x: &f32| (x * inverse).round_ties_even() as i32;
         out.slopes.extend(slopes.iter().map(whole));
         out.rests.extend(rests.iter().map(whole));
     }
+}
+
+/// `integer / 2^by`, rounded to the nearest, halves up.
+fn round(integer: i32, by: u32) -> i32 {
+    let half = (1i64 << by) >> 1;
+    ((i64::from(integer) + half) >> by) as i32
 }
 
 /// The exponent of a number's leading bit, or more.
@@ -256,11 +324,12 @@ pub struct Numbers {
     pub rests: Vec<i32>,
 }
 
-/// The format's weight as a line through the integer of its entry.
-fn line(format: &Format) -> Result<Line, Inexact> {
+/// The format's weight as a line through the integer of its entry, of which `rounded` bits are left out.
+fn line(format: &Format, rounded: u32) -> Result<Line, Inexact> {
     let constant = |c: Rational| vec![WeightOp::Const(c)];
     let rest = format.offset.checked_mul(format.unit).ok_or(Inexact::NoLine)?;
-    let entry = Line { slope: Some(constant(format.unit)), rest: (rest != 0.into()).then(|| constant(rest)) };
+    let unit = format.unit.checked_mul(Rational::from(1i64 << rounded)).ok_or(Inexact::NoLine)?;
+    let entry = Line { slope: Some(constant(unit)), rest: (rest != 0.into()).then(|| constant(rest)) };
     let mut nodes: Vec<Line> = Vec::new();
     for op in &format.weight.ops {
         let node = match *op {
@@ -389,33 +458,40 @@ mod tests {
         let t = of("mxfp4").unwrap();
         assert_eq!((t.lowest, t.bits, t.run), (-12, 5, Some(32)));
         assert_eq!(of("nvfp4").unwrap().run, Some(16));
+        let t = of("fp8_128").unwrap();
+        assert_eq!((t.lowest, t.bits, t.span, t.planes(), t.run), (-245_760, 19, 18, 3, Some(128)));
+        let t = of("nf4").unwrap();
+        assert_eq!((t.rounded, t.lowest, t.bits, t.planes(), t.run), (14, -16_384, 16, 2, Some(64)));
         let why = |name: &str| of(name).unwrap_err().to_string();
-        assert_eq!(why("fp8_128"), "its entries are -245760 to 245760, more than a byte holds");
         assert!(why("iq1_m").contains("`down` is for 1 x 8"), "{}", why("iq1_m"));
         assert_eq!(why("exl3_mul1_3"), "its codes have memory");
         assert_eq!(why("e8p"), "its activations or results are transformed");
         assert_eq!(why("aqlm_2x8"), "`a`, a table of the matrix, is looked up");
         assert_eq!(why("iq3_xxs"), "codes of 23 bits are too many to write their entries out");
         let exact = formats::names().into_iter().filter(|n| of(n).is_ok()).count();
-        assert_eq!((exact, formats::names().len()), (35, 92));
+        assert_eq!((exact, formats::names().len()), (44, 92));
     }
 
     #[test]
     fn numbers_have_thirty_bits_with_the_largest_integer() {
         let t = Terms::of(formats::get("gptq_int4_g128").unwrap()).unwrap();
         let mut n = Numbers::default();
-        t.numbers(&[0.5, -0.25, 0.0], &[-3.0, 0.0, 7.75], &mut n);
+        t.numbers(4096, &[0.5, -0.25, 0.0], &[-3.0, 0.0, 7.75], &mut n);
         // 0.5 · 16 = 8 = 2^3: a number below 2^4 is below 2^30 times 2^-26.
         assert_eq!((n.grid, n.factor), (-26, 2f32.powi(-26)));
         assert_eq!(n.slopes, [1 << 25, -(1 << 24), 0]);
         assert_eq!(n.rests, [-(3 << 26), 0, 31 << 24]);
-        t.numbers(&[0.0], &[0.0], &mut n);
+        t.numbers(4096, &[0.0], &[0.0], &mut n);
         assert_eq!((n.grid, &n.slopes[..], &n.rests[..]), (LEAST, &[0][..], &[0][..]));
         // Nothing leaves 32 bits, whatever the fields are.
-        t.numbers(&[f32::MAX, f32::MIN_POSITIVE], &[f32::MIN, 1e-45], &mut n);
+        t.numbers(4096, &[f32::MAX, f32::MIN_POSITIVE], &[f32::MIN, 1e-45], &mut n);
         assert!(n.slopes.iter().chain(&n.rests).all(|x| x.unsigned_abs() <= 1 << 30), "{n:?}");
+        // Integers of 16 bits leave a slope 20 of what 4096 columns leave of 47.
+        let t = Terms::of(formats::get("nf4").unwrap()).unwrap();
+        t.numbers(4096, &[0.5, 0.25], &[], &mut n);
+        assert_eq!((n.grid, &n.slopes[..]), (14 - 35, &[1 << 20, 1 << 19][..]));
         let t = Terms::of(formats::get("int8_channel").unwrap()).unwrap();
-        t.numbers(&[0.3], &[], &mut n);
+        t.numbers(4096, &[0.3], &[], &mut n);
         assert_eq!((n.factor, &n.slopes[..], n.rests.len()), (0.3, &[1][..], 0));
     }
 }

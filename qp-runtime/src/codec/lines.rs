@@ -31,11 +31,17 @@ impl<'a> Lines<'a> {
         Some(Form {
             rows: reader.shape().rows as usize,
             columns: reader.shape().cols as usize,
-            digits: if terms.bits <= 4 { Digits::Four } else { Digits::Eight },
+            digits: match terms.bits {
+                ..=4 => Digits::Four,
+                5..=8 => Digits::Eight,
+                9..=16 => Digits::Sixteen,
+                _ => Digits::TwentyFour,
+            },
             lowest: terms.lowest,
             runs: terms.run.map(|columns| Runs {
                 columns: columns as usize,
                 rests: terms.rest.is_some(),
+                wide: terms.is_wide(),
                 halves: half(terms, &terms.slope).is_some()
                     && terms.rest.as_ref().is_none_or(|rest| half(terms, rest).is_some()),
             }),
@@ -66,12 +72,16 @@ impl Source for Lines<'_> {
 
     fn write(&self, strip: usize, scratch: &mut Scratch, to: &mut StripMut<'_>) {
         let (shape, form, terms) = (self.reader.shape(), self.form(), self.reader.terms().expect("looked at by new"));
-        scratch.digits.resize(shape.cols as usize, 0);
+        let (columns, planes) = (shape.cols as usize, terms.planes() as usize);
+        scratch.digits.resize(columns * planes, 0);
         for (i, row) in (strip * ROWS..(shape.rows as usize).min((strip + 1) * ROWS)).enumerate() {
             self.reader.digits(&self.tensors, row as u32, &mut scratch.digits);
-            to.put(i, 0, &scratch.digits);
+            // Lowest bytes come first here, highest in a strip.
+            for (plane, digits) in scratch.digits.chunks_exact(columns.max(1)).rev().enumerate() {
+                to.put(i, plane, digits);
+            }
             let numbers = &mut scratch.numbers;
-            let Some(Runs { columns, halves: true, .. }) = form.runs else {
+            let Some(Runs { columns: of_run, halves: true, .. }) = form.runs else {
                 self.reader.numbers(&self.tensors, row as u32, numbers);
                 to.put_factor(i, numbers.factor);
                 if form.runs.is_some() {
@@ -80,11 +90,11 @@ impl Source for Lines<'_> {
                 continue;
             };
             let of = |weight| match half(terms, weight) {
-                Some(field) => self.reader.kept(&self.tensors, field, row as u32, columns as u32),
+                Some(field) => self.reader.kept(&self.tensors, field, row as u32, of_run as u32),
                 None => Vec::new(),
             };
             let (slopes, rests) = (of(&terms.slope), terms.rest.as_ref().map_or_else(Vec::new, of));
-            terms.numbers(&slopes, &rests, numbers);
+            terms.numbers(shape.cols, &slopes, &rests, numbers);
             to.put_factor(i, numbers.factor);
             let halves = |x: &[f32]| x.iter().map(|x| f16::from_f32(*x).to_bits()).collect::<Vec<_>>();
             to.put_halves(i, &halves(&slopes), &halves(&rests));
@@ -120,6 +130,11 @@ mod tests {
             ("nvfp4", 48),
             ("int8_channel", 300),
             ("iq2_xxs", 256),
+            ("nf4", 192),
+            ("fp4", 128),
+            ("mxfp6_e3m2", 320),
+            ("fp8_channel", 40),
+            ("mxfp8_e4m3", 96),
         ] {
             let format = formats::get(name).unwrap();
             let shape = Shape { rows: 24, cols };

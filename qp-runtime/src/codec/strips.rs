@@ -34,6 +34,8 @@ pub(super) enum Digits {
     Eight,
     /// A strip of high bytes, behind it one of low bytes.
     Sixteen,
+    /// The same of three bytes.
+    TwentyFour,
 }
 
 impl Digits {
@@ -43,7 +45,16 @@ impl Digits {
         match self {
             Digits::Four => bytes / 2,
             Digits::Eight => bytes,
-            Digits::Sixteen => 2 * bytes,
+            Digits::Sixteen | Digits::TwentyFour => self.planes() * bytes,
+        }
+    }
+
+    /// Strips of bytes, each of which is multiplied on its own.
+    fn planes(self) -> usize {
+        match self {
+            Digits::Four | Digits::Eight => 1,
+            Digits::Sixteen => 2,
+            Digits::TwentyFour => 3,
         }
     }
 }
@@ -55,6 +66,8 @@ pub(super) struct Runs {
     pub(super) columns: usize,
     /// Whether there are rests.
     pub(super) rests: bool,
+    /// Whether a run's sum needs more than 32 bits.
+    pub(super) wide: bool,
     /// Whether slopes and rests are kept in half precision, and become integers on their way into the product.
     pub(super) halves: bool,
 }
@@ -128,7 +141,7 @@ pub struct StripMut<'a> {
 }
 
 impl StripMut<'_> {
-    /// Writes the digits of a row of the strip; `plane` is 0, or 1 for the low bytes of sixteen bits.
+    /// Writes the digits of a row of the strip: of several bytes those of a `plane`, the highest first.
     pub(super) fn put(&mut self, row: usize, plane: usize, digits: &[u8]) {
         let strip = match self.kind {
             Digits::Four => {
@@ -141,9 +154,9 @@ impl StripMut<'_> {
                 return;
             }
             Digits::Eight => &mut self.digits[..],
-            Digits::Sixteen => {
-                let half = self.digits.len() / 2;
-                &mut self.digits[plane * half..][..half]
+            Digits::Sixteen | Digits::TwentyFour => {
+                let size = self.digits.len() / self.kind.planes();
+                &mut self.digits[plane * size..][..size]
             }
         };
         for (unit, digits) in strip.chunks_exact_mut(UNIT * ROWS).zip(digits.chunks(UNIT)) {
@@ -194,6 +207,8 @@ struct RunsOf<'a> {
     count: usize,
     /// Numbers of a run: a slope, and perhaps a rest.
     each: usize,
+    /// Whether the smallest integer and the rests come in with a run's products, and not at last.
+    at_once: bool,
     numbers: OfRuns<'a>,
 }
 
@@ -213,6 +228,7 @@ impl<'a> Strip<'a> {
             lowest: form.lowest,
             count: form.columns.div_ceil(runs.columns),
             each: if runs.rests { 2 } else { 1 },
+            at_once: !runs.wide && form.digits.planes() == 1,
             numbers: if runs.halves {
                 // Powers of two; what a strip has too many of are zeros.
                 OfRuns::Halves(halves.as_chunks().0, factors.map(|f| if f > 0.0 { 1.0 / f } else { 0.0 }))

@@ -199,6 +199,7 @@ impl<'p, 'a> Machine<'p, 'a> {
                     HalvesOp::Mul => self.word2(m, [*d, *a, *b], each(|a, b| a * b)),
                 }
             }
+            Code::PermuteBy { d, a, b, c } => self.word3(m, [*d, *a, *b, *c], permute),
             Code::AddMin { d, a, b, c } => {
                 self.word3(m, [*d, *a, *b, *c], |a, b, c| halves(a, b, c, |a, b, c| a.wrapping_add(b).min(c)))
             }
@@ -265,9 +266,14 @@ impl<'p, 'a> Machine<'p, 'a> {
                     self.mma(warp * 32, *signed_a, a, b, acc, d)?;
                 }
             }
-            Code::MmaGroup { signed_a, a, acc, array, first, stride } => {
+            Code::MmaGroup { signed_a, fresh, a, acc, array, first, stride } => {
                 for rank in m.groups(self.block)? {
                     for group in (rank * self.block..(rank + 1) * self.block).step_by(128) {
+                        if *fresh {
+                            for r in acc.iter().flatten() {
+                                self.words[*r as usize][group..group + 128].fill(0);
+                            }
+                        }
                         self.mma_group(group, *signed_a, (a, acc), (*array, *first, *stride))?;
                     }
                 }

@@ -85,6 +85,12 @@ pub(super) enum Code {
         a: Reg,
         b: Reg,
     },
+    PermuteBy {
+        d: Reg,
+        a: Reg,
+        b: Reg,
+        c: Reg,
+    },
     AddMin {
         d: Reg,
         a: Reg,
@@ -139,6 +145,7 @@ pub(super) enum Code {
     },
     MmaGroup {
         signed_a: bool,
+        fresh: bool,
         a: Vec<[Reg; 4]>,
         acc: Vec<[Reg; 4]>,
         array: u32,
@@ -330,9 +337,10 @@ impl Compiler<'_> {
             Stmt::AsyncCommit => push(Code::AsyncCommit, OpKind::Sync),
             Stmt::AsyncWait { pending } => push(Code::AsyncWait { pending: *pending }, OpKind::Sync),
             Stmt::GroupFence => push(Code::GroupFence, OpKind::Sync),
-            Stmt::MmaGroup { signed_a, a, acc, mem, first, stride } => {
+            Stmt::MmaGroup { signed_a, fresh, a, acc, mem, first, stride } => {
                 let code = Code::MmaGroup {
                     signed_a: *signed_a,
+                    fresh: *fresh,
                     a: a.iter().map(|a| a.map(|v| self.one(v))).collect(),
                     acc: acc.iter().map(|x| four(&self.vars[x.0 as usize])).collect(),
                     array: *mem,
@@ -462,6 +470,11 @@ impl Compiler<'_> {
                 push(Code::Halves { op: *op, d: d[0], a: self.one(*a), b: self.one(*b) }, OpKind::Float);
                 d
             }
+            Op::PermuteBy(a, b, c) => {
+                let d = self.fresh(*ty, false);
+                push(Code::PermuteBy { d: d[0], a: self.one(*a), b: self.one(*b), c: self.one(*c) }, OpKind::Int);
+                d
+            }
             Op::AddMin(a, b, c) => {
                 let d = self.fresh(*ty, false);
                 push(Code::AddMin { d: d[0], a: self.one(*a), b: self.one(*b), c: self.one(*c) }, OpKind::Int);
@@ -549,6 +562,7 @@ impl Code {
             }
             Code::Fma { d, a, b, c }
             | Code::AddMin { d, a, b, c }
+            | Code::PermuteBy { d, a, b, c }
             | Code::Select { d, cond: c, a, b, .. }
             | Code::FunnelShr { d, lo: a, hi: b, shift: c }
             | Code::Dot4 { d, a, b, acc: c }

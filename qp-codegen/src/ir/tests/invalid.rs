@@ -40,7 +40,7 @@ fn group(k: &mut Kernel, f: impl FnOnce(&mut Vec<Var>, &mut u32)) {
     k.body.push(Stmt::Set(var, sum));
     let (mut acc, mut stride) = (vec![var], 8);
     f(&mut acc, &mut stride);
-    k.body.push(Stmt::MmaGroup { signed_a: true, a: vec![[x; 4]], acc, mem: 0, first, stride });
+    k.body.push(Stmt::MmaGroup { signed_a: true, fresh: false, a: vec![[x; 4]], acc, mem: 0, first, stride });
     k.body.push(Stmt::GroupWait { pending: 0 });
 }
 
@@ -180,6 +180,13 @@ refused! {
     };
     group_read: |k| { let x = unfinished(k); add(k, Op::Get(x), Type::I32X4); k.body.push(Stmt::GroupWait { pending: 0 }) };
     group_read_with_one_pending: |k| {
+        let x = unfinished(k);
+        k.body.push(Stmt::GroupWait { pending: 1 });
+        add(k, Op::Get(x), Type::I32X4);
+        k.body.push(Stmt::GroupWait { pending: 0 });
+    };
+    group_read_of_the_last_of_two: |k| {
+        unfinished(k);
         let x = unfinished(k);
         k.body.push(Stmt::GroupWait { pending: 1 });
         add(k, Op::Get(x), Type::I32X4);

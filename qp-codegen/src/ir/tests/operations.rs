@@ -260,6 +260,7 @@ fn bytes_of_words() {
     check("signs", all.clone(), |_, [a, b]| a.permute(b, 0xFBE8), |[a, b]| prmt(0xFBE8, a, b));
     let mut r = Random(2);
     let triples: Vec<[u32; 3]> = all.iter().map(|[a, b]| [*a, *b, r.word() >> 8]).collect();
+    check("permute_by", triples.clone(), |_, [a, b, c]| a.permute_by(b, c), |[a, b, c]| prmt(c & 0xffff, a, b));
     check(
         "funnel",
         triples.clone(),
@@ -448,7 +449,9 @@ fn products() {
 #[test]
 fn products_of_warp_groups() {
     let mut r = Random(9);
-    for (signed_a, groups, steps) in [(true, 2, 1), (false, 1, 3), (true, 6, 2)] {
+    for (signed_a, fresh, groups, steps) in
+        [(true, false, 2, 1), (false, false, 1, 3), (true, false, 6, 2), (false, true, 2, 2)]
+    {
         let columns = 8 * groups;
         // Sixteen bytes of K take `stride` cells, those of the second group begin 3 cells later.
         let (stride, later) = (columns + 5, 3);
@@ -471,7 +474,11 @@ fn products_of_warp_groups() {
         let acc: Vec<Var> = (0..groups).map(|j| b.var(load(j))).collect();
         // The first step apart: the others are added while it may still run.
         let (head, tail) = a.split_at(1);
-        b.mma_group(signed_a, head, &acc, s, warp / 4 * later, stride);
+        if fresh {
+            b.mma_group_fresh(signed_a, head, &acc, s, warp / 4 * later, stride);
+        } else {
+            b.mma_group(signed_a, head, &acc, s, warp / 4 * later, stride);
+        }
         if !tail.is_empty() {
             b.group_wait(1);
             b.mma_group(signed_a, tail, &acc, s, warp / 4 * later + 2 * stride, stride);
@@ -505,7 +512,8 @@ fn products_of_warp_groups() {
                 let component = column % 2 + row % 16 / 8 * 2;
                 let at = ((thread * groups + column / 8) * 4 + component) as usize;
                 let sum: i32 = (0..32 * steps).map(|k| byte_of_a(group, row, k) * byte_of_b(group, column, k)).sum();
-                assert_eq!(after[at] as i32, before[at] + sum, "group {group}, row {row}, column {column}");
+                let before = if fresh { 0 } else { before[at] };
+                assert_eq!(after[at] as i32, before + sum, "group {group}, row {row}, column {column}");
             }
         }
     }

@@ -1,43 +1,41 @@
-//! How a product with a matrix of a format is laid over a GPU.
+//! How a product with a matrix of a format is laid over a GPU: a cost model that knows the target, and what fits it.
 
-use super::{Plan, Product};
+use super::{Product, few, many};
 use crate::cuda::Device;
 
-/// How the work is laid over the GPU. The result does not depend on it.
+/// Which kernel computes a product, and how it is laid over the GPU. The result does not depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Launch {
-    /// Warps of a block; they share the columns.
-    pub warps: u32,
-    /// Tiles, side by side, that a warp takes in a step.
-    pub depth: u32,
-    /// Blocks that share the rows of tiles.
-    pub blocks: u32,
-    /// Steps whose words are on their way.
-    pub ahead: u32,
-    /// Blocks an SM must hold at once.
-    pub min_blocks: u32,
+pub enum Launch {
+    /// Warps share the columns.
+    Few(few::Launch),
+    /// Warps have rows of their own.
+    Many(many::Launch),
 }
 
 /// Registers of a thread for addresses, sums and what is being computed.
 const WORKING: u32 = 44;
-/// Shared memory that the sums of all blocks of an SM may take.
-const SHARED: u32 = 96 << 10;
 /// Seconds from asking for a word to having it, under load.
-const LATENCY: f64 = 0.8e-6;
+const LATENCY: f64 = 1.1e-6;
 /// Seconds from one launch to the next.
-const START: f64 = 1.4e-6;
-/// Seconds that a warp takes at the beginning and at the end of a block.
-const WARP: f64 = 0.02e-6;
+const START: f64 = 1.8e-6;
 /// Seconds until a pass has its activations.
-const PASS: f64 = 0.7e-6;
-/// Share of the memory's bandwidth that reading reaches.
-const BANDWIDTH: f64 = 0.9;
-/// Instructions of a warp for a tile, beside those for each run and row.
-const TILE_WORK: f64 = 60.0;
-/// Instructions for a run and two rows.
-const RUN_WORK: f64 = 34.0;
-/// Share of an SM's issue slots that are filled.
-const ISSUE: f64 = 0.7;
+const PASS: f64 = 0.456e-6;
+/// Instructions of a warp for a tile, beside those for its bytes and its runs.
+const TILE_WORK: f64 = 44.5;
+/// Instructions for a run and two rows, for each expression of fields.
+const RUN_WORK: f64 = 14.8;
+/// Instructions of a warp for a step; and for a group of planes where it is one of several passes.
+const STEP_WORK: (f64, f64) = (38.9, 26.0);
+/// Share of an SM's issue slots that many warps fill; and the number of warps that fill 1 - 1/e of that.
+const ISSUE: (f64, f64) = (0.69, 6.64);
+/// How much longer it takes where columns are no whole passes.
+const INEXACT: f64 = 1.11;
+/// Computing and reading take longer than the longer of both, as sums with this exponent do.
+const TOGETHER: f64 = 6.0;
+/// Most tokens that [`few`] is tried for.
+const FEW: u32 = 32;
+/// Tokens beyond which [`many`] is tried: the planes of these fill one tensor-core product.
+const MANY: u32 = 4;
 
 impl Launch {
     /// The launch that seems best on `device`.
@@ -48,18 +46,80 @@ impl Launch {
     /// Launches worth trying, with the seconds that are expected, best first: at least one.
     pub fn ranked(op: &Product, device: &Device) -> Vec<(f64, Launch)> {
         let mut out: Vec<(f64, Launch)> = Vec::new();
+        if op.batch <= FEW {
+            out.extend(few::Launch::estimated(op, device).into_iter().map(|(t, l)| (t, Launch::Few(l))));
+        }
+        if op.batch > MANY {
+            out.extend(many::Launch::estimated(op, device).into_iter().map(|(t, l)| (t, Launch::Many(l))));
+        }
+        if out.is_empty() {
+            // One warp and one tile fit everything.
+            let blocks = op.layout().row_tiles();
+            out.push((1.0, Launch::Few(few::Launch { warps: 1, depth: 1, blocks, ahead: 1, min_blocks: 1 })));
+        }
+        // Equal estimates keep the order above, so the choice is a function of the input alone.
+        out.sort_by(|a, b| a.0.total_cmp(&b.0));
+        out.dedup_by_key(|x| x.1);
+        out
+    }
+
+    /// Its name and numbers, for those who read measurements.
+    pub fn fields(&self) -> (&'static str, Vec<(&'static str, u32)>) {
+        match *self {
+            Launch::Few(few::Launch { warps, depth, blocks, ahead, min_blocks }) => {
+                let fields = [
+                    ("warps", warps),
+                    ("depth", depth),
+                    ("blocks", blocks),
+                    ("ahead", ahead),
+                    ("min_blocks", min_blocks),
+                ];
+                ("few", fields.into())
+            }
+            Launch::Many(many::Launch {
+                group,
+                row_warps,
+                col_warps,
+                row_tiles,
+                chunk,
+                ahead,
+                token_parts,
+                blocks,
+                min_blocks,
+            }) => {
+                let fields = [
+                    ("row_warps", row_warps),
+                    ("col_warps", col_warps),
+                    ("row_tiles", row_tiles),
+                    ("chunk", chunk),
+                    ("ahead", ahead),
+                    ("token_parts", token_parts),
+                    ("blocks", blocks),
+                    ("min_blocks", min_blocks),
+                ];
+                (if group { "groups" } else { "many" }, fields.into())
+            }
+        }
+    }
+}
+
+impl few::Launch {
+    /// Launches worth trying, with the seconds that are expected, in no order.
+    fn estimated(op: &Product, device: &Device) -> Vec<(f64, few::Launch)> {
+        let mut out = Vec::new();
         for warps in [1, 2, 4, 6, 7, 8, 12, 14, 16] {
             for depth in [1, 2, 3, 4] {
                 for of_sm in [1, 2, 3, 4] {
                     for ahead in [1, 2] {
-                        let parts = op.parts();
+                        let parts = few::parts(op);
                         let rows = op.layout().row_tiles();
                         let blocks = rows.min((device.sms * of_sm / parts).max(1));
                         // No more rows than sums have room for.
-                        let launch = Launch { warps, depth, blocks, ahead, min_blocks: of_sm };
-                        let of_tile = Plan::new(op, &launch).sum_bytes_of_tile(&launch);
-                        let most = (SHARED / of_sm / of_tile).max(1);
-                        let launch = Launch { blocks: blocks.max(rows.div_ceil(most)), ..launch };
+                        let launch = few::Launch { warps, depth, blocks, ahead, min_blocks: of_sm };
+                        let of_tile = few::Plan::new(op, &launch).sum_bytes_of_tile(&launch);
+                        let room = (device.shared_per_sm / of_sm - 1024).min(device.shared_per_block);
+                        let most = (room / of_tile).max(1);
+                        let launch = few::Launch { blocks: blocks.max(rows.div_ceil(most)), ..launch };
                         if let Some(seconds) = estimate(op, &launch, device) {
                             out.push((seconds, launch));
                         }
@@ -67,26 +127,33 @@ impl Launch {
                 }
             }
         }
-        if out.is_empty() {
-            // One warp and one tile fit everything.
-            let blocks = op.layout().row_tiles();
-            out.push((1.0, Launch { warps: 1, depth: 1, blocks, ahead: 1, min_blocks: 1 }));
-        }
-        out.sort_by(|a, b| a.0.total_cmp(&b.0));
-        out.dedup_by_key(|x| x.1);
         out
     }
 }
 
-/// Seconds of a launch; `None` if it does not fit.
-fn estimate(op: &Product, launch: &Launch, device: &Device) -> Option<f64> {
-    let (plan, layout) = (Plan::new(op, launch), op.layout());
+/// Instructions of a warp for the bytes of a tile.
+fn decode_work(op: &Product) -> f64 {
+    let (layout, planes) = (op.layout(), f64::from(op.terms.planes()));
+    if layout.codes {
+        return 8.0 * (5.0 + 6.0 * planes);
+    }
+    // Whole bytes are there; of others each part is shifted and masked, and joined to the one before.
+    let parts = (0..layout.planes()).map(|p| layout.parts(p));
+    parts.filter(|p| p[0].1 < 8).map(|p| 40.0 * p.len() as f64 - 16.0).sum()
+}
+
+/// Seconds of a launch of [`few`]; `None` if it does not fit.
+fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> {
+    let (plan, layout) = (few::Plan::new(op, launch), op.layout());
     let threads = launch.warps * 32;
-    let fragments = launch.depth * plan.groups * (8 + plan.kept_sums());
+    let (planes, several) = (op.terms.planes(), plan.groups > 1);
+    let fragments = launch.depth * plan.groups * (8 + plan.kept_sums() + if several { 4 } else { 0 });
     let of_step = launch.depth * (layout.lane_words() + plan.number_registers()) + 1;
+    let of_steps = launch.ahead * of_step + if several { 12 * (launch.ahead - 1) } else { 0 };
     // The more runs, the more of their numbers are made at once.
     let of_runs = (plan.runs - 1) * launch.depth * (4 + 4 * plan.groups);
-    let registers = WORKING + fragments + launch.ahead * of_step + of_runs + 16;
+    let of_planes = 16 * planes + 8 * (planes - 1) * plan.groups;
+    let registers = WORKING + fragments + of_steps + of_runs + of_planes;
     let available = (device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks) / 8 * 8).min(255);
     let shared = plan.sum_bytes_of_tile(launch) * plan.most_rows;
     if registers > available
@@ -110,11 +177,175 @@ fn estimate(op: &Product, launch: &Launch, device: &Device) -> Option<f64> {
     let warps = f64::from(of_sm.min(launch.min_blocks) * launch.warps);
     let in_flight = warps * f64::from(launch.ahead * of_step * 128);
     // Words that several parts of the tokens take come from memory once.
-    let bandwidth = device.bandwidth * BANDWIDTH * f64::from(plan.parts.min(2)) / f64::from(device.sms);
+    let bandwidth = device.bandwidth * f64::from(plan.parts.min(2)) / f64::from(device.sms);
     let memory = bytes / bandwidth.min(in_flight / LATENCY);
-    let work = TILE_WORK + f64::from(op.terms.run.map_or(1, |_| plan.runs)) * RUN_WORK * f64::from(plan.groups);
-    let issue = tiles * work / 4.0 / (ISSUE * (1.0 - (-warps / 4.0).exp()) * device.clock);
+    let groups = f64::from(plan.groups);
+    let runs = f64::from(op.terms.run.map_or(1, |_| plan.runs)) * expressions(op);
+    let of_step = STEP_WORK.0 + if plan.passes > 1 { STEP_WORK.1 * groups } else { 0.0 };
+    let work =
+        TILE_WORK + decode_work(op) + runs * groups * f64::from(planes) * RUN_WORK + of_step / f64::from(launch.depth);
+    let issue = tiles * work / 4.0 / (issue_share(ISSUE, warps) * device.clock);
     let passes = f64::from(plan.passes) * PASS + f64::from(rounds - 1) * LATENCY;
-    let blocks = WARP * f64::from(of_sm * launch.warps);
-    Some(START + passes + blocks + (memory.powi(3) + issue.powi(3)).cbrt())
+    let inexact = if columns == layout.col_tiles() { 1.0 } else { INEXACT };
+    Some(START + passes + inexact * (memory.powf(TOGETHER) + issue.powf(TOGETHER)).powf(1.0 / TOGETHER))
+}
+
+/// Share of the issue slots that `warps` warps of an SM fill, by how many fill most of them.
+fn issue_share((most, many): (f64, f64), warps: f64) -> f64 {
+    most * (1.0 - (-warps / many).exp())
+}
+
+/// Expressions of fields of a run: slope, and rest if there is one.
+fn expressions(op: &Product) -> f64 {
+    1.0 + f64::from(u8::from(op.terms.rest.is_some()))
+}
+
+/// Warps of a block of [`many`].
+const WARPS: [u32; 3] = [4, 8, 16];
+/// Rows of tiles of a warp, and blocks on an SM to try.
+const CHOICES: [(u32, u32); 5] = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)];
+/// Tiles of a chunk, and of them on their way, to try.
+const CHUNKS: [(u32, u32); 7] = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2)];
+/// Registers of a thread of [`many`] for addresses and for what is being computed.
+const MANY_WORKING: u32 = 88;
+/// Instructions of a warp for a tile, beside those for its bytes, runs and products.
+const MANY_TILE: f64 = 92.6;
+/// Instructions for the numbers of a run and two rows, for each expression of fields.
+const MANY_RUN: f64 = 13.2;
+/// Issue slots of a product of 32 bits added to 64.
+const WIDE: f64 = 3.42;
+/// Issue slots of a product of a warp by itself, and of its operands' way from shared memory.
+const FRAGMENT: f64 = 2.82;
+/// Share of an SM's issue slots that many warps fill; and the number of warps that fill 1 - 1/e of that.
+const MANY_ISSUE: (f64, f64) = (0.773, 4.67);
+/// Share of the tensor cores' time, as it is known, that products of groups of warps take, and of warps by themselves.
+const TENSOR: (f64, f64) = (0.8, 1.11);
+/// Cycles that warps wait for each other at a chunk of activations, and cycles for copying and adding up a group of planes.
+const CHUNK: (f64, f64) = (460.0, 277.0);
+/// Share of the memory's bandwidth that reading reaches.
+const BANDWIDTH: f64 = 0.89;
+/// Seconds from asking for a word to having it.
+const MANY_LATENCY: f64 = 0.4e-6;
+/// Seconds from one launch to the next.
+const MANY_START: f64 = 1.03e-6;
+/// Cycles that scaling and storing a row of 32 results takes an SM.
+const RESULTS: f64 = 8.8;
+/// Bytes that an SM reads from the L2 cache in a cycle.
+const L2: f64 = 71.0;
+/// Share of the shorter of computing and multiplying that is not hidden behind the longer; and of reading and those.
+const REST: (f64, f64) = (0.31, 0.32);
+
+impl many::Launch {
+    /// Launches worth trying, with the seconds that are expected, in no order.
+    fn estimated(op: &Product, device: &Device) -> Vec<(f64, many::Launch)> {
+        let (layout, mut out) = (op.layout(), Vec::new());
+        let least = op.batch.div_ceil(many::MAX_PART);
+        let parts = [1, 2, 4].map(|n| n * least).into_iter().filter(|&p| p == least || op.batch.div_ceil(p) >= 4);
+        for token_parts in parts {
+            for (warps, col_warps) in WARPS.into_iter().flat_map(|w| [1, 2, 4, 8].map(|c| (w, c))) {
+                let ways = CHOICES.into_iter().flat_map(|c| CHUNKS.map(|chunk| (c, chunk)));
+                let groups_fit = device.group_products > 0.0 && (warps / col_warps).is_multiple_of(4);
+                for (((row_tiles, min_blocks), (chunk, ahead)), group) in ways.flat_map(|w| [(w, false), (w, true)]) {
+                    let row_warps = warps / col_warps;
+                    let fits = row_warps > 0 && col_warps * chunk <= layout.col_tiles();
+                    if !fits || group && (!groups_fit || row_tiles > 1) {
+                        continue;
+                    }
+                    let most = (device.sms * min_blocks / token_parts).max(1);
+                    let blocks = layout.row_tiles().div_ceil(row_warps * row_tiles).min(most);
+                    let launch = many::Launch {
+                        group,
+                        row_warps,
+                        col_warps,
+                        row_tiles,
+                        chunk,
+                        ahead,
+                        token_parts,
+                        blocks,
+                        min_blocks,
+                    };
+                    out.extend(estimate_many(op, &launch, device).map(|seconds| (seconds, launch)));
+                }
+            }
+        }
+        out
+    }
+}
+
+/// Seconds of a launch of [`many`]; `None` if it does not fit.
+fn estimate_many(op: &Product, launch: &many::Launch, device: &Device) -> Option<f64> {
+    let (plan, terms) = (many::Plan::new(op, launch), op.terms);
+    let threads = launch.warps() * 32;
+    let fields = op.layout().sections.iter().map(|s| s.lane_bytes().div_ceil(4)).sum::<u32>();
+    let of_words = plan.layout.lane_words() + fields;
+    let of_tile = launch.ahead * of_words + 16 * terms.planes() + 2 * plan.runs;
+    let products = if launch.group {
+        4 * plan.groups + 2 * (launch.ahead - 1)
+    } else {
+        // Warps by themselves begin several runs at once.
+        let of_runs = if plan.runs > 1 { 20 + 10 * plan.runs } else { 0 };
+        8 + 8 * launch.row_tiles + of_runs.min(80) + 16 * (terms.planes() - 1)
+    };
+    let registers = MANY_WORKING + launch.row_tiles * (4 * plan.groups + of_tile) + products;
+    let available = (device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks) / 8 * 8).min(255);
+    let shared = plan.shared_bytes(launch);
+    if registers > available
+        || threads * launch.min_blocks > device.threads_per_sm
+        || launch.min_blocks * (shared + 1024) > device.shared_per_sm
+        || shared > device.shared_per_block
+    {
+        return None;
+    }
+
+    // The busiest SM, and of its schedulers the one that has most warps.
+    let per_sm = (launch.blocks * launch.token_parts).div_ceil(device.sms);
+    let resident = per_sm.min(launch.min_blocks);
+    let rows = plan.layout.row_tiles().div_ceil(launch.blocks);
+    let takers = rows.div_ceil(launch.row_tiles);
+    let takers = if launch.group { takers.next_multiple_of(launch.row_warps) } else { takers };
+    let schedule = |row_warps: u32| (resident * row_warps * launch.col_warps).div_ceil(4);
+    let last = schedule(takers % launch.row_warps);
+    let of_scheduler = takers / launch.row_warps * schedule(launch.row_warps) + last;
+    let steps = plan.steps(launch) * per_sm.div_ceil(resident) * launch.row_tiles;
+    let of_scheduler = f64::from(of_scheduler * steps);
+    let tiles = f64::from(per_sm * takers * plan.steps(launch) * launch.col_warps * launch.row_tiles);
+
+    let (groups, runs) = (f64::from(plan.groups), f64::from(plan.runs));
+    let bytes = decode_work(op);
+    let (expressions, of_planes) = (expressions(op), f64::from(terms.planes()));
+    let numbers = if terms.run.is_some() { runs * expressions * MANY_RUN } else { 0.0 };
+    let wide = if terms.run.is_some() { WIDE * expressions } else { 2.0 };
+    let sum = 2.0 * (1.0 + f64::from(u8::from(terms.lowest != 0)) + wide);
+    // A run of half a product takes a whole one.
+    let across = runs.max(4.0) * of_planes;
+    let issued = if launch.group { of_planes * (4.0 + 2.0 * groups * runs) } else { groups * across * FRAGMENT };
+    let offsets = groups * runs / f64::from(launch.row_tiles);
+    let slots = MANY_TILE + bytes + numbers + groups * runs * sum * of_planes + issued + offsets;
+    let warps = f64::from(resident * launch.warps());
+    let issue = of_scheduler * slots / issue_share(MANY_ISSUE, warps);
+    let planes = groups * 8.0;
+    let tensor = if launch.group {
+        TENSOR.0 * tiles * across * planes.max(32.0) * 16.0 * 32.0 / device.group_products
+    } else {
+        TENSOR.1 * of_scheduler * groups * across * 4096.0 * 4.0 / device.int8_products
+    };
+    let banks = if launch.group {
+        tiles * across * planes / 16.0
+    } else {
+        tiles * groups * across * 2.0 / f64::from(launch.row_tiles)
+    };
+    let staged = f64::from(per_sm * plan.rounds * plan.chunks) * f64::from(plan.stage_cells() * 16);
+    let layout = &plan.layout;
+    let of_tile = layout.bytes() as f64 / f64::from(layout.row_tiles() * layout.col_tiles());
+    let in_flight = warps * f64::from(launch.row_tiles * launch.ahead * of_words * 128);
+    let bandwidth = (device.bandwidth * BANDWIDTH / f64::from(device.sms)).min(in_flight / MANY_LATENCY);
+    let memory = tiles * of_tile / bandwidth * device.clock / f64::from(launch.token_parts);
+    let multiply = tensor.max(banks);
+    let compute = issue.max(multiply);
+    let work = memory.max(staged / L2).max(compute + REST.0 * issue.min(multiply)) + REST.1 * memory.min(compute);
+    let items = (plan.stage_cells() / 64).div_ceil(launch.warps());
+    let of_chunk = CHUNK.0 + f64::from(items) * CHUNK.1;
+    let chunks = f64::from(plan.rounds * plan.chunks * per_sm.div_ceil(resident)) * of_chunk;
+    let results = f64::from(per_sm * rows * 16 * plan.tokens) / 32.0 * RESULTS;
+    Some(MANY_START + (work + chunks + results) / device.clock)
 }

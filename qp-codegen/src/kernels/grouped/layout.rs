@@ -9,17 +9,20 @@
 //! column in tile = 32·m + 16·(a div 2) + 4·(lane mod 4) + byte
 //! ```
 //!
+//! Integers of more than 8 bits are several **planes** of bytes, one behind the other, the lowest first.
+//!
 //! Bytes of `n` bits are cut into **parts** of 8, 4, 2 and 1 bits, those that `n` is a sum of, the lowest bits in the widest
 //! part. A word of a part of `w` bits holds `8 / w` registers: register `i` of them is `(word >> w·i)` and the mask of `w`
-//! bits in every byte. So four weights become bytes in one or two operations, and 4 bits take 8 words a lane. The words of
-//! a tile lie as [`crate::layout::word_in_tile`] says; tiles of a row of tiles side by side.
+//! bits in every byte. So four weights become bytes in one or two operations, and 4 bits take 8 words a lane. Codes that are
+//! looked up ([`Terms::table`]) lie side by side instead, those of two registers in a word, for four are the selector of a
+//! permutation of bytes. The words of a tile lie as [`crate::layout::word_in_tile`] says; tiles of a row of tiles side by side.
 //!
 //! Fields lie in **sections**, each of the narrowest type that holds its numbers, the two rows of a lane side by side.
 
 use crate::layout::word_in_tile;
 use crate::reader::Reader;
 use crate::spec::format::Cover;
-use crate::spec::terms::{Kept, Numbers, TILE, Terms};
+use crate::spec::terms::{CODE, Kept, Numbers, TILE, Terms};
 use crate::spec::{Shape, mask};
 
 /// Rows of a tile.
@@ -70,8 +73,10 @@ impl Section {
 pub struct Relaid {
     /// Rows × columns.
     pub shape: Shape,
-    /// Bits of a weight.
+    /// Bits of a weight, as it is stored.
     pub bits: u32,
+    /// Whether weights are stored as codes.
+    pub codes: bool,
     /// One a field of the terms; none where slopes are those of whole rows.
     pub sections: Vec<Section>,
     /// First word of the rows' grids, if they have any.
@@ -94,9 +99,9 @@ impl Relaid {
             for (_, field) in &terms.fields {
                 let kept = Kept::of(field.ty);
                 let (columns, units, tiles) = match field.cover {
-                    Cover::Rectangle(s) if s.cols < TILE => (s.cols, TILE / s.cols, 1),
-                    Cover::Rectangle(s) => (s.cols, 1, s.cols / TILE),
-                    Cover::Matrix | Cover::Row | Cover::Column | Cover::Flat(_) => (shape.cols, 1, col_tiles),
+                    Cover::Rectangle(Shape { cols, .. }) | Cover::Flat(cols) if cols < TILE => (cols, TILE / cols, 1),
+                    Cover::Rectangle(Shape { cols, .. }) | Cover::Flat(cols) => (cols, 1, cols / TILE),
+                    Cover::Matrix | Cover::Row | Cover::Column => (shape.cols, 1, col_tiles),
                 };
                 let section = Section { kept, columns, units, tiles, blocks: col_tiles.div_ceil(tiles), first: at };
                 at += (row_tiles * section.row_bytes()).div_ceil(4).next_multiple_of(4);
@@ -105,7 +110,9 @@ impl Relaid {
             grid = Some(at);
             at += (row_tiles * ROWS * GRID_BYTES).div_ceil(4).next_multiple_of(4);
         }
-        Relaid { shape, bits: terms.bits, sections, grid, number_words: at.max(4) }
+        let codes = terms.table.is_some();
+        let bits = if codes { CODE } else { terms.bits };
+        Relaid { shape, bits, codes, sections, grid, number_words: at.max(4) }
     }
 
     /// Tiles from top to bottom.
@@ -148,10 +155,16 @@ impl Relaid {
         4 * (self.words() as u64 + u64::from(self.number_words) + u64::from(self.padded_rows()))
     }
 
-    /// The parts that a weight's bits are cut into, in the order of their words: first bit and bits.
-    pub fn parts(&self) -> Vec<(u32, u32)> {
+    /// Planes of bytes that are stored.
+    pub fn planes(&self) -> u32 {
+        self.bits.div_ceil(8)
+    }
+
+    /// The parts that the bits of a plane are cut into, in the order of their words: first bit and bits.
+    pub fn parts(&self, plane: u32) -> Vec<(u32, u32)> {
         let mut first = 0;
-        let widths = [8, 4, 2, 1].into_iter().filter(|w| self.bits & w != 0);
+        let bits = (self.bits - 8 * plane).min(8);
+        let widths = [8, 4, 2, 1].into_iter().filter(|w| bits & w != 0);
         widths
             .map(|w| {
                 first += w;
@@ -160,9 +173,17 @@ impl Relaid {
             .collect()
     }
 
-    /// Packs a row of tiles: `digits` are 16 rows, each padded to whole tiles.
+    /// Packs a row of tiles: `digits` are 16 rows for each plane, each padded to whole tiles.
     fn pack(&self, digits: &[u8], words: &mut [u32]) {
         let stride = (self.col_tiles() * TILE) as usize;
+        for (plane, digits) in (0..).zip(digits.chunks_exact(stride * ROWS as usize)) {
+            self.pack_plane(plane, digits, words);
+        }
+    }
+
+    fn pack_plane(&self, plane: u32, digits: &[u8], words: &mut [u32]) {
+        let stride = (self.col_tiles() * TILE) as usize;
+        let first_word = plane * REGISTERS;
         let lane_words = self.lane_words();
         for (tile, words) in words.chunks_exact_mut(lane_words as usize * 32).enumerate() {
             for lane in 0..32 {
@@ -171,8 +192,14 @@ impl Relaid {
                     let (m, a) = (register / 4, register % 4);
                     let at = (a % 2 * 8) as usize * stride + (32 * m + a / 2 * 16) as usize;
                     let bytes = u32::from_le_bytes([digits[at], digits[at + 1], digits[at + 2], digits[at + 3]]);
-                    let mut word = 0;
-                    for (first, width) in self.parts() {
+                    if self.codes {
+                        let codes = (0..4).map(|i| (bytes >> (8 * i) & mask(CODE)) << (CODE * i)).sum::<u32>();
+                        let at = word_in_tile(lane_words, lane, register / 2);
+                        words[at as usize] |= codes << (16 * (register % 2));
+                        continue;
+                    }
+                    let mut word = first_word;
+                    for (first, width) in self.parts(plane) {
                         let of_word = 8 / width;
                         let part = (bytes >> first) & (mask(width) * 0x0101_0101);
                         let at = word_in_tile(lane_words, lane, word + register / of_word);
@@ -188,7 +215,9 @@ impl Relaid {
     pub fn row_tile(&self, reader: &Reader, tensors: &[&[u8]], first: u32) -> RowTile {
         let (cols, rows) = (reader.shape().cols as usize, reader.shape().rows);
         let stride = (self.col_tiles() * TILE) as usize;
-        let mut digits = vec![0; stride * ROWS as usize];
+        let plane = stride * ROWS as usize;
+        let mut digits = vec![0; plane * self.planes() as usize];
+        let mut of_row = vec![0; cols * self.planes() as usize];
         let mut out = RowTile {
             words: vec![0; self.row_words() as usize],
             sections: self.sections.iter().map(|s| vec![0; s.row_bytes() as usize]).collect(),
@@ -196,11 +225,18 @@ impl Relaid {
             factors: vec![0.0; ROWS as usize],
         };
         let mut numbers = Numbers::default();
-        for (row, digits) in (0..).zip(digits.chunks_exact_mut(stride)) {
+        for row in 0..ROWS {
             // Rows of padding have the numbers of the last, so that nothing in them is beyond all numbers.
             let from = (first + row).min(rows - 1);
             if first + row < rows {
-                reader.digits(tensors, from, &mut digits[..cols]);
+                if self.codes {
+                    reader.row_codes(tensors, from, &mut of_row);
+                } else {
+                    reader.digits(tensors, from, &mut of_row);
+                }
+                for (digits, of_row) in digits.chunks_exact_mut(plane).zip(of_row.chunks_exact(cols)) {
+                    digits[row as usize * stride..][..cols].copy_from_slice(of_row);
+                }
             }
             reader.numbers(tensors, from, &mut numbers);
             out.factors[row as usize] = numbers.factor;

@@ -1,5 +1,6 @@
 //! `qp bench formats`: the speed of exact products with matrices of others' formats.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -7,10 +8,11 @@ use clap::Args;
 use qp_codegen::formats;
 use qp_codegen::kernels::Span;
 use qp_codegen::kernels::grouped::{Launch, Product};
+use qp_codegen::kernels::prepare::Prepare;
 use qp_codegen::reader::{Book, Reader};
 use qp_codegen::reference::{self, Activations};
-use qp_codegen::spec::Shape;
 use qp_codegen::spec::format::Format;
+use qp_codegen::spec::{Rotation, Shape};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -21,13 +23,14 @@ use crate::cli::Error;
 use crate::cli::output::{outln, write};
 use crate::codec;
 use crate::device::grouped::{GroupedKernel, GroupedMatrix};
-use crate::device::ops::DeviceActivations;
+use crate::device::ops::{DeviceActivations, Faults, PrepareInputs, PrepareKernel};
 use crate::device::{DeviceError, Executor};
 
 /// Time exact products with matrices of others' formats on a GPU.
 ///
 /// Each kernel is first compared with the CPU, to the bit. Then a graph of launches rotates over copies of the matrix that
-/// together exceed the L2 cache; the time is that of the graph over its launches, the best of several runs.
+/// together exceed the L2 cache; the time is that of the graph over its launches, the best of several runs. A whole layer is the
+/// preparation of the activations (rounding) and the product, each a launch.
 #[derive(Args)]
 pub struct FormatBench {
     /// Formats, whose products must be exact.
@@ -39,7 +42,7 @@ pub struct FormatBench {
     /// Tokens at once (1 to 2048).
     #[arg(long, value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=2048))]
     batch: Vec<u32>,
-    /// Try this many launches, the best by the cost model first.
+    /// Try this many launches of each kernel, the best by the cost model first; 1: only the best of all.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     launches: u16,
     /// Which GPU.
@@ -66,15 +69,18 @@ struct Row {
     bits: f64,
     /// Microseconds of a launch.
     us: f64,
+    /// Microseconds of a whole layer, with the preparation of the activations.
+    layer_us: f64,
     gb_per_s: f64,
     /// What the cost model expects.
     model_us: f64,
-    warps: u32,
-    depth: u32,
-    blocks: u32,
-    ahead: u32,
-    min_blocks: u32,
+    /// Which kernel.
+    way: &'static str,
+    /// How it was laid over the GPU.
+    launch: BTreeMap<&'static str, u32>,
     registers: u32,
+    /// Bytes of registers that did not fit, a thread.
+    spilled: u32,
 }
 
 impl FormatBench {
@@ -85,12 +91,13 @@ impl FormatBench {
         let read = bandwidth(&on, ROTATE)?;
         outln!("{} ({} SMs); memory: {:.2} TB/s reading alone", gpu.name, gpu.sms, read / 1e12)?;
         outln!(
-            "{:>16} {:>13} {:>5} {:>6} {:>9} {:>8} {:>8} {:>9}  launch",
+            "{:>16} {:>13} {:>5} {:>6} {:>9} {:>9} {:>8} {:>8} {:>9}  launch",
             "format",
             "shape",
             "b",
             "bits",
             "us",
+            "layer us",
             "GB/s",
             "reading",
             "expected"
@@ -116,18 +123,22 @@ impl FormatBench {
 }
 
 fn print(row: &Row, read: f64) -> Result<(), Error> {
-    let Row { warps, depth, blocks, ahead, min_blocks, registers, .. } = row;
+    let launch: Vec<String> = row.launch.iter().map(|(name, value)| format!("{name} {value}")).collect();
     outln!(
-        "{:>16} {:>13} {:>5} {:>6.3} {:>9.2} {:>8.0} {:>7.0}% {:>9.2}  warps {warps}, depth {depth}, blocks {blocks}, \
-         ahead {ahead}, min_blocks {min_blocks}, registers {registers}",
+        "{:>16} {:>13} {:>5} {:>6.3} {:>9.2} {:>9.2} {:>8.0} {:>7.0}% {:>9.2}  {}: {}, registers {}{}",
         row.format,
         format!("{}x{}", row.rows, row.cols),
         row.batch,
         row.bits,
         row.us,
+        row.layer_us,
         row.gb_per_s,
         row.gb_per_s * 1e9 / read * 100.0,
         row.model_us,
+        row.way,
+        launch.join(", "),
+        row.registers,
+        if row.spilled > 0 { ", spills" } else { "" },
     )
 }
 
@@ -162,15 +173,35 @@ impl Made {
         let (name, shape) = (&self.reader.format().name, self.reader.shape());
         let terms = self.reader.terms().ok_or("a format without terms")?;
         let mut random = Random::of(name);
+        let values = random.values(shape.cols as usize * batch as usize, 1.0);
         let inputs: Vec<Activations> =
-            (0..batch).map(|_| reference::quantize_activations(&random.values(shape.cols as usize, 1.0))).collect();
+            values.chunks_exact(shape.cols as usize).map(reference::quantize_activations).collect();
         let slices: Vec<&[u8]> = self.tensors.iter().map(Vec::as_slice).collect();
         let expected = codec::Lines::new(&self.reader, slices).product(&inputs);
-        let x = DeviceActivations::upload(on, &inputs)?;
+        let prepare = Prepare {
+            columns: shape.cols,
+            batch,
+            input: Span::rows(shape.cols),
+            gate: None,
+            norm: None,
+            rotation: Rotation::None,
+        };
+        let mut prepare = PrepareKernel::load(on, &prepare)?;
+        let (values, mut faults) = (on.upload(&values)?, on.zeroed(1)?);
+        let mut x = DeviceActivations::new(on, shape.cols, batch)?;
+        prepare.launch(on, PrepareInputs::plain(&values), &mut x, Faults { faults: &mut faults, layer: 0 })?;
         let mut y = on.zeroed(expected.len())?;
         let op = Product { terms, shape, batch, y: Span::rows(shape.rows), accumulate: false };
         let mut ranked = Launch::ranked(&op, &on.device());
-        ranked.truncate(tried);
+        let mut of_way = BTreeMap::new();
+        ranked.retain(|(_, launch)| {
+            let count = of_way.entry(launch.fields().0).or_insert(0);
+            *count += 1;
+            *count <= tried
+        });
+        if tried == 1 {
+            ranked.truncate(1);
+        }
         let load = |&(expected, launch): &(f64, Launch)| Ok((expected, launch, GroupedKernel::load(on, &op, &launch)?));
         let kernels = ranked.par_iter().map(load).collect::<Result<Vec<_>, DeviceError>>()?;
         let mut out = Vec::new();
@@ -190,8 +221,17 @@ impl Made {
             let graph = graph.finish()?;
             let rounds = if on.gpu().is_some() { ROUNDS } else { 0 };
             let seconds = on.time_best(rounds, || graph.launch())? / launches as f64;
+            let mut layers = on.record();
+            for i in 0..launches {
+                let faults = Faults { faults: &mut faults, layer: 0 };
+                prepare.record(&mut layers, PrepareInputs::plain(&values), &mut x, faults)?;
+                kernel.record(&mut layers, &self.copies[i % self.copies.len()], &x, &mut y)?;
+            }
+            let layers = layers.finish()?;
+            let layer = on.time_best(rounds, || layers.launch())? / launches as f64;
             let bytes = self.copies[0].bytes() as f64;
-            let Launch { warps, depth, blocks, ahead, min_blocks } = launch;
+            let (way, fields) = launch.fields();
+            let usage = kernel.loaded().usage();
             out.push(Row {
                 format: name.clone(),
                 rows: shape.rows,
@@ -199,14 +239,13 @@ impl Made {
                 batch,
                 bits: rounded(bytes * 8.0 / shape.len() as f64, 1e3),
                 us: rounded(seconds * 1e6, 1e3),
+                layer_us: rounded(layer * 1e6, 1e3),
                 gb_per_s: rounded(bytes / seconds / 1e9, 10.0),
                 model_us: rounded(model * 1e6, 1e3),
-                warps,
-                depth,
-                blocks,
-                ahead,
-                min_blocks,
-                registers: kernel.loaded().usage().map_or(0, |u| u.registers),
+                way,
+                launch: fields.into_iter().collect(),
+                registers: usage.as_ref().map_or(0, |u| u.registers),
+                spilled: usage.as_ref().map_or(0, |u| u.spill_loads),
             });
         }
         Ok(out)
@@ -227,7 +266,7 @@ mod tests {
         made.tensors[0][0] ^= 1;
         let message = made.measure(&on, 1, 1).expect_err("another matrix").to_string();
         assert!(message.contains("row 0, token 0 is") && message.contains("but must be"), "{message}");
-        let error = Made::new(&on, formats::get("nf4").expect("of the formats"), shape).err().expect("not exact");
+        let error = Made::new(&on, formats::get("iq1_m").expect("of the formats"), shape).err().expect("not exact");
         assert!(error.to_string().contains("are not exact"), "{error}");
     }
 }

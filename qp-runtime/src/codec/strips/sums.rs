@@ -102,7 +102,9 @@ impl Way {
                 for (token, out) in tokens.iter().zip(out) {
                     let sums = |digits: &[u8]| match strip.kind {
                         Digits::Four => plain::<true>(digits, token, strip.runs),
-                        Digits::Eight | Digits::Sixteen => plain::<false>(digits, token, strip.runs),
+                        Digits::Eight | Digits::Sixteen | Digits::TwentyFour => {
+                            plain::<false>(digits, token, strip.runs)
+                        }
                     };
                     *out = result(strip, token, of_planes(strip, sums));
                 }
@@ -114,11 +116,13 @@ impl Way {
 /// The sums of a strip from those of its planes of digits.
 #[inline(always)]
 fn of_planes<T: Plus>(strip: &Strip<'_>, sums: impl Fn(&[u8]) -> T) -> T {
-    if strip.kind != Digits::Sixteen {
+    let planes = strip.kind.planes();
+    if planes == 1 {
         return sums(strip.digits);
     }
-    let (high, low) = strip.digits.split_at(strip.digits.len() / 2);
-    sums(high).plus(256, sums(low))
+    let size = strip.digits.len() / planes;
+    let first = sums(&strip.digits[..size]);
+    (1..planes).fold(first, |above, plane| above.plus(256, sums(&strip.digits[plane * size..][..size])))
 }
 
 /// Sums, or several of them.
@@ -144,7 +148,49 @@ impl<const N: usize> Plus for [[i64; ROWS]; N] {
 /// The results of a token from its sums.
 #[inline(always)]
 fn result<T: Outcome>(strip: &Strip<'_>, token: &Token<'_>, sums: [i64; ROWS]) -> [T; ROWS] {
-    std::array::from_fn(|r| T::of(strip.times * sums[r] + token.add, strip.factors[r], token.factor))
+    let later = match &strip.runs {
+        Some(runs) if !runs.at_once => offsets(runs, token),
+        _ => [0; ROWS],
+    };
+    std::array::from_fn(|r| T::of(strip.times * sums[r] + later[r] + token.add, strip.factors[r], token.factor))
+}
+
+/// What the smallest integer and the rests add to the rows' sums.
+fn offsets(runs: &RunsOf<'_>, token: &Token<'_>) -> [i64; ROWS] {
+    let mut out = [0i64; ROWS];
+    for (k, &sum) in token.sums.iter().enumerate() {
+        let slopes = runs.integers(runs.each * k);
+        let rests = if runs.each == 2 { runs.integers(2 * k + 1) } else { [0; ROWS] };
+        for (r, out) in out.iter_mut().enumerate() {
+            *out += (i64::from(runs.lowest) * i64::from(slopes[r]) + i64::from(rests[r])) * i64::from(sum);
+        }
+    }
+    out
+}
+
+impl RunsOf<'_> {
+    /// The integers that the numbers at `at` are, row by row.
+    #[inline(always)]
+    fn integers(&self, at: usize) -> [i32; ROWS] {
+        match self.numbers {
+            OfRuns::Integers(all) => all[at],
+            OfRuns::Halves(all, inverses) => std::array::from_fn(|r| {
+                (f16::from_bits(all[at][r]).to_f32() * inverses[r]).round_ties_even() as i32
+            }),
+        }
+    }
+
+    /// The integer that comes in with a run's products.
+    #[inline(always)]
+    fn lowest_now(&self) -> i32 {
+        if self.at_once { self.lowest } else { 0 }
+    }
+
+    /// Whether rests come in with a run's products.
+    #[inline(always)]
+    fn rests_now(&self) -> bool {
+        self.at_once && self.each == 2
+    }
 }
 
 /// Pairs of units of which 32 bits hold a row's sum: `512 · 255 · 16256` is below 2^31.
@@ -163,20 +209,13 @@ fn plain<const FOUR: bool>(digits: &[u8], token: &Token<'_>, runs: Option<RunsOf
     let of_run = runs.columns / PAD;
     for (k, pairs) in pairs.chunks(of_run).enumerate() {
         let sums = plain_part::<FOUR>(digits, k * of_run, pairs);
-        let numbers = |i: usize| match runs.numbers {
-            OfRuns::Integers(all) => all[runs.each * k + i],
-            OfRuns::Halves(all, inverses) => std::array::from_fn(|r| {
-                let number = f16::from_bits(all[runs.each * k + i][r]).to_f32();
-                (number * inverses[r]).round_ties_even() as i32
-            }),
-        };
-        let slopes = numbers(0);
+        let slopes = runs.integers(runs.each * k);
         for (r, out) in out.iter_mut().enumerate() {
-            let sum = sums[r].wrapping_add(runs.lowest * token.sums[k]);
+            let sum = sums[r].wrapping_add(runs.lowest_now() * token.sums[k]);
             *out += i64::from(slopes[r]) * i64::from(sum);
         }
-        if runs.each == 2 {
-            out.iter_mut().zip(numbers(1)).for_each(|(out, rest)| *out += i64::from(rest) * i64::from(token.sums[k]));
+        if runs.rests_now() {
+            out.iter_mut().zip(runs.integers(2 * k + 1)).for_each(|(out, rest)| *out += i64::from(rest) * i64::from(token.sums[k]));
         }
     }
     out
@@ -221,7 +260,9 @@ mod x86 {
                     let sums = of_planes($strip, |digits| unsafe {
                         match $strip.kind {
                             Digits::Four => $sums::<$n, true>(digits, some, $strip.runs),
-                            Digits::Eight | Digits::Sixteen => $sums::<$n, false>(digits, some, $strip.runs),
+                            Digits::Eight | Digits::Sixteen | Digits::TwentyFour => {
+                                $sums::<$n, false>(digits, some, $strip.runs)
+                            }
                         }
                     });
                     *to = from_fn(|t| result($strip, &some[t], sums[t]));
@@ -289,11 +330,11 @@ mod x86 {
             let odd_slopes = _mm512_srli_epi64::<32>(slopes);
             for (t, (high, low)) in sums.into_iter().enumerate() {
                 let sum = _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low);
-                let sum = _mm512_add_epi32(sum, _mm512_set1_epi32(runs.lowest * tokens[t].sums[k]));
+                let sum = _mm512_add_epi32(sum, _mm512_set1_epi32(runs.lowest_now() * tokens[t].sums[k]));
                 even[t] = _mm512_add_epi64(even[t], _mm512_mul_epi32(sum, slopes));
                 odd[t] = _mm512_add_epi64(odd[t], _mm512_mul_epi32(_mm512_srli_epi64::<32>(sum), odd_slopes));
             }
-            if runs.each == 2 {
+            if runs.rests_now() {
                 let rests = vnni_numbers(&runs, 2 * k + 1);
                 let odd_rests = _mm512_srli_epi64::<32>(rests);
                 for t in 0..N {
@@ -427,10 +468,10 @@ mod x86 {
                         let slopes = avx2_numbers(&runs, runs.each * k, rows);
                         for t in 0..N {
                             let sum = _mm256_add_epi32(part[t][rows], _mm256_srli_epi64::<32>(part[t][rows]));
-                            let sum = _mm256_add_epi32(sum, _mm256_set1_epi32(runs.lowest * tokens[t].sums[k]));
+                            let sum = _mm256_add_epi32(sum, _mm256_set1_epi32(runs.lowest_now() * tokens[t].sums[k]));
                             sums[t][rows] = _mm256_add_epi64(sums[t][rows], _mm256_mul_epi32(sum, slopes));
                         }
-                        if runs.each == 2 {
+                        if runs.rests_now() {
                             let rests = avx2_numbers(&runs, 2 * k + 1, rows);
                             for t in 0..N {
                                 let rest = _mm256_mul_epi32(rests, _mm256_set1_epi32(tokens[t].sums[k]));

@@ -1,0 +1,640 @@
+//! Products of many tokens with matrices of formats.
+//!
+//! # How it works
+//!
+//! A block takes a run of rows of tiles and a part of the tokens, and its warps have tiles of their own, [`Launch::row_tiles`] one
+//! below the other. Together they go over the columns in *chunks*: the planes of a chunk pass by in shared memory, brought by
+//! asynchronous copies two chunks ahead, with one barrier a chunk. Of the chunk that follows, the warps add up the activations
+//! of each run and token, which offsets need: a tensor-core product with ones, the work shared among them.
+//!
+//! A warp decodes a tile into tensor-core operands, once, and multiplies each run with all planes, eight a product. The sums
+//! of a run and a group of planes need registers only until the planes of a token are joined, multiplied with the run's
+//! slope and added to a sum of 64 bits. On Hopper, groups of four warps can multiply together ([`Launch::group`], `wgmma`),
+//! the planes in two halves: while the second is multiplied, the first is added.
+//!
+//! A matrix with few rows of tiles leaves warps without work. Then the columns are shared, by [`Launch::col_warps`] warps whose
+//! sums meet in shared memory, or the tokens, by [`Launch::token_parts`] blocks that each decode all weights and are
+//! neighbours, so that the weights come from memory once.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use super::Product;
+use super::layout::{ROWS, Relaid};
+use super::operands::{ACROSS, Arrived, Factors, OF_PRODUCT, Operands, Tile, put, taken};
+use crate::ir::{Builder, Cache, Const, Elem, Kernel, Mem, Special, V, Var, group_columns};
+use crate::kernels::operands::divide;
+use crate::layout::{CELL, COLUMN_PAD};
+use crate::spec::terms::TILE;
+
+/// Most tokens of a part, whose sums fit the registers.
+pub const MAX_PART: u32 = 64;
+/// Chunks of activations in shared memory: one is multiplied, one is added up, one arrives.
+const STAGES: u32 = 3;
+/// Chunks whose sums over runs are in shared memory.
+const SUMMED: u32 = 2;
+/// Groups of four tokens whose scales are on their way at once.
+const SCALES: usize = 4;
+/// Four bytes of one.
+const ONES: u32 = 0x0101_0101;
+
+/// How the work is laid over the GPU. The result does not depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Launch {
+    /// Groups of four warps, one below the other, multiply together: only where there is `wgmma`.
+    pub group: bool,
+    /// Warps one below the other, each with rows of tiles of its own.
+    pub row_warps: u32,
+    /// Warps that share the columns of the same rows.
+    pub col_warps: u32,
+    /// Rows of tiles that a warp takes at once; 1 for groups.
+    pub row_tiles: u32,
+    /// Tiles, side by side, that a warp takes of a chunk.
+    pub chunk: u32,
+    /// Tiles, of a chunk's number a divisor, whose words are on their way.
+    pub ahead: u32,
+    /// Parts of the tokens, each with blocks of its own.
+    pub token_parts: u32,
+    /// Blocks that share the rows of tiles (the grid has `blocks · token_parts`).
+    pub blocks: u32,
+    /// Blocks an SM must hold at once.
+    pub min_blocks: u32,
+}
+
+impl Launch {
+    /// Warps of a block.
+    pub fn warps(&self) -> u32 {
+        self.row_warps * self.col_warps
+    }
+}
+
+/// Sizes that follow from the operation and its launch.
+pub(super) struct Plan {
+    pub(super) layout: Relaid,
+    /// Tokens of a part; the last may have fewer.
+    pub(super) tokens: u32,
+    /// Tensor-core products side by side, of 8 planes each, to hold all planes of a part.
+    pub(super) groups: u32,
+    /// Runs of a tile.
+    pub(super) runs: u32,
+    pub(super) chunks: u32,
+    /// Times that the warps take rows, in the block that has most.
+    pub(super) rounds: u32,
+    /// Tiles of a chunk.
+    chunk_tiles: u32,
+    /// Whether sums of activations over runs are needed.
+    offsets: bool,
+}
+
+impl Plan {
+    pub(super) fn new(op: &Product, launch: &Launch) -> Plan {
+        let layout = op.layout();
+        let tokens = op.batch.div_ceil(launch.token_parts);
+        let planes = if launch.group { group_columns(2 * tokens) } else { (2 * tokens).next_multiple_of(8) };
+        let chunk_tiles = launch.col_warps * launch.chunk;
+        Plan {
+            tokens,
+            groups: planes / 8,
+            runs: op.runs(),
+            chunks: layout.col_tiles().div_ceil(chunk_tiles),
+            rounds: layout.row_tiles().div_ceil(launch.blocks).div_ceil(launch.row_warps * launch.row_tiles),
+            chunk_tiles,
+            offsets: op.has_offsets(),
+            layout,
+        }
+    }
+
+    /// Steps of a warp through the columns.
+    pub(super) fn steps(&self, launch: &Launch) -> u32 {
+        self.chunks * launch.chunk
+    }
+
+    /// Cells of the same columns in shared memory: planes, and what fills up the last product.
+    fn planes(&self) -> u32 {
+        self.groups * 8
+    }
+
+    /// Cells of a tile's columns.
+    fn tile_cells(&self) -> u32 {
+        TILE / CELL * self.planes()
+    }
+
+    /// Cells of a staged chunk.
+    pub(super) fn stage_cells(&self) -> u32 {
+        self.chunk_tiles * self.tile_cells()
+    }
+
+    /// Sums over runs of a tile: by run, by token.
+    fn tile_offsets(&self) -> u32 {
+        self.runs * self.groups * OF_PRODUCT
+    }
+
+    /// Sums over runs of a chunk.
+    fn chunk_offsets(&self) -> u32 {
+        if self.offsets { self.chunk_tiles * self.tile_offsets() } else { 1 }
+    }
+
+    /// Sums of 64 bits of a block, where those of several warps meet.
+    fn meeting_sums(&self, launch: &Launch) -> u32 {
+        if launch.col_warps == 1 { 1 } else { launch.warps() * launch.row_tiles * self.groups * 2 * 32 }
+    }
+
+    /// Bytes of shared memory.
+    pub(super) fn shared_bytes(&self, launch: &Launch) -> u32 {
+        STAGES * self.stage_cells() * 16 + SUMMED * self.chunk_offsets() * 4 + self.meeting_sums(launch) * 8
+    }
+}
+
+/// Makes the kernel; its parameters are those of [`super::lower`].
+///
+/// # Panics
+/// For launches that are none: groups of other than whole four warps or of several rows of tiles a warp, more than [`MAX_PART`]
+/// tokens of a part, more blocks than rows of tiles.
+pub fn lower(op: &Product, launch: &Launch) -> Kernel {
+    let plan = Plan::new(op, launch);
+    assert!(!launch.group || launch.row_warps.is_multiple_of(4), "groups of four warps");
+    assert!(!launch.group || launch.row_tiles == 1, "a group has 64 rows");
+    assert!(plan.tokens <= MAX_PART, "more tokens than sums have registers");
+    assert!(launch.blocks <= plan.layout.row_tiles(), "a block without rows");
+    let blocks = launch.blocks * launch.token_parts;
+    let b = op.builder(if launch.group { "groups" } else { "many" }, blocks, launch.warps() * 32, launch.min_blocks);
+    Emit::new(&b, op, launch, &plan).kernel();
+    b.finish()
+}
+
+/// A lowering in progress.
+struct Emit<'b, 'a> {
+    b: &'b Builder,
+    op: &'a Product<'a>,
+    launch: &'a Launch,
+    plan: &'a Plan,
+    operands: Operands<'b, 'a>,
+    /// Activations: [`STAGES`] chunks of all planes.
+    staged: Mem,
+    /// Sums of activations over runs: [`SUMMED`] chunks, by tile, run and token.
+    offsets: Mem,
+    /// Where sums of several warps meet.
+    meeting: Mem,
+    thread: V<'b>,
+    lane: V<'b>,
+    warp: V<'b>,
+    row_warp: V<'b>,
+    col_warp: V<'b>,
+    /// First row of tiles, and how many, of this block.
+    first_row: V<'b>,
+    rows: V<'b>,
+    first_token: V<'b>,
+    rounds: V<'b>,
+}
+
+/// What the warps keep through the columns.
+struct Kept {
+    /// Registers for the tiles that are on their way: by step, one below the other.
+    tiles: Vec<Vec<Tile>>,
+    /// Sums of 64 bits: by tile, group of planes and half of the tile's rows.
+    sums: Vec<Var>,
+    /// Sums of a product of groups of warps: by group of planes.
+    products: Vec<Var>,
+}
+
+/// A tile that is being multiplied.
+struct Decoded<'b> {
+    /// By plane.
+    planes: Vec<Vec<V<'b>>>,
+    /// By run, for two rows.
+    factors: Vec<Option<[Factors<'b>; 2]>>,
+}
+
+impl<'b, 'a> Emit<'b, 'a> {
+    fn new(b: &'b Builder, op: &'a Product<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
+        let (thread, lane, warp) = (b.special(Special::Thread), b.special(Special::Lane), b.special(Special::Warp));
+        let operands = Operands::new(b, op, &plan.layout, lane);
+        let staged = b.shared("staged", Elem::U32, STAGES * plan.stage_cells() * 4);
+        let offsets = b.shared("offsets", Elem::I32, SUMMED * plan.chunk_offsets());
+        let meeting = b.shared("meeting", Elem::I32, plan.meeting_sums(launch) * 2);
+        // The blocks of the same weights are neighbours, so that those are read from memory once.
+        let (block, part) = divide(b, b.special(Special::BlockX), launch.token_parts);
+        // Warps of a group have the same columns.
+        let (col_warp, row_warp) =
+            if launch.col_warps == 1 { (b.i32(0), warp) } else { divide(b, warp, launch.row_warps) };
+        let row_tiles = plan.layout.row_tiles();
+        let first_row = block * row_tiles / launch.blocks;
+        let rows = (block + 1) * row_tiles / launch.blocks - first_row;
+        let at_once = launch.row_warps * launch.row_tiles;
+        let rounds = if plan.rounds == 1 { b.i32(1) } else { (rows + (at_once - 1)) / at_once };
+        let first_token = part * plan.tokens;
+        Emit {
+            b,
+            op,
+            launch,
+            plan,
+            operands,
+            staged,
+            offsets,
+            meeting,
+            thread,
+            lane,
+            warp,
+            row_warp,
+            col_warp,
+            first_row,
+            rows,
+            first_token,
+            rounds,
+        }
+    }
+
+    fn kernel(&self) {
+        let (b, plan, launch) = (self.b, self.plan, self.launch);
+        b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
+        let of_step = || (0..launch.row_tiles).map(|_| self.operands.tile()).collect();
+        let tiles: Vec<Vec<Tile>> = (0..launch.ahead).map(|_| of_step()).collect();
+        (0..).zip(&tiles).for_each(|(step, tiles)| self.fetch(b.i32(step), tiles));
+        b.grid_wait();
+        self.stage(b.i32(0));
+        self.stage(b.i32(1));
+        b.grid_launch();
+        let zero = b.constant(Const::I64(0));
+        let sums = (0..launch.row_tiles * plan.groups * 2).map(|_| b.var(zero)).collect();
+        let none = b.vector(&[b.i32(0); 4]);
+        let products = (0..if launch.group { plan.groups } else { 0 }).map(|_| b.var(none)).collect();
+        let kept = Kept { tiles, sums, products };
+        if plan.offsets {
+            b.comment("Sums over the runs of the first chunk.");
+            b.async_wait(1);
+            b.barrier();
+            self.add_up(b.i32(0));
+        }
+        b.comment("Rows of tiles, chunks of columns, tiles.");
+        b.for_(0, self.rounds, 1, |round| {
+            kept.sums.iter().for_each(|&v| b.set(v, zero));
+            let inverses: Vec<Option<[V; 2]>> = (0..launch.row_tiles)
+                .map(|m| self.operands.grid(self.row(round, m)).map(|grid| self.operands.inverses(grid)))
+                .collect();
+            b.for_(0, plan.chunks, 1, |chunk| {
+                let chunk = round * plan.chunks + chunk;
+                b.async_wait(if plan.offsets { 0 } else { 1 });
+                if launch.group {
+                    b.group_fence();
+                }
+                b.barrier();
+                self.stage(chunk + 2);
+                if plan.offsets {
+                    self.add_up(chunk + 1);
+                }
+                let in_turn = |first: V<'b>| {
+                    for p in 0..launch.ahead {
+                        self.step(chunk, (first + p, p), &kept, &inverses);
+                    }
+                };
+                let steps = || {
+                    if launch.chunk == launch.ahead {
+                        in_turn(b.i32(0));
+                    } else {
+                        b.for_(0, launch.chunk, launch.ahead, in_turn);
+                    }
+                };
+                if launch.group { steps() } else { self.busy(round, steps) }
+            });
+            self.finish(round, &kept.sums);
+        });
+    }
+
+    /// Runs `work` in the warps that have rows in this round.
+    fn busy(&self, round: V<'b>, work: impl FnOnce()) {
+        let at_once = self.launch.row_warps * self.launch.row_tiles;
+        let all = self.plan.layout.row_tiles() == self.launch.blocks * self.plan.rounds * at_once;
+        if all { work() } else { self.b.if_(self.row_tile(round, 0).lt(self.rows), work) }
+    }
+
+    /// Row of tiles `m` of the warp in a round, within the block.
+    fn row_tile(&self, round: V<'b>, m: u32) -> V<'b> {
+        (round * self.launch.row_warps + self.row_warp) * self.launch.row_tiles + m
+    }
+
+    /// Row of tiles `m` of the warp in a round, or the block's last, if there is none: its sums are not written.
+    fn row(&self, round: V<'b>, m: u32) -> V<'b> {
+        self.first_row + self.row_tile(round, m).min(self.rows - 1)
+    }
+
+    /// Starts loading the tiles of step `step` (steps of all rounds count on), if there is one.
+    fn fetch(&self, step: V<'b>, tiles: &[Tile]) {
+        let (b, plan) = (self.b, self.plan);
+        let per_round = plan.steps(self.launch);
+        let (round, within) = if plan.rounds == 1 { (b.i32(0), step) } else { divide(b, step, per_round) };
+        let col = within * self.launch.col_warps + self.col_warp;
+        let load = || {
+            for (m, tile) in (0..).zip(tiles) {
+                let load = || self.operands.fetch(self.row(round, m), col, tile);
+                if per_round * self.launch.col_warps == plan.layout.col_tiles() {
+                    load();
+                } else {
+                    // Activations beyond the last column are 0: it does not matter what is multiplied with them.
+                    b.if_(col.lt(plan.layout.col_tiles()), load);
+                }
+            }
+        };
+        if step.as_const().is_some() { load() } else { b.if_(step.lt(self.rounds * per_round), load) }
+    }
+
+    /// Where in shared memory a chunk lies, in cells.
+    fn slot(&self, chunk: V<'b>) -> V<'b> {
+        chunk % STAGES * self.plan.stage_cells()
+    }
+
+    /// Starts copying the activations of a chunk (chunks of all rounds count on), if there is one.
+    fn stage(&self, chunk: V<'b>) {
+        let (b, plan) = (self.b, self.plan);
+        let units = self.op.shape.cols.next_multiple_of(COLUMN_PAD) / CELL;
+        let chunk_units = plan.chunk_tiles * (TILE / CELL);
+        let slot = self.slot(chunk);
+        let within = if plan.rounds == 1 { chunk } else { chunk % plan.chunks };
+        let all = 2 * self.op.batch;
+        let (cells, threads) = (plan.stage_cells(), self.launch.warps() * 32);
+        b.if_(chunk.lt(self.rounds * plan.chunks), || {
+            for round in 0..cells.div_ceil(threads) {
+                let cell = self.thread + round * threads;
+                let copy = || {
+                    let (unit, plane) = divide(b, cell, plan.planes());
+                    // Planes that fill up the last product repeat the last token's; their sums are not read.
+                    let plane = self.first_token * 2 + plane;
+                    let whole =
+                        plan.planes() == 2 * plan.tokens && plan.tokens * self.launch.token_parts == self.op.batch;
+                    let plane = if whole { plane } else { plane.min(all as i32 - 1) };
+                    let unit = within * chunk_units + unit;
+                    let copy = || b.async_copy(self.staged, slot + cell, self.operands.x, unit * all + plane, 16);
+                    if plan.chunks * chunk_units <= units {
+                        copy();
+                    } else {
+                        let zeros = b.vector(&[b.u32(0); 4]);
+                        b.if_else(unit.lt(units), copy, || b.store(self.staged, (slot + cell) * 4, zeros, Elem::U32));
+                    }
+                };
+                if (round + 1) * threads <= cells { copy() } else { b.if_(cell.lt(cells), copy) }
+            }
+        });
+        b.async_commit();
+    }
+
+    /// Where the sums over runs of a chunk lie.
+    fn offsets_slot(&self, chunk: V<'b>) -> V<'b> {
+        chunk % SUMMED * self.plan.chunk_offsets()
+    }
+
+    /// Adds up the activations of each run of a chunk (chunks of all rounds count on), if there is one: a group of planes and a
+    /// tile a warp at a time, in straight-line code, for nothing of it waits for anything else.
+    fn add_up(&self, chunk: V<'b>) {
+        let (b, plan) = (self.b, self.plan);
+        let (from, to) = (self.slot(chunk), self.offsets_slot(chunk));
+        let (items, warps) = (plan.chunk_tiles * plan.groups, self.launch.warps());
+        b.if_(chunk.lt(self.rounds * plan.chunks), || {
+            for round in 0..items.div_ceil(warps) {
+                // Warps without an item take the last, and store nothing: where threads part, the assembler would not let groups
+                // of warps multiply on.
+                let all = (round + 1) * warps <= items;
+                let item = self.warp + round * warps;
+                let (tile, group) = divide(b, if all { item } else { item.min(items as i32 - 1) }, plan.groups);
+                let sums = self.add_up_tile(from + tile * plan.tile_cells() + group * 8);
+                let stores = self.lane.lt(OF_PRODUCT);
+                b.if_(if all { stores } else { stores & item.lt(items) }, || {
+                    let at = to + tile * plan.tile_offsets() + group * OF_PRODUCT + self.lane;
+                    for (run, sum) in (0..).zip(sums) {
+                        b.store(self.offsets, at + run * plan.groups * OF_PRODUCT, sum, Elem::I32);
+                    }
+                });
+            }
+        });
+    }
+
+    /// The sums over the runs of a tile of the lane's token of a group, whose planes lie at `first`: products with ones.
+    fn add_up_tile(&self, first: V<'b>) -> Vec<V<'b>> {
+        let (b, plan) = (self.b, self.plan);
+        // Lane 8j + i names row i of matrix j: of 16 columns.
+        let first = first + (self.lane & 7) + (self.lane >> 3) * plan.planes();
+        let x: Vec<V> = (0..ACROSS / 2)
+            .flat_map(|pair| b.load_matrix(self.staged, (first + pair * 4 * plan.planes()) * 4, 4).lanes())
+            .collect();
+        let ones = [b.u32(ONES); 4];
+        let none = b.vector(&[b.i32(0); 4]);
+        let of_run = |run: u32| {
+            let products = self.operands_of(run, &|_| ones).into_iter().map(|(kt, a)| {
+                let at = 2 * kt as usize;
+                b.mma_i8(false, a, [x[at], x[at + 1]], none)
+            });
+            let sums = products.map(|sum| sum.lane(0) * 128 + sum.lane(1));
+            sums.reduce(|sum, x| sum + x).expect("a run has columns")
+        };
+        (0..plan.runs).map(of_run).collect()
+    }
+
+    /// The operands of the products of a run: of which 32 columns, and the registers, zeros for columns of another run.
+    fn operands_of(&self, run: u32, of: &dyn Fn(u32) -> [V<'b>; 4]) -> Vec<(u32, [V<'b>; 4])> {
+        let columns = TILE / self.plan.runs;
+        if columns < 32 {
+            let ([a0, a1, a2, a3], zero) = (of(run / 2), self.b.u32(0));
+            let half = if run.is_multiple_of(2) { [a0, a1, zero, zero] } else { [zero, zero, a2, a3] };
+            return vec![(run / 2, half)];
+        }
+        (run * columns / 32..(run + 1) * columns / 32).map(|kt| (kt, of(kt))).collect()
+    }
+
+    /// Decodes and multiplies tile `i` of the warp's of a chunk. Where its words were, which registers `p` held, those of a later
+    /// step are on their way meanwhile.
+    fn step(&self, chunk: V<'b>, (i, p): (V<'b>, u32), kept: &Kept, inverses: &[Option<[V<'b>; 2]>]) {
+        let (b, plan) = (self.b, self.plan);
+        let tiles = &kept.tiles[p as usize];
+        let arrived: Vec<Arrived> = tiles.iter().map(|t| self.operands.arrived(t)).collect();
+        self.fetch(chunk * self.launch.chunk + i + self.launch.ahead, tiles);
+        if self.launch.group {
+            // The assembler would put the loads off, but not beyond this.
+            b.warp_sync();
+        }
+        let tile = i * self.launch.col_warps + self.col_warp;
+        let first = self.slot(chunk) + tile * plan.tile_cells();
+        let offsets = self.offsets_slot(chunk) + tile * plan.tile_offsets() + (self.lane & 3);
+        let decoded: Vec<Decoded> = arrived
+            .iter()
+            .zip(inverses)
+            .map(|(tile, inverses)| {
+                let mut known = HashMap::new();
+                let planes = self.operands.registers(tile);
+                let factors =
+                    (0..plan.runs).map(|run| self.operands.factors(tile, run, *inverses, &mut known)).collect();
+                Decoded { planes, factors }
+            })
+            .collect();
+        for run in 0..plan.runs {
+            for plane in 0..self.op.terms.planes() {
+                if self.launch.group {
+                    self.multiply_by_groups((run, plane), &decoded[0], first, offsets, kept);
+                } else {
+                    self.multiply_by_warps((run, plane), &decoded, first, offsets, kept);
+                }
+            }
+        }
+    }
+
+    /// The sum of the lane's token of a group over a run, if it is needed: with the lowest plane.
+    fn offset(&self, offsets: V<'b>, (run, plane): (u32, u32), group: u32) -> Option<V<'b>> {
+        let at = (run * self.plan.groups + group) * OF_PRODUCT;
+        let needed = self.plan.offsets && plane == 0;
+        needed.then(|| self.b.load_as(self.offsets, offsets + at, Elem::I32, 1, Cache::Default))
+    }
+
+    /// Adds the sums of a run's products with a plane of the weights, of the high and the low plane of the activations for each of
+    /// two rows, to those of tile `m`.
+    fn add(
+        &self,
+        kept: &Kept,
+        (m, group, plane): (u32, u32, u32),
+        products: V<'b>,
+        offset: Option<V<'b>>,
+        factors: Option<[Factors<'b>; 2]>,
+    ) {
+        let b = self.b;
+        for half in 0..2 {
+            let products = [0, 1].map(|low| products.lane(2 * half + low));
+            let term = self.operands.term(plane, products, offset, factors.map(|f| f[half as usize]));
+            let sum = kept.sums[((m * self.plan.groups + group) * 2 + half) as usize];
+            b.set(sum, b.get(sum) + term);
+        }
+    }
+
+    /// Multiplies a run of the warp's tiles with all planes, which lie at `first`.
+    fn multiply_by_warps(
+        &self,
+        (run, plane): (u32, u32),
+        tiles: &[Decoded<'b>],
+        first: V<'b>,
+        offsets: V<'b>,
+        kept: &Kept,
+    ) {
+        let (b, plan) = (self.b, self.plan);
+        // Lane 8j + i names row i of matrix j: of planes 0 to 8 the first 16 columns, the second, of planes 8 to 16 …
+        let second = (self.lane >> 3) & 1;
+        let of_two = first + (self.lane & 7) + (self.lane >> 4) * 8 + second * plan.planes();
+        let of_one = first + (self.lane & 7) + second * plan.planes();
+        let steps: Vec<Vec<(u32, [V; 4])>> = tiles
+            .iter()
+            .map(|t| &t.planes[plane as usize])
+            .map(|t| self.operands_of(run, &|kt| std::array::from_fn(|a| t[(kt * 4) as usize + a])))
+            .collect();
+        for pair in (0..plan.groups).step_by(2) {
+            let groups = (plan.groups - pair).min(2);
+            let from = if groups == 2 { of_two } else { of_one };
+            let x: Vec<Vec<V>> = steps[0]
+                .iter()
+                .map(|(kt, _)| {
+                    let at = from + (kt * 2 * plan.planes() + pair * 8);
+                    b.load_matrix(self.staged, at * 4, 2 * groups).lanes()
+                })
+                .collect();
+            for group in 0..groups {
+                let offset = self.offset(offsets, (run, plane), pair + group);
+                for ((m, tile), steps) in (0..).zip(tiles).zip(&steps) {
+                    let none = b.vector(&[b.i32(0); 4]);
+                    let at = 2 * group as usize;
+                    let products = steps
+                        .iter()
+                        .zip(&x)
+                        .fold(none, |sum, ((_, a), x)| b.mma_i8(false, *a, [x[at], x[at + 1]], sum));
+                    self.add(kept, (m, pair + group, plane), products, offset, tile.factors[run as usize]);
+                }
+            }
+        }
+    }
+
+    /// Multiplies a run of the group's tiles with all planes, which lie at `first`.
+    fn multiply_by_groups(
+        &self,
+        (run, plane): (u32, u32),
+        tile: &Decoded<'b>,
+        first: V<'b>,
+        offsets: V<'b>,
+        kept: &Kept,
+    ) {
+        let (b, plan) = (self.b, self.plan);
+        let registers = &tile.planes[plane as usize];
+        let steps = self.operands_of(run, &|kt| std::array::from_fn(|a| registers[(kt * 4) as usize + a]));
+        let a: Vec<[V; 4]> = steps.iter().map(|s| s.1).collect();
+        // Up to 32 planes are as fast as 32.
+        let half = if plan.planes() <= 32 { plan.groups } else { group_columns(plan.planes() / 2) / 8 };
+        let at = first + steps[0].0 * 2 * plan.planes();
+        let (one, other) = kept.products.split_at(half as usize);
+        b.mma_group_fresh(false, &a, one, self.staged, at, plan.planes());
+        if !other.is_empty() {
+            b.mma_group_fresh(false, &a, other, self.staged, at + half * 8, plan.planes());
+        }
+        let add = |groups: Range<u32>| {
+            for group in groups {
+                let products = b.get(kept.products[group as usize]);
+                let offset = self.offset(offsets, (run, plane), group);
+                self.add(kept, (0, group, plane), products, offset, tile.factors[run as usize]);
+            }
+        };
+        if !other.is_empty() {
+            b.group_wait(1);
+            add(0..half);
+        }
+        b.group_wait(0);
+        add(if other.is_empty() { 0..half } else { half..plan.groups });
+    }
+
+    /// Writes the results of a round.
+    fn finish(&self, round: V<'b>, sums: &[Var]) {
+        let (b, plan, launch) = (self.b, self.plan, self.launch);
+        let sum = |m: u32, group: u32, half: u32| ((m * plan.groups + group) * 2 + half) as usize;
+        // The lanes side by side.
+        let place = |warp: V<'b>, at: usize| (warp * sums.len() as u32 + at as u32) * 64 + self.lane * 2;
+        if launch.col_warps > 1 {
+            (0..).zip(sums).for_each(|(at, &var)| put(b, self.meeting, place(self.warp, at), b.get(var)));
+            b.barrier();
+        }
+        let write = || {
+            for m in 0..launch.row_tiles {
+                let tile = self.row_tile(round, m);
+                let first = (self.first_row + tile.min(self.rows - 1)) * ROWS + (self.lane >> 2);
+                let rows = [0, 8].map(|half| first + half).map(|row| (row, self.operands.row_factor(row)));
+                let groups: Vec<u32> = (0..plan.tokens.div_ceil(OF_PRODUCT)).collect();
+                for groups in groups.chunks(SCALES) {
+                    let tokens: Vec<_> = groups.iter().map(|&group| (group, self.token(group))).collect();
+                    for (group, (token, exists, scale)) in tokens {
+                        let write = || {
+                            for ((row, factor), half) in rows.into_iter().zip(0..) {
+                                let at = sum(m, group, half);
+                                let total = if launch.col_warps == 1 {
+                                    b.get(sums[at])
+                                } else {
+                                    let of = |c: u32| {
+                                        taken(b, self.meeting, place(self.row_warp + c * launch.row_warps, at))
+                                    };
+                                    (1..launch.col_warps).fold(of(0), |sum, c| sum + of(c))
+                                };
+                                let inside = tile.lt(self.rows) & row.lt(self.op.shape.rows);
+                                let inside = exists.map_or(inside, |e| inside & e);
+                                b.if_(inside, || self.operands.write(row, token, total, factor, scale));
+                            }
+                        };
+                        if launch.col_warps == 1 {
+                            write();
+                        } else {
+                            b.if_(self.col_warp.eq((group % launch.col_warps) as i32), write);
+                        }
+                    }
+                }
+            }
+        };
+        write();
+    }
+
+    /// The token whose planes of a group the lane holds, whether there is one (`None`: surely), and its scale.
+    fn token(&self, group: u32) -> (V<'b>, Option<V<'b>>, V<'b>) {
+        let within = (self.lane & 3) + group * OF_PRODUCT;
+        let token = self.first_token + within;
+        let (tokens, batch) = (self.plan.tokens, self.op.batch);
+        let all = tokens.is_multiple_of(OF_PRODUCT) && tokens * self.launch.token_parts == batch;
+        let (exists, token) =
+            if all { (None, token) } else { (Some(within.lt(tokens) & token.lt(batch)), token.min(batch as i32 - 1)) };
+        (token, exists, self.operands.token_scale(token))
+    }
+}

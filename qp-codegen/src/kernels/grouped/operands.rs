@@ -1,0 +1,336 @@
+//! What the kernels have in common: their parameters, tiles on their way, the bytes that words stand for, the numbers of runs,
+//! and how sums become results.
+
+use std::collections::HashMap;
+
+use super::Product;
+use super::layout::{REGISTERS, ROWS, Relaid, Section};
+use crate::ir::{Builder, Cache, Const, Elem, Mem, Scalar, V, Var};
+use crate::kernels::decode::{flatten, load_words};
+use crate::layout::{COLUMN_PAD, chunks};
+use crate::spec::format::{Arithmetic, Weight, WeightOp};
+use crate::spec::mask;
+use crate::spec::terms::{Kept, TILE};
+
+/// Tokens whose planes one tensor-core product holds.
+pub(super) const OF_PRODUCT: u32 = 4;
+/// Tensor-core products across a tile.
+pub(super) const ACROSS: u32 = TILE / 32;
+
+/// Registers for the words and fields of a tile, which are on their way.
+pub(super) struct Tile {
+    /// By chunk.
+    words: Vec<Var>,
+    /// By section, by chunk.
+    numbers: Vec<Vec<Var>>,
+}
+
+/// The words and fields of a tile.
+pub(super) struct Arrived<'b> {
+    words: Vec<V<'b>>,
+    /// By section.
+    numbers: Vec<Vec<V<'b>>>,
+}
+
+/// Slope and rest, if there is one, of a run and a row, 64 bits each.
+pub(super) type Factors<'b> = (V<'b>, Option<V<'b>>);
+
+/// How a lane loads the numbers of a section in a tile: their type, and first and width of each chunk.
+fn number_chunks(section: &Section) -> (Elem, Vec<(u32, u32)>) {
+    match section.lane_bytes() {
+        2 => (Elem::U16, vec![(0, 1)]),
+        bytes => (Elem::U32, chunks(bytes / 4)),
+    }
+}
+
+/// Registers of a lane for the numbers of a tile.
+pub(super) fn number_registers(layout: &Relaid) -> u32 {
+    layout.sections.iter().map(|s| s.lane_bytes().div_ceil(4)).sum()
+}
+
+/// The parameters of a kernel.
+pub(super) struct Operands<'b, 'a> {
+    b: &'b Builder,
+    op: &'a Product<'a>,
+    layout: &'a Relaid,
+    weights: Mem,
+    numbers: Mem,
+    factors: Mem,
+    pub(super) x: Mem,
+    x_scale: Mem,
+    y: Mem,
+    lane: V<'b>,
+}
+
+impl<'b, 'a> Operands<'b, 'a> {
+    /// Declares them.
+    pub(super) fn new(b: &'b Builder, op: &'a Product<'a>, layout: &'a Relaid, lane: V<'b>) -> Self {
+        let columns = u64::from(op.shape.cols.next_multiple_of(COLUMN_PAD));
+        let batch = u64::from(op.batch);
+        let weights = b.sized("weights", Elem::U32, false, layout.words() as u64);
+        let numbers = b.sized("numbers", Elem::U32, false, layout.number_words() as u64);
+        let factors = b.sized("factors", Elem::F32, false, layout.padded_rows().into());
+        let x = b.sized("x", Elem::I8, false, 2 * batch * columns);
+        let x_scale = b.sized("x_scale", Elem::F32, false, batch);
+        let y = b.sized("y", Elem::F32, true, op.y.len(op.batch, op.shape.rows));
+        Operands { b, op, layout, weights, numbers, factors, x, x_scale, y, lane }
+    }
+
+    /// Registers for a tile.
+    pub(super) fn tile(&self) -> Tile {
+        let (b, zero) = (self.b, self.b.u32(0));
+        let chunk =
+            |&(_, width): &(u32, u32)| b.var(if width == 1 { zero } else { b.vector(&vec![zero; width as usize]) });
+        let section = |s: &Section| number_chunks(s).1.iter().map(chunk).collect();
+        Tile {
+            words: chunks(self.layout.lane_words()).iter().map(chunk).collect(),
+            numbers: self.layout.sections.iter().map(section).collect(),
+        }
+    }
+
+    /// Starts loading tile `col` of row of tiles `row`.
+    pub(super) fn fetch(&self, row: V<'b>, col: V<'b>, to: &Tile) {
+        let (b, layout) = (self.b, self.layout);
+        let lane_words = layout.lane_words();
+        let first = row * layout.row_words() + col * (lane_words * 32);
+        let words = load_words(b, self.weights, first, self.lane, lane_words);
+        to.words.iter().zip(words).for_each(|(&var, words)| b.set(var, words));
+        for (section, vars) in layout.sections.iter().zip(&to.numbers) {
+            let (elem, chunks) = number_chunks(section);
+            let block = if section.tiles == 1 { col } else { col / section.tiles };
+            let lane = (row * section.blocks + block) * 8 + (self.lane >> 2);
+            let first = lane * (section.lane_bytes() / elem.bytes()) + section.first * (4 / elem.bytes());
+            for (&var, &(at, width)) in vars.iter().zip(&chunks) {
+                b.set(var, b.load_as(self.numbers, first + at, elem, width, Cache::ReadOnly));
+            }
+        }
+    }
+
+    /// What has been loaded.
+    pub(super) fn arrived(&self, tile: &Tile) -> Arrived<'b> {
+        let b = self.b;
+        let values = |vars: &Vec<Var>| flatten(&vars.iter().map(|&v| b.get(v)).collect::<Vec<_>>());
+        Arrived { words: values(&tile.words), numbers: tile.numbers.iter().map(values).collect() }
+    }
+
+    /// Loads what says the powers of two of the lane's rows in row of tiles `row`, if they have any.
+    pub(super) fn grid(&self, row: V<'b>) -> Option<V<'b>> {
+        let at = row * (ROWS / 2) + (self.lane >> 2) + self.layout.grid? * 2;
+        Some(self.b.load_as(self.numbers, at, Elem::U16, 1, Cache::ReadOnly))
+    }
+
+    /// The inverses of the powers of two.
+    pub(super) fn inverses(&self, grid: V<'b>) -> [V<'b>; 2] {
+        [0, 1].map(|half: u32| (((grid >> (8 * half)) & 0xff_u32) << 23_u32).bits(Scalar::F32))
+    }
+
+    /// The registers of a tile, by plane: each of four unsigned bytes.
+    pub(super) fn registers(&self, tile: &Arrived<'b>) -> Vec<Vec<V<'b>>> {
+        match &self.op.terms.table {
+            Some(table) => self.looked_up(table, tile),
+            None => (0..self.layout.planes()).map(|plane| self.bytes(plane, tile)).collect(),
+        }
+    }
+
+    /// The registers of codes: the bytes of eight are picked by the lower three bits, once of the lower and once of the upper half of
+    /// the table, and one of the two by the highest bit.
+    fn looked_up(&self, table: &[u32], tile: &Arrived<'b>) -> Vec<Vec<V<'b>>> {
+        let b = self.b;
+        let selectors: Vec<(V, V)> = tile
+            .words
+            .iter()
+            .flat_map(|&word| {
+                let within = word & b.u32(0x7777_7777);
+                let half = ((word >> 1) & b.u32(0x4444_4444)) | b.u32(0x3210_3210);
+                [(within, half), (within >> 16, half >> 16)]
+            })
+            .collect();
+        let plane = |plane: u32| {
+            let four = |first: usize| {
+                let bytes = table[first..first + 4].iter().map(|x| (x >> (8 * plane)) as u8);
+                b.u32(bytes.rev().fold(0, |word, byte| word << 8 | u32::from(byte)))
+            };
+            let [t0, t1, t2, t3] = [0, 4, 8, 12].map(four);
+            let pick = |&(within, half): &(V<'b>, V<'b>)| {
+                t0.permute_by(t1, within).permute_by(t2.permute_by(t3, within), half)
+            };
+            selectors.iter().map(pick).collect()
+        };
+        (0..self.op.terms.planes()).map(plane).collect()
+    }
+
+    /// The registers of a plane.
+    fn bytes(&self, plane: u32, tile: &Arrived<'b>) -> Vec<V<'b>> {
+        let b = self.b;
+        let part = |register: u32, words: &[V<'b>], first: u32, width: u32| {
+            let of_word = 8 / width;
+            let word = words[(register / of_word) as usize];
+            let from = width * (register % of_word);
+            let moved = if from >= first { word >> (from - first) } else { word << (first - from) };
+            if width == 8 { word } else { moved & b.u32((mask(width) << first) * 0x0101_0101) }
+        };
+        let one = |register: u32| {
+            let mut rest = &tile.words[(plane * REGISTERS) as usize..];
+            let mut value: Option<V<'b>> = None;
+            for (first, width) in self.layout.parts(plane) {
+                let bits = part(register, rest, first, width);
+                value = Some(value.map_or(bits, |v| v | bits));
+                rest = &rest[(REGISTERS * width / 8) as usize..];
+            }
+            value.unwrap_or_else(|| b.u32(0))
+        };
+        (0..REGISTERS).map(one).collect()
+    }
+
+    /// Slopes and rests of the lane's two rows in a run, if they are not those of whole rows. `known` are the fields that are
+    /// floats by now.
+    pub(super) fn factors(
+        &self,
+        tile: &Arrived<'b>,
+        run: u32,
+        inverses: Option<[V<'b>; 2]>,
+        known: &mut Known<'b>,
+    ) -> Option<[Factors<'b>; 2]> {
+        let fields = Fields { operands: self, numbers: &tile.numbers };
+        let terms = self.op.terms;
+        inverses.map(|inverses| {
+            [0, 1].map(|half| {
+                let mut of = |w: &Weight| {
+                    let value = fields.value(w, run, half, known);
+                    (value * inverses[half as usize]).to(Scalar::I32).to(Scalar::I64)
+                };
+                (of(&terms.slope), terms.rest.as_ref().map(of))
+            })
+        })
+    }
+
+    /// What a run adds to the sum of a row and a token: `high` and `low` are the sums of the products of a plane of the weights with
+    /// those of the activations, `offset` is the sum of these, where it is needed, which is added with the lowest plane.
+    pub(super) fn term(
+        &self,
+        plane: u32,
+        [high, low]: [V<'b>; 2],
+        offset: Option<V<'b>>,
+        factors: Option<Factors<'b>>,
+    ) -> V<'b> {
+        let terms = self.op.terms;
+        let joined = high * 128 + low;
+        if plane > 0 {
+            let joined = joined.to(Scalar::I64);
+            let term = factors.map_or(joined, |(slope, _)| slope * joined);
+            return term * self.b.constant(Const::I64(1 << (8 * plane)));
+        }
+        let joined = match offset.filter(|_| terms.lowest != 0) {
+            None => joined.to(Scalar::I64),
+            Some(offset) if terms.is_wide() => {
+                let lowest = self.b.constant(Const::I64(terms.lowest.into()));
+                joined.to(Scalar::I64) + offset.to(Scalar::I64) * lowest
+            }
+            Some(offset) => (joined + offset * terms.lowest).to(Scalar::I64),
+        };
+        match factors {
+            None => joined,
+            Some((slope, None)) => slope * joined,
+            Some((slope, Some(rest))) => {
+                let offset = offset.expect("a rest needs them").to(Scalar::I64);
+                slope * joined + rest * offset
+            }
+        }
+    }
+
+    /// What the sums of a row are multiplied with.
+    pub(super) fn row_factor(&self, row: V<'b>) -> V<'b> {
+        self.b.load_as(self.factors, row, Elem::F32, 1, Cache::ReadOnly)
+    }
+
+    /// The scale of a token's activations.
+    pub(super) fn token_scale(&self, token: V<'b>) -> V<'b> {
+        self.b.load_as(self.x_scale, token, Elem::F32, 1, Cache::ReadOnly)
+    }
+
+    /// Scales and stores the sum of a row and a token.
+    pub(super) fn write(&self, row: V<'b>, token: V<'b>, sum: V<'b>, factor: V<'b>, scale: V<'b>) {
+        let b = self.b;
+        let value = sum.to(Scalar::F32) * factor * scale;
+        let at = row + self.op.y.at(token);
+        let value = if self.op.accumulate { b.load(self.y, at, Elem::F32) + value } else { value };
+        b.store(self.y, at, value, Elem::F32);
+    }
+}
+
+/// Stores a sum of 64 bits as two words.
+pub(super) fn put<'b>(b: &'b Builder, to: Mem, at: V<'b>, sum: V<'b>) {
+    let low = sum.to(Scalar::I32);
+    let high = (sum >> 32).to(Scalar::I32);
+    b.store(to, at, b.vector(&[low, high]), Elem::I32);
+}
+
+/// A sum that was stored.
+pub(super) fn taken<'b>(b: &'b Builder, from: Mem, at: V<'b>) -> V<'b> {
+    let words = b.load_as(from, at, Elem::I32, 2, Cache::Default);
+    let low = words.lane(0).bits(Scalar::U32).to(Scalar::I64);
+    words.lane(1).to(Scalar::I64) * b.constant(Const::I64(1 << 32)) + low
+}
+
+/// The fields of a tile.
+struct Fields<'e, 'b, 'a> {
+    operands: &'e Operands<'b, 'a>,
+    /// Their words, by section.
+    numbers: &'e [Vec<V<'b>>],
+}
+
+/// Numbers that were made floats: by section, unit and half.
+pub(super) type Known<'b> = HashMap<(usize, u32, u32), V<'b>>;
+
+impl<'b> Fields<'_, 'b, '_> {
+    /// The value of an expression of fields in a run and one of the lane's two rows.
+    fn value(&self, weight: &Weight, run: u32, half: u32, known: &mut Known<'b>) -> V<'b> {
+        let b = self.operands.b;
+        let mut nodes: Vec<V<'b>> = Vec::new();
+        for op in &weight.ops {
+            nodes.push(match *op {
+                WeightOp::Const(c) => b.f32(c.to_f32()),
+                WeightOp::Field(f) => {
+                    let units = self.operands.layout.sections[f].units;
+                    let unit = run * units / self.operands.op.runs();
+                    *known.entry((f, unit, half)).or_insert_with(|| self.number(f, unit, half))
+                }
+                WeightOp::Neg(a) => -nodes[a],
+                WeightOp::Binary(op, x, y) => match op {
+                    Arithmetic::Add => nodes[x] + nodes[y],
+                    Arithmetic::Sub => nodes[x] - nodes[y],
+                    Arithmetic::Mul => nodes[x] * nodes[y],
+                    Arithmetic::Div => nodes[x] / nodes[y],
+                },
+                WeightOp::Entry | WeightOp::Lookup(..) => unreachable!("terms have fields and constants alone"),
+            });
+        }
+        *nodes.last().expect("an expression has nodes")
+    }
+
+    /// A number of a section as a float.
+    fn number(&self, section: usize, unit: u32, half: u32) -> V<'b> {
+        let b = self.operands.b;
+        let (kept, words) = (self.operands.layout.sections[section].kept, &self.numbers[section]);
+        let bit = (2 * unit + half) * kept.bytes() * 8;
+        let (word, bit) = (words[(bit / 32) as usize], bit % 32);
+        match kept {
+            Kept::U8 => ((word >> bit) & 0xff_u32).to(Scalar::F32),
+            Kept::I8 => ((word << (24 - bit)).bits(Scalar::I32) >> 24).to(Scalar::F32),
+            Kept::F16 => {
+                // The exponent moves to its place in single precision and is put right by a product, which is exact for all
+                // finite numbers.
+                let (size, sign) = match bit {
+                    0 => ((word & 0x7fff_u32) << 13_u32, (word & 0x8000_u32) << 16_u32),
+                    _ => ((word >> 3_u32) & 0x0fff_e000_u32, word & 0x8000_0000_u32),
+                };
+                (size | sign).bits(Scalar::F32) * b.f32(f32::from_bits((127 + 112) << 23))
+            }
+            Kept::Bf16 => {
+                let bits = if bit == 0 { word << 16_u32 } else { word & 0xffff_0000_u32 };
+                bits.bits(Scalar::F32)
+            }
+            Kept::F32 => word.bits(Scalar::F32),
+        }
+    }
+}

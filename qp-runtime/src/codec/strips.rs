@@ -489,7 +489,7 @@ mod tests {
     struct Made {
         form: Form,
         /// Rows × columns.
-        digits: Vec<u16>,
+        digits: Vec<u32>,
         factors: Vec<f32>,
         /// Rows × runs; numbers of half precision if they are kept so.
         slopes: Vec<i32>,
@@ -507,12 +507,15 @@ mod tests {
                 Digits::Four => 15,
                 Digits::Eight => 255,
                 Digits::Sixteen => 65535,
+                Digits::TwentyFour => (1 << 19) - 1,
             };
+            // Of wider digits slopes have fewer bits.
+            let steepest = (1 << 22) >> (8 * (form.digits.planes() - 1));
             let runs = form.runs.map_or(0, |r| form.rows * form.columns.div_ceil(r.columns));
             let rests = if form.runs.is_some_and(|r| r.rests) { runs } else { 0 };
             let mut some = |n: usize, most| -> Vec<i32> { (0..n).map(|_| random.within(most)).collect() };
-            let digits = some(form.rows * form.columns, most).iter().map(|d| d.unsigned_abs() as u16).collect();
-            let (factors, slopes, rests) = (some(form.rows, 3), some(runs, 1 << 22), some(rests, 1 << 30));
+            let digits = some(form.rows * form.columns, most).iter().map(|d| d.unsigned_abs()).collect();
+            let (factors, slopes, rests) = (some(form.rows, 3), some(runs, steepest), some(rests, 1 << 30));
             let half = |x: &i32| i32::from(f16::from_f32(*x as f32 / 2f32.powi(24)).to_bits());
             if form.runs.is_some_and(|runs| runs.halves) {
                 let factors = factors.iter().map(|f| 2f32.powi(f - 17)).collect();
@@ -564,12 +567,8 @@ mod tests {
             for (i, row) in (strip * ROWS..rows.min((strip + 1) * ROWS)).enumerate() {
                 let digits = &self.digits[row * columns..][..columns];
                 let bytes = |shift| digits.iter().map(|d| (d >> shift) as u8).collect::<Vec<_>>();
-                if self.form.digits == Digits::Sixteen {
-                    to.put(i, 0, &bytes(8));
-                    to.put(i, 1, &bytes(0));
-                } else {
-                    to.put(i, 0, &bytes(0));
-                }
+                let planes = self.form.digits.planes();
+                (0..planes).for_each(|plane| to.put(i, plane, &bytes(8 * (planes - 1 - plane))));
                 to.put_factor(i, self.factors[row]);
                 let of = |all: &[i32]| all[row * (all.len() / rows)..][..all.len() / rows].to_vec();
                 let (slopes, rests) = (of(&self.slopes), of(&self.rests));
@@ -584,8 +583,13 @@ mod tests {
     }
 
     fn form(rows: usize, columns: usize, digits: Digits, runs: Option<(usize, bool, bool)>) -> Form {
-        let runs = runs.map(|(columns, rests, halves)| Runs { columns, rests, halves });
-        let lowest = if digits == Digits::Sixteen { -32768 } else { -77 };
+        let wide = |columns| digits.planes() > 1 || columns == 64;
+        let runs = runs.map(|(columns, rests, halves)| Runs { columns, rests, wide: wide(columns), halves });
+        let lowest = match digits {
+            Digits::Four | Digits::Eight => -77,
+            Digits::Sixteen => -32768,
+            Digits::TwentyFour => -245_760,
+        };
         let half_offset = runs.is_none() && rows % 2 == 1;
         Form { rows, columns, digits, lowest, runs, half_offset, unit: 0.25 }
     }
@@ -603,6 +607,12 @@ mod tests {
             (Digits::Eight, Some((16, true, false))),
             (Digits::Four, Some((128, true, true))),
             (Digits::Eight, Some((64, false, false))),
+            (Digits::Eight, Some((64, true, true))),
+            (Digits::Sixteen, Some((64, true, false))),
+            (Digits::Sixteen, Some((32, false, true))),
+            (Digits::TwentyFour, Some((128, true, true))),
+            (Digits::TwentyFour, Some((32, false, false))),
+            (Digits::TwentyFour, None),
         ];
         for (rows, columns) in [(1, 1), (16, 8), (17, 100), (33, 288), (5, 1300), (48, 129)] {
             for (digits, runs) in kinds {
@@ -645,7 +655,7 @@ mod tests {
         ] {
             let mut made = Made::new(form(1, columns, digits, runs), &mut random);
             made.form.half_offset = false;
-            made.digits.fill(if digits == Digits::Sixteen { u16::MAX } else { 255 });
+            made.digits.fill(if digits == Digits::Sixteen { u16::MAX.into() } else { 255 });
             for sign in [1, -1] {
                 let tokens = [Activations {
                     q: vec![sign * 16256; columns],

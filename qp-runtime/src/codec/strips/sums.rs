@@ -174,9 +174,9 @@ impl RunsOf<'_> {
     fn integers(&self, at: usize) -> [i32; ROWS] {
         match self.numbers {
             OfRuns::Integers(all) => all[at],
-            OfRuns::Halves(all, inverses) => std::array::from_fn(|r| {
-                (f16::from_bits(all[at][r]).to_f32() * inverses[r]).round_ties_even() as i32
-            }),
+            OfRuns::Halves(all, inverses) => {
+                std::array::from_fn(|r| (f16::from_bits(all[at][r]).to_f32() * inverses[r]).round_ties_even() as i32)
+            }
         }
     }
 
@@ -215,7 +215,9 @@ fn plain<const FOUR: bool>(digits: &[u8], token: &Token<'_>, runs: Option<RunsOf
             *out += i64::from(slopes[r]) * i64::from(sum);
         }
         if runs.rests_now() {
-            out.iter_mut().zip(runs.integers(2 * k + 1)).for_each(|(out, rest)| *out += i64::from(rest) * i64::from(token.sums[k]));
+            out.iter_mut()
+                .zip(runs.integers(2 * k + 1))
+                .for_each(|(out, rest)| *out += i64::from(rest) * i64::from(token.sums[k]));
         }
     }
     out

@@ -1,6 +1,6 @@
 //! `qp-codegen lsp`: a server of the language server protocol over standard input and output.
 //!
-//! 1. [`mod@self`]: messages.
+//! 1. This module: messages.
 //! 2. [`texts`]: the texts that are open, and what the checker says of them.
 //! 3. [`answers`]: what a place means, by [`names`] (what is known where) and [`words`] (what the language's words mean).
 //! 4. [`position`]: places and paths as editors write them.

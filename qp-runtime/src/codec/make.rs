@@ -124,8 +124,7 @@ impl FormatEncoder {
     /// A weight that is not finite.
     pub fn make(&self, shape: Shape, weights: &[f32]) -> Result<Made, EncodeError> {
         assert_eq!(weights.len() as u64, shape.len(), "weights of the matrix");
-        // Nothing that is not finite is below the limit.
-        if let Some(at) = weights.par_iter().position_first(|w| !(w.abs() < LARGEST)) {
+        if let Some(at) = weights.par_iter().position_first(|w| w.is_nan() || w.abs() >= LARGEST) {
             let (row, column, value) = (at / shape.cols as usize, at % shape.cols as usize, weights[at]);
             return Err(match value.is_finite() {
                 true => EncodeError::Large { row, column, value },

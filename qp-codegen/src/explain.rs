@@ -138,16 +138,16 @@ fn speed(o: &mut String, q: &Quantizer, shape: Shape) {
     line(o, &format!("  encoding    {on_gpu}"));
 }
 
-/// What the cost model expects of a product with one token's activations, and what limits it: that whose lack would save most.
+/// What the cost model expects of a product with one token's activations, and what limits it: what takes longer by itself.
 fn time(seconds: &dyn Fn(&Device) -> f64, bytes: u64) -> String {
     let device = TARGET.device();
-    let all = seconds(&device);
-    let saved_by = |faster: Device| all - seconds(&faster);
-    let memory = saved_by(Device { bandwidth: device.bandwidth * 1e3, ..device });
-    let work = saved_by(Device { clock: device.clock * 1e3, ..device });
-    let limit = if memory.max(work) < all / 5.0 {
+    let faster = |memory: f64, clock: f64| {
+        seconds(&Device { bandwidth: device.bandwidth * memory, clock: device.clock * clock, ..device })
+    };
+    let (all, start) = (faster(1.0, 1.0), faster(1e3, 1e3));
+    let limit = if start > all / 2.0 {
         "starting it takes most of that"
-    } else if work > memory {
+    } else if faster(1e3, 1.0) > faster(1.0, 1e3) {
         "limited by decoding"
     } else {
         "limited by the memory"

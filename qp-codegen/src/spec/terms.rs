@@ -369,7 +369,7 @@ mod tests {
         assert_eq!(why("fp8_128"), "its entries are -245760 to 245760, more than a byte holds");
         assert!(why("iq1_m").contains("`down` is for 1 x 8"), "{}", why("iq1_m"));
         let exact = formats::names().into_iter().filter(|n| of(n).is_ok()).count();
-        assert_eq!((exact, formats::names().len()), (34, 45));
+        assert_eq!((exact, formats::names().len()), (46, 58));
     }
 
     #[test]

@@ -138,21 +138,19 @@ fn speed(o: &mut String, q: &Quantizer, shape: Shape) {
     line(o, &format!("  encoding    {on_gpu}"));
 }
 
-/// What the cost model expects of a product with one token's activations, and what limits it: what takes longer by itself.
+/// What the cost model expects of a product with one token's activations, and what limits it: reading,
+/// where that alone takes most of the time; decoding, where a higher clock would save much; or the launch itself.
 fn time(seconds: &dyn Fn(&Device) -> f64, bytes: u64) -> String {
     let device = TARGET.device();
-    let faster = |memory: f64, clock: f64| {
-        seconds(&Device { bandwidth: device.bandwidth * memory, clock: device.clock * clock, ..device })
-    };
-    let (all, start) = (faster(1.0, 1.0), faster(1e3, 1e3));
-    let limit = if start > all / 2.0 {
-        "starting it takes most of that"
-    } else if faster(1e3, 1.0) > faster(1.0, 1e3) {
+    let all = seconds(&device);
+    let reading = bytes as f64 / device.bandwidth;
+    let limit = if reading > 0.6 * all {
+        "limited by the memory"
+    } else if seconds(&Device { clock: device.clock * 1e3, ..device }) < 0.8 * all {
         "limited by decoding"
     } else {
-        "limited by the memory"
+        "starting it takes most of that"
     };
-    let reading = bytes as f64 / device.bandwidth;
     format!(
         "  a token     about {} us on an {}, {limit}; reading the bytes alone takes {}",
         rounded(all * 1e6),
@@ -383,7 +381,7 @@ mod tests {
         for line in [
             "  products    exact sums of integers, by one product of bytes; activations are rounded to 15 bits\n",
             "  a token     about ",
-            " us on an H100, limited by ",
+            " us on an H100, ",
             "; reading the bytes alone takes ",
             "  encoding    on a CPU or a GPU\n",
         ] {

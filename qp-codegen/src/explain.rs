@@ -393,7 +393,7 @@ mod tests {
             "{small}"
         );
         let mut long = palette::get("tcq_3").unwrap();
-        long.codes[0].window = 24;
+        (long.codes[0].window, long.codes[0].steps) = (24, vec![2]);
         let text = explain(&long, shape);
         assert!(
             text.contains("  encoding    windows of 24 bits have more states than a GPU's encoder can keep"),

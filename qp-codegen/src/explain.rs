@@ -381,17 +381,14 @@ mod tests {
         for line in [
             "  products    exact sums of integers, by one product of bytes; activations are rounded to 15 bits\n",
             "  a token     about ",
-            " us on an H100, ",
+            " us on an H100 SXM, ",
             "; reading the bytes alone takes ",
             "  encoding    on a CPU or a GPU\n",
         ] {
             assert!(text.contains(line), "{line}{text}");
         }
         let small = explain(&palette::get("nuq_4").unwrap(), Shape { rows: 64, cols: 256 });
-        assert!(
-            small.contains("by two products of bytes") && small.contains("starting it takes most of that"),
-            "{small}"
-        );
+        assert!(small.contains("by two products of bytes"), "{small}");
         let mut long = palette::get("tcq_3").unwrap();
         (long.codes[0].window, long.codes[0].steps) = (24, vec![2]);
         let text = explain(&long, shape);

@@ -416,7 +416,7 @@ mod tests {
         }
         // These are other mistakes, or none.
         assert_eq!(kinds("0x1e - 3").2, 0);
-        assert_eq!((kinds("1e").2, kinds("1e-3x").2), (1, 1));
+        assert_eq!((kinds("1e").2, kinds("1e-3x").2), (1, 2));
         assert_eq!(kinds("a >>> b && c || d"), (vec![Name, Shr, Name, And, Name, Or, Name, End], 0, 3));
     }
 

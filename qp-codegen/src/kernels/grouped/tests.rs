@@ -128,7 +128,7 @@ fn all_formats_with_terms_are_multiplied_exactly() {
         check(name, Shape { rows, cols }, &[1], &[]);
         count += 1;
     }
-    assert_eq!(count, 43);
+    assert_eq!(count, 56);
 }
 
 #[test]

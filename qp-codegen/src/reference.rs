@@ -36,8 +36,18 @@ pub const INFINITY_BITS: u32 = 0x7f80_0000;
 
 /// Rounds one token's (rotated) activations to 15-bit integers.
 pub fn quantize_activations(x: &[f32]) -> Activations {
+    quantize_activations_by(x, 0.0)
+}
+
+/// The largest magnitude of some numbers; infinite if one is not finite.
+pub fn largest_magnitude(x: &[f32]) -> f32 {
     // Magnitudes are ordered as their bits are; what is not a number lies above an infinity.
-    let largest = x.iter().fold(0, |m, v| m.max(v.to_bits() & i32::MAX as u32));
+    f32::from_bits(x.iter().fold(0, |m, v| m.max(v.to_bits() & i32::MAX as u32)).min(INFINITY_BITS))
+}
+
+/// As [`quantize_activations`], as if one of the magnitudes were `given`: that of columns which lie elsewhere.
+pub fn quantize_activations_by(x: &[f32], given: f32) -> Activations {
+    let largest = largest_magnitude(x).to_bits().max(largest_magnitude(&[given]).to_bits());
     if largest >= INFINITY_BITS {
         return Activations { q: vec![0; x.len()], scale: f32::INFINITY, sum: 0 };
     }
@@ -236,10 +246,14 @@ pub fn output_factor(code: &Code, activation_scale: f32) -> f32 {
     activation_scale * if code.half_offset { code.unit * 0.5 } else { code.unit }
 }
 
-/// An output: `acc = Σ entry·q` and the activations' sum, scaled by the row's scale and [`output_factor`].
+/// The integer that becomes an output: `acc = Σ entry·q`, of codes with an offset twice that and the activations' sum.
+pub fn total(code: &Code, acc: i64, sum: i64) -> i64 {
+    if code.half_offset { 2 * acc + sum } else { acc }
+}
+
+/// An output: [`total`], scaled by the row's scale and [`output_factor`].
 pub fn scale_output(code: &Code, acc: i64, sum: i64, row_scale: f32, factor: f32) -> f32 {
-    let acc = if code.half_offset { 2 * acc + sum } else { acc };
-    acc as f32 * row_scale * factor
+    total(code, acc, sum) as f32 * row_scale * factor
 }
 
 #[cfg(test)]

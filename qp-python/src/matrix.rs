@@ -8,6 +8,7 @@ use numpy::{
 };
 use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 use qp_codegen::reference::{self, Rotator};
 use qp_runtime::codec;
 use qp_runtime::codec::cut;
@@ -51,6 +52,21 @@ impl PackedMatrix {
         });
         let (matrix, error) = matrix.map_err(invalid)?;
         Ok(PackedMatrix { matrix, quantizer: q, error })
+    }
+
+    /// The activations of some tokens, rotated.
+    fn rotated(&self, py: Python<'_>, x: &PyArrayLike2<'_, f32, AllowTypeChange>) -> PyResult<Vec<f32>> {
+        let (_, columns) = self.rows_columns();
+        if x.shape()[1] != columns {
+            let message = format!("the matrix has {columns} columns, x has {}", x.shape()[1]);
+            return Err(PyValueError::new_err(message));
+        }
+        let mut x: Vec<f32> = x.as_array().iter().copied().collect();
+        py.detach(|| {
+            let rotator = Rotator::new(self.quantizer.rotation, columns as u32);
+            x.par_chunks_mut(columns.max(1)).for_each(|row| rotator.apply(row));
+        });
+        Ok(x)
     }
 }
 
@@ -122,27 +138,50 @@ impl PackedMatrix {
         x: PyArrayLike2<'_, f32, AllowTypeChange>,
     ) -> PyResult<Bound<'py, PyArray2<f32>>> {
         let (rows, columns) = self.rows_columns();
-        let tokens = x.shape()[0];
-        if x.shape()[1] != columns {
-            let message = format!("the matrix has {columns} columns, x has {}", x.shape()[1]);
-            return Err(PyValueError::new_err(message));
-        }
-        let mut x: Vec<f32> = x.as_array().iter().copied().collect();
-        if !x.iter().all(|v| v.is_finite()) {
+        if !x.as_array().iter().all(|v| v.is_finite()) {
             return Err(PyValueError::new_err("x holds numbers that are not finite"));
         }
+        let rotated = self.rotated(py, &x)?;
         let y = py.detach(|| {
-            let rotator = Rotator::new(self.quantizer.rotation, columns as u32);
-            let prepared: Vec<_> = x
-                .par_chunks_mut(columns.max(1))
-                .map(|row| {
-                    rotator.apply(row);
-                    reference::quantize_activations(row)
-                })
-                .collect();
+            let prepared: Vec<_> = rotated.par_chunks(columns.max(1)).map(reference::quantize_activations).collect();
             codec::linear(&self.quantizer, &self.matrix, &prepared)
         });
-        PyArray1::from_vec(py, y).reshape([tokens, rows])
+        PyArray1::from_vec(py, y).reshape([x.shape()[0], rows])
+    }
+
+    /// Of each row of `x`, which are activations of the matrix's columns, the largest magnitude once they are rotated.
+    fn largest<'py>(
+        &self,
+        py: Python<'py>,
+        x: PyArrayLike2<'_, f32, AllowTypeChange>,
+    ) -> PyResult<Bound<'py, PyArray1<f32>>> {
+        let (_, columns) = self.rows_columns();
+        let rotated = self.rotated(py, &x)?;
+        Ok(PyArray1::from_iter(py, rotated.chunks(columns.max(1)).map(reference::largest_magnitude)))
+    }
+
+    /// The integers that become the product with each row of `x`, rounded by the given magnitudes, and the scales of the rows.
+    fn totals<'py>(
+        &self,
+        py: Python<'py>,
+        x: PyArrayLike2<'_, f32, AllowTypeChange>,
+        magnitudes: PyArrayLike1<'_, f32, AllowTypeChange>,
+    ) -> PyResult<Bound<'py, PyTuple>> {
+        let ((rows, columns), tokens) = (self.rows_columns(), x.shape()[0]);
+        let rotated = self.rotated(py, &x)?;
+        let magnitudes: Vec<f32> = magnitudes.as_array().iter().copied().collect();
+        if magnitudes.len() != tokens {
+            let message = format!("{} magnitudes for {tokens} rows of x", magnitudes.len());
+            return Err(PyValueError::new_err(message));
+        }
+        let (totals, scales) = py.detach(|| {
+            let by = |(row, &given): (&[f32], &f32)| reference::quantize_activations_by(row, given);
+            let prepared: Vec<_> = rotated.par_chunks(columns.max(1)).zip(&magnitudes).map(by).collect();
+            let totals = codec::Decoder::new(&self.quantizer).totals(&self.matrix, &prepared);
+            (totals, prepared.iter().map(|a| a.scale).collect::<Vec<_>>())
+        });
+        let totals = PyArray1::from_vec(py, totals).reshape([tokens, rows])?;
+        (totals, PyArray1::from_vec(py, scales)).into_pyobject(py)
     }
 
     /// Rows of the matrix, decoded: tokens × columns.

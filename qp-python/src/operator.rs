@@ -46,6 +46,8 @@ pub struct Product(guest::Product);
 #[pymethods]
 impl Product {
     #[new]
+    #[pyo3(signature = (quantizer, rows, columns, tokens, dtype, device, share=false))]
+    #[expect(clippy::too_many_arguments, reason = "what a kernel is made for")]
     fn new(
         py: Python<'_>,
         quantizer: Quantizer,
@@ -54,6 +56,7 @@ impl Product {
         tokens: u32,
         dtype: &str,
         device: Option<usize>,
+        share: bool,
     ) -> PyResult<Self> {
         let (shape, tokens) = (shape(&quantizer.0, rows, columns)?, batch(tokens)?);
         let input = match dtype {
@@ -67,8 +70,8 @@ impl Product {
             }
         };
         py.detach(|| {
-            let product = guest::Product::new(&guest(device)?, &quantizer.0, shape, tokens, input);
-            product.map(Product).map_err(failed)
+            let make = if share { guest::Product::share } else { guest::Product::new };
+            make(&guest(device)?, &quantizer.0, shape, tokens, input).map(Product).map_err(failed)
         })
     }
 
@@ -92,7 +95,20 @@ impl Product {
         self.0.meeting_bytes()
     }
 
+    #[getter]
+    fn scales_at(&self) -> usize {
+        self.0.scales_at()
+    }
+
+    /// Puts the launch into the stream that finds the largest magnitudes of a share's activations.
+    fn largest(&self, stream: u64, tokens: u32, x: u64, scratch: u64, magnitudes: u64) -> PyResult<()> {
+        let call = Call { stream, tokens, x, words: 0, scales: 0, y: 0, scratch, meeting: 0, magnitudes };
+        // SAFETY: as for `launch`.
+        unsafe { self.0.largest(call) }.map_err(failed)
+    }
+
     /// Puts the launches into the stream.
+    #[pyo3(signature = (stream, tokens, x, words, scales, y, scratch, meeting, magnitudes=0))]
     #[expect(clippy::too_many_arguments, reason = "addresses, in the order of the kernels")]
     fn launch(
         &self,
@@ -104,8 +120,9 @@ impl Product {
         y: u64,
         scratch: u64,
         meeting: u64,
+        magnitudes: u64,
     ) -> PyResult<()> {
-        let call = Call { stream, tokens, x, words, scales, y, scratch, meeting };
+        let call = Call { stream, tokens, x, words, scales, y, scratch, meeting, magnitudes };
         // SAFETY: the one caller, `qpalette/_cuda.py`, passes tensors of these sizes that PyTorch keeps for the stream.
         unsafe { self.0.launch(call) }.map_err(failed)
     }

@@ -181,6 +181,12 @@ impl Quantizer {
         qp_runtime::codec::cut::steps(&self.0)
     }
 
+    /// What the totals of a product are multiples of, where scales of rows and activations are 1.
+    #[getter]
+    fn total_unit(&self) -> f32 {
+        qp_codegen::reference::output_factor(&self.0.codes[0], 1.0)
+    }
+
     #[getter]
     fn trained(&self) -> bool {
         self.0.is_trained()

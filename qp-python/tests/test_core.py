@@ -98,6 +98,24 @@ def test_matrices_are_cut_and_stacked():
         qp.PackedMatrix.stack([upper, qp.Quantizer.named("nuq_4").encode(w)])
 
 
+def test_shares_of_the_columns_sum_to_the_whole():
+    """What ranks do that have a share each: round by the largest magnitude of all, add integers."""
+    x = matrix(3, 512, seed=1)
+    x[1] *= 100
+    for name in ["tcq_3", "fast_3", "nuq_4"]:
+        packed = qp.Quantizer.named(name).encode(matrix(96, 512))
+        parts = [(packed.cut(columns=(a, b)), x[:, a:b]) for a, b in [(0, 128), (128, 512)]]
+        magnitudes = np.max([part.largest(x) for part, x in parts], axis=0)
+        shares = [part.totals(x, magnitudes) for part, x in parts]
+        total, scales = sum(totals for totals, _ in shares), shares[0][1]
+        assert total.dtype == np.int64 and (scales == shares[1][1]).all()
+        factor = scales * np.float32(packed.quantizer.total_unit)
+        y = total.astype(np.float32) * packed.scales * factor[:, None]
+        assert y.dtype == np.float32 and (y == packed.linear(x)).all(), name
+    with pytest.raises(ValueError, match="2 magnitudes for 3 rows"):
+        packed.totals(x, magnitudes[:2])
+
+
 def test_pickles_and_copies():
     packed = qp.Quantizer.named("tcq_3").encode(matrix())
     again = pickle.loads(pickle.dumps(packed))

@@ -120,6 +120,46 @@ def test_the_launches_of_a_gpu_give_the_same_bits(name, dtype):
         _cuda.run(None, 0, x, quantized.packed, quantized.scales[:3], *arguments[3:])
 
 
+@pytest.mark.parametrize("name", ["nuq_4", "fast_3"])
+def test_the_launches_of_a_share_give_the_same_bits(name):
+    from qpalette import _cuda
+
+    quantized = qpt.Linear.of(torch.nn.Linear(320, 72, bias=False), qp.Quantizer.named(name))
+    matrix = quantized.packed, quantized.spec, 72, 320
+    for shape in [(1, 320), (3, 320), (2, 6, 320), (0, 320)]:
+        x = torch.randn(shape)
+        largest = torch.ops.qp.largest(x, *matrix)
+        assert (_cuda.largest_of(None, 0, x, *matrix[1:]) == largest).all() and largest.shape == shape[:-1]
+        given = 1.25 * largest
+        totals, scales = torch.ops.qp.totals(x, given, *matrix)
+        assert totals.shape == (*shape[:-1], 72, 2)
+        on_device = _cuda.totals_of(None, 0, x, given, *matrix)
+        assert (on_device[0] == totals).all() and (on_device[1] == scales).all()
+    torch.library.opcheck(torch.ops.qp.largest.default, (x, *matrix), test_utils=("test_schema", "test_faketensor"))
+    arguments = (x, given, *matrix)
+    torch.library.opcheck(torch.ops.qp.totals.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def _rank(rank, parts, x, wanted, file):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=len(parts))
+    part, columns, bias = parts[rank]
+    with torch.no_grad():
+        y = qpt.SharedLinear(part, bias)(x[..., columns[0] : columns[1]])
+    assert (y == wanted).all()
+    dist.destroy_process_group()
+
+
+def test_ranks_sum_to_the_whole(tmp_path):
+    whole = qpt.Linear.of(torch.nn.Linear(384, 64), qp.Quantizer.named("fast_3"))
+    x = torch.randn(2, 3, 384)
+    parts = [(whole.matrix().cut(columns=c), c, whole.bias) for c in [(0, 128), (128, 384)]]
+    with torch.no_grad():
+        arguments = (parts, x, whole(x), tmp_path / "meet")
+    torch.multiprocessing.spawn(_rank, arguments, nprocs=2)
+
+
 def test_the_look_ups_of_a_gpu_give_the_same_bits():
     from qpalette import _cuda
 

@@ -87,6 +87,33 @@ def test_two_ranks(tmp_path):
     assert texts(tmp_path, checkpoint, ranks=2) == wanted(checkpoint)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_mixtures_of_experts(tmp_path, ranks):
+    """A small model of random weights, large enough that its texts are definite."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    source = tmp_path / "source"
+    vocabulary = json.loads((MODEL / "config.json").read_text())["vocab_size"]
+    config = Qwen3MoeConfig(
+        vocab_size=vocabulary, hidden_size=128, intermediate_size=256, moe_intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_experts=6, num_experts_per_tok=2, norm_topk_prob=True,
+        initializer_range=0.2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    Qwen3MoeForCausalLM(config).save_pretrained(source)
+    for file in MODEL.glob("tokenizer*"):
+        (source / file.name).write_bytes(file.read_bytes())
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        '[layers]\n"model.layers.*.*.*" = "tcq_4"\n"model.layers.*.mlp.experts.*.*" = "tcq_4"\n'
+        '"model.layers.0.mlp.experts.*.down_proj" = "nuq_5"\n"model.layers.1.mlp.experts.3.up_proj" = "keep"\n'
+    )
+    out = tmp_path / "model"
+    qp.quantize(source, out, plan=plan, device="cpu")
+    assert texts(tmp_path, out, ranks=ranks) == wanted(out)
+
+
 def test_what_cannot_be_cut_is_refused_with_the_cure(tmp_path):
     spec = tmp_path / "whole.qspec"
     spec.write_text(qp.Quantizer.named("nuq_4").text.replace("nuq_4", "whole").replace(", block = 128", ""))

@@ -28,7 +28,7 @@
 use super::c_name;
 use super::decode::{Register, Steps, flatten};
 use super::experts::Experts;
-use super::operands::{self, Gemv, Operands, TokenScale, Words, divide};
+use super::operands::{self, Form, Gemv, Operands, TokenScale, Words, divide};
 use crate::ir::{Builder, Cache, Elem, Kernel, MAX_GROUP_COLUMNS, Mem, Special, V, Var, group_columns};
 use crate::layout::{CELL, COLUMN_PAD, Packed};
 
@@ -164,11 +164,12 @@ impl Plan {
 /// For launches that are none: groups of other than whole four warps or for more than [`MAX_PART`] tokens, columns split
 /// over blocks whose warps take row tiles several times, more blocks than row tiles.
 pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
-    lower_for(op, launch, None)
+    lower_for(op, launch, Form::Results)
 }
 
-/// The same for experts: see [`super::gemv::lower_for`].
-pub(super) fn lower_for(op: &Gemv, launch: &Launch, experts: Option<&Experts>) -> Kernel {
+/// The same in another form: see [`super::gemv::lower_for`].
+pub(super) fn lower_for(op: &Gemv, launch: &Launch, form: Form) -> Kernel {
+    let experts = form.experts();
     assert!((1..=MAX_BATCH).contains(&op.batch), "batch");
     let plan = Plan::new(op, launch);
     assert!(!launch.group || launch.row_warps.is_multiple_of(4), "groups of four warps");
@@ -179,13 +180,13 @@ pub(super) fn lower_for(op: &Gemv, launch: &Launch, experts: Option<&Experts>) -
     assert!(launch.split == 1 || experts.is_none(), "units have no place to meet");
     let grid = [launch.blocks * launch.split * launch.token_parts, experts.map_or(1, Experts::units)];
     let b = Builder::new(&name, grid, launch.warps() * 32);
-    b.doc(operands::doc(op, experts));
+    b.doc(operands::doc(op, form));
     b.min_blocks(launch.min_blocks);
     b.dependent_launch();
     if experts.is_none() {
         b.apart();
     }
-    Emit::new(&b, op, launch, &plan, experts).kernel();
+    Emit::new(&b, op, launch, &plan, form).kernel();
     b.finish()
 }
 
@@ -240,8 +241,8 @@ struct Token<'b> {
 }
 
 impl<'b, 'a> Emit<'b, 'a> {
-    fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan, experts: Option<&'a Experts>) -> Self {
-        let operands = Operands::new(b, op, &plan.layout, launch.table_bytes, meeting_place(op, launch), experts);
+    fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan, form: Form<'a>) -> Self {
+        let operands = Operands::new(b, op, &plan.layout, launch.table_bytes, meeting_place(op, launch), form);
         let staged = b.shared("staged", Elem::U32, STAGES * plan.stage_cells() * 4);
         let (thread, lane, warp) = (b.special(Special::Thread), b.special(Special::Lane), b.special(Special::Warp));
         // The blocks of the same weights are neighbours, so that those are read from memory once.

@@ -19,7 +19,7 @@ use super::decode::flatten;
 use super::experts::Experts;
 pub use super::launch::Launch;
 pub use super::operands::Gemv;
-use super::operands::{self, Operands, TokenScale, Words, divide};
+use super::operands::{self, Form, Operands, TokenScale, Words, divide};
 use super::{c_name, copy_all};
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var};
 use crate::layout::{CELL, COLUMN_PAD, Packed};
@@ -172,26 +172,28 @@ impl Plan {
 /// * `partial` (`i32`, padded rows × planes × products) and `arrived` (`i32`, one a block), zero before and after; not
 ///   touched unless `split > 1`. See [`meeting_place`].
 pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
-    lower_for(op, launch, None)
+    lower_for(op, launch, Form::Results)
 }
 
-/// The same for experts: `op` is the product of one of them with the pairs of a unit. What has a row a token has one a row of
+/// The same in another form. Of totals, `y` is that of [`super::product::Launch::lower_totals`]. Of experts, `op` is the product
+/// of one of them with the pairs of a unit. What has a row a token has one a row of
 /// [`Experts::rows`], `y` one a pair, [`Experts::stride`] apart; the matrices lie one below the other, and behind the
 /// parameters are those of [`Units::declare`](super::experts::Units::declare).
-pub(super) fn lower_for(op: &Gemv, launch: &Launch, experts: Option<&Experts>) -> Kernel {
+pub(super) fn lower_for(op: &Gemv, launch: &Launch, form: Form) -> Kernel {
+    let experts = form.experts();
     assert!((1..=MAX_BATCH).contains(&op.batch), "batch");
     assert!(launch.split == 1 || experts.is_none(), "units have no place to meet");
     let q = op.quantizer;
     let name = format!("gemv_{}_{}x{}_b{}", c_name(&q.name), op.shape.rows, op.shape.cols, op.batch);
     let grid = [launch.blocks * launch.split, experts.map_or(1, Experts::units)];
     let b = Builder::new(&name, grid, launch.warps * 32);
-    b.doc(operands::doc(op, experts));
+    b.doc(operands::doc(op, form));
     b.min_blocks(launch.min_blocks);
     b.dependent_launch();
     if experts.is_none() {
         b.apart();
     }
-    Emit::new(&b, op, launch, &Plan::new(op, launch), experts).kernel();
+    Emit::new(&b, op, launch, &Plan::new(op, launch), form).kernel();
     b.finish()
 }
 
@@ -245,8 +247,8 @@ struct Scaling<'b> {
 type Fragments<'b> = Option<Vec<Vec<Vec<[V<'b>; 2]>>>>;
 
 impl<'b, 'a> Emit<'b, 'a> {
-    fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan, experts: Option<&'a Experts>) -> Self {
-        let operands = Operands::new(b, op, &plan.layout, launch.table_bytes, meeting_place(op, launch), experts);
+    fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan, form: Form<'a>) -> Self {
+        let operands = Operands::new(b, op, &plan.layout, launch.table_bytes, meeting_place(op, launch), form);
         let sums = b.shared("sums", Elem::I32, plan.sum_words(launch));
         let staged = (!plan.resident).then(|| b.shared("staged", Elem::U32, plan.planes * plan.plane_words(launch)));
 

@@ -23,6 +23,29 @@ pub struct Gemv<'q> {
     pub accumulate: bool,
 }
 
+/// What a product's kernel computes with its matrix, or its matrices.
+#[derive(Clone, Copy)]
+pub(super) enum Form<'a> {
+    /// Results.
+    Results,
+    /// Totals, the integers that become results ([`Operands::total`]).
+    Totals,
+    /// Results of experts.
+    Experts(&'a Experts),
+}
+
+impl<'a> Form<'a> {
+    pub(super) fn experts(self) -> Option<&'a Experts> {
+        match self {
+            Form::Results | Form::Totals => None,
+            Form::Experts(experts) => Some(experts),
+        }
+    }
+}
+
+/// Lowest bits of a total, which [`Form::Totals`] stores apart from the others.
+pub const TOTAL_BITS: u32 = 24;
+
 /// Tensor-core products of a register of weights: 2 for 16-bit entries.
 pub(super) fn products(q: &Quantizer) -> u32 {
     match q.value() {
@@ -32,9 +55,9 @@ pub(super) fn products(q: &Quantizer) -> u32 {
 }
 
 /// What the kernel's head says.
-pub(super) fn doc(op: &Gemv, experts: Option<&Experts>) -> String {
+pub(super) fn doc(op: &Gemv, form: Form) -> String {
     let q = op.quantizer;
-    if let Some(Experts { count, pairs, most, .. }) = experts {
+    if let Some(Experts { count, pairs, most, .. }) = form.experts() {
         return format!(
             "y[pair, row] = W[expert, row, :] . x[pair, :] with W {} x {} in {} ({:.2} bits a weight), {pairs} pairs of tokens \
              with {count} experts, in units of up to {most}.",
@@ -45,7 +68,7 @@ pub(super) fn doc(op: &Gemv, experts: Option<&Experts>) -> String {
         );
     }
     format!(
-        "y[token, row] {}= W[row, :] . x[token, :] with W {} x {} in {} ({:.2} bits a weight), {} token{}.",
+        "y[token, row] {}= W[row, :] . x[token, :] with W {} x {} in {} ({:.2} bits a weight), {} token{}{}.",
         if op.accumulate { "+" } else { "" },
         op.shape.rows,
         op.shape.cols,
@@ -53,6 +76,7 @@ pub(super) fn doc(op: &Gemv, experts: Option<&Experts>) -> String {
         q.rate(),
         op.batch,
         if op.batch == 1 { "" } else { "s" },
+        if matches!(form, Form::Totals) { ", as integers" } else { "" },
     )
 }
 
@@ -73,6 +97,7 @@ pub(super) struct Operands<'b, 'a> {
     y: Mem,
     pub(super) partial: Mem,
     arrived: Mem,
+    totals: bool,
     mixture: Option<Mixture<'b, 'a>>,
 }
 
@@ -89,16 +114,19 @@ struct Mixture<'b, 'a> {
 pub(super) type TokenScale<'b> = (V<'b>, Option<V<'b>>);
 
 impl<'b, 'a> Operands<'b, 'a> {
-    /// Declares the parameters, and the tables in shared memory. `meeting_place`: elements of `partial` and `arrived`. With
-    /// `experts`, tokens are the pairs of a unit.
+    /// Declares the parameters, and the tables in shared memory. `meeting_place`: elements of `partial` and `arrived`. Of
+    /// experts, tokens are the pairs of a unit.
     pub(super) fn new(
         b: &'b Builder,
         op: &'a Gemv<'a>,
         layout: &'a Packed,
         table_bytes: u32,
         meeting_place: (usize, usize),
-        experts: Option<&'a Experts>,
+        form: Form<'a>,
     ) -> Self {
+        let experts = form.experts();
+        let totals = matches!(form, Form::Totals);
+        assert!(!(totals && op.accumulate), "totals are not added to results");
         let decoder = Decoder::new(b, op.quantizer, table_bytes);
         let rows = u64::from(layout.padded_rows());
         let matrices = experts.map_or(1, |e| u64::from(e.matrices));
@@ -110,12 +138,15 @@ impl<'b, 'a> Operands<'b, 'a> {
         let x = b.sized("x", Elem::I8, false, 2 * batch * columns);
         let x_scale = b.sized("x_scale", Elem::F32, false, batch);
         let x_sum = b.sized("x_sum", Elem::I32, false, batch);
-        let y = b.sized("y", Elem::F32, true, outputs);
+        let y = match form {
+            Form::Totals => b.sized("y", Elem::I32, true, 2 * outputs),
+            Form::Results | Form::Experts(_) => b.sized("y", Elem::F32, true, outputs),
+        };
         let partial = b.sized("partial", Elem::I32, true, meeting_place.0 as u64);
         let arrived = b.sized("arrived", Elem::I32, true, meeting_place.1 as u64);
         let mixture =
             experts.map(|experts| Mixture { experts, units: Units::declare(b, experts), unit: OnceCell::new() });
-        Operands { b, op, layout, decoder, weights, scales, x, x_scale, x_sum, y, partial, arrived, mixture }
+        Operands { b, op, layout, decoder, weights, scales, x, x_scale, x_sum, y, partial, arrived, totals, mixture }
     }
 
     /// True of a product of experts.
@@ -232,6 +263,16 @@ impl<'b, 'a> Operands<'b, 'a> {
         })
     }
 
+    /// The integer that becomes a result, of sums as [`Operands::write`] takes them: Σ entry · activation, of codes with an
+    /// offset twice that and the sum of the activations.
+    fn total(&self, sums: &[V<'b>], x_sum: Option<V<'b>>) -> V<'b> {
+        let products = sums.len() / 2;
+        let wide = |slot: usize| sums[slot].to(Scalar::I64);
+        let plane = |product: usize| wide(product) * 128 + wide(products + product);
+        let total = if products == 1 { plane(0) } else { plane(1) * 256 + plane(0) };
+        x_sum.map_or(total, |sum| total * 2 + sum.to(Scalar::I64))
+    }
+
     /// Scales and stores the sums of a row and a token: those of the high plane, a product each, then of the low plane.
     pub(super) fn write(
         &self,
@@ -245,13 +286,15 @@ impl<'b, 'a> Operands<'b, 'a> {
         let (b, code) = (self.b, self.code());
         let unit = if code.half_offset { code.unit * 0.5 } else { code.unit };
         let (x_scale, x_sum) = by;
-        let products = sums.len() / 2;
-        let wide = |slot: usize| sums[slot].to(Scalar::I64);
-        let plane = |product: usize| wide(product) * 128 + wide(products + product);
-        let total = if products == 1 { plane(0) } else { plane(1) * 256 + plane(0) };
-        let total = x_sum.map_or(total, |sum| total * 2 + sum.to(Scalar::I64));
-        let value = total.to(Scalar::F32) * row_scale * (x_scale * unit);
+        let total = self.total(sums, x_sum);
         let at = self.result(row, token);
+        if self.totals {
+            let high = (total >> TOTAL_BITS).to(Scalar::I32);
+            let low = (total & ((1 << TOTAL_BITS) - 1)).to(Scalar::I32);
+            b.store(self.y, at * 2, b.vector(&[high, low]), Elem::I32);
+            return;
+        }
+        let value = total.to(Scalar::F32) * row_scale * (x_scale * unit);
         let value = before.map_or(value, |before| before + value);
         b.store(self.y, at, value, Elem::F32);
     }

@@ -40,6 +40,20 @@ pub struct Gate {
     pub up: Span,
 }
 
+/// What of a preparation a kernel does. Where the columns of a token lie on several devices, all round by the largest magnitude of
+/// all: each finds its own, and then rounds by the largest of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// All of it.
+    Whole,
+    /// Finds the largest magnitude, which goes to `x_scale`; infinite if a value is not finite. Nothing else is written but zeros to
+    /// `x_sum`.
+    Largest,
+    /// Rounds by the larger of a token's own largest magnitude and one that is given: a further parameter behind all others,
+    /// `given`: `f32`, one a token.
+    Given,
+}
+
 /// Most groups of columns that a thread holds in registers; those of longer rows lie in shared memory.
 const MOST_IN_REGISTERS: u32 = 8;
 /// Most warps of a block.
@@ -184,19 +198,29 @@ pub fn lower_as(op: &Prepare, spread: Spread) -> Kernel {
 
 /// As [`lower_as`], of inputs (values, gates and what they gate) of type `input`: `F32`, `F16` or `BF16`.
 pub fn lower_reading(op: &Prepare, spread: Spread, input: Elem) -> Kernel {
+    lower_stage(op, spread, input, Stage::Whole)
+}
+
+/// As [`lower_reading`], one stage of it.
+pub fn lower_stage(op: &Prepare, spread: Spread, input: Elem, stage: Stage) -> Kernel {
     let g = Geometry::new(op, spread);
     let b = Builder::new(&format!("prepare_{}_b{}", op.columns, op.batch), [op.batch * g.blocks, 1], g.warps * 32);
     b.doc(format!(
-        "{} columns of {} token(s){}{}{}, as signed bytes.",
+        "{} columns of {} token(s){}{}{}, {}.",
         op.columns,
         op.batch,
         if op.gate.is_some() { ", gated" } else { "" },
         if op.norm.is_some() { ", normed" } else { "" },
         if op.rotation == Rotation::None { "" } else { ", rotated" },
+        match stage {
+            Stage::Whole => "as signed bytes",
+            Stage::Largest => "of each the largest magnitude",
+            Stage::Given => "as signed bytes, by given magnitudes",
+        },
     ));
     b.cluster(g.blocks);
     b.dependent_launch();
-    Emit::new(&b, op, g, input).kernel();
+    Emit::new(&b, op, g, input, stage).kernel();
     b.finish()
 }
 
@@ -218,6 +242,7 @@ struct Emit<'a, 'b> {
     transforms: Transforms,
     /// Type of the inputs.
     elem: Elem,
+    stage: Stage,
     input: Mem,
     up: Mem,
     weights: Mem,
@@ -229,6 +254,8 @@ struct Emit<'a, 'b> {
     x_sum: Mem,
     faults: Mem,
     layer: V<'b>,
+    /// Of [`Stage::Given`].
+    given: Option<Mem>,
     lane: V<'b>,
     /// The warp among those of the token.
     warp: V<'b>,
@@ -242,7 +269,7 @@ struct Emit<'a, 'b> {
 }
 
 impl<'a, 'b> Emit<'a, 'b> {
-    fn new(b: &'b Builder, op: &'a Prepare, g: Geometry, elem: Elem) -> Self {
+    fn new(b: &'b Builder, op: &'a Prepare, g: Geometry, elem: Elem, stage: Stage) -> Self {
         let (batch, columns) = (u64::from(op.batch), u64::from(op.columns.next_multiple_of(COLUMN_PAD)));
         let input = b.sized("input", elem, false, op.input.len(op.batch, op.columns));
         // What there is no need of is not read.
@@ -256,6 +283,7 @@ impl<'a, 'b> Emit<'a, 'b> {
         let x_sum = b.sized("x_sum", Elem::I32, true, batch);
         let faults = b.buffer("faults", Elem::I32, true);
         let layer = b.scalar("layer", Scalar::I32);
+        let given = (stage == Stage::Given).then(|| b.sized("given", Elem::F32, false, batch));
         let (lane, warp) = (b.special(Special::Lane), b.special(Special::Warp));
         let (token, rank) = match g.blocks {
             1 => (b.special(Special::BlockX), b.i32(0)),
@@ -275,6 +303,7 @@ impl<'a, 'b> Emit<'a, 'b> {
             g,
             transforms,
             elem,
+            stage,
             input,
             up,
             weights,
@@ -286,6 +315,7 @@ impl<'a, 'b> Emit<'a, 'b> {
             x_sum,
             faults,
             layer,
+            given,
             lane,
             warp,
             token,
@@ -534,7 +564,16 @@ impl<'a, 'b> Emit<'a, 'b> {
         });
         let each: Vec<V> = each.collect();
         let most = each.into_iter().reduce(|a, b| a.max(b)).expect("a warp").max_across();
+        let most = match self.given {
+            Some(given) => most.max(b.load(given, self.token, Elem::F32).bits(Scalar::U32)),
+            None => most,
+        };
         let magnitude = most.bits(Scalar::F32);
+        if self.stage == Stage::Largest {
+            let finite = most.lt(INFINITY_BITS).select(magnitude, f32::INFINITY);
+            b.if_(self.leader, || b.store(self.x_scale, self.token, finite, Elem::F32));
+            return;
+        }
         let inverse = magnitude.gt(0.0).select(b.f32(ACTIVATION_MAX) / magnitude, 0.0);
 
         b.comment("Whole numbers.");

@@ -12,7 +12,8 @@
 use std::collections::HashSet;
 
 use super::experts::{self, Experts};
-use super::operands::Gemv;
+pub use super::operands::TOTAL_BITS;
+use super::operands::{Form, Gemv};
 use super::{decode, gemm, gemv, walk};
 use crate::cuda::Device;
 use crate::ir::Kernel;
@@ -124,10 +125,24 @@ impl Launch {
     /// # Panics
     /// If blocks share columns, whose sums have no place to meet.
     pub fn lower_for_experts(&self, op: &Gemv, experts: &Experts) -> Kernel {
+        self.lower_form(op, Form::Experts(experts))
+    }
+
+    /// Makes the kernel of the product's totals, the integers that become results where a matrix is cut by columns and parts of
+    /// the sums come from several devices. As [`Launch::lower`], but that `y` is `i32`, two numbers a result: the total is
+    /// 2^[`TOTAL_BITS`] times the first and the second, which is not negative; the scales are not used.
+    ///
+    /// # Panics
+    /// If `op` adds to what is there.
+    pub fn lower_totals(&self, op: &Gemv) -> Kernel {
+        self.lower_form(op, Form::Totals)
+    }
+
+    fn lower_form(&self, op: &Gemv, form: Form) -> Kernel {
         match self {
-            Launch::Gemv(launch) => gemv::lower_for(op, launch, Some(experts)),
-            Launch::Gemm(launch) => gemm::lower_for(op, launch, Some(experts)),
-            Launch::Walk(launch) => walk::lower_for(op, launch, Some(experts)),
+            Launch::Gemv(launch) => gemv::lower_for(op, launch, form),
+            Launch::Gemm(launch) => gemm::lower_for(op, launch, form),
+            Launch::Walk(launch) => walk::lower_for(op, launch, form),
         }
     }
 

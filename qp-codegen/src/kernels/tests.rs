@@ -5,8 +5,8 @@ use super::dequantize::{self, Dequantize};
 use super::embed_packed::{self, EmbedPacked};
 use super::experts::{self, Experts};
 use super::gemv::{self, Gemv};
-use super::prepare::{self, Gate, Prepare, Spread};
-use super::product::{Launch, Way};
+use super::prepare::{self, Gate, Prepare, Spread, Stage};
+use super::product::{Launch, TOTAL_BITS, Way};
 use super::{Span, gemm, rotate};
 use crate::ir::interpret::{Arg, Options, run};
 use crate::ir::{Elem, Kernel};
@@ -309,30 +309,43 @@ fn check_product(q: &Quantizer, shape: Shape, batch: u32, launches: &[Launch]) {
     let a = activations(shape.cols, batch);
     let rows = m.layout.padded_rows() as usize;
     let mut expect = vec![0.5f32; rows * batch as usize];
+    let mut totals = vec![0i64; rows * batch as usize];
     for (token, a) in a.iter().enumerate() {
         let factor = reference::output_factor(&q.codes[0], a.scale);
         for row in 0..shape.rows as usize {
             let w = &entries[row * shape.cols as usize..][..shape.cols as usize];
             let acc = w.iter().zip(&a.q).map(|(&w, &q)| i64::from(w) * i64::from(q)).sum();
             expect[token * rows + row] += reference::scale_output(&q.codes[0], acc, a.sum, m.scale(row), factor);
+            totals[token * rows + row] = reference::total(&q.codes[0], acc, a.sum);
         }
     }
     let op = Gemv { quantizer: q, shape, batch, accumulate: true };
-    for l in launches {
-        let kernel = l.lower(&op);
+    let added = launches.iter().map(|l| (l, false));
+    // All launches write by one function, so that one of them will do.
+    for (l, as_totals) in added.chain(launches.first().map(|l| (l, true))) {
+        let kernel = if as_totals { l.lower_totals(&Gemv { accumulate: false, ..op }) } else { l.lower(&op) };
         let tables = bytes(&pack_tables(q), u32::to_le_bytes);
         let words = bytes(&m.words, u32::to_le_bytes);
         let scales = bytes(&m.scales, u16::to_le_bytes);
         let [x, x_scale, x_sum] = inputs(&a);
         let mut y = bytes(&vec![0.5f32; rows * batch as usize], f32::to_le_bytes);
+        y.resize(y.len() << u32::from(as_totals), 0);
         let meeting_place = l.meeting_place(&op);
         let (mut partial, mut arrived) = (vec![0u8; meeting_place.0 * 4], vec![0u8; meeting_place.1 * 4]);
         let mut args: Vec<Arg> = [&tables, &words, &scales, &x, &x_scale, &x_sum].map(|b| Arg::ReadOnly(b)).into();
         args.extend([&mut y, &mut partial, &mut arrived].map(|b| Arg::Buffer(b)));
         launch(&kernel, args);
+        let numbers: Vec<i64> = y.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b).into()).collect();
         let y = floats(&y);
         for token in 0..batch as usize {
             let real = token * rows..token * rows + shape.rows as usize;
+            if as_totals {
+                let numbers = &numbers[2 * real.start..2 * real.end];
+                let joined = numbers.as_chunks::<2>().0.iter().map(|[high, low]| (high << TOTAL_BITS) + low);
+                assert_eq!(joined.collect::<Vec<_>>(), totals[real], "{} {shape:?} batch {batch} {l:?}", q.name);
+                assert!(numbers.iter().skip(1).step_by(2).all(|low| (0..1 << TOTAL_BITS).contains(low)));
+                continue;
+            }
             assert_eq!(y[real.clone()], expect[real], "{} {shape:?} batch {batch} token {token} {l:?}", q.name);
         }
         assert!(partial.iter().chain(&arrived).all(|&b| b == 0), "the meeting place is left clean");
@@ -679,6 +692,28 @@ fn check_prepare(columns: u32, batch: u32, rotation: Rotation, norm: Option<RmsN
         launch(&prepare::lower_as(&op, spread), args);
         assert!(out == expect, "{what}, {spread:?}");
         assert_eq!(faults, [0; 12], "{what}");
+    }
+
+    // In two stages: the first token by a larger magnitude than its own, the others by a smaller one, which changes nothing.
+    let magnitudes: Vec<f32> = rotated.iter().map(|x| reference::largest_magnitude(x)).collect();
+    let others: Vec<f32> = (0..).zip(&magnitudes).map(|(t, m)| if t == 0 { 1.5 * m } else { 0.5 * m }).collect();
+    let by = |(x, &given): (&Vec<f32>, &f32)| reference::quantize_activations_by(x, given);
+    let rounded: Vec<Activations> = rotated.iter().zip(&others).map(by).collect();
+    for (stage, expect) in [(Stage::Largest, bytes(&magnitudes, f32::to_le_bytes)), (Stage::Given, Vec::new())] {
+        let all = inputs(&rounded);
+        let mut scratch = vec![0xee; 4 * op.scratch(chosen[1])];
+        let mut out = all.each_ref().map(|e| vec![0xee; e.len()]);
+        let mut faults = vec![0; 12];
+        let others = bytes(&others, f32::to_le_bytes);
+        let mut args: Vec<Arg> = given.iter().map(|b| Arg::ReadOnly(b)).collect();
+        args.push(Arg::Buffer(&mut scratch));
+        args.extend(out.iter_mut().map(|o| Arg::Buffer(o)));
+        args.extend([Arg::Buffer(&mut faults), Arg::I32(1)]);
+        if stage == Stage::Given {
+            args.push(Arg::ReadOnly(&others));
+        }
+        launch(&prepare::lower_stage(&op, chosen[1], Elem::F32, stage), args);
+        if stage == Stage::Given { assert!(out == all, "{what}") } else { assert_eq!(out[1], expect, "{what}") }
     }
 }
 

@@ -12,7 +12,7 @@
 
 use super::decode::Unit;
 use super::experts::Experts;
-use super::operands::{self, Gemv, Operands, divide};
+use super::operands::{self, Form, Gemv, Operands, divide};
 use super::{c_name, product};
 use crate::ir::{Builder, Cache, Const, Elem, Kernel, Mem, Special, V, Var};
 use crate::layout::{CELL, COLUMN_PAD, Packed};
@@ -66,20 +66,21 @@ impl Plan {
 
 /// Makes the kernel; its parameters are those of [`super::gemv::lower`], of which `partial` and `arrived` are not touched.
 pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
-    lower_for(op, launch, None)
+    lower_for(op, launch, Form::Results)
 }
 
-/// The same for experts: see [`super::gemv::lower_for`].
-pub(super) fn lower_for(op: &Gemv, launch: &Launch, experts: Option<&Experts>) -> Kernel {
+/// The same in another form: see [`super::gemv::lower_for`].
+pub(super) fn lower_for(op: &Gemv, launch: &Launch, form: Form) -> Kernel {
+    let experts = form.experts();
     assert!((1..=product::MAX_BATCH).contains(&op.batch), "batch");
     let plan = Plan::new(op);
     let name = format!("walk_{}_{}x{}_b{}", c_name(&op.quantizer.name), op.shape.rows, op.shape.cols, op.batch);
     let strips = plan.layout.row_tiles() * plan.strips;
     let grid = [strips * experts.map_or(1, Experts::units), op.batch.div_ceil(TOKENS)];
     let b = Builder::new(&name, grid, launch.warps * 32);
-    b.doc(operands::doc(op, experts));
+    b.doc(operands::doc(op, form));
     b.dependent_launch();
-    let operands = Operands::new(&b, op, &plan.layout, launch.table_bytes, (1, 1), experts);
+    let operands = Operands::new(&b, op, &plan.layout, launch.table_bytes, (1, 1), form);
     let sums = b.shared("sums", Elem::I32, plan.sums());
     let block = b.special(Special::BlockX);
     let (unit, block) = match experts {

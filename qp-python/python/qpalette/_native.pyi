@@ -46,6 +46,8 @@ class Quantizer:
     """The canonical text, tables included: equal quantizers have equal texts."""
     digest: str
     """SHA-256 of the text, hexadecimal."""
+    total_unit: float
+    """What the totals of a product are multiples of, where the scales of rows and activations are 1."""
     cuts: tuple[int, Optional[int]]
     """Rows and columns at whose multiples a matrix may be cut; None where columns may not be."""
     trained: bool
@@ -90,6 +92,13 @@ class PackedMatrix:
         """`x @ weights.T`, tokens x rows, of tokens x columns: activations are rotated and rounded to 16 bits, sums are exact;
         the same bits as qp's engine on any device."""
 
+    def largest(self, x: ArrayLike) -> NDArray[np.float32]:
+        """Of each row of `x` (tokens x columns) the largest magnitude once it is rotated; infinite if a number is not finite."""
+    def totals(self, x: ArrayLike, magnitudes: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """What `linear` computes before it scales: integers, tokens x rows, and the scale of each token, whose activations are
+        rounded by the larger of its own largest magnitude and the given one. Where the columns of a matrix are spread over
+        several, totals of one magnitude add up to those of the whole:
+        `total.astype(np.float32) * scales_of_rows * (scales_of_tokens * quantizer.total_unit)[:, None]`."""
     def rows(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Rows of what it stands for: len(tokens) x columns. Raises IndexError beyond the last."""
     def cut(
@@ -133,14 +142,32 @@ class Product:
     """The kernels of a product; used by `qpalette.torch`. `device` is a GPU, or None for the interpreter."""
 
     def __init__(
-        self, quantizer: Quantizer, rows: int, columns: int, tokens: int, dtype: str, device: Optional[int]
+        self,
+        quantizer: Quantizer,
+        rows: int,
+        columns: int,
+        tokens: int,
+        dtype: str,
+        device: Optional[int],
+        share: bool = False,
     ) -> None: ...
     tokens: int
     stride: int
     scratch_bytes: int
+    scales_at: int
     meeting_bytes: int
+    def largest(self, stream: int, tokens: int, x: int, scratch: int, magnitudes: int) -> None: ...
     def launch(
-        self, stream: int, tokens: int, x: int, words: int, scales: int, y: int, scratch: int, meeting: int
+        self,
+        stream: int,
+        tokens: int,
+        x: int,
+        words: int,
+        scales: int,
+        y: int,
+        scratch: int,
+        meeting: int,
+        magnitudes: int = 0,
     ) -> None: ...
 
 class Lookup:

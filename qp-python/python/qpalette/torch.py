@@ -13,6 +13,7 @@ to their type.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Callable, Optional, Union
 
@@ -28,7 +29,7 @@ from . import _cuda  # noqa: E402
 from ._native import PackedMatrix, Quantizer  # noqa: E402
 from ._registry import quantizer_of, register  # noqa: E402
 
-__all__ = ["Embedding", "Linear", "quantize_"]
+__all__ = ["Embedding", "Linear", "SharedLinear", "quantize_"]
 
 # The matrix that a tensor of words belongs to. Tensors are compared by identity of their memory, which lives as long as
 # the finalizer has not run.
@@ -46,27 +47,20 @@ def _matrix(packed: torch.Tensor, scales: torch.Tensor, spec: str, rows: int, co
     return matrix
 
 
-def _check(x: torch.Tensor, columns: int) -> None:
-    if x.shape[-1] != columns:
-        raise ValueError(f"the matrix has {columns} columns, x has {x.shape[-1]}")
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"activations are floats, not {x.dtype}")
-
-
 def _linear(x, packed, scales, spec, rows, columns):
-    _check(x, columns)
+    _cuda.check(x, columns)
     flat = x.detach().reshape(-1, columns).to(torch.float32).contiguous()
     y = torch.from_numpy(_matrix(packed, scales, spec, rows, columns).linear(flat.numpy()))
     return y.reshape(*x.shape[:-1], rows).to(x.dtype)
 
 
 def _linear_cuda(x, packed, scales, spec, rows, columns):
-    _check(x, columns)
+    _cuda.check(x, columns)
     return _cuda.linear(x, packed, scales, spec, rows, columns)
 
 
 def _linear_fake(x, packed, scales, spec, rows, columns):
-    _check(x, columns)
+    _cuda.check(x, columns)
     return x.new_empty(*x.shape[:-1], rows)
 
 
@@ -79,14 +73,73 @@ def _embedding_fake(tokens, packed, scales, spec, rows, columns, dtype):
     return tokens.new_empty(*tokens.shape, columns, dtype=dtype)
 
 
+# The lowest bits of a total, which lie apart from the others; see `torch.ops.qp.totals`.
+_LOW = 24
+
+
+def _share(packed, spec, rows, columns):
+    """A matrix of these words; its scales do not matter."""
+    return _matrix(packed, _no_scales(quantizer_of(spec).packed_lengths(rows, columns)[1]), spec, rows, columns)
+
+
+@functools.lru_cache(maxsize=None)
+def _no_scales(count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.bfloat16)
+
+
+def _largest(x, packed, spec, rows, columns):
+    _cuda.check(x, columns)
+    flat = x.detach().reshape(-1, columns).to(torch.float32).contiguous()
+    return torch.from_numpy(_share(packed, spec, rows, columns).largest(flat.numpy())).reshape(x.shape[:-1])
+
+
+def _largest_cuda(x, packed, spec, rows, columns):
+    _cuda.check(x, columns)
+    return _cuda.largest(x, spec, rows, columns)
+
+
+def _largest_fake(x, packed, spec, rows, columns):
+    _cuda.check(x, columns)
+    return x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _totals(x, magnitudes, packed, spec, rows, columns):
+    _cuda.check(x, columns)
+    flat = x.detach().reshape(-1, columns).to(torch.float32).contiguous()
+    sums, scales = _share(packed, spec, rows, columns).totals(flat.numpy(), magnitudes.reshape(-1).numpy())
+    sums = torch.from_numpy(sums).reshape(*x.shape[:-1], rows)
+    sums = torch.stack([sums >> _LOW, sums & ((1 << _LOW) - 1)], -1).to(torch.int32)
+    return sums, torch.from_numpy(scales).reshape(x.shape[:-1])
+
+
+def _totals_cuda(x, magnitudes, packed, spec, rows, columns):
+    _cuda.check(x, columns)
+    return _cuda.totals(x, magnitudes, packed, spec, rows, columns)
+
+
+def _totals_fake(x, magnitudes, packed, spec, rows, columns):
+    _cuda.check(x, columns)
+    sums = x.new_empty(*x.shape[:-1], rows, 2, dtype=torch.int32)
+    return sums, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
 _library = torch.library.Library("qp", "DEF")
 _library.define("linear(Tensor x, Tensor packed, Tensor scales, str spec, SymInt rows, SymInt columns) -> Tensor")
 _library.define(
     "embedding(Tensor tokens, Tensor packed, Tensor scales, str spec, SymInt rows, SymInt columns, ScalarType dtype)"
     " -> Tensor"
 )
+# What a product is where the columns of a matrix are spread over devices: the largest magnitudes of the activations of each share,
+# once they are rotated; and, rounded by the largest of all shares, the totals, each as two integers (2^24 times the first, and the
+# second), and the scale of each token.
+_library.define("largest(Tensor x, Tensor packed, str spec, SymInt rows, SymInt columns) -> Tensor")
+_library.define(
+    "totals(Tensor x, Tensor magnitudes, Tensor packed, str spec, SymInt rows, SymInt columns) -> (Tensor, Tensor)"
+)
 for _name, _cpu, _gpu, _fake in [
     ("linear", _linear, _linear_cuda, _linear_fake),
+    ("largest", _largest, _largest_cuda, _largest_fake),
+    ("totals", _totals, _totals_cuda, _totals_fake),
     ("embedding", _embedding, _cuda.embedding, _embedding_fake),
 ]:
     _library.impl(_name, _cpu, "CPU")
@@ -105,6 +158,8 @@ class _Matrix(torch.nn.Module):
 
     def _describe(self, quantizer: Quantizer, rows: int, columns: int, error: Optional[float]) -> None:
         self.rows, self.columns = rows, columns
+        # See `_cuda.again`.
+        self._calls: dict = {}
         self.spec, self.name, self.error = register(quantizer), quantizer.name, error
 
     @classmethod
@@ -127,8 +182,8 @@ class _Matrix(torch.nn.Module):
         return quantizer_of(self.spec)
 
     def __getstate__(self) -> dict:
-        # Another process may not know the digest.
-        return {**self.__dict__, "_quantizer": self.quantizer}
+        # Another process may not know the digest, and has kernels of its own.
+        return {**self.__dict__, "_calls": {}, "_quantizer": self.quantizer}
 
     def __setstate__(self, state: dict) -> None:
         register(state.pop("_quantizer"))
@@ -184,14 +239,40 @@ class Linear(_Matrix):
             y = torch.ops.qp.linear(x, self.packed, self.scales, self.spec, self.rows, self.columns)
             return y if self.bias is None else y + self.bias.to(y.dtype)
         # The operator without the dispatcher, which takes longer than all else that is done here.
-        buffers = self._buffers
-        y = _linear_cuda(x, buffers["packed"], buffers["scales"], self.spec, self.rows, self.columns)
+        own = self.__dict__
+        buffers = own["_buffers"]
+        matrix = buffers["packed"], buffers["scales"], own["spec"], own["rows"], own["columns"]
+        y = _cuda.again(own["_calls"], x, *matrix)
         bias = buffers["bias"]
         return y if bias is None else y + bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"in_features={self.columns}, out_features={self.rows}, bias={bias}, quantizer={self.name}"
+
+
+class SharedLinear(Linear):
+    """A linear layer whose columns are spread over the ranks of a process group (row-parallel, as it is often called): each rank
+    has a share of them, and of its inputs. `matrix` is the rank's share, `PackedMatrix.cut(columns=...)` of the whole; `bias`,
+    that of the whole layer, is the same on all ranks.
+
+    Ranks round their activations by the largest magnitude of all and sum integers, so results are those of the whole matrix on
+    one device, to the bit."""
+
+    def __init__(self, matrix: PackedMatrix, bias: Optional[torch.Tensor] = None, group=None) -> None:
+        super().__init__(matrix, bias)
+        self.unit, self.group = self.quantizer.total_unit, group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        matrix = self.packed, self.spec, self.rows, self.columns
+        magnitudes = torch.ops.qp.largest(x, *matrix)
+        torch.distributed.all_reduce(magnitudes, torch.distributed.ReduceOp.MAX, self.group)
+        sums, scales = torch.ops.qp.totals(x, magnitudes, *matrix)
+        torch.distributed.all_reduce(sums, torch.distributed.ReduceOp.SUM, self.group)
+        total = sums[..., 0].to(torch.int64) * (1 << _LOW) + sums[..., 1]
+        factor = scales * self.unit
+        y = (total.to(torch.float32) * self.scales.to(torch.float32) * factor[..., None]).to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class Embedding(_Matrix):

@@ -185,13 +185,35 @@ impl Decoder {
     /// Every token has `layout.shape.cols` activations. `kept` are the matrix's [`Decoder::entries`], if they were
     /// written out; without them each row tile is decoded on its way.
     pub fn linear(&self, m: &PackedMatrix, kept: Option<&Entries>, tokens: &[Activations]) -> Vec<f32> {
+        let code = &self.quantizer.codes[0];
+        self.products(m, kept, tokens, |inputs, row, sums, out| inputs.scale(code, sums, m.scale(row), out))
+    }
+
+    /// The integers that become the results of [`Decoder::linear`], `tokens × rows`: see [`reference::total`].
+    pub fn totals(&self, m: &PackedMatrix, tokens: &[Activations]) -> Vec<i64> {
+        let code = &self.quantizer.codes[0];
+        self.products(m, None, tokens, |inputs, _, sums, out| {
+            for ((total, &sum), &(of_token, _)) in out.iter_mut().zip(sums).zip(&inputs.ends) {
+                *total = reference::total(code, sum, of_token);
+            }
+        })
+    }
+
+    /// The products with each token's activations, `tokens × rows`: what `end` makes of the sums of a row.
+    fn products<T: Copy + Default + Send + Sync>(
+        &self,
+        m: &PackedMatrix,
+        kept: Option<&Entries>,
+        tokens: &[Activations],
+        end: impl Fn(&Inputs, usize, &[i64], &mut [T]) + Sync,
+    ) -> Vec<T> {
         let (rows, columns) = (m.layout.shape.rows as usize, m.layout.shape.cols as usize);
         let (tile, stride) = (m.layout.tile.rows as usize, m.layout.padded_cols() as usize);
         let code = &self.quantizer.codes[0];
         let inputs = Inputs::new(code, tokens, columns);
         let n = tokens.len();
         // Rows × tokens, so that row tiles are apart.
-        let mut out = vec![0f32; rows * n];
+        let mut out = vec![T::default(); rows * n];
         // A task has rows enough to be worth handing to another core.
         let task = tile.max(TASK / columns.max(1)).next_multiple_of(tile);
         out.par_chunks_mut((task * n).max(1)).enumerate().for_each_init(
@@ -211,7 +233,7 @@ impl Decoder {
                             inputs.sums(&entries[row % tile * stride..][..columns], sums, low);
                         }
                     }
-                    inputs.scale(code, sums, m.scale(row), out);
+                    end(&inputs, row, sums, out);
                 }
             },
         );

@@ -16,12 +16,12 @@ for_each_instruction_set! {
 }
 
 /// Results, rows × `tokens`, as tokens × rows. Products are computed the first way, so that the rows of tasks are apart.
-pub fn by_token(by_row: Vec<f32>, tokens: usize) -> Vec<f32> {
+pub fn by_token<T: Copy + Default + Send + Sync>(by_row: Vec<T>, tokens: usize) -> Vec<T> {
     if tokens <= 1 {
         return by_row;
     }
     let rows = by_row.len() / tokens;
-    let mut out = vec![0f32; by_row.len()];
+    let mut out = vec![T::default(); by_row.len()];
     out.par_chunks_exact_mut(rows.max(1)).enumerate().for_each(|(t, out)| {
         out.iter_mut().enumerate().for_each(|(r, y)| *y = by_row[r * tokens + t]);
     });

@@ -13,7 +13,7 @@ use qp_codegen::ir::Elem;
 use qp_codegen::kernels::decode::pack_tables;
 use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
 use qp_codegen::kernels::gemv::Gemv;
-use qp_codegen::kernels::prepare::{self, Prepare, Spread};
+use qp_codegen::kernels::prepare::{self, Prepare, Spread, Stage};
 use qp_codegen::kernels::{Span, rotate};
 use qp_codegen::layout::{COLUMN_PAD, Packed};
 use qp_codegen::spec::{Quantizer, Shape};
@@ -90,17 +90,26 @@ pub struct Call {
     /// Its scales: bfloat16, one for each of [`Product::stride`] rows.
     pub scales: u64,
     /// The results, of the activations' type: [`Product::batch`] × [`Product::stride`]. What lies beyond `tokens` rows has no meaning.
+    /// Of a share, totals: twice as many `i32` ([`qp_codegen::kernels::product::Launch::lower_totals`]).
     pub y: u64,
     /// [`Product::scratch_bytes`] of any contents, at a multiple of 256.
     pub scratch: u64,
     /// [`Product::meeting_bytes`] of zeros; 0 to take those that the stream has. Launches that may run at once need places of
     /// their own, so a graph that may run beside its stream must have its own.
     pub meeting: u64,
+    /// Of a share: the largest magnitude of each token in all shares, [`Product::batch`] of `f32`.
+    pub magnitudes: u64,
 }
 
 /// The product of a packed matrix with the activations of some tokens: their preparation, and the product itself.
+///
+/// A **share** is that of some of the columns of a matrix, whose others are on other devices. Its results are totals,
+/// integers whose sum over the shares is the total of the whole matrix if all round activations alike: so each first finds the
+/// [largest magnitudes](Product::largest), and all round by the largest of these.
 pub struct Product {
     host: Arc<Guest>,
+    /// Of a share.
+    largest: Option<Loaded>,
     prepare: Loaded,
     product: Loaded,
     tables: Buffer<u32>,
@@ -132,6 +141,31 @@ impl Product {
     /// # Errors
     /// Those of the executor.
     pub fn new(host: &Arc<Guest>, q: &Quantizer, shape: Shape, batch: u32, elem: Elem) -> Result<Product, DeviceError> {
+        Product::made(host, q, shape, batch, elem, false)
+    }
+
+    /// As [`Product::new`], of a share.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn share(
+        host: &Arc<Guest>,
+        q: &Quantizer,
+        shape: Shape,
+        batch: u32,
+        elem: Elem,
+    ) -> Result<Product, DeviceError> {
+        Product::made(host, q, shape, batch, elem, true)
+    }
+
+    fn made(
+        host: &Arc<Guest>,
+        q: &Quantizer,
+        shape: Shape,
+        batch: u32,
+        elem: Elem,
+        is_share: bool,
+    ) -> Result<Product, DeviceError> {
         let on = &host.on;
         let layout = Packed::new(q, shape);
         let op = Gemv { quantizer: q, shape, batch, accumulate: false };
@@ -141,8 +175,13 @@ impl Product {
         let spread = Spread::choose(&prepare, &on.device());
         let refused =
             || DeviceError::Buffer(format!("activations of type {elem:?}, where F32, F16 and BF16 are taken"));
-        let product = launch.lower(&op).storing("y", elem).ok_or_else(refused)?;
-        let kernels = vec![prepare::lower_reading(&prepare, spread, elem), product];
+        let of_results = launch.lower(&op).storing("y", elem).ok_or_else(refused)?;
+        let stage = |stage| prepare::lower_stage(&prepare, spread, elem, stage);
+        let kernels = if is_share {
+            vec![stage(Stage::Given), launch.lower_totals(&op), stage(Stage::Largest)]
+        } else {
+            vec![stage(Stage::Whole), of_results]
+        };
         let mut loaded = on.load_all(kernels)?.into_iter();
         let mut next = || loaded.next().expect("as many as were asked for");
         let tokens = batch as usize;
@@ -153,6 +192,7 @@ impl Product {
         let product = Product {
             prepare: next(),
             product: next(),
+            largest: is_share.then(&mut next),
             tables: on.upload(&or_one(pack_tables(q)))?,
             flips: on.upload(&rotate::flips(rotation, shape.cols))?,
             base: on.upload(&rotate::base(rotation, shape.cols))?,
@@ -190,6 +230,55 @@ impl Product {
         if meet(self.meeting) { 4 * (self.meeting[0] + self.meeting[1]) } else { 0 }
     }
 
+    /// Where in the scratch memory, in bytes, a launch leaves the scales of the activations: `f32`, one a token.
+    pub fn scales_at(&self) -> usize {
+        self.parts[0].next_multiple_of(ALIGN)
+    }
+
+    /// The parts of the scratch memory: planes, scales and sums of the activations, and the preparation's own.
+    fn scratch(&self, mut at: u64) -> [Lent; 4] {
+        self.parts.map(|bytes| {
+            let part = Lent::Memory(at, bytes);
+            at += bytes.next_multiple_of(ALIGN) as u64;
+            part
+        })
+    }
+
+    fn check(&self, tokens: u32) -> Result<(), DeviceError> {
+        if tokens == 0 || tokens > self.batch {
+            return Err(DeviceError::Buffer(format!("{tokens} tokens, where 1 to {} are taken", self.batch)));
+        }
+        Ok(())
+    }
+
+    /// The arguments of a preparation whose scales go to `scale`.
+    fn preparation(&self, tokens: u32, x: u64, parts: [Lent; 4], scale: Lent) -> Vec<Lent> {
+        let [planes, _, sum, own] = parts;
+        let input = Lent::Memory(x, (self.elem.bytes() * self.layout.shape.cols * tokens) as usize);
+        let nothing = Lent::Memory(self.flips.address(), 0);
+        let (flips, base, faults) = (whole(&self.flips), whole(&self.base), whole(&self.faults));
+        vec![input, nothing, nothing, flips, base, own, planes, scale, sum, faults, Lent::I32(0)]
+    }
+
+    /// Puts the launch into the host's stream that finds the largest magnitudes of a share's activations: `magnitudes` gets them,
+    /// [`Product::batch`] of `f32`, infinite where a value is not finite. Of `call` only `stream`, `tokens`, `x` and `scratch` count.
+    ///
+    /// # Errors
+    /// More tokens than the kernels take, a product that is no share, a failing driver.
+    ///
+    /// # Safety
+    /// As [`Product::launch`].
+    pub unsafe fn largest(&self, call: Call) -> Result<(), DeviceError> {
+        self.check(call.tokens)?;
+        let Some(largest) = &self.largest else {
+            return Err(DeviceError::Buffer("this product is not one of a share".into()));
+        };
+        let magnitudes = Lent::Memory(call.magnitudes, 4 * self.batch as usize);
+        let args = self.preparation(call.tokens, call.x, self.scratch(call.scratch), magnitudes);
+        // SAFETY: the caller's promise; the order is that of the parameters of `prepare::lower`.
+        unsafe { self.host.run(call.stream, largest, call.tokens * self.blocks, &args) }
+    }
+
     /// Puts the launches into the host's stream.
     ///
     /// # Errors
@@ -199,37 +288,33 @@ impl Product {
     /// Each address must be that of as much memory as [`Call`] says, on this device, alive until the stream has passed the
     /// launches, and written by nobody else meanwhile; `stream` must be one of the device's primary context.
     pub unsafe fn launch(&self, call: Call) -> Result<(), DeviceError> {
-        let Call { stream, tokens, x, words, scales, y, scratch, meeting } = call;
-        if tokens == 0 || tokens > self.batch {
-            return Err(DeviceError::Buffer(format!("{tokens} tokens, where 1 to {} are taken", self.batch)));
-        }
+        let Call { stream, tokens, x, words, scales, y, scratch, meeting, magnitudes } = call;
+        self.check(tokens)?;
         let meeting = match (meeting, &self.apart) {
             (0, Some(apart)) => apart.address(),
             (0, None) => self.host.place(stream, self.meeting[0] + self.meeting[1])?,
             (given, _) => given,
         };
-        let mut at = scratch;
-        let [planes, scale, sum, own] = self.parts.map(|bytes| {
-            let part = Lent::Memory(at, bytes);
-            at += bytes.next_multiple_of(ALIGN) as u64;
-            part
-        });
-        let (layout, of_elem) = (&self.layout, self.elem.bytes() as usize);
-        let input = Lent::Memory(x, of_elem * (layout.shape.cols * tokens) as usize);
-        let (nothing, faults) = (Lent::Memory(self.flips.address(), 0), whole(&self.faults));
-        let (flips, base) = (whole(&self.flips), whole(&self.base));
-        let args = [input, nothing, nothing, flips, base, own, planes, scale, sum, faults, Lent::I32(0)];
+        let parts = self.scratch(scratch);
+        let [planes, scale, sum, _] = parts;
+        let mut args = self.preparation(tokens, x, parts, scale);
+        // A result, or the two numbers of a total.
+        let mut of_result = self.elem.bytes() as usize;
+        if self.largest.is_some() {
+            args.push(Lent::Memory(magnitudes, 4 * self.batch as usize));
+            of_result = 8;
+        }
         // SAFETY: the caller's promise; the order is that of the parameters of `prepare::lower`.
         unsafe { self.host.run(stream, &self.prepare, tokens * self.blocks, &args)? };
-        let rows = layout.padded_rows() as usize;
+        let rows = self.layout.padded_rows() as usize;
         let args = [
             whole(&self.tables),
-            Lent::Memory(words, 4 * layout.words()),
+            Lent::Memory(words, 4 * self.layout.words()),
             Lent::Memory(scales, 2 * rows),
             planes,
             scale,
             sum,
-            Lent::Memory(y, of_elem * rows * self.batch as usize),
+            Lent::Memory(y, of_result * rows * self.batch as usize),
             Lent::Memory(meeting, 4 * self.meeting[0]),
             Lent::Memory(meeting + 4 * self.meeting[0] as u64, 4 * self.meeting[1]),
         ];

@@ -771,6 +771,10 @@ mod tests {
         let experts = |name: &str, rest: &str| of(name, rest).map(|c| c.experts.expect("experts"));
         let mixtral = experts("MixtralForCausalLM", r#","num_local_experts":8,"num_experts_per_tok":2"#).unwrap();
         assert_eq!((mixtral.count, mixtral.chosen, mixtral.inner, mixtral.dense), (8, 2, 128, vec![false; 2]));
+        for count in ["num_experts", "num_local_experts"] {
+            let rest = format!(r#","{count}":8,"num_experts_per_tok":2,"moe_intermediate_size":16"#);
+            assert_eq!(experts("Qwen3MoeForCausalLM", &rest).unwrap().count, 8);
+        }
         let missing = of("MixtralForCausalLM", "").unwrap_err();
         assert!(missing.contains("num_local_experts is missing"), "{missing}");
         let few = of("MixtralForCausalLM", r#","num_local_experts":2,"num_experts_per_tok":3"#).unwrap_err();

@@ -28,7 +28,9 @@ pub const QWEN3_MOE: Architecture = Architecture {
     kv_heads: Some(4),
     head_dim: None,
     read: |keys, config| {
-        let names = ["num_experts", "num_experts_per_tok", "moe_intermediate_size"];
+        // Releases of transformers from the fifth on write another name.
+        let count = if keys.has("num_experts") { "num_experts" } else { "num_local_experts" };
+        let names = [count, "num_experts_per_tok", "moe_intermediate_size"];
         let mut experts = Experts::new(keys, config.layers, names)?;
         experts.normalise = keys.truth("norm_topk_prob")?.unwrap_or(false);
         let (plain, step) = (keys.wholes("mlp_only_layers")?, keys.whole("decoder_sparse_step")?.unwrap_or(1).max(1));

@@ -496,8 +496,9 @@ mod tests {
             let cache = cache(&layout, 5, head_dim + planes);
             let op = Attend { cache: layout, heads: 4, tokens: 1, window, soft_cap, sinks: head_dim == 80 };
             for position in [0, 1, 63, 64, 200, 319] {
-                let planes: Vec<i8> =
-                    bytes(2 * layout.columns() as usize, position).into_iter().map(u8::cast_signed).collect();
+                // A high byte is never -128.
+                let plane = |b: u8| b.cast_signed().max(-127);
+                let planes: Vec<i8> = bytes(2 * layout.columns() as usize, position).into_iter().map(plane).collect();
                 let (pages, kv_head) = ([3, 1, 4, 0, 2], position % 2);
                 let query = Query { planes: &planes, scale: 1e-3, position, pages: &pages, kv_head, sink: 0.3 };
                 let of = |attend: &dyn Fn(&mut [f32]) -> bool| {

@@ -446,7 +446,7 @@ mod x86 {
     ) -> [[i64; ROWS]; N] {
         let pairs = tokens[0].cells.len() / 2;
         // Four rows a vector.
-        let mut sums = [[_mm256_setzero_si256(); 4]; N];
+        let mut sums = [[_mm256_setzero_si256(); N]; 4];
         match runs {
             None => {
                 let one = _mm256_set1_epi64x(1);
@@ -469,15 +469,15 @@ mod x86 {
                     for rows in 0..4 {
                         let slopes = avx2_numbers(&runs, runs.each * k, rows);
                         for t in 0..N {
-                            let sum = _mm256_add_epi32(part[t][rows], _mm256_srli_epi64::<32>(part[t][rows]));
+                            let sum = _mm256_add_epi32(part[rows][t], _mm256_srli_epi64::<32>(part[rows][t]));
                             let sum = _mm256_add_epi32(sum, _mm256_set1_epi32(runs.lowest_now() * tokens[t].sums[k]));
-                            sums[t][rows] = _mm256_add_epi64(sums[t][rows], _mm256_mul_epi32(sum, slopes));
+                            sums[rows][t] = _mm256_add_epi64(sums[rows][t], _mm256_mul_epi32(sum, slopes));
                         }
                         if runs.rests_now() {
                             let rests = avx2_numbers(&runs, 2 * k + 1, rows);
                             for t in 0..N {
                                 let rest = _mm256_mul_epi32(rests, _mm256_set1_epi32(tokens[t].sums[k]));
-                                sums[t][rows] = _mm256_add_epi64(sums[t][rows], rest);
+                                sums[rows][t] = _mm256_add_epi64(sums[rows][t], rest);
                             }
                         }
                     }
@@ -486,9 +486,9 @@ mod x86 {
         }
         from_fn(|t| {
             let mut out = [0i64; ROWS];
-            for (out, sum) in out.as_chunks_mut::<4>().0.iter_mut().zip(sums[t]) {
+            for (out, sums) in out.as_chunks_mut::<4>().0.iter_mut().zip(&sums) {
                 // SAFETY: four sums fit.
-                unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), sum) };
+                unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), sums[t]) };
             }
             out
         })
@@ -511,7 +511,7 @@ mod x86 {
         _mm256_cvtepi32_epi64(four)
     }
 
-    /// The sums over some pairs of units, which fit 32 bits: of each token and each four rows, two lanes a row.
+    /// The sums over some pairs of units, which fit 32 bits: of each four rows and each token, two lanes a row.
     ///
     /// # Safety
     /// That of [`avx2`]; the pairs exist.
@@ -521,13 +521,13 @@ mod x86 {
         digits: &[u8],
         tokens: &[Token<'_>; N],
         pairs: Range<usize>,
-    ) -> [[__m256i; 4]; N] {
+    ) -> [[__m256i; N]; 4] {
         let nibble = _mm_set1_epi8(15);
-        let mut sums = [[_mm256_setzero_si256(); 4]; N];
+        let mut sums = [[_mm256_setzero_si256(); N]; 4];
         for pair in pairs {
             let cells: [[__m256i; 2]; N] =
                 from_fn(|t| from_fn(|i| _mm256_set1_epi64x(tokens[t].cells[2 * pair + i].cast_signed())));
-            for rows in 0..4 {
+            for (rows, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: the pair's digits are there.
                 let (a, b) = unsafe {
                     if FOUR {
@@ -539,10 +539,9 @@ mod x86 {
                     }
                 };
                 let (a, b) = (_mm256_cvtepu8_epi16(a), _mm256_cvtepu8_epi16(b));
-                for t in 0..N {
-                    let products =
-                        _mm256_add_epi32(_mm256_madd_epi16(a, cells[t][0]), _mm256_madd_epi16(b, cells[t][1]));
-                    sums[t][rows] = _mm256_add_epi32(sums[t][rows], products);
+                for (sum, cells) in sums.iter_mut().zip(&cells) {
+                    let products = _mm256_add_epi32(_mm256_madd_epi16(a, cells[0]), _mm256_madd_epi16(b, cells[1]));
+                    *sum = _mm256_add_epi32(*sum, products);
                 }
             }
         }

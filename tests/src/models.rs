@@ -153,3 +153,11 @@ pub fn logits(model: Model) -> Vec<f32> {
     engine.forward(&[3, 200, 77, 5, 5, 130, 9], Logits::All, &mut out).unwrap();
     out
 }
+
+/// Panics if logits differ by more than activations rounded to 15 bits account for.
+pub fn assert_near(found: &[f32], expected: &[f32]) {
+    assert_eq!(found.len(), expected.len());
+    let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    let off = found.iter().zip(expected).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+    assert!(off < 2e-3 * largest, "{off} of {largest}");
+}

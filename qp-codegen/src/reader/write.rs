@@ -89,7 +89,7 @@ mod tests {
                     let codes: Vec<u32> = (0..shape.rows * groups).map(|_| bits(format.window)).collect();
                     let of = |f: &crate::spec::format::Field| {
                         let [n, m] = f.cover.grid(shape);
-                        f.entries.map_or(n * m, u64::from)
+                        f.entries.map_or(n * m, |entries| u64::from(entries * f.width))
                     };
                     let fields: Vec<Vec<u32>> =
                         format.fields.iter().map(|f| (0..of(f)).map(|_| bits(f.ty.bits())).collect()).collect();

@@ -19,7 +19,7 @@
 //! row's largest; what others lose is less than what a sum in single precision loses by rounding once.
 //!
 //! Integers of up to 24 bits are taken as they are, as one to three bytes that are multiplied each on its own. Those of more, which
-//! floats in a table of entries are, are rounded to 16 bits: less than the rounding of activations to 15.
+//! floats in a table of entries are, are rounded to 16 bits, about as activations are.
 //!
 //! If slopes are those of whole rows and there is no rest, the sum is that of the integers and the slope is multiplied
 //! with it at the end, as the scales of the palette's quantizers are.

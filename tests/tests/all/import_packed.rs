@@ -9,7 +9,7 @@ use qp_runtime::engine::{self, Logits};
 use qp_runtime::import::{export, import};
 use qp_runtime::model::Model;
 use qp_tests::conformance::Case;
-use qp_tests::models::{RandomModel, logits};
+use qp_tests::models::{RandomModel, assert_near, logits};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -113,8 +113,9 @@ fn bitsandbytes_runs_moves_in_and_moves_out() {
     for (kind, double) in [("nf4", false), ("nf4", true), ("fp4", false), ("fp4", true)] {
         let dir = tempfile::tempdir().unwrap();
         let (quantized, plain) = bitsandbytes(dir.path(), kind, double, |_| ());
-        let expected = logits(Model::open(&plain).unwrap());
-        assert_eq!(logits(Model::open(&quantized).unwrap()), expected, "{kind} {double}");
+        let expected = logits(Model::open(&quantized).unwrap());
+        // Products of a format are exact, with rounded activations, or those of its weights.
+        assert_near(&expected, &logits(Model::open(&plain).unwrap()));
         let spec = there_and_back(dir.path(), &quantized, &expected);
         assert_eq!(spec, format!("{kind}{}", if double { "_double" } else { "" }));
     }

@@ -46,8 +46,7 @@ fn everything() -> Kernel {
     let h = ((first.lane(0) * 0x9E37_79B1u32) ^ second.lane(1)).named("h");
     let picked = b.load(table, (h >> 24).to(Scalar::I32), Elem::U32);
     let signs = h.permute(picked, 0xFEDC);
-    let mixed =
-        h.permute(picked, 0x5140) ^ h.permute_by(picked, signs) ^ (((signs & mask) | !picked) + first.lane(3) % 7);
+    let mixed = h.permute(picked, 0x5140) ^ (((signs & mask) | !picked) + first.lane(3) % 7);
     let turned = mixed.funnel_shr(h, lane.to(Scalar::U32)) - ((h / 3) << 5).min(mixed).max(second.lane(0));
     let offset = (turned & 0x3fc) + ((third.lane(3) & 1) << 4);
     let dot = turned.dot4(mixed ^ b.load(table, offset, Elem::U32), bias);
@@ -157,7 +156,7 @@ fn groups() -> Kernel {
         b.mma_group(signed, &[a, a], &acc, staged, warp / 4 * 80, 20);
     }
     b.group_wait(1);
-    b.mma_group_fresh(true, &[a], &acc[..1], staged, b.i32(8), 20);
+    b.mma_group(true, &[a], &acc[..1], staged, b.i32(8), 20);
     b.group_wait(0);
     for (i, var) in acc.into_iter().enumerate() {
         b.store(out, (thread * 2 + i as i32) * 4, b.get(var), Elem::I32);

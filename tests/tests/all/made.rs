@@ -29,6 +29,7 @@ const OWN: &str = "quantizer own {
 }";
 
 fn write(dir: &Path) {
+    std::fs::create_dir_all(dir).unwrap();
     RandomModel::new("LlamaForCausalLM").write(dir);
     std::fs::write(dir.join("own.qspec"), OWN).unwrap();
     write_spec(dir, "small", 6);

@@ -50,7 +50,7 @@ pub fn tables(root: &Path, stored: &Stored) -> Result<String, Error> {
          variance 1, *lost* its distance to the bound D(R) = 2^(-2R) in bits a weight. *Palette* is the least error that a quantizer\n\
          of the palette has at no more bits (its row scales, .004 bits, not counted). *Perplexity* is that of the bundled model with all linear\n\
          layers made so, on the first 4,080 tokens of its held-out text ({unquantized} unquantized; differences of some hundredths are\n\
-         chance). *Time* is that of a product of one token with 4096 x 4096 weights on an H200, in microseconds, where it was measured\n\
+         chance). *Time* is that of a product of one token with 28672 x 4096 weights on an H200, in microseconds, where it was measured\n\
          ([results](../benches/results/formats-h200.md)).\n\n\
          | format | bits | error | lost | palette | perplexity | products | time |\n|---|---|---|---|---|---|---|---|\n"
     );

@@ -17,13 +17,15 @@ const BOTTOM: f64 = HEIGHT - 76.0;
 const BITS: (f64, f64) = (1.0, 9.5);
 
 /// Families by how names begin, and their colours.
-const FAMILIES: [(&str, &[&str], &str); 6] = [
+const FAMILIES: [(&str, &[&str], &str); 8] = [
     ("llama.cpp", &["q", "iq", "tq"], "#d1495b"),
-    ("GPTQ, AWQ", &["gptq", "awq"], "#e0a030"),
+    ("GPTQ, AWQ", &["gptq", "awq", "packed"], "#e0a030"),
     ("bitsandbytes", &["nf4", "fp4"], "#7b5ea7"),
     ("MX, NVFP4", &["mx", "nvfp4"], "#3a9d5d"),
     ("int8, fp8", &["int8", "fp8"], "#20a0a0"),
     ("BitNet", &["bitnet"], "#8c6d46"),
+    ("EXL3, QTIP", &["exl3", "qtip", "qpalette"], "#5b7fa7"),
+    ("E8P, AQLM", &["e8p", "aqlm", "higgs"], "#a75b8f"),
 ];
 const PALETTE: &str = "#33638d";
 /// Kinds of the palette that are drawn as lines: with the least error, and with fast products.
@@ -127,11 +129,11 @@ pub fn svg(root: &Path, stored: &Stored) -> Result<String, Error> {
         errors.mark(&mut p, &f.name, f.bits, f.error);
     }
     let mut times = Panel { left: 620.0, right: WIDTH - 16.0, values: (2.5, 10.0), labels: Vec::new() };
-    let title = "microseconds of a product of one token with 4096 x 4096 weights, H200";
+    let title = "microseconds of a product of one token with 28672 x 4096 weights, H200";
     times.axes(&mut p, title, &[2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0]);
     let kernels = Results::read(&root.join("benches/results/kernels-h200.json"))?.kernels;
     for (kind, dash) in KINDS {
-        let of = kernels.iter().filter(|k| (k.rows, k.cols, k.batch, k.used) == (4096, 4096, 1, true));
+        let of = kernels.iter().filter(|k| (k.rows, k.cols, k.batch, k.used) == (28672, 4096, 1, true));
         let mut points: Vec<(f64, f64)> =
             of.filter(|k| k.spec.split('_').next() == Some(kind)).map(|k| (k.rate, k.us)).collect();
         points.sort_by(|a, b| a.0.total_cmp(&b.0));

@@ -110,8 +110,9 @@ mod tests {
         for c in &mut q.codes {
             for t in &mut c.tables {
                 let (min, max) = c.value.range();
-                let n = (t.entries * c.vector) as i32;
-                t.values = (0..n).map(|i| (min + (i * 37 + 11) % (max - min + 1)) as i16).collect();
+                let n = t.entries * c.vector;
+                let any = |i: u32| (i.wrapping_mul(0x9E37_79B1) >> 12).cast_signed() % (max - min + 1);
+                t.values = (0..n).map(|i| (min + any(i)) as i16).collect();
                 t.source = TableSource::Inline;
             }
         }

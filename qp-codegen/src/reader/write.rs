@@ -76,7 +76,8 @@ mod tests {
                 let shapes = sample_shapes(&format, layout);
                 assert!(!shapes.is_empty(), "{name} {}", layout.name);
                 for shape in shapes.into_iter().take(2) {
-                    let reader = Reader::new(&book, layout, shape).unwrap();
+                    // Whole sides are transformed only if they are powers of two.
+                    let Ok(reader) = Reader::new(&book, layout, shape) else { continue };
                     if !reader.is_writable() {
                         continue;
                     }

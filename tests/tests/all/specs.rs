@@ -242,7 +242,7 @@ fn table_files_are_read_and_renaming_keeps_the_hash() {
 fn examples_of_the_reference_load() {
     let text = fs::read_to_string(folder("../../docs/language.md")).unwrap();
     let blocks: Vec<&str> = text.split("```qspec\n").skip(1).map(|b| b.split("```").next().unwrap()).collect();
-    assert_eq!(blocks.len(), 6);
+    assert_eq!(blocks.len(), 5);
     for block in blocks {
         let library = load_str("language.md", block).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(library.warnings.to_string(), "");

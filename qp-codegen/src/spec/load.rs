@@ -360,6 +360,7 @@ pub fn resolve_all_untrained(args: &[String]) -> Result<Vec<(Quantizer, &String)
 
 /// A quantizer or a format.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "a file defines few")]
 pub enum Definition {
     /// A quantizer, perhaps untrained.
     Quantizer(Quantizer),

@@ -67,7 +67,7 @@ impl Book {
     }
 
     /// Without entries: for what looks at places alone.
-    pub(crate) fn without_entries(format: Format) -> Self {
+    pub fn without_entries(format: Format) -> Self {
         let terms = Err(Inexact::NoLine);
         Book { format, entries: Vec::new(), line: None, terms, digits: Vec::new() }
     }

@@ -17,6 +17,17 @@ use crate::device::grouped::{GroupedKernel, GroupedMatrix};
 use crate::device::ops::DeviceActivations;
 use crate::device::{DeviceError, Executor};
 
+/// The shape next to `wanted` that the format's first layout has: sides rounded up to multiples of powers of two, up to 256. That
+/// which was wanted if there is none, or no layout.
+pub fn fitting(format: &Format, wanted: Shape) -> Shape {
+    let Some(layout) = format.layouts.first() else { return wanted };
+    let book = Arc::new(Book::without_entries(format.clone()));
+    let steps = [1, 32, 64, 128, 256];
+    let up = |rows, cols| Shape { rows: wanted.rows.next_multiple_of(rows), cols: wanted.cols.next_multiple_of(cols) };
+    let mut all = steps.iter().flat_map(|&rows| steps.iter().map(move |&cols| up(rows, cols)));
+    all.find(|shape| Reader::new(&book, layout, *shape).is_ok()).unwrap_or(wanted)
+}
+
 /// Compares products with a `shape` matrix of made-up bits, of the launch of each kernel that the cost model likes best, and of the
 /// one of all that it likes least. Gives the number of comparisons: none for a format whose products are not exact.
 ///
@@ -72,5 +83,20 @@ mod tests {
         }
         assert_eq!(format(&on, formats::get("iq1_m").unwrap(), Shape { rows: 16, cols: 256 }, &[1]).unwrap(), 0);
         assert!(format(&on, formats::get("q8_0").unwrap(), Shape { rows: 16, cols: 33 }, &[1]).is_err());
+    }
+
+    #[test]
+    fn shapes_are_those_that_layouts_have() {
+        let of = |name: &str| fitting(formats::get(name).unwrap(), Shape { rows: 96, cols: 2304 });
+        assert_eq!(of("q4_k"), Shape { rows: 96, cols: 2304 });
+        assert_eq!(of("fp8_128"), Shape { rows: 128, cols: 2304 });
+        for name in formats::names() {
+            let format = formats::get(name).unwrap();
+            let reader = |layout| Reader::new(&Arc::new(Book::without_entries(format.clone())), layout, of(name));
+            assert!(
+                format.layouts.first().is_none_or(|layout| reader(layout).is_ok()) || !format.input.is_empty(),
+                "{name}"
+            );
+        }
     }
 }

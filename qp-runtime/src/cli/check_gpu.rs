@@ -113,7 +113,9 @@ impl CheckGpu {
                 Task::Quantizer(q, shape) => check::quantizer(&on, q, *shape, &self.batches),
                 Task::Encoder(q) => check::encoder(&on, q, ENCODED_BLOCKS),
                 Task::Experts(q) => check::experts::products(&on, q, self.interpreter),
-                Task::Format(format, shape) => check::formats::format(&on, format, *shape, &self.batches),
+                Task::Format(format, shape) => {
+                    check::formats::format(&on, format, check::formats::fitting(format, *shape), &self.batches)
+                }
                 Task::Preparing => check::activations::preparing(&on, self.interpreter),
                 Task::Choosing => check::activations::choosing(&on, self.interpreter),
                 Task::Attention(shape) => check::attention::attention(&on, *shape),

@@ -433,15 +433,6 @@ impl Memory {
             .map_err(fail("copying within the GPU"))
     }
 
-    /// Copies the first `bytes` of `from`, of the same context, to the beginning.
-    pub fn copy_start(&self, from: &Memory, bytes: usize) -> Result<(), DeviceError> {
-        assert!(bytes <= self.bytes && bytes <= from.bytes, "a copy within both");
-        self.context.bind()?;
-        // SAFETY: both allocations have these bytes; freeing waits for the stream.
-        unsafe { result::memcpy_dtod_async(self.pointer, from.pointer, bytes, self.context.stream) }
-            .map_err(fail("copying within the GPU"))
-    }
-
     /// Copies `bytes` from one offset to another; the two ranges do not overlap, or are one.
     pub fn copy_within(&self, from: usize, to: usize, bytes: usize) -> Result<(), DeviceError> {
         assert!(from.max(to) + bytes <= self.bytes, "a copy within the buffer");

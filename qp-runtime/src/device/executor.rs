@@ -421,29 +421,6 @@ impl<T: Element> Buffer<T> {
         }
     }
 
-    /// Copies the first `count` elements of another buffer of the same executor to the beginning of this one, after all
-    /// launches before it.
-    ///
-    /// # Errors
-    /// More elements than either has, a buffer of another device, a failing driver.
-    pub fn copy_start(&mut self, of: &Buffer<T>, count: usize) -> Result<(), DeviceError> {
-        of.range("copying", 0, count)?;
-        self.range("copying to", 0, count)?;
-        let bytes = count * size_of::<T>();
-        match (&self.raw, &of.raw) {
-            (RawBuffer::Host(to), RawBuffer::Host(from)) => {
-                write_lock(to)[..bytes].copy_from_slice(&read_lock(from)[..bytes]);
-                Ok(())
-            }
-            (RawBuffer::Cuda(to), RawBuffer::Cuda(from)) if Arc::ptr_eq(to.context(), from.context()) => {
-                to.copy_start(from, bytes)
-            }
-            (RawBuffer::Host(_) | RawBuffer::Cuda(_), _) => {
-                Err(DeviceError::Buffer("a buffer of another device cannot be copied".to_owned()))
-            }
-        }
-    }
-
     /// Copies `count` elements from `from..` to `to..`, after all launches before it; the two do not overlap.
     ///
     /// # Errors

@@ -208,6 +208,8 @@ impl<'a> Loader<'a> {
             };
             for file in files {
                 match file {
+                    // Said twice is said.
+                    Some(i) if self.parsed[index].uses.contains(&i) => (),
                     Some(i) => self.parsed[index].uses.push(i),
                     None => self.parsed[index].tree.incomplete = true,
                 }

@@ -350,6 +350,9 @@ fn candidates(patterns: &[String]) -> Result<Vec<Member>, Error> {
         note(format_args!("left out, since they cannot be made: {}", unmade.join(", ")));
     }
     if out.is_empty() {
+        if unmeasured.is_empty() {
+            return Err("none of the quantizers can be made: name others".into());
+        }
         return Err(format!("no measured distortion of {}: see specs/distortion.toml", unmeasured.join(", ")).into());
     }
     if !unmeasured.is_empty() {

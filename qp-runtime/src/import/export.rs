@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::view::View;
-use super::{Error, Progress, SourceFile, left_out_file};
+use super::{Error, Progress, SourceFile, left_out_file, no_checkpoint};
 use crate::checkpoint::{self, Checkpoint};
 use crate::model::gguf::{Gguf, Kept};
 use crate::model::tensors::interleaved;
@@ -45,6 +45,7 @@ impl<W: Write> Hashing<W> {
 /// If the checkpoint was not imported or is damaged, a file exists and `force` is not given, or cannot be written; or if
 /// what was written has not the hash of the file that was imported. What is written is removed then.
 pub fn export(dir: &Path, out: &Path, force: bool, progress: &mut Progress<'_>) -> Result<Vec<PathBuf>, Error> {
+    no_checkpoint(out)?;
     let checkpoint = Checkpoint::open(dir)?;
     let Some(source) = checkpoint.manifest().source.clone() else {
         return Err(Error::refused(

@@ -87,6 +87,14 @@ impl Error {
     }
 }
 
+/// Refuses to write beside a checkpoint's files, which would be replaced or no longer be those of its manifest.
+fn no_checkpoint(out: &Path) -> Result<(), Error> {
+    if out.join(checkpoint::MANIFEST).exists() {
+        return Err(Error::refused(out, "is a checkpoint, which is not written into; choose another output"));
+    }
+    Ok(())
+}
+
 /// Is told the name of each tensor when it is written, how many are done, and how many there are.
 pub type Progress<'a> = dyn FnMut(&str, usize, usize) + 'a;
 

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::Value;
 
-use super::{Error, Progress};
+use super::{Error, Progress, no_checkpoint};
 use crate::checkpoint::reader::tensor_names;
 use crate::checkpoint::weights::{Planned, SHARD_BYTES, layout};
 use crate::checkpoint::{Checkpoint, hugging};
@@ -81,6 +81,7 @@ pub fn write_out(
     force: bool,
     progress: &mut Progress<'_>,
 ) -> Result<Vec<PathBuf>, Error> {
+    no_checkpoint(out)?;
     let checkpoint = Checkpoint::open(dir)?;
     let items = items(&checkpoint, ty)?;
     let planned: Vec<Vec<Planned>> = items.iter().map(|i| vec![i.1.clone()]).collect();

@@ -239,6 +239,11 @@ fn table_files_are_read_and_renaming_keeps_the_hash() {
 }
 
 #[test]
+fn what_is_used_twice_is_known_once() {
+    load_str("twice", "use std\nuse palette\nuse std\nuse palette\n").unwrap_or_else(|e| panic!("{e}"));
+}
+
+#[test]
 fn examples_of_the_reference_load() {
     let text = fs::read_to_string(folder("../../docs/language.md")).unwrap();
     let blocks: Vec<&str> = text.split("```qspec\n").skip(1).map(|b| b.split("```").next().unwrap()).collect();

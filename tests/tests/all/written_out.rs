@@ -57,6 +57,12 @@ fn weights_of_our_quantizers_are_written_in_the_space_of_the_model() {
     assert!(error.to_string().ends_with("model.safetensors: exists; --force replaces it"), "{error}");
     write_out(&quantized, &dir.path().join("f32"), Float::F16, true, &mut |_, _, _| ()).unwrap();
     assert_eq!(config(&dir.path().join("f32"))["torch_dtype"], "float16");
+    // No checkpoint is written into, its own least of all.
+    for force in [false, true] {
+        let error = write_out(&quantized, &quantized, Float::F16, force, &mut |_, _, _| ()).unwrap_err().to_string();
+        assert!(error.ends_with("is a checkpoint, which is not written into; choose another output"), "{error}");
+    }
+    assert_eq!(logits(Model::open(&quantized).unwrap()), expected);
     // Only a checkpoint is written out.
     assert!(write_out(&plain, &dir.path().join("no"), Float::F16, false, &mut |_, _, _| ()).is_err());
     assert!(!dir.path().join("no").exists());

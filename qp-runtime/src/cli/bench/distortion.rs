@@ -29,7 +29,7 @@ pub struct DistortionBench {
     #[arg(long, conflicts_with = "spec")]
     all: bool,
     /// Weights to encode with each code.
-    #[arg(long, default_value_t = 1 << 20, value_parser = clap::value_parser!(u64).range(512..))]
+    #[arg(long, default_value_t = 1 << 20, value_parser = clap::value_parser!(u64).range(512..=1 << 30))]
     samples: u64,
     /// Columns of the matrix that a format is made of.
     #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1 << 17))]

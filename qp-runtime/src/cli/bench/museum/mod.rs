@@ -110,7 +110,10 @@ impl MuseumBench {
         if !self.stored {
             self.measure(root, &mut stored)?;
         }
-        let page = page::page(&std::fs::read_to_string(root.join(PAGE))?, &page::tables(root, &stored)?)?;
+        let path = root.join(PAGE);
+        let cure = "run this in the root of the project";
+        let before = std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}; {cure}", path.display()))?;
+        let page = page::page(&before, &page::tables(root, &stored)?)?;
         write(&root.join(PAGE), &page)?;
         write(&root.join(PICTURE), &picture::svg(root, &stored)?)
     }

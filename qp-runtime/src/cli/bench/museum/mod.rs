@@ -232,5 +232,11 @@ mod tests {
         assert!(page::page(&page, &tables).unwrap() == page, "{PAGE} is not current; {how}\n{tables}");
         let picture = std::fs::read_to_string(root.join(PICTURE)).unwrap();
         assert!(picture::svg(&root, &stored).unwrap() == picture, "{PICTURE} is not current; {how}");
+        let heights =
+            picture.split(" cy=\"").skip(1).map(|rest| rest.split('"').next().unwrap().parse::<f64>().unwrap());
+        assert!(
+            heights.clone().count() > 40 && heights.into_iter().all(|y| (0.0..560.0).contains(&y)),
+            "marks beyond the picture"
+        );
     }
 }

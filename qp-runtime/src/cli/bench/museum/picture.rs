@@ -128,9 +128,9 @@ pub fn svg(root: &Path, stored: &Stored) -> Result<String, Error> {
     for f in formats() {
         errors.mark(&mut p, &f.name, f.bits, f.error);
     }
-    let mut times = Panel { left: 620.0, right: WIDTH - 16.0, values: (2.5, 10.0), labels: Vec::new() };
+    let mut times = Panel { left: 620.0, right: WIDTH - 16.0, values: (10.0, 50.0), labels: Vec::new() };
     let title = "microseconds of a product of one token with 28672 x 4096 weights, H200";
-    times.axes(&mut p, title, &[2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0]);
+    times.axes(&mut p, title, &[10.0, 12.0, 15.0, 20.0, 30.0, 40.0, 50.0]);
     let kernels = Results::read(&root.join("benches/results/kernels-h200.json"))?.kernels;
     for (kind, dash) in KINDS {
         let of = kernels.iter().filter(|k| (k.rows, k.cols, k.batch, k.used) == (28672, 4096, 1, true));

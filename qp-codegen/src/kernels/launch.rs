@@ -348,6 +348,28 @@ fn token_parts(batch: u32) -> Vec<u32> {
     parts
 }
 
+/// Of the busiest SM of a product, the scheduler that has most warps.
+pub(super) struct Busiest {
+    /// Warps one below the other that take rows, those of all rounds.
+    pub(super) takers: u32,
+    /// Warps that it runs, in all rounds.
+    pub(super) of_scheduler: u32,
+    /// Of these, in a round.
+    pub(super) at_once: u32,
+}
+
+impl Busiest {
+    /// Of `resident` blocks at once, in each of which `takers` warps one below the other, `row_warps` a round, have rows to take,
+    /// and `col_warps` share the columns of each. Of a `group` all warps decode, whether they have rows or not.
+    pub(super) fn of(resident: u32, takers: u32, group: bool, row_warps: u32, col_warps: u32) -> Busiest {
+        let takers = if group { takers.next_multiple_of(row_warps) } else { takers };
+        let schedule = |row_warps: u32| (resident * row_warps * col_warps).div_ceil(4);
+        let last = schedule(takers % row_warps);
+        let of_scheduler = takers / row_warps * schedule(row_warps) + last;
+        Busiest { takers, of_scheduler, at_once: if takers < row_warps { last } else { schedule(row_warps) } }
+    }
+}
+
 /// Seconds of a launch for many tokens; `None` if it does not fit the device.
 fn estimate_gemm(op: &Gemv, launch: &gemm::Launch, device: &Device, tables: &Tables) -> Option<f64> {
     let plan = gemm::Plan::new(op, launch);
@@ -374,17 +396,12 @@ fn estimate_gemm(op: &Gemv, launch: &gemm::Launch, device: &Device, tables: &Tab
         return None;
     }
 
-    // The busiest SM, and of its schedulers the one that has most warps.
     let per_sm = (launch.blocks * launch.split * launch.token_parts).div_ceil(device.sms);
     let resident = per_sm.min(launch.min_blocks);
     let rows = plan.layout.row_tiles().div_ceil(launch.blocks);
-    let takers = rows.div_ceil(launch.row_tiles);
-    // Of a group all warps decode, whether they have rows or not.
-    let takers = if launch.group { takers.next_multiple_of(launch.row_warps) } else { takers };
-    let schedule = |row_warps: u32| (resident * row_warps * launch.col_warps).div_ceil(4);
-    let last = schedule(takers % launch.row_warps);
-    let of_scheduler = takers / launch.row_warps * schedule(launch.row_warps) + last;
-    let at_once = f64::from(if takers < launch.row_warps { last } else { schedule(launch.row_warps) });
+    let Busiest { takers, of_scheduler, at_once } =
+        Busiest::of(resident, rows.div_ceil(launch.row_tiles), launch.group, launch.row_warps, launch.col_warps);
+    let at_once = f64::from(at_once);
     let steps = plan.steps(launch) * codes * per_sm.div_ceil(resident);
     let of_scheduler = f64::from(of_scheduler * steps * launch.row_tiles);
     let taken = if launch.group { takers * launch.row_tiles } else { rows };

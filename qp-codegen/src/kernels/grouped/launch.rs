@@ -1,5 +1,6 @@
 //! How a product with a matrix of a format is laid over a GPU: a cost model that knows the target, and what fits it.
 
+use super::super::launch::Busiest;
 use super::{Product, few, many};
 use crate::cuda::Device;
 
@@ -297,15 +298,11 @@ fn estimate_many(op: &Product, launch: &many::Launch, device: &Device) -> Option
         return None;
     }
 
-    // The busiest SM, and of its schedulers the one that has most warps.
     let per_sm = (launch.blocks * launch.token_parts).div_ceil(device.sms);
     let resident = per_sm.min(launch.min_blocks);
     let rows = plan.layout.row_tiles().div_ceil(launch.blocks);
-    let takers = rows.div_ceil(launch.row_tiles);
-    let takers = if launch.group { takers.next_multiple_of(launch.row_warps) } else { takers };
-    let schedule = |row_warps: u32| (resident * row_warps * launch.col_warps).div_ceil(4);
-    let last = schedule(takers % launch.row_warps);
-    let of_scheduler = takers / launch.row_warps * schedule(launch.row_warps) + last;
+    let Busiest { takers, of_scheduler, at_once: _ } =
+        Busiest::of(resident, rows.div_ceil(launch.row_tiles), launch.group, launch.row_warps, launch.col_warps);
     let steps = plan.steps(launch) * per_sm.div_ceil(resident) * launch.row_tiles;
     let of_scheduler = f64::from(of_scheduler * steps);
     let tiles = f64::from(per_sm * takers * plan.steps(launch) * launch.col_warps * launch.row_tiles);

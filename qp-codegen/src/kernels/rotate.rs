@@ -91,12 +91,16 @@ pub(super) fn placed<'b>(interleave: Option<Interleave>, columns: u32, at: V<'b>
         (at - within) + (within & (each - 1)) * block + (within >> each.ilog2())
     };
     let last = || {
-        let (within, longer) = ((at - tail).max(0), rest * (blocks + 1));
-        let later = (within - longer).max(0);
-        let before = (within % (blocks + 1)) * block + within / (blocks + 1);
-        let behind = later % blocks * block + later / blocks + rest;
-        let cell = within.lt(longer).select(before, behind) + tail;
-        within.lt(blocks * block + rest).select(cell, at)
+        let (within, longer) = (if tail == 0 { at } else { (at - tail).max(0) }, rest * (blocks + 1));
+        let turned = |within: V<'b>, blocks: u32| within % blocks * block + within / blocks;
+        let cell = match rest {
+            0 => turned(within, blocks),
+            _ => {
+                let behind = turned((within - longer).max(0), blocks) + rest;
+                within.lt(longer).select(turned(within, blocks + 1), behind)
+            }
+        };
+        within.lt(blocks * block + rest).select(cell + tail, at)
     };
     of_part((tail, blocks), columns, at, whole, last)
 }

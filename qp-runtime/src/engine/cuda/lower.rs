@@ -8,7 +8,7 @@
 
 mod mixture;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use qp_codegen::cuda::Device;
@@ -37,7 +37,7 @@ use qp_codegen::kernels::sample::{self, Sample};
 use qp_codegen::spec::terms::Terms;
 use qp_codegen::spec::{Rotation, Shape};
 
-use super::layout::{Form, Layout};
+use super::layout::{Form, Layout, Stored};
 use crate::engine::attention_ops;
 use crate::model::LayerId;
 use crate::model::program::{self, CacheId, Node, RopeId, Value, VectorId};
@@ -88,6 +88,8 @@ pub enum Op {
         batch: u32,
         /// Whether outputs are added to what is there.
         accumulate: bool,
+        /// The preparation of activations, if blocks do that themselves; otherwise a launch before has done it.
+        prepare: Option<Prepare>,
     },
     /// An exact product with a matrix of a format.
     Grouped {
@@ -184,9 +186,17 @@ impl Op {
     /// The operation of a packed product.
     pub fn product<'l>(&self, layout: &'l Layout) -> Option<Gemv<'l>> {
         match *self {
-            Op::Product { spec, shape, batch, accumulate } => {
+            Op::Product { spec, shape, batch, accumulate, prepare: _ } => {
                 Some(Gemv { quantizer: &layout.specs[spec], shape, batch, accumulate })
             }
+            _ => None,
+        }
+    }
+
+    /// The preparation that a product's blocks do themselves.
+    pub fn own_preparation(&self) -> Option<&Prepare> {
+        match self {
+            Op::Product { prepare, .. } => prepare.as_ref(),
             _ => None,
         }
     }
@@ -245,8 +255,9 @@ impl Op {
             Op::Argmax(op) => argmax::lower(op, device),
             Op::Sample(op) => sample::lower(op),
             Op::Product { .. } => {
-                let op = self.product(layout).expect("a product");
-                product::Launch::choose(&op, device).lower(&op)
+                let (op, prepare) = (self.product(layout).expect("a product"), self.own_preparation());
+                let launch = product::Launch::ranked_with(&op, prepare, device)[0].1;
+                launch.lower_with(&op, prepare)
             }
             Op::EmbedPacked { .. } => embed_packed::lower(&self.embed_packed(layout).expect("an embedding")),
         }
@@ -321,9 +332,9 @@ pub struct Step {
     pub logits: Option<(Slot, Span)>,
 }
 
-/// The launches of a step of `tokens` tokens.
-pub fn step(layout: &Layout, tokens: u32, wanted: Wanted) -> Step {
-    let mut lowering = Lowering::new(layout, tokens, wanted);
+/// The launches of a step of `tokens` tokens on `device`.
+pub fn step(layout: &Layout, device: &Device, tokens: u32, wanted: Wanted) -> Step {
+    let mut lowering = Lowering::new(layout, device, tokens, wanted);
     let program = &*layout.program;
     let behind = program.cuts.last().expect("a program has a cut before its head").node;
     let end = if wanted.rows > 0 { program.nodes.len() } else { behind };
@@ -371,6 +382,7 @@ pub fn is_many(tokens: u32) -> bool {
 
 struct Lowering<'l> {
     layout: &'l Layout,
+    device: &'l Device,
     /// Rows of values now: tokens, after [`Node::Rows`] those that are wanted.
     batch: u32,
     wanted: Wanted,
@@ -388,11 +400,12 @@ struct Lowering<'l> {
 }
 
 impl<'l> Lowering<'l> {
-    fn new(layout: &'l Layout, tokens: u32, wanted: Wanted) -> Self {
+    fn new(layout: &'l Layout, device: &'l Device, tokens: u32, wanted: Wanted) -> Self {
         let program = &*layout.program;
         let values = program.widths.len();
         let mut out = Lowering {
             layout,
+            device,
             batch: tokens,
             wanted,
             after_rows: false,
@@ -621,8 +634,8 @@ impl<'l> Lowering<'l> {
         }
     }
 
-    /// The preparation of a value for packed layers of `rotation`.
-    fn prepare(&mut self, value: Value, rotation: Rotation) {
+    /// The preparation of a value for packed layers of `rotation`: what, of which slots, with the weights of which norm.
+    fn preparation(&mut self, value: Value, rotation: Rotation) -> (Prepare, Vec<Slot>, Vec<VectorId>) {
         let (batch, columns) = (self.batch, self.layout.program.widths[value.0] as u32);
         let pending = self.pending[value.0].filter(|_| self.places[value.0].is_none());
         let (input, gate, norm) = match pending {
@@ -642,7 +655,43 @@ impl<'l> Lowering<'l> {
             rotation,
         };
         let reads: Vec<Slot> = [input.slot].into_iter().chain(up.map(|u| u.0.slot)).collect();
-        self.launch(Op::Prepare(op), &reads, None).vectors = norm.map(|n| n.weight).into_iter().collect();
+        (op, reads, norm.map(|n| n.weight).into_iter().collect())
+    }
+
+    /// A launch that prepares a value for packed layers of `rotation`.
+    fn prepare(&mut self, value: Value, rotation: Rotation) {
+        let (op, reads, vectors) = self.preparation(value, rotation);
+        self.launch(Op::Prepare(op), &reads, None).vectors = vectors;
+    }
+
+    /// The preparation of what `layers` read, if their products take less time when their blocks do that themselves.
+    fn own_preparation(
+        &mut self,
+        value: Value,
+        layers: &[(LayerId, Value)],
+    ) -> Option<(Prepare, Vec<Slot>, Vec<VectorId>)> {
+        let layout = self.layout;
+        if self.batch > 1 {
+            return None;
+        }
+        let matrices: BTreeSet<usize> = layers.iter().map(|l| layout.matrix_of[l.0.0]).collect();
+        let product = |matrix: usize| match &layout.matrices[matrix] {
+            stored @ Stored { form: Form::Packed(_), .. } => {
+                let quantizer = &layout.specs[stored.spec];
+                Some(Gemv { quantizer, shape: stored.shape, batch: 1, accumulate: false })
+            }
+            _ => None,
+        };
+        let products: Vec<Gemv> = matrices.into_iter().map(product).collect::<Option<_>>()?;
+        let rotation = products[0].quantizer.rotation;
+        if products.iter().any(|p| p.quantizer.rotation != rotation) {
+            return None;
+        }
+        let own = self.preparation(value, rotation);
+        // No block may write what others read.
+        let added = |&(id, y): &(LayerId, Value)| self.stream_of(id, y).is_some_and(|(at, _)| own.1.contains(&at.slot));
+        let apart = !layers.iter().any(added);
+        (apart && product::Launch::prepare(&products, &own.0, self.device)).then_some(own)
     }
 
     /// The residual stream onto which the present node's output is added next, and their sum, if it may add itself.
@@ -672,6 +721,7 @@ impl<'l> Lowering<'l> {
     fn linear(&mut self, x: Value, layers: &[(LayerId, Value)]) {
         let layout = self.layout;
         let mut done: Vec<usize> = Vec::new();
+        let own_preparation = self.own_preparation(x, layers);
         let mut prepared = None;
         for &(id, _) in layers {
             let matrix = layout.matrix_of[id.0];
@@ -691,6 +741,7 @@ impl<'l> Lowering<'l> {
             };
             if let Some(rotation) = rotation
                 && prepared != Some(rotation)
+                && own_preparation.is_none()
             {
                 prepared = Some(rotation);
                 self.prepare(x, rotation);
@@ -724,10 +775,17 @@ impl<'l> Lowering<'l> {
                     accumulate,
                 }),
                 (Form::Grouped(terms), _) => Op::Grouped { terms: terms.clone(), shape, batch, y: span, accumulate },
-                _ => Op::Product { spec: stored.spec, shape, batch, accumulate },
+                _ => {
+                    let prepare = own_preparation.as_ref().map(|own| own.0);
+                    Op::Product { spec: stored.spec, shape, batch, accumulate, prepare }
+                }
             };
-            let reads: Vec<Slot> = input.map(|i| i.slot).into_iter().collect();
-            self.launch(op, &reads, Some(slot)).matrix = Some(matrix);
+            let (reads, vectors) = match (&own_preparation, input) {
+                (Some((_, slots, vectors)), _) => (slots.clone(), vectors.clone()),
+                (None, input) => (input.map(|i| i.slot).into_iter().collect(), Vec::new()),
+            };
+            let launch = self.launch(op, &reads, Some(slot));
+            (launch.matrix, launch.vectors) = (Some(matrix), vectors);
             for &(id, y) in own.iter().filter(|l| layout.program.layer(l.0).bias) {
                 let place = self.place(y);
                 let op = Add { columns: place.columns, batch, x: Span::rows(0), y: place.span };

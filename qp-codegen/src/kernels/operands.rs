@@ -277,10 +277,23 @@ impl<'b, 'a> Operands<'b, 'a> {
         self.b.load_as(self.scales, row, Elem::BF16, 1, Cache::ReadOnly)
     }
 
+    /// How planes and their sums are read.
+    fn x_cache(&self) -> Cache {
+        match self.x_scale {
+            Scales::Given(_) => Cache::ReadOnly,
+            Scales::Own(_) => Cache::Default,
+        }
+    }
+
+    /// A word of the planes.
+    pub(super) fn x_word(&self, word: V<'b>) -> V<'b> {
+        self.b.load_as(self.x, word, Elem::U32, 1, self.x_cache())
+    }
+
     /// The scale of a token.
     pub(super) fn token_scale(&self, token: V<'b>) -> TokenScale<'b> {
         let token = self.unit().map_or(token, |unit| unit.row(token));
-        let sum = || self.b.load_as(self.x_sum, token, Elem::I32, 1, Cache::ReadOnly);
+        let sum = || self.b.load_as(self.x_sum, token, Elem::I32, 1, self.x_cache());
         let offset = self.code().half_offset.then(sum);
         let scale = match &self.x_scale {
             Scales::Given(scales) => self.b.load_as(*scales, token, Elem::F32, 1, Cache::ReadOnly),

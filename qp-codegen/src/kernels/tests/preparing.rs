@@ -1,6 +1,7 @@
 //! Products whose blocks prepare their token themselves, against a preparation and a product one after the other.
 
 use super::*;
+use crate::layout::COLUMN_PAD;
 
 /// `n` values in −1..1 times `size`, as bytes.
 fn values(seed: u64, n: u64, size: f32) -> Vec<u8> {
@@ -42,7 +43,7 @@ impl Given {
         let device = crate::cuda::Target::Sm90a.device();
         let spread = Spread::choose(prepare, &device);
         let (mut scratch, mut faults) = (vec![0; 4 * prepare.scratch(spread)], vec![0; 8]);
-        let mut prepared = [vec![0xee; 2 * prepare.columns.next_multiple_of(128) as usize], vec![0; 4], vec![0; 4]];
+        let mut prepared = [vec![0xee; 2 * prepare.columns.next_multiple_of(COLUMN_PAD) as usize], vec![0; 4], vec![0; 4]];
         let mut args: Vec<Arg> = self.inputs.iter().map(|b| Arg::ReadOnly(b)).collect();
         args.push(Arg::Buffer(&mut scratch));
         args.extend(prepared.iter_mut().map(|b| Arg::Buffer(b)));

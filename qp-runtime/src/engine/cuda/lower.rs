@@ -134,6 +134,13 @@ pub enum Op {
     Add(Add),
     /// New keys and values into the cache, queries rounded.
     Append(Append),
+    /// Attention of a step of one token, which the launch puts into the cache itself.
+    AttendAlone {
+        /// What is put there, and how queries turn.
+        append: Append,
+        /// The attention.
+        attend: Attend,
+    },
     /// Attention, each token for itself.
     AttendFew(Attend),
     /// Attention, tokens of up to [`MOST_CHUNKS`] sequences in tiles.
@@ -166,7 +173,7 @@ impl Op {
             Op::Combine(_) => "sum of experts",
             Op::Add(_) => "add",
             Op::Append(_) => "append",
-            Op::AttendFew(_) | Op::AttendMany(_) => "attention",
+            Op::AttendAlone { .. } | Op::AttendFew(_) | Op::AttendMany(_) => "attention",
             Op::Glu(_) => "gated unit",
             Op::Map(_) => "map",
             Op::Rows(_) => "rows",
@@ -244,6 +251,9 @@ impl Op {
             Op::Combine(op) => combine::lower(op),
             Op::Add(op) => add::lower(op),
             Op::Append(op) => append::lower(op),
+            Op::AttendAlone { append, attend } => {
+                few::lower_alone(append, attend, &few::Launch::choose(attend, device))
+            }
             Op::AttendFew(op) => few::lower(op, &few::Launch::choose(op, device)),
             Op::AttendMany(op) => {
                 let launch = many::Launch::choose(op, device);
@@ -397,6 +407,8 @@ struct Lowering<'l> {
     used: BTreeMap<Slot, usize>,
     /// Stride of the residual stream.
     stream: u32,
+    /// Of products, by quantizer and shape, whether they do a preparation themselves: layers of a model are mostly alike.
+    decided: Vec<(Vec<(usize, Shape)>, Prepare, bool)>,
 }
 
 impl<'l> Lowering<'l> {
@@ -416,6 +428,7 @@ impl<'l> Lowering<'l> {
             left: vec![0; values],
             used: BTreeMap::new(),
             stream: program.widths[0] as u32,
+            decided: Vec::new(),
         };
         for node in &program.nodes {
             match *node {
@@ -676,22 +689,40 @@ impl<'l> Lowering<'l> {
         }
         let matrices: BTreeSet<usize> = layers.iter().map(|l| layout.matrix_of[l.0.0]).collect();
         let product = |matrix: usize| match &layout.matrices[matrix] {
-            stored @ Stored { form: Form::Packed(_), .. } => {
-                let quantizer = &layout.specs[stored.spec];
-                Some(Gemv { quantizer, shape: stored.shape, batch: 1, accumulate: false })
-            }
+            Stored { form: Form::Packed(_), spec, shape, .. } => Some((*spec, *shape)),
             _ => None,
         };
-        let products: Vec<Gemv> = matrices.into_iter().map(product).collect::<Option<_>>()?;
-        let rotation = products[0].quantizer.rotation;
-        if products.iter().any(|p| p.quantizer.rotation != rotation) {
+        let products: Vec<(usize, Shape)> = matrices.into_iter().map(product).collect::<Option<_>>()?;
+        let rotation = layout.specs[products[0].0].rotation;
+        if products.iter().any(|p| layout.specs[p.0].rotation != rotation) {
             return None;
         }
-        let own = self.preparation(value, rotation);
+        let mut own = self.preparation(value, rotation);
+        // A single token has no next one: steps of any stride have the kernel in common.
+        let columns = own.0.columns;
+        let alone = |span: Span| Span { stride: columns, ..span };
+        own.0.input = alone(own.0.input);
+        own.0.gate = own.0.gate.map(|gate| Gate { up: alone(gate.up), ..gate });
         // No block may write what others read.
         let added = |&(id, y): &(LayerId, Value)| self.stream_of(id, y).is_some_and(|(at, _)| own.1.contains(&at.slot));
-        let apart = !layers.iter().any(added);
-        (apart && product::Launch::prepare(&products, &own.0, self.device)).then_some(own)
+        if layers.iter().any(added) {
+            return None;
+        }
+        let known = self.decided.iter().find(|d| d.0 == products && d.1 == own.0).map(|d| d.2);
+        let decide = || {
+            let op = |&(spec, shape): &(usize, Shape)| Gemv {
+                quantizer: &layout.specs[spec],
+                shape,
+                batch: 1,
+                accumulate: false,
+            };
+            product::Launch::prepare(&products.iter().map(op).collect::<Vec<_>>(), &own.0, self.device)
+        };
+        let themselves = known.unwrap_or_else(decide);
+        if known.is_none() {
+            self.decided.push((products, own.0, themselves));
+        }
+        themselves.then_some(own)
     }
 
     /// The residual stream onto which the present node's output is added next, and their sum, if it may add itself.
@@ -803,9 +834,18 @@ impl<'l> Lowering<'l> {
         let spans = places.map(|p| p.span);
         let layout = self.layout;
         let (append, op) = attention_ops(&layout.program, attention, layout.cache, self.batch, spans);
+        let norms = attention.q_norm.iter().chain(&attention.k_norm).map(|n| n.weight);
+        if self.batch == 1 {
+            let (slot, _) = self.own(y);
+            let op = Op::AttendAlone { append, attend: op };
+            let launch = self.launch(op, &places.map(|p| p.slot), Some(slot));
+            (launch.cache, launch.rope) = (Some(cache), attention.rope);
+            launch.vectors = norms.chain(attention.sinks).collect();
+            return;
+        }
         let launch = self.launch(Op::Append(append), &places.map(|p| p.slot), None);
         (launch.cache, launch.rope) = (Some(cache), attention.rope);
-        launch.vectors = attention.q_norm.iter().chain(&attention.k_norm).map(|n| n.weight).collect();
+        launch.vectors = norms.collect();
         let (slot, _) = self.own(y);
         let op = if is_many(self.batch) { Op::AttendMany(op) } else { Op::AttendFew(op) };
         let launch = self.launch(op, &[], Some(slot));

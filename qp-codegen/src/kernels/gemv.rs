@@ -338,14 +338,20 @@ impl<'b, 'a> Emit<'b, 'a> {
             b.barrier();
         }
         let eager = plan.resident && plan.whole_rows() && std::env::var("QP_EAGER").is_ok_and(|v| v == "1");
-        let first = eager.then(|| self.decoded(b.i32(0), &buffers[0]));
+        let meanwhile = plan.resident && plan.whole_rows() && self.within.is_some() && std::env::var("QP_EAGER").is_ok_and(|v| v == "2");
+        let mut first = eager.then(|| self.decoded(b.i32(0), &buffers[0]));
         b.grid_wait();
         if late {
             b.grid_launch();
         }
         if let (Some(within), Some(early)) = (self.within, &early) {
             b.comment("The token's activations.");
-            self.operands.prepared(within.late(early));
+            let scale = within.late(early, || {
+                if meanwhile {
+                    first = Some(self.decoded(b.i32(0), &buffers[0]));
+                }
+            });
+            self.operands.prepared(scale);
             b.barrier();
         }
         self.multiply(&buffers, zero, first);

@@ -69,7 +69,7 @@ const FILL_ROUND: f64 = 0.087e-6;
 /// Registers for addresses of a preparation and a group of columns being prepared.
 const PREPARING_REGISTERS: u32 = 24;
 /// Seconds that a block takes longer which does the preparation itself, by columns.
-const PREPARING: f64 = 0.7e-6;
+const PREPARING: f64 = 1.1e-6;
 /// Seconds of a launch that prepares a token.
 pub(super) const PREPARATION: f64 = 2.2e-6;
 /// Decoding and reading take longer than the longer of both, as sums with this exponent do.
@@ -198,6 +198,10 @@ fn estimate(
         Some(_) if !plan.resident => return None,
         Some(prepare) => {
             let groups = prepare.within(launch.warps)?;
+            // Each block of an SM would do it.
+            if (launch.blocks * launch.split).div_ceil(device.sms) > 1 || launch.min_blocks > 1 {
+                return None;
+            }
             (registers.max(prefetched + 9 * groups + PREPARING_REGISTERS), PREPARING)
         }
     };

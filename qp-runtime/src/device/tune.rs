@@ -174,20 +174,20 @@ fn in_turn(
     })
 }
 
-/// Seconds of each product for one token, on random weights of its shape and with the launch that [`measured`] chooses.
-/// `done` is called after each.
+/// Seconds of each product, with the preparation that it does itself, on random weights of its shape and with the launch that
+/// [`measured`] chooses. `done` is called after each.
 ///
 /// # Errors
 /// Those of [`measured`].
 pub fn seconds(
     on: &Executor,
-    products: &[(&Quantizer, Shape)],
+    products: &[(Gemv<'_>, Option<Prepare>)],
     mut done: impl FnMut(),
 ) -> Result<Vec<f64>, DeviceError> {
-    let hashes: Vec<String> = products.iter().map(|(q, _)| q.hash()).collect();
-    let op = |&(quantizer, shape)| Gemv { quantizer, shape, batch: 1, accumulate: false };
-    let wish = |(p, hash)| Wish { op: op(p), prepare: None, hash };
-    let ops: Vec<_> = products.iter().zip(hashes.iter().map(String::as_str)).map(wish).collect();
+    let hashes: Vec<String> = products.iter().map(|(op, _)| op.quantizer.hash()).collect();
+    let products = products.iter().zip(&hashes);
+    let ops: Vec<Wish<'_>> =
+        products.map(|((op, own), hash)| Wish { op: *op, prepare: own.as_ref(), hash }).collect();
     let time = |i: usize, kernels: &mut [(Launch, GemvKernel)]| {
         let Gemv { quantizer: q, shape, .. } = ops[i].op;
         let packed = synthetic::matrix(&q.name, q, shape);
@@ -290,7 +290,16 @@ mod tests {
         let times = in_turn(&on, &Wish::from(&product), &product.matrices, &mut loaded).unwrap();
         assert!(times.len() == 1 && times[0] > 0.0, "{times:?}");
 
-        let alone = seconds(&on, &[(&q, shape), (&q, Shape { rows: 16, cols: 64 })], || ()).unwrap();
+        let small = Gemv { shape: Shape { rows: 16, cols: 64 }, batch: 1, ..op };
+        let prepare = Prepare {
+            columns: 64,
+            batch: 1,
+            input: Span::rows(64),
+            gate: None,
+            norm: None,
+            rotation: qp_codegen::spec::Rotation::None,
+        };
+        let alone = seconds(&on, &[(Gemv { batch: 1, ..op }, None), (small, Some(prepare))], || ()).unwrap();
         assert!(alone.len() == 2 && alone.iter().all(|&s| s > 0.0), "{alone:?}");
 
         let made = copies(&on, &product.matrices, 5 * a.bytes(), 10).unwrap();

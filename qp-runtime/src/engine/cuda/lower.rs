@@ -40,7 +40,7 @@ use qp_codegen::spec::{Rotation, Shape};
 use super::layout::{Form, Layout, Stored};
 use crate::engine::attention_ops;
 use crate::model::LayerId;
-use crate::model::program::{self, CacheId, Node, RopeId, Value, VectorId};
+use crate::model::program::{self, CacheId, Node, Program, RopeId, Value, VectorId};
 
 /// Most tokens whose attention is computed for each token by itself.
 const FEW: u32 = 64;
@@ -365,6 +365,26 @@ pub fn step(layout: &Layout, device: &Device, tokens: u32, wanted: Wanted) -> St
         }
     }
     Step { launches: lowering.launches, logits }
+}
+
+/// The preparation that the product `op` of a layer (or of several that read the same) does itself in a step of one token on
+/// `device`; `None` if a launch before does it.
+pub fn own_preparation(program: &Program, id: LayerId, op: &Gemv, device: &Device) -> Option<Prepare> {
+    let Node::Linear { x, .. } = &program.nodes[program.node_of(id)?] else { return None };
+    let columns = op.shape.cols;
+    let (mut norm, mut gate) = (None, None);
+    for node in &program.nodes {
+        match node {
+            Node::Norm { norm: before, y, .. } if y == x => norm = Some(before.norm),
+            Node::Gate { activation, y, .. } if y == x => {
+                gate = Some(Gate { activation: *activation, up: Span::rows(columns) });
+            }
+            _ => (),
+        }
+    }
+    let input = Span::rows(columns);
+    let prepare = Prepare { columns, batch: 1, input, gate, norm, rotation: op.quantizer.rotation };
+    product::Launch::prepare(&[*op], &prepare, device).then_some(prepare)
 }
 
 /// Most tokens of a tile of the attention of many tokens: what suits every attention of the program.
@@ -835,7 +855,7 @@ impl<'l> Lowering<'l> {
         let layout = self.layout;
         let (append, op) = attention_ops(&layout.program, attention, layout.cache, self.batch, spans);
         let norms = attention.q_norm.iter().chain(&attention.k_norm).map(|n| n.weight);
-        if self.batch == 1 {
+        if self.batch == 1 && std::env::var("QP_ALONE").is_ok_and(|v| v == "1") {
             let (slot, _) = self.own(y);
             let op = Op::AttendAlone { append, attend: op };
             let launch = self.launch(op, &places.map(|p| p.slot), Some(slot));

@@ -330,10 +330,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         first_words(&buffers);
         let early = self.within.map(Within::early);
         let zero = tables();
-        let late = std::env::var("QP_LATE").is_ok_and(|v| v == "1");
-        if !late {
-            b.grid_launch();
-        }
+        b.grid_launch();
         if plan.resident {
             b.barrier();
         }
@@ -341,9 +338,6 @@ impl<'b, 'a> Emit<'b, 'a> {
         let meanwhile = plan.resident && plan.whole_rows() && self.within.is_some() && std::env::var("QP_EAGER").is_ok_and(|v| v == "2");
         let mut first = eager.then(|| self.decoded(b.i32(0), &buffers[0]));
         b.grid_wait();
-        if late {
-            b.grid_launch();
-        }
         if let (Some(within), Some(early)) = (self.within, &early) {
             b.comment("The token's activations.");
             let scale = within.late(early, || {

@@ -93,9 +93,6 @@ impl Launch {
                 let warps = share.div_ceil(per_warp);
                 for (of_sm, min_blocks) in BLOCKS.into_iter().filter(|b| b.0 == b.1 || warps >= MANY) {
                     for ahead in [1, 2, 4] {
-                        if op.batch == 1 && std::env::var("QP_MINB").is_ok_and(|v| !v.is_empty() && v != format!("{of_sm}:{min_blocks}")) {
-                            continue;
-                        }
                         for tables in &tables {
                             let blocks = rows.min((device.sms * of_sm / split).max(1));
                             let table_bytes = tables.budget;

@@ -98,12 +98,6 @@ impl Launch {
         if prepare.gate.is_some() {
             return false;
         }
-        match std::env::var("QP_OWN").unwrap_or_default().as_str() {
-            "none" => return false,
-            "plain" if prepare.norm.is_some() => return false,
-            "norm" if prepare.norm.is_none() => return false,
-            _ => (),
-        }
         let best = |op: &Gemv| Launch::ranked_with(op, Some(prepare), device).first().map(|r| r.0);
         let own: Option<f64> = ops.iter().map(best).sum();
         let apart: f64 = ops.iter().map(|op| Launch::ranked(op, device)[0].0).sum();

@@ -127,12 +127,6 @@ fn choose(
         Wanted::new((op, *prepare), hash, target, (&gpu.name, gpu.sms), &ranked)
     });
     let wanted = wanted.collect::<Result<Vec<_>, _>>()?;
-    if std::env::var_os("QP_SHOW").is_some() {
-        for w in ops.iter().filter(|w| w.op.batch == 1) {
-            let ranked = Launch::ranked_with(&w.op, w.prepare, &device);
-            eprintln!("{} {:?} prepares {}: {:.2} us {:?}", w.op.quantizer.name, w.op.shape, w.prepare.is_some(), ranked[0].0 * 1e6, ranked[0].1);
-        }
-    }
     launches::choose(
         &Cache::of_user(),
         &wanted,

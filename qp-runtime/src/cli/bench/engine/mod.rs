@@ -116,8 +116,7 @@ impl EngineBench {
             Noise::new().save(dir, &self.model.config_text()?, &layout)?;
         }
         // Before this process takes the GPU's memory.
-        let quick = std::env::var_os("QP_QUICK").is_some();
-        let starts = if quick { Vec::new() } else { self.starts()? };
+        let starts = self.starts()?;
         let on = self.open()?;
         let before = on.free_memory()?.map(|m| m.0);
         let noise = Noise::new();
@@ -145,7 +144,7 @@ impl EngineBench {
         let most = u32::try_from(engine.most_tokens()).unwrap_or(u32::MAX);
         let position = self.contexts.first().copied().unwrap_or(0).min(room.pages * PAGE - 1);
         let mut of_kinds = Vec::new();
-        for tokens in KINDS.into_iter().filter(|t| *t <= most && (!quick || *t == 1)) {
+        for tokens in KINDS.into_iter().filter(|t| *t <= most) {
             of_kinds.extend(kinds(&mut engine, &layout, &on.device(), tokens, position)?);
         }
         let after = on.free_memory()?.map(|m| m.0);

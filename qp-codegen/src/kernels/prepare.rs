@@ -6,12 +6,12 @@
 
 use super::math::{self, across_lanes};
 use super::mean;
-use super::rotate::{GROUP, GROUP_LEVELS, LaneSigns, Transforms, flip, flip_word};
+use super::rotate::{GROUP, GROUP_LEVELS, LaneSigns, Transforms, flip, flip_word, place};
 use super::span::Span;
 use crate::cuda::Device;
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Scalar, Special, V, Var};
 use crate::layout::COLUMN_PAD;
-use crate::reference::{ACTIVATION_MAX, Activation, INFINITY_BITS, RmsNorm};
+use crate::reference::{ACTIVATION_MAX, Activation, INFINITY_BITS, Interleave, RmsNorm};
 use crate::spec::Rotation;
 
 /// What to compute: of each token the input, gated, normed and rotated, where these are wanted, in this order.
@@ -364,6 +364,7 @@ struct Emit<'a, 'b> {
     op: &'a Prepare,
     g: Geometry,
     transforms: Transforms,
+    interleave: Option<Interleave>,
     stage: Stage,
     inputs: Inputs,
     out: Output<'b>,
@@ -395,7 +396,8 @@ impl<'a, 'b> Emit<'a, 'b> {
         };
         let transforms = Transforms::of(op.rotation, op.columns);
         let values = (g.across || !g.in_registers()).then(|| b.shared("values", Elem::F32, g.groups * GROUP));
-        Emit { b, op, g, transforms, stage, inputs, out, lane, warp, token, leader, held, values }
+        let interleave = Interleave::of(op.rotation, op.columns);
+        Emit { b, op, g, transforms, interleave, stage, inputs, out, lane, warp, token, leader, held, values }
     }
 
     /// For each group of the warp.
@@ -664,7 +666,7 @@ impl<'a, 'b> Emit<'a, 'b> {
             let high = q.map(|q| (q + 64) >> 7);
             let low = [0, 1, 2, 3].map(|k| q[k] - (high[k] << 7));
             // Four quads a cell; the planes of a token are neighbours.
-            let cell = group.number * 8 + self.lane / 4;
+            let cell = place(self.interleave, self.op.columns, group.number * 8 + self.lane / 4);
             let at = (cell * (2 * self.op.batch) + self.token * 2) * 4 + self.lane % 4;
             b.store(out.x, at, bytes(high), Elem::U32);
             b.store(out.x, at + 4, bytes(low), Elem::U32);

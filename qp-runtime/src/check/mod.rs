@@ -329,7 +329,7 @@ pub fn model(
         (14, 20, Logits::None),
         (20, 22, Logits::Last),
         (10, 11, Logits::Last),
-        (11, context, Logits::Last),
+        (11, context, Logits::All),
     ];
     for (from, to, logits) in cuts {
         let what = format!("{name}: logits of tokens {from}..{to}");

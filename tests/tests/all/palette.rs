@@ -197,7 +197,8 @@ fn preparing_compiles_for_every_target_without_spills() {
             // Values in shared memory.
             (53248, None, gate(53248), Some(128)),
         ] {
-            let rotation = Rotation::Hadamard { seed: 0, block };
+            let interleave = (block == Some(128)).then_some(1024);
+            let rotation = Rotation::Hadamard { seed: 0, block, interleave };
             let op = Prepare { columns, batch: 1, input: Span::rows(columns), gate, norm, rotation };
             let kernel = prepare::lower(&op, &target.device());
             // Memory that a GPU lacks is another matter.
@@ -320,11 +321,11 @@ fn cuda_of_representative_members() {
         input: Span::rows(768),
         gate: None,
         norm: Some(RmsNorm { eps: 1e-5, add_one: false }),
-        rotation: Rotation::Hadamard { seed: 0, block: Some(128) },
+        rotation: Rotation::Hadamard { seed: 0, block: Some(128), interleave: None },
     };
     let prepare = |op| print(&prepare::lower(&op, &Target::Sm90a.device()), Target::Sm90a);
     insta::assert_snapshot!("prepare_768_sm_90a", prepare(op));
-    let rotation = Rotation::Hadamard { seed: 0, block: None };
+    let rotation = Rotation::Hadamard { seed: 0, block: None, interleave: None };
     insta::assert_snapshot!("prepare_768_whole_sm_90a", prepare(Prepare { rotation, ..op }));
     let gate = Some(Gate { activation: Activation::Silu, up: Span::rows(14336) });
     let (columns, input) = (14336, Span::rows(14336));

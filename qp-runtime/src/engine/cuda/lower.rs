@@ -387,6 +387,15 @@ pub fn own_preparation(program: &Program, id: LayerId, op: &Gemv, device: &Devic
     product::Launch::prepare(&[*op], &prepare, device).then_some(prepare)
 }
 
+/// The part of a step behind its decoder blocks. What the blocks gave lies where a step of as many tokens leaves it, whether
+/// rows are wanted of that or not.
+pub fn head(layout: &Layout, device: &Device, tokens: u32, wanted: Wanted) -> Step {
+    let behind = layout.program.cuts.last().expect("a program has a cut before its head").node;
+    let mut step = step(layout, device, tokens, wanted);
+    step.launches.retain(|launch| launch.node >= behind);
+    step
+}
+
 /// Most tokens of a tile of the attention of many tokens: what suits every attention of the program.
 pub fn tile_tokens(layout: &Layout, device: &Device) -> u32 {
     let tile = |node: &Node| match node {

@@ -260,8 +260,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         form: Form<'a>,
         within: Option<&'a Within<'a, 'b>>,
     ) -> Self {
-        let operands =
-            Operands::new(b, op, &plan.layout, launch.table_bytes, meeting_place(op, launch), form, within);
+        let operands = Operands::new(b, op, &plan.layout, launch.table_bytes, meeting_place(op, launch), form, within);
         let sums = b.shared("sums", Elem::I32, plan.sum_words(launch));
         let staged = (!plan.resident).then(|| b.shared("staged", Elem::U32, plan.planes * plan.plane_words(launch)));
 
@@ -335,7 +334,10 @@ impl<'b, 'a> Emit<'b, 'a> {
             b.barrier();
         }
         let eager = plan.resident && plan.whole_rows() && std::env::var("QP_EAGER").is_ok_and(|v| v == "1");
-        let meanwhile = plan.resident && plan.whole_rows() && self.within.is_some() && std::env::var("QP_EAGER").is_ok_and(|v| v == "2");
+        let meanwhile = plan.resident
+            && plan.whole_rows()
+            && self.within.is_some()
+            && std::env::var("QP_EAGER").is_ok_and(|v| v == "2");
         let mut first = eager.then(|| self.decoded(b.i32(0), &buffers[0]));
         b.grid_wait();
         if let (Some(within), Some(early)) = (self.within, &early) {

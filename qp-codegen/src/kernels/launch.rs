@@ -155,13 +155,7 @@ impl Tables {
 }
 
 /// Seconds of a launch; `None` if it does not fit the device.
-fn estimate(
-    op: &Gemv,
-    launch: &Launch,
-    prepare: Option<&Prepare>,
-    device: &Device,
-    tables: &Tables,
-) -> Option<f64> {
+fn estimate(op: &Gemv, launch: &Launch, prepare: Option<&Prepare>, device: &Device, tables: &Tables) -> Option<f64> {
     let plan = Plan::new(op, launch);
     // Of a tile, on average: a group of tiles holds each code of a mix equally often.
     let lane_words = f64::from(plan.layout.lane_words.iter().sum::<u32>()) / plan.layout.lane_words.len() as f64;

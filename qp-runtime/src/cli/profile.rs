@@ -163,12 +163,7 @@ fn rotating(quantizers: &[Quantizer]) -> &Quantizer {
 }
 
 /// The rest of a decode step on a typical GPU.
-fn predicted_rest(
-    config: &Config,
-    program: &Arc<Program>,
-    quantizer: &Arc<Quantizer>,
-    device: &cuda::Device,
-) -> Rest {
+fn predicted_rest(config: &Config, program: &Arc<Program>, quantizer: &Arc<Quantizer>, device: &cuda::Device) -> Rest {
     let bytes = 2.0 * config.vocab as f64 * config.hidden as f64;
     let layout = Layout::new(program, &rest::forms(program, quantizer), &[], Precision::default());
     let step = lower::step(&layout, device, 1, Wanted { rows: 1, pick: Pick::Best });

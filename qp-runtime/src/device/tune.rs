@@ -1,11 +1,10 @@
 //! Products whose launches are measured on the GPU that is to run them: what [`jit::launches`](crate::jit::launches)
 //! needs to know of a device.
 
+use qp_codegen::kernels::Span;
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::prepare::Prepare;
-use qp_codegen::kernels::Span;
 use qp_codegen::kernels::product::Launch;
-use qp_codegen::spec::{Quantizer, Shape};
 use rayon::prelude::*;
 
 use super::ops::{DeviceActivations, DeviceMatrix, Faults, GemvKernel, PrepareInputs};
@@ -64,9 +63,8 @@ const MATRICES: usize = 64;
 /// Those of the executor; a wish that is none.
 pub fn load(on: &Executor, products: &[Product<'_>]) -> Result<Vec<(Launch, GemvKernel)>, DeviceError> {
     let ops: Vec<_> = products.iter().map(Wish::from).collect();
-    let chosen = choose(on, Choice::of_user()?, &ops, |i, kernels| {
-        in_turn(on, &ops[i], &products[i].matrices, kernels)
-    })?;
+    let chosen =
+        choose(on, Choice::of_user()?, &ops, |i, kernels| in_turn(on, &ops[i], &products[i].matrices, kernels))?;
     Ok(chosen.into_iter().map(|c| (c.launch, c.kernel)).collect())
 }
 
@@ -77,8 +75,7 @@ pub fn load(on: &Executor, products: &[Product<'_>]) -> Result<Vec<(Launch, Gemv
 /// As [`load`].
 pub fn measured(on: &Executor, products: &[Product<'_>]) -> Result<Vec<(Launch, GemvKernel)>, DeviceError> {
     let ops: Vec<_> = products.iter().map(Wish::from).collect();
-    let chosen =
-        choose(on, measuring()?, &ops, |i, kernels| in_turn(on, &ops[i], &products[i].matrices, kernels))?;
+    let chosen = choose(on, measuring()?, &ops, |i, kernels| in_turn(on, &ops[i], &products[i].matrices, kernels))?;
     Ok(chosen.into_iter().map(|c| (c.launch, c.kernel)).collect())
 }
 
@@ -180,8 +177,7 @@ pub fn seconds(
 ) -> Result<Vec<f64>, DeviceError> {
     let hashes: Vec<String> = products.iter().map(|(op, _)| op.quantizer.hash()).collect();
     let products = products.iter().zip(&hashes);
-    let ops: Vec<Wish<'_>> =
-        products.map(|((op, own), hash)| Wish { op: *op, prepare: own.as_ref(), hash }).collect();
+    let ops: Vec<Wish<'_>> = products.map(|((op, own), hash)| Wish { op: *op, prepare: own.as_ref(), hash }).collect();
     let time = |i: usize, kernels: &mut [(Launch, GemvKernel)]| {
         let Gemv { quantizer: q, shape, .. } = ops[i].op;
         let packed = synthetic::matrix(&q.name, q, shape);
@@ -267,6 +263,8 @@ fn time_by<'k>(
 
 #[cfg(test)]
 mod tests {
+    use qp_codegen::spec::Shape;
+
     use super::*;
 
     #[test]

@@ -43,7 +43,8 @@ impl Given {
         let device = crate::cuda::Target::Sm90a.device();
         let spread = Spread::choose(prepare, &device);
         let (mut scratch, mut faults) = (vec![0; 4 * prepare.scratch(spread)], vec![0; 8]);
-        let mut prepared = [vec![0xee; 2 * prepare.columns.next_multiple_of(COLUMN_PAD) as usize], vec![0; 4], vec![0; 4]];
+        let mut prepared =
+            [vec![0xee; 2 * prepare.columns.next_multiple_of(COLUMN_PAD) as usize], vec![0; 4], vec![0; 4]];
         let mut args: Vec<Arg> = self.inputs.iter().map(|b| Arg::ReadOnly(b)).collect();
         args.push(Arg::Buffer(&mut scratch));
         args.extend(prepared.iter_mut().map(|b| Arg::Buffer(b)));
@@ -81,7 +82,7 @@ fn written(op: &Gemv, by: &Launch) -> (Vec<u8>, [Vec<u8>; 2]) {
 }
 
 fn blocks(block: u32) -> Rotation {
-    Rotation::Hadamard { seed: 5, block: Some(block) }
+    Rotation::Hadamard { seed: 5, block: Some(block), interleave: None }
 }
 
 fn norm(add_one: bool) -> Option<RmsNorm> {
@@ -98,10 +99,11 @@ fn a_product_that_prepares_gives_the_bits_of_two_launches() {
     for (name, rotation, columns, norm, gate) in [
         ("v4_k8", blocks(128), 2048, norm(false), None),
         ("v4_k8", blocks(128), 300, None, None),
+        ("v4_k8", Rotation::Hadamard { seed: 5, block: Some(128), interleave: Some(1024) }, 2304, norm(false), None),
         ("v2_k5_i16", blocks(256), 2560, norm(true), None),
         ("v1_k3", blocks(16), 201, norm(false), gate(Span { first: 1, stride: 300 })),
         ("square", Rotation::None, 300, None, gate(Span::rows(300))),
-        ("mix2", Rotation::Hadamard { seed: 2, block: None }, 512, norm(false), None),
+        ("mix2", Rotation::Hadamard { seed: 2, block: None, interleave: None }, 512, norm(false), None),
     ] {
         let quantizer = &Quantizer { rotation, ..named(&all, name).clone() };
         let input = Span { first: 4 * u32::from(columns == 300), stride: columns + 8 };
@@ -151,5 +153,5 @@ fn blocks_prepare_where_it_takes_less_time() {
     assert!(own(1, 4096, blocks(128), None) && own(1, 4096, Rotation::None, None));
     assert!(!own(1, 4096, blocks(128), gate) && !own(2, 4096, blocks(128), None));
     // Through shared memory.
-    assert!(!own(1, 4096, Rotation::Hadamard { seed: 0, block: None }, None));
+    assert!(!own(1, 4096, Rotation::Hadamard { seed: 0, block: None, interleave: None }, None));
 }

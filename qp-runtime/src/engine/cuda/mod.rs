@@ -41,7 +41,9 @@ use self::matrix::Matrix;
 pub use self::matrix::Uploads;
 pub use self::memory::Needs;
 use self::record::{Choices, Constants, Kernels, Routes, State, record};
-use super::{Choice, Chunk, Engine, Error, Logits, PAGE, Room, Wish, attention_ops, check_chunks, check_pages, cut, penalty};
+use super::{
+    Choice, Chunk, Engine, Error, Logits, PAGE, Room, Wish, attention_ops, check_chunks, check_pages, cut, penalty,
+};
 use crate::device::attend::{Queries, Tokens};
 use crate::device::ops::DeviceActivations;
 use crate::device::{Buffer, DeviceError, Executor, Graph};
@@ -462,7 +464,12 @@ impl CudaEngine {
             self.state.rows.write(0, &chosen)?;
             let key = (size, chosen.len() as u32);
             if !self.heads.contains_key(&key) {
-                let head = lower::head(&self.layout, &self.executor.device(), size, Wanted { rows: key.1, pick: Pick::Logits });
+                let head = lower::head(
+                    &self.layout,
+                    &self.executor.device(),
+                    size,
+                    Wanted { rows: key.1, pick: Pick::Logits },
+                );
                 self.load(&head.launches)?;
                 let recorded = self.record(&head)?;
                 self.heads.insert(key, recorded);

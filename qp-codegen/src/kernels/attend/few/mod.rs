@@ -14,8 +14,8 @@
 mod meet;
 mod own;
 
-use super::emit::{Emit, Factors, Part, Row, Weights};
 use self::own::Own;
+use super::emit::{Emit, Factors, Part, Row, Weights};
 use super::{Append, Attend, CHUNK, PAGE, SPAN};
 use crate::cuda::Device;
 use crate::ir::{Builder, Cache as Caching, Elem, Kernel, Mem, Scalar, V, Var};

@@ -5,8 +5,8 @@
 //! all pieces may be copied before the kernel waits for the one before it.
 
 use super::super::Append;
-use super::super::append::{Heads, key_at, turns, value_at, value_scale};
 use super::super::LARGEST_OF_TWO_PLANES;
+use super::super::append::{Heads, key_at, turns, value_at, value_scale};
 use super::{Few, PAGE, Place, WARPS};
 use crate::ir::{Builder, Elem, Mem, Scalar, V};
 
@@ -95,7 +95,8 @@ impl<'b, 'a> Own<'b, 'a> {
             let x = self.heads.values(self.inputs.v, place.head * d + op.v.first);
             let (most, _) = self.heads.scale(&x, cache.largest());
             let (logarithm, inverse) = value_scale(b, most / cache.largest());
-            self.heads.rounded(&x, inverse, cache.planes, |plane, i, v| byte(value_at(cache, self.offset, plane, i), v));
+            self.heads
+                .rounded(&x, inverse, cache.planes, |plane, i, v| byte(value_at(cache, self.offset, plane, i), v));
             number(1, logarithm);
             number(2, inverse);
         });

@@ -331,7 +331,13 @@ fn prompt(engine: &mut CudaEngine, tokens: usize) -> Result<(f64, f64), Error> {
 }
 
 /// The launches of a step of `tokens` tokens, by kind: each kind in a graph of its own, then all in one.
-fn kinds(engine: &mut CudaEngine, layout: &Layout, device: &cuda::Device, tokens: u32, position: usize) -> Result<Vec<Kind>, Error> {
+fn kinds(
+    engine: &mut CudaEngine,
+    layout: &Layout,
+    device: &cuda::Device,
+    tokens: u32,
+    position: usize,
+) -> Result<Vec<Kind>, Error> {
     let head = layout.program.nodes.len() - 1;
     let kind = |l: &Launch| if l.op.is_product() && l.node == head { "output layer" } else { l.op.kind() };
     let step = lower::step(layout, device, tokens, Wanted { rows: tokens.min(64), pick: Pick::Best });

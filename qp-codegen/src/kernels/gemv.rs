@@ -15,7 +15,7 @@
 
 use std::collections::VecDeque;
 
-use super::decode::{Register, flatten};
+use super::decode::flatten;
 use super::experts::Experts;
 pub use super::launch::Launch;
 pub use super::operands::Gemv;
@@ -321,7 +321,7 @@ impl<'b, 'a> Emit<'b, 'a> {
             return self.operands.in_unit(b.special(Special::BlockY), self.thread, threads, || {
                 let buffers = buffers();
                 first_words(&buffers);
-                self.multiply(&buffers, zero, None);
+                self.multiply(&buffers, zero);
             });
         }
         b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
@@ -333,28 +333,17 @@ impl<'b, 'a> Emit<'b, 'a> {
         if plan.resident {
             b.barrier();
         }
-        let eager = plan.resident && plan.whole_rows() && std::env::var("QP_EAGER").is_ok_and(|v| v == "1");
-        let meanwhile = plan.resident
-            && plan.whole_rows()
-            && self.within.is_some()
-            && std::env::var("QP_EAGER").is_ok_and(|v| v == "2");
-        let mut first = eager.then(|| self.decoded(b.i32(0), &buffers[0]));
         b.grid_wait();
         if let (Some(within), Some(early)) = (self.within, &early) {
             b.comment("The token's activations.");
-            let scale = within.late(early, || {
-                if meanwhile {
-                    first = Some(self.decoded(b.i32(0), &buffers[0]));
-                }
-            });
-            self.operands.prepared(scale);
+            self.operands.prepared(within.late(early));
             b.barrier();
         }
-        self.multiply(&buffers, zero, first);
+        self.multiply(&buffers, zero);
     }
 
     /// All that depends on activations. The first words are on their way to `buffers`.
-    fn multiply(&self, buffers: &[Words], zero: V<'b>, decoded: Option<Vec<Vec<Register<'b>>>>) {
+    fn multiply(&self, buffers: &[Words], zero: V<'b>) {
         let (b, plan, threads) = (self.b, self.plan, self.launch.warps * 32);
         let fragments = self.activations();
         if !plan.resident {
@@ -371,22 +360,8 @@ impl<'b, 'a> Emit<'b, 'a> {
         let none = b.vector(&[zero; 4]);
         let kept = if plan.whole_rows() { 0 } else { plan.sums() };
         let acc: Vec<Var> = (0..kept).map(|_| b.var(none)).collect();
-        let mut buffers: Vec<&Words> = buffers.iter().collect();
-        let done = u32::from(decoded.is_some());
-        if let Some(decoded) = decoded {
-            let (row, _) = self.place(b.i32(0));
-            let mut sums: Vec<V> = (0..plan.sums()).map(|_| none).collect();
-            for (d, registers) in decoded.iter().enumerate() {
-                for group in 0..plan.groups {
-                    let x = fragments.as_ref().expect("resident")[d][group as usize].clone();
-                    self.multiply_tile(registers, group, &x, &mut sums);
-                }
-            }
-            self.flush(row, &sums);
-            buffers.rotate_left(1);
-        }
-        b.for_(done, self.steps, plan.buffers, |first| {
-            for (p, buffer) in (0..).zip(&buffers) {
+        b.for_(0, self.steps, plan.buffers, |first| {
+            for (p, buffer) in (0..).zip(buffers) {
                 let step = first + p;
                 let run = || self.step(step, buffer, &fragments, &acc);
                 if p == 0 { run() } else { b.if_(step.lt(self.steps), run) }
@@ -553,6 +528,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         } else {
             acc.iter().map(|&v| b.get(v)).collect()
         };
+        let parts = plan.layout.tile.cols / 32;
         for d in 0..plan.depth {
             if plan.early < plan.depth {
                 let ahead = d + plan.early;
@@ -576,7 +552,14 @@ impl<'b, 'a> Emit<'b, 'a> {
                     (None, Some(staged)) => self.staged_fragments(staged, col + d, group),
                     (None, None) => unreachable!("activations are resident or staged"),
                 };
-                self.multiply_tile(&registers, group, &x, &mut sums);
+                for (kt, &x) in (0..parts).zip(&x) {
+                    for part in 0..plan.layout.row_parts() {
+                        let first = ((part * parts + kt) * 4) as usize;
+                        let a = &registers[first..first + 4];
+                        let slot = ((part * plan.groups + group) * plan.products) as usize;
+                        operands::multiply(b, a, x, &mut sums[slot..]);
+                    }
+                }
             }
         }
         if plan.whole_rows() {
@@ -588,28 +571,6 @@ impl<'b, 'a> Emit<'b, 'a> {
             self.flush(row, &sums);
             acc.iter().for_each(|&v| b.set(v, none()));
         });
-    }
-
-    /// Multiplies a decoded tile with a group of planes.
-    fn multiply_tile(&self, registers: &[Register<'b>], group: u32, x: &[[V<'b>; 2]], sums: &mut [V<'b>]) {
-        let (plan, parts) = (self.plan, self.plan.layout.tile.cols / 32);
-        for (kt, &x) in (0..parts).zip(x) {
-            for part in 0..plan.layout.row_parts() {
-                let first = ((part * parts + kt) * 4) as usize;
-                let slot = ((part * plan.groups + group) * plan.products) as usize;
-                operands::multiply(self.b, &registers[first..first + 4], x, &mut sums[slot..]);
-            }
-        }
-    }
-
-    /// The tiles of a step, decoded, whose words are all in `buffer`; those of the step that has it next are on their way then.
-    fn decoded(&self, step: V<'b>, buffer: &Words) -> Vec<Vec<Register<'b>>> {
-        let (b, plan) = (self.b, self.plan);
-        let current: Vec<Vec<V>> = buffer.iter().map(|tile| self.words(tile)).collect();
-        let next = step + plan.buffers;
-        b.if_(next.lt(self.steps), || self.fetch(next, 0, buffer));
-        let codes = plan.layout.lane_words.len();
-        current.iter().enumerate().map(|(d, words)| self.operands.decoder.tile(d % codes, words)).collect()
     }
 
     /// The words of a tile.

@@ -3,6 +3,7 @@
 use super::gemv::Plan;
 use super::operands::{self, Gemv};
 use super::prepare::Prepare;
+use super::rotate::GROUP;
 use super::{decode, gemm, walk};
 use crate::cuda::Device;
 use crate::layout::Packed;
@@ -68,8 +69,8 @@ const FILL: f64 = 148.0;
 const FILL_ROUND: f64 = 0.087e-6;
 /// Registers for addresses of a preparation and a group of columns being prepared.
 const PREPARING_REGISTERS: u32 = 24;
-/// Seconds that a block takes longer which does the preparation itself, by columns.
-const PREPARING: f64 = 1.1e-6;
+/// Seconds that a product takes longer whose blocks do the preparation themselves: at least, and for each 128 columns.
+const PREPARING: (f64, f64) = (0.4e-6, 0.022e-6);
 /// Seconds of a launch that prepares a token.
 pub(super) const PREPARATION: f64 = 2.2e-6;
 /// Decoding and reading take longer than the longer of both, as sums with this exponent do.
@@ -183,7 +184,7 @@ fn estimate(op: &Gemv, launch: &Launch, prepare: Option<&Prepare>, device: &Devi
     // Larger tiles are decoded in one go, too; a single result's scales are loaded early.
     let tile = (TILE_REGISTERS + 8) * (plan.layout.row_parts() - 1) + if plan.results == 1 { 8 } else { 0 };
     let registers = prefetched + fragments + sums + working + tile;
-    // Blocks that prepare keep all their activations in registers; values, weights of norms and signs meanwhile.
+    // Values, weights of norms and signs are in registers before activations are.
     let (registers, preparing) = match prepare {
         None => (registers, 0.0),
         Some(_) if !plan.resident => return None,
@@ -193,7 +194,8 @@ fn estimate(op: &Gemv, launch: &Launch, prepare: Option<&Prepare>, device: &Devi
             if (launch.blocks * launch.split).div_ceil(device.sms) > 1 || launch.min_blocks > 1 {
                 return None;
             }
-            (registers.max(prefetched + 9 * groups + PREPARING_REGISTERS), PREPARING)
+            let all = f64::from(op.shape.cols) / f64::from(GROUP);
+            (registers.max(prefetched + 9 * groups + PREPARING_REGISTERS), PREPARING.0 + PREPARING.1 * all)
         }
     };
     if !resident

@@ -244,7 +244,7 @@ pub fn lower_stage(op: &Prepare, spread: Spread, input: Elem, stage: Stage) -> K
     let early = emit.early();
     b.grid_wait();
     b.grid_launch();
-    emit.late(&early, || ());
+    emit.late(&early);
     b.finish()
 }
 
@@ -336,9 +336,9 @@ impl<'a, 'b> Within<'a, 'b> {
         self.0.early()
     }
 
-    /// Prepares, with `meanwhile` done while the input is on its way; gives the scale. A barrier must follow.
-    pub(super) fn late(&self, early: &Early, meanwhile: impl FnOnce()) -> V<'b> {
-        self.0.late(early, meanwhile).expect("a whole preparation")
+    /// Prepares; gives the scale. A barrier must follow.
+    pub(super) fn late(&self, early: &Early) -> V<'b> {
+        self.0.late(early).expect("a whole preparation")
     }
 }
 
@@ -501,7 +501,7 @@ impl<'a, 'b> Emit<'a, 'b> {
     }
 
     /// All that depends on the input. Gives the scale of a block that prepares for itself.
-    fn late(&self, Early { weights, words }: &Early, meanwhile: impl FnOnce()) -> Option<V<'b>> {
+    fn late(&self, Early { weights, words }: &Early) -> Option<V<'b>> {
         let (b, op, g) = (self.b, self.op, self.g);
         let rotated = !self.transforms.is_empty();
         let sums = op.norm.map(|_| self.meeting("squares", Elem::F32, g.blocks * g.warps, g.groups));
@@ -516,15 +516,12 @@ impl<'a, 'b> Emit<'a, 'b> {
                 }
             };
             self.set(group, v);
-        });
-        meanwhile();
-        if let Some((mem, first)) = sums {
-            self.each(|group| {
-                let [x, y, z, w] = self.get(group).map(|v| v * v);
+            if let Some((mem, first)) = sums {
+                let [x, y, z, w] = v.map(|v| v * v);
                 let sum = across_lanes((x + y) + (z + w), |a, b| a + b);
                 b.if_(self.lane.eq(0), || b.store(mem, first + group.number, sum, Elem::F32));
-            });
-        }
+            }
+        });
         let inverse = sums.map(|(mem, first)| {
             self.meet();
             inverse_norm(b, mean::of_groups(b, op.columns, mem, first), op.norm.expect("summed for it").eps)

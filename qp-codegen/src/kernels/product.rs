@@ -93,7 +93,7 @@ impl Launch {
 
     /// Whether the products that read what `prepare` prepares take less time if their blocks do that themselves than with a launch
     /// for it before them.
-    pub fn prepare(ops: &[Gemv], prepare: &Prepare, device: &Device) -> bool {
+    pub fn prepares(ops: &[Gemv], prepare: &Prepare, device: &Device) -> bool {
         // What a gated unit reads is twice as much, and computed in each block.
         if prepare.gate.is_some() {
             return false;

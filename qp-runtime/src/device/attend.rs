@@ -44,31 +44,6 @@ struct AttendArgs<'a> {
     layer: i32,
 }
 
-/// Arguments of the kernels of a single token that put it into the cache themselves.
-#[derive(LaunchArgs)]
-struct AloneArgs<'a> {
-    q: &'a Buffer<f32>,
-    k: &'a Buffer<f32>,
-    v: &'a Buffer<f32>,
-    q_norm: &'a Buffer<f32>,
-    k_norm: &'a Buffer<f32>,
-    cos: &'a Buffer<f32>,
-    sin: &'a Buffer<f32>,
-    sinks: &'a Buffer<f32>,
-    positions: &'a Buffer<i32>,
-    sequence: &'a Buffer<i32>,
-    slots: &'a Buffer<i32>,
-    table: &'a Buffer<i32>,
-    tiles: &'a Buffer<i32>,
-    stride: i32,
-    cache: &'a mut Buffer<u8>,
-    y: &'a mut Buffer<f32>,
-    partial: &'a mut Buffer<f32>,
-    arrived: &'a mut Buffer<i32>,
-    faults: &'a mut Buffer<i32>,
-    layer: i32,
-}
-
 /// What a step's tokens are; all layers read it.
 pub struct Tokens {
     /// Each token's position in its sequence.
@@ -298,66 +273,5 @@ impl AttendKernel {
             faults,
             layer,
         }
-    }
-}
-
-/// Attention of a step of one token, which the launch puts into the cache itself; loaded.
-pub struct AloneKernel {
-    kernel: Loaded,
-    partial: Buffer<f32>,
-    arrived: Buffer<i32>,
-}
-
-impl AloneKernel {
-    /// Makes the kernel.
-    ///
-    /// # Errors
-    /// Those of the executor.
-    pub fn load(on: &Executor, append: &Append, op: &Attend) -> Result<Self, DeviceError> {
-        let launch = few::Launch::choose(op, &on.device());
-        let (partial, arrived) = few::meeting_place(op, &launch);
-        let kernel = on.load::<AloneArgs<'_>>(few::lower_alone(append, op, &launch))?;
-        Ok(AloneKernel { kernel, partial: on.zeroed(partial)?, arrived: on.zeroed(arrived)? })
-    }
-
-    /// Adds the launch to a graph: `y` gets heads · columns. `sinks` are read by a kernel with sinks only.
-    ///
-    /// # Errors
-    /// A kernel of other parameters.
-    pub fn record(
-        &mut self,
-        to: &mut Recorder,
-        (inputs, sinks): (AppendInputs<'_>, &Buffer<f32>),
-        tokens: &Tokens,
-        cache: &mut Buffer<u8>,
-        y: &mut Buffer<f32>,
-        Faults { faults, layer }: Faults<'_>,
-    ) -> Result<(), DeviceError> {
-        let AloneKernel { kernel, partial, arrived } = self;
-        let AppendInputs { q, k, v, norms: [q_norm, k_norm], turns: [cos, sin] } = inputs;
-        let Tokens { positions, sequence, slots, table, tiles, stride } = tokens;
-        let args = AloneArgs {
-            q,
-            k,
-            v,
-            q_norm,
-            k_norm,
-            cos,
-            sin,
-            sinks,
-            positions,
-            sequence,
-            slots,
-            table,
-            tiles,
-            stride: *stride,
-            cache,
-            y,
-            partial,
-            arrived,
-            faults,
-            layer,
-        };
-        to.launch(kernel, args)
     }
 }

@@ -91,7 +91,7 @@ pub fn lower(op: &Append) -> Kernel {
     // The attention that follows finds out what there is to do, and copies old pieces, meanwhile.
     b.grid_launch();
     b.grid_wait();
-    let emit = Heads { b: &b, op, lane, turns, faults, layer };
+    let emit = Emit { b: &b, op, lane, turns, faults, layer };
     b.if_(slot.ge(0) & vector.lt(vectors), || {
         let page = slot / PAGE;
         let piece = |head| page * kv_heads + head;
@@ -117,8 +117,9 @@ pub fn lower(op: &Append) -> Kernel {
                         let first = piece(head) * op.cache.piece_bytes();
                         let x = emit.turned(k, op.k.at(token) + head * head_dim, k_norm);
                         let (most, inverse) = emit.scale(&x, op.cache.largest());
+                        let at = first + offset * 16;
                         emit.rounded(&x, inverse, planes, |plane, i, byte| {
-                            let at = first + key_at(&op.cache, offset, plane, i);
+                            let at = at + plane * op.cache.plane_bytes() + (i / 16 * (PAGE * 16) + i % 16);
                             b.store(cache, at, byte.bits(Scalar::U32), Elem::U8);
                         });
                         emit.number(cache, first, offset, 0, most / op.cache.largest());
@@ -129,8 +130,11 @@ pub fn lower(op: &Append) -> Kernel {
                         let x = emit.values(v, op.v.at(token) + head * head_dim);
                         let (most, _) = emit.scale(&x, op.cache.largest());
                         let (logarithm, inverse) = value_scale(&b, most / op.cache.largest());
+                        let within = offset % 16;
+                        let place = within / 2 % 4 * 4 + within / 8 * 2 + within % 2;
+                        let at = first + op.cache.values() + offset / 16 * (op.cache.columns() * 16) + place;
                         emit.rounded(&x, inverse, planes, |plane, i, byte| {
-                            let at = first + value_at(&op.cache, offset, plane, i);
+                            let at = at + plane * op.cache.plane_bytes() + i * 16;
                             b.store(cache, at, byte.bits(Scalar::U32), Elem::U8);
                         });
                         emit.number(cache, first, offset, 1, logarithm);
@@ -143,31 +147,19 @@ pub fn lower(op: &Append) -> Kernel {
     b.finish()
 }
 
-/// Where the byte of a key lies in its piece: at `offset` of the page, of a plane and a column.
-pub(super) fn key_at<'b>(cache: &Cache, offset: V<'b>, plane: u32, column: V<'b>) -> V<'b> {
-    offset * 16 + plane * cache.plane_bytes() + (column / 16 * (PAGE * 16) + column % 16)
-}
-
-/// The same of a value.
-pub(super) fn value_at<'b>(cache: &Cache, offset: V<'b>, plane: u32, column: V<'b>) -> V<'b> {
-    let within = offset % 16;
-    let place = within / 2 % 4 * 4 + within / 8 * 2 + within % 2;
-    offset / 16 * (cache.columns() * 16) + place + cache.values() + plane * cache.plane_bytes() + column * 16
-}
-
 /// A lowering in progress: what all heads of a token share.
-pub(super) struct Heads<'b, 'a> {
-    pub b: &'b Builder,
-    pub op: &'a Append,
-    pub lane: V<'b>,
+struct Emit<'b, 'a> {
+    b: &'b Builder,
+    op: &'a Append,
+    lane: V<'b>,
     /// Of the lane's columns, from the first on, those among which some turn.
-    pub turns: Vec<Turn<'b>>,
-    pub faults: Mem,
-    pub layer: V<'b>,
+    turns: Vec<Turn<'b>>,
+    faults: Mem,
+    layer: V<'b>,
 }
 
 /// How a column turns.
-pub(super) struct Turn<'b> {
+struct Turn<'b> {
     /// Whether it does.
     rotates: V<'b>,
     /// Whether it is the first of its pair.
@@ -189,13 +181,7 @@ fn columns<'b>(op: &Append, lane: V<'b>) -> Vec<(V<'b>, Option<V<'b>>)> {
 }
 
 /// How the lane's columns turn at `position`. Column `i` turns with `i + half`, or with `i − half`; or with its neighbour.
-pub(super) fn turns<'b>(
-    b: &'b Builder,
-    op: &Append,
-    lane: V<'b>,
-    position: V<'b>,
-    [cos, sin]: [Mem; 2],
-) -> Vec<Turn<'b>> {
+fn turns<'b>(b: &'b Builder, op: &Append, lane: V<'b>, position: V<'b>, [cos, sin]: [Mem; 2]) -> Vec<Turn<'b>> {
     let (half, last) = (op.rotary / 2, op.cache.head_dim as i32 - 1);
     let turn = |(i, _): (V<'b>, Option<V<'b>>)| {
         let (low, pair, partner) = if op.interleaved {
@@ -211,9 +197,9 @@ pub(super) fn turns<'b>(
     columns(op, lane).into_iter().take(op.rotary.div_ceil(32) as usize).map(turn).collect()
 }
 
-impl<'b> Heads<'b, '_> {
+impl<'b> Emit<'b, '_> {
     /// The lane's values of a head that begins at `first`; zero beyond its last column.
-    pub fn values(&self, x: Mem, first: V<'b>) -> Vec<V<'b>> {
+    fn values(&self, x: Mem, first: V<'b>) -> Vec<V<'b>> {
         let last = self.op.cache.head_dim as i32 - 1;
         let load = |(i, exists): (V<'b>, Option<V<'b>>)| match exists {
             None => self.b.load(x, first + i, Elem::F32),
@@ -223,7 +209,7 @@ impl<'b> Heads<'b, '_> {
     }
 
     /// The same, normed and turned.
-    pub fn turned(&self, x: Mem, first: V<'b>, norm: Mem) -> Vec<V<'b>> {
+    fn turned(&self, x: Mem, first: V<'b>, norm: Mem) -> Vec<V<'b>> {
         let (b, op) = (self.b, self.op);
         let own = self.values(x, first);
         let factor = op.norm.map(|eps| {
@@ -248,7 +234,7 @@ impl<'b> Heads<'b, '_> {
 
     /// The largest magnitude of a head, and what its values are multiplied with to have `largest` as theirs. Numbers that are
     /// not finite are noted, and then all count as zero.
-    pub fn scale(&self, x: &[V<'b>], largest: f32) -> (V<'b>, V<'b>) {
+    fn scale(&self, x: &[V<'b>], largest: f32) -> (V<'b>, V<'b>) {
         let b = self.b;
         let bits = x.iter().map(|x| x.abs().bits(Scalar::I32)).reduce(V::max).expect("columns");
         let bits = across_lanes(bits, V::max);
@@ -259,7 +245,7 @@ impl<'b> Heads<'b, '_> {
     }
 
     /// Hands the bytes of the rounded values to `store`: plane, column, byte.
-    pub fn rounded(&self, x: &[V<'b>], inverse: V<'b>, planes: u32, store: impl Fn(u32, V<'b>, V<'b>)) {
+    fn rounded(&self, x: &[V<'b>], inverse: V<'b>, planes: u32, store: impl Fn(u32, V<'b>, V<'b>)) {
         for (&x, (i, _)) in x.iter().zip(columns(self.op, self.lane)) {
             let q = (x * inverse).to(Scalar::I32);
             if planes == 2 {
@@ -272,14 +258,14 @@ impl<'b> Heads<'b, '_> {
     }
 
     /// Stores number `i` of a position of the piece at byte `first`.
-    pub fn number(&self, cache: Mem, first: V<'b>, offset: V<'b>, i: u32, number: V<'b>) {
+    fn number(&self, cache: Mem, first: V<'b>, offset: V<'b>, i: u32, number: V<'b>) {
         let at = (first + (self.op.cache.scales() + i * PAGE * 4)) / 4 + offset;
         self.b.if_(self.lane.eq(0), || self.b.store(cache, at, number, Elem::F32));
     }
 }
 
 /// The twin of [`super::reference`]'s.
-pub(super) fn value_scale<'b>(b: &'b Builder, scale: V<'b>) -> (V<'b>, V<'b>) {
+fn value_scale<'b>(b: &'b Builder, scale: V<'b>) -> (V<'b>, V<'b>) {
     let bits = scale.bits(Scalar::I32);
     let exponent = (bits >> 23) - 127;
     let mantissa = ((bits & 0x7f_ffff) | 0x3f80_0000).bits(Scalar::F32);

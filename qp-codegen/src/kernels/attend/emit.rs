@@ -82,26 +82,11 @@ impl<'b> Factors<'b> {
 impl<'b, 'a> Emit<'b, 'a> {
     /// Declares parameters and `stages` pieces in shared memory. `meeting_place` is how many elements of `partial` and
     /// `arrived` the kernel uses.
-    /// With `own`, blocks round queries themselves, and write keys and values to the cache.
-    pub fn new(
-        b: &'b Builder,
-        op: &'a Attend,
-        stages: u32,
-        threads: u32,
-        meeting_place: (usize, usize),
-        own: bool,
-    ) -> Self {
+    pub fn new(b: &'b Builder, op: &'a Attend, stages: u32, threads: u32, meeting_place: (usize, usize)) -> Self {
         let rows = u64::from(op.tokens) * u64::from(op.heads);
-        let (queries, query_scale) = if own {
-            let words = op.group() * 2 * op.cache.columns() / 4;
-            (b.shared("queries", Elem::U32, words), b.shared("query_scale", Elem::F32, op.group()))
-        } else {
-            let queries = b.sized("queries", Elem::I8, false, rows * 2 * u64::from(op.cache.columns()));
-            (queries, b.sized("query_scale", Elem::F32, false, rows))
-        };
         let p = Params {
-            queries,
-            query_scale,
+            queries: b.sized("queries", Elem::I8, false, rows * 2 * u64::from(op.cache.columns())),
+            query_scale: b.sized("query_scale", Elem::F32, false, rows),
             sinks: b.sized("sinks", Elem::F32, false, if op.sinks { op.heads.into() } else { 0 }),
             positions: b.sized("positions", Elem::I32, false, op.tokens.into()),
             sequence: b.sized("sequence", Elem::I32, false, op.tokens.into()),
@@ -109,7 +94,7 @@ impl<'b, 'a> Emit<'b, 'a> {
             table: b.buffer("table", Elem::I32, false),
             tiles: b.buffer("tiles", Elem::I32, false),
             stride: b.scalar("stride", Scalar::I32),
-            cache: b.buffer("cache", Elem::U8, own),
+            cache: b.buffer("cache", Elem::U8, false),
             y: b.sized("y", Elem::F32, true, rows * u64::from(op.cache.head_dim)),
             partial: b.sized("partial", Elem::F32, true, meeting_place.0 as u64),
             arrived: b.sized("arrived", Elem::I32, true, meeting_place.1 as u64),

@@ -103,7 +103,7 @@ pub fn lower(op: &Attend, launch: &Launch, tiles: u32) -> Kernel {
         8 * cache.planes
     ));
     b.dependent_launch();
-    let e = Emit::new(&b, op, launch.stages, launch.warps * 32, (0, 0), false);
+    let e = Emit::new(&b, op, launch.stages, launch.warps * 32, (0, 0));
     let kept = b.shared("spans", Elem::F32, launch.warps * 32 * sums_of(op) * 4);
     Many { b: &b, e, launch, kept, tiles }.kernel();
     b.finish()

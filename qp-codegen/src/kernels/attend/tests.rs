@@ -334,8 +334,8 @@ impl<'a> Step<'a> {
         ints(self.tokens.iter().map(|t| t.map_or(77, |t| t.1 as i32)))
     }
 
-    /// What heads are made of: queries, keys and values of the step's tokens, norms' weights, cosines and sines.
-    fn heads(&self) -> [Vec<u8>; 5] {
+    /// The kernel that appends, against the twin.
+    fn check_append(&self) {
         let (model, tokens) = (&self.model, self.tokens.len());
         let mut qkv = vec![f32::NAN; tokens * model.qkv()];
         for (row, t) in qkv.chunks_exact_mut(model.qkv()).zip(&self.tokens) {
@@ -348,14 +348,8 @@ impl<'a> Step<'a> {
         let turns: Vec<_> = (0..longest).map(|p| angles(p, half)).collect();
         let cos: Vec<f32> = turns.iter().flat_map(|t| t.0.clone()).collect();
         let sin: Vec<f32> = turns.iter().flat_map(|t| t.1.clone()).collect();
-        let [q_norm, k_norm] = self.sequences[0].norms.each_ref().map(|n| floats(n));
-        [floats(&qkv), q_norm, k_norm, floats(&cos), floats(&sin)]
-    }
-
-    /// The kernel that appends, against the twin.
-    fn check_append(&self) {
-        let (model, tokens) = (&self.model, self.tokens.len());
-        let [qkv, q_norm, k_norm, cos, sin] = self.heads();
+        let qkv = floats(&qkv);
+        let norms = self.sequences[0].norms.each_ref().map(|n| floats(n));
         let mut cache = self.before.clone();
         let mut queries = vec![0u8; self.queries.len()];
         let mut scales = vec![0u8; 4 * self.scales.len()];
@@ -365,10 +359,10 @@ impl<'a> Step<'a> {
             Arg::ReadOnly(&qkv),
             Arg::ReadOnly(&qkv),
             Arg::ReadOnly(&qkv),
-            Arg::ReadOnly(&q_norm),
-            Arg::ReadOnly(&k_norm),
-            Arg::ReadOnly(&cos),
-            Arg::ReadOnly(&sin),
+            Arg::ReadOnly(&norms[0]),
+            Arg::ReadOnly(&norms[1]),
+            Arg::ReadOnly(&floats(&cos)),
+            Arg::ReadOnly(&floats(&sin)),
             Arg::ReadOnly(&self.positions()),
             Arg::ReadOnly(&self.slots()),
             Arg::Buffer(&mut cache),
@@ -384,62 +378,6 @@ impl<'a> Step<'a> {
         assert_eq!(faults, ints([0, 0]));
     }
 
-    /// The table of pages, and the pages of a row.
-    fn table(&self) -> (Vec<u8>, i32) {
-        let stride = self.sequences.iter().map(|s| s.pages.len()).max().expect("sequences");
-        let mut table = vec![-1i32; self.sequences.len() * stride];
-        for (row, s) in table.chunks_exact_mut(stride).zip(self.sequences) {
-            row[..s.pages.len()].copy_from_slice(&s.pages);
-        }
-        (ints(table), stride as i32)
-    }
-
-    fn sequence(&self) -> Vec<u8> {
-        ints(self.tokens.iter().map(|t| t.map_or(-1, |t| t.0 as i32)))
-    }
-
-    /// The kernel of a single token that puts it into the cache itself, against the twin: results and the cache.
-    fn check_alone(&self, launch: few::Launch) {
-        let op = self.model.attend(1);
-        let kernel = few::lower_alone(&self.model.append(1), &op, &launch);
-        let (partial, arrived) = few::meeting_place(&op, &launch);
-        let (mut partial, mut arrived) = (vec![0xffu8; 4 * partial], vec![0u8; 4 * arrived]);
-        let [qkv, q_norm, k_norm, cos, sin] = self.heads();
-        let (table, stride) = self.table();
-        for reverse in [false, true] {
-            let (mut cache, mut y, mut faults) = (self.before.clone(), vec![0xffu8; 4 * self.y.len()], ints([0, 0]));
-            let args = &mut [
-                Arg::ReadOnly(&qkv),
-                Arg::ReadOnly(&qkv),
-                Arg::ReadOnly(&qkv),
-                Arg::ReadOnly(&q_norm),
-                Arg::ReadOnly(&k_norm),
-                Arg::ReadOnly(&cos),
-                Arg::ReadOnly(&sin),
-                Arg::ReadOnly(&floats(&self.sequences[0].sinks)),
-                Arg::ReadOnly(&self.positions()),
-                Arg::ReadOnly(&self.sequence()),
-                Arg::ReadOnly(&self.slots()),
-                Arg::ReadOnly(&table),
-                Arg::ReadOnly(&[0; 8]),
-                Arg::I32(stride),
-                Arg::Buffer(&mut cache),
-                Arg::Buffer(&mut y),
-                Arg::Buffer(&mut partial),
-                Arg::Buffer(&mut arrived),
-                Arg::Buffer(&mut faults),
-                Arg::I32(1),
-            ];
-            validate(&kernel).unwrap_or_else(|problems| panic!("{problems}"));
-            run(&kernel, args, &Options { reverse, ..Options::default() })
-                .unwrap_or_else(|trap| panic!("{launch:?}: {trap}"));
-            assert!(y == floats(&self.y), "{}, {launch:?}: results", kernel.name);
-            assert!(cache == self.after, "{}, {launch:?}: the cache", kernel.name);
-            assert!(arrived.iter().all(|x| *x == 0), "{launch:?}: arrivals");
-            assert_eq!(faults, ints([0, 0]), "{launch:?}");
-        }
-    }
-
     /// Runs a kernel that attends on a cache; `memory`: results, parts, arrivals, faults.
     fn run(
         &self,
@@ -449,18 +387,23 @@ impl<'a> Step<'a> {
         [y, partial, arrived, faults]: [&mut Vec<u8>; 4],
         reverse: bool,
     ) -> Result<Report, Trap> {
-        let (table, stride) = self.table();
+        let stride = self.sequences.iter().map(|s| s.pages.len()).max().expect("sequences");
+        let mut table = vec![-1i32; self.sequences.len() * stride];
+        for (row, s) in table.chunks_exact_mut(stride).zip(self.sequences) {
+            row[..s.pages.len()].copy_from_slice(&s.pages);
+        }
         let queries: Vec<u8> = self.queries.iter().map(|x| *x as u8).collect();
+        let sequence = ints(self.tokens.iter().map(|t| t.map_or(-1, |t| t.0 as i32)));
         let args = &mut [
             Arg::ReadOnly(&queries),
             Arg::ReadOnly(&floats(&self.scales)),
             Arg::ReadOnly(&floats(&self.sequences[0].sinks)),
             Arg::ReadOnly(&self.positions()),
-            Arg::ReadOnly(&self.sequence()),
+            Arg::ReadOnly(&sequence),
             Arg::ReadOnly(&self.slots()),
-            Arg::ReadOnly(&table),
+            Arg::ReadOnly(&ints(table.iter().copied())),
             Arg::ReadOnly(&ints(tiles.iter().copied())),
-            Arg::I32(stride),
+            Arg::I32(stride as i32),
             Arg::ReadOnly(cache),
             Arg::Buffer(y),
             Arg::Buffer(partial),
@@ -558,13 +501,8 @@ fn few_tokens_equal_the_twin_however_they_are_cut() {
     let step = Step::new(model, &all[..1], vec![Some((0, 2198))]);
     for launch in [FEW, few::Launch { chunks: 1, ..FEW }, few::Launch { spans: 1, ..FEW }] {
         step.check_few(launch);
-        step.check_alone(launch);
     }
-    // Fewer units than blocks, a piece at a time, and the first position of a page.
-    step.check_alone(few::Launch { blocks: 2, stages: 1, chunks: 1, ..FEW });
-    Step::new(model, &all[..1], vec![Some((0, 128))]).check_alone(FEW);
     Step::new(model, &all[..1], vec![None]).check_few(FEW);
-    Step::new(model, &all[..1], vec![None]).check_alone(FEW);
     Step::new(model, &all[1..2], vec![Some((0, 0))]).check_few(FEW);
 }
 
@@ -635,9 +573,6 @@ fn every_kind_of_model_equals_the_twin() {
         step.check_few(FEW);
         step.check_few(few::Launch { chunks: 1, stages: 1, ..FEW });
         step.check_many(many::Launch { warps: 2, stages: 2 });
-        let alone = Step::new(model, &all, vec![Some((0, 297))]);
-        alone.check_alone(FEW);
-        alone.check_alone(few::Launch { chunks: 1, stages: 1, ..FEW });
     }
 }
 
@@ -717,20 +652,10 @@ fn kernels_compile_without_spills() {
             let launch = few::Launch::choose(&op, &device);
             let plan = many::Launch::choose(&op, &device);
             let prompt = Attend { tokens: 512, ..op };
-            let mut kernels = vec![
+            let kernels = [
                 (format!("{launch:?}"), few::lower(&op, &launch), launch.min_blocks),
                 (format!("{plan:?}"), many::lower(&prompt, &plan, 64), 1),
             ];
-            if op.tokens == 1 {
-                let Cache { kv_heads, head_dim: d, .. } = op.cache;
-                let span = |head| Span { first: head * d, stride: (op.heads + 2 * kv_heads) * d };
-                let (q, k, v) = (span(0), span(op.heads), span(op.heads + kv_heads));
-                let Attend { cache, heads, tokens, .. } = op;
-                let append =
-                    Append { cache, heads, tokens, q, k, v, rotary: d, interleaved: false, norm: None, scale: 0.1 };
-                let kernel = few::lower_alone(&append, &op, &launch);
-                kernels.push((format!("{launch:?}"), kernel, launch.min_blocks));
-            }
             for (launch, kernel, resident) in kernels {
                 let checked = crate::cuda::check(&kernel, target).unwrap_or_else(|problems| panic!("{problems}"));
                 let source = crate::cuda::print(checked);

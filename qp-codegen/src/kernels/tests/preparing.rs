@@ -147,7 +147,7 @@ fn blocks_prepare_where_it_takes_less_time() {
     let own = |batch, columns, rotation, gate: Option<Gate>| {
         let op = Gemv { quantizer: &q, shape: Shape { rows: 4096, cols: columns }, batch, accumulate: false };
         let prepare = Prepare { columns, batch, input: Span::rows(columns), gate, norm: norm(false), rotation };
-        Launch::prepare(&[op, op], &prepare, &device)
+        Launch::prepares(&[op, op], &prepare, &device)
     };
     let gate = Some(Gate { activation: Activation::Silu, up: Span::rows(4096) });
     assert!(own(1, 4096, blocks(128), None) && own(1, 4096, Rotation::None, None));

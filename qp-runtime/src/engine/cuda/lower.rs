@@ -134,13 +134,6 @@ pub enum Op {
     Add(Add),
     /// New keys and values into the cache, queries rounded.
     Append(Append),
-    /// Attention of a step of one token, which the launch puts into the cache itself.
-    AttendAlone {
-        /// What is put there, and how queries turn.
-        append: Append,
-        /// The attention.
-        attend: Attend,
-    },
     /// Attention, each token for itself.
     AttendFew(Attend),
     /// Attention, tokens of up to [`MOST_CHUNKS`] sequences in tiles.
@@ -173,7 +166,7 @@ impl Op {
             Op::Combine(_) => "sum of experts",
             Op::Add(_) => "add",
             Op::Append(_) => "append",
-            Op::AttendAlone { .. } | Op::AttendFew(_) | Op::AttendMany(_) => "attention",
+            Op::AttendFew(_) | Op::AttendMany(_) => "attention",
             Op::Glu(_) => "gated unit",
             Op::Map(_) => "map",
             Op::Rows(_) => "rows",
@@ -251,9 +244,6 @@ impl Op {
             Op::Combine(op) => combine::lower(op),
             Op::Add(op) => add::lower(op),
             Op::Append(op) => append::lower(op),
-            Op::AttendAlone { append, attend } => {
-                few::lower_alone(append, attend, &few::Launch::choose(attend, device))
-            }
             Op::AttendFew(op) => few::lower(op, &few::Launch::choose(op, device)),
             Op::AttendMany(op) => {
                 let launch = many::Launch::choose(op, device);
@@ -384,7 +374,7 @@ pub fn own_preparation(program: &Program, id: LayerId, op: &Gemv, device: &Devic
     }
     let input = Span::rows(columns);
     let prepare = Prepare { columns, batch: 1, input, gate, norm, rotation: op.quantizer.rotation };
-    product::Launch::prepare(&[*op], &prepare, device).then_some(prepare)
+    product::Launch::prepares(&[*op], &prepare, device).then_some(prepare)
 }
 
 /// The part of a step behind its decoder blocks. What the blocks gave lies where a step of as many tokens leaves it, whether
@@ -745,7 +735,7 @@ impl<'l> Lowering<'l> {
                 batch: 1,
                 accumulate: false,
             };
-            product::Launch::prepare(&products.iter().map(op).collect::<Vec<_>>(), &own.0, self.device)
+            product::Launch::prepares(&products.iter().map(op).collect::<Vec<_>>(), &own.0, self.device)
         };
         let themselves = known.unwrap_or_else(decide);
         if known.is_none() {
@@ -863,18 +853,9 @@ impl<'l> Lowering<'l> {
         let spans = places.map(|p| p.span);
         let layout = self.layout;
         let (append, op) = attention_ops(&layout.program, attention, layout.cache, self.batch, spans);
-        let norms = attention.q_norm.iter().chain(&attention.k_norm).map(|n| n.weight);
-        if self.batch == 1 && std::env::var("QP_ALONE").is_ok_and(|v| v == "1") {
-            let (slot, _) = self.own(y);
-            let op = Op::AttendAlone { append, attend: op };
-            let launch = self.launch(op, &places.map(|p| p.slot), Some(slot));
-            (launch.cache, launch.rope) = (Some(cache), attention.rope);
-            launch.vectors = norms.chain(attention.sinks).collect();
-            return;
-        }
         let launch = self.launch(Op::Append(append), &places.map(|p| p.slot), None);
         (launch.cache, launch.rope) = (Some(cache), attention.rope);
-        launch.vectors = norms.collect();
+        launch.vectors = attention.q_norm.iter().chain(&attention.k_norm).map(|n| n.weight).collect();
         let (slot, _) = self.own(y);
         let op = if is_many(self.batch) { Op::AttendMany(op) } else { Op::AttendFew(op) };
         let launch = self.launch(op, &[], Some(slot));

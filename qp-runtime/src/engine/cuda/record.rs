@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::layout::Layout;
 use super::lower::{self, Launch, Op, Slot};
 use super::matrix::{Floats, Matrix};
-use crate::device::attend::{AloneKernel, AppendInputs, AppendKernel, AttendKernel, Queries, Tokens};
+use crate::device::attend::{AppendInputs, AppendKernel, AttendKernel, Queries, Tokens};
 use crate::device::grouped::GroupedKernel;
 use crate::device::launches as args;
 use crate::device::ops::{
@@ -102,8 +102,6 @@ pub enum Ready {
     Append(AppendKernel),
     /// Where blocks meet.
     Attend(AttendKernel),
-    /// Where blocks meet.
-    Alone(AloneKernel),
     /// The rotation.
     Prepare(PrepareKernel),
     /// The rotation's inverse.
@@ -194,7 +192,6 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
             return GroupedKernel::load(on, &op, &launch).map(Ready::Grouped);
         }
         Op::Append(op) => return AppendKernel::load(on, op).map(Ready::Append),
-        Op::AttendAlone { append, attend } => return AloneKernel::load(on, append, attend).map(Ready::Alone),
         Op::AttendFew(op) => return AttendKernel::few(on, op).map(Ready::Attend),
         Op::AttendMany(op) => {
             let tiles = lower::most_tiles(layout, &on.device(), op.tokens);
@@ -232,7 +229,6 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
             | Op::Experts { .. }
             | Op::Grouped { .. }
             | Op::Append(_)
-            | Op::AttendAlone { .. }
             | Op::AttendFew(_)
             | Op::AttendMany(_),
             _,
@@ -276,10 +272,6 @@ pub fn record(
     let inputs = |op: &Prepare| {
         let up = if op.gate.is_some() { read(1) } else { nothing };
         PrepareInputs { input: read(0), up, norm }
-    };
-    let heads = || {
-        let turns = launch.rope.map_or([nothing, nothing], |id| [&turns[id.0].0, &turns[id.0].1]);
-        AppendInputs { q: read(0), k: read(1), v: read(2), norms: [norm_of(0), norm_of(1)], turns }
     };
     let y = written.as_mut().map(|w| &mut w.1);
     let result = match (&launch.op, kernel, matrix, y) {
@@ -348,13 +340,11 @@ pub fn record(
         (Op::Map(_), Ready::Plain(kernel), _, Some(y)) => to.launch(kernel, args::Map { x: read(0), y }),
         (Op::Rows(_), Ready::Plain(kernel), _, Some(y)) => to.launch(kernel, args::Rows { rows, x: read(0), y }),
         (Op::Append(_), Ready::Append(kernel), ..) => {
+            let turns = launch.rope.map_or([nothing, nothing], |id| [&turns[id.0].0, &turns[id.0].1]);
+            let norms = [norm_of(0), norm_of(1)];
+            let inputs = AppendInputs { q: read(0), k: read(1), v: read(2), norms, turns };
             let cache = &mut caches[launch.cache.expect("a cache").0];
-            kernel.record(to, heads(), places, cache, queries, Faults { faults, layer })
-        }
-        (Op::AttendAlone { attend, .. }, Ready::Alone(kernel), _, Some(y)) => {
-            let cache = &mut caches[launch.cache.expect("a cache").0];
-            let sinks = if attend.sinks { norm_of(launch.vectors.len() - 1) } else { nothing };
-            kernel.record(to, (heads(), sinks), places, cache, y, Faults { faults, layer })
+            kernel.record(to, inputs, places, cache, queries, Faults { faults, layer })
         }
         (Op::AttendFew(_) | Op::AttendMany(_), Ready::Attend(kernel), _, Some(y)) => {
             let cache = &caches[launch.cache.expect("a cache").0];

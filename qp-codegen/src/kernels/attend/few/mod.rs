@@ -12,11 +12,9 @@
 //! one that comes last to a token's head its spans, in the order of the positions. So the way of cutting does not show.
 
 mod meet;
-mod own;
 
-use self::own::Own;
 use super::emit::{Emit, Factors, Part, Row, Weights};
-use super::{Append, Attend, CHUNK, PAGE, SPAN};
+use super::{Attend, CHUNK, PAGE, SPAN};
 use crate::cuda::Device;
 use crate::ir::{Builder, Cache as Caching, Elem, Kernel, Mem, Scalar, V, Var};
 use crate::kernels::math::across_lanes;
@@ -56,8 +54,7 @@ impl Launch {
     pub fn choose(op: &Attend, device: &Device) -> Launch {
         let piece = op.cache.piece_bytes();
         let fits = |stages: u32, blocks: u32| {
-            let queries = if op.tokens == 1 { op.group() * (2 * op.cache.columns() + 4) } else { 0 };
-            let bytes = stages * piece + EXTRA_BYTES + queries;
+            let bytes = stages * piece + EXTRA_BYTES;
             bytes <= device.shared_per_block && blocks * (bytes + 1024) <= device.shared_per_sm
         };
         let shapes = [(STAGES, 3), (2, 3), (STAGES, 2), (2, 2), (STAGES, 1), (2, 1), (1, 1)];
@@ -113,42 +110,24 @@ impl Plan {
 /// # Panics
 /// If there are more than [`MAX_TOKENS`] tokens, or heads that do not divide.
 pub fn lower(op: &Attend, launch: &Launch) -> Kernel {
-    lower_with(op, None, launch)
-}
-
-/// The same of a single token whose queries, keys and values the blocks turn and round themselves, what [`super::append`] does
-/// otherwise; keys and values also go to the cache. The parameters are `q`, `k`, `v`, `q_norm`, `k_norm`, `cos` and `sin` of
-/// [`append::lower`](super::append::lower), then those of [`Attend`] without `queries` and `query_scale`.
-///
-/// # Panics
-/// As [`lower`]; and of several tokens, one of which could be read by another block than the one that writes it.
-pub fn lower_alone(append: &Append, op: &Attend, launch: &Launch) -> Kernel {
-    assert!(op.tokens == 1 && append.tokens == 1, "a single token");
-    lower_with(op, Some(append), launch)
-}
-
-fn lower_with(op: &Attend, append: Option<&Append>, launch: &Launch) -> Kernel {
     assert!((1..=MAX_TOKENS).contains(&op.tokens), "tokens");
     assert!(op.heads.is_multiple_of(op.cache.kv_heads) && op.cache.head_dim.is_multiple_of(2), "heads");
     let cache = op.cache;
-    let own = if append.is_some() { "alone" } else { "few" };
     let name =
-        format!("attend_{own}_{}_{}x{}_p{}_b{}", op.heads, cache.kv_heads, cache.head_dim, cache.planes, op.tokens);
+        format!("attend_few_{}_{}x{}_p{}_b{}", op.heads, cache.kv_heads, cache.head_dim, cache.planes, op.tokens);
     let b = Builder::new(&name, [launch.blocks, 1], THREADS);
     b.doc(format!(
-        "Attention of {} token(s), {} heads of {} on {} of keys and values of {} bits{}.",
+        "Attention of {} token(s), {} heads of {} on {} of keys and values of {} bits.",
         op.tokens,
         op.heads,
         cache.head_dim,
         cache.kv_heads,
-        8 * cache.planes,
-        if append.is_some() { ", its own put into them" } else { "" }
+        8 * cache.planes
     ));
     b.min_blocks(launch.min_blocks);
     b.dependent_launch();
     let plan = Plan::new(op, launch);
-    let inputs = append.map(|append| own::Inputs::declare(&b, append));
-    let e = Emit::new(&b, op, launch.stages, THREADS, meeting_place(op, launch), append.is_some());
+    let e = Emit::new(&b, op, launch.stages, THREADS, meeting_place(op, launch));
     let row_tiles = plan.group.div_ceil(ROWS);
     let few = Few {
         b: &b,
@@ -159,7 +138,7 @@ fn lower_with(op: &Attend, append: Option<&Append>, launch: &Launch) -> Kernel {
         exchanged: b.shared("exchanged", Elem::U32, row_tiles * THREADS * 4),
         e,
     };
-    few.kernel(append.zip(inputs));
+    few.kernel();
     b.finish()
 }
 
@@ -224,18 +203,17 @@ struct Sums {
 }
 
 impl<'b> Few<'b, '_> {
-    fn kernel(&self, append: Option<(&Append, own::Inputs)>) {
+    fn kernel(&self) {
         let (b, e) = (self.b, &self.e);
         b.comment("What the step is cut into, and the first pieces, as far as no kernel of the step writes to them.");
         let block = b.special(crate::ir::Special::BlockX);
         let units = self.units();
-        let own = append.map(|(append, inputs)| Own::new(self, append, inputs));
-        let next = self.begin(block, &units, own.is_some());
+        let next = self.begin(block, &units);
         let stages = self.launch.stages;
         let copied = b.var(b.i32(0));
         for i in 0..stages - 1 {
             b.if_(b.get(copied).eq(i as i32) & b.get(next.tile).lt(b.get(next.old)), || {
-                self.copy(&next, b.i32(i as i32), &units, own.is_some());
+                self.copy(&next, b.i32(i as i32), &units);
                 b.set(copied, b.i32(i as i32 + 1));
             });
         }
@@ -243,38 +221,28 @@ impl<'b> Few<'b, '_> {
         b.grid_launch();
         let slot = b.var(b.i32(0));
         for i in 0..stages - 1 {
-            b.if_(b.get(copied).le(i as i32), || self.copy(&next, b.i32(i as i32), &units, own.is_some()));
+            b.if_(b.get(copied).le(i as i32), || self.copy(&next, b.i32(i as i32), &units));
             b.async_commit();
         }
         let sums: Vec<Sums> = (0..3).map(|_| self.sums()).collect();
         let [all, span, chunk] = &sums[..] else { unreachable!("three") };
         b.for_(block, units.all, self.launch.blocks, |unit| {
             let at = self.unit(unit, &units);
-            if let Some(own) = &own {
-                own.queries(&at.place);
-                b.barrier();
-            }
-            let queries = self.queries(&at.place, own.is_some());
+            let queries = self.queries(&at.place);
             sums.iter().for_each(|s| self.clear(s));
             b.for_(at.tiles[0], at.tiles[1], 1, |tile| {
                 let now = b.get(slot);
                 if stages == 1 {
                     b.barrier();
-                    self.produce(&next, b.i32(0), &units, own.is_some());
+                    self.produce(&next, b.i32(0), &units);
                     b.async_wait(0);
                     b.barrier();
                 } else {
                     b.async_wait(stages - 2);
                     b.barrier();
                     let free = now + (stages - 1);
-                    self.produce(&next, free.ge(stages).select(free - stages, free), &units, own.is_some());
+                    self.produce(&next, free.ge(stages).select(free - stages, free), &units);
                     b.set(slot, now.eq(stages - 1).select(b.i32(0), now + 1));
-                }
-                if let Some(own) = &own {
-                    b.if_(tile.eq(at.place.tiles[1]), || {
-                        own.put(now, &at.place);
-                        b.barrier();
-                    });
                 }
                 self.tile(now * e.piece_words(), tile, &at.place, &queries, chunk);
                 let end = (tile + 1).eq(at.tiles[1]);
@@ -383,24 +351,23 @@ impl<'b> Few<'b, '_> {
     }
 
     /// Where the block's first piece lies.
-    fn begin(&self, block: V<'b>, units: &Units<'b>, own: bool) -> Next {
+    fn begin(&self, block: V<'b>, units: &Units<'b>) -> Next {
         let b = self.b;
         let var = || b.var(b.i32(0));
         let next =
             Next { unit: b.var(block), tile: var(), old: var(), end: var(), head: var(), row: var(), page: var() };
-        b.if_(block.lt(units.all), || self.go_to(&next, block, units, own));
+        b.if_(block.lt(units.all), || self.go_to(&next, block, units));
         next
     }
 
-    /// If the launch puts its token into the cache itself, no kernel of the step writes what is copied.
-    fn go_to(&self, next: &Next, unit: V<'b>, units: &Units<'b>, own: bool) {
+    fn go_to(&self, next: &Next, unit: V<'b>, units: &Units<'b>) {
         let (b, e) = (self.b, &self.e);
         let Unit { place, tiles: [first, end] } = self.unit(unit, units);
         let row = e.int(e.p.sequence, place.token) * e.p.stride;
         // Of the token's sequence the step writes positions that go on from each other, the token's among them.
         let first_written = (place.position - (e.op.tokens as i32 - 1)).max(0);
         b.set(next.tile, first);
-        b.set(next.old, if own { end } else { first_written / PAGE });
+        b.set(next.old, first_written / PAGE);
         b.set(next.end, end);
         b.set(next.head, place.head);
         b.set(next.row, row);
@@ -408,13 +375,13 @@ impl<'b> Few<'b, '_> {
     }
 
     /// Starts copying the next piece, if there is one, into place `slot` of the ring: a group of copies.
-    fn produce(&self, next: &Next, slot: V<'b>, units: &Units<'b>, own: bool) {
-        self.copy(next, slot, units, own);
+    fn produce(&self, next: &Next, slot: V<'b>, units: &Units<'b>) {
+        self.copy(next, slot, units);
         self.b.async_commit();
     }
 
     /// The same without ending the group.
-    fn copy(&self, next: &Next, slot: V<'b>, units: &Units<'b>, own: bool) {
+    fn copy(&self, next: &Next, slot: V<'b>, units: &Units<'b>) {
         let (b, e) = (self.b, &self.e);
         b.if_(b.get(next.unit).lt(units.all), || {
             e.copy_piece(slot, b.get(next.page), b.get(next.head));
@@ -426,7 +393,7 @@ impl<'b> Few<'b, '_> {
                 || {
                     let unit = b.get(next.unit) + self.launch.blocks;
                     b.set(next.unit, unit);
-                    b.if_(unit.lt(units.all), || self.go_to(next, unit, units, own));
+                    b.if_(unit.lt(units.all), || self.go_to(next, unit, units));
                 },
             );
         });
@@ -454,19 +421,17 @@ impl<'b> Few<'b, '_> {
     }
 
     /// The operands of the queries, by row tile and 32 columns, and the rows' scales.
-    fn queries(&self, place: &Place<'b>, own: bool) -> Vec<(Vec<[V<'b>; 4]>, V<'b>)> {
+    fn queries(&self, place: &Place<'b>) -> Vec<(Vec<[V<'b>; 4]>, V<'b>)> {
         let (b, e) = (self.b, &self.e);
-        let cache = if own { Caching::Default } else { Caching::ReadOnly };
         let of_tile = |m: u32| {
-            let row = self.row(m);
-            let row = if own { row } else { place.token * e.op.heads + self.head(place, row) };
+            let row = place.token * e.op.heads + self.head(place, self.row(m));
             let words = self.plan.columns / 4;
             let word = |plane: u32, i: u32| {
                 let at = row * (2 * words) + (plane * words + i) + (e.lane & 3);
-                b.load_as(e.p.queries, at, Elem::U32, 1, cache)
+                b.load_as(e.p.queries, at, Elem::U32, 1, Caching::ReadOnly)
             };
             let operand = |s: u32| [word(0, s * 8), word(1, s * 8), word(0, s * 8 + 4), word(1, s * 8 + 4)];
-            let scale = b.load_as(e.p.query_scale, row, Elem::F32, 1, cache);
+            let scale = b.load_as(e.p.query_scale, row, Elem::F32, 1, Caching::ReadOnly);
             ((0..self.plan.columns / 32).map(operand).collect(), scale)
         };
         (0..self.row_tiles()).map(of_tile).collect()

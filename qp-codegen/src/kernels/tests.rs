@@ -15,6 +15,8 @@ use crate::reference::{self, Activation, Activations, RmsNorm, Rotator};
 use crate::spec::expr::{Decode, Node, Op, VectorOp, WordOp};
 use crate::spec::{Code, Quantizer, Rotation, ScaleKind, Shape, Table, Value};
 
+mod preparing;
+
 /// A deterministic stream of random words.
 struct Random(u64);
 

@@ -95,6 +95,13 @@ fn kernels(i: usize, q: &Quantizer, target: Target) -> Vec<Kernel> {
     }
     if target == Target::Sm90a {
         out.push(embed(q, 4096));
+        // Of one token whose blocks prepare it themselves, where they can.
+        let op = Gemv { quantizer: q, shape: Shape { rows: 6144, cols: 4096 }, batch: 1, accumulate: false };
+        let norm = Some(RmsNorm { eps: 1e-5, add_one: false });
+        let input = Span::rows(4096);
+        let own = Prepare { columns: 4096, batch: 1, input, gate: None, norm, rotation: q.rotation };
+        let ranked = Launch::ranked_with(&op, Some(&own), &target.device());
+        out.extend(ranked.first().map(|(_, launch)| launch.lower_with(&op, Some(&own))));
         let more = [(28672, 4096, 1, false), (4096, 14336, 8, true), (1536, 576, 3, false)];
         out.extend(of_member(i, &more).into_iter().map(|(rows, cols, batch, adds)| gemv(rows, cols, batch, adds)));
     } else if ["fast_2", "tcq_3", "htcq_3.25", "nuq_4"].contains(&q.name.as_str()) {

@@ -41,7 +41,9 @@ use self::matrix::Matrix;
 pub use self::matrix::Uploads;
 pub use self::memory::Needs;
 use self::record::{Choices, Constants, Kernels, Routes, State, record};
-use super::{Choice, Chunk, Engine, Error, Logits, PAGE, Room, Wish, attention_ops, check_chunks, check_pages, cut, penalty};
+use super::{
+    Choice, Chunk, Engine, Error, Logits, PAGE, Room, Wish, attention_ops, check_chunks, check_pages, cut, penalty,
+};
 use crate::device::attend::{Queries, Tokens};
 use crate::device::ops::DeviceActivations;
 use crate::device::{Buffer, DeviceError, Executor, Graph};
@@ -256,11 +258,12 @@ impl CudaEngine {
         if self.graphs.contains_key(&(tokens, wanted)) {
             return Ok(());
         }
-        let step = lower::step(&self.layout, tokens, wanted);
+        let device = self.executor.device();
+        let step = lower::step(&self.layout, &device, tokens, wanted);
         let mut launches = step.launches.clone();
         if self.graphs.is_empty() {
             // The first step's kernels are compiled together with those of the tokens that will follow.
-            launches.extend(lower::step(&self.layout, 1, Wanted { rows: 1, pick: Pick::Best }).launches);
+            launches.extend(lower::step(&self.layout, &device, 1, Wanted { rows: 1, pick: Pick::Best }).launches);
         }
         self.load(&launches)?;
         let recorded = self.record(&step)?;
@@ -292,7 +295,7 @@ impl CudaEngine {
         of: &dyn Fn(&Launch) -> bool,
     ) -> Result<f64, DeviceError> {
         let wanted = Wanted { rows: tokens.min(MOST_ROWS), pick: Pick::Best };
-        let mut launches = lower::step(&self.layout, tokens, wanted).launches;
+        let mut launches = lower::step(&self.layout, &self.executor.device(), tokens, wanted).launches;
         launches.retain(of);
         self.load(&launches)?;
         let CudaEngine { executor, room, constants, state, kernels, .. } = self;
@@ -461,7 +464,12 @@ impl CudaEngine {
             self.state.rows.write(0, &chosen)?;
             let key = (size, chosen.len() as u32);
             if !self.heads.contains_key(&key) {
-                let head = lower::head(&self.layout, size, Wanted { rows: key.1, pick: Pick::Logits });
+                let head = lower::head(
+                    &self.layout,
+                    &self.executor.device(),
+                    size,
+                    Wanted { rows: key.1, pick: Pick::Logits },
+                );
                 self.load(&head.launches)?;
                 let recorded = self.record(&head)?;
                 self.heads.insert(key, recorded);
@@ -680,7 +688,9 @@ impl Engine for CudaEngine {
         // What comes after the decoder blocks depends on the rows alone.
         let wanted = |rows| [Pick::Best, Pick::Drawn].map(|pick| (self.most_tokens, Wanted { rows, pick }));
         let chosen = sizes().filter(|rows| *rows <= MOST_ROWS).flat_map(wanted);
-        let steps = all.chain(chosen).flat_map(|(tokens, w)| lower::step(&self.layout, tokens, w).launches);
+        let device = self.executor.device();
+        let step = |(tokens, wanted)| lower::step(&self.layout, &device, tokens, wanted).launches;
+        let steps = all.chain(chosen).flat_map(step);
         let mut launches: Vec<Launch> = Vec::new();
         for launch in steps {
             if launches.iter().all(|l| (&l.op, l.matrix) != (&launch.op, launch.matrix)) {

@@ -21,7 +21,7 @@ use std::ops::Range;
 
 use super::Product;
 use super::layout::{ROWS, Relaid};
-use super::operands::{ACROSS, Arrived, Factors, OF_PRODUCT, Operands, Tile, put, taken};
+use super::operands::{ACROSS, Arrived, Factors, OF_PRODUCT, Operands, Tile, are_operands, put, taken};
 use crate::ir::{Builder, Cache, Const, Elem, Kernel, Mem, Special, V, Var, group_columns};
 use crate::kernels::operands::divide;
 use crate::layout::{CELL, COLUMN_PAD};
@@ -99,7 +99,7 @@ impl Plan {
             chunks: layout.col_tiles().div_ceil(chunk_tiles),
             rounds: layout.row_tiles().div_ceil(launch.blocks).div_ceil(launch.row_warps * launch.row_tiles),
             chunk_tiles,
-            offsets: op.has_offsets(),
+            offsets: op.has_offsets(are_operands(op)),
             layout,
         }
     }
@@ -122,6 +122,16 @@ impl Plan {
     /// Cells of a staged chunk.
     pub(super) fn stage_cells(&self) -> u32 {
         self.chunk_tiles * self.tile_cells()
+    }
+
+    /// Groups of planes that groups of warps multiply at once; none for warps by themselves.
+    fn part(&self, launch: &Launch) -> u32 {
+        match launch.group {
+            false => 0,
+            // Up to 32 planes are as fast as 32.
+            true if self.planes() <= 32 => self.groups,
+            true => group_columns(self.planes() / 2) / 8,
+        }
     }
 
     /// Sums over runs of a tile: by run, by token.
@@ -193,8 +203,20 @@ struct Kept {
     tiles: Vec<Vec<Tile>>,
     /// Sums of 64 bits: by tile, group of planes and half of the tile's rows.
     sums: Vec<Var>,
-    /// Sums of a product of groups of warps: by group of planes.
-    products: Vec<Var>,
+    /// Sums of two products of groups of warps, one of which is computed while the other is added: by group of planes.
+    products: [Vec<Var>; 2],
+}
+
+/// A product of groups of warps that was started: of a run and a plane of the weights with a part of the planes of the activations.
+struct Started<'b> {
+    /// In which registers its sums are.
+    turn: usize,
+    /// Groups of planes.
+    groups: Range<u32>,
+    plane: u32,
+    /// Sums of the activations over the run, where they are needed: by group of planes.
+    offsets: Vec<Option<V<'b>>>,
+    factors: Option<[Factors<'b>; 2]>,
 }
 
 /// A tile that is being multiplied.
@@ -208,7 +230,7 @@ struct Decoded<'b> {
 impl<'b, 'a> Emit<'b, 'a> {
     fn new(b: &'b Builder, op: &'a Product<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
         let (thread, lane, warp) = (b.special(Special::Thread), b.special(Special::Lane), b.special(Special::Warp));
-        let operands = Operands::new(b, op, &plan.layout, lane);
+        let operands = Operands::new(b, op, &plan.layout, lane, are_operands(op));
         let staged = b.shared("staged", Elem::U32, STAGES * plan.stage_cells() * 4);
         let offsets = b.shared("offsets", Elem::I32, SUMMED * plan.chunk_offsets());
         let meeting = b.shared("meeting", Elem::I32, plan.meeting_sums(launch) * 2);
@@ -257,7 +279,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let zero = b.constant(Const::I64(0));
         let sums = (0..launch.row_tiles * plan.groups * 2).map(|_| b.var(zero)).collect();
         let none = b.vector(&[b.i32(0); 4]);
-        let products = (0..if launch.group { plan.groups } else { 0 }).map(|_| b.var(none)).collect();
+        let products = [(); 2].map(|()| (0..plan.part(launch)).map(|_| b.var(none)).collect());
         let kept = Kept { tiles, sums, products };
         if plan.offsets {
             b.comment("Sums over the runs of the first chunk.");
@@ -294,7 +316,11 @@ impl<'b, 'a> Emit<'b, 'a> {
                         b.for_(0, launch.chunk, launch.ahead, in_turn);
                     }
                 };
-                if launch.group { steps() } else { self.busy(round, steps) }
+                if launch.group {
+                    self.chunk_by_groups(chunk, &kept, &inverses);
+                } else {
+                    self.busy(round, steps);
+                }
             });
             self.finish(round, &kept.sums);
         });
@@ -438,9 +464,25 @@ impl<'b, 'a> Emit<'b, 'a> {
         (run * columns / 32..(run + 1) * columns / 32).map(|kt| (kt, of(kt))).collect()
     }
 
-    /// Decodes and multiplies tile `i` of the warp's of a chunk. Where its words were, which registers `p` held, those of a later
-    /// step are on their way meanwhile.
+    /// Decodes and multiplies tile `i` of the warp's of a chunk, by itself. Where its words were, which registers `p` held, those of a
+    /// later step are on their way meanwhile.
     fn step(&self, chunk: V<'b>, (i, p): (V<'b>, u32), kept: &Kept, inverses: &[Option<[V<'b>; 2]>]) {
+        let (decoded, first, offsets) = self.decoded(chunk, (i, p), kept, inverses);
+        for run in 0..self.plan.runs {
+            for plane in 0..self.op.terms.planes() {
+                self.multiply_by_warps((run, plane), &decoded, first, offsets, kept);
+            }
+        }
+    }
+
+    /// What tile `i` of a chunk is decoded to, and where its activations and their sums lie.
+    fn decoded(
+        &self,
+        chunk: V<'b>,
+        (i, p): (V<'b>, u32),
+        kept: &Kept,
+        inverses: &[Option<[V<'b>; 2]>],
+    ) -> (Vec<Decoded<'b>>, V<'b>, V<'b>) {
         let (b, plan) = (self.b, self.plan);
         let tiles = &kept.tiles[p as usize];
         let arrived: Vec<Arrived> = tiles.iter().map(|t| self.operands.arrived(t)).collect();
@@ -452,25 +494,54 @@ impl<'b, 'a> Emit<'b, 'a> {
         let tile = i * self.launch.col_warps + self.col_warp;
         let first = self.slot(chunk) + tile * plan.tile_cells();
         let offsets = self.offsets_slot(chunk) + tile * plan.tile_offsets() + (self.lane & 3);
-        let decoded: Vec<Decoded> = arrived
-            .iter()
-            .zip(inverses)
-            .map(|(tile, inverses)| {
-                let mut known = HashMap::new();
-                let planes = self.operands.registers(tile);
-                let factors =
-                    (0..plan.runs).map(|run| self.operands.factors(tile, run, *inverses, &mut known)).collect();
-                Decoded { planes, factors }
-            })
-            .collect();
-        for run in 0..plan.runs {
-            for plane in 0..self.op.terms.planes() {
-                if self.launch.group {
-                    self.multiply_by_groups((run, plane), &decoded[0], first, offsets, kept);
-                } else {
-                    self.multiply_by_warps((run, plane), &decoded, first, offsets, kept);
+        let decode = |(tile, inverses): (&Arrived<'b>, &Option<[V<'b>; 2]>)| {
+            let mut known = HashMap::new();
+            let planes = self.operands.registers(tile);
+            let factors = (0..plan.runs).map(|run| self.operands.factors(tile, run, *inverses, &mut known)).collect();
+            Decoded { planes, factors }
+        };
+        (arrived.iter().zip(inverses).map(decode).collect(), first, offsets)
+    }
+
+    /// Decodes and multiplies the group's tiles of a chunk. While a product runs, the one before it is added: there is always one on
+    /// its way, until the chunk ends.
+    fn chunk_by_groups(&self, chunk: V<'b>, kept: &Kept, inverses: &[Option<[V<'b>; 2]>]) {
+        let (b, plan) = (self.b, self.plan);
+        let (mut turn, mut before) = (0, None);
+        for i in 0..self.launch.chunk {
+            let (tile, first, offsets) = self.decoded(chunk, (b.i32(i as i32), i % self.launch.ahead), kept, inverses);
+            for run in 0..plan.runs {
+                for plane in 0..self.op.terms.planes() {
+                    let registers = &tile[0].planes[plane as usize];
+                    let of = |kt: u32| std::array::from_fn(|a| registers[(kt * 4) as usize + a]);
+                    let steps = self.operands_of(run, &of);
+                    let a: Vec<[V; 4]> = steps.iter().map(|s| s.1).collect();
+                    let at = first + steps[0].0 * 2 * plan.planes();
+                    let part = plan.part(self.launch);
+                    for from in (0..plan.groups).step_by(part as usize) {
+                        let groups = from..plan.groups.min(from + part);
+                        let sums = &kept.products[turn][..groups.len()];
+                        let signed = self.operands.is_signed(plane);
+                        b.mma_group_fresh(signed, &a, sums, self.staged, at + from * 8, plan.planes());
+                        let offsets = groups.clone().map(|g| self.offset(offsets, (run, plane), g)).collect();
+                        let factors = tile[0].factors[run as usize];
+                        if let Some(before) = before.replace(Started { turn, groups, plane, offsets, factors }) {
+                            b.group_wait(1);
+                            self.add_started(kept, &before);
+                        }
+                        turn = 1 - turn;
+                    }
                 }
             }
+        }
+        b.group_wait(0);
+        before.iter().for_each(|last| self.add_started(kept, last));
+    }
+
+    /// Adds the sums of a product that has ended.
+    fn add_started(&self, kept: &Kept, done: &Started<'b>) {
+        for ((group, &products), &offset) in done.groups.clone().zip(&kept.products[done.turn]).zip(&done.offsets) {
+            self.add(kept, (0, group, done.plane), self.b.get(products), offset, done.factors);
         }
     }
 
@@ -510,6 +581,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         kept: &Kept,
     ) {
         let (b, plan) = (self.b, self.plan);
+        let signed = self.operands.is_signed(plane);
         // Lane 8j + i names row i of matrix j: of planes 0 to 8 the first 16 columns, the second, of planes 8 to 16 …
         let second = (self.lane >> 3) & 1;
         let of_two = first + (self.lane & 7) + (self.lane >> 4) * 8 + second * plan.planes();
@@ -537,47 +609,11 @@ impl<'b, 'a> Emit<'b, 'a> {
                     let products = steps
                         .iter()
                         .zip(&x)
-                        .fold(none, |sum, ((_, a), x)| b.mma_i8(false, *a, [x[at], x[at + 1]], sum));
+                        .fold(none, |sum, ((_, a), x)| b.mma_i8(signed, *a, [x[at], x[at + 1]], sum));
                     self.add(kept, (m, pair + group, plane), products, offset, tile.factors[run as usize]);
                 }
             }
         }
-    }
-
-    /// Multiplies a run of the group's tiles with all planes, which lie at `first`.
-    fn multiply_by_groups(
-        &self,
-        (run, plane): (u32, u32),
-        tile: &Decoded<'b>,
-        first: V<'b>,
-        offsets: V<'b>,
-        kept: &Kept,
-    ) {
-        let (b, plan) = (self.b, self.plan);
-        let registers = &tile.planes[plane as usize];
-        let steps = self.operands_of(run, &|kt| std::array::from_fn(|a| registers[(kt * 4) as usize + a]));
-        let a: Vec<[V; 4]> = steps.iter().map(|s| s.1).collect();
-        // Up to 32 planes are as fast as 32.
-        let half = if plan.planes() <= 32 { plan.groups } else { group_columns(plan.planes() / 2) / 8 };
-        let at = first + steps[0].0 * 2 * plan.planes();
-        let (one, other) = kept.products.split_at(half as usize);
-        b.mma_group_fresh(false, &a, one, self.staged, at, plan.planes());
-        if !other.is_empty() {
-            b.mma_group_fresh(false, &a, other, self.staged, at + half * 8, plan.planes());
-        }
-        let add = |groups: Range<u32>| {
-            for group in groups {
-                let products = b.get(kept.products[group as usize]);
-                let offset = self.offset(offsets, (run, plane), group);
-                self.add(kept, (0, group, plane), products, offset, tile.factors[run as usize]);
-            }
-        };
-        if !other.is_empty() {
-            b.group_wait(1);
-            add(0..half);
-        }
-        b.group_wait(0);
-        add(if other.is_empty() { 0..half } else { half..plan.groups });
     }
 
     /// Writes the results of a round.

@@ -223,10 +223,11 @@ impl Terms {
         }
         let bits = bits_of(lowest, highest);
         let mut line = line(format, rounded)?;
-        let zeros = line.zero.as_ref().and_then(|zero| whole(zero, &|f| format.fields[f].ty)).filter(|(least, most)| {
-            let sums = [i64::from(lowest) + least, i64::from(highest) + most];
-            rounded == 0 && bits <= 8 && sums.iter().all(|x| x.unsigned_abs() <= 1 << NARROW)
-        });
+        let zeros =
+            line.zero.as_ref().and_then(|zero| whole(zero, &|f| format.fields[f].ty)).filter(|(least, most)| {
+                let sums = [i64::from(lowest) + least, i64::from(highest) + most];
+                rounded == 0 && bits <= 8 && sums.iter().all(|x| x.unsigned_abs() <= 1 << NARROW)
+            });
         match zeros {
             Some(_) => line.rest = None,
             None => line.zero = None,

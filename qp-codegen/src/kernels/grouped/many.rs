@@ -10,7 +10,9 @@
 //! A warp decodes a tile into tensor-core operands, once, and multiplies each run with all planes, eight a product. The sums
 //! of a run and a group of planes need registers only until the planes of a token are joined, multiplied with the run's
 //! slope and added to a sum of 64 bits. On Hopper, groups of four warps can multiply together ([`Launch::group`], `wgmma`),
-//! the planes in two halves: while the second is multiplied, the first is added.
+//! the planes in two halves: while one is multiplied, the one before is added, from tile to tile.
+//!
+//! Integers that are bytes with their zeros and signs need no sums of activations ([`are_operands`]).
 //!
 //! A matrix with few rows of tiles leaves warps without work. Then the columns are shared, by [`Launch::col_warps`] warps whose
 //! sums meet in shared memory, or the tokens, by [`Launch::token_parts`] blocks that each decode all weights and are
@@ -83,7 +85,7 @@ pub(super) struct Plan {
     /// Tiles of a chunk.
     chunk_tiles: u32,
     /// Whether sums of activations over runs are needed.
-    offsets: bool,
+    pub(super) offsets: bool,
 }
 
 impl Plan {
@@ -205,6 +207,16 @@ struct Kept {
     sums: Vec<Var>,
     /// Sums of two products of groups of warps, one of which is computed while the other is added: by group of planes.
     products: [Vec<Var>; 2],
+    /// What belongs to a tile's last product, which is added while the next tile's first is computed.
+    late: Option<Late>,
+}
+
+/// What is added later, in registers that go through the columns.
+struct Late {
+    /// By row: slope, rest, zero.
+    factors: Option<[[Option<Var>; 3]; 2]>,
+    /// Sums of the activations over the run: by group of planes.
+    offsets: Vec<Option<Var>>,
 }
 
 /// A product of groups of warps that was started: of a run and a plane of the weights with a part of the planes of the activations.
@@ -280,7 +292,8 @@ impl<'b, 'a> Emit<'b, 'a> {
         let sums = (0..launch.row_tiles * plan.groups * 2).map(|_| b.var(zero)).collect();
         let none = b.vector(&[b.i32(0); 4]);
         let products = [(); 2].map(|()| (0..plan.part(launch)).map(|_| b.var(none)).collect());
-        let kept = Kept { tiles, sums, products };
+        let late = launch.group.then(|| self.late()).flatten();
+        let kept = Kept { tiles, sums, products, late };
         if plan.offsets {
             b.comment("Sums over the runs of the first chunk.");
             b.async_wait(1);
@@ -290,6 +303,11 @@ impl<'b, 'a> Emit<'b, 'a> {
         b.comment("Rows of tiles, chunks of columns, tiles.");
         b.for_(0, self.rounds, 1, |round| {
             kept.sums.iter().for_each(|&v| b.set(v, zero));
+            if let Some(late) = &kept.late {
+                // Nothing was multiplied so far.
+                kept.products[1].iter().for_each(|&v| b.set(v, none));
+                late.offsets.iter().flatten().for_each(|&v| b.set(v, b.i32(0)));
+            }
             let inverses: Vec<Option<[V; 2]>> = (0..launch.row_tiles)
                 .map(|m| self.operands.grid(self.row(round, m)).map(|grid| self.operands.inverses(grid)))
                 .collect();
@@ -306,7 +324,11 @@ impl<'b, 'a> Emit<'b, 'a> {
                 }
                 let in_turn = |first: V<'b>| {
                     for p in 0..launch.ahead {
-                        self.step(chunk, (first + p, p), &kept, &inverses);
+                        if launch.group {
+                            self.step_of_group(chunk, (first + p, p), &kept, &inverses);
+                        } else {
+                            self.step(chunk, (first + p, p), &kept, &inverses);
+                        }
                     }
                 };
                 let steps = || {
@@ -317,11 +339,15 @@ impl<'b, 'a> Emit<'b, 'a> {
                     }
                 };
                 if launch.group {
-                    self.chunk_by_groups(chunk, &kept, &inverses);
+                    steps();
+                    b.group_wait(0);
                 } else {
                     self.busy(round, steps);
                 }
             });
+            if let Some(late) = &kept.late {
+                self.add_started(&kept, &self.last(late));
+            }
             self.finish(round, &kept.sums);
         });
     }
@@ -503,39 +529,87 @@ impl<'b, 'a> Emit<'b, 'a> {
         (arrived.iter().zip(inverses).map(decode).collect(), first, offsets)
     }
 
-    /// Decodes and multiplies the group's tiles of a chunk. While a product runs, the one before it is added: there is always one on
-    /// its way, until the chunk ends.
-    fn chunk_by_groups(&self, chunk: V<'b>, kept: &Kept, inverses: &[Option<[V<'b>; 2]>]) {
+    /// The products of a group with a tile: run and plane of the weights, groups of planes of the activations.
+    fn products(&self) -> Vec<(u32, u32, Range<u32>)> {
+        let (plan, part) = (self.plan, self.plan.part(self.launch));
+        let parts = (0..plan.groups).step_by(part as usize).map(|from| from..plan.groups.min(from + part));
+        let of = |run| {
+            let parts = parts.clone();
+            (0..self.op.terms.planes()).flat_map(move |plane| parts.clone().map(move |part| (run, plane, part)))
+        };
+        (0..plan.runs).flat_map(of).collect()
+    }
+
+    /// Registers for what is added late, if the last of a tile's products is in other registers than the first.
+    fn late(&self) -> Option<Late> {
+        let (b, products) = (self.b, self.products());
+        let (_, plane, groups) = products.last().filter(|_| products.len().is_multiple_of(2))?;
+        let word = || b.var(b.i32(0));
+        let terms = self.op.terms;
+        let of_row = || [true, terms.rest.is_some(), terms.zero.is_some() && !are_operands(self.op)];
+        let factors = terms.run.map(|_| [(); 2].map(|()| of_row().map(|is| is.then(word))));
+        let offsets = self.plan.offsets && *plane == 0;
+        Some(Late { factors, offsets: groups.clone().map(|_| offsets.then(word)).collect() })
+    }
+
+    /// The product that is added late.
+    fn last(&self, late: &Late) -> Started<'b> {
+        let b = self.b;
+        let (_, plane, groups) = self.products().pop().expect("a tile has products");
+        let factors = late.factors.map(|rows| {
+            rows.map(|of| {
+                let [slope, rest, zero] = of.map(|var| var.map(|var| b.get(var)));
+                Factors { slope: slope.expect("there always is one"), rest, zero }
+            })
+        });
+        let offsets = late.offsets.iter().map(|var| var.map(|var| b.get(var))).collect();
+        Started { turn: 1, groups, plane, offsets, factors }
+    }
+
+    /// Decodes and multiplies tile `i` of the group's of a chunk, as [`Emit::step`]. While a product runs, the one before it is added, the
+    /// tile's last while the next tile's first runs. Products read their operands' registers until they end, so all have ended before
+    /// the next tile is decoded; other groups multiply meanwhile.
+    ///
+    /// That the tiles are a loop keeps the assembler from putting off all adding until the chunk's end.
+    fn step_of_group(&self, chunk: V<'b>, at: (V<'b>, u32), kept: &Kept, inverses: &[Option<[V<'b>; 2]>]) {
         let (b, plan) = (self.b, self.plan);
-        let (mut turn, mut before) = (0, None);
-        for i in 0..self.launch.chunk {
-            let (tile, first, offsets) = self.decoded(chunk, (b.i32(i as i32), i % self.launch.ahead), kept, inverses);
-            for run in 0..plan.runs {
-                for plane in 0..self.op.terms.planes() {
-                    let registers = &tile[0].planes[plane as usize];
-                    let of = |kt: u32| std::array::from_fn(|a| registers[(kt * 4) as usize + a]);
-                    let steps = self.operands_of(run, &of);
-                    let a: Vec<[V; 4]> = steps.iter().map(|s| s.1).collect();
-                    let at = first + steps[0].0 * 2 * plan.planes();
-                    let part = plan.part(self.launch);
-                    for from in (0..plan.groups).step_by(part as usize) {
-                        let groups = from..plan.groups.min(from + part);
-                        let sums = &kept.products[turn][..groups.len()];
-                        let signed = self.operands.is_signed(plane);
-                        b.mma_group_fresh(signed, &a, sums, self.staged, at + from * 8, plan.planes());
-                        let offsets = groups.clone().map(|g| self.offset(offsets, (run, plane), g)).collect();
-                        let factors = tile[0].factors[run as usize];
-                        if let Some(before) = before.replace(Started { turn, groups, plane, offsets, factors }) {
-                            b.group_wait(1);
-                            self.add_started(kept, &before);
-                        }
-                        turn = 1 - turn;
-                    }
+        b.group_wait(0);
+        let (tile, first, offsets) = self.decoded(chunk, at, kept, inverses);
+        let mut before = kept.late.as_ref().map(|late| self.last(late));
+        for (n, (run, plane, groups)) in self.products().into_iter().enumerate() {
+            let registers = &tile[0].planes[plane as usize];
+            let steps = self.operands_of(run, &|kt| std::array::from_fn(|a| registers[(kt * 4) as usize + a]));
+            let a: Vec<[V; 4]> = steps.iter().map(|s| s.1).collect();
+            let at = first + (steps[0].0 * 2 * plan.planes() + groups.start * 8);
+            let sums = &kept.products[n % 2][..groups.len()];
+            b.mma_group_fresh(self.operands.is_signed(plane), &a, sums, self.staged, at, plan.planes());
+            let offsets = groups.clone().map(|g| self.offset(offsets, (run, plane), g)).collect();
+            let started = Started { turn: n % 2, groups, plane, offsets, factors: tile[0].factors[run as usize] };
+            if let Some(before) = before.replace(started) {
+                if n > 0 {
+                    b.group_wait(1);
                 }
+                self.add_started(kept, &before);
             }
         }
-        b.group_wait(0);
-        before.iter().for_each(|last| self.add_started(kept, last));
+        let last = before.expect("a tile has products");
+        let Some(late) = &kept.late else {
+            b.group_wait(0);
+            return self.add_started(kept, &last);
+        };
+        for (of_row, factors) in late.factors.iter().flatten().zip(last.factors.iter().flatten()) {
+            let values = [Some(factors.slope), factors.rest, factors.zero];
+            of_row.iter().zip(values).for_each(|(var, value)| {
+                if let (&Some(var), Some(value)) = (var, value) {
+                    b.set(var, value);
+                }
+            });
+        }
+        for (var, value) in late.offsets.iter().zip(last.offsets) {
+            if let (&Some(var), Some(value)) = (var, value) {
+                b.set(var, value);
+            }
+        }
     }
 
     /// Adds the sums of a product that has ended.

@@ -35,12 +35,10 @@ pub(super) struct Arrived<'b> {
 /// The numbers of a run and a row.
 #[derive(Clone, Copy)]
 pub(super) struct Factors<'b> {
-    /// 64 bits.
-    slope: V<'b>,
-    /// 64 bits, if there is one.
-    rest: Option<V<'b>>,
+    pub(super) slope: V<'b>,
+    pub(super) rest: Option<V<'b>>,
     /// What is added to the integers, if that is not done already.
-    zero: Option<V<'b>>,
+    pub(super) zero: Option<V<'b>>,
 }
 
 /// How a lane loads the numbers of a section in a tile: their type, and first and width of each chunk.
@@ -261,7 +259,7 @@ impl<'b, 'a> Operands<'b, 'a> {
             [0, 1].map(|half| {
                 let mut of = |w: &Weight| {
                     let value = fields.value(w, run, half, known);
-                    (value * inverses[half as usize]).to(Scalar::I32).to(Scalar::I64)
+                    (value * inverses[half as usize]).to(Scalar::I32)
                 };
                 let (slope, rest) = (of(&terms.slope), terms.rest.as_ref().map(of));
                 let zero = terms.zero.as_ref().filter(|_| !self.signed).map(|zero| fields.whole(zero, run, half));
@@ -283,7 +281,7 @@ impl<'b, 'a> Operands<'b, 'a> {
         let joined = high * 128 + low;
         if plane > 0 {
             let joined = joined.to(Scalar::I64);
-            let term = factors.map_or(joined, |f| f.slope * joined);
+            let term = factors.map_or(joined, |f| f.slope.to(Scalar::I64) * joined);
             return term * self.b.constant(Const::I64(1 << (8 * plane)));
         }
         // What the integers are more than the operands.
@@ -300,14 +298,10 @@ impl<'b, 'a> Operands<'b, 'a> {
             }
             Some((offset, beside)) => (joined + offset * beside).to(Scalar::I64),
         };
-        match factors {
-            None => joined,
-            Some(Factors { slope, rest: None, .. }) => slope * joined,
-            Some(Factors { slope, rest: Some(rest), .. }) => {
-                let offset = offset.expect("a rest needs them").to(Scalar::I64);
-                slope * joined + rest * offset
-            }
-        }
+        let Some(Factors { slope, rest, zero: _ }) = factors else { return joined };
+        let term = slope.to(Scalar::I64) * joined;
+        let Some(rest) = rest else { return term };
+        term + rest.to(Scalar::I64) * offset.expect("a rest needs them").to(Scalar::I64)
     }
 
     /// What the sums of a row are multiplied with.

@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
+use qp_codegen::spec::{self, Definition};
 
 use super::device::{Device, open_all};
 use super::output::{self, outln};
@@ -118,7 +119,10 @@ impl Quantize {
 
 /// The bits a weight of a quantizer, if they are so few that rounding to the nearest costs much.
 fn few_bits(spec: &str) -> Option<f64> {
-    let bits = qp_codegen::spec::resolve(spec).ok()?.rate();
+    let bits = match spec::resolve_any(spec).ok()? {
+        Definition::Quantizer(q) => q.rate(),
+        Definition::Format(f) => f.rate().1,
+    };
     (bits <= 3.5).then_some(bits)
 }
 

@@ -152,6 +152,12 @@ fn blocks_prepare_where_it_takes_less_time() {
     let gate = Some(Gate { activation: Activation::Silu, up: Span::rows(4096) });
     assert!(own(1, 4096, blocks(128), None) && own(1, 4096, Rotation::None, None));
     assert!(!own(1, 4096, blocks(128), gate) && !own(2, 4096, blocks(128), None));
+    // So long that a launch less is within the model's error: it took longer.
+    let (output, columns) = (crate::palette::get("tcq_4").expect("of the palette"), 4096);
+    let op = Gemv { quantizer: &output, shape: Shape { rows: 128256, cols: columns }, batch: 1, accumulate: false };
+    let input = Span::rows(columns);
+    let prepare = Prepare { columns, batch: 1, input, gate: None, norm: norm(false), rotation: output.rotation };
+    assert!(!Launch::prepares(&[op], &prepare, &device));
     // Through shared memory.
     assert!(!own(1, 4096, Rotation::Hadamard { seed: 0, block: None, interleave: None }, None));
 }

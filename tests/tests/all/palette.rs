@@ -198,7 +198,7 @@ fn preparing_compiles_for_every_target_without_spills() {
             (53248, None, gate(53248), Some(128)),
         ] {
             let rotation = Rotation::Hadamard { seed: 0, block };
-            let op = Prepare { columns, batch: 1, input: Span::rows(columns), gate, norm, rotation };
+            let op = Prepare { columns, batch: 1, input: Span::rows(columns), gate, norm, rotation, entering: None };
             let kernel = prepare::lower(&op, &target.device());
             // Memory that a GPU lacks is another matter.
             if kernel.shared_bytes() <= target.device().shared_per_block {
@@ -321,6 +321,7 @@ fn cuda_of_representative_members() {
         gate: None,
         norm: Some(RmsNorm { eps: 1e-5, add_one: false }),
         rotation: Rotation::Hadamard { seed: 0, block: Some(128) },
+        entering: None,
     };
     let prepare = |op| print(&prepare::lower(&op, &Target::Sm90a.device()), Target::Sm90a);
     insta::assert_snapshot!("prepare_768_sm_90a", prepare(op));

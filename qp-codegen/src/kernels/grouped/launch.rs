@@ -3,6 +3,7 @@
 use super::super::launch::Busiest;
 use super::{Product, few, many};
 use crate::cuda::Device;
+use crate::spec::terms::{Digits, Stream};
 
 /// Which kernel computes a product, and how it is laid over the GPU. The result does not depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -138,9 +139,21 @@ fn decode_work(op: &Product) -> f64 {
     if layout.codes {
         return 8.0 * (5.0 + 6.0 * planes);
     }
+    if let Some(stream) = &op.terms.stream {
+        return 64.0 * of_window(stream);
+    }
     // Whole bytes are there; of others each part is shifted and masked, and joined to the one before.
     let parts = (0..layout.planes()).map(|p| layout.parts(p));
     parts.filter(|p| p[0].1 < 8).map(|p| 40.0 * p.len() as f64 - 16.0).sum()
+}
+
+/// Instructions for a window and what is multiplied of it.
+fn of_window(stream: &Stream) -> f64 {
+    match &stream.digits {
+        // A cut, and what makes the word.
+        Digits::Bytes { decode, .. } => 2.5 + decode.nodes.len() as f64 / 2.0,
+        Digits::Book(_) => 12.0,
+    }
 }
 
 /// Seconds of a launch of [`few`]; `None` if it does not fit.
@@ -148,7 +161,7 @@ fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> 
     let (plan, layout) = (few::Plan::new(op, launch), op.layout());
     let threads = launch.warps * 32;
     let (planes, several) = (op.terms.planes(), plan.groups > 1);
-    let fragments = launch.depth * plan.groups * (8 + plan.kept_sums() + if several { 4 } else { 0 });
+    let fragments = launch.depth * plan.groups * (2 * plan.across + plan.kept_sums() + if several { 4 } else { 0 });
     let of_step = launch.depth * (layout.lane_words() + plan.number_registers()) + 1;
     let of_steps = launch.ahead * of_step + if several { 12 * (launch.ahead - 1) } else { 0 };
     // The more runs, the more of their numbers are made at once.
@@ -156,7 +169,7 @@ fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> 
     let of_planes = 16 * planes + 8 * (planes - 1) * plan.groups;
     let registers = WORKING + fragments + of_steps + of_runs + of_planes;
     let available = (device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks) / 8 * 8).min(255);
-    let shared = plan.sum_bytes_of_tile(launch) * plan.most_rows;
+    let shared = plan.sum_bytes_of_tile(launch) * plan.most_rows + 4 * layout.book.map_or(0, |b| b.1);
     if registers > available
         || threads * launch.min_blocks > device.threads_per_sm
         || launch.min_blocks * (shared + 1024) > device.shared_per_sm

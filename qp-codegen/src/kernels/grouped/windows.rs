@@ -128,8 +128,8 @@ impl<'b, 'a> Windows<'b, 'a> {
             (0, 0) => word,
             (0, _) => word & mask(bits),
             (_, 0) => word >> at,
-            // A left shift is a product, and so not of the pipe that is full first.
-            _ => (word << above) >> (32 - bits),
+            // The product is not of the pipe that is full first, as a mask would be.
+            _ => (word * (1_u32 << above)) >> (32 - bits),
         }
     }
 }

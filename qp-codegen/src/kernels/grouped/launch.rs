@@ -30,6 +30,8 @@ const RUN_WORK: f64 = 14.8;
 const STEP_WORK: (f64, f64) = (38.9, 26.0);
 /// Share of an SM's issue slots that many warps fill; and the number of warps that fill 1 - 1/e of that.
 const ISSUE: (f64, f64) = (0.69, 6.64);
+/// The same where windows are decoded: there is more to issue at a time in each warp.
+const STREAM_ISSUE: (f64, f64) = (0.74, 2.0);
 /// How much longer it takes where columns are no whole passes.
 const INEXACT: f64 = 1.11;
 /// Computing and reading take longer than the longer of both, as sums with this exponent do.
@@ -198,7 +200,8 @@ fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> 
     let of_step = STEP_WORK.0 + if plan.passes > 1 { STEP_WORK.1 * groups } else { 0.0 };
     let work =
         TILE_WORK + decode_work(op) + runs * groups * f64::from(planes) * RUN_WORK + of_step / f64::from(launch.depth);
-    let issue = tiles * work / 4.0 / (issue_share(ISSUE, warps) * device.clock);
+    let share = issue_share(if op.terms.stream.is_some() { STREAM_ISSUE } else { ISSUE }, warps);
+    let issue = tiles * work / 4.0 / (share * device.clock);
     let passes = f64::from(plan.passes) * PASS + f64::from(rounds - 1) * LATENCY;
     let inexact = if columns == layout.col_tiles() { 1.0 } else { INEXACT };
     Some(START + passes + inexact * (memory.powf(TOGETHER) + issue.powf(TOGETHER)).powf(1.0 / TOGETHER))
@@ -292,7 +295,8 @@ fn estimate_many(op: &Product, launch: &many::Launch, device: &Device) -> Option
     let threads = launch.warps() * 32;
     let fields = op.layout().sections.iter().map(|s| s.lane_bytes().div_ceil(4)).sum::<u32>();
     let of_words = plan.layout.lane_words() + fields;
-    let of_tile = launch.ahead * of_words + 16 * terms.planes() + 2 * plan.runs;
+    let of_windows = if terms.stream.is_some() { 32 } else { 0 };
+    let of_tile = launch.ahead * of_words + 16 * terms.planes() + 2 * plan.runs + of_windows;
     let products = if launch.group {
         4 * plan.groups + 2 * (launch.ahead - 1)
     } else {

@@ -401,7 +401,9 @@ impl<'k, 'h> Printer<'k, 'h> {
         match value.op {
             Op::Binary(BinaryOp::Mul, x, by) if op == BinaryOp::Shr && value.ty == Type::U32 => {
                 match self.kernel.value(by).op {
-                    Op::Const(Const::U32(by)) if by.is_power_of_two() && self.values[a.0 as usize].is_none() => Some((x, by)),
+                    Op::Const(Const::U32(by)) if by.is_power_of_two() && self.values[a.0 as usize].is_none() => {
+                        Some((x, by))
+                    }
                     _ => None,
                 }
             }

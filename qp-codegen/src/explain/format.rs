@@ -122,7 +122,11 @@ fn products(f: &Format, o: &mut String) {
     line!(o, "  products    exact: integers within {} to {highest}{of} times activations of 15 bits", terms.lowest);
     match terms.stream.as_ref().map(|s| &s.digits) {
         Some(Digits::Bytes { .. }) => {
-            line!(o, "  digits      the four bytes of a word of each window; an integer is {} times their sum, less", terms.times);
+            line!(
+                o,
+                "  digits      the four bytes of a word of each window; an integer is {} times their sum, less",
+                terms.times
+            );
         }
         Some(Digits::Book(book)) => {
             line!(o, "  digits      looked up by windows, in a table of {} KiB in shared memory", book.len() / 512);

@@ -98,7 +98,11 @@ pub fn lower(op: &Leave) -> Kernel {
             }
         }
     };
-    if items.is_multiple_of(WARPS) { work() } else { b.if_(item.lt(items), work) }
+    if items.is_multiple_of(WARPS) {
+        work()
+    } else {
+        b.if_(item.lt(items), work)
+    }
     b.finish()
 }
 
@@ -202,7 +206,8 @@ mod tests {
                 let (input, f, no) = (bytes(&input), bytes(&turned(columns, None, true).factors), vec![0; 4]);
                 let mut scratch = vec![0; 4 * op.scratch(spread)];
                 let mut x = vec![0xee; cells.len()];
-                let (mut scale, mut sum, mut faults) = (vec![0; 4 * batch as usize], vec![0; 4 * batch as usize], vec![0; 4]);
+                let (mut scale, mut sum, mut faults) =
+                    (vec![0; 4 * batch as usize], vec![0; 4 * batch as usize], vec![0; 4]);
                 let mut args: Vec<Arg> = [&input, &input, &input, &no, &no].map(|b| Arg::ReadOnly(b)).into();
                 args.extend([&mut scratch, &mut x, &mut scale, &mut sum, &mut faults].map(|b| Arg::Buffer(b)));
                 args.push(Arg::I32(0));

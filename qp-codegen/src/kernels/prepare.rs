@@ -494,7 +494,8 @@ impl<'a, 'b> Emit<'a, 'b> {
                 });
             }
             if let Some(factors) = self.factors {
-                let mut factors = self.load((factors, Elem::F32), b.i32(0), true, group.column, Cache::ReadOnly).into_iter();
+                let mut factors =
+                    self.load((factors, Elem::F32), b.i32(0), true, group.column, Cache::ReadOnly).into_iter();
                 v = v.map(|v| v * factors.next().expect("four"));
             }
             if rotated && op.entering.is_some() {
@@ -647,7 +648,8 @@ impl<'b> Emit<'_, 'b> {
     /// Stores the bytes of both planes of four columns of a cell where an order has them.
     fn store_in_order(&self, cell: V<'b>, order: &[u8; CELL as usize], planes: [[V<'b>; 4]; 2]) {
         let b = self.b;
-        let place = |column: u32| order.iter().position(|c| u32::from(*c) == column).expect("an order has all columns") as u32;
+        let place =
+            |column: u32| order.iter().position(|c| u32::from(*c) == column).expect("an order has all columns") as u32;
         // Whether columns 2k and 2k + 1 of all lanes lie side by side.
         let pairs = (0..8).all(|k| place(2 * k).is_multiple_of(2) && place(2 * k + 1) == place(2 * k) + 1);
         let size = if pairs { 2 } else { 1 };

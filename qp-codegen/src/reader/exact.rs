@@ -23,7 +23,10 @@ impl Reader {
     pub fn digits(&self, tensors: &[&[u8]], first: u32, out: &mut [u8]) {
         let cols = self.shape.cols as usize;
         let rows = out.len() / (cols * self.book.digits.len()).max(1);
-        assert!(first + rows as u32 <= self.shape.rows && out.len() == rows * cols * self.book.digits.len(), "rows' digits");
+        assert!(
+            first + rows as u32 <= self.shape.rows && out.len() == rows * cols * self.book.digits.len(),
+            "rows' digits"
+        );
         if let (Some(streams), Some(trellis)) = (&self.streams, &self.format().trellis) {
             self.windows(streams, trellis, tensors, first..first + rows as u32, |row, col, window| {
                 for (plane, digits) in self.book.digits.iter().enumerate() {
@@ -131,7 +134,8 @@ impl Reader {
                 let mut sum = 0i64;
                 for (col, &q) in x.q.iter().enumerate() {
                     let digit = |p: usize| i64::from(digits[(p * at_once + within) * cols + col]) << (8 * p);
-                    let integer = (0..planes).map(digit).sum::<i64>() * i64::from(terms.times) + i64::from(terms.lowest);
+                    let integer =
+                        (0..planes).map(digit).sum::<i64>() * i64::from(terms.times) + i64::from(terms.lowest);
                     let run = terms.run.map_or(0, |run| col / run as usize);
                     let rest = numbers.rests.get(run).copied().unwrap_or(0);
                     sum += (i64::from(numbers.slopes[run]) * integer + i64::from(rest)) * i64::from(q);

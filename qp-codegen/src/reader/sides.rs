@@ -116,7 +116,8 @@ impl Reader {
     pub fn turned(&self, tensors: &[&[u8]]) -> Option<[Turned; 2]> {
         let sides = self.terms()?.sides;
         let turned = |side: Side, all: u32| {
-            let number = |f: usize, i: u32| self.format().fields[f].ty.value(read(&self.fields[f], tensors, i.into(), 0));
+            let number =
+                |f: usize, i: u32| self.format().fields[f].ty.value(read(&self.fields[f], tensors, i.into(), 0));
             let factors = side.field.map_or(Vec::new(), |f| (0..all).map(|i| number(f, i)).collect());
             Turned { factors, mixed: side.hadamard.map(|n| n.unwrap_or(all)) }
         };

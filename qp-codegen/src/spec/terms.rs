@@ -29,8 +29,8 @@ mod stream;
 use super::Shape;
 use super::expr::Room;
 use super::format::{Arithmetic, Cover, Field, Format, Number, Step, Weight, WeightOp};
-pub use stream::{BLOCK, Digits, RUN, Runs, Stream};
 use crate::syntax::number::Rational;
+pub use stream::{BLOCK, Digits, RUN, Runs, Stream};
 
 /// Columns of a tile of a matrix that is stored again for products; runs are of so many, or of a part of them.
 pub const TILE: u32 = 128;
@@ -549,7 +549,10 @@ mod tests {
         let why = |name: &str| of(name).unwrap_err().to_string();
         assert!(why("iq1_m").contains("`down` is for 1 x 8"), "{}", why("iq1_m"));
         assert_eq!(why("qtip_1mad_3"), "its codes have memory, and lanes do not find their weights side by side");
-        assert_eq!(why("e8p"), "its activations or results are transformed, and not by a field and one transform, of up to 128 results");
+        assert_eq!(
+            why("e8p"),
+            "its activations or results are transformed, and not by a field and one transform, of up to 128 results"
+        );
         assert_eq!(why("aqlm_2x8"), "`a`, a table of the matrix, is looked up");
         assert_eq!(why("iq3_xxs"), "codes of 23 bits are too many to write their entries out");
         let exact = formats::names().into_iter().filter(|n| of(n).is_ok()).count();

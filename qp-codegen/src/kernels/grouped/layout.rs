@@ -289,7 +289,9 @@ impl Relaid {
             }
         }
         match (self.runs, reader.terms().and_then(|t| t.stream.as_ref())) {
-            (Some(bytes), Some(stream)) => self.pack_runs(reader, tensors, (first / BLOCK, bytes, stream), &mut out.words),
+            (Some(bytes), Some(stream)) => {
+                self.pack_runs(reader, tensors, (first / BLOCK, bytes, stream), &mut out.words)
+            }
             _ => self.pack(&digits, &mut out.words),
         }
         out

@@ -88,7 +88,8 @@ impl Runs {
         if first.len() != 4 || (1..8).any(|row| quads(row) != first) {
             return None;
         }
-        let lane = |(row, columns): &(u32, [u32; 4])| 4 * row + first.iter().position(|q| q == columns).unwrap_or(0) as u32;
+        let lane =
+            |(row, columns): &(u32, [u32; 4])| 4 * row + first.iter().position(|q| q == columns).unwrap_or(0) as u32;
         let lanes: Vec<u32> = heads.iter().map(lane).collect();
         let places = |run: usize| {
             let place = |p: &(u32, u32)| (p.0 / 8, heads[run].1.iter().position(|c| *c == p.1).unwrap_or(0) as u32);
@@ -97,7 +98,12 @@ impl Runs {
         let hop = |run: usize| (lanes[(run + 1) % LANES] + LANES as u32 - lanes[run]) % LANES as u32;
         let alike = (1..LANES).all(|run| places(run) == places(0) && hop(run) == hop(0));
         let columns: Vec<u8> = first.iter().flatten().map(|c| *c as u8).collect();
-        alike.then_some(Runs { hop: hop(0), places: places(0).try_into().ok()?, columns: columns.try_into().ok()?, lanes })
+        alike.then_some(Runs {
+            hop: hop(0),
+            places: places(0).try_into().ok()?,
+            columns: columns.try_into().ok()?,
+            lanes,
+        })
     }
 }
 

@@ -12,8 +12,8 @@ use qp_codegen::kernels::leave::{self, Leave};
 use qp_codegen::kernels::prepare::{Entering, Prepare};
 use qp_codegen::reader::{Book, Reader};
 use qp_codegen::reference::{self, Activations};
-use qp_codegen::spec::format::Format;
 use qp_codegen::spec::Shape;
+use qp_codegen::spec::format::Format;
 use rayon::prelude::*;
 use serde::Serialize;
 

@@ -46,6 +46,42 @@ def test_specs_from_text_and_file(tmp_path):
     assert qp.check(SPEC) == []
 
 
+def test_formats_are_made_and_read():
+    weights, x = matrix(), matrix(3, 256, 1)
+    for name, most in [("q4_k", 0.0065), ("nf4", 0.008), ("packed_int4_g128", 0.012)]:
+        made = qp.Format.named(name).encode(weights)
+        decoded = made.decode()
+        error = ((decoded - weights) ** 2).sum() / (weights**2).sum()
+        assert error == pytest.approx(made.error, rel=1e-4) and error < most
+        assert np.abs(made.linear(x) - x @ decoded.T).max() < 0.01
+        assert made.nbytes == sum(len(t) for t in made.tensors.values())
+        again = qp.StoredMatrix.from_tensors(made.format, *made.shape, made.tensors, made.layout)
+        assert (again.decode() == decoded).all() and again.error is None
+    own = qp.Format("""quantizer own {
+        bits 3  values i8  decode w { [w] }
+        field s : f16 per 1 x 64 = (max(w) - min(w)) / 7
+        field m : f16 per 1 x 64 = min(w)
+        weight e { s * e + m }
+    }""")
+    made = own.encode(weights)
+    assert (own.name, own.bits, own.unmade, made.layout) == ("own", 3.5, None, "plain") and made.error < 0.04
+    assert "q4_k" in qp.formats() and qp.Format.named("q4_k") == qp.Format.named("q4_k")
+    iq = qp.Format.named("iq2_xxs")
+    assert "no formula" in iq.unmade
+    with pytest.raises(ValueError, match="cannot be made"):
+        iq.encode(weights)
+    with pytest.raises(ValueError, match="no whole number"):
+        qp.Format.named("q4_k").encode(weights[:, :100])
+    with pytest.raises(ValueError, match="is no format"):
+        qp.Format.named("tcq_3")
+    with pytest.raises(qp.SpecError, match="did you mean `q4_k`"):
+        qp.Format.named("q4_kk")
+    with pytest.raises(ValueError, match="has 9216 bytes, not 3"):
+        qp.StoredMatrix.from_tensors(qp.Format.named("q4_k"), 64, 256, {"block": [1, 2, 3]})
+    with pytest.raises(ValueError, match="needs a tensor `block`"):
+        qp.StoredMatrix.from_tensors(qp.Format.named("q4_k"), 64, 256, {})
+
+
 def test_errors_say_where():
     with pytest.raises(qp.SpecError) as caught:
         qp.Quantizer(SPEC.replace("step 2", "step 9"))
@@ -77,7 +113,7 @@ def test_matrices():
 
 
 def test_matrices_are_cut_and_stacked():
-    w, q = matrix(96, 512), qp.Quantizer.named("tcq_3")
+    w, q = matrix(96, 1536), qp.Quantizer.named("tcq_3")
     packed = q.encode(w)
     assert 0 < packed.error < 0.1
     whole = packed.decode()
@@ -85,8 +121,8 @@ def test_matrices_are_cut_and_stacked():
     assert (packed.rows([95, 0]) == whole[[95, 0]]).all()
     with pytest.raises(IndexError):
         packed.rows([96])
-    part = packed.cut(rows=(rows, 96), columns=(columns, 512))
-    assert part.shape == (96 - rows, 512 - columns) and (part.decode() == whole[rows:, columns:]).all()
+    part = packed.cut(rows=(rows, 96), columns=(columns, 1536))
+    assert part.shape == (96 - rows, 1536 - columns) and (part.decode() == whole[rows:, columns:]).all()
     upper, lower = packed.cut(rows=(0, rows)), packed.cut(rows=(rows, 96))
     again = qp.PackedMatrix.stack([upper, lower])
     assert again.quantizer == q and (again.decode() == whole).all()
@@ -100,11 +136,11 @@ def test_matrices_are_cut_and_stacked():
 
 def test_shares_of_the_columns_sum_to_the_whole():
     """What ranks do that have a share each: round by the largest magnitude of all, add integers."""
-    x = matrix(3, 512, seed=1)
+    x = matrix(3, 1536, seed=1)
     x[1] *= 100
     for name in ["tcq_3", "fast_3", "nuq_4"]:
-        packed = qp.Quantizer.named(name).encode(matrix(96, 512))
-        parts = [(packed.cut(columns=(a, b)), x[:, a:b]) for a, b in [(0, 128), (128, 512)]]
+        packed = qp.Quantizer.named(name).encode(matrix(96, 1536))
+        parts = [(packed.cut(columns=(a, b)), x[:, a:b]) for a, b in [(0, 1024), (1024, 1536)]]
         magnitudes = np.max([part.largest(x) for part, x in parts], axis=0)
         shares = [part.totals(x, magnitudes) for part, x in parts]
         total, scales = sum(totals for totals, _ in shares), shares[0][1]

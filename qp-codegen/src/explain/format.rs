@@ -140,6 +140,9 @@ fn products(f: &Format, o: &mut String) {
             if let Some(rest) = &terms.rest {
                 line!(o, "  rest        {}, times the sum of a run's activations", formula(rest));
             }
+            if let Some(zero) = &terms.zero {
+                line!(o, "  zero        {}, added to the integer", formula(zero));
+            }
             let bits = terms.precision(SIDE) - terms.span as i32;
             line!(o, "  sums        of 64 bits; slopes are whole multiples of the row's unit, up to 2^{bits}");
         }

@@ -62,7 +62,7 @@ pub fn lower(op: &Leave) -> Kernel {
     b.grid_launch();
     let rotation = op.mixed.map_or(Rotation::None, |mixed| {
         assert!(mixed <= MOST_MIXED, "a warp has {GROUP} results");
-        Rotation::Hadamard { seed: 0, block: Some(mixed) }
+        Rotation::Hadamard { seed: 0, block: Some(mixed), interleave: None }
     });
     let transforms = Transforms::of(rotation, n);
     let signs = LaneSigns::new(&b);
@@ -199,7 +199,11 @@ mod tests {
                 input: Span::rows(columns),
                 gate: None,
                 norm: None,
-                rotation: mixed.map_or(Rotation::None, |n| Rotation::Hadamard { seed: 0, block: Some(n) }),
+                rotation: mixed.map_or(Rotation::None, |n| Rotation::Hadamard {
+                    seed: 0,
+                    block: Some(n),
+                    interleave: None,
+                }),
                 entering: Some(Entering { factors, order }),
             };
             for spread in Spread::all(&op, &Target::Sm90a.device()) {

@@ -94,7 +94,7 @@ impl Reader {
         for col in (0..self.shape.cols).step_by(terms.run.unwrap_or(self.shape.cols) as usize) {
             (0..).zip(&mut values).for_each(|(f, value)| *value = self.term(terms, tensors, f, row, col));
             slopes.push(terms.slope.value(&|f| values[f], &mut nodes));
-            rests.extend(terms.rest.as_ref().map(|rest| rest.value(&|f| values[f], &mut nodes)));
+            rests.extend(terms.of_rests().map(|rest| rest.value(&|f| values[f], &mut nodes)));
         }
         terms.numbers(self.shape.cols, &slopes, &rests, out);
     }

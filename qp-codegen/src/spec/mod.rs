@@ -39,7 +39,7 @@ pub use fusion::{Epilogue, Fusion, Launch, Matrix, Prologue};
 pub(crate) use load::load_from;
 pub use load::{
     Analysis, Definition, Disk, Fact, Library, analyse, from_canonical, load_alone, load_file, load_str, resolve,
-    resolve_all, resolve_all_untrained, resolve_any, resolve_fusion, resolve_untrained, untrained,
+    resolve_all, resolve_all_untrained, resolve_any, resolve_each, resolve_fusion, resolve_untrained, untrained,
 };
 
 use std::path::PathBuf;
@@ -114,6 +114,8 @@ pub enum Rotation {
         seed: u64,
         /// Columns that are transformed together, a power of two; all without it. See [`crate::reference::transforms`].
         block: Option<u32>,
+        /// Columns whose blocks are interleaved afterwards, a power of two; see [`crate::reference::Interleave`].
+        interleave: Option<u32>,
     },
 }
 

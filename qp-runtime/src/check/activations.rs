@@ -41,8 +41,11 @@ pub fn prepared(op: &Prepare, values: &[f32], weights: &[f32]) -> Vec<Activation
 /// # Errors
 /// The first difference.
 pub fn preparing(on: &Executor, small: bool) -> Result<usize, Failure> {
-    let blocks = |block| Rotation::Hadamard { seed: 3, block };
+    let blocks = |block| Rotation::Hadamard { seed: 3, block, interleave: None };
+    let interleaved = |block, span| Rotation::Hadamard { seed: 3, block: Some(block), interleave: Some(span) };
     let shapes = [
+        (1808, 2, true, false, interleaved(128, 1024)),
+        (14_336, 1, false, true, interleaved(128, 1024)),
         (96, 2, true, false, blocks(Some(128))),
         (1100, 3, true, true, blocks(Some(128))),
         (1536, 1, false, true, blocks(Some(512))),

@@ -41,9 +41,10 @@ impl<'a> Lines<'a> {
             times: terms.times,
             runs: terms.run.map(|columns| Runs {
                 columns: columns as usize,
-                rests: terms.rest.is_some(),
+                rests: terms.of_rests().is_some(),
                 wide: terms.is_wide(),
                 halves: half(terms, &terms.slope).is_some()
+                    && terms.zero.is_none()
                     && terms.rest.as_ref().is_none_or(|rest| half(terms, rest).is_some()),
             }),
             half_offset: false,

@@ -31,6 +31,24 @@ pub struct GemvArgs<'a> {
     arrived: &'a mut Buffer<i32>,
 }
 
+/// Arguments of [`Launch::lower_with`]'s kernels that prepare.
+#[derive(LaunchArgs)]
+pub struct PreparingArgs<'a> {
+    input: &'a Buffer<f32>,
+    up: &'a Buffer<f32>,
+    norm: &'a Buffer<f32>,
+    flips: &'a Buffer<u32>,
+    base: &'a Buffer<u32>,
+    faults: &'a mut Buffer<i32>,
+    layer: i32,
+    tables: &'a Buffer<u32>,
+    weights: &'a Buffer<u32>,
+    scales: &'a Buffer<bf16>,
+    y: &'a mut Buffer<f32>,
+    partial: &'a mut Buffer<i32>,
+    arrived: &'a mut Buffer<i32>,
+}
+
 /// Arguments of [`Launch::lower_for_experts`]'s kernels.
 #[derive(LaunchArgs)]
 pub struct ExpertsArgs<'a> {
@@ -259,6 +277,8 @@ impl DeviceActivations {
 /// A product of a packed matrix with the activations of some tokens, loaded.
 pub struct GemvKernel {
     kernel: Loaded,
+    /// Of a kernel that prepares.
+    signs: Option<Signs>,
     partial: Buffer<i32>,
     arrived: Buffer<i32>,
 }
@@ -269,9 +289,24 @@ impl GemvKernel {
     /// # Errors
     /// Those of the executor.
     pub fn load(on: &Executor, op: &Gemv, launch: &Launch) -> Result<Self, DeviceError> {
+        GemvKernel::load_with(on, op, None, launch)
+    }
+
+    /// Makes the kernel, with a preparation one whose blocks do that themselves.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn load_with(
+        on: &Executor,
+        op: &Gemv,
+        prepare: Option<&Prepare>,
+        launch: &Launch,
+    ) -> Result<Self, DeviceError> {
+        let kernel = launch.lower_with(op, prepare);
         let (partial, arrived) = launch.meeting_place(op);
         Ok(GemvKernel {
-            kernel: on.load::<GemvArgs>(launch.lower(op))?,
+            kernel: if prepare.is_some() { on.load::<PreparingArgs>(kernel)? } else { on.load::<GemvArgs>(kernel)? },
+            signs: prepare.map(|p| Signs::upload(on, p.rotation, p.columns, rotate::base)).transpose()?,
             partial: on.zeroed(partial)?,
             arrived: on.zeroed(arrived)?,
         })
@@ -295,6 +330,57 @@ impl GemvKernel {
     ) -> Result<(), DeviceError> {
         let kernel = self.kernel.clone();
         to.launch(&kernel, self.args(m, x, y))
+    }
+
+    /// The same of a kernel that prepares: `x` is what `inputs` become.
+    ///
+    /// # Errors
+    /// A kernel of other parameters.
+    ///
+    /// # Panics
+    /// If the kernel does not prepare.
+    pub fn record_preparing(
+        &mut self,
+        to: &mut Recorder,
+        m: &DeviceMatrix,
+        inputs: PrepareInputs<'_>,
+        faults: Faults<'_>,
+        y: &mut Buffer<f32>,
+    ) -> Result<(), DeviceError> {
+        let kernel = self.kernel.clone();
+        to.launch(&kernel, self.preparing(m, inputs, faults, y))
+    }
+
+    /// The same, launched.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    ///
+    /// # Panics
+    /// If the kernel does not prepare.
+    pub fn launch_preparing(
+        &mut self,
+        on: &Executor,
+        m: &DeviceMatrix,
+        inputs: PrepareInputs<'_>,
+        faults: Faults<'_>,
+        y: &mut Buffer<f32>,
+    ) -> Result<(), DeviceError> {
+        let kernel = self.kernel.clone();
+        on.launch(&kernel, self.preparing(m, inputs, faults, y))
+    }
+
+    fn preparing<'a>(
+        &'a mut self,
+        m: &'a DeviceMatrix,
+        PrepareInputs { input, up, norm, factors: _ }: PrepareInputs<'a>,
+        Faults { faults, layer }: Faults<'a>,
+        y: &'a mut Buffer<f32>,
+    ) -> PreparingArgs<'a> {
+        let Signs { flips, base } = self.signs.as_ref().expect("a kernel that prepares");
+        let DeviceMatrix { tables, weights, scales, .. } = m;
+        let (partial, arrived) = (&mut self.partial, &mut self.arrived);
+        PreparingArgs { input, up, norm, flips, base, faults, layer, tables, weights, scales, y, partial, arrived }
     }
 
     /// Launches `y = m · x` (or `y += m · x`).

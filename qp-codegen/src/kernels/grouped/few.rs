@@ -87,7 +87,7 @@ impl Plan {
             runs: op.runs(),
             passes: layout.col_tiles().div_ceil(launch.warps * launch.depth),
             most_rows: layout.row_tiles().div_ceil(launch.blocks),
-            offsets: op.has_offsets(),
+            offsets: op.has_offsets(false),
             layout,
         }
     }
@@ -153,7 +153,7 @@ impl<'b, 'a> Emit<'b, 'a> {
     fn new(b: &'b Builder, op: &'a Product<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
         let layout = &plan.layout;
         let (thread, lane) = (b.special(Special::Thread), b.special(Special::Lane));
-        let operands = Operands::new(b, op, layout, lane);
+        let operands = Operands::new(b, op, layout, lane, false);
         let sums = b.shared("sums", Elem::I32, plan.sum_bytes_of_tile(launch) / 4 * plan.most_rows);
         let warp = b.special(Special::Warp);
         let (block, part) = divide(b, b.special(Special::BlockX), plan.parts);

@@ -16,6 +16,8 @@ pub enum Launch {
 
 /// Registers of a thread for addresses, sums and what is being computed.
 const WORKING: u32 = 44;
+/// Of these, for several groups of planes, those that are not needed where a tile is one run without a rest.
+const SPARE: u32 = 36;
 /// Seconds from asking for a word to having it, under load.
 const LATENCY: f64 = 1.1e-6;
 /// Seconds from one launch to the next.
@@ -169,7 +171,9 @@ fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> 
     // The more runs, the more of their numbers are made at once.
     let of_runs = (plan.runs - 1) * launch.depth * (4 + 4 * plan.groups);
     let of_planes = 16 * planes + 8 * (planes - 1) * plan.groups;
-    let registers = WORKING + fragments + of_steps + of_runs + of_planes;
+    // One run a tile and no rests: less is computed at once.
+    let spare = if several && plan.runs == 1 && op.terms.rest.is_none() { SPARE } else { 0 };
+    let registers = WORKING + fragments + of_steps + of_runs + of_planes - spare;
     let available = (device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks) / 8 * 8).min(255);
     let shared = plan.sum_bytes_of_tile(launch) * plan.most_rows + 4 * layout.book.map_or(0, |b| b.1);
     if registers > available
@@ -225,6 +229,8 @@ const CHOICES: [(u32, u32); 5] = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)];
 const CHUNKS: [(u32, u32); 7] = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2)];
 /// Registers of a thread of [`many`] for addresses and for what is being computed.
 const MANY_WORKING: u32 = 88;
+/// The same, where groups of warps multiply tiles of one run whose integers are operands as they are.
+const GROUP_WORKING: u32 = 36;
 /// Instructions of a warp for a tile, beside those for its bytes, runs and products.
 const MANY_TILE: f64 = 92.6;
 /// Instructions for the numbers of a run and two rows, for each expression of fields.
@@ -298,13 +304,14 @@ fn estimate_many(op: &Product, launch: &many::Launch, device: &Device) -> Option
     let of_windows = if terms.stream.is_some() { 32 } else { 0 };
     let of_tile = launch.ahead * of_words + 16 * terms.planes() + 2 * plan.runs + of_windows;
     let products = if launch.group {
-        4 * plan.groups + 2 * (launch.ahead - 1)
+        4 * plan.groups.max(8) + 2 * (launch.ahead - 1)
     } else {
         // Warps by themselves begin several runs at once.
         let of_runs = if plan.runs > 1 { 20 + 10 * plan.runs } else { 0 };
         8 + 8 * launch.row_tiles + of_runs.min(80) + 16 * (terms.planes() - 1)
     };
-    let registers = MANY_WORKING + launch.row_tiles * (4 * plan.groups + of_tile) + products;
+    let working = if launch.group && plan.runs == 1 && !plan.offsets { GROUP_WORKING } else { MANY_WORKING };
+    let registers = working + launch.row_tiles * (4 * plan.groups + of_tile) + products;
     let available = (device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks) / 8 * 8).min(255);
     let shared = plan.shared_bytes(launch);
     if registers > available
@@ -329,11 +336,12 @@ fn estimate_many(op: &Product, launch: &many::Launch, device: &Device) -> Option
     let (expressions, of_planes) = (expressions(op), f64::from(terms.planes()));
     let numbers = if terms.run.is_some() { runs * expressions * MANY_RUN } else { 0.0 };
     let wide = if terms.run.is_some() { WIDE * expressions } else { 2.0 };
-    let sum = 2.0 * (1.0 + f64::from(u8::from(terms.lowest != 0)) + wide);
+    let beside = plan.offsets && (terms.lowest != 0 || terms.zero.is_some());
+    let sum = 2.0 * (1.0 + f64::from(u8::from(beside)) + wide);
     // A run of half a product takes a whole one.
     let across = runs.max(4.0) * of_planes;
     let issued = if launch.group { of_planes * (4.0 + 2.0 * groups * runs) } else { groups * across * FRAGMENT };
-    let offsets = groups * runs / f64::from(launch.row_tiles);
+    let offsets = if plan.offsets { groups * runs / f64::from(launch.row_tiles) } else { 0.0 };
     let slots = MANY_TILE + bytes + numbers + groups * runs * sum * of_planes + issued + offsets;
     let warps = f64::from(resident * launch.warps());
     let issue = of_scheduler * slots / issue_share(MANY_ISSUE, warps);
@@ -358,7 +366,7 @@ fn estimate_many(op: &Product, launch: &many::Launch, device: &Device) -> Option
     let compute = issue.max(multiply);
     let work = memory.max(staged / L2).max(compute + REST.0 * issue.min(multiply)) + REST.1 * memory.min(compute);
     let items = (plan.stage_cells() / 64).div_ceil(launch.warps());
-    let of_chunk = CHUNK.0 + f64::from(items) * CHUNK.1;
+    let of_chunk = CHUNK.0 + if plan.offsets { f64::from(items) * CHUNK.1 } else { 0.0 };
     let chunks = f64::from(plan.rounds * plan.chunks * per_sm.div_ceil(resident)) * of_chunk;
     let results = f64::from(per_sm * rows * 16 * plan.tokens) / 32.0 * RESULTS;
     Some(MANY_START + (work + chunks + results) / device.clock)

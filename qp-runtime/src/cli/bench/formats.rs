@@ -5,21 +5,20 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
-use qp_codegen::formats;
 use qp_codegen::kernels::Span;
 use qp_codegen::kernels::grouped::{Launch, Product};
 use qp_codegen::kernels::leave::{self, Leave};
 use qp_codegen::kernels::prepare::{Entering, Prepare};
 use qp_codegen::reader::{Book, Reader};
 use qp_codegen::reference::{self, Activations};
-use qp_codegen::spec::Shape;
 use qp_codegen::spec::format::Format;
+use qp_codegen::spec::{self, Definition, Shape};
 use rayon::prelude::*;
 use serde::Serialize;
 
 use super::kernels::bandwidth;
 use super::{COPIES, ROTATE, rounded, shape};
-use crate::check::synthetic::Random;
+use crate::check::{self, synthetic::Random};
 use crate::cli::Error;
 use crate::cli::output::{outln, write};
 use crate::codec;
@@ -36,7 +35,7 @@ use crate::device::{DeviceError, Executor};
 /// a launch.
 #[derive(Args)]
 pub struct FormatBench {
-    /// Formats, whose products must be exact.
+    /// Formats, whose products must be exact: their names, `file.qspec:name`, or `file.qspec` for all of a file.
     #[arg(long, value_delimiter = ',', default_value = "gptq_int4_g128")]
     format: Vec<String>,
     /// Matrices, rows x columns.
@@ -87,8 +86,18 @@ struct Row {
 }
 
 impl FormatBench {
+    /// The formats that are named.
+    fn formats(&self) -> Result<Vec<Format>, Error> {
+        let each = spec::resolve_each(&self.format)?.into_iter().map(|(definition, _)| match definition {
+            Definition::Format(f) => Ok(f),
+            Definition::Quantizer(q) => Err(format!("`{}` is no format: `qp bench kernels` times it", q.name).into()),
+        });
+        each.collect()
+    }
+
     /// Runs it.
     pub(super) fn run(self) -> Result<(), Error> {
+        let formats = self.formats()?;
         let on = Executor::cuda(self.gpu)?;
         let gpu = on.gpu().ok_or("no GPU")?;
         let read = bandwidth(&on, ROTATE)?;
@@ -106,8 +115,7 @@ impl FormatBench {
             "expected"
         )?;
         let mut all = Vec::new();
-        for name in &self.format {
-            let format = formats::get(name).ok_or_else(|| format!("there is no format `{name}`"))?;
+        for format in &formats {
             for &shape in &self.shape {
                 let matrix = Made::new(&on, format, shape)?;
                 for &batch in &self.batch {
@@ -154,8 +162,8 @@ struct Made {
 
 impl Made {
     fn new(on: &Executor, format: &Format, shape: Shape) -> Result<Made, Error> {
-        let layout = format.layouts.first().ok_or("a format without layouts")?;
-        let reader = Reader::new(&Arc::new(Book::new(format.clone())), layout, shape)?;
+        let layout = check::formats::layout(format).ok_or("a format without layouts")?;
+        let reader = Reader::new(&Arc::new(Book::new(format.clone())), &layout, shape)?;
         let Some(terms) = reader.terms() else {
             return Err(format!("products of {} are not exact; `qp-codegen explain` says why", format.name).into());
         };
@@ -283,6 +291,8 @@ impl Made {
 
 #[cfg(test)]
 mod tests {
+    use qp_codegen::formats;
+
     use super::*;
 
     #[test]

@@ -8,7 +8,7 @@
 
 mod mixture;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use qp_codegen::cuda::Device;
@@ -38,10 +38,10 @@ use qp_codegen::kernels::sample::{self, Sample};
 use qp_codegen::spec::terms::Terms;
 use qp_codegen::spec::{Rotation, Shape};
 
-use super::layout::{Form, Layout};
+use super::layout::{Form, Layout, Stored};
 use crate::engine::attention_ops;
 use crate::model::LayerId;
-use crate::model::program::{self, CacheId, Node, RopeId, Value, VectorId};
+use crate::model::program::{self, CacheId, Node, Program, RopeId, Value, VectorId};
 
 /// Most tokens whose attention is computed for each token by itself.
 const FEW: u32 = 64;
@@ -89,6 +89,8 @@ pub enum Op {
         batch: u32,
         /// Whether outputs are added to what is there.
         accumulate: bool,
+        /// The preparation of activations, if blocks do that themselves; otherwise a launch before has done it.
+        prepare: Option<Prepare>,
     },
     /// An exact product with a matrix of a format.
     Grouped {
@@ -187,9 +189,17 @@ impl Op {
     /// The operation of a packed product.
     pub fn product<'l>(&self, layout: &'l Layout) -> Option<Gemv<'l>> {
         match *self {
-            Op::Product { spec, shape, batch, accumulate } => {
+            Op::Product { spec, shape, batch, accumulate, prepare: _ } => {
                 Some(Gemv { quantizer: &layout.specs[spec], shape, batch, accumulate })
             }
+            _ => None,
+        }
+    }
+
+    /// The preparation that a product's blocks do themselves.
+    pub fn own_preparation(&self) -> Option<&Prepare> {
+        match self {
+            Op::Product { prepare, .. } => prepare.as_ref(),
             _ => None,
         }
     }
@@ -249,8 +259,9 @@ impl Op {
             Op::Argmax(op) => argmax::lower(op, device),
             Op::Sample(op) => sample::lower(op),
             Op::Product { .. } => {
-                let op = self.product(layout).expect("a product");
-                product::Launch::choose(&op, device).lower(&op)
+                let (op, prepare) = (self.product(layout).expect("a product"), self.own_preparation());
+                let launch = product::Launch::ranked_with(&op, prepare, device)[0].1;
+                launch.lower_with(&op, prepare)
             }
             Op::EmbedPacked { .. } => embed_packed::lower(&self.embed_packed(layout).expect("an embedding")),
         }
@@ -334,9 +345,9 @@ pub struct Step {
     pub logits: Option<(Slot, Span)>,
 }
 
-/// The launches of a step of `tokens` tokens.
-pub fn step(layout: &Layout, tokens: u32, wanted: Wanted) -> Step {
-    let mut lowering = Lowering::new(layout, tokens, wanted);
+/// The launches of a step of `tokens` tokens on `device`.
+pub fn step(layout: &Layout, device: &Device, tokens: u32, wanted: Wanted) -> Step {
+    let mut lowering = Lowering::new(layout, device, tokens, wanted);
     let program = &*layout.program;
     let behind = program.cuts.last().expect("a program has a cut before its head").node;
     let end = if wanted.rows > 0 { program.nodes.len() } else { behind };
@@ -357,6 +368,35 @@ pub fn step(layout: &Layout, tokens: u32, wanted: Wanted) -> Step {
         }
     }
     Step { launches: lowering.launches, logits }
+}
+
+/// The preparation that the product `op` of a layer (or of several that read the same) does itself in a step of one token on
+/// `device`; `None` if a launch before does it.
+pub fn own_preparation(program: &Program, id: LayerId, op: &Gemv, device: &Device) -> Option<Prepare> {
+    let Node::Linear { x, .. } = &program.nodes[program.node_of(id)?] else { return None };
+    let columns = op.shape.cols;
+    let (mut norm, mut gate) = (None, None);
+    for node in &program.nodes {
+        match node {
+            Node::Norm { norm: before, y, .. } if y == x => norm = Some(before.norm),
+            Node::Gate { activation, y, .. } if y == x => {
+                gate = Some(Gate { activation: *activation, up: Span::rows(columns) });
+            }
+            _ => (),
+        }
+    }
+    let input = Span::rows(columns);
+    let prepare = Prepare { columns, batch: 1, input, gate, norm, rotation: op.quantizer.rotation, entering: None };
+    product::Launch::prepares(&[*op], &prepare, device).then_some(prepare)
+}
+
+/// The part of a step behind its decoder blocks. What the blocks gave lies where a step of as many tokens leaves it, whether
+/// rows are wanted of that or not.
+pub fn head(layout: &Layout, device: &Device, tokens: u32, wanted: Wanted) -> Step {
+    let behind = layout.program.cuts.last().expect("a program has a cut before its head").node;
+    let mut step = step(layout, device, tokens, wanted);
+    step.launches.retain(|launch| launch.node >= behind);
+    step
 }
 
 /// Most tokens of a tile of the attention of many tokens: what suits every attention of the program.
@@ -384,6 +424,7 @@ pub fn is_many(tokens: u32) -> bool {
 
 struct Lowering<'l> {
     layout: &'l Layout,
+    device: &'l Device,
     /// Rows of values now: tokens, after [`Node::Rows`] those that are wanted.
     batch: u32,
     wanted: Wanted,
@@ -398,14 +439,17 @@ struct Lowering<'l> {
     used: BTreeMap<Slot, usize>,
     /// Stride of the residual stream.
     stream: u32,
+    /// Of products, by quantizer and shape, whether they do a preparation themselves: layers of a model are mostly alike.
+    decided: Vec<(Vec<(usize, Shape)>, Prepare, bool)>,
 }
 
 impl<'l> Lowering<'l> {
-    fn new(layout: &'l Layout, tokens: u32, wanted: Wanted) -> Self {
+    fn new(layout: &'l Layout, device: &'l Device, tokens: u32, wanted: Wanted) -> Self {
         let program = &*layout.program;
         let values = program.widths.len();
         let mut out = Lowering {
             layout,
+            device,
             batch: tokens,
             wanted,
             after_rows: false,
@@ -416,6 +460,7 @@ impl<'l> Lowering<'l> {
             left: vec![0; values],
             used: BTreeMap::new(),
             stream: program.widths[0] as u32,
+            decided: Vec::new(),
         };
         for node in &program.nodes {
             match *node {
@@ -634,8 +679,8 @@ impl<'l> Lowering<'l> {
         }
     }
 
-    /// The preparation of a value for packed layers.
-    fn prepare(&mut self, value: Value, Preparation { rotation, entering, matrix }: Preparation) {
+    /// The preparation of a value for packed layers of `rotation`: what, of which slots, with the weights of which norm.
+    fn preparation(&mut self, value: Value, rotation: Rotation) -> (Prepare, Vec<Slot>, Vec<VectorId>) {
         let (batch, columns) = (self.batch, self.layout.program.widths[value.0] as u32);
         let pending = self.pending[value.0].filter(|_| self.places[value.0].is_none());
         let (input, gate, norm) = match pending {
@@ -653,12 +698,65 @@ impl<'l> Lowering<'l> {
             gate: up.map(|(up, activation)| Gate { activation, up: up.span }),
             norm: norm.map(|n| n.norm),
             rotation,
-            entering,
+            entering: None,
         };
         let reads: Vec<Slot> = [input.slot].into_iter().chain(up.map(|u| u.0.slot)).collect();
-        let launch = self.launch(Op::Prepare(op), &reads, None);
-        launch.vectors = norm.map(|n| n.weight).into_iter().collect();
-        launch.matrix = matrix;
+        (op, reads, norm.map(|n| n.weight).into_iter().collect())
+    }
+
+    /// A launch that prepares a value for packed layers.
+    fn prepare(&mut self, value: Value, Preparation { rotation, entering, matrix }: Preparation) {
+        let (op, reads, vectors) = self.preparation(value, rotation);
+        let launch = self.launch(Op::Prepare(Prepare { entering, ..op }), &reads, None);
+        (launch.vectors, launch.matrix) = (vectors, matrix);
+    }
+
+    /// The preparation of what `layers` read, if their products take less time when their blocks do that themselves.
+    fn own_preparation(
+        &mut self,
+        value: Value,
+        layers: &[(LayerId, Value)],
+    ) -> Option<(Prepare, Vec<Slot>, Vec<VectorId>)> {
+        let layout = self.layout;
+        if self.batch > 1 {
+            return None;
+        }
+        let matrices: BTreeSet<usize> = layers.iter().map(|l| layout.matrix_of[l.0.0]).collect();
+        let product = |matrix: usize| match &layout.matrices[matrix] {
+            Stored { form: Form::Packed(_), spec, shape, .. } => Some((*spec, *shape)),
+            _ => None,
+        };
+        let products: Vec<(usize, Shape)> = matrices.into_iter().map(product).collect::<Option<_>>()?;
+        let rotation = layout.specs[products[0].0].rotation;
+        if products.iter().any(|p| layout.specs[p.0].rotation != rotation) {
+            return None;
+        }
+        let mut own = self.preparation(value, rotation);
+        // A single token has no next one: steps of any stride have the kernel in common.
+        let columns = own.0.columns;
+        let alone = |span: Span| Span { stride: columns, ..span };
+        own.0.input = alone(own.0.input);
+        own.0.gate = own.0.gate.map(|gate| Gate { up: alone(gate.up), ..gate });
+        // No block may write what others read.
+        let added = |&(id, y): &(LayerId, Value)| self.stream_of(id, y).is_some_and(|(at, _)| own.1.contains(&at.slot));
+        if layers.iter().any(added) {
+            return None;
+        }
+        let known = self.decided.iter().find(|d| d.0 == products && d.1 == own.0).map(|d| d.2);
+        let decide = || {
+            let op = |&(spec, shape): &(usize, Shape)| Gemv {
+                quantizer: &layout.specs[spec],
+                shape,
+                batch: 1,
+                accumulate: false,
+            };
+            product::Launch::prepares(&products.iter().map(op).collect::<Vec<_>>(), &own.0, self.device)
+        };
+        let themselves = known.unwrap_or_else(decide);
+        if known.is_none() {
+            self.decided.push((products, own.0, themselves));
+        }
+        themselves.then_some(own)
     }
 
     /// The residual stream onto which the present node's output is added next, and their sum, if it may add itself.
@@ -688,6 +786,7 @@ impl<'l> Lowering<'l> {
     fn linear(&mut self, x: Value, layers: &[(LayerId, Value)]) {
         let layout = self.layout;
         let mut done: Vec<usize> = Vec::new();
+        let own_preparation = self.own_preparation(x, layers);
         let mut prepared = None;
         for &(id, _) in layers {
             let matrix = layout.matrix_of[id.0];
@@ -711,6 +810,7 @@ impl<'l> Lowering<'l> {
             };
             if let Some(wanted) = wanted
                 && prepared != Some(wanted)
+                && own_preparation.is_none()
             {
                 prepared = Some(wanted);
                 self.prepare(x, wanted);
@@ -755,10 +855,17 @@ impl<'l> Lowering<'l> {
                 (Form::Grouped(terms), _) => {
                     Op::Grouped { terms: terms.clone(), shape, batch, y: of_product, accumulate }
                 }
-                _ => Op::Product { spec: stored.spec, shape, batch, accumulate },
+                _ => {
+                    let prepare = own_preparation.as_ref().map(|own| own.0);
+                    Op::Product { spec: stored.spec, shape, batch, accumulate, prepare }
+                }
             };
-            let reads: Vec<Slot> = input.map(|i| i.slot).into_iter().collect();
-            self.launch(op, &reads, Some(to)).matrix = Some(matrix);
+            let (reads, vectors) = match (&own_preparation, input) {
+                (Some((_, slots, vectors)), _) => (slots.clone(), vectors.clone()),
+                (None, input) => (input.map(|i| i.slot).into_iter().collect(), Vec::new()),
+            };
+            let launch = self.launch(op, &reads, Some(to));
+            (launch.matrix, launch.vectors) = (Some(matrix), vectors);
             if let Some(leave) = leave {
                 let op = Leave { x: of_product, y: span, accumulate: stream.is_some(), ..leave };
                 self.launch(Op::Leave(op), &[to], Some(slot)).matrix = Some(matrix);

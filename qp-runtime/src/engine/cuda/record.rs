@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use qp_codegen::ir::Kernel;
+use qp_codegen::kernels::prepare::Prepare;
 use qp_codegen::kernels::{grouped, product};
 use rayon::prelude::*;
 
@@ -144,7 +145,8 @@ impl Kernels {
                 (Op::Product { spec, .. }, Some(Matrix::Packed(matrix))) => {
                     let i = products.iter().position(|p| *p.0 == launch.op).unwrap_or_else(|| {
                         let op = launch.op.product(layout).expect("a product");
-                        products.push((&launch.op, tune::Product { op, hash: &hashes[*spec], matrices: Vec::new() }));
+                        let (prepare, hash) = (launch.op.own_preparation(), hashes[*spec].as_str());
+                        products.push((&launch.op, tune::Product { op, prepare, hash, matrices: Vec::new() }));
                         products.len() - 1
                     });
                     products[i].1.matrices.push(matrix);
@@ -268,19 +270,24 @@ pub fn record(
         pairs: &routes.pairs,
         places: launch.matrix.and_then(|m| expert_places.get(&m)).unwrap_or(no_places),
     };
+    let inputs = |op: &Prepare| {
+        let up = if op.gate.is_some() { read(1) } else { nothing };
+        let factors = match matrix {
+            Some(Matrix::Grouped(matrix)) => Some(&matrix.entering),
+            _ => None,
+        };
+        PrepareInputs { input: read(0), up, norm, factors }
+    };
     let y = written.as_mut().map(|w| &mut w.1);
     let result = match (&launch.op, kernel, matrix, y) {
         (Op::Prepare(op), Ready::Prepare(kernel), ..) => {
-            let up = if op.gate.is_some() { read(1) } else { nothing };
-            let factors = match matrix {
-                Some(Matrix::Grouped(matrix)) => Some(&matrix.entering),
-                _ => None,
-            };
-            let inputs = PrepareInputs { input: read(0), up, norm, factors };
-            kernel.record(to, inputs, activations, Faults { faults, layer })
+            kernel.record(to, inputs(op), activations, Faults { faults, layer })
         }
-        (Op::Product { .. }, Ready::Product(kernel), Some(Matrix::Packed(matrix)), Some(y)) => {
-            kernel.record(to, matrix, activations, y)
+        (Op::Product { prepare, .. }, Ready::Product(kernel), Some(Matrix::Packed(matrix)), Some(y)) => {
+            match prepare.as_ref() {
+                None => kernel.record(to, matrix, activations, y),
+                Some(op) => kernel.record_preparing(to, matrix, inputs(op), Faults { faults, layer }, y),
+            }
         }
         (Op::Grouped { .. }, Ready::Grouped(kernel), Some(Matrix::Grouped(matrix)), Some(y)) => {
             kernel.record(to, matrix, activations, y)

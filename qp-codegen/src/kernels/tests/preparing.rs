@@ -107,7 +107,7 @@ fn a_product_that_prepares_gives_the_bits_of_two_launches() {
     ] {
         let quantizer = &Quantizer { rotation, ..named(&all, name).clone() };
         let input = Span { first: 4 * u32::from(columns == 300), stride: columns + 8 };
-        let prepare = Prepare { columns, batch: 1, input, gate, norm, rotation };
+        let prepare = Prepare { columns, batch: 1, input, gate, norm, rotation, entering: None };
         for (rows, accumulate) in [(70, true), (33, false)] {
             let op = Gemv { quantizer, shape: Shape { rows, cols: columns }, batch: 1, accumulate };
             let tiles = Packed::new(quantizer, op.shape).row_tiles();
@@ -131,7 +131,8 @@ fn a_product_that_prepares_says_what_is_not_finite() {
     let quantizer = &Quantizer { rotation: blocks(128), ..named(&all, "v4_k8").clone() };
     let op = Gemv { quantizer, shape: Shape { rows: 70, cols: 384 }, batch: 1, accumulate: false };
     let input = Span::rows(384);
-    let prepare = Prepare { columns: 384, batch: 1, input, gate: None, norm: None, rotation: blocks(128) };
+    let prepare =
+        Prepare { columns: 384, batch: 1, input, gate: None, norm: None, rotation: blocks(128), entering: None };
     let mut given = Given::random(&op, &prepare);
     given.inputs[0][4 * 290..4 * 291].copy_from_slice(&f32::NAN.to_le_bytes());
     let (_, faults) = given.apart(&op, &prepare);
@@ -146,7 +147,8 @@ fn blocks_prepare_where_it_takes_less_time() {
     let q = crate::palette::get("fast_3").expect("of the palette");
     let own = |batch, columns, rotation, gate: Option<Gate>| {
         let op = Gemv { quantizer: &q, shape: Shape { rows: 4096, cols: columns }, batch, accumulate: false };
-        let prepare = Prepare { columns, batch, input: Span::rows(columns), gate, norm: norm(false), rotation };
+        let prepare =
+            Prepare { columns, batch, input: Span::rows(columns), gate, norm: norm(false), rotation, entering: None };
         Launch::prepares(&[op, op], &prepare, &device)
     };
     let gate = Some(Gate { activation: Activation::Silu, up: Span::rows(4096) });

@@ -314,7 +314,10 @@ fn estimate_many(op: &Product, launch: &many::Launch, device: &Device) -> Option
     let registers = working + launch.row_tiles * (4 * plan.groups + of_tile) + products;
     let available = (device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks) / 8 * 8).min(255);
     let shared = plan.shared_bytes(launch);
+    // Beside the sums of more than 32 tokens the words of two tiles do not fit, whatever the sum of registers is.
+    let spills = launch.group && launch.ahead > 1 && plan.groups > 8;
     if registers > available
+        || spills
         || threads * launch.min_blocks > device.threads_per_sm
         || launch.min_blocks * (shared + 1024) > device.shared_per_sm
         || shared > device.shared_per_block

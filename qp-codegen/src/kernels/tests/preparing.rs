@@ -145,15 +145,18 @@ fn a_product_that_prepares_says_what_is_not_finite() {
 fn blocks_prepare_where_it_takes_less_time() {
     let device = crate::cuda::Target::Sm90a.device();
     let q = crate::palette::get("fast_3").expect("of the palette");
-    let own = |batch, columns, rotation, gate: Option<Gate>| {
+    let own = |count, batch, rotation, gate: Option<Gate>| {
+        let columns = 4096;
         let op = Gemv { quantizer: &q, shape: Shape { rows: 4096, cols: columns }, batch, accumulate: false };
         let prepare =
             Prepare { columns, batch, input: Span::rows(columns), gate, norm: norm(false), rotation, entering: None };
-        Launch::prepares(&[op, op], &prepare, &device)
+        Launch::prepares(&vec![op; count], &prepare, &device)
     };
     let gate = Some(Gate { activation: Activation::Silu, up: Span::rows(4096) });
-    assert!(own(1, 4096, blocks(128), None) && own(1, 4096, Rotation::None, None));
-    assert!(!own(1, 4096, blocks(128), gate) && !own(2, 4096, blocks(128), None));
+    assert!(own(1, 1, blocks(128), None) && own(1, 1, Rotation::None, None));
+    assert!(!own(1, 1, blocks(128), gate) && !own(1, 2, blocks(128), None));
+    // Each of several products that read the same would prepare it.
+    assert!(!own(3, 1, blocks(128), None));
     // So long that a launch less is within the model's error: it took longer.
     let (output, columns) = (crate::palette::get("tcq_4").expect("of the palette"), 4096);
     let op = Gemv { quantizer: &output, shape: Shape { rows: 128256, cols: columns }, batch: 1, accumulate: false };
@@ -161,5 +164,5 @@ fn blocks_prepare_where_it_takes_less_time() {
     let prepare = Prepare { columns, batch: 1, input, gate: None, norm: norm(false), rotation: output.rotation };
     assert!(!Launch::prepares(&[op], &prepare, &device));
     // Through shared memory.
-    assert!(!own(1, 4096, Rotation::Hadamard { seed: 0, block: None, interleave: None }, None));
+    assert!(!own(1, 1, Rotation::Hadamard { seed: 0, block: None, interleave: None }, None));
 }

@@ -113,7 +113,7 @@ fn quantizers_of_ones_own_are_planned_for_and_quantized_with() {
     ]);
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     // As much memory as one of them would take, by name and member; a quantizer of blocks with an error measured now.
-    let (ok, printed, said) = plan(&format!("{own}:int3,{own}:four,tcq_3"), &["--as-uniform", &format!("{own}:int3")]);
+    let (ok, printed, said) = plan(&format!("{own}:int3,{own}:four"), &["--as-uniform", &format!("{own}:int3")]);
     assert!(ok && printed.contains("(3.5000 bits a weight)"), "{printed}{said}");
     // A slip, and two of one name.
     let (ok, _, said) = plan("q4_z", &["--bits", "4"]);

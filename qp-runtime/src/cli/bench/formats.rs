@@ -162,10 +162,11 @@ struct Made {
 
 impl Made {
     fn new(on: &Executor, format: &Format, shape: Shape) -> Result<Made, Error> {
-        let layout = check::formats::layout(format).ok_or("a format without layouts")?;
-        let reader = Reader::new(&Arc::new(Book::new(format.clone())), &layout, shape)?;
+        let format = check::formats::laid(format).ok_or("a format that no layout can be made for")?;
+        let (name, layout) = (format.name.clone(), format.layouts[0].clone());
+        let reader = Reader::new(&Arc::new(Book::new(format)), &layout, shape)?;
         let Some(terms) = reader.terms() else {
-            return Err(format!("products of {} are not exact; `qp-codegen explain` says why", format.name).into());
+            return Err(format!("products of {name} are not exact; `qp-codegen explain` says why").into());
         };
         let tensors = reader.made(1);
         let slices = tensors.iter().map(Vec::as_slice).collect();

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use qp_codegen::kernels::Span;
 use qp_codegen::kernels::grouped::{Launch, Product};
+use qp_codegen::kernels::leave::{self, Leave};
+use qp_codegen::kernels::prepare::{Entering, Prepare};
 use qp_codegen::reader::{Book, Reader};
 use qp_codegen::reference::quantize_activations;
 use qp_codegen::spec::Shape;
@@ -14,7 +16,8 @@ use super::synthetic::Random;
 use super::{Failure, same_floats};
 use crate::codec::Lines;
 use crate::device::grouped::{GroupedKernel, GroupedMatrix};
-use crate::device::ops::DeviceActivations;
+use crate::device::launches as args;
+use crate::device::ops::{DeviceActivations, Faults, PrepareInputs, PrepareKernel};
 use crate::device::{DeviceError, Executor};
 
 /// The format with a layout: its own, or, if it has none, one of codes and fields as they are.
@@ -56,11 +59,17 @@ pub fn format(on: &Executor, format: &Format, shape: Shape, batches: &[u32]) -> 
     let tensors = reader.made(u64::from(shape.cols));
     let tensors: Vec<&[u8]> = tensors.iter().map(Vec::as_slice).collect();
     let matrix = GroupedMatrix::upload(on, terms, &[(&reader, tensors.clone())]).map_err(Failure::of(&name))?;
+    let turned = reader.turned(&tensors).expect("products are exact");
     let mut random = Random::of(&name);
     let mut done = 0;
     for &batch in batches {
-        let inputs: Vec<_> =
-            (0..batch).map(|_| quantize_activations(&random.values(shape.cols as usize, 3.0))).collect();
+        let values = random.values((batch * shape.cols) as usize, 3.0);
+        let entered = |x: &[f32]| {
+            let mut x = x.to_vec();
+            turned[0].enter(&mut x);
+            quantize_activations(&x)
+        };
+        let inputs: Vec<_> = values.chunks_exact(shape.cols as usize).map(entered).collect();
         let expected = Lines::new(&reader, tensors.clone()).product(&inputs);
         let op = Product { terms, shape, batch, y: Span::rows(shape.rows), accumulate: false };
         let ranked = Launch::ranked(&op, &on.device());
@@ -70,7 +79,7 @@ pub fn format(on: &Executor, format: &Format, shape: Shape, batches: &[u32]) -> 
         for launch in best.chain([last]) {
             let what = format!("{name}, {batch} token(s), {launch:?}");
             let run = || -> Result<Vec<f32>, DeviceError> {
-                let x = DeviceActivations::upload(on, &inputs)?;
+                let x = prepared(on, &op, &matrix, &values)?;
                 let mut y = on.zeroed(expected.len())?;
                 GroupedKernel::load(on, &op, &launch)?.launch(on, &matrix, &x, &mut y)?;
                 y.to_vec()
@@ -78,8 +87,40 @@ pub fn format(on: &Executor, format: &Format, shape: Shape, batches: &[u32]) -> 
             same_floats(&what, &run().map_err(Failure::of(&what))?, &expected)?;
             done += 1;
         }
+        if let Some(leave) = Leave::of(terms, shape.rows, batch) {
+            let what = format!("{name}, {batch} token(s), what is done to results");
+            let run = || -> Result<Vec<f32>, DeviceError> {
+                let (x, mut y) = (on.upload(&expected)?, on.zeroed(expected.len())?);
+                let kernel = on.load::<args::Leave<'_>>(leave::lower(&leave))?;
+                on.launch(&kernel, args::Leave { x: &x, factors: &matrix.leaving, y: &mut y })?;
+                y.to_vec()
+            };
+            let mut left = expected.clone();
+            left.chunks_exact_mut(shape.rows as usize).for_each(|y| turned[1].leave(y));
+            same_floats(&what, &run().map_err(Failure::of(&what))?, &left)?;
+            done += 1;
+        }
     }
     Ok(done)
+}
+
+/// Activations as a device prepares them for a product.
+fn prepared(
+    on: &Executor,
+    op: &Product<'_>,
+    matrix: &GroupedMatrix,
+    values: &[f32],
+) -> Result<DeviceActivations, DeviceError> {
+    let (columns, batch) = (op.shape.cols, op.batch);
+    let (rotation, entering) = Entering::of(op.terms);
+    let input = Span::rows(columns);
+    let prepare = Prepare { columns, batch, input, gate: None, norm: None, rotation, entering };
+    let (values, mut faults) = (on.upload(values)?, on.zeroed(1)?);
+    let factors = entering.filter(|e| e.factors).map(|_| &matrix.entering);
+    let inputs = PrepareInputs { factors, ..PrepareInputs::plain(&values) };
+    let mut x = DeviceActivations::new(on, columns, batch)?;
+    PrepareKernel::load(on, &prepare)?.launch(on, inputs, &mut x, Faults { faults: &mut faults, layer: 0 })?;
+    Ok(x)
 }
 
 #[cfg(test)]
@@ -91,9 +132,17 @@ mod tests {
     #[test]
     fn products_of_formats_are_those_of_the_cpu() {
         let on = Executor::interpreter();
-        for (name, cols) in [("gptq_int4_g64", 576), ("q4_k", 1024), ("nvfp4", 208), ("nf4", 320), ("fp8_channel", 300)]
-        {
-            let done = format(&on, formats::get(name).unwrap(), Shape { rows: 48, cols }, &[1, 6, 11]);
+        for (name, cols) in [
+            ("gptq_int4_g64", 576),
+            ("q4_k", 1024),
+            ("nvfp4", 208),
+            ("nf4", 320),
+            ("fp8_channel", 300),
+            ("exl3_mul1_3", 384),
+            ("exl3_mcg_2", 256),
+        ] {
+            let rows = if name.starts_with("exl3") { 128 } else { 48 };
+            let done = format(&on, formats::get(name).unwrap(), Shape { rows, cols }, &[1, 6, 11]);
             assert!(done.unwrap_or_else(|e| panic!("{e}")) >= 8, "{name}");
         }
         assert_eq!(format(&on, formats::get("iq1_m").unwrap(), Shape { rows: 16, cols: 256 }, &[1]).unwrap(), 0);

@@ -1,12 +1,13 @@
 //! `qp-codegen try`: what a spec makes of some bits.
 
 use std::fmt::Write;
+use std::num::IntErrorKind;
 use std::sync::Arc;
 
 use qp_codegen::reader::{Book, Reader};
 use qp_codegen::reference;
 use qp_codegen::spec::expr::Room;
-use qp_codegen::spec::format::Format;
+use qp_codegen::spec::format::{Format, Layout};
 use qp_codegen::spec::{Definition, Quantizer, Shape, mask};
 
 /// Writing to a string cannot fail.
@@ -14,13 +15,18 @@ macro_rules! line {
     ($out:expr, $($t:tt)*) => {{ let _ = writeln!($out, $($t)*); }};
 }
 
-/// A number in decimal, or in hexadecimal after `0x`.
+/// A number in decimal, in hexadecimal after `0x`, or in binary after `0b`, as in a spec.
 pub fn number(text: &str) -> Result<u32, String> {
-    let parsed = match text.strip_prefix("0x") {
-        Some(hex) => u32::from_str_radix(&hex.replace('_', ""), 16),
-        None => text.parse(),
+    let digits = text.replace('_', "");
+    let parsed = match (digits.strip_prefix("0x"), digits.strip_prefix("0b")) {
+        (Some(hex), _) => u32::from_str_radix(hex, 16),
+        (_, Some(binary)) => u32::from_str_radix(binary, 2),
+        (None, None) => digits.parse(),
     };
-    parsed.map_err(|e| format!("expected a word such as 0x1234: {e}"))
+    parsed.map_err(|e| match e.kind() {
+        IntErrorKind::PosOverflow => format!("`{text}` has more than 32 bits: a window or a code has at most 24"),
+        _ => format!("`{text}` is no word: write it in decimal, or as in 0x1234 or 0b1010"),
+    })
 }
 
 /// Bytes in hexadecimal, white space between them ignored.
@@ -83,9 +89,12 @@ fn of_format(f: &Format, code: u32, out: &mut String) -> Result<(), String> {
 
 /// The fields and weights of a matrix whose tensors, in the layout's order, are `tensors`.
 pub fn matrix(f: &Format, layout: &str, shape: Shape, tensors: &[Vec<u8>]) -> Result<String, String> {
-    let known = || f.layouts.iter().map(|l| l.name.as_str()).collect::<Vec<_>>().join(", ");
-    let layout =
-        f.layout(layout).ok_or_else(|| format!("`{}` has no layout `{layout}`; it has {}", f.name, known()))?;
+    // That by which an encoder writes a format without one.
+    let plain = if f.layouts.is_empty() { Layout::plain(f) } else { None };
+    let all = || f.layouts.iter().chain(&plain);
+    let known = || all().map(|l| l.name.as_str()).collect::<Vec<_>>().join(", ");
+    let found = all().find(|l| l.name == layout);
+    let layout = found.ok_or_else(|| format!("`{}` has no layout `{layout}`; it has {}", f.name, known()))?;
     let reader = Reader::new(&Arc::new(Book::new(f.clone())), layout, shape).map_err(|e| e.to_string())?;
     let wanted: Vec<String> = reader.tensors().iter().map(|t| format!("{} of {} bytes", t.name, t.bytes)).collect();
     let found: Vec<String> =

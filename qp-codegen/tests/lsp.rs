@@ -364,30 +364,61 @@ fn a_conversation_has_an_order() {
 }
 
 #[test]
-fn what_is_no_message_ends_with_an_error() {
-    let bad: [(&[u8], &str); 7] = [
-        (b"hello\r\n\r\n", "`hello` is no header"),
-        (b"Content-Type: x\r\n\r\n{}", "a header without `Content-Length`"),
-        (b"Content-Length: 99999999999\r\n\r\n", "is no length"),
-        (b"Content-Length: -1\r\n\r\n", "is no length"),
-        (b"Content-Length: 5\r\n\r\n{}", "standard input: "),
-        (b"Content-Length: 2\r\n\r\n[]", "no message of the protocol"),
-        (b"Content-Length: 4\r\n\r\n\xff\xfe{}", "no message of the protocol"),
+fn what_is_no_message_is_refused_and_the_conversation_goes_on() {
+    let long = vec![b'x'; 1 << 16];
+    let bad: [(&[u8], i32, &str); 12] = [
+        (b"hello\r\n\r\n", -32700, "`hello` is no header"),
+        (b"Content-Type: x\r\n\r\n", -32700, "a header without `Content-Length`"),
+        (b"Content-Type: x\r\n\r\n{}", -32700, "a header without `Content-Length`"),
+        (b"Content-Length: 99999999999\r\n\r\n", -32700, "is no length"),
+        (b"Content-Length: -1\r\n\r\n{\n}", -32700, "is no length"),
+        (b"Content-Length: 1\r\n\r\n{}", -32700, "a message that is no JSON"),
+        (b"Content-Length: 2\r\n\r\n[]", -32600, "no message of the protocol"),
+        (b"Content-Length: 1\r\n\r\n7", -32600, "no message of the protocol"),
+        (b"Content-Length: 22\r\n\r\n{\"id\": 7, \"method\": 3}", -32600, "no message of the protocol"),
+        (b"Content-Length: 4\r\n\r\n\xff\xfe{}", -32700, "a message that is no JSON"),
+        (b"Content-Length: 3\r\n\r\n{]}", -32700, "a message that is no JSON"),
+        (&long, -32700, "a header that does not end"),
     ];
-    for (bytes, why) in bad {
+    for (bytes, code, why) in bad {
+        for mut server in [Server::start(), Server::begun()] {
+            server.input.write_all(bytes).unwrap();
+            let said = String::from_utf8_lossy(&bytes[..bytes.len().min(40)]).into_owned();
+            // A header that does not end, ends some time.
+            if bytes.len() > 4096 {
+                server.input.write_all(b"\r\n\r\n").unwrap();
+            }
+            server.input.flush().unwrap();
+            let answer = server.receive();
+            assert_eq!(answer["error"]["code"], code, "{said}: {answer}");
+            assert!(answer["error"]["message"].as_str().unwrap().contains(why), "{said}: {answer}");
+            assert_eq!(answer["id"], if said.contains("\"id\"") { json!(7) } else { Value::Null });
+            // The next message counts, whatever was before it.
+            let next = server.answer("textDocument/sing", json!({}));
+            assert!([-32601, -32002].contains(&next["error"]["code"].as_i64().unwrap()), "{said}: {next}");
+        }
+    }
+    // A message cut short takes the beginning of the next with it, and no more.
+    let mut server = Server::begun();
+    server.input.write_all(b"Content-Length: 40\r\n\r\n{\"jsonrpc\": \"2.0\"}").unwrap();
+    server.tell("textDocument/didSave", json!({}));
+    assert_eq!(server.receive()["error"]["code"], -32700);
+    assert_eq!(server.answer("textDocument/sing", json!({}))["error"]["code"], -32601);
+    assert_eq!(server.ask("shutdown", Value::Null), Value::Null);
+    server.tell("exit", Value::Null);
+    assert_eq!(server.end(), (0, String::new()));
+}
+
+#[test]
+fn an_end_without_a_goodbye_is_an_error() {
+    let early = "error: the input ended without `exit`\n".to_string();
+    for bytes in [&b"Content-Length: 5\r\n\r\n{}"[..], b"Content-Le"] {
         let mut server = Server::start();
         server.input.write_all(bytes).unwrap();
-        let (code, told) = server.end();
-        assert!(code == 1 && told.starts_with("error: ") && told.contains(why), "{code} {told}");
+        assert_eq!(server.end(), (1, early.clone()));
     }
-    // Without end.
-    let mut server = Server::start();
-    let _ = server.input.write_all(&[b'x'; 1 << 16]);
-    let (code, told) = server.end();
-    assert!(code == 1 && told.contains("a header that does not end"), "{told}");
-    // A goodbye too soon, and none.
+    assert_eq!(Server::begun().end(), (1, early));
     let mut server = Server::begun();
     server.tell("exit", Value::Null);
     assert_eq!(server.end(), (1, "error: `exit` came without `shutdown`\n".to_string()));
-    assert_eq!(Server::begun().end(), (1, "error: the input ended without `exit`\n".to_string()));
 }

@@ -1,6 +1,7 @@
 //! The native half of the Python package `qpalette`. What each item does is said where Python users read it: in
 //! `python/qpalette/_native.pyi`.
 
+mod format;
 mod matrix;
 mod model;
 mod operator;
@@ -11,6 +12,8 @@ use pyo3::prelude::*;
 
 #[pymodule]
 mod _native {
+    #[pymodule_export]
+    use super::format::{Format, StoredMatrix, formats};
     #[pymodule_export]
     use super::matrix::PackedMatrix;
     #[pymodule_export]

@@ -80,12 +80,28 @@ pub enum Source {
     File(PathBuf),
 }
 
-fn load(py: Python<'_>, source: &Source) -> PyResult<Library> {
+pub fn load(py: Python<'_>, source: &Source) -> PyResult<Library> {
     let loaded = py.detach(|| match source {
         Source::Text(text) => spec::load_str("<text>", text),
         Source::File(path) => spec::load_file(path),
     });
     loaded.map_err(|d| failed(py, &d))
+}
+
+/// Which of `names`, all that a spec defines of a kind, is meant.
+pub fn chosen(kind: &str, names: &[&str], name: Option<&str>) -> PyResult<usize> {
+    let at = match name {
+        Some(name) => names.iter().position(|n| *n == name),
+        None if names.len() == 1 => Some(0),
+        None => None,
+    };
+    at.ok_or_else(|| {
+        PyValueError::new_err(match (name, names.is_empty()) {
+            (_, true) => format!("the spec defines no {kind}"),
+            (Some(name), false) => format!("the spec defines no `{name}`; it has {}", names.join(", ")),
+            (None, false) => format!("the spec defines {}: say which with name=", names.join(", ")),
+        })
+    })
 }
 
 #[pyfunction]
@@ -129,18 +145,7 @@ impl Quantizer {
     fn new(py: Python<'_>, spec: Source, name: Option<&str>) -> PyResult<Self> {
         let mut library = load(py, &spec)?;
         let names: Vec<&str> = library.quantizers.iter().map(|q| q.name.as_str()).collect();
-        let at = match name {
-            Some(name) => names.iter().position(|n| *n == name),
-            None if names.len() == 1 => Some(0),
-            None => None,
-        };
-        let Some(at) = at else {
-            return Err(PyValueError::new_err(match (name, names.is_empty()) {
-                (_, true) => "the spec defines no quantizer".to_owned(),
-                (Some(name), false) => format!("the spec defines no `{name}`; it has {}", names.join(", ")),
-                (None, false) => format!("the spec defines {}: say which with name=", names.join(", ")),
-            }));
-        };
+        let at = chosen("quantizer", &names, name)?;
         Ok(Quantizer(Arc::new(library.quantizers.swap_remove(at))))
     }
 

@@ -130,8 +130,11 @@ impl Plan {
 
     /// Reads a plan file. Paths of specs in it are relative to its folder.
     pub fn read(path: &Path) -> Result<Plan, Diagnostics> {
-        let text = text_file::read(path)
-            .map_err(|e| Diagnostics::plain(format!("cannot read the plan {}: {e}", path.display())))?;
+        let text = text_file::read(path).map_err(|e| {
+            let d = Diagnostic::plain(format!("cannot read the plan {}: {e}", path.display()));
+            let d = d.hint("`qp plan -o FILE` writes one; --spec NAME gives all layers one quantizer");
+            Diagnostics { list: vec![d], ..Diagnostics::default() }
+        })?;
         let folder = path.parent().unwrap_or(Path::new("")).to_owned();
         Plan::parse(&path.display().to_string(), &text, folder)
     }
@@ -546,6 +549,6 @@ impl Pattern {
 }
 
 /// True if a quantizer is named by a file, not by its name in the palette.
-fn is_path(spec: &str) -> bool {
+pub fn is_path(spec: &str) -> bool {
     spec.contains(".qspec") || spec.contains(['/', '\\'])
 }

@@ -10,9 +10,10 @@ use super::rotate::{GROUP, GROUP_LEVELS, LaneSigns, Transforms, flip, flip_word,
 use super::span::Span;
 use crate::cuda::Device;
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Scalar, Special, V, Var};
-use crate::layout::COLUMN_PAD;
+use crate::layout::{CELL, COLUMN_PAD};
 use crate::reference::{ACTIVATION_MAX, Activation, INFINITY_BITS, Interleave, RmsNorm};
 use crate::spec::Rotation;
+use crate::spec::terms::Terms;
 
 /// What to compute: of each token the input, gated, normed and rotated, where these are wanted, in this order.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -29,6 +30,30 @@ pub struct Prepare {
     pub norm: Option<RmsNorm>,
     /// The rotation of the layer's weights.
     pub rotation: Rotation,
+    /// What a format does to its activations. Then the rotation is without signs.
+    pub entering: Option<Entering>,
+}
+
+/// What a format does to its activations, beside a transform.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Entering {
+    /// Whether there is a factor for each column, before the transform.
+    pub factors: bool,
+    /// The columns of a cell in the order in which they are written, if it is another.
+    pub order: Option<[u8; CELL as usize]>,
+}
+
+impl Entering {
+    /// What is done to the activations of products with a matrix of a format, and the rotation; nothing if they are rounded as they
+    /// are.
+    pub fn of(terms: &Terms) -> (Rotation, Option<Entering>) {
+        let side = terms.sides.input;
+        let entering = Entering { factors: side.field.is_some(), order: terms.order() };
+        let rotation =
+            side.hadamard.map_or(Rotation::None, |block| Rotation::Hadamard { seed: 0, block, interleave: None });
+        let some = rotation != Rotation::None || entering != Entering::default();
+        (rotation, some.then_some(entering))
+    }
 }
 
 /// A gated unit: `activation(gate) · up`.
@@ -205,7 +230,8 @@ fn scratch_of_token(g: &Geometry) -> u32 {
 /// * `scratch`: 32-bit words, [`Prepare::scratch`] of them, of any contents;
 /// * `x`, `x_scale`, `x_sum`: see [`super::gemv::lower`]; the scale of a token whose values are not finite is infinite;
 /// * `faults`: `i32`, one a layer of the model: that of `layer` becomes 1 if a token's values are not finite;
-/// * `layer`: `i32`, the place in `faults`.
+/// * `layer`: `i32`, the place in `faults`;
+/// * `factors`: `f32`, one a column, if a format has them.
 pub fn lower(op: &Prepare, device: &Device) -> Kernel {
     lower_as(op, Spread::choose(op, device))
 }
@@ -282,6 +308,8 @@ struct Output<'b> {
     x_sum: Mem,
     faults: Mem,
     layer: V<'b>,
+    /// Of a format.
+    factors: Option<Mem>,
     /// Of [`Stage::Given`].
     given: Option<Mem>,
 }
@@ -296,6 +324,7 @@ impl<'b> Output<'b> {
             x_sum: b.sized("x_sum", Elem::I32, true, batch),
             faults: b.buffer("faults", Elem::I32, true),
             layer: b.scalar("layer", Scalar::I32),
+            factors: op.entering.filter(|e| e.factors).map(|_| b.sized("factors", Elem::F32, false, op.columns.into())),
             given: (stage == Stage::Given).then(|| b.sized("given", Elem::F32, false, batch)),
         }
     }
@@ -308,6 +337,7 @@ impl<'b> Output<'b> {
             x_sum: b.shared("planes_sum", Elem::I32, 1),
             faults: b.buffer("faults", Elem::I32, true),
             layer: b.scalar("layer", Scalar::I32),
+            factors: None,
             given: None,
         }
     }
@@ -492,7 +522,7 @@ impl<'a, 'b> Emit<'a, 'b> {
                     let v = self.norm_weights(group.column);
                     early.weights[k].iter().zip(v).for_each(|(&var, v)| b.set(var, v));
                 }
-                if !self.transforms.is_empty() {
+                if !self.transforms.is_empty() && op.entering.is_none() {
                     b.set(early.words[k], flip_word(b, self.inputs.flips, op.columns, group.column));
                 }
             });
@@ -541,7 +571,14 @@ impl<'a, 'b> Emit<'a, 'b> {
                     v * inverse * if norm.add_one { weight + 1.0 } else { weight }
                 });
             }
-            if rotated {
+            if let Some(factors) = self.out.factors {
+                let mut factors =
+                    self.load((factors, Elem::F32), b.i32(0), true, group.column, Cache::ReadOnly).into_iter();
+                v = v.map(|v| v * factors.next().expect("four"));
+            }
+            if rotated && op.entering.is_some() {
+                v = self.transforms.in_warp(&signs, group.column, v);
+            } else if rotated {
                 let word = match group.index {
                     Some(k) => b.get(words[k]),
                     None => flip_word(b, self.inputs.flips, op.columns, group.column),
@@ -664,9 +701,15 @@ impl<'a, 'b> Emit<'a, 'b> {
             let low = [0, 1, 2, 3].map(|k| q[k] - (high[k] << 7));
             // Four quads a cell; the planes of a token are neighbours.
             let cell = place(self.interleave, self.op.columns, group.number * 8 + self.lane / 4);
-            let at = (cell * (2 * self.op.batch) + self.token * 2) * 4 + self.lane % 4;
-            b.store(out.x, at, bytes(high), Elem::U32);
-            b.store(out.x, at + 4, bytes(low), Elem::U32);
+            let cell = cell * (2 * self.op.batch) + self.token * 2;
+            match self.op.entering.and_then(|e| e.order) {
+                None => {
+                    let at = cell * 4 + self.lane % 4;
+                    b.store(out.x, at, bytes(high), Elem::U32);
+                    b.store(out.x, at + 4, bytes(low), Elem::U32);
+                }
+                Some(order) => self.store_in_order(cell, &order, [high, low]),
+            }
             b.set(sum, b.get(sum) + ((q[0] + q[1]) + (q[2] + q[3])));
         });
         let sum = b.get(sum).bits(Scalar::U32).sum_across().bits(Scalar::I32);
@@ -687,6 +730,33 @@ impl<'a, 'b> Emit<'a, 'b> {
             b.if_(!finite, || b.store(out.faults, out.layer, b.i32(1), Elem::I32));
         });
         None
+    }
+}
+
+impl<'b> Emit<'_, 'b> {
+    /// Stores the bytes of both planes of four columns of a cell where an order has them.
+    fn store_in_order(&self, cell: V<'b>, order: &[u8; CELL as usize], planes: [[V<'b>; 4]; 2]) {
+        let b = self.b;
+        let place =
+            |column: u32| order.iter().position(|c| u32::from(*c) == column).expect("an order has all columns") as u32;
+        // Whether columns 2k and 2k + 1 of all lanes lie side by side.
+        let pairs = (0..8).all(|k| place(2 * k).is_multiple_of(2) && place(2 * k + 1) == place(2 * k) + 1);
+        let size = if pairs { 2 } else { 1 };
+        for k in (0..4).step_by(size) {
+            // A byte for each of the four lanes of a cell.
+            let places = (0..4).map(|quad| place(4 * quad + k as u32) << (8 * quad)).sum::<u32>();
+            let quad = (self.lane & 3).bits(Scalar::U32) * 8;
+            let at = ((b.u32(places) >> quad) & 0xff_u32).bits(Scalar::I32);
+            for (plane, four) in (0..).zip(planes) {
+                let at = (cell + plane) * (CELL as i32) + at;
+                if pairs {
+                    let two = (four[k].bits(Scalar::U32) & 0xff_u32) | (four[k + 1].bits(Scalar::U32) << 8);
+                    b.store(self.out.x, at / 2, two, Elem::U16);
+                } else {
+                    b.store(self.out.x, at, four[k], Elem::I8);
+                }
+            }
+        }
     }
 }
 

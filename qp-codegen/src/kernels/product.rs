@@ -25,6 +25,10 @@ pub const MAX_BATCH: u32 = gemm::MAX_BATCH;
 /// Up to so many tokens, whose planes one tensor-core product holds, nothing is gained by sharing activations.
 const ONE_PRODUCT: u32 = 4;
 
+/// Products prepare their token themselves if they are expected to take less than this share of the time: of long ones the model
+/// errs by more than what a launch takes.
+const CLEARLY: f64 = 0.98;
+
 /// Which kernel computes a product, and how it is laid over the GPU. The result does not depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Launch {
@@ -101,7 +105,7 @@ impl Launch {
         let best = |op: &Gemv| Launch::ranked_with(op, Some(prepare), device).first().map(|r| r.0);
         let own: Option<f64> = ops.iter().map(best).sum();
         let apart: f64 = ops.iter().map(|op| Launch::ranked(op, device)[0].0).sum();
-        own.is_some_and(|own| own < apart + launch::PREPARATION)
+        own.is_some_and(|own| own < CLEARLY * (apart + launch::PREPARATION))
     }
 
     /// Makes the kernel; its parameters are those of [`gemv::lower`].

@@ -692,7 +692,7 @@ fn check_prepare(columns: u32, batch: u32, rotation: Rotation, norm: Option<RmsN
         bytes(&rotate::base(rotation, columns), u32::to_le_bytes),
     ];
     let gate = gate.map(|activation| Gate { activation, up });
-    let op = Prepare { columns, batch, input: input_span, gate, norm, rotation };
+    let op = Prepare { columns, batch, input: input_span, gate, norm, rotation, entering: None };
     let chosen = [crate::cuda::Target::Sm80, crate::cuda::Target::Sm90a].map(|t| Spread::choose(&op, &t.device()));
     let all = Spread::all(&op, &crate::cuda::Target::Sm90a.device());
     assert!(all.contains(&chosen[1]), "{what}");
@@ -741,7 +741,7 @@ fn preparing_notices_what_is_not_finite() {
         x[columns as usize + 290] = bad;
         let span = Span::rows(columns);
         let gate = gate.then_some(Gate { activation: Activation::Silu, up: span });
-        let op = Prepare { columns, batch: 2, input: span, gate, norm: None, rotation };
+        let op = Prepare { columns, batch: 2, input: span, gate, norm: None, rotation, entering: None };
         let spread = Spread::choose(&op, &crate::cuda::Target::Sm90a.device());
         let input = bytes(&x, f32::to_le_bytes);
         let flips = bytes(&rotate::flips(rotation, columns), u32::to_le_bytes);
@@ -764,7 +764,7 @@ fn many_columns_are_prepared_by_clusters() {
     let of = |columns, batch| {
         let rotation = Rotation::Hadamard { seed: 0, block: Some(128), interleave: None };
         let input = Span::rows(columns);
-        let op = Prepare { columns, batch, input, gate: None, norm: None, rotation };
+        let op = Prepare { columns, batch, input, gate: None, norm: None, rotation, entering: None };
         prepare::lower(&op, &crate::cuda::Target::Sm90a.device()).cluster
     };
     assert_eq!([of(4096, 1), of(14336, 1), of(28672, 1), of(14336, 512)], [1, 4, 8, 1]);

@@ -31,22 +31,28 @@ use serde_json::{Value, json};
 use position::path_of;
 use texts::{Checked, Text, Texts, plain};
 
+/// The field of a header that says how long a message is.
+const LENGTH: &str = "content-length:";
 /// Most bytes of a message.
-const MOST_BYTES: usize = 64 << 20;
+const MOST_BYTES: u64 = 64 << 20;
 /// Most bytes of a message's header.
 const MOST_HEADER: u64 = 4096;
 
 /// Serves an editor until it says goodbye.
 ///
 /// # Errors
-/// If what comes in is no message, the editor ends without a goodbye, or nothing can be written.
+/// If the editor ends without a goodbye, or something cannot be read or written.
 pub fn serve() -> Result<(), String> {
     let (send, messages) = mpsc::channel();
     std::thread::spawn(move || {
-        let mut input = BufReader::new(io::stdin());
+        let mut input = Input::new(BufReader::new(io::stdin()));
         loop {
-            let read = read(&mut input);
-            let last = !matches!(&read, Ok(Some(m)) if !is_exit(m));
+            let read = input.next();
+            let last = match &read {
+                Ok(Some(Incoming::Message(m))) => is_exit(m),
+                Ok(Some(Incoming::Wrong { .. })) => false,
+                Ok(None) | Err(_) => true,
+            };
             // Without a reader nothing is left to do.
             if send.send(read).is_err() || last {
                 return;
@@ -60,15 +66,19 @@ pub fn serve() -> Result<(), String> {
             Some(received) => received,
             None => messages.recv().map_err(|_| "the input ended")?,
         };
-        let message = received.map_err(|e| format!("standard input: {e}"))?;
-        let Some(message) = message else {
+        let received = received.map_err(|e| format!("standard input: {e}"))?;
+        let Some(received) = received else {
             return Err("the input ended without `exit`".into());
         };
-        if is_exit(&message) {
-            let orderly = server.state == State::Ended;
-            return if orderly { Ok(()) } else { Err("`exit` came without `shutdown`".into()) };
-        }
-        server.message(message).map_err(|e| format!("standard output: {e}"))?;
+        let sent = match received {
+            Incoming::Message(message) if is_exit(&message) => {
+                let orderly = server.state == State::Ended;
+                return if orderly { Ok(()) } else { Err("`exit` came without `shutdown`".into()) };
+            }
+            Incoming::Message(message) => server.message(message),
+            Incoming::Wrong { id, code, why } => server.refuse(&id, code, &why),
+        };
+        sent.map_err(|e| format!("standard output: {e}"))?;
         next = messages.try_recv().ok();
         if next.is_none() {
             server.publish().map_err(|e| format!("standard output: {e}"))?;
@@ -80,36 +90,99 @@ fn is_exit(message: &Message) -> bool {
     matches!(message, Message::Notification(n) if n.method == "exit")
 }
 
-/// The next message; nothing at the end of the input.
-fn read(input: &mut impl BufRead) -> io::Result<Option<Message>> {
-    let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
-    let mut length = None;
-    let mut header = input.by_ref().take(MOST_HEADER);
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        if header.read_until(b'\n', &mut line)? == 0 && length.is_none() && header.limit() == MOST_HEADER {
-            return Ok(None);
-        }
-        let text = String::from_utf8_lossy(&line);
-        if !text.ends_with('\n') {
-            return Err(invalid("a header that does not end".into()));
-        }
-        let text = text.trim_end();
-        if text.is_empty() {
-            break;
-        }
-        let (name, value) = text.split_once(':').ok_or_else(|| invalid(format!("`{text}` is no header")))?;
-        if name.eq_ignore_ascii_case("content-length") {
-            let bytes = value.trim().parse().ok().filter(|n| *n <= MOST_BYTES);
-            length = Some(bytes.ok_or_else(|| invalid(format!("`{text}` is no length up to {MOST_BYTES}")))?);
+/// What comes in.
+enum Incoming {
+    Message(Message),
+    /// What is no message: the id of its request if it has one, else null, and what is wrong.
+    Wrong {
+        id: Value,
+        code: ErrorCode,
+        why: String,
+    },
+}
+
+impl Incoming {
+    /// The message of these bytes.
+    fn of(bytes: &[u8]) -> Incoming {
+        let value: Value = match serde_json::from_slice(bytes) {
+            Ok(value) => value,
+            Err(e) => return Incoming::wrong(ErrorCode::ParseError, format!("a message that is no JSON: {e}")),
+        };
+        let id = value.get("id").filter(|id| id.is_i64() || id.is_string()).cloned().unwrap_or(Value::Null);
+        match serde_json::from_value(value) {
+            Ok(message) => Incoming::Message(message),
+            Err(e) => {
+                Incoming::Wrong { id, code: ErrorCode::InvalidRequest, why: format!("no message of the protocol: {e}") }
+            }
         }
     }
-    let length = length.ok_or_else(|| invalid("a header without `Content-Length`".into()))?;
-    let mut bytes = vec![0; length];
-    input.read_exact(&mut bytes)?;
-    let message = serde_json::from_slice(&bytes).map_err(|e| invalid(format!("no message of the protocol: {e}")))?;
-    Ok(Some(message))
+
+    fn wrong(code: ErrorCode, why: String) -> Incoming {
+        Incoming::Wrong { id: Value::Null, code, why }
+    }
+}
+
+/// The messages that come in. Where a header is wrong, it is not known where the next message begins: that is said once, and
+/// what comes is passed over up to the next header.
+struct Input<R> {
+    from: R,
+    /// True from a wrong header to the next right one.
+    lost: bool,
+}
+
+impl<R: BufRead> Input<R> {
+    fn new(from: R) -> Self {
+        Input { from, lost: false }
+    }
+
+    /// The next message; nothing at the end of the input.
+    fn next(&mut self) -> io::Result<Option<Incoming>> {
+        loop {
+            let length = match self.header()? {
+                None => return Ok(None),
+                Some(Err(_)) if self.lost => continue,
+                Some(Err(why)) => {
+                    self.lost = true;
+                    return Ok(Some(Incoming::wrong(ErrorCode::ParseError, why)));
+                }
+                Some(Ok(length)) => length,
+            };
+            self.lost = false;
+            let mut bytes = Vec::new();
+            if self.from.by_ref().take(length).read_to_end(&mut bytes)? as u64 != length {
+                return Ok(None);
+            }
+            return Ok(Some(Incoming::of(&bytes)));
+        }
+    }
+
+    /// The length that the next header states, or what is wrong with it; nothing at the end of the input. A length that
+    /// stands behind what is no header is one too.
+    fn header(&mut self) -> io::Result<Option<Result<u64, String>>> {
+        let (mut length, mut line) = (Err("a header without `Content-Length`".to_owned()), Vec::new());
+        let mut left = MOST_HEADER;
+        loop {
+            line.clear();
+            if self.from.by_ref().take(left).read_until(b'\n', &mut line)? == 0 {
+                return Ok((left == 0).then(|| Err("a header that does not end".into())));
+            }
+            left -= line.len() as u64;
+            let text = String::from_utf8_lossy(&line);
+            if !text.ends_with('\n') {
+                continue;
+            }
+            let text = text.trim_end();
+            if text.is_empty() {
+                return Ok(Some(length));
+            }
+            if let Some(at) = text.to_ascii_lowercase().rfind(LENGTH) {
+                let bytes = text[at + LENGTH.len()..].trim().parse().ok().filter(|n| *n <= MOST_BYTES);
+                length = bytes.ok_or_else(|| format!("`{text}` is no length up to {MOST_BYTES}"));
+            } else if !text.contains(':') && length.is_err() {
+                length = Err(format!("`{text}` is no header"));
+            }
+        }
+    }
 }
 
 /// How far the conversation is.
@@ -178,6 +251,14 @@ impl<W: Write> Server<W> {
             Message::Notification(n) if self.state == State::Begun => self.notification(n),
             Message::Notification(_) | Message::Response(_) => Ok(()),
         }
+    }
+
+    /// Says that something was no message. Its id, unlike that of a request, may be null.
+    fn refuse(&mut self, id: &Value, code: ErrorCode, why: &str) -> io::Result<()> {
+        let error = json!({ "code": code as i32, "message": why });
+        let text = json!({ "jsonrpc": "2.0", "id": id, "error": error }).to_string();
+        write!(self.out, "Content-Length: {}\r\n\r\n{text}", text.len())?;
+        self.out.flush()
     }
 
     fn answer(&mut self, id: RequestId, answer: Answer) -> io::Result<()> {

@@ -241,7 +241,8 @@ impl Interleave {
     }
 
     fn cells(self) -> impl Iterator<Item = (usize, usize)> {
-        (0..self.tail + self.blocks * self.block + self.rest).map(move |cell| (cell as usize, self.place(cell) as usize))
+        (0..self.tail + self.blocks * self.block + self.rest)
+            .map(move |cell| (cell as usize, self.place(cell) as usize))
     }
 
     fn apply(self, x: &mut [f32]) {
@@ -378,9 +379,14 @@ mod tests {
 
     #[test]
     fn interleaved_blocks_are_spread_over_all_groups() {
-        for (columns, block, span) in
-            [(4096, 128, 1024), (14336, 128, 1024), (576, 128, 1024), (1536, 128, 1024), (333, 16, 64), (5000, 64, 4096)]
-        {
+        for (columns, block, span) in [
+            (4096, 128, 1024),
+            (14336, 128, 1024),
+            (576, 128, 1024),
+            (1536, 128, 1024),
+            (333, 16, 64),
+            (5000, 64, 4096),
+        ] {
             let of = |interleave| Rotation::Hadamard { seed: 7, block: Some(block), interleave };
             let what = format!("{columns} columns, blocks of {block}, over {span}");
             let x: Vec<f32> = (0..columns).map(|i| (i * 37 % 101) as f32 - 50.0).collect();
@@ -398,7 +404,8 @@ mod tests {
             for (number, groups) in groups_of.iter_mut().enumerate() {
                 groups.dedup();
                 let first = number as u32 * block / span * span;
-                let (cells, wide) = ((columns - number as u32 * block).min(block) / INTERLEAVED, (columns - first).min(span));
+                let (cells, wide) =
+                    ((columns - number as u32 * block).min(block) / INTERLEAVED, (columns - first).min(span));
                 let rest = columns % span % block;
                 if cells * INTERLEAVED == block && rest == 0 {
                     assert!(groups.len() as u32 >= cells.min(wide / 128), "{what}: block {number} in {groups:?}");

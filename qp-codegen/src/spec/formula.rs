@@ -186,8 +186,9 @@ impl Formula {
         })
     }
 
-    /// The number for weights of which `covered` tells, `field` being the numbers of other fields there. What is no
-    /// number, as the quotient of two zeros, counts as 0.
+    /// The number for weights of which `covered` tells, `field` being the numbers of other fields there. An operation whose
+    /// result is no number, as the quotient of two zeros, gives 0; another quotient by 0 is infinite, with the sign of what
+    /// is divided.
     pub fn value(&self, covered: &Covered, field: &dyn Fn(usize) -> f64) -> f64 {
         let mut nodes: Vec<f64> = Vec::with_capacity(self.ops.len());
         for op in &self.ops {
@@ -203,7 +204,8 @@ impl Formula {
                     Arithmetic::Add => nodes[a] + nodes[b],
                     Arithmetic::Sub => nodes[a] - nodes[b],
                     Arithmetic::Mul => nodes[a] * nodes[b],
-                    Arithmetic::Div => nodes[a] / nodes[b],
+                    // Of zeros there is one.
+                    Arithmetic::Div => nodes[a] / if nodes[b] == 0.0 { 0.0 } else { nodes[b] },
                 },
                 FormulaOp::Max(a, b) => nodes[a].max(nodes[b]),
                 FormulaOp::Min(a, b) => nodes[a].min(nodes[b]),
@@ -213,9 +215,9 @@ impl Formula {
                 FormulaOp::Exp2(a) => exp2(nodes[a]),
                 FormulaOp::Select([a, b, x, y]) => nodes[if nodes[a] < nodes[b] { x } else { y }],
             };
-            nodes.push(x);
+            nodes.push(if x.is_nan() { 0.0 } else { x });
         }
-        nodes.last().copied().filter(|x| !x.is_nan()).unwrap_or(0.0)
+        nodes.last().copied().unwrap_or(0.0)
     }
 
     /// As written, with the names of the format's fields.

@@ -38,6 +38,18 @@ impl Library {
         self.formats.iter().find(|f| f.name == name)
     }
 
+    /// Names of all quantizers and formats.
+    pub fn names(&self) -> Vec<&str> {
+        let formats = self.formats.iter().map(|f| f.name.as_str());
+        self.quantizers.iter().map(|q| q.name.as_str()).chain(formats).collect()
+    }
+
+    /// All quantizers, then all formats.
+    pub fn definitions(self) -> Vec<Definition> {
+        let quantizers = self.quantizers.into_iter().map(Definition::Quantizer);
+        quantizers.chain(self.formats.into_iter().map(Definition::Format)).collect()
+    }
+
     /// The fusion pattern called `name`.
     pub fn fusion(&self, name: &str) -> Option<&Fusion> {
         self.fusions.iter().find(|f| f.name == name)
@@ -336,9 +348,7 @@ pub fn resolve(arg: &str) -> Result<Quantizer, Diagnostics> {
 /// If an argument means nothing, its file has errors, or one of them is untrained.
 pub fn resolve_all(args: &[String]) -> Result<Vec<Quantizer>, Diagnostics> {
     let all = resolve_all_untrained(args)?;
-    let member =
-        |q: &Quantizer, arg: &String| if arg.ends_with(".qspec") { format!("{arg}:{}", q.name) } else { arg.clone() };
-    let untrained = all.iter().find_map(|(q, arg)| untrained(q, &member(q, arg)));
+    let untrained = all.iter().find_map(|(q, arg)| untrained(q, &member(arg, &q.name)));
     match untrained {
         None => Ok(all.into_iter().map(|(q, _)| q).collect()),
         Some(d) => Err(Diagnostics { list: vec![d], ..Diagnostics::default() }),
@@ -360,6 +370,34 @@ pub fn resolve_all_untrained(args: &[String]) -> Result<Vec<(Quantizer, &String)
     Ok(out)
 }
 
+/// What command line arguments name, where several may be named: as [`resolve_any`], but a file means all that it defines.
+/// Each with what a command line calls it alone.
+///
+/// # Errors
+/// If an argument means nothing, or its file has errors.
+pub fn resolve_each(args: &[String]) -> Result<Vec<(Definition, String)>, Diagnostics> {
+    let mut out = Vec::new();
+    for arg in args {
+        let of_file = match arg.ends_with(".qspec") && Path::new(arg).exists() {
+            true => load_file(arg)?.definitions(),
+            false => Vec::new(),
+        };
+        match of_file.is_empty() {
+            true => out.push((resolve_any(arg)?, arg.clone())),
+            false => out.extend(of_file.into_iter().map(|d| {
+                let name = member(arg, d.name());
+                (d, name)
+            })),
+        }
+    }
+    Ok(out)
+}
+
+/// What a command line calls the definition `name` that `arg` means.
+fn member(arg: &str, name: &str) -> String {
+    if arg.ends_with(".qspec") { format!("{arg}:{name}") } else { arg.to_owned() }
+}
+
 /// A quantizer or a format.
 #[derive(Clone, Debug, PartialEq)]
 #[expect(clippy::large_enum_variant, reason = "a file defines few")]
@@ -370,15 +408,35 @@ pub enum Definition {
     Format(Format),
 }
 
+impl Definition {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        match self {
+            Definition::Quantizer(q) => &q.name,
+            Definition::Format(f) => &f.name,
+        }
+    }
+}
+
 /// As [`resolve_untrained`], formats included: those of a file, and those built in by name (`q4_k`).
 ///
 /// # Errors
 /// As [`resolve`].
 pub fn resolve_any(arg: &str) -> Result<Definition, Diagnostics> {
-    match format_of(arg)? {
-        Some(f) => Ok(Definition::Format(f)),
-        None => resolve_untrained(arg).map(Definition::Quantizer),
+    if let Some(f) = format_of(arg)? {
+        return Ok(Definition::Format(f));
     }
+    resolve_untrained(arg).map(Definition::Quantizer).map_err(|e| {
+        // A slip in the name of a format.
+        let is_name = !arg.contains(['/', '\\', ':']) && !arg.ends_with(".qspec") && !Path::new(arg).exists();
+        match nearest(arg, palette::names().into_iter().chain(formats::names())).filter(|_| is_name) {
+            Some(near) => {
+                let d = Diagnostic::plain(format!("there is no quantizer or format `{arg}`"));
+                Diagnostics { list: vec![d.hint(format!("did you mean `{near}`?"))], ..Diagnostics::default() }
+            }
+            None => e,
+        }
+    })
 }
 
 /// The format that a command line names, if it names one.
@@ -417,11 +475,11 @@ pub fn resolve_untrained(arg: &str) -> Result<Quantizer, Diagnostics> {
     if let Some((file, member)) = arg.rsplit_once(':').filter(|(file, _)| file.ends_with(".qspec")) {
         let library = load_file(file)?;
         let q = library.get(member).cloned();
-        return q.ok_or_else(|| no_quantizer(member, &format!(" in {file}"), &library.quantizers));
+        return q.ok_or_else(|| no_quantizer(member, &format!(" in {file}"), &library.names()));
     }
     let Some(stem) = arg.strip_suffix(".qspec") else {
         return palette::get(arg).ok_or_else(|| {
-            let mut all = no_quantizer(arg, " in the palette", &palette::library().quantizers);
+            let mut all = no_quantizer(arg, " in the palette", &palette::names());
             if Path::new(arg).exists() {
                 all.list[0].hint = Some("a file of quantizers is called `….qspec`".into());
             }
@@ -432,13 +490,13 @@ pub fn resolve_untrained(arg: &str) -> Result<Quantizer, Diagnostics> {
     let member = stem.rsplit(['/', '\\']).next().unwrap_or(stem);
     if path.exists() {
         let library = load_file(path)?;
+        let names = library.names();
         return match (library.get(member), &library.quantizers[..]) {
             (Some(q), _) => Ok(q.clone()),
             (None, [q]) => Ok(q.clone()),
-            (None, []) => Err(Diagnostics::plain(format!("{arg} defines no quantizer"))),
-            (None, many) => {
-                let names: Vec<&str> = many.iter().map(|q| q.name.as_str()).collect();
-                let d = Diagnostic::plain(format!("{arg} defines {} quantizers", many.len()));
+            (None, _) if names.is_empty() => Err(Diagnostics::plain(format!("{arg} defines no quantizer"))),
+            (None, _) => {
+                let d = Diagnostic::plain(format!("{arg} defines {} quantizers", names.len()));
                 let d = d.hint(format!("name one, as in `{arg}:{}`; there is {}", names[0], names.join(", ")));
                 Err(Diagnostics { list: vec![d], ..Diagnostics::default() })
             }
@@ -453,7 +511,7 @@ pub fn resolve_untrained(arg: &str) -> Result<Quantizer, Diagnostics> {
         }
     }
     palette::get(member).ok_or_else(|| {
-        let mut all = no_quantizer(member, " in the palette", &palette::library().quantizers);
+        let mut all = no_quantizer(member, " in the palette", &palette::names());
         all.list[0].message =
             format!("there is no file {arg}, and no quantizer `{member}` beside it or in the palette");
         all
@@ -492,9 +550,8 @@ pub fn untrained(q: &Quantizer, arg: &str) -> Option<Diagnostic> {
     Some(d.hint(format!("run: qp train-codebook {arg}")))
 }
 
-fn no_quantizer(name: &str, place: &str, known: &[Quantizer]) -> Diagnostics {
+fn no_quantizer(name: &str, place: &str, names: &[&str]) -> Diagnostics {
     let d = Diagnostic::plain(format!("there is no quantizer `{name}`{place}"));
-    let names: Vec<&str> = known.iter().map(|q| q.name.as_str()).collect();
     let d = match nearest(name, names.iter().copied()) {
         Some(near) => d.hint(format!("did you mean `{near}`?")),
         None if names.is_empty() => d,

@@ -27,10 +27,13 @@
 //! If slopes are those of whole rows and there is no rest, the sum is that of the integers and the slope is multiplied
 //! with it at the end, as the scales of the palette's quantizers are.
 
+mod stream;
+
 use super::Shape;
 use super::expr::Room;
-use super::format::{Arithmetic, Cover, Field, Format, Number, Weight, WeightOp};
+use super::format::{Arithmetic, Cover, Field, Format, Number, Step, Weight, WeightOp};
 use crate::syntax::number::Rational;
+pub use stream::{BLOCK, Digits, RUN, Runs, Stream};
 
 /// Columns of a tile of a matrix that is stored again for products; runs are of so many, or of a part of them.
 pub const TILE: u32 = 128;
@@ -67,11 +70,11 @@ pub enum Inexact {
     /// A weight that is no straight line through the entries.
     #[error("its weight is not the entry times fields, plus fields")]
     NoLine,
-    /// A window that overlaps others.
-    #[error("its codes have memory")]
-    Memory,
+    /// Windows that overlap others, and why they are not decoded in a kernel.
+    #[error("its codes have memory, and {0}")]
+    Memory(&'static str),
     /// Steps of input or output.
-    #[error("its activations or results are transformed")]
+    #[error("its activations or results are transformed, and not by a field and one transform, of up to 128 results")]
     Sides,
     /// Codes that are too many to write out.
     #[error("codes of {0} bits are too many to write their entries out")]
@@ -113,6 +116,58 @@ pub struct Terms {
     pub zero: Option<Weight>,
     /// Columns of a run; nothing if the slope is that of a whole row, and neither rest nor zero.
     pub run: Option<u32>,
+    /// What the digits are multiplied with: an integer is so many times its digits, plus the smallest.
+    pub times: i32,
+    /// How digits follow from streams, if codes have memory.
+    pub stream: Option<Stream>,
+    /// What is done to activations and results.
+    pub sides: Sides,
+}
+
+/// What is done to the activations that enter a product, and to its results.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Sides {
+    /// First the field, then the transform.
+    pub input: Side,
+    /// First the transform, then the field.
+    pub output: Side,
+}
+
+/// A product with the numbers of a field, and transforms.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Side {
+    /// The field, among the format's.
+    pub field: Option<usize>,
+    /// Numbers that a transform mixes; all of them where it does not say.
+    pub hadamard: Option<Option<u32>>,
+}
+
+/// Most results that a transform mixes.
+pub const MOST_MIXED: u32 = 128;
+
+impl Sides {
+    /// Those of a format.
+    fn of(format: &Format) -> Result<Sides, Inexact> {
+        let side = |steps: &mut dyn Iterator<Item = &Step>| {
+            let mut side = Side::default();
+            for step in steps {
+                match *step {
+                    Step::Field(f) if side == Side::default() => side.field = Some(f),
+                    Step::Hadamard(n) if side.hadamard.is_none() => side.hadamard = Some(n),
+                    Step::Field(_) | Step::Hadamard(_) | Step::Signs(_) | Step::Permute(_) => return None,
+                }
+            }
+            Some(side)
+        };
+        let (input, output) = (side(&mut format.input.iter()), side(&mut format.output.iter().rev()));
+        let short = |s: &Side| s.hadamard.is_none_or(|n| n.is_some_and(|n| n <= MOST_MIXED));
+        input.zip(output.filter(short)).map(|(input, output)| Sides { input, output }).ok_or(Inexact::Sides)
+    }
+
+    /// True if nothing is done.
+    pub fn is_empty(&self) -> bool {
+        *self == Sides::default()
+    }
 }
 
 /// A value that is a straight line through the integer.
@@ -193,40 +248,50 @@ impl Terms {
     /// # Errors
     /// If its products are not computed exactly, why.
     pub fn of(format: &Format) -> Result<Terms, Inexact> {
-        if format.trellis.is_some() {
-            return Err(Inexact::Memory);
-        }
-        if format.has_sides() {
-            return Err(Inexact::Sides);
-        }
         if let Some(table) = format.numbers.first() {
             return Err(Inexact::Lookup(format.fields[*table].name.clone()));
         }
         if !format.has_book() {
             return Err(Inexact::Long(format.window));
         }
-        let (mut integers, mut room) = (vec![0; format.vector as usize], Room::default());
-        let (mut lowest, mut highest) = (i32::MAX, i32::MIN);
-        for code in 0..1u32 << format.window {
-            format.integers(code, &[], &mut room, &mut integers);
-            for &i in &integers {
-                // The integers of a checked format are of its entries' type.
-                (lowest, highest) = (lowest.min(i as i32), highest.max(i as i32));
-            }
-        }
+        let sides = Sides::of(format)?;
         let bits_of = |lowest: i32, highest: i32| 32 - highest.abs_diff(lowest).max(1).leading_zeros();
-        let mut rounded = 0;
-        if bits_of(lowest, highest) > WIDEST {
-            let of = |by| (round(lowest, by), round(highest, by));
-            rounded = (1..31).find(|&by| bits_of(of(by).0, of(by).1) <= ROUNDED).unwrap_or(31);
-            (lowest, highest) = of(rounded);
+        let (mut rounded, mut times, mut table, mut stream) = (0, 1, None, None);
+        let (lowest, highest, bits);
+        if let Some(trellis) = &format.trellis {
+            let line = stream::Line::of(format, trellis)?;
+            (lowest, highest, bits) = (line.lowest, line.highest, line.bits);
+            (times, stream) = (line.times, Some(line.stream));
+        } else {
+            let (mut integers, mut room) = (vec![0; format.vector as usize], Room::default());
+            let (mut low, mut high) = (i32::MAX, i32::MIN);
+            for code in 0..1u32 << format.window {
+                format.integers(code, &[], &mut room, &mut integers);
+                for &i in &integers {
+                    // The integers of a checked format are of its entries' type.
+                    (low, high) = (low.min(i as i32), high.max(i as i32));
+                }
+            }
+            if bits_of(low, high) > WIDEST {
+                let of = |by| (round(low, by), round(high, by));
+                rounded = (1..31).find(|&by| bits_of(of(by).0, of(by).1) <= ROUNDED).unwrap_or(31);
+                (low, high) = of(rounded);
+            }
+            (lowest, highest, bits) = (low, high, bits_of(low, high));
+            table = (format.window == CODE && format.vector == 1 && bits > CODE).then(|| {
+                let digits = |code| {
+                    format.integers(code, &[], &mut room, &mut integers);
+                    round(integers[0] as i32, rounded).abs_diff(lowest)
+                };
+                (0..1 << CODE).map(digits).collect()
+            });
         }
-        let bits = bits_of(lowest, highest);
         let mut line = line(format, rounded)?;
         let zeros =
             line.zero.as_ref().and_then(|zero| whole(zero, &|f| format.fields[f].ty)).filter(|(least, most)| {
                 let sums = [i64::from(lowest) + least, i64::from(highest) + most];
-                rounded == 0 && bits <= 8 && sums.iter().all(|x| x.unsigned_abs() <= 1 << NARROW)
+                let narrow = rounded == 0 && bits <= 8 && stream.is_none();
+                narrow && sums.iter().all(|x| x.unsigned_abs() <= 1 << NARROW)
             });
         match zeros {
             Some(_) => line.rest = None,
@@ -240,13 +305,6 @@ impl Terms {
         if span > WIDEST {
             return Err(Inexact::Far { lowest, highest });
         }
-        let table = (format.window == CODE && format.vector == 1 && bits > CODE).then(|| {
-            let digits = |code| {
-                format.integers(code, &[], &mut room, &mut integers);
-                round(integers[0] as i32, rounded).abs_diff(lowest)
-            };
-            (0..1 << CODE).map(digits).collect()
-        });
         let slope = line.slope.ok_or(Inexact::NoLine)?;
         let mut fields: Vec<(usize, Field)> = Vec::new();
         let mut named = |ops: Vec<WeightOp>| -> Weight {
@@ -281,12 +339,39 @@ impl Terms {
                 }
             }
         }
-        Ok(Terms { rounded, lowest, bits, table, span, fields, slope, rest, zero, run })
+        if times != 1 && run.is_some() {
+            return Err(Inexact::Memory("its weights have fields of runs"));
+        }
+        Ok(Terms { rounded, lowest, bits, table, span, fields, slope, rest, zero, run, times, stream, sides })
     }
 
-    /// The digits of one of the format's integers.
-    pub fn digits(&self, integer: i32) -> u32 {
-        round(integer, self.rounded).abs_diff(self.lowest)
+    /// The digits of all codes of the format whose terms these are, code by code.
+    pub fn book(&self, format: &Format) -> Vec<u32> {
+        if let Some(stream) = &self.stream {
+            return stream.book().into_iter().map(u32::from).collect();
+        }
+        let (mut integers, mut room) = (vec![0; format.vector as usize], Room::default());
+        let mut out = Vec::with_capacity((format.vector as usize) << format.window);
+        for code in 0..1u32 << format.window {
+            format.integers(code, &[], &mut room, &mut integers);
+            // The integers of a checked format are of its entries' type.
+            out.extend(integers.iter().map(|&i| round(i as i32, self.rounded).abs_diff(self.lowest)));
+        }
+        out
+    }
+
+    /// The columns of each 16 in the order in which products take them, if it is not theirs.
+    pub fn order(&self) -> Option<[u8; BLOCK as usize]> {
+        self.stream.as_ref().map(|s| s.runs.columns)
+    }
+
+    /// The largest integer that digits make.
+    pub fn highest(&self) -> i32 {
+        let most = match self.stream.as_ref().map(|s| &s.digits) {
+            Some(Digits::Bytes { .. }) => 4 * i32::from(u8::MAX),
+            Some(Digits::Book(_)) | None => (1 << self.bits) - 1,
+        };
+        self.lowest + self.times * most
     }
 
     /// Bytes of the digits, each of which is multiplied on its own.
@@ -304,7 +389,7 @@ impl Terms {
         let fields = |zero: &Weight| whole(&zero.ops, &|f| self.fields[f].1.ty);
         let (least, most) = self.zero.as_ref().and_then(fields).unwrap_or_default();
         let lowest = i64::from(self.lowest);
-        (lowest + least, lowest + (1 << self.bits) - 1 + most)
+        (lowest + least, i64::from(self.highest()) + most)
     }
 
     /// True of integers whose sums over a run need more than 32 bits.
@@ -537,12 +622,15 @@ mod tests {
         assert_eq!((t.rounded, t.lowest, t.bits, t.planes(), t.run), (14, -16_384, 16, 2, Some(64)));
         let why = |name: &str| of(name).unwrap_err().to_string();
         assert!(why("iq1_m").contains("`down` is for 1 x 8"), "{}", why("iq1_m"));
-        assert_eq!(why("exl3_mul1_3"), "its codes have memory");
-        assert_eq!(why("e8p"), "its activations or results are transformed");
+        assert_eq!(why("qtip_1mad_3"), "its codes have memory, and lanes do not find their weights side by side");
+        assert_eq!(
+            why("e8p"),
+            "its activations or results are transformed, and not by a field and one transform, of up to 128 results"
+        );
         assert_eq!(why("aqlm_2x8"), "`a`, a table of the matrix, is looked up");
         assert_eq!(why("iq3_xxs"), "codes of 23 bits are too many to write their entries out");
         let exact = formats::names().into_iter().filter(|n| of(n).is_ok()).count();
-        assert_eq!((exact, formats::names().len()), (56, 105));
+        assert_eq!((exact, formats::names().len()), (80, 105));
     }
 
     #[test]

@@ -110,6 +110,57 @@ class PackedMatrix:
     def stack(parts: Sequence[PackedMatrix]) -> PackedMatrix:
         """Matrices of one quantizer as one, each below the one before. Raises ValueError if rows are no whole tiles."""
 
+class Format:
+    """A format: a quantizer that says what a weight is. `spec` is the text of a spec (str) or the file that holds one (Path); `name`
+    says which format of several is meant. Raises SpecError."""
+
+    def __init__(self, spec: str | Path, name: Optional[str] = None) -> None: ...
+    @staticmethod
+    def named(name: str) -> Format:
+        """What a command line names: "q4_k" of those built in, "file.qspec", or "file.qspec:member"."""
+
+    name: str
+    bits: float
+    """Bits a weight, with the fields that belong to a number of weights."""
+    text: str
+    """The canonical text, layouts and formulas included."""
+    digest: str
+    """SHA-256 of what decides on the meaning of bits, hexadecimal."""
+    layouts: list[str]
+    """Names of its layouts."""
+    unmade: Optional[str]
+    """Why it cannot be made; None if it can."""
+
+    def encode(self, weights: ArrayLike) -> StoredMatrix:
+        """Makes a matrix of finite numbers, rows x columns = out x in features, on all cores. Raises ValueError if it cannot be
+        made, or the matrix does not fit its layout."""
+    def explain(self) -> str:
+        """Rate, meaning, cost and layouts."""
+
+class StoredMatrix:
+    """A matrix of a format, rows x columns = out x in features: the bytes of its layout's tensors."""
+
+    @staticmethod
+    def from_tensors(
+        format: Format, rows: int, columns: int, tensors: dict[str, ArrayLike], layout: Optional[str] = None
+    ) -> StoredMatrix:
+        """The matrix of such bytes (one number a byte), by the layout of that name, or the first. Raises ValueError if a tensor
+        is missing or has another length."""
+    format: Format
+    layout: str
+    shape: tuple[int, int]
+    error: Optional[float]
+    """Relative squared error, where it is known: after `encode`."""
+    nbytes: int
+    tensors: dict[str, NDArray[np.uint8]]
+    """Bytes by the names of the layout's tensors. Copies."""
+
+    def decode(self) -> NDArray[np.float32]:
+        """The weights that it stands for: rows x columns."""
+    def linear(self, x: ArrayLike) -> NDArray[np.float32]:
+        """`x @ weights.T`, tokens x rows, of tokens x columns: activations are rounded to 15 bits, sums are exact; the same bits
+        as qp's engine on any device. Raises ValueError where the format's products are not exact."""
+
 class Checkpoint:
     """A directory that `quantize` wrote: its quantized layers by name. Raises ValueError if it is damaged."""
 
@@ -176,6 +227,9 @@ class Lookup:
     def __init__(self, quantizer: Quantizer, rows: int, columns: int, tokens: int, device: Optional[int]) -> None: ...
     stride: int
     def launch(self, stream: int, count: int, tokens: int, words: int, scales: int, y: int) -> None: ...
+
+def formats() -> list[str]:
+    """Names of the formats that are built in."""
 
 def check(spec: str | Path) -> list[Diagnostic]:
     """Checks the text of a spec (str) or a file (Path): gives warnings, raises SpecError for errors."""

@@ -74,7 +74,7 @@ impl Layer {
 /// A quantizer that a layer may get.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Candidate {
-    /// Name in the palette, or path.
+    /// Its name.
     pub name: String,
     /// Bits a weight, without scales and tables.
     pub bits: f64,

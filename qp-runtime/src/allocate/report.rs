@@ -141,14 +141,14 @@ pub fn explain(
 }
 
 /// The plan as the file that `qp quantize --plan` takes.
-pub fn plan_file(problem: &Problem, allocation: &Allocation, made_by: &str) -> String {
+pub fn plan_file(problem: &Problem, allocation: &Allocation, made_by: &str, spec: &dyn Fn(&str) -> String) -> String {
     let mut out = String::new();
     for line in made_by.lines().chain(totals(problem, allocation).lines()) {
         let _ = writeln!(out, "# {line}");
     }
     let _ = writeln!(out, "\n[layers]");
     for (layer, c) in problem.layers.iter().zip(allocation.candidates()) {
-        let _ = writeln!(out, "{} = {}", quoted(&layer.name), quoted(&problem.candidates[c].name));
+        let _ = writeln!(out, "{} = {}", quoted(&layer.name), quoted(&spec(&problem.candidates[c].name)));
     }
     for launch in allocation.launches.iter().filter(|l| l.layers.len() > 1) {
         let names: Vec<String> = launch.layers.iter().map(|&i| quoted(&problem.layers[i].name)).collect();

@@ -74,7 +74,26 @@ impl Template {
             .filter_map(|&name| Some((name, [&config, &map].into_iter().find_map(|file| content(file.get(name)?))?)));
         let special = special.collect();
 
-        // (name, file, source) of each.
+        let mut sources = Template::sources(files, &config)?;
+        let plain = sources.is_empty();
+        if plain {
+            sources.push(("default".to_owned(), "the plain dialogue".to_owned(), PLAIN.to_owned()));
+        }
+        Template::new(sources, special, plain)
+    }
+
+    /// The text of a model's template, if it has one; of several the default one.
+    ///
+    /// # Errors
+    /// If a file is malformed.
+    pub fn text(files: &Files) -> Result<Option<String>, Error> {
+        let config = json(files, "tokenizer_config.json")?.unwrap_or(Value::Null);
+        let sources = Template::sources(files, &config)?;
+        Ok(sources.into_iter().find(|(name, ..)| name == "default").map(|(_, _, text)| text))
+    }
+
+    /// Name, file and text of each template of a model; `config` is its `tokenizer_config.json`.
+    fn sources(files: &Files, config: &Value) -> Result<Vec<(String, String, String)>, Error> {
         let mut sources: Vec<(String, String, String)> = Vec::new();
         let file = "chat_template.jinja";
         if let Some(text) = files.text(file)? {
@@ -86,18 +105,14 @@ impl Template {
         }
         if sources.is_empty() {
             let legacy = json(files, "chat_template.json")?;
-            for (file, object) in [("chat_template.json", legacy.as_ref()), ("tokenizer_config.json", Some(&config))] {
+            for (file, object) in [("chat_template.json", legacy.as_ref()), ("tokenizer_config.json", Some(config))] {
                 if let Some(found) = object.and_then(|o| o.get("chat_template")) {
                     sources = named(files, file, found)?;
                     break;
                 }
             }
         }
-        let plain = sources.is_empty();
-        if plain {
-            sources.push(("default".to_owned(), "the plain dialogue".to_owned(), PLAIN.to_owned()));
-        }
-        Template::new(sources, special, plain)
+        Ok(sources)
     }
 
     fn new(

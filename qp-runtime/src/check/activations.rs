@@ -69,6 +69,7 @@ pub fn preparing(on: &Executor, small: bool) -> Result<usize, Failure> {
             gate: gate.then_some(Gate { activation: Activation::GeluTanh, up }),
             norm: norm.then_some(RmsNorm { eps: 1e-5, add_one: gate }),
             rotation,
+            entering: None,
         };
         let what = format!("preparing {columns} columns of {batch} token(s)");
         let mut random = Random::of(&what);
@@ -81,7 +82,7 @@ pub fn preparing(on: &Executor, small: bool) -> Result<usize, Failure> {
                 let mut kernel = PrepareKernel::load_as(on, &op, spread)?;
                 let mut out = DeviceActivations::new(on, columns, batch)?;
                 let (input, norm, mut faults) = (on.upload(&values)?, on.upload(&weights)?, on.zeroed(1)?);
-                let inputs = PrepareInputs { input: &input, up: &input, norm: &norm };
+                let inputs = PrepareInputs { norm: &norm, ..PrepareInputs::plain(&input) };
                 // The second run finds what the first left where blocks meet.
                 for _ in 0..2 {
                     kernel.launch(on, inputs, &mut out, Faults { faults: &mut faults, layer: 0 })?;

@@ -8,7 +8,7 @@ use qp_codegen::kernels::grouped::{Launch, Product};
 use qp_codegen::reader::{Book, Reader};
 use qp_codegen::reference::quantize_activations;
 use qp_codegen::spec::Shape;
-use qp_codegen::spec::format::Format;
+use qp_codegen::spec::format::{Format, Layout};
 
 use super::synthetic::Random;
 use super::{Failure, same_floats};
@@ -17,11 +17,21 @@ use crate::device::grouped::{GroupedKernel, GroupedMatrix};
 use crate::device::ops::DeviceActivations;
 use crate::device::{DeviceError, Executor};
 
-/// The shape next to `wanted` that the format's first layout and transforms have: sides rounded up to multiples of powers of two, up
+/// The format with a layout: its own, or, if it has none, one of codes and fields as they are.
+pub fn laid(format: &Format) -> Option<Format> {
+    let mut format = format.clone();
+    if format.layouts.is_empty() {
+        format.layouts.push(Layout::plain(&format)?);
+    }
+    Some(format)
+}
+
+/// The shape next to `wanted` that the format's layout and transforms have: sides rounded up to multiples of powers of two, up
 /// to 1024, or to powers of two. That which was wanted if there is none, or no layout.
 pub fn fitting(format: &Format, wanted: Shape) -> Shape {
-    let Some(layout) = format.layouts.first() else { return wanted };
-    let book = Arc::new(Book::without_entries(format.clone()));
+    let Some(format) = laid(format) else { return wanted };
+    let layout = format.layouts[0].clone();
+    let book = Arc::new(Book::without_entries(format));
     let sides = |side: u32| {
         let mut all = [1, 32, 64, 128, 256, 1024].map(|step| side.next_multiple_of(step)).to_vec();
         all.push(side.next_power_of_two());
@@ -29,7 +39,7 @@ pub fn fitting(format: &Format, wanted: Shape) -> Shape {
     };
     let (rows, cols) = (sides(wanted.rows), sides(wanted.cols));
     let mut all = rows.iter().flat_map(|&rows| cols.iter().map(move |&cols| Shape { rows, cols }));
-    all.find(|shape| Reader::new(&book, layout, *shape).is_ok()).unwrap_or(wanted)
+    all.find(|shape| Reader::new(&book, &layout, *shape).is_ok()).unwrap_or(wanted)
 }
 
 /// Compares products with a `shape` matrix of made-up bits, of the launch of each kernel that the cost model likes best, and of the
@@ -39,8 +49,9 @@ pub fn fitting(format: &Format, wanted: Shape) -> Shape {
 /// The first difference, a shape that the format's layout does not have.
 pub fn format(on: &Executor, format: &Format, shape: Shape, batches: &[u32]) -> Result<usize, Failure> {
     let name = format!("{}, {} x {}", format.name, shape.rows, shape.cols);
-    let Some(layout) = format.layouts.first() else { return Ok(0) };
-    let reader = Reader::new(&Arc::new(Book::new(format.clone())), layout, shape).map_err(Failure::of(&name))?;
+    let Some(format) = laid(format) else { return Ok(0) };
+    let layout = format.layouts[0].clone();
+    let reader = Reader::new(&Arc::new(Book::new(format)), &layout, shape).map_err(Failure::of(&name))?;
     let Some(terms) = reader.terms() else { return Ok(0) };
     let tensors = reader.made(u64::from(shape.cols));
     let tensors: Vec<&[u8]> = tensors.iter().map(Vec::as_slice).collect();

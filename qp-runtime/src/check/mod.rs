@@ -194,6 +194,7 @@ fn products(
         gate: None,
         norm: Some(rms_norm),
         rotation: q.rotation,
+        entering: None,
     };
     let run = || {
         let mut kernel = PrepareKernel::load(on, &prepare)?;

@@ -5,20 +5,21 @@ use std::time::Instant;
 use clap::Args;
 use qp_codegen::kernels::product::MAX_BATCH;
 use qp_codegen::spec::format::Format;
-use qp_codegen::spec::{self, Quantizer, Shape};
+use qp_codegen::spec::terms::Terms;
+use qp_codegen::spec::{self, Definition, Quantizer, Shape};
 use qp_codegen::{formats, palette};
 use rayon::prelude::*;
 
 use super::Error;
-use super::output::outln;
+use super::output::{note, outln};
 use crate::check::{self, Failure, synthetic};
 use crate::device::Executor;
 
 /// Compare what a GPU computes with the CPU, for every quantizer of the palette or for chosen ones.
 #[derive(Args)]
 pub struct CheckGpu {
-    /// Quantizers to check: names of the palette, `file.qspec:name`, or `file.qspec` for all of a file [default: the
-    /// palette].
+    /// Quantizers to check: names of the palette or of formats, `file.qspec:name`, or `file.qspec` for all of a file
+    /// [default: the palette and all formats].
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     members: Vec<String>,
     /// Numbers of tokens of the products to check.
@@ -52,7 +53,7 @@ const MIXED: usize = 8;
 enum Task {
     Quantizer(Box<Quantizer>, Shape),
     Encoder(Box<Quantizer>),
-    Format(&'static Format, Shape),
+    Format(Box<Format>, Shape),
     Attention(check::attention::Shape),
     Experts(Box<Quantizer>),
     Preparing,
@@ -63,17 +64,24 @@ enum Task {
 
 impl CheckGpu {
     /// What to check: quantizers, with random tables where one is untrained, and formats.
-    fn chosen(&self) -> Result<(Vec<Quantizer>, Vec<&'static Format>), Error> {
+    fn chosen(&self) -> Result<(Vec<Quantizer>, Vec<Format>), Error> {
         if self.members.is_empty() {
             let quantizers = palette::library().quantizers.iter().cloned().map(synthetic::trained).collect();
-            return Ok((quantizers, formats::names().into_iter().filter_map(formats::get).collect()));
+            return Ok((quantizers, formats::names().into_iter().filter_map(formats::get).cloned().collect()));
         }
-        let format = |name: &String| formats::get(name).filter(|_| palette::get(name).is_none());
-        let (of_formats, others): (Vec<String>, Vec<String>) =
-            self.members.iter().cloned().partition(|name| format(name).is_some());
-        let quantizers = spec::resolve_all_untrained(&others)?;
-        let quantizers = quantizers.into_iter().map(|(q, _)| synthetic::trained(q)).collect();
-        Ok((quantizers, of_formats.iter().filter_map(format).collect()))
+        let (mut quantizers, mut formats) = (Vec::new(), Vec::new());
+        for (definition, _) in spec::resolve_each(&self.members)? {
+            match definition {
+                Definition::Quantizer(q) => quantizers.push(synthetic::trained(q)),
+                Definition::Format(f) => {
+                    if let Err(why) = Terms::of(&f) {
+                        note(format_args!("`{}` has no kernels to compare: {why}", f.name));
+                    }
+                    formats.push(f);
+                }
+            }
+        }
+        Ok((quantizers, formats))
     }
 
     /// Runs the command.
@@ -99,7 +107,7 @@ impl CheckGpu {
         tasks.extend(alone.map(|q| Task::Encoder(Box::new(q.clone()))));
         let some = members.iter().step_by(members.len().div_ceil(MIXED).max(1));
         tasks.extend(some.map(|q| Task::Experts(Box::new(q.clone()))));
-        tasks.extend(formats.iter().flat_map(|&f| FORMAT_SHAPES.map(|s| Task::Format(f, s))));
+        tasks.extend(formats.iter().flat_map(|f| FORMAT_SHAPES.map(|s| Task::Format(Box::new(f.clone()), s))));
         tasks.extend([Task::Preparing, Task::Choosing]);
         tasks.extend(check::attention::shapes(self.interpreter).into_iter().map(Task::Attention));
         if self.attention {

@@ -32,16 +32,17 @@ pub struct Import {
 
 /// Write the files that a checkpoint was imported from: the same bytes, checked by their SHA-256.
 ///
+/// With -o FILE.gguf, of a checkpoint that was made here: a GGUF file, if GGUF has types for all its layers (q4_k, q8_0, …).
 /// With --dequantized, of any checkpoint: a model directory whose weights are floats, for programs that read no other.
 #[derive(clap::Args)]
 pub struct Export {
-    /// The checkpoint: one that `qp import` made, or with --dequantized any
+    /// The checkpoint
     dir: PathBuf,
     /// Write the weights out as floats instead, in safetensors with config.json and tokenizer
     #[arg(long, value_enum, value_name = "TYPE", num_args = 0..=1, default_missing_value = "bf16")]
     dequantized: Option<import::Float>,
-    /// Folder to write to
-    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    /// Folder to write to, or a file that ends in .gguf
+    #[arg(short, long, value_name = "PATH", default_value = ".")]
     out: PathBuf,
     /// Replace existing files
     #[arg(long)]

@@ -1,12 +1,14 @@
 //! `qp plan`: the best quantizer and launch for every layer.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use qp_codegen::formats;
 use qp_codegen::layout::Packed;
 use qp_codegen::palette;
-use qp_codegen::spec::{Quantizer, ScaleKind, Shape};
+use qp_codegen::spec::{self, Definition, Format, Quantizer, ScaleKind, Shape};
+use qp_codegen::syntax::Diagnostics;
 
 use super::Error;
 use super::output::{self, note, out, outln, write};
@@ -18,7 +20,7 @@ use crate::allocate::sensitivity::Sensitivities;
 use crate::allocate::{Allocation, Candidate, Core, Effort, Freedom, Layer, Problem, Role, frontier, heatmap};
 use crate::codec::{FormatEncoder, distortion};
 use crate::model::weights::{EMBEDDING, HEAD};
-use crate::plan::Spec;
+use crate::plan::{Spec, is_path};
 
 /// Choose a quantizer for every layer, and which layers share a launch, so that the predicted loss is least.
 ///
@@ -32,8 +34,9 @@ pub struct Plan {
     /// What `qp profile` measured; needed for budgets of time
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
-    /// Quantizers of the palette to choose from, or formats that can be made (q4_k); `*` stands for any text. Formats have no
-    /// times, so that they are for budgets of memory alone
+    /// Quantizers of the palette to choose from, or formats that can be made (q4_k); `*` stands for any text. One's own are
+    /// `file.qspec:name`, or `file.qspec` for all of a file. These and formats have no times, so that they are for budgets
+    /// of memory alone
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "*")]
     quantizers: Vec<String>,
     /// Memory budget in bits a weight, scales included
@@ -111,7 +114,7 @@ impl Plan {
         for path in self.out.iter().chain(&self.svg) {
             output::check(path)?;
         }
-        let problem = self.problem()?;
+        let (problem, files) = self.problem()?;
         let budget = self.budget(&problem)?;
         let explained = |e| Error::from(report::infeasible(&problem, &e));
         let effort = Effort::default();
@@ -129,7 +132,9 @@ impl Plan {
         }
         if let Some(path) = &self.out {
             let command: Vec<String> = std::env::args().skip(1).collect();
-            let text = report::plan_file(&problem, &plan, &format!("qp {}", command.join(" ")));
+            let folder = std::path::absolute(path).ok().and_then(|p| Some(p.parent()?.to_owned()));
+            let spec = |name: &str| files.called(name, folder.as_deref());
+            let text = report::plan_file(&problem, &plan, &format!("qp {}", command.join(" ")), &spec);
             write(path, &text)?;
         }
         if let Some(path) = &self.svg {
@@ -143,10 +148,10 @@ impl Plan {
     /// # Errors
     /// If a file cannot be read, or no plan keeps within the budgets.
     pub fn solved(&self) -> Result<Solved, Error> {
-        let problem = self.problem()?;
+        let (problem, files) = self.problem()?;
         let plan = solve(&problem, self.budget(&problem)?)?;
         Ok(Solved {
-            toml: report::plan_file(&problem, &plan, "qpalette.plan"),
+            toml: report::plan_file(&problem, &plan, "qpalette.plan", &|name| files.called(name, None)),
             table: format!("{}\n{}", report::table(&problem, &plan), report::totals(&problem, &plan)),
             svg: picture(&problem, &plan),
             bits: bits(&problem, &plan),
@@ -168,7 +173,7 @@ impl Plan {
         })
     }
 
-    fn problem(&self) -> Result<Problem, Error> {
+    fn problem(&self) -> Result<(Problem, Files), Error> {
         let measured = Sensitivities::read(&self.sensitivity)?;
         let mut layers = measured.layers();
         if self.embedding && !layers.iter().any(|l| l.name == EMBEDDING) {
@@ -206,6 +211,8 @@ impl Plan {
         let kept = if self.lm_head || both { 0.0 } else { profile.as_ref().map_or(0.0, Profile::kept_seconds) };
         let constant = profile.as_ref().map_or(0, |p| femtoseconds(p.rest_seconds + kept));
         let times = |layers: &[&Layer], c: usize, core: Core| match layers {
+            // A profile knows the palette's by their names.
+            _ if quantizers[c].file.is_some() => None,
             // A look-up is among what the profile calls the rest, whatever the quantizer.
             [layer] if layer.name == EMBEDDING && !both => (core == Core::Tensor).then_some(0),
             [layer] if layer.name == EMBEDDING => {
@@ -215,7 +222,22 @@ impl Plan {
             layers => table.as_ref()?.get(layers, &names[c], core),
         };
         let times: Option<Times> = if table.is_some() { Some(&times) } else { None };
-        Ok(Problem::new(layers, list, freedom, constant, &bytes, times)?)
+        let problem = Problem::new(layers, list, freedom, constant, &bytes, times)?;
+        let file = |m: &Member| Some((m.spec.name().to_owned(), m.file.clone()?));
+        Ok((problem, Files(quantizers.iter().filter_map(file).collect())))
+    }
+}
+
+/// Quantizers of one's own: what a command line calls each, by its name.
+struct Files(BTreeMap<String, String>);
+
+impl Files {
+    /// What a plan in `folder` calls the quantizer `name`: the path of its file from there, the whole one if it lies elsewhere.
+    fn called(&self, name: &str, folder: Option<&Path>) -> String {
+        let Some(arg) = self.0.get(name) else { return name.to_owned() };
+        let Ok(path) = std::path::absolute(arg) else { return arg.clone() };
+        let inside = folder.and_then(|folder| path.strip_prefix(folder).ok());
+        inside.unwrap_or(&path).to_string_lossy().into_owned()
     }
 }
 
@@ -269,11 +291,10 @@ fn layer_bytes(spec: &Spec, shape: Shape) -> Option<i64> {
 
 /// Bytes of all layers of `problem` under one quantizer or format.
 fn uniform_bytes(problem: &Problem, name: &str) -> Result<i64, Error> {
-    let spec = match palette::get(name) {
-        Some(q) => Spec::Quantizer(Arc::new(q)),
-        None => {
-            let format = formats::get(name).ok_or_else(|| format!("`{name}` is no quantizer of the palette"))?;
-            Spec::Format(Arc::new(FormatEncoder::new(format).map_err(|why| format!("`{name}`: {why}"))?))
+    let spec = match spec::resolve_any(name)? {
+        Definition::Quantizer(q) => Spec::Quantizer(Arc::new(q)),
+        Definition::Format(f) => {
+            Spec::Format(Arc::new(FormatEncoder::new(&f).map_err(|why| format!("`{name}`: {why}"))?))
         }
     };
     let of = |l: &Layer| {
@@ -303,62 +324,114 @@ struct Member {
     /// Bits a weight, with the fields that belong to a number of weights.
     bits: f64,
     distortion: f64,
+    /// What a command line calls it, if it is one's own.
+    file: Option<String>,
 }
 
 /// Columns and weights of the Gaussian matrix by which a format's error is found.
 const FORMAT_SAMPLE: (u32, u64) = (4096, 1 << 18);
+/// Gaussian weights by which the error of a quantizer of one's own is found.
+const SAMPLE: u64 = 1 << 16;
 
-/// The quantizers of the palette that match a pattern, with their distortions, and the formats that match a pattern which
-/// no quantizer does.
-fn candidates(patterns: &[String]) -> Result<Vec<Member>, Error> {
-    let (mut out, mut unmeasured) = (Vec::new(), Vec::new());
-    let known = palette::names();
-    let (own, other): (Vec<String>, Vec<String>) =
-        patterns.iter().cloned().partition(|p| known.iter().any(|n| matches(p, n)));
-    let names = if other.is_empty() { Vec::new() } else { formats::names() };
-    if let Some(strange) = other.iter().find(|p| !names.iter().any(|n| matches(p, n))) {
-        // It says what there is.
-        choose(std::slice::from_ref(strange))?;
-    }
-    for name in if own.is_empty() { Vec::new() } else { choose(&own)? } {
-        match (palette::get(name).filter(Quantizer::is_trained), palette::distortion(name)) {
-            (Some(q), Some(distortion)) => {
-                out.push(Member { bits: q.rate(), spec: Spec::Quantizer(Arc::new(q)), distortion });
+/// Quantizers and formats that a plan may choose from, and those that it cannot.
+#[derive(Default)]
+struct Candidates {
+    members: Vec<Member>,
+    /// Why each was left out.
+    left_out: Vec<String>,
+}
+
+impl Candidates {
+    /// Adds a quantizer, with its distortion if that is known.
+    fn quantizer(&mut self, q: Quantizer, file: Option<String>) -> Result<(), Error> {
+        let known = palette::distortion(&q.name).filter(|_| palette::get(&q.name).as_ref() == Some(&q));
+        match (known, &file) {
+            _ if !q.is_trained() => match &file {
+                Some(file) => {
+                    let error = spec::untrained(&q, file).expect("a table is empty");
+                    return Err(Diagnostics { list: vec![error], ..Diagnostics::default() }.into());
+                }
+                None => self.left_out.push(format!("{} (not trained)", q.name)),
+            },
+            (None, None) => self.left_out.push(format!("{} (no error in specs/distortion.toml)", q.name)),
+            (known, _) => {
+                let distortion = known.unwrap_or_else(|| distortion::measure(&q, SAMPLE, 0).mean);
+                let file = file.filter(|_| known.is_none());
+                self.add(Member { bits: q.rate(), spec: Spec::Quantizer(Arc::new(q)), distortion, file })?;
             }
-            (None, _) | (_, None) => unmeasured.push(name),
         }
+        Ok(())
     }
-    let mut unmade = Vec::new();
-    for name in names.into_iter().filter(|n| other.iter().any(|p| matches(p, n))) {
-        let Some(format) = formats::get(name) else { continue };
+
+    /// Adds a format.
+    fn format(&mut self, format: &Format, file: Option<String>) -> Result<(), Error> {
         match FormatEncoder::new(format) {
             Ok(encoder) => {
                 let (columns, weights) = FORMAT_SAMPLE;
                 let (_, d) = distortion::measure_format(&encoder, columns, weights, 0)?;
-                let bits = format.rate().1;
-                out.push(Member { spec: Spec::Format(Arc::new(encoder)), bits, distortion: d.mean });
+                let (spec, bits) = (Spec::Format(Arc::new(encoder)), format.rate().1);
+                self.add(Member { spec, bits, distortion: d.mean, file })?;
             }
-            Err(why) => unmade.push(format!("{name} ({why})")),
+            Err(why) => self.left_out.push(format!("{} ({why})", format.name)),
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, new: Member) -> Result<(), Error> {
+        let name = new.spec.name();
+        match self.members.iter().find(|m| m.spec.name() == name) {
+            Some(other) if other.spec != new.spec => {
+                Err(format!("two of --quantizers are called `{name}`, and differ: rename one in its .qspec file")
+                    .into())
+            }
+            Some(_) => Ok(()),
+            None => {
+                self.members.push(new);
+                Ok(())
+            }
         }
     }
-    if out.iter().any(|m| matches!(m.spec, Spec::Format(_))) {
+}
+
+/// What may be chosen: of the palette what matches a pattern, or, if nothing does, of the formats; and what files define.
+fn candidates(patterns: &[String]) -> Result<Vec<Member>, Error> {
+    let mut all = Candidates::default();
+    let (files, patterns): (Vec<String>, Vec<String>) = patterns.iter().cloned().partition(|p| is_path(p));
+    let known = palette::names();
+    let (own, other): (Vec<String>, Vec<String>) =
+        patterns.into_iter().partition(|p| known.iter().any(|n| matches(p, n)));
+    let names = if other.is_empty() { Vec::new() } else { formats::names() };
+    if let Some(strange) = other.iter().find(|p| !names.iter().any(|n| matches(p, n))) {
+        return Err(format!(
+            "`{strange}` is no quantizer of the palette and no format: `qp-codegen list` shows both; one's own is \
+             `file.qspec:name`"
+        )
+        .into());
+    }
+    for name in if own.is_empty() { Vec::new() } else { choose(&own)? } {
+        all.quantizer(palette::get(name).expect("a name of the palette"), None)?;
+    }
+    for name in names.into_iter().filter(|n| other.iter().any(|p| matches(p, n))) {
+        all.format(formats::get(name).expect("a name of a format"), None)?;
+    }
+    for (definition, file) in spec::resolve_each(&files)? {
+        match definition {
+            Definition::Quantizer(q) => all.quantizer(q, Some(file))?,
+            Definition::Format(f) => all.format(&f, Some(file))?,
+        }
+    }
+    if all.members.iter().any(|m| matches!(m.spec, Spec::Format(_))) {
         note(
             "formats do not rotate: on a model's own weights their errors may exceed those on Gaussian ones, which are planned with",
         );
     }
-    if !unmade.is_empty() {
-        note(format_args!("left out, since they cannot be made: {}", unmade.join(", ")));
+    if all.members.is_empty() {
+        return Err(format!("nothing is left to choose from: {}; name others", all.left_out.join(", ")).into());
     }
-    if out.is_empty() {
-        if unmeasured.is_empty() {
-            return Err("none of the quantizers can be made: name others".into());
-        }
-        return Err(format!("no measured distortion of {}: see specs/distortion.toml", unmeasured.join(", ")).into());
+    if !all.left_out.is_empty() {
+        note(format_args!("left out: {}", all.left_out.join(", ")));
     }
-    if !unmeasured.is_empty() {
-        note(format_args!("left out, since not trained or without a measured distortion: {}", unmeasured.join(", ")));
-    }
-    Ok(out)
+    Ok(all.members)
 }
 
 /// Whether `name` is `pattern` with its stars replaced.

@@ -92,6 +92,17 @@ impl Pieces {
         Pieces { width: code.block.cols as usize, parts }
     }
 
+    /// Cuts blocks of one row and `width` columns into neighbours of `vector` columns.
+    pub fn of_columns(width: usize, vector: usize) -> Self {
+        let parts = (vector..=width).step_by(vector).map(|end| (end, (end - vector..end).collect()));
+        Pieces { width, parts: parts.collect() }
+    }
+
+    /// Columns of a block.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
     /// For each piece, where its weights end in the block's stream, and its columns in the block.
     pub fn parts(&self) -> &[(usize, Vec<usize>)] {
         &self.parts

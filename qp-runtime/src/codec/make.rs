@@ -7,6 +7,8 @@
 //! (integers and small floats), in the first round at some fractions of itself; it is replaced where the error, each code
 //! chosen again, becomes less. So no round makes an error larger.
 
+mod fitted;
+
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -705,6 +707,33 @@ mod tests {
             refused("per 1 x 16 = round(8 * mean(w) / d)", "per 1 x 15 = round(mean(w))"),
             "a code is for 2 weights, and `c` for 1 x 15: weights of a code must share their fields"
         );
+    }
+
+    #[test]
+    fn quotients_by_zero_are_the_largest_number_and_zero_by_zero_is_zero() {
+        let text = "quantizer q {
+            bits 4
+            values i8
+            decode w { [w] }
+            field a : f16 per row = max(w) / (max(w) + min(w))
+            field b : u4 per row = round(min(w) / (max(w) + min(w)))
+            field c : i5 per row = if min(w) / (max(w) + min(w)) <= 0 then min(w) / (max(w) + min(w)) else 3
+            field d : i5 per row = 5 + log2(min(w)) + (max(w) - max(w)) / (min(w) - min(w))
+            weight e { e * a + b + c + d }
+        }";
+        let format = load_str("q", text).unwrap_or_else(|e| panic!("{e}")).formats.remove(0);
+        let encoder = FormatEncoder::new(&format).unwrap();
+        let of = |least: f32| {
+            let (shape, weights) = (Shape { rows: 1, cols: 2 }, [least, -least]);
+            let matrix = Matrix { encoder: &encoder, shape, weights: &weights, fields: vec![Vec::new(); 4] };
+            let mut matrix = matrix;
+            encoder.order.iter().for_each(|&f| matrix.begin(f));
+            [0, 1, 2, 3].map(|f| matrix.value(f, 0, 0))
+        };
+        assert_eq!(of(-0.5), [65504.0, 0.0, -16.0, 5.0]);
+        assert_eq!(of(0.0), [0.0, 0.0, 0.0, -16.0]);
+        let error = load_str("q", &text.replace("/ (max(w) + min(w))", "/ (1 - 1)")).unwrap_err().to_string();
+        assert!(error.contains("division by zero"), "{error}");
     }
 
     #[test]

@@ -160,7 +160,7 @@ fn in_turn(
     let up = prepare.gate.map(|gate| values(gate.up)).transpose()?;
     let (mut faults, up) = (on.zeroed(1)?, up.as_ref().unwrap_or(&input));
     time_by(on, kernels, &matrices, LAUNCHES, ROUNDS, |kernel, graph, matrix| {
-        let inputs = PrepareInputs { input: &input, up, norm: &norm };
+        let inputs = PrepareInputs { input: &input, up, norm: &norm, factors: None };
         kernel.record_preparing(graph, matrix, inputs, Faults { faults: &mut faults, layer: 0 }, &mut y)
     })
 }
@@ -290,6 +290,7 @@ mod tests {
             gate: None,
             norm: None,
             rotation: qp_codegen::spec::Rotation::None,
+            entering: None,
         };
         let alone = seconds(&on, &[(Gemv { batch: 1, ..op }, None), (small, Some(prepare))], || ()).unwrap();
         assert!(alone.len() == 2 && alone.iter().all(|&s| s > 0.0), "{alone:?}");

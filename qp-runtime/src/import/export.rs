@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::view::View;
-use super::{Error, Progress, SourceFile, left_out_file, no_checkpoint};
+use super::{Error, Progress, SourceFile, left_out_file, no_checkpoint, to_gguf};
 use crate::checkpoint::{self, Checkpoint};
 use crate::model::gguf::{Gguf, Kept};
 use crate::model::tensors::interleaved;
@@ -39,19 +39,45 @@ impl<W: Write> Hashing<W> {
     }
 }
 
-/// Writes the files that the checkpoint `dir` was imported from into the folder `out`. Returns their paths.
+/// Whether `out` names a GGUF file, and not a folder.
+fn is_file(out: &Path) -> bool {
+    out.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
+}
+
+/// Refuses a file where a folder is meant (`file` is false), and the reverse.
+pub(super) fn check_kind(out: &Path, file: bool) -> Result<(), Error> {
+    match out.metadata() {
+        Ok(meta) if file && meta.is_dir() => {
+            Err(Error::refused(out, "is a folder: name the file in it, as in FOLDER/model.gguf"))
+        }
+        Ok(meta) if !file && !meta.is_dir() => Err(Error::refused(out, "is a file: give the folder to write to")),
+        _ if !file && is_file(out) => {
+            Err(Error::refused(out, "is called like a GGUF file, but a folder is written here: call it otherwise"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Writes the files that the checkpoint `dir` was imported from into the folder `out`. Returns their paths. If `out` ends in
+/// `.gguf`, it is the file that is written: the one that was imported, or, of another checkpoint, one that is made.
 ///
 /// # Errors
-/// If the checkpoint was not imported or is damaged, a file exists and `force` is not given, or cannot be written; or if
+/// If the checkpoint was neither imported nor can be said in a GGUF file, or is damaged, a file exists and `force` is not given, or cannot be written; or if
 /// what was written has not the hash of the file that was imported. What is written is removed then.
 pub fn export(dir: &Path, out: &Path, force: bool, progress: &mut Progress<'_>) -> Result<Vec<PathBuf>, Error> {
     no_checkpoint(out)?;
+    let file = is_file(out);
+    check_kind(out, file)?;
     let checkpoint = Checkpoint::open(dir)?;
-    let Some(source) = checkpoint.manifest().source.clone() else {
-        return Err(Error::refused(
-            dir,
-            "was not imported: there are no files to give back; --dequantized writes its weights as floats",
-        ));
+    let source = checkpoint.manifest().source.clone();
+    let source = match source {
+        Some(source) if !file || source.kind == "gguf" => source,
+        _ if file => return Ok(vec![to_gguf(dir, out, force, progress)?]),
+        _ => {
+            let why = "was not imported: there are no files to give back; `-o FILE.gguf` writes a GGUF file, if GGUF has \
+                       types for all its layers, and --dequantized writes its weights as floats";
+            return Err(Error::refused(dir, why));
+        }
     };
     if !["gguf", "safetensors"].contains(&source.kind.as_str()) {
         return Err(Error::refused(
@@ -59,7 +85,12 @@ pub fn export(dir: &Path, out: &Path, force: bool, progress: &mut Progress<'_>) 
             format!("was imported from {}, which this program does not write", source.kind),
         ));
     }
-    std::fs::create_dir_all(out).map_err(|source| Error::Write { path: out.to_owned(), source })?;
+    if file && source.files.len() != 1 {
+        let why = format!("was imported from {} files: give a folder to write them to", source.files.len());
+        return Err(Error::refused(dir, why));
+    }
+    let folder = if file { out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")) } else { out };
+    std::fs::create_dir_all(folder).map_err(|source| Error::Write { path: folder.to_owned(), source })?;
     let headers: Vec<PathBuf> = source.files.iter().map(|f| dir.join(&f.header)).collect();
     let (gguf, views) = if source.kind == "gguf" {
         let gguf = Gguf::of_headers(headers.into_iter())?;
@@ -72,11 +103,11 @@ pub fn export(dir: &Path, out: &Path, force: bool, progress: &mut Progress<'_>) 
     let renamed = layers.flat_map(|l| stored::renamed(&l.name, &l.spec, l.layout.as_deref())).collect();
     let mut paths = Vec::new();
     for (view, file) in views.iter().zip(&source.files) {
-        let path = out.join(&file.name);
+        let path = if is_file(out) { out.to_owned() } else { out.join(&file.name) };
         if path.exists() && !force {
             return Err(Error::refused(&path, "exists; --force replaces it"));
         }
-        let beside = out.join(format!("{}.partial", file.name));
+        let beside = folder.join(format!("{}.partial", file.name));
         let done = one((&checkpoint, &renamed), gguf.as_ref(), view, file, &beside, progress).and_then(|()| {
             std::fs::rename(&beside, &path).map_err(|source| Error::Write { path: path.clone(), source })
         });

@@ -5,10 +5,11 @@
 //! the bytes of its tensors under the names `LAYER.TENSOR`, `TENSOR` as the format's layout calls it; the format's text, layouts included,
 //! lies in `specs/`. What else the file holds is kept too: the header with all of its keys, and tensors that no engine
 //! reads. So [`export`] writes the same file again, byte for byte, and checks that with the SHA-256 that was taken then.
-//! [`write_out`] writes the weights of any checkpoint as floats.
+//! [`write_out`] writes the weights of any checkpoint as floats, [`to_gguf`] a GGUF file of one that GGUF has types for.
 
 mod export;
 mod plain;
+mod to_gguf;
 mod view;
 
 use std::collections::BTreeMap;
@@ -19,6 +20,7 @@ use sha2::{Digest, Sha256};
 
 pub use export::export;
 pub use plain::{Float, write_out};
+pub use to_gguf::to_gguf;
 use view::View;
 
 use crate::checkpoint::weights::{Planned, SHARD_BYTES};

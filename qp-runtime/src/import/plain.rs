@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::Value;
 
+use super::export::check_kind;
 use super::{Error, Progress, no_checkpoint};
 use crate::checkpoint::reader::tensor_names;
 use crate::checkpoint::weights::{Planned, SHARD_BYTES, layout};
@@ -82,6 +83,7 @@ pub fn write_out(
     progress: &mut Progress<'_>,
 ) -> Result<Vec<PathBuf>, Error> {
     no_checkpoint(out)?;
+    check_kind(out, false)?;
     let checkpoint = Checkpoint::open(dir)?;
     let items = items(&checkpoint, ty)?;
     let planned: Vec<Vec<Planned>> = items.iter().map(|i| vec![i.1.clone()]).collect();

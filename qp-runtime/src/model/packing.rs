@@ -2,6 +2,7 @@
 //! a scale for each block. Each is given the names that the program has; what it holds is decoded when it is read.
 
 use half::bf16;
+use qp_codegen::spec::format::Number;
 use safetensors::Dtype;
 
 use super::Error;
@@ -73,7 +74,7 @@ impl View {
                 for (i, row) in stored.chunks_exact(columns.max(1)).enumerate() {
                     for (j, code) in row.iter().enumerate() {
                         let scale = f32::from_le_bytes(scales[i / of_rows * across + j / of_columns]);
-                        out.extend((fp8(*code) * scale).to_le_bytes());
+                        out.extend((Number::E4m3.value((*code).into()) * scale).to_le_bytes());
                     }
                 }
             }
@@ -99,17 +100,6 @@ fn fp4(code: u8) -> f32 {
     const MAGNITUDES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
     let magnitude = MAGNITUDES[usize::from(code & 7)];
     if code & 8 == 0 { magnitude } else { -magnitude }
-}
-
-/// A number of eight bits: sign, four bits of exponent, three of mantissa (E4M3, which has no infinity).
-fn fp8(code: u8) -> f32 {
-    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
-    let magnitude = match (exponent, code & 7) {
-        (15, 7) => f32::NAN,
-        (0, _) => mantissa / 8.0 * 2f32.powi(-6),
-        _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
-    };
-    if code & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
 /// Gives the tensors of `dir` the names and shapes that the program of `config` has.
@@ -227,15 +217,6 @@ mod tests {
 
     fn floats(bytes: &[u8]) -> Vec<f32> {
         bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
-    }
-
-    #[test]
-    fn numbers_of_eight_bits() {
-        let values = [(0x00, 0.0), (0x01, 0.001_953_125), (0x38, 1.0), (0x3c, 1.5), (0x7e, 448.0), (0xb8, -1.0)];
-        for (code, value) in values {
-            assert_eq!(fp8(code), value, "{code:#x}");
-        }
-        assert!(fp8(0x7f).is_nan() && fp8(0xff).is_nan());
     }
 
     #[test]

@@ -260,6 +260,16 @@ impl Tokenizer {
         self.inner.token_to_id(text)
     }
 
+    /// All tokens with their numbers.
+    pub fn tokens(&self) -> impl Iterator<Item = (String, u32)> {
+        self.inner.get_vocab(true).into_iter()
+    }
+
+    /// Tokens that are found in a text before it is split.
+    pub fn added_tokens(&self) -> impl Iterator<Item = (u32, AddedToken)> {
+        self.inner.get_added_tokens_decoder().into_iter()
+    }
+
     /// True if the token marks something and is no text.
     pub fn is_special(&self, token: u32) -> bool {
         self.inner.get_added_tokens_decoder().get(&token).is_some_and(|t| t.special)

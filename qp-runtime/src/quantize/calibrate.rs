@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use qp_codegen::reference::Rotator;
-use qp_codegen::spec::{Quantizer, Rotation};
+use qp_codegen::spec::Rotation;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
@@ -21,6 +21,7 @@ use crate::engine::{self, Chunk, CpuEngine, Logits, PAGE, Room, texts};
 use crate::input;
 use crate::model::program::Node;
 use crate::model::{Config, LayerId, Program, Tokenizer, Weights};
+use crate::plan::Spec;
 
 /// Tokens of a text, unless the model's context is shorter.
 const WINDOW: usize = 512;
@@ -119,7 +120,7 @@ impl Calibration {
         &self.entry
     }
 
-    /// What a layer needs to be encoded by `q`; `None` if its inputs are all zero. `rotations` tells of each layer of the
+    /// What a layer needs to be encoded by `spec`; `None` if its inputs are all zero. `rotations` tells of each layer of the
     /// program by what rotation it is still to be encoded, if at all; layers are asked for in their order.
     ///
     /// # Errors
@@ -128,7 +129,7 @@ impl Calibration {
         &mut self,
         layer: LayerId,
         name: &str,
-        q: &Quantizer,
+        spec: &Spec,
         rotations: &[Option<Rotation>],
     ) -> Result<Option<Arc<Feedback>>, Error> {
         let node = self.program.node_of(layer).expect("an embedding has no inputs");
@@ -139,19 +140,22 @@ impl Calibration {
         }
         let groups = self.program.nodes[node].groups();
         let first = groups.iter().find(|g| g.contains(&layer)).expect("a layer of the node")[0];
-        let pieces = Pieces::new(&q.codes[0]);
-        if let Some((f, rotation, p, made)) = &self.last
-            && (*f, *rotation, p) == (first, q.rotation, &pieces)
+        let (rotation, pieces) = match spec {
+            Spec::Quantizer(q) => (q.rotation, Pieces::new(&q.codes[0])),
+            Spec::Format(f) => (spec.rotation(), f.pieces()),
+        };
+        if let Some((f, r, p, made)) = &self.last
+            && (*f, *r, p) == (first, rotation, &pieces)
         {
             return Ok(made.clone());
         }
-        let of = |h: &&(LayerId, Rotation, Hessian)| (h.0, h.1) == (first, q.rotation);
+        let of = |h: &&(LayerId, Rotation, Hessian)| (h.0, h.1) == (first, rotation);
         let (_, _, hessian) = self.hessians.iter().find(of).expect("asked for in order");
         if !hessian.mean().is_finite() {
             return Err(Error::Inputs { layer: name.to_owned() });
         }
         let made = Feedback::new(hessian, &pieces).map(Arc::new);
-        self.last = Some((first, q.rotation, pieces, made.clone()));
+        self.last = Some((first, rotation, pieces, made.clone()));
         Ok(made)
     }
 

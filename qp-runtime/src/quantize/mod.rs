@@ -97,15 +97,6 @@ pub enum Error {
         /// What does not fit.
         source: Misfit,
     },
-    /// Rounding fitted to texts, of a format.
-    #[error(
-        "--calibrate fits the rounding of quantizers; `{spec}` is a format, whose fields and codes are fitted to the weights: \
-         leave --calibrate out"
-    )]
-    Calibrated {
-        /// The format.
-        spec: String,
-    },
     /// The encoder refused a layer.
     #[error("layer '{layer}': {source}")]
     Encode {
@@ -264,10 +255,6 @@ impl Job {
         join_tied(&program, &mut plan);
         let items = items(&source, &layers, &plan)?;
 
-        let format = plan.specs.iter().find(|s| matches!(s, Spec::Format(_)));
-        if let (Some(spec), Some(_)) = (format, &self.calibrate) {
-            return Err(Error::Calibrated { spec: spec.name().to_owned() });
-        }
         let spec_of = |i: usize| plan.layers[i].map(|s| &plan.specs[s]);
         let chosen: Vec<(String, String)> = layers
             .iter()
@@ -283,7 +270,7 @@ impl Job {
         };
         let calibration = self.calibrate.as_ref().map(calibration).transpose()?;
         let mut head = Head::new(model, self.shard_bytes, chosen, groups.clone());
-        if format.is_some() {
+        if plan.specs.iter().any(|s| matches!(s, Spec::Format(_))) {
             head.format = import::FORMAT;
         }
         head.calibration = calibration.as_ref().map(|c| c.entry().clone());

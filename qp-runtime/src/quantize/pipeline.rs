@@ -240,11 +240,9 @@ impl Pipeline<'_> {
             self.progress.layer(name, by.name());
             let work = || {
                 let weights = load(self.source, &self.layers[layer].tensor, name, by.rotation(), shape)?;
-                let feedback = match (&mut calibration, by) {
-                    (Some(c), Spec::Quantizer(q)) if has_inputs(layer) => {
-                        c.feedback(LayerId(layer), name, q, &rotations)?
-                    }
-                    (Some(_) | None, Spec::Quantizer(_) | Spec::Format(_)) => None,
+                let feedback = match &mut calibration {
+                    Some(c) if has_inputs(layer) => c.feedback(LayerId(layer), name, by, &rotations)?,
+                    Some(_) | None => None,
                 };
                 Ok((weights, feedback))
             };
@@ -284,7 +282,12 @@ impl Pipeline<'_> {
         let shape = self.layers[layer.layer].layer.shape;
         let advance = |n| self.progress.advance(n);
         let encoded = match (&self.plan.specs[layer.spec], &layer.feedback) {
-            (Spec::Format(f), _) => f.encode(&self.reader(layer.layer), &layer.weights, &advance).map(Encoded::Stored),
+            (Spec::Format(f), None) => {
+                f.encode(&self.reader(layer.layer), &layer.weights, &advance).map(Encoded::Stored)
+            }
+            (Spec::Format(f), Some(feedback)) => {
+                f.encode_for(&self.reader(layer.layer), &layer.weights, feedback, &advance).map(Encoded::Stored)
+            }
             (Spec::Quantizer(_), None) => {
                 encoders.get(layer.spec)?.encode(shape, &layer.weights, &advance).map(Encoded::Packed)
             }

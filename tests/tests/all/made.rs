@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use qp_runtime::checkpoint::{Begin, Checkpoint};
+use qp_runtime::checkpoint::Checkpoint;
 use qp_runtime::import::export;
 use qp_runtime::model::Model;
 use qp_runtime::plan::Plan;
@@ -74,24 +74,50 @@ fn what_no_format_can_do_is_refused_before_anything_is_written() {
     let model = dir.path().join("model");
     write(&model);
     let out = dir.path().join("out");
-    let refused = |plan: Plan, calibrate: Option<Calibrate>| {
-        let mut job = Job::new(&model, plan, &out);
-        (job.calibrate, job.begin) = (calibrate, Begin::default());
-        let error = job.run(&Silent).unwrap_err().to_string();
+    let refused = |plan: Plan| {
+        let error = Job::new(&model, plan, &out).run(&Silent).unwrap_err().to_string();
         assert!(!out.exists());
         error
     };
-    let error = refused(Plan::uniform("q4_k"), None);
+    let error = refused(Plan::uniform("q4_k"));
     assert!(error.contains("as q4_k: ") && error.contains("which is no whole number"), "{error}");
-    let error = refused(Plan::uniform("iq2_xxs"), None);
+    let error = refused(Plan::uniform("iq2_xxs"));
     assert!(error.contains("`iq2_xxs` cannot be made: no formula for "), "{error}");
-    let error = refused(Plan::uniform("q8_0"), Some(Calibrate { texts: Texts::Own, tokens: 64 }));
-    assert!(error.starts_with("--calibrate fits the rounding of quantizers; `q8_0` is a format"), "{error}");
     let fused =
         "default = \"q8_0\"\n[[groups]]\nfuse = [\"model.layers.0.mlp.gate_proj\", \"model.layers.0.mlp.up_proj\"]";
-    let error = refused(Plan::parse("plan", fused, model.clone()).unwrap(), None);
+    let error = refused(Plan::parse("plan", fused, model.clone()).unwrap());
     assert!(
         error.contains("`model.layers.0.mlp.gate_proj` has the format `q8_0`, which has launches of its own"),
         "{error}"
     );
+}
+
+#[test]
+fn codes_are_fitted_to_texts_with_the_same_fields() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/kjv-llama");
+    let made = |name: &str, calibrate: bool, threads: Option<usize>| {
+        let out = dir.path().join(name);
+        let mut job = Job::new(&model, Plan::uniform("gptq_int3_g128"), &out);
+        job.calibrate = calibrate.then_some(Calibrate { texts: Texts::Own, tokens: 1024 });
+        job.threads = threads;
+        job.run(&Silent).unwrap();
+        out
+    };
+    let (plain, fitted) = (made("plain", false, None), made("fitted", true, None));
+    let tensor = |dir: &Path, name: &str| {
+        let checkpoint = Checkpoint::open(dir).unwrap();
+        checkpoint.bytes(&format!("model.layers.3.mlp.up_proj.{name}")).unwrap().as_slice().to_vec()
+    };
+    assert!(tensor(&plain, "scales") == tensor(&fitted, "scales"));
+    assert!(tensor(&plain, "qweight") != tensor(&fitted, "qweight"));
+    let expected = logits(Model::open(&model).unwrap());
+    let off = |dir: &Path| {
+        let found = logits(Model::open(dir).unwrap());
+        found.iter().zip(&expected).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>()
+    };
+    assert!(off(&fitted) < 0.8 * off(&plain), "{} of {}", off(&fitted), off(&plain));
+    // Threads change nothing.
+    let again = made("again", true, Some(1));
+    assert!(tensor(&again, "qweight") == tensor(&fitted, "qweight"));
 }

@@ -23,5 +23,6 @@ mod random_specs;
 mod sensitivity;
 mod sequences;
 mod specs;
+mod to_gguf;
 mod unquantized;
 mod written_out;

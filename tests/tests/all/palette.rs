@@ -99,7 +99,7 @@ fn kernels(i: usize, q: &Quantizer, target: Target) -> Vec<Kernel> {
         let op = Gemv { quantizer: q, shape: Shape { rows: 6144, cols: 4096 }, batch: 1, accumulate: false };
         let norm = Some(RmsNorm { eps: 1e-5, add_one: false });
         let input = Span::rows(4096);
-        let own = Prepare { columns: 4096, batch: 1, input, gate: None, norm, rotation: q.rotation };
+        let own = Prepare { columns: 4096, batch: 1, input, gate: None, norm, rotation: q.rotation, entering: None };
         let ranked = Launch::ranked_with(&op, Some(&own), &target.device());
         out.extend(ranked.first().map(|(_, launch)| launch.lower_with(&op, Some(&own))));
         let more = [(28672, 4096, 1, false), (4096, 14336, 8, true), (1536, 576, 3, false)];
@@ -206,7 +206,7 @@ fn preparing_compiles_for_every_target_without_spills() {
         ] {
             let interleave = (block == Some(128)).then_some(1024);
             let rotation = Rotation::Hadamard { seed: 0, block, interleave };
-            let op = Prepare { columns, batch: 1, input: Span::rows(columns), gate, norm, rotation };
+            let op = Prepare { columns, batch: 1, input: Span::rows(columns), gate, norm, rotation, entering: None };
             let kernel = prepare::lower(&op, &target.device());
             // Memory that a GPU lacks is another matter.
             if kernel.shared_bytes() <= target.device().shared_per_block {
@@ -329,6 +329,7 @@ fn cuda_of_representative_members() {
         gate: None,
         norm: Some(RmsNorm { eps: 1e-5, add_one: false }),
         rotation: Rotation::Hadamard { seed: 0, block: Some(128), interleave: None },
+        entering: None,
     };
     let prepare = |op| print(&prepare::lower(&op, &Target::Sm90a.device()), Target::Sm90a);
     insta::assert_snapshot!("prepare_768_sm_90a", prepare(op));

@@ -25,7 +25,7 @@ fn table_and_totals() {
 #[test]
 fn plan_file() {
     let (p, a, _) = small();
-    insta::assert_snapshot!("plan_file", report::plan_file(&p, &a, "a test"));
+    insta::assert_snapshot!("plan_file", report::plan_file(&p, &a, "a test", &str::to_owned));
 }
 
 #[test]

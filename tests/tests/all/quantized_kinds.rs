@@ -38,7 +38,7 @@ fn plan(model: &Model) -> String {
     let free = Freedom { fusion: false, cores: false };
     let p = Problem::new(measured.layers(), candidates.to_vec(), free, 0, &bytes, None).expect("usable");
     let a = p.solve(Some(p.least_memory() * 3 / 2), None, Effort::default()).expect("feasible");
-    report::plan_file(&p, &a, "a test")
+    report::plan_file(&p, &a, "a test", &str::to_owned)
 }
 
 fn session(on: Option<&Executor>, model: &Model, context: usize) -> Session {

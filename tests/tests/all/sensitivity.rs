@@ -135,7 +135,7 @@ fn plans_are_taken_by_qp_quantize() {
     let chosen = a.candidates();
     assert!(chosen.contains(&0) && chosen.contains(&1), "a mixed plan");
 
-    let text = report::plan_file(&p, &a, "a test");
+    let text = report::plan_file(&p, &a, "a test", &str::to_owned);
     let plan = plan::Plan::parse("plan.toml", &text, PathBuf::new()).unwrap_or_else(|e| panic!("{e}"));
     let layers: Vec<plan::Layer> = p
         .layers

@@ -3,6 +3,7 @@
 use super::super::launch::Busiest;
 use super::{Product, few, many};
 use crate::cuda::Device;
+use crate::spec::terms::{Digits, Stream};
 
 /// Which kernel computes a product, and how it is laid over the GPU. The result does not depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -31,6 +32,8 @@ const RUN_WORK: f64 = 14.8;
 const STEP_WORK: (f64, f64) = (38.9, 26.0);
 /// Share of an SM's issue slots that many warps fill; and the number of warps that fill 1 - 1/e of that.
 const ISSUE: (f64, f64) = (0.69, 6.64);
+/// The same where windows are decoded: there is more to issue at a time in each warp.
+const STREAM_ISSUE: (f64, f64) = (0.74, 2.0);
 /// How much longer it takes where columns are no whole passes.
 const INEXACT: f64 = 1.11;
 /// Computing and reading take longer than the longer of both, as sums with this exponent do.
@@ -140,9 +143,21 @@ fn decode_work(op: &Product) -> f64 {
     if layout.codes {
         return 8.0 * (5.0 + 6.0 * planes);
     }
+    if let Some(stream) = &op.terms.stream {
+        return 64.0 * of_window(stream);
+    }
     // Whole bytes are there; of others each part is shifted and masked, and joined to the one before.
     let parts = (0..layout.planes()).map(|p| layout.parts(p));
     parts.filter(|p| p[0].1 < 8).map(|p| 40.0 * p.len() as f64 - 16.0).sum()
+}
+
+/// Instructions for a window and what is multiplied of it.
+fn of_window(stream: &Stream) -> f64 {
+    match &stream.digits {
+        // A cut, and what makes the word.
+        Digits::Bytes { decode, .. } => 2.5 + decode.nodes.len() as f64 / 2.0,
+        Digits::Book(_) => 12.0,
+    }
 }
 
 /// Seconds of a launch of [`few`]; `None` if it does not fit.
@@ -150,7 +165,7 @@ fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> 
     let (plan, layout) = (few::Plan::new(op, launch), op.layout());
     let threads = launch.warps * 32;
     let (planes, several) = (op.terms.planes(), plan.groups > 1);
-    let fragments = launch.depth * plan.groups * (8 + plan.kept_sums() + if several { 4 } else { 0 });
+    let fragments = launch.depth * plan.groups * (2 * plan.across + plan.kept_sums() + if several { 4 } else { 0 });
     let of_step = launch.depth * (layout.lane_words() + plan.number_registers()) + 1;
     let of_steps = launch.ahead * of_step + if several { 12 * (launch.ahead - 1) } else { 0 };
     // The more runs, the more of their numbers are made at once.
@@ -160,7 +175,7 @@ fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> 
     let spare = if several && plan.runs == 1 && op.terms.rest.is_none() { SPARE } else { 0 };
     let registers = WORKING + fragments + of_steps + of_runs + of_planes - spare;
     let available = (device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks) / 8 * 8).min(255);
-    let shared = plan.sum_bytes_of_tile(launch) * plan.most_rows;
+    let shared = plan.sum_bytes_of_tile(launch) * plan.most_rows + 4 * layout.book.map_or(0, |b| b.1);
     if registers > available
         || threads * launch.min_blocks > device.threads_per_sm
         || launch.min_blocks * (shared + 1024) > device.shared_per_sm
@@ -189,7 +204,8 @@ fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> 
     let of_step = STEP_WORK.0 + if plan.passes > 1 { STEP_WORK.1 * groups } else { 0.0 };
     let work =
         TILE_WORK + decode_work(op) + runs * groups * f64::from(planes) * RUN_WORK + of_step / f64::from(launch.depth);
-    let issue = tiles * work / 4.0 / (issue_share(ISSUE, warps) * device.clock);
+    let share = issue_share(if op.terms.stream.is_some() { STREAM_ISSUE } else { ISSUE }, warps);
+    let issue = tiles * work / 4.0 / (share * device.clock);
     let passes = f64::from(plan.passes) * PASS + f64::from(rounds - 1) * LATENCY;
     let inexact = if columns == layout.col_tiles() { 1.0 } else { INEXACT };
     Some(START + passes + inexact * (memory.powf(TOGETHER) + issue.powf(TOGETHER)).powf(1.0 / TOGETHER))
@@ -285,7 +301,8 @@ fn estimate_many(op: &Product, launch: &many::Launch, device: &Device) -> Option
     let threads = launch.warps() * 32;
     let fields = op.layout().sections.iter().map(|s| s.lane_bytes().div_ceil(4)).sum::<u32>();
     let of_words = plan.layout.lane_words() + fields;
-    let of_tile = launch.ahead * of_words + 16 * terms.planes() + 2 * plan.runs;
+    let of_windows = if terms.stream.is_some() { 32 } else { 0 };
+    let of_tile = launch.ahead * of_words + 16 * terms.planes() + 2 * plan.runs + of_windows;
     let products = if launch.group {
         4 * plan.groups.max(8) + 2 * (launch.ahead - 1)
     } else {

@@ -153,7 +153,8 @@ impl Plan {
 
     /// Bytes of shared memory.
     pub(super) fn shared_bytes(&self, launch: &Launch) -> u32 {
-        STAGES * self.stage_cells() * 16 + SUMMED * self.chunk_offsets() * 4 + self.meeting_sums(launch) * 8
+        let book = 4 * self.layout.book.map_or(0, |b| b.1);
+        STAGES * self.stage_cells() * 16 + SUMMED * self.chunk_offsets() * 4 + self.meeting_sums(launch) * 8 + book
     }
 }
 
@@ -284,6 +285,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let of_step = || (0..launch.row_tiles).map(|_| self.operands.tile()).collect();
         let tiles: Vec<Vec<Tile>> = (0..launch.ahead).map(|_| of_step()).collect();
         (0..).zip(&tiles).for_each(|(step, tiles)| self.fetch(b.i32(step), tiles));
+        self.operands.fill(launch.warps() * 32);
         b.grid_wait();
         self.stage(b.i32(0));
         self.stage(b.i32(1));

@@ -14,6 +14,7 @@ mod launch;
 pub mod layout;
 pub mod many;
 mod operands;
+mod windows;
 
 pub use self::launch::Launch;
 use self::layout::Relaid;

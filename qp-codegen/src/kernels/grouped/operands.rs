@@ -5,12 +5,14 @@ use std::collections::HashMap;
 
 use super::Product;
 use super::layout::{REGISTERS, ROWS, Relaid, Section};
-use crate::ir::{Builder, Cache, Const, Elem, Mem, Scalar, V, Var};
-use crate::kernels::decode::{flatten, load_words};
+use super::windows::Windows;
+use crate::ir::{Builder, Cache, Const, Elem, Mem, Scalar, Special, V, Var};
+use crate::kernels::copy_all;
+use crate::kernels::decode::{FILL, flatten, load_words};
 use crate::layout::{COLUMN_PAD, chunks};
 use crate::spec::format::{Arithmetic, Weight, WeightOp};
 use crate::spec::mask;
-use crate::spec::terms::{Kept, TILE};
+use crate::spec::terms::{Digits, Kept, TILE};
 
 /// Tokens whose planes one tensor-core product holds.
 pub(super) const OF_PRODUCT: u32 = 4;
@@ -66,6 +68,8 @@ pub(super) struct Operands<'b, 'a> {
     x_scale: Mem,
     y: Mem,
     lane: V<'b>,
+    /// The table of digits, in shared memory.
+    book: Option<Mem>,
     /// Whether tensor-core operands are the integers themselves, zeros added, and not how far they are from the lowest.
     signed: bool,
 }
@@ -77,6 +81,8 @@ pub(super) fn are_operands(op: &Product) -> bool {
     let (least, most) = terms.integers();
     let fits = least >= -(1 << (bits - 1)) && most < 1 << (bits - 1);
     match &terms.table {
+        // Digits of streams are not added to.
+        _ if terms.stream.is_some() => false,
         // The table holds them.
         Some(table) => {
             let most = i64::from(terms.lowest) + table.iter().map(|&x| i64::from(x)).max().unwrap_or(0);
@@ -97,7 +103,18 @@ impl<'b, 'a> Operands<'b, 'a> {
         let x = b.sized("x", Elem::I8, false, 2 * batch * columns);
         let x_scale = b.sized("x_scale", Elem::F32, false, batch);
         let y = b.sized("y", Elem::F32, true, op.y.len(op.batch, op.shape.rows));
-        Operands { b, op, layout, weights, numbers, factors, x, x_scale, y, lane, signed }
+        let book = layout.book.map(|(_, words)| b.shared("book", Elem::U32, words));
+        Operands { b, op, layout, weights, numbers, factors, x, x_scale, y, lane, book, signed }
+    }
+
+    /// Copies the table of digits into shared memory, if there is one, all threads of the block together.
+    pub(super) fn fill(&self, threads: u32) {
+        let (b, Some(book), Some((first, words))) = (self.b, self.book, self.layout.book) else { return };
+        b.comment("The table of digits.");
+        let load = |i: V<'b>| b.load_as(self.numbers, i * 4 + first, Elem::U32, 4, Cache::ReadOnly);
+        let store = |i: V<'b>, four: &V<'b>| b.store(book, i * 4, *four, Elem::U32);
+        copy_all(b, b.special(Special::Thread), [words / 4, threads, FILL], load, store);
+        b.barrier();
     }
 
     /// Registers for a tile.
@@ -150,14 +167,28 @@ impl<'b, 'a> Operands<'b, 'a> {
 
     /// The registers of a tile, by plane: each of four bytes, of which those of [`Operands::is_signed`] planes are signed.
     pub(super) fn registers(&self, tile: &Arrived<'b>) -> Vec<Vec<V<'b>>> {
-        match &self.op.terms.table {
-            Some(table) => {
+        match (&self.op.terms.table, self.windows()) {
+            (_, Some(windows)) => windows.digits(self.op.terms.planes(), &tile.words),
+            (Some(table), None) => {
                 let lowest = if self.signed { self.op.terms.lowest } else { 0 };
                 let table: Vec<u32> = table.iter().map(|x| x.wrapping_add_signed(lowest)).collect();
                 self.looked_up(&table, tile)
             }
-            None if self.signed => vec![self.signed_bytes(tile)],
-            None => (0..self.layout.planes()).map(|plane| self.bytes(plane, tile)).collect(),
+            (None, None) if self.signed => vec![self.signed_bytes(tile)],
+            (None, None) => (0..self.layout.planes()).map(|plane| self.bytes(plane, tile)).collect(),
+        }
+    }
+
+    fn windows(&self) -> Option<Windows<'b, '_>> {
+        let (stream, bytes) = (self.op.terms.stream.as_ref()?, self.layout.runs?);
+        Some(Windows::new(self.b, stream, bytes, self.lane, self.book))
+    }
+
+    /// The registers of products of 8 columns with four bytes each, whose sums are the digits.
+    pub(super) fn byte_registers(&self, tile: &Arrived<'b>) -> Vec<V<'b>> {
+        match (self.op.terms.stream.as_ref().map(|s| &s.digits), self.windows()) {
+            (Some(Digits::Bytes { decode, word }), Some(windows)) => windows.words(decode, *word, &tile.words),
+            _ => unreachable!("of digits that are sums of bytes"),
         }
     }
 
@@ -279,10 +310,13 @@ impl<'b, 'a> Operands<'b, 'a> {
     ) -> V<'b> {
         let terms = self.op.terms;
         let joined = high * 128 + low;
-        if plane > 0 {
+        let times = i64::from(terms.times) << (8 * plane);
+        let whole = || {
             let joined = joined.to(Scalar::I64);
-            let term = factors.map_or(joined, |f| f.slope.to(Scalar::I64) * joined);
-            return term * self.b.constant(Const::I64(1 << (8 * plane)));
+            if times == 1 { joined } else { joined * self.b.constant(Const::I64(times)) }
+        };
+        if plane > 0 {
+            return factors.map_or_else(whole, |f| f.slope.to(Scalar::I64) * whole());
         }
         // What the integers are more than the operands.
         let beside = match (factors.and_then(|f| f.zero), terms.lowest) {
@@ -292,11 +326,12 @@ impl<'b, 'a> Operands<'b, 'a> {
             (Some(zero), lowest) => Some(zero + lowest),
         };
         let joined = match offset.zip(beside) {
-            None => joined.to(Scalar::I64),
-            Some((offset, lowest)) if terms.is_wide() => {
-                joined.to(Scalar::I64) + offset.to(Scalar::I64) * lowest.to(Scalar::I64)
+            None => whole(),
+            Some((offset, lowest)) if terms.is_wide() => whole() + offset.to(Scalar::I64) * lowest.to(Scalar::I64),
+            Some((offset, beside)) => {
+                let joined = if terms.times == 1 { joined } else { joined * terms.times };
+                (joined + offset * beside).to(Scalar::I64)
             }
-            Some((offset, beside)) => (joined + offset * beside).to(Scalar::I64),
         };
         let Some(Factors { slope, rest, zero: _ }) = factors else { return joined };
         let term = slope.to(Scalar::I64) * joined;

@@ -107,7 +107,7 @@ fn a_product_that_prepares_gives_the_bits_of_two_launches() {
     ] {
         let quantizer = &Quantizer { rotation, ..named(&all, name).clone() };
         let input = Span { first: 4 * u32::from(columns == 300), stride: columns + 8 };
-        let prepare = Prepare { columns, batch: 1, input, gate, norm, rotation };
+        let prepare = Prepare { columns, batch: 1, input, gate, norm, rotation, entering: None };
         for (rows, accumulate) in [(70, true), (33, false)] {
             let op = Gemv { quantizer, shape: Shape { rows, cols: columns }, batch: 1, accumulate };
             let tiles = Packed::new(quantizer, op.shape).row_tiles();
@@ -131,7 +131,8 @@ fn a_product_that_prepares_says_what_is_not_finite() {
     let quantizer = &Quantizer { rotation: blocks(128), ..named(&all, "v4_k8").clone() };
     let op = Gemv { quantizer, shape: Shape { rows: 70, cols: 384 }, batch: 1, accumulate: false };
     let input = Span::rows(384);
-    let prepare = Prepare { columns: 384, batch: 1, input, gate: None, norm: None, rotation: blocks(128) };
+    let prepare =
+        Prepare { columns: 384, batch: 1, input, gate: None, norm: None, rotation: blocks(128), entering: None };
     let mut given = Given::random(&op, &prepare);
     given.inputs[0][4 * 290..4 * 291].copy_from_slice(&f32::NAN.to_le_bytes());
     let (_, faults) = given.apart(&op, &prepare);
@@ -144,14 +145,24 @@ fn a_product_that_prepares_says_what_is_not_finite() {
 fn blocks_prepare_where_it_takes_less_time() {
     let device = crate::cuda::Target::Sm90a.device();
     let q = crate::palette::get("fast_3").expect("of the palette");
-    let own = |batch, columns, rotation, gate: Option<Gate>| {
+    let own = |count, batch, rotation, gate: Option<Gate>| {
+        let columns = 4096;
         let op = Gemv { quantizer: &q, shape: Shape { rows: 4096, cols: columns }, batch, accumulate: false };
-        let prepare = Prepare { columns, batch, input: Span::rows(columns), gate, norm: norm(false), rotation };
-        Launch::prepares(&[op, op], &prepare, &device)
+        let prepare =
+            Prepare { columns, batch, input: Span::rows(columns), gate, norm: norm(false), rotation, entering: None };
+        Launch::prepares(&vec![op; count], &prepare, &device)
     };
     let gate = Some(Gate { activation: Activation::Silu, up: Span::rows(4096) });
-    assert!(own(1, 4096, blocks(128), None) && own(1, 4096, Rotation::None, None));
-    assert!(!own(1, 4096, blocks(128), gate) && !own(2, 4096, blocks(128), None));
+    assert!(own(1, 1, blocks(128), None) && own(1, 1, Rotation::None, None));
+    assert!(!own(1, 1, blocks(128), gate) && !own(1, 2, blocks(128), None));
+    // Each of several products that read the same would prepare it.
+    assert!(!own(3, 1, blocks(128), None));
+    // So long that a launch less is within the model's error: it took longer.
+    let (output, columns) = (crate::palette::get("tcq_4").expect("of the palette"), 4096);
+    let op = Gemv { quantizer: &output, shape: Shape { rows: 128256, cols: columns }, batch: 1, accumulate: false };
+    let input = Span::rows(columns);
+    let prepare = Prepare { columns, batch: 1, input, gate: None, norm: norm(false), rotation: output.rotation };
+    assert!(!Launch::prepares(&[op], &prepare, &device));
     // Through shared memory.
-    assert!(!own(1, 4096, Rotation::Hadamard { seed: 0, block: None, interleave: None }, None));
+    assert!(!own(1, 1, Rotation::Hadamard { seed: 0, block: None, interleave: None }, None));
 }

@@ -272,7 +272,8 @@ fn rotation(name: &Ident, given: &[Arg], scope: &Scope, sink: &mut Sink) -> Opti
         if !span.is_power_of_two() || span <= block {
             let problem = format!("blocks of {block} columns are interleaved over a larger power of two, not {span}");
             let near = span.next_power_of_two().clamp(2 * block, MAX_ROTATION_BLOCK);
-            return sink.fail(Diagnostic::error(arg.name.span, problem, "").hint(format!("write `interleave = {near}`")));
+            return sink
+                .fail(Diagnostic::error(arg.name.span, problem, "").hint(format!("write `interleave = {near}`")));
         }
     }
     Some(Rotation::Hadamard { seed, block, interleave })

@@ -156,6 +156,9 @@ impl Checker<'_> {
                 return self.fail(span, message, "they have + - * / and `2 ** …`");
             }
         };
+        if arithmetic == Arithmetic::Div && matches!(y, Part::Const(zero) if zero == 0.into()) {
+            return self.fail(b.span, "division by zero", "divide by another number");
+        }
         let (x, y) = (self.node(x, a.span)?, self.node(y, b.span)?);
         self.part(FormulaOp::Binary(arithmetic, x, y), span)
     }

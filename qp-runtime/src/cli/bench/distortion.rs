@@ -6,6 +6,7 @@ use std::path::Path;
 use clap::Args;
 use qp_codegen::palette;
 use qp_codegen::spec::{self, Code, Definition, Quantizer};
+use qp_codegen::syntax::Diagnostics;
 
 use super::distortion_plot::{self, Series};
 use crate::cli::Error;
@@ -56,23 +57,29 @@ impl DistortionBench {
     pub fn run(self) -> Result<(), Error> {
         let names: Vec<String> =
             if self.all { palette::names().iter().map(|n| n.to_string()).collect() } else { self.spec.clone() };
-        let (mut formats, mut others) = (Vec::new(), Vec::new());
-        for name in names {
-            match spec::resolve_any(&name) {
-                Ok(Definition::Format(f)) => {
+        let (mut formats, mut quantizers) = (Vec::new(), Vec::new());
+        for (definition, arg) in spec::resolve_each(&names)? {
+            match definition {
+                Definition::Format(f) => {
                     formats.push(FormatEncoder::new(&f).map_err(|why| format!("`{}` cannot be made: {why}", f.name))?);
                 }
-                // A file may define several.
-                Ok(Definition::Quantizer(_)) | Err(_) => others.push(name),
+                Definition::Quantizer(q) => match spec::untrained(&q, &arg) {
+                    Some(d) => return Err(Diagnostics { list: vec![d], ..Diagnostics::default() }.into()),
+                    None => quantizers.push(q),
+                },
             }
         }
-        let quantizers = spec::resolve_all(&others)?;
         let q_palette: toml::Table = Q_PALETTE.parse()?;
         // Mixes are made of codes that stand alone too: each is measured once.
         let mut known: Vec<(&Code, Distortion)> = vec![];
         let mut rows = vec![];
-        outln!("{HEADER}")?;
         let device = open(self.device)?;
+        // With the first line, so that a command that fails prints no table.
+        let mut header = Some(HEADER);
+        let mut show = |line: String| match header.take() {
+            Some(header) => outln!("{header}\n{line}"),
+            None => outln!("{line}"),
+        };
         for quantizer in &quantizers {
             let mut parts: Vec<Distortion> = vec![];
             for code in &quantizer.codes {
@@ -88,12 +95,12 @@ impl DistortionBench {
             }
             let q_palette = q_palette.get(&quantizer.name).and_then(toml::Value::as_float);
             let row = Row { quantizer, distortion: distortion::combine(&parts), q_palette };
-            outln!("{}", row.line())?;
+            show(row.line())?;
             rows.push(row);
         }
         for encoder in &formats {
             let (bits, d) = distortion::measure_format(encoder, self.columns, self.samples, self.seed)?;
-            outln!("{}", line(&encoder.format().name, bits, d, None))?;
+            show(line(&encoder.format().name, bits, d, None))?;
         }
         if self.write {
             write(Path::new("benches/results/distortion.md"), &self.page(&rows))?;

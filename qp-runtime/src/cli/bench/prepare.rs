@@ -115,6 +115,7 @@ fn op(kind: &str, columns: u32, batch: u32, block: u32, interleave: Option<u32>)
         gate: gated.then_some(Gate { activation: Activation::Silu, up }),
         norm: (!gated).then_some(RmsNorm { eps: 1e-5, add_one: false }),
         rotation: Rotation::Hadamard { seed: 0, block: Some(block).filter(|b| *b > 0), interleave },
+        entering: None,
     }
 }
 
@@ -128,7 +129,7 @@ fn measure(on: &Executor, op: &Prepare, kind: &'static str, all: bool) -> Result
     let weights = random.values(n, 2.0);
     let expected = prepared(op, &values, &weights);
     let (input, norm) = (on.upload(&values)?, on.upload(&weights)?);
-    let inputs = PrepareInputs { input: &input, up: &input, norm: &norm };
+    let inputs = PrepareInputs { norm: &norm, ..PrepareInputs::plain(&input) };
     let mut out = DeviceActivations::new(on, op.columns, op.batch)?;
     let mut faults = on.zeroed(1)?;
     let mut rows = Vec::new();

@@ -28,9 +28,10 @@ use qp_codegen::kernels::experts::unit::{self, GateExperts};
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::glu::{self, Glu};
 use qp_codegen::kernels::grouped;
+use qp_codegen::kernels::leave::{self, Leave};
 use qp_codegen::kernels::map::{self, Map};
 use qp_codegen::kernels::norm::{self, Norm};
-use qp_codegen::kernels::prepare::{self, Gate, Prepare};
+use qp_codegen::kernels::prepare::{self, Entering, Gate, Prepare};
 use qp_codegen::kernels::product;
 use qp_codegen::kernels::rows::{self, Rows};
 use qp_codegen::kernels::sample::{self, Sample};
@@ -104,6 +105,8 @@ pub enum Op {
         /// Whether outputs are added to what is there.
         accumulate: bool,
     },
+    /// What a format does to the results of a product.
+    Leave(Leave),
     /// A product with a dense matrix.
     Dense(Dense),
     /// The choice of each token's experts.
@@ -156,7 +159,7 @@ impl Op {
         match self {
             Op::Embed(_) | Op::EmbedPacked { .. } => "embedding",
             Op::Norm(_) => "norm",
-            Op::Prepare(_) => "prepare",
+            Op::Prepare(_) | Op::Leave(_) => "prepare",
             Op::Product { .. } | Op::Grouped { .. } => "product",
             Op::Dense(_) => "dense product",
             Op::Route(_) | Op::Group(_) => "routing",
@@ -228,6 +231,7 @@ impl Op {
             Op::Embed(op) => embed::lower(op),
             Op::Norm(op) => norm::lower(op),
             Op::Prepare(op) => prepare::lower(op, device),
+            Op::Leave(op) => leave::lower(op),
             Op::Grouped { terms, shape, batch, y, accumulate } => {
                 let op = grouped::Product { terms, shape: *shape, batch: *batch, y: *y, accumulate: *accumulate };
                 grouped::lower(&op, &grouped::Launch::choose(&op, device))
@@ -323,6 +327,15 @@ enum Pending {
     Gate { gate: Value, up: Value, activation: qp_codegen::reference::Activation },
 }
 
+/// How activations are prepared for packed layers: once for all that want the same.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Preparation {
+    rotation: Rotation,
+    entering: Option<Entering>,
+    /// Index of the matrix whose factors are taken.
+    matrix: Option<usize>,
+}
+
 /// The launches of a step, and where its logits lie.
 #[derive(Clone, Debug)]
 pub struct Step {
@@ -373,7 +386,7 @@ pub fn own_preparation(program: &Program, id: LayerId, op: &Gemv, device: &Devic
         }
     }
     let input = Span::rows(columns);
-    let prepare = Prepare { columns, batch: 1, input, gate, norm, rotation: op.quantizer.rotation };
+    let prepare = Prepare { columns, batch: 1, input, gate, norm, rotation: op.quantizer.rotation, entering: None };
     product::Launch::prepares(&[*op], &prepare, device).then_some(prepare)
 }
 
@@ -685,15 +698,17 @@ impl<'l> Lowering<'l> {
             gate: up.map(|(up, activation)| Gate { activation, up: up.span }),
             norm: norm.map(|n| n.norm),
             rotation,
+            entering: None,
         };
         let reads: Vec<Slot> = [input.slot].into_iter().chain(up.map(|u| u.0.slot)).collect();
         (op, reads, norm.map(|n| n.weight).into_iter().collect())
     }
 
-    /// A launch that prepares a value for packed layers of `rotation`.
-    fn prepare(&mut self, value: Value, rotation: Rotation) {
+    /// A launch that prepares a value for packed layers.
+    fn prepare(&mut self, value: Value, Preparation { rotation, entering, matrix }: Preparation) {
         let (op, reads, vectors) = self.preparation(value, rotation);
-        self.launch(Op::Prepare(op), &reads, None).vectors = vectors;
+        let launch = self.launch(Op::Prepare(Prepare { entering, ..op }), &reads, None);
+        (launch.vectors, launch.matrix) = (vectors, matrix);
     }
 
     /// The preparation of what `layers` read, if their products take less time when their blocks do that themselves.
@@ -784,19 +799,23 @@ impl<'l> Lowering<'l> {
                 layers.iter().copied().filter(|l| layout.matrix_of[l.0.0] == matrix).collect();
             let stream = self.stream_of(own[0].0, own[0].1);
             let accumulate = stream.is_some();
-            let rotation = match &stored.form {
-                Form::Packed(q) => Some(q.rotation),
-                Form::Grouped(_) => Some(Rotation::None),
+            let wanted = match &stored.form {
+                Form::Packed(q) => Some(Preparation { rotation: q.rotation, entering: None, matrix: None }),
+                Form::Grouped(terms) => {
+                    let (rotation, entering) = Entering::of(terms);
+                    let matrix = entering.filter(|e| e.factors).map(|_| matrix);
+                    Some(Preparation { rotation, entering, matrix })
+                }
                 Form::Dense(_) | Form::Shared => None,
             };
-            if let Some(rotation) = rotation
-                && prepared != Some(rotation)
+            if let Some(wanted) = wanted
+                && prepared != Some(wanted)
                 && own_preparation.is_none()
             {
-                prepared = Some(rotation);
-                self.prepare(x, rotation);
+                prepared = Some(wanted);
+                self.prepare(x, wanted);
             }
-            let input = rotation.is_none().then(|| {
+            let input = wanted.is_none().then(|| {
                 self.materialise(x);
                 self.place(x)
             });
@@ -814,6 +833,15 @@ impl<'l> Lowering<'l> {
                 }
             };
             let (batch, shape) = (self.batch, stored.shape);
+            // Results that are transformed lie in a slot of their own before.
+            let leave = match &stored.form {
+                Form::Grouped(terms) => Leave::of(terms, shape.rows, batch),
+                Form::Packed(_) | Form::Dense(_) | Form::Shared => None,
+            };
+            let (to, of_product, accumulate) = match leave {
+                Some(_) => (self.take(stored.stride), Span::rows(stored.stride), false),
+                None => (slot, span, accumulate),
+            };
             let op = match (&stored.form, input) {
                 (Form::Dense(elem), Some(input)) => Op::Dense(Dense {
                     rows: shape.rows,
@@ -821,10 +849,12 @@ impl<'l> Lowering<'l> {
                     elem: *elem,
                     batch,
                     x: input.span,
-                    y: span,
+                    y: of_product,
                     accumulate,
                 }),
-                (Form::Grouped(terms), _) => Op::Grouped { terms: terms.clone(), shape, batch, y: span, accumulate },
+                (Form::Grouped(terms), _) => {
+                    Op::Grouped { terms: terms.clone(), shape, batch, y: of_product, accumulate }
+                }
                 _ => {
                     let prepare = own_preparation.as_ref().map(|own| own.0);
                     Op::Product { spec: stored.spec, shape, batch, accumulate, prepare }
@@ -834,8 +864,13 @@ impl<'l> Lowering<'l> {
                 (Some((_, slots, vectors)), _) => (slots.clone(), vectors.clone()),
                 (None, input) => (input.map(|i| i.slot).into_iter().collect(), Vec::new()),
             };
-            let launch = self.launch(op, &reads, Some(slot));
+            let launch = self.launch(op, &reads, Some(to));
             (launch.matrix, launch.vectors) = (Some(matrix), vectors);
+            if let Some(leave) = leave {
+                let op = Leave { x: of_product, y: span, accumulate: stream.is_some(), ..leave };
+                self.launch(Op::Leave(op), &[to], Some(slot)).matrix = Some(matrix);
+                self.used.remove(&to);
+            }
             for &(id, y) in own.iter().filter(|l| layout.program.layer(l.0).bias) {
                 let place = self.place(y);
                 let op = Add { columns: place.columns, batch, x: Span::rows(0), y: place.span };

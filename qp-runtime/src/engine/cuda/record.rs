@@ -215,6 +215,7 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
         (Op::Group(_), _) => on.load::<args::Group<'_>>(kernel)?,
         (Op::GateExperts(_), _) => on.load::<args::GateExperts<'_>>(kernel)?,
         (Op::Combine(_), _) => on.load::<args::Combine<'_>>(kernel)?,
+        (Op::Leave(_), _) => on.load::<args::Leave<'_>>(kernel)?,
         (Op::Norm(_), _) => on.load::<args::Norm<'_>>(kernel)?,
         (Op::Add(_), _) => on.load::<args::Add<'_>>(kernel)?,
         (Op::Glu(_), _) => on.load::<args::Glu<'_>>(kernel)?,
@@ -271,7 +272,11 @@ pub fn record(
     };
     let inputs = |op: &Prepare| {
         let up = if op.gate.is_some() { read(1) } else { nothing };
-        PrepareInputs { input: read(0), up, norm }
+        let factors = match matrix {
+            Some(Matrix::Grouped(matrix)) => Some(&matrix.entering),
+            _ => None,
+        };
+        PrepareInputs { input: read(0), up, norm, factors }
     };
     let y = written.as_mut().map(|w| &mut w.1);
     let result = match (&launch.op, kernel, matrix, y) {
@@ -327,6 +332,9 @@ pub fn record(
         (Op::Combine(_), Ready::Plain(kernel), _, Some(y)) => {
             let Routes { experts, weights, .. } = routes;
             to.launch(kernel, args::Combine { x: read(0), bias: bias_of(2), experts, weights, y })
+        }
+        (Op::Leave(_), Ready::Plain(kernel), Some(Matrix::Grouped(matrix)), Some(y)) => {
+            to.launch(kernel, args::Leave { x: read(0), factors: &matrix.leaving, y })
         }
         (Op::Norm(_), Ready::Plain(kernel), _, Some(y)) => to.launch(kernel, args::Norm { x: read(0), norm, y }),
         (Op::Add(_), Ready::Plain(kernel), _, Some(y)) => {

@@ -403,6 +403,16 @@ pub fn find(prefix: &str, experts: bool) -> Option<&'static Architecture> {
     Some(named.find(|a| a.experts.is_some() == experts).unwrap_or(only))
 }
 
+/// The architecture that files have of the one that Hugging Face calls `name`.
+pub fn named(name: &str) -> Option<&'static Architecture> {
+    let name = match name {
+        "MistralForCausalLM" | "MinistralForCausalLM" => LLAMA.name,
+        "Olmo3ForCausalLM" => OLMO2.name,
+        other => other,
+    };
+    ALL.iter().find(|a| a.name == name)
+}
+
 /// Their names.
 pub fn names() -> Vec<&'static str> {
     let mut names: Vec<&str> = ALL.iter().map(|a| a.prefix).collect();

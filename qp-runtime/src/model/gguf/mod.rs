@@ -5,17 +5,21 @@
 //! * `types`: element types by number; blocks are formats, read as their specs say.
 //! * `values`: keys by name and type.
 //! * `config`, `tokenizer`: `config.json` and `tokenizer.json` made from the header's keys.
+//! * [`describe`], [`vocabulary`], [`write`]: the inverse of these, for files that are written.
 //!
 //! Tensors are mapped; a tensor's blocks become `f32` when it is read.
 
 mod arch;
 mod config;
 mod container;
+pub mod describe;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
 mod types;
 mod values;
+pub mod vocabulary;
+pub mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -24,6 +28,7 @@ use std::sync::{Mutex, PoisonError};
 use arch::Architecture;
 pub use container::Part;
 use container::{Container, Value};
+pub use types::LAYOUT;
 use types::Types;
 
 use super::Error;

@@ -147,17 +147,62 @@ const SPLITS: [Split; 12] = [
     },
 ];
 
+impl Split {
+    /// The pre-tokenizers of `tokenizer.json` that do the same.
+    fn pre_tokenizers(&self) -> Vec<Json> {
+        let level = |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex});
+        let one = |step: &Step| match step {
+            Step::Pattern(pattern) => {
+                json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false})
+            }
+            Step::Digits => json!({"type": "Digits", "individual_digits": true}),
+            Step::Gpt2 => level(true),
+        };
+        let mut steps: Vec<Json> = self.steps.iter().map(one).collect();
+        if !self.steps.iter().any(|s| matches!(s, Step::Gpt2)) {
+            steps.push(level(false));
+        }
+        steps
+    }
+}
+
+/// llama.cpp's name for splitting as the `pre_tokenizer` of a `tokenizer.json` does, if it is one of those known.
+pub fn split_of(pre_tokenizer: &Json, whole_words: bool, composed: bool) -> Option<&'static str> {
+    let steps = match pre_tokenizer["pretokenizers"].as_array() {
+        Some(steps) => steps.iter().collect(),
+        None => vec![pre_tokenizer],
+    };
+    // What decides on offsets alone does not count.
+    let bare = |step: &Json| {
+        let mut step = step.clone();
+        if let Some(fields) = step.as_object_mut().filter(|f| f.get("type").is_some_and(|t| t == "ByteLevel")) {
+            fields.remove("trim_offsets");
+            fields.entry("use_regex").or_insert(json!(true));
+        }
+        step
+    };
+    let wanted: Vec<Json> = steps.into_iter().map(bare).collect();
+    let same = |split: &&Split| {
+        (split.whole_words, split.composed) == (whole_words, composed)
+            && split.pre_tokenizers().iter().map(bare).eq(wanted.iter().cloned())
+    };
+    SPLITS.iter().find(same).map(|split| split.names[0])
+}
+
 /// Kinds of tokens, as `tokenizer.ggml.token_type` numbers them.
-mod kind {
+pub mod kind {
     pub const NORMAL: i64 = 1;
+    pub const UNKNOWN: i64 = 2;
     pub const CONTROL: i64 = 3;
     pub const USER: i64 = 4;
+    pub const UNUSED: i64 = 5;
+    pub const BYTE: i64 = 6;
 }
 
 /// Most bytes of a token: every way of cutting it is looked at.
 const LONGEST: usize = 512;
 /// SentencePiece's stand-in for a space.
-const SPACE: &str = "\u{2581}";
+pub const SPACE: &str = "\u{2581}";
 
 impl Gguf {
     /// `tokenizer_config.json`: the special tokens that chat templates name.
@@ -216,26 +261,11 @@ impl Gguf {
             let supported: Vec<&str> = SPLITS.iter().flat_map(|s| s.names).copied().collect();
             return Err(self.unsupported(format!("tokenizer.ggml.pre '{pre}'"), &supported.join(", ")));
         };
-        let level = |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex});
-        let mut steps: Vec<Json> = split
-            .steps
-            .iter()
-            .map(|step| match step {
-                Step::Pattern(pattern) => {
-                    json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false})
-                }
-                Step::Digits => json!({"type": "Digits", "individual_digits": true}),
-                Step::Gpt2 => level(true),
-            })
-            .collect();
-        if !split.steps.iter().any(|s| matches!(s, Step::Gpt2)) {
-            steps.push(level(false));
-        }
         Ok(json!({
             "version": "1.0", "truncation": null, "padding": null,
             "added_tokens": added(tokens, kinds, |_| true),
             "normalizer": if split.composed { json!({"type": "NFC"}) } else { json!(null) },
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": split.pre_tokenizers()},
             "post_processor": self.ends(tokens, split.first, (None, None))?,
             "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
             "model": {

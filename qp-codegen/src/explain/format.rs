@@ -197,7 +197,7 @@ mod tests {
         for line in [
             "  products    exact: integers within 0 to 15 times activations of 15 bits\n",
             "  slope       s, in runs of 128 columns\n",
-            "  rest        (-z) * s, times the sum of a run's activations\n",
+            "  zero        -z, added to the integer\n",
             "  sums        of 64 bits; slopes are whole multiples of the row's unit, up to 2^26\n",
             "  on a GPU    4.197 bits a weight of 4096 x 4096, fields included\n",
             "  a token     about ",

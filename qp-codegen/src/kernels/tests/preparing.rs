@@ -161,7 +161,8 @@ fn blocks_prepare_where_it_takes_less_time() {
     let (output, columns) = (crate::palette::get("tcq_4").expect("of the palette"), 4096);
     let op = Gemv { quantizer: &output, shape: Shape { rows: 128256, cols: columns }, batch: 1, accumulate: false };
     let input = Span::rows(columns);
-    let prepare = Prepare { columns, batch: 1, input, gate: None, norm: norm(false), rotation: output.rotation, entering: None };
+    let prepare =
+        Prepare { columns, batch: 1, input, gate: None, norm: norm(false), rotation: output.rotation, entering: None };
     assert!(!Launch::prepares(&[op], &prepare, &device));
     // Through shared memory.
     assert!(!own(1, 1, Rotation::Hadamard { seed: 0, block: None, interleave: None }, None));

@@ -91,11 +91,12 @@ pub fn explain(q: &Quantizer, shape: Shape) -> String {
             "  rotation    {}",
             match q.rotation {
                 Rotation::None => "none".to_string(),
-                Rotation::Hadamard { seed, block: None } => {
+                Rotation::Hadamard { seed, block: None, .. } => {
                     format!("random signs (seed {seed}), then Hadamard, along the columns")
                 }
-                Rotation::Hadamard { seed, block: Some(block) } => {
-                    format!("random signs (seed {seed}), then Hadamard in blocks of {block} columns")
+                Rotation::Hadamard { seed, block: Some(block), interleave } => {
+                    let interleaved = interleave.map(|n| format!(", interleaved over {n}")).unwrap_or_default();
+                    format!("random signs (seed {seed}), then Hadamard in blocks of {block} columns{interleaved}")
                 }
             }
         ),

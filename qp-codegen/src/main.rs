@@ -387,6 +387,7 @@ fn kernel(e: &Emit) -> Result<Kernel, Failure> {
                 gate: None,
                 norm,
                 rotation: q.rotation,
+                entering: None,
             };
             prepare::lower(&op, &device)
         }

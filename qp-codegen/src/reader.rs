@@ -6,7 +6,6 @@
 
 use std::sync::Arc;
 
-use crate::spec::expr::Room;
 use crate::spec::format::{Arithmetic, Cover, Format, Layout, Number, Target, WeightOp};
 use crate::spec::terms::{Inexact, Terms};
 use crate::spec::{Shape, mask};
@@ -21,6 +20,7 @@ mod write;
 use entries::{Entries, Streams};
 pub use overlap::{Overlap, overlap, sample_shapes};
 use places::{Part, read, stored};
+pub use sides::Turned;
 
 /// Columns that are computed together.
 const CHUNK: usize = 256;
@@ -53,15 +53,8 @@ impl Book {
         let terms = Terms::of(&format).map(Arc::new);
         let mut digits = Vec::new();
         if let Ok(terms) = &terms {
-            let (mut integers, mut room) = (vec![0; format.vector as usize], Room::default());
-            digits = vec![Vec::new(); terms.planes() as usize];
-            for code in 0..1u32 << format.window {
-                format.integers(code, &[], &mut room, &mut integers);
-                for (plane, digits) in digits.iter_mut().enumerate() {
-                    // The integers of a checked format are of its entries' type.
-                    digits.extend(integers.iter().map(|&i| (terms.digits(i as i32) >> (8 * plane)) as u8));
-                }
-            }
+            let book = terms.book(&format);
+            digits = (0..terms.planes()).map(|plane| book.iter().map(|d| (d >> (8 * plane)) as u8).collect()).collect();
         }
         Book { format, entries, line: is_line.then_some((first, step)), terms, digits }
     }

@@ -12,7 +12,7 @@ mod rotation;
 pub mod routing;
 pub mod sampling;
 
-pub use rotation::{Hadamard, Rotator, rotate, transforms};
+pub use rotation::{Hadamard, INTERLEAVED, Interleave, Rotator, rotate, transforms};
 
 use crate::layout;
 use crate::spec::Code;

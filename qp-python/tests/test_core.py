@@ -113,7 +113,7 @@ def test_matrices():
 
 
 def test_matrices_are_cut_and_stacked():
-    w, q = matrix(96, 512), qp.Quantizer.named("tcq_3")
+    w, q = matrix(96, 1536), qp.Quantizer.named("tcq_3")
     packed = q.encode(w)
     assert 0 < packed.error < 0.1
     whole = packed.decode()
@@ -121,8 +121,8 @@ def test_matrices_are_cut_and_stacked():
     assert (packed.rows([95, 0]) == whole[[95, 0]]).all()
     with pytest.raises(IndexError):
         packed.rows([96])
-    part = packed.cut(rows=(rows, 96), columns=(columns, 512))
-    assert part.shape == (96 - rows, 512 - columns) and (part.decode() == whole[rows:, columns:]).all()
+    part = packed.cut(rows=(rows, 96), columns=(columns, 1536))
+    assert part.shape == (96 - rows, 1536 - columns) and (part.decode() == whole[rows:, columns:]).all()
     upper, lower = packed.cut(rows=(0, rows)), packed.cut(rows=(rows, 96))
     again = qp.PackedMatrix.stack([upper, lower])
     assert again.quantizer == q and (again.decode() == whole).all()
@@ -136,11 +136,11 @@ def test_matrices_are_cut_and_stacked():
 
 def test_shares_of_the_columns_sum_to_the_whole():
     """What ranks do that have a share each: round by the largest magnitude of all, add integers."""
-    x = matrix(3, 512, seed=1)
+    x = matrix(3, 1536, seed=1)
     x[1] *= 100
     for name in ["tcq_3", "fast_3", "nuq_4"]:
-        packed = qp.Quantizer.named(name).encode(matrix(96, 512))
-        parts = [(packed.cut(columns=(a, b)), x[:, a:b]) for a, b in [(0, 128), (128, 512)]]
+        packed = qp.Quantizer.named(name).encode(matrix(96, 1536))
+        parts = [(packed.cut(columns=(a, b)), x[:, a:b]) for a, b in [(0, 1024), (1024, 1536)]]
         magnitudes = np.max([part.largest(x) for part, x in parts], axis=0)
         shares = [part.totals(x, magnitudes) for part, x in parts]
         total, scales = sum(totals for totals, _ in shares), shares[0][1]

@@ -152,9 +152,9 @@ def _rank(rank, parts, x, wanted, file):
 
 
 def test_ranks_sum_to_the_whole(tmp_path):
-    whole = qpt.Linear.of(torch.nn.Linear(384, 64), qp.Quantizer.named("fast_3"))
-    x = torch.randn(2, 3, 384)
-    parts = [(whole.matrix().cut(columns=c), c, whole.bias) for c in [(0, 128), (128, 384)]]
+    whole = qpt.Linear.of(torch.nn.Linear(1536, 64), qp.Quantizer.named("fast_3"))
+    x = torch.randn(2, 3, 1536)
+    parts = [(whole.matrix().cut(columns=c), c, whole.bias) for c in [(0, 1024), (1024, 1536)]]
     with torch.no_grad():
         arguments = (parts, x, whole(x), tmp_path / "meet")
     torch.multiprocessing.spawn(_rank, arguments, nprocs=2)

@@ -45,8 +45,7 @@ pub fn perplexity(
     for (i, window_tokens) in windows.enumerate() {
         session.truncate(0);
         let (inputs, targets) = (&window_tokens[..window - 1], &window_tokens[1..]);
-        // All logits of a window might be more than memory holds.
-        let most = session.most_tokens();
+        let most = tokens_at_once(session);
         for (inputs, targets) in inputs.chunks(most).zip(targets.chunks(most)) {
             session.forward(inputs, Logits::All, &mut logits)?;
             let rows = logits.par_chunks_exact(session.vocab()).zip(targets);
@@ -61,6 +60,11 @@ pub fn perplexity(
         return Err(Error::NotANumber);
     }
     Ok(Perplexity { tokens: tokens.len(), window, scored, loss })
+}
+
+/// How many tokens' logits are held at once: those of a step, and 256 MB.
+fn tokens_at_once(session: &Session) -> usize {
+    session.most_tokens().min((64 << 20) / session.vocab()).max(1)
 }
 
 fn check(session: &Session, tokens: &[u32], window: usize) -> Result<(), Error> {
@@ -114,7 +118,7 @@ pub fn divergence(
     for (i, window_tokens) in windows.enumerate() {
         session.truncate(0);
         reference.truncate(0);
-        let most = session.most_tokens().min(reference.most_tokens());
+        let most = tokens_at_once(session).min(tokens_at_once(reference));
         for inputs in window_tokens[..window - 1].chunks(most) {
             session.forward(inputs, Logits::All, &mut own)?;
             reference.forward(inputs, Logits::All, &mut expected)?;

@@ -13,6 +13,8 @@ pub(super) enum Helper {
     ToBf16,
     RoundToI64,
     Permute,
+    /// A product that stays one.
+    Product,
     Halves(HalvesOp),
     /// Indices into the tables of elements and cache modes below.
     Load {
@@ -81,6 +83,7 @@ impl Helper {
             Helper::ToBf16 => "qp_to_bf16".into(),
             Helper::RoundToI64 => "qp_round_to_i64".into(),
             Helper::Permute => "qp_permute".into(),
+            Helper::Product => "qp_product".into(),
             Helper::Halves(HalvesOp::Sub) => "qp_sub_halves".into(),
             Helper::Halves(HalvesOp::Mul) => "qp_mul_halves".into(),
             Helper::Load { cache, coherent, elem, lanes } => {
@@ -120,6 +123,7 @@ impl Helper {
             | Helper::ToBf16
             | Helper::RoundToI64
             | Helper::Permute
+            | Helper::Product
             | Helper::Halves(_)
             | Helper::Store { .. }
             | Helper::Prefetch
@@ -160,6 +164,11 @@ impl Helper {
                 "unsigned a, unsigned b, unsigned selector".into(),
                 "unsigned y;\nasm(\"prmt.b32 %0, %1, %2, %3;\" : \"=r\"(y) : \"r\"(a), \"r\"(b), \"r\"(selector));\nreturn y;"
                     .into(),
+            ),
+            Helper::Product => (
+                "unsigned".into(),
+                "unsigned a, unsigned b".into(),
+                "unsigned y;\nasm(\"mul.lo.u32 %0, %1, %2;\" : \"=r\"(y) : \"r\"(a), \"r\"(b));\nreturn y;".into(),
             ),
             Helper::Halves(op) => {
                 let name = match op {

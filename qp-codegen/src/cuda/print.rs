@@ -394,6 +394,23 @@ impl<'k, 'h> Printer<'k, 'h> {
         h.name()
     }
 
+    /// What is multiplied with a power of two, and that, of a word that is shifted right then. The compiler would make a shift and
+    /// a mask of both, two operations of the pipe that is first full, in place of one of it and a product.
+    fn power(&self, op: BinaryOp, a: Val) -> Option<(Val, u32)> {
+        let value = self.kernel.value(a);
+        match value.op {
+            Op::Binary(BinaryOp::Mul, x, by) if op == BinaryOp::Shr && value.ty == Type::U32 => {
+                match self.kernel.value(by).op {
+                    Op::Const(Const::U32(by)) if by.is_power_of_two() && self.values[a.0 as usize].is_none() => {
+                        Some((x, by))
+                    }
+                    _ => None,
+                }
+            }
+            _ => None,
+        }
+    }
+
     fn define(&mut self, v: Val) {
         let Value { op, ty, name } = self.kernel.value(v);
         if self.plan.form[v.0 as usize] != Form::Named {
@@ -453,7 +470,14 @@ impl<'k, 'h> Printer<'k, 'h> {
                 by_component(ty, &[a], |ops| unary(*op, ty.scalar, ops.remove(0)))
             }
             Op::Binary(op, a, b) => {
-                let (a, b) = (self.expr(*a), self.expr(*b));
+                let a = match self.power(*op, *a) {
+                    Some((x, power)) => {
+                        let (name, x) = (self.helper(Helper::Product), self.expr(x).text);
+                        Expr::atom(format!("{name}({x}, {power}u)"))
+                    }
+                    None => self.expr(*a),
+                };
+                let b = self.expr(*b);
                 by_component(ty, &[a, b], |ops| {
                     let a = ops.remove(0);
                     binary(*op, ty.scalar, a, ops.remove(0))

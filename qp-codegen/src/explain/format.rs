@@ -9,7 +9,7 @@ use crate::kernels::grouped;
 use crate::kernels::grouped::layout::Relaid;
 use crate::spec::Shape;
 use crate::spec::format::{Arithmetic, Field, Format, Unmade, Weight, WeightOp};
-use crate::spec::terms::Terms;
+use crate::spec::terms::{Digits, Terms};
 
 /// Writing to a string cannot fail.
 macro_rules! line {
@@ -117,15 +117,31 @@ fn products(f: &Format, o: &mut String) {
     };
     let fields: Vec<&Field> = terms.fields.iter().map(|f| &f.1).collect();
     let formula = |w: &Weight| expression(&w.ops, &|i| fields[i].name.clone());
-    let highest = terms.lowest + (1 << terms.bits) - 1;
+    let highest = terms.highest();
     let of = if terms.rounded > 0 { ", rounded from the entries," } else { "" };
     line!(o, "  products    exact: integers within {} to {highest}{of} times activations of 15 bits", terms.lowest);
+    match terms.stream.as_ref().map(|s| &s.digits) {
+        Some(Digits::Bytes { .. }) => {
+            line!(
+                o,
+                "  digits      the four bytes of a word of each window; an integer is {} times their sum, less",
+                terms.times
+            );
+        }
+        Some(Digits::Book(book)) => {
+            line!(o, "  digits      looked up by windows, in a table of {} KiB in shared memory", book.len() / 512);
+        }
+        None => (),
+    }
     match terms.run {
         None => line!(o, "  slope       {}, of a row, multiplied at the end", formula(&terms.slope)),
         Some(run) => {
             line!(o, "  slope       {}, in runs of {run} columns", formula(&terms.slope));
             if let Some(rest) = &terms.rest {
                 line!(o, "  rest        {}, times the sum of a run's activations", formula(rest));
+            }
+            if let Some(zero) = &terms.zero {
+                line!(o, "  zero        {}, added to the integer", formula(zero));
             }
             let bits = terms.precision(SIDE) - terms.span as i32;
             line!(o, "  sums        of 64 bits; slopes are whole multiples of the row's unit, up to 2^{bits}");

@@ -20,7 +20,7 @@ use std::collections::HashMap;
 use super::copy_all;
 use crate::ir::{self, BinaryOp, Builder, Cache, Elem, Mem, Scalar, Special, V};
 use crate::layout;
-use crate::spec::expr::{Node, Op, VectorOp, WordOp};
+use crate::spec::expr::{Decode, Node, Op, VectorOp, WordOp};
 use crate::spec::{Code, Quantizer, Table, Value, mask};
 
 /// Shared memory for the copies of all tables of a kernel for which speed is not everything.
@@ -353,49 +353,13 @@ impl<'b> Steps<'_, 'b, '_> {
         if let Some(&v) = self.memo.get(&(n, s)) {
             return v;
         }
-        let b = self.d.b;
-        let v = match self.c.decode.op(n) {
+        let (b, decode) = (self.d.b, &self.c.decode);
+        let v = match decode.op(n) {
             Op::Window => self.window(s),
-            Op::Const(c) => b.u32(*c),
-            Op::Not(a) => !self.word(*a, s),
-            Op::Binary(op, x, y) => self.binary(*op, *x, *y, s),
-            Op::Byte(a, i) => (self.word(*a, s) >> (8 * i)) & 0xff_u32,
-            Op::ByteSum(a) => {
-                // The product takes signed bytes: flip the top bits (each byte less 128), add 4·128.
-                let flipped = self.word(*a, s) ^ 0x8080_8080_u32;
-                flipped.dot4(b.u32(0x0101_0101), b.i32(512)).bits(Scalar::U32)
-            }
-            Op::Bit(a, i) => (self.word(*a, s) >> *i) & 1_u32,
-            Op::Lookup { .. } | Op::Signs(_) | Op::Pack(_) | Op::Vector(..) => {
-                unreachable!("a vector among words")
-            }
+            _ => word_of(b, decode, n, &mut |n| self.word(n, s)),
         };
         self.memo.insert((n, s), v);
         v
-    }
-
-    fn binary(&mut self, op: WordOp, x: Node, y: Node, s: u32) -> V<'b> {
-        let (a, c) = (self.word(x, s), self.word(y, s));
-        // A shift by 32 or more gives 0, which the hardware's (and the IR's) shifts do not promise.
-        let constant = match self.c.decode.op(y) {
-            Op::Const(k) => Some(*k),
-            _ => None,
-        };
-        let shift = |f: &dyn Fn(V<'b>) -> V<'b>| match constant {
-            Some(k) if k >= 32 => self.d.b.u32(0),
-            Some(_) => f(c),
-            None => c.lt(32_u32).select(f(c & 31_u32), 0_u32),
-        };
-        match op {
-            WordOp::Add => a + c,
-            WordOp::Sub => a - c,
-            WordOp::Mul => a * c,
-            WordOp::And => a & c,
-            WordOp::Or => a | c,
-            WordOp::Xor => a ^ c,
-            WordOp::Shl => shift(&|k| a << k),
-            WordOp::Shr => shift(&|k| a >> k),
-        }
     }
 
     /// The packed vectors of `steps`, which fill one register (8-bit entries) or two (16-bit).
@@ -493,6 +457,51 @@ impl<'b> Steps<'_, 'b, '_> {
             slots.extend((0..self.c.value.bytes()).map(|_| (word, byte)));
         }
         slots.chunks_exact(4).map(gather).collect()
+    }
+}
+
+/// The value of a node that is a word or a bit (as 0 or 1), but not the window, from those of others.
+pub(super) fn word_of<'b>(b: &'b Builder, decode: &Decode, n: Node, word: &mut dyn FnMut(Node) -> V<'b>) -> V<'b> {
+    match decode.op(n) {
+        Op::Const(c) => b.u32(*c),
+        Op::Not(a) => !word(*a),
+        Op::Binary(op, x, y) => {
+            let (a, c) = (word(*x), word(*y));
+            let constant = match decode.op(*y) {
+                Op::Const(k) => Some(*k),
+                _ => None,
+            };
+            binary(b, *op, a, c, constant)
+        }
+        Op::Byte(a, i) => (word(*a) >> (8 * i)) & 0xff_u32,
+        Op::ByteSum(a) => {
+            // The product takes signed bytes: flip the top bits (each byte less 128), add 4·128.
+            let flipped = word(*a) ^ 0x8080_8080_u32;
+            flipped.dot4(b.u32(0x0101_0101), b.i32(512)).bits(Scalar::U32)
+        }
+        Op::Bit(a, i) => (word(*a) >> *i) & 1_u32,
+        Op::Window | Op::Lookup { .. } | Op::Signs(_) | Op::Pack(_) | Op::Vector(..) => {
+            unreachable!("a window, or a vector among words")
+        }
+    }
+}
+
+fn binary<'b>(b: &'b Builder, op: WordOp, a: V<'b>, c: V<'b>, constant: Option<u32>) -> V<'b> {
+    // A shift by 32 or more gives 0, which the hardware's (and the IR's) shifts do not promise.
+    let shift = |f: &dyn Fn(V<'b>) -> V<'b>| match constant {
+        Some(k) if k >= 32 => b.u32(0),
+        Some(_) => f(c),
+        None => c.lt(32_u32).select(f(c & 31_u32), 0_u32),
+    };
+    match op {
+        WordOp::Add => a + c,
+        WordOp::Sub => a - c,
+        WordOp::Mul => a * c,
+        WordOp::And => a & c,
+        WordOp::Or => a | c,
+        WordOp::Xor => a ^ c,
+        WordOp::Shl => shift(&|k| a << k),
+        WordOp::Shr => shift(&|k| a >> k),
     }
 }
 

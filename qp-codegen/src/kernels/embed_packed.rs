@@ -4,10 +4,11 @@
 
 use super::decode::Decoder;
 use super::dequantize::each_four;
-use super::rotate::{GROUP, Transforms, flip, flip_word};
+use super::rotate::{GROUP, Transforms, flip, flip_word, placed};
 use super::{Span, c_name};
 use crate::ir::{Builder, Cache, Elem, Kernel, Special};
 use crate::layout::Packed;
+use crate::reference::{INTERLEAVED, Interleave};
 use crate::spec::{Quantizer, Shape};
 
 /// What to compute.
@@ -64,13 +65,16 @@ fn emit(b: &Builder, op: &EmbedPacked, layout: &Packed, threads: u32) {
     b.grid_launch();
     b.barrier();
 
+    let interleave = Interleave::of(q.rotation, n);
     let wanted = b.load(tokens, token, Elem::I32).max(0);
     let scale = b.load_as(scales, wanted, Elem::BF16, 1, Cache::ReadOnly);
     b.for_(b.special(Special::Warp), layout.col_tiles(), threads / 32, |col_tile| {
         each_four(&decoder, layout, weights, (wanted / layout.tile.rows, col_tile), |four| {
             b.if_(four.row.eq(wanted), || {
+                let column = placed(interleave, n, four.col >> INTERLEAVED.ilog2()) * INTERLEAVED;
+                let column = column + (four.col & (INTERLEAVED - 1));
                 for (k, v) in (0..4).zip(four.weights(scale)) {
-                    let set = || b.store(values, four.col + k, v, Elem::F32);
+                    let set = || b.store(values, column + k, v, Elem::F32);
                     if n == layout.padded_cols() { set() } else { b.if_((four.col + k).lt(n), set) }
                 }
             });

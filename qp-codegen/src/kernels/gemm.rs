@@ -242,7 +242,7 @@ struct Token<'b> {
 
 impl<'b, 'a> Emit<'b, 'a> {
     fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan, form: Form<'a>) -> Self {
-        let operands = Operands::new(b, op, &plan.layout, launch.table_bytes, meeting_place(op, launch), form);
+        let operands = Operands::new(b, op, &plan.layout, launch.table_bytes, meeting_place(op, launch), form, None);
         let staged = b.shared("staged", Elem::U32, STAGES * plan.stage_cells() * 4);
         let (thread, lane, warp) = (b.special(Special::Thread), b.special(Special::Lane), b.special(Special::Warp));
         // The blocks of the same weights are neighbours, so that those are read from memory once.

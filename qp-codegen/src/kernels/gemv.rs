@@ -20,6 +20,7 @@ use super::experts::Experts;
 pub use super::launch::Launch;
 pub use super::operands::Gemv;
 use super::operands::{self, Form, Operands, TokenScale, Words, divide};
+use super::prepare::{Prepare, Within};
 use super::{c_name, copy_all};
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var};
 use crate::layout::{CELL, COLUMN_PAD, Packed};
@@ -148,10 +149,10 @@ impl Plan {
         self.slots() * self.slot_words()
     }
 
-    /// Bytes of shared memory beside the tables.
-    pub(super) fn shared_bytes(&self, launch: &Launch) -> u32 {
+    /// Bytes of shared memory beside the tables; with those of a preparation, if blocks do that themselves.
+    pub(super) fn shared_bytes(&self, launch: &Launch, prepare: Option<&Prepare>) -> u32 {
         let staged = if self.resident { 0 } else { self.planes * self.plane_words(launch) };
-        4 * (self.sum_words(launch) + staged)
+        4 * (self.sum_words(launch) + staged) + prepare.map_or(0, |p| p.shared_within(launch.warps))
     }
 
     /// Words from one staged plane to the next: 4 more than the columns take, so that planes start in other banks.
@@ -178,7 +179,8 @@ pub fn lower(op: &Gemv, launch: &Launch) -> Kernel {
 /// The same in another form. Of totals, `y` is that of [`super::product::Launch::lower_totals`]. Of experts, `op` is the product
 /// of one of them with the pairs of a unit. What has a row a token has one a row of
 /// [`Experts::rows`], `y` one a pair, [`Experts::stride`] apart; the matrices lie one below the other, and behind the
-/// parameters are those of [`Units::declare`](super::experts::Units::declare).
+/// parameters are those of [`Units::declare`](super::experts::Units::declare). Of a preparing product, `x`, `x_scale` and `x_sum` are no
+/// parameters, and before the others are those of [`Within::new`].
 pub(super) fn lower_for(op: &Gemv, launch: &Launch, form: Form) -> Kernel {
     let experts = form.experts();
     assert!((1..=MAX_BATCH).contains(&op.batch), "batch");
@@ -193,7 +195,8 @@ pub(super) fn lower_for(op: &Gemv, launch: &Launch, form: Form) -> Kernel {
     if experts.is_none() {
         b.apart();
     }
-    Emit::new(&b, op, launch, &Plan::new(op, launch), form).kernel();
+    let within = form.prepares().map(|prepare| Within::new(&b, prepare, launch.warps));
+    Emit::new(&b, op, launch, &Plan::new(op, launch), form, within.as_ref()).kernel();
     b.finish()
 }
 
@@ -213,6 +216,8 @@ struct Emit<'b, 'a> {
     launch: &'a Launch,
     plan: &'a Plan,
     operands: Operands<'b, 'a>,
+    /// The preparation of the token, if blocks do it themselves.
+    within: Option<&'a Within<'a, 'b>>,
     sums: Mem,
     /// Activations of the block's columns, if they do not stay in registers.
     staged: Option<Mem>,
@@ -247,8 +252,15 @@ struct Scaling<'b> {
 type Fragments<'b> = Option<Vec<Vec<Vec<[V<'b>; 2]>>>>;
 
 impl<'b, 'a> Emit<'b, 'a> {
-    fn new(b: &'b Builder, op: &'a Gemv<'a>, launch: &'a Launch, plan: &'a Plan, form: Form<'a>) -> Self {
-        let operands = Operands::new(b, op, &plan.layout, launch.table_bytes, meeting_place(op, launch), form);
+    fn new(
+        b: &'b Builder,
+        op: &'a Gemv<'a>,
+        launch: &'a Launch,
+        plan: &'a Plan,
+        form: Form<'a>,
+        within: Option<&'a Within<'a, 'b>>,
+    ) -> Self {
+        let operands = Operands::new(b, op, &plan.layout, launch.table_bytes, meeting_place(op, launch), form, within);
         let sums = b.shared("sums", Elem::I32, plan.sum_words(launch));
         let staged = (!plan.resident).then(|| b.shared("staged", Elem::U32, plan.planes * plan.plane_words(launch)));
 
@@ -268,6 +280,7 @@ impl<'b, 'a> Emit<'b, 'a> {
             launch,
             plan,
             operands,
+            within,
             sums,
             staged,
             thread,
@@ -314,12 +327,18 @@ impl<'b, 'a> Emit<'b, 'a> {
         b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
         let buffers = buffers();
         first_words(&buffers);
+        let early = self.within.map(Within::early);
         let zero = tables();
         b.grid_launch();
         if plan.resident {
             b.barrier();
         }
         b.grid_wait();
+        if let (Some(within), Some(early)) = (self.within, &early) {
+            b.comment("The token's activations.");
+            self.operands.prepared(within.late(early));
+            b.barrier();
+        }
         self.multiply(&buffers, zero);
     }
 
@@ -412,7 +431,7 @@ impl<'b, 'a> Emit<'b, 'a> {
             [0, 1].map(|half| {
                 let cell = (self.warp_col + d) * (plan.layout.tile.cols / CELL) + (kt * 2 + half);
                 let word = (cell * self.operands.planes() + plane) * 4 + quad;
-                let load = || b.load_as(self.operands.x, word, Elem::U32, 1, Cache::ReadOnly);
+                let load = || self.operands.x_word(word);
                 if covered <= stride {
                     return load();
                 }
@@ -438,7 +457,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                 return self.staged_word(i, stride);
             }
             let word = self.block_col * (of_tile * plan.planes) + i;
-            let load = || b.load_as(self.operands.x, word, Elem::U32, 1, Cache::ReadOnly);
+            let load = || self.operands.x_word(word);
             if self.covered() <= stride {
                 return load();
             }
@@ -463,7 +482,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let (cell, plane) = divide(b, i / 4, plan.planes);
         let cell = self.block_col * (plan.layout.tile.cols / CELL) + cell;
         let word = (cell * self.operands.planes() + self.operands.plane(plane)) * 4 + i % 4;
-        let load = || b.load_as(self.operands.x, word, Elem::U32, 1, Cache::ReadOnly);
+        let load = || self.operands.x_word(word);
         if self.covered() <= stride {
             return load();
         }

@@ -2,6 +2,8 @@
 
 use super::gemv::Plan;
 use super::operands::{self, Gemv};
+use super::prepare::Prepare;
+use super::rotate::GROUP;
 use super::{decode, gemm, walk};
 use crate::cuda::Device;
 use crate::layout::Packed;
@@ -65,14 +67,21 @@ const ATOMIC: f64 = 1.5;
 const FILL: f64 = 148.0;
 /// Seconds of each further round of loads of tables.
 const FILL_ROUND: f64 = 0.087e-6;
+/// Registers for addresses of a preparation and a group of columns being prepared.
+const PREPARING_REGISTERS: u32 = 24;
+/// Seconds that a product takes longer whose blocks do the preparation themselves: at least, and for each 128 columns.
+const PREPARING: (f64, f64) = (0.4e-6, 0.022e-6);
+/// Seconds of a launch that prepares a token.
+pub(super) const PREPARATION: f64 = 2.2e-6;
 /// Decoding and reading take longer than the longer of both, as sums with this exponent do.
 const TOGETHER: f64 = 3.71;
 /// Share of the peak bandwidth that reading can reach.
 const BANDWIDTH: f64 = 0.9;
 
 impl Launch {
-    /// All launches worth trying, with the seconds that the model expects, in no order.
-    pub fn estimated(op: &Gemv, device: &Device) -> Vec<(f64, Launch)> {
+    /// All launches worth trying, with the seconds that the model expects, in no order; those of blocks that do a preparation
+    /// themselves, if one is given.
+    pub(super) fn estimated(op: &Gemv, prepare: Option<&Prepare>, device: &Device) -> Vec<(f64, Launch)> {
         let layout = Packed::new(op.quantizer, op.shape);
         let codes = op.quantizer.codes.len() as u32;
         let (rows, cols) = (layout.row_tiles(), layout.col_tiles());
@@ -89,7 +98,7 @@ impl Launch {
                             let blocks = rows.min((device.sms * of_sm / split).max(1));
                             let table_bytes = tables.budget;
                             let launch = Launch { warps, split, blocks, ahead, min_blocks, table_bytes };
-                            if let Some(t) = estimate(op, &launch, device, tables) {
+                            if let Some(t) = estimate(op, &launch, prepare, device, tables) {
                                 out.push((t, launch));
                             }
                         }
@@ -147,7 +156,7 @@ impl Tables {
 }
 
 /// Seconds of a launch; `None` if it does not fit the device.
-fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Option<f64> {
+fn estimate(op: &Gemv, launch: &Launch, prepare: Option<&Prepare>, device: &Device, tables: &Tables) -> Option<f64> {
     let plan = Plan::new(op, launch);
     // Of a tile, on average: a group of tiles holds each code of a mix equally often.
     let lane_words = f64::from(plan.layout.lane_words.iter().sum::<u32>()) / plan.layout.lane_words.len() as f64;
@@ -165,7 +174,7 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     }
 
     // What fits.
-    let shared = tables.shared + plan.shared_bytes(launch);
+    let shared = tables.shared + plan.shared_bytes(launch, prepare);
     let resident = launch.min_blocks * (shared + 1024) <= device.shared_per_sm && shared <= device.shared_per_block;
     let fragments = plan.layout.tile.cols / 32 * 2 * if plan.resident { plan.depth * plan.groups } else { 1 };
     let waiting = plan.buffers * plan.early + u32::from(plan.early < plan.depth);
@@ -175,6 +184,20 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     // Larger tiles are decoded in one go, too; a single result's scales are loaded early.
     let tile = (TILE_REGISTERS + 8) * (plan.layout.row_parts() - 1) + if plan.results == 1 { 8 } else { 0 };
     let registers = prefetched + fragments + sums + working + tile;
+    // Values, weights of norms and signs are in registers before activations are.
+    let (registers, preparing) = match prepare {
+        None => (registers, 0.0),
+        Some(_) if !plan.resident => return None,
+        Some(prepare) => {
+            let groups = prepare.within(launch.warps)?;
+            // Each block of an SM would do it.
+            if (launch.blocks * launch.split).div_ceil(device.sms) > 1 || launch.min_blocks > 1 {
+                return None;
+            }
+            let all = f64::from(op.shape.cols) / f64::from(GROUP);
+            (registers.max(prefetched + 9 * groups + PREPARING_REGISTERS), PREPARING.0 + PREPARING.1 * all)
+        }
+    };
     if !resident
         || registers > available_registers(device, threads, launch.min_blocks)
         || threads * launch.min_blocks > device.threads_per_sm
@@ -226,7 +249,7 @@ fn estimate(op: &Gemv, launch: &Launch, device: &Device, tables: &Tables) -> Opt
     }
     let code = CODE * program;
     let room = ROOM * (f64::from(device.sms.saturating_sub(grid)) / f64::from(grid)).min(1.0);
-    Some(LAUNCH - room + warps + ahead + code + fill + staging + sums + meeting + work)
+    Some(LAUNCH - room + warps + ahead + code + fill + staging + sums + meeting + preparing + work)
 }
 
 /// Share of the issue slots that resident warps can fill.

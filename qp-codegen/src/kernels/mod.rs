@@ -16,6 +16,7 @@ pub mod gemv;
 pub mod glu;
 pub mod grouped;
 mod launch;
+pub mod leave;
 pub mod map;
 pub mod math;
 mod mean;

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use super::decode::{Decoder, Register, load_words};
 use super::experts::{Experts, Unit, Units};
+use super::prepare::{Prepare, Within};
 use crate::ir::{Builder, Cache, Elem, Mem, Scalar, V, Var};
 use crate::layout::{self, Packed};
 use crate::spec::{Code, Quantizer, Shape, Value};
@@ -32,13 +33,22 @@ pub(super) enum Form<'a> {
     Totals,
     /// Results of experts.
     Experts(&'a Experts),
+    /// Results for a token that each block prepares itself.
+    Preparing(&'a Prepare),
 }
 
 impl<'a> Form<'a> {
     pub(super) fn experts(self) -> Option<&'a Experts> {
         match self {
-            Form::Results | Form::Totals => None,
+            Form::Results | Form::Totals | Form::Preparing(_) => None,
             Form::Experts(experts) => Some(experts),
+        }
+    }
+
+    pub(super) fn prepares(self) -> Option<&'a Prepare> {
+        match self {
+            Form::Results | Form::Totals | Form::Experts(_) => None,
+            Form::Preparing(prepare) => Some(prepare),
         }
     }
 }
@@ -68,7 +78,7 @@ pub(super) fn doc(op: &Gemv, form: Form) -> String {
         );
     }
     format!(
-        "y[token, row] {}= W[row, :] . x[token, :] with W {} x {} in {} ({:.2} bits a weight), {} token{}{}.",
+        "y[token, row] {}= W[row, :] . x[token, :] with W {} x {} in {} ({:.2} bits a weight), {} token{}{}{}.",
         if op.accumulate { "+" } else { "" },
         op.shape.rows,
         op.shape.cols,
@@ -77,6 +87,11 @@ pub(super) fn doc(op: &Gemv, form: Form) -> String {
         op.batch,
         if op.batch == 1 { "" } else { "s" },
         if matches!(form, Form::Totals) { ", as integers" } else { "" },
+        match form.prepares() {
+            Some(Prepare { norm: Some(_), .. }) => ", normed and prepared by each block",
+            Some(_) => ", prepared by each block",
+            None => "",
+        },
     )
 }
 
@@ -91,14 +106,23 @@ pub(super) struct Operands<'b, 'a> {
     pub(super) decoder: Decoder<'b, 'a>,
     pub(super) weights: Mem,
     scales: Mem,
+    /// Planes.
     pub(super) x: Mem,
-    x_scale: Mem,
+    x_scale: Scales<'b>,
     x_sum: Mem,
     y: Mem,
     pub(super) partial: Mem,
     arrived: Mem,
     totals: bool,
     mixture: Option<Mixture<'b, 'a>>,
+}
+
+/// The scales of tokens.
+enum Scales<'b> {
+    /// In memory.
+    Given(Mem),
+    /// That of the token, once its block has prepared it.
+    Own(OnceCell<V<'b>>),
 }
 
 /// What a product of experts has beside: the inputs are the rows of a unit's pairs, the outputs the pairs', and the weights those
@@ -123,6 +147,7 @@ impl<'b, 'a> Operands<'b, 'a> {
         table_bytes: u32,
         meeting_place: (usize, usize),
         form: Form<'a>,
+        within: Option<&Within<'a, 'b>>,
     ) -> Self {
         let experts = form.experts();
         let totals = matches!(form, Form::Totals);
@@ -135,12 +160,20 @@ impl<'b, 'a> Operands<'b, 'a> {
         let columns = u64::from(op.shape.cols.next_multiple_of(layout::COLUMN_PAD));
         let weights = b.sized("weights", Elem::U32, false, matrices * layout.words() as u64);
         let scales = b.sized("scales", Elem::BF16, false, matrices * rows);
-        let x = b.sized("x", Elem::I8, false, 2 * batch * columns);
-        let x_scale = b.sized("x_scale", Elem::F32, false, batch);
-        let x_sum = b.sized("x_sum", Elem::I32, false, batch);
+        let (x, x_scale, x_sum) = match within {
+            None => {
+                let x = b.sized("x", Elem::I8, false, 2 * batch * columns);
+                let scale = b.sized("x_scale", Elem::F32, false, batch);
+                (x, Scales::Given(scale), b.sized("x_sum", Elem::I32, false, batch))
+            }
+            Some(within) => {
+                let (x, sum) = within.planes();
+                (x, Scales::Own(OnceCell::new()), sum)
+            }
+        };
         let y = match form {
             Form::Totals => b.sized("y", Elem::I32, true, 2 * outputs),
-            Form::Results | Form::Experts(_) => b.sized("y", Elem::F32, true, outputs),
+            Form::Results | Form::Experts(_) | Form::Preparing(_) => b.sized("y", Elem::F32, true, outputs),
         };
         let partial = b.sized("partial", Elem::I32, true, meeting_place.0 as u64);
         let arrived = b.sized("arrived", Elem::I32, true, meeting_place.1 as u64);
@@ -244,12 +277,37 @@ impl<'b, 'a> Operands<'b, 'a> {
         self.b.load_as(self.scales, row, Elem::BF16, 1, Cache::ReadOnly)
     }
 
+    /// How planes and their sums are read.
+    fn x_cache(&self) -> Cache {
+        match self.x_scale {
+            Scales::Given(_) => Cache::ReadOnly,
+            Scales::Own(_) => Cache::Default,
+        }
+    }
+
+    /// A word of the planes.
+    pub(super) fn x_word(&self, word: V<'b>) -> V<'b> {
+        self.b.load_as(self.x, word, Elem::U32, 1, self.x_cache())
+    }
+
     /// The scale of a token.
     pub(super) fn token_scale(&self, token: V<'b>) -> TokenScale<'b> {
         let token = self.unit().map_or(token, |unit| unit.row(token));
-        let sum = || self.b.load_as(self.x_sum, token, Elem::I32, 1, Cache::ReadOnly);
+        let sum = || self.b.load_as(self.x_sum, token, Elem::I32, 1, self.x_cache());
         let offset = self.code().half_offset.then(sum);
-        (self.b.load_as(self.x_scale, token, Elem::F32, 1, Cache::ReadOnly), offset)
+        let scale = match &self.x_scale {
+            Scales::Given(scales) => self.b.load_as(*scales, token, Elem::F32, 1, Cache::ReadOnly),
+            Scales::Own(scale) => *scale.get().expect("prepared before it is read"),
+        };
+        (scale, offset)
+    }
+
+    /// The token has been prepared by this block, with this scale.
+    pub(super) fn prepared(&self, scale: V<'b>) {
+        match &self.x_scale {
+            Scales::Given(_) => unreachable!("the token was prepared before"),
+            Scales::Own(own) => assert!(own.set(scale).is_ok(), "a token is prepared once"),
+        }
     }
 
     /// What the result of a row and a token, if it exists, is added to, if to anything.

@@ -6,13 +6,14 @@
 
 use super::math::{self, across_lanes};
 use super::mean;
-use super::rotate::{GROUP, GROUP_LEVELS, LaneSigns, Transforms, flip, flip_word};
+use super::rotate::{GROUP, GROUP_LEVELS, LaneSigns, Transforms, flip, flip_word, place};
 use super::span::Span;
 use crate::cuda::Device;
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Scalar, Special, V, Var};
-use crate::layout::COLUMN_PAD;
-use crate::reference::{ACTIVATION_MAX, Activation, INFINITY_BITS, RmsNorm};
+use crate::layout::{CELL, COLUMN_PAD};
+use crate::reference::{ACTIVATION_MAX, Activation, INFINITY_BITS, Interleave, RmsNorm};
 use crate::spec::Rotation;
+use crate::spec::terms::Terms;
 
 /// What to compute: of each token the input, gated, normed and rotated, where these are wanted, in this order.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -29,6 +30,30 @@ pub struct Prepare {
     pub norm: Option<RmsNorm>,
     /// The rotation of the layer's weights.
     pub rotation: Rotation,
+    /// What a format does to its activations. Then the rotation is without signs.
+    pub entering: Option<Entering>,
+}
+
+/// What a format does to its activations, beside a transform.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Entering {
+    /// Whether there is a factor for each column, before the transform.
+    pub factors: bool,
+    /// The columns of a cell in the order in which they are written, if it is another.
+    pub order: Option<[u8; CELL as usize]>,
+}
+
+impl Entering {
+    /// What is done to the activations of products with a matrix of a format, and the rotation; nothing if they are rounded as they
+    /// are.
+    pub fn of(terms: &Terms) -> (Rotation, Option<Entering>) {
+        let side = terms.sides.input;
+        let entering = Entering { factors: side.field.is_some(), order: terms.order() };
+        let rotation =
+            side.hadamard.map_or(Rotation::None, |block| Rotation::Hadamard { seed: 0, block, interleave: None });
+        let some = rotation != Rotation::None || entering != Entering::default();
+        (rotation, some.then_some(entering))
+    }
 }
 
 /// A gated unit: `activation(gate) · up`.
@@ -158,9 +183,28 @@ impl Geometry {
     fn in_registers(&self) -> bool {
         self.per_warp <= MOST_IN_REGISTERS
     }
+
+    /// That of a block of `warps` which prepares for itself, if all of it can stay in registers.
+    fn within(op: &Prepare, warps: u32) -> Option<Self> {
+        let Groups { count, together, across } = Groups::new(op);
+        let per_warp = count.div_ceil(warps).next_multiple_of(together);
+        let fits = op.batch == 1 && !across && per_warp <= MOST_IN_REGISTERS;
+        fits.then_some(Geometry { groups: count, per_warp, warps, blocks: 1, across })
+    }
 }
 
 impl Prepare {
+    /// Groups of 128 columns that a warp takes where a block of `warps` prepares for itself ([`super::product::Launch::ranked_preparing`]);
+    /// `None` if it cannot: of several tokens, of rotations that go through shared memory, of more columns than registers hold.
+    pub(super) fn within(&self, warps: u32) -> Option<u32> {
+        Geometry::within(self, warps).map(|g| g.per_warp)
+    }
+
+    /// Bytes of shared memory that it takes then.
+    pub(super) fn shared_within(&self, warps: u32) -> u32 {
+        2 * self.columns.next_multiple_of(COLUMN_PAD) + 4 * (Groups::new(self).count + warps + 1)
+    }
+
     /// Words of the buffer `scratch`, at least one.
     pub fn scratch(&self, spread: Spread) -> usize {
         self.scratch_of(&Geometry::new(self, spread))
@@ -186,7 +230,8 @@ fn scratch_of_token(g: &Geometry) -> u32 {
 /// * `scratch`: 32-bit words, [`Prepare::scratch`] of them, of any contents;
 /// * `x`, `x_scale`, `x_sum`: see [`super::gemv::lower`]; the scale of a token whose values are not finite is infinite;
 /// * `faults`: `i32`, one a layer of the model: that of `layer` becomes 1 if a token's values are not finite;
-/// * `layer`: `i32`, the place in `faults`.
+/// * `layer`: `i32`, the place in `faults`;
+/// * `factors`: `f32`, one a column, if a format has them.
 pub fn lower(op: &Prepare, device: &Device) -> Kernel {
     lower_as(op, Spread::choose(op, device))
 }
@@ -220,8 +265,117 @@ pub fn lower_stage(op: &Prepare, spread: Spread, input: Elem, stage: Stage) -> K
     ));
     b.cluster(g.blocks);
     b.dependent_launch();
-    Emit::new(&b, op, g, input, stage).kernel();
+    let inputs = Inputs::declare(&b, op, input);
+    let emit = Emit::new(&b, op, g, inputs, Output::declare(&b, op, &g, stage), stage);
+    let early = emit.early();
+    b.grid_wait();
+    b.grid_launch();
+    emit.late(&early);
     b.finish()
+}
+
+/// What a preparation reads: parameters.
+pub(super) struct Inputs {
+    /// Type of values.
+    elem: Elem,
+    input: Mem,
+    up: Mem,
+    weights: Mem,
+    flips: Mem,
+    base: Mem,
+}
+
+impl Inputs {
+    pub(super) fn declare(b: &Builder, op: &Prepare, elem: Elem) -> Self {
+        Inputs {
+            elem,
+            input: b.sized("input", elem, false, op.input.len(op.batch, op.columns)),
+            // What there is no need of is not read.
+            up: b.sized("up", elem, false, op.gate.map_or(0, |g| g.up.len(op.batch, op.columns))),
+            weights: b.sized("norm", Elem::F32, false, op.norm.map_or(0, |_| op.columns.into())),
+            flips: b.buffer("flips", Elem::U32, false),
+            base: b.buffer("base", Elem::U32, false),
+        }
+    }
+}
+
+/// What a preparation writes: parameters, or shared memory of a block that prepares for itself.
+struct Output<'b> {
+    scratch: Option<Mem>,
+    x: Mem,
+    /// A block that prepares for itself has its scale in registers.
+    x_scale: Option<Mem>,
+    x_sum: Mem,
+    faults: Mem,
+    layer: V<'b>,
+    /// Of a format.
+    factors: Option<Mem>,
+    /// Of [`Stage::Given`].
+    given: Option<Mem>,
+}
+
+impl<'b> Output<'b> {
+    fn declare(b: &'b Builder, op: &Prepare, g: &Geometry, stage: Stage) -> Self {
+        let (batch, columns) = (u64::from(op.batch), u64::from(op.columns.next_multiple_of(COLUMN_PAD)));
+        Output {
+            scratch: Some(b.sized("scratch", Elem::U32, true, op.scratch_of(g) as u64)),
+            x: b.sized("x", Elem::I8, true, 2 * batch * columns),
+            x_scale: Some(b.sized("x_scale", Elem::F32, true, batch)),
+            x_sum: b.sized("x_sum", Elem::I32, true, batch),
+            faults: b.buffer("faults", Elem::I32, true),
+            layer: b.scalar("layer", Scalar::I32),
+            factors: op.entering.filter(|e| e.factors).map(|_| b.sized("factors", Elem::F32, false, op.columns.into())),
+            given: (stage == Stage::Given).then(|| b.sized("given", Elem::F32, false, batch)),
+        }
+    }
+
+    fn within(b: &'b Builder, op: &Prepare) -> Self {
+        Output {
+            scratch: None,
+            x: b.shared("planes", Elem::U32, op.columns.next_multiple_of(COLUMN_PAD) / 2),
+            x_scale: None,
+            x_sum: b.shared("planes_sum", Elem::I32, 1),
+            faults: b.buffer("faults", Elem::I32, true),
+            layer: b.scalar("layer", Scalar::I32),
+            factors: None,
+            given: None,
+        }
+    }
+}
+
+/// The preparation of a token by each block of a product for itself: the planes go to shared memory, in the order in which others read
+/// them.
+pub(super) struct Within<'a, 'b>(Emit<'a, 'b>);
+
+impl<'a, 'b> Within<'a, 'b> {
+    /// Declares parameters: `input`, `up`, `norm`, `flips`, `base`, `faults` and `layer`, as [`lower`]
+    /// has them.
+    pub(super) fn new(b: &'b Builder, op: &'a Prepare, warps: u32) -> Self {
+        let g = Geometry::within(op, warps).expect("a block that can prepare for itself");
+        let inputs = Inputs::declare(b, op, Elem::F32);
+        Within(Emit::new(b, op, g, inputs, Output::within(b, op), Stage::Whole))
+    }
+
+    /// Planes, and where their sum is.
+    pub(super) fn planes(&self) -> (Mem, Mem) {
+        (self.0.out.x, self.0.out.x_sum)
+    }
+
+    /// Puts on its way what no kernel before writes.
+    pub(super) fn early(&self) -> Early {
+        self.0.early()
+    }
+
+    /// Prepares; gives the scale. A barrier must follow.
+    pub(super) fn late(&self, early: &Early) -> V<'b> {
+        self.0.late(early).expect("a whole preparation")
+    }
+}
+
+/// Of each of a warp's groups in registers the norm's weights and the signs.
+pub(super) struct Early {
+    weights: Vec<[Var; 4]>,
+    words: Vec<Var>,
 }
 
 /// A group of the present warp.
@@ -240,27 +394,15 @@ struct Emit<'a, 'b> {
     op: &'a Prepare,
     g: Geometry,
     transforms: Transforms,
-    /// Type of the inputs.
-    elem: Elem,
+    interleave: Option<Interleave>,
     stage: Stage,
-    input: Mem,
-    up: Mem,
-    weights: Mem,
-    flips: Mem,
-    base: Mem,
-    scratch: Mem,
-    x: Mem,
-    x_scale: Mem,
-    x_sum: Mem,
-    faults: Mem,
-    layer: V<'b>,
-    /// Of [`Stage::Given`].
-    given: Option<Mem>,
+    inputs: Inputs,
+    out: Output<'b>,
     lane: V<'b>,
     /// The warp among those of the token.
     warp: V<'b>,
     token: V<'b>,
-    /// True for one thread of the token.
+    /// True for one thread of the token, of a block that prepares for itself for one of the block.
     leader: V<'b>,
     /// This lane's values of each group, unless they lie in shared memory.
     held: Vec<[Var; 4]>,
@@ -269,24 +411,11 @@ struct Emit<'a, 'b> {
 }
 
 impl<'a, 'b> Emit<'a, 'b> {
-    fn new(b: &'b Builder, op: &'a Prepare, g: Geometry, elem: Elem, stage: Stage) -> Self {
-        let (batch, columns) = (u64::from(op.batch), u64::from(op.columns.next_multiple_of(COLUMN_PAD)));
-        let input = b.sized("input", elem, false, op.input.len(op.batch, op.columns));
-        // What there is no need of is not read.
-        let up = b.sized("up", elem, false, op.gate.map_or(0, |g| g.up.len(op.batch, op.columns)));
-        let weights = b.sized("norm", Elem::F32, false, op.norm.map_or(0, |_| op.columns.into()));
-        let flips = b.buffer("flips", Elem::U32, false);
-        let base = b.buffer("base", Elem::U32, false);
-        let scratch = b.sized("scratch", Elem::U32, true, op.scratch_of(&g) as u64);
-        let x = b.sized("x", Elem::I8, true, 2 * batch * columns);
-        let x_scale = b.sized("x_scale", Elem::F32, true, batch);
-        let x_sum = b.sized("x_sum", Elem::I32, true, batch);
-        let faults = b.buffer("faults", Elem::I32, true);
-        let layer = b.scalar("layer", Scalar::I32);
-        let given = (stage == Stage::Given).then(|| b.sized("given", Elem::F32, false, batch));
+    fn new(b: &'b Builder, op: &'a Prepare, g: Geometry, inputs: Inputs, out: Output<'b>, stage: Stage) -> Self {
         let (lane, warp) = (b.special(Special::Lane), b.special(Special::Warp));
-        let (token, rank) = match g.blocks {
-            1 => (b.special(Special::BlockX), b.i32(0)),
+        let (token, rank) = match (g.blocks, out.scratch) {
+            (_, None) => (b.i32(0), b.i32(0)),
+            (1, _) => (b.special(Special::BlockX), b.i32(0)),
             _ => (b.special(Special::Cluster), b.special(Special::Rank)),
         };
         let warp = rank * g.warps + warp;
@@ -297,32 +426,8 @@ impl<'a, 'b> Emit<'a, 'b> {
         };
         let transforms = Transforms::of(op.rotation, op.columns);
         let values = (g.across || !g.in_registers()).then(|| b.shared("values", Elem::F32, g.groups * GROUP));
-        Emit {
-            b,
-            op,
-            g,
-            transforms,
-            elem,
-            stage,
-            input,
-            up,
-            weights,
-            flips,
-            base,
-            scratch,
-            x,
-            x_scale,
-            x_sum,
-            faults,
-            layer,
-            given,
-            lane,
-            warp,
-            token,
-            leader,
-            held,
-            values,
-        }
+        let interleave = Interleave::of(op.rotation, op.columns);
+        Emit { b, op, g, transforms, interleave, stage, inputs, out, lane, warp, token, leader, held, values }
     }
 
     /// For each group of the warp.
@@ -397,42 +502,45 @@ impl<'a, 'b> Emit<'a, 'b> {
     fn of_span(&self, mem: Mem, span: Span, column: V<'b>) -> [V<'b>; 4] {
         let aligned = span.first.is_multiple_of(4) && (self.op.batch == 1 || span.stride.is_multiple_of(4));
         let first = if self.op.batch == 1 { self.b.i32(span.first as i32) } else { span.at(self.token) };
-        self.load((mem, self.elem), first, aligned, column, Cache::Default)
+        self.load((mem, self.inputs.elem), first, aligned, column, Cache::Default)
     }
 
     fn norm_weights(&self, column: V<'b>) -> [V<'b>; 4] {
-        self.load((self.weights, Elem::F32), self.b.i32(0), true, column, Cache::ReadOnly)
+        self.load((self.inputs.weights, Elem::F32), self.b.i32(0), true, column, Cache::ReadOnly)
     }
 
-    fn kernel(&self) {
+    /// What no kernel before writes is on its way before these have ended.
+    fn early(&self) -> Early {
         let (b, op, g) = (self.b, self.op, self.g);
-        let rotated = !self.transforms.is_empty();
-        // What no kernel before writes is on its way before these have ended.
-        let (mut weights, mut words) = (Vec::new(), Vec::new());
+        let mut early = Early { weights: Vec::new(), words: Vec::new() };
         if g.in_registers() {
-            weights = (0..g.per_warp).map(|_| [0; 4].map(|_| b.var(b.f32(0.0)))).collect();
-            words = (0..g.per_warp).map(|_| b.var(b.u32(0))).collect();
+            early.weights = (0..g.per_warp).map(|_| [0; 4].map(|_| b.var(b.f32(0.0)))).collect();
+            early.words = (0..g.per_warp).map(|_| b.var(b.u32(0))).collect();
             self.each(|group| {
                 let k = group.index.expect("in registers");
                 if op.norm.is_some() {
                     let v = self.norm_weights(group.column);
-                    weights[k].iter().zip(v).for_each(|(&var, v)| b.set(var, v));
+                    early.weights[k].iter().zip(v).for_each(|(&var, v)| b.set(var, v));
                 }
-                if rotated {
-                    b.set(words[k], flip_word(b, self.flips, op.columns, group.column));
+                if !self.transforms.is_empty() && op.entering.is_none() {
+                    b.set(early.words[k], flip_word(b, self.inputs.flips, op.columns, group.column));
                 }
             });
         }
-        b.grid_wait();
-        b.grid_launch();
+        early
+    }
 
+    /// All that depends on the input. Gives the scale of a block that prepares for itself.
+    fn late(&self, Early { weights, words }: &Early) -> Option<V<'b>> {
+        let (b, op, g) = (self.b, self.op, self.g);
+        let rotated = !self.transforms.is_empty();
         let sums = op.norm.map(|_| self.meeting("squares", Elem::F32, g.blocks * g.warps, g.groups));
         self.each(|group| {
-            let v = self.of_span(self.input, op.input, group.column);
+            let v = self.of_span(self.inputs.input, op.input, group.column);
             let v = match op.gate {
                 None => v,
                 Some(gate) => {
-                    let up = self.of_span(self.up, gate.up, group.column);
+                    let up = self.of_span(self.inputs.up, gate.up, group.column);
                     let mut up = up.into_iter();
                     v.map(|v| math::activation(b, gate.activation, v) * up.next().expect("four"))
                 }
@@ -463,10 +571,17 @@ impl<'a, 'b> Emit<'a, 'b> {
                     v * inverse * if norm.add_one { weight + 1.0 } else { weight }
                 });
             }
-            if rotated {
+            if let Some(factors) = self.out.factors {
+                let mut factors =
+                    self.load((factors, Elem::F32), b.i32(0), true, group.column, Cache::ReadOnly).into_iter();
+                v = v.map(|v| v * factors.next().expect("four"));
+            }
+            if rotated && op.entering.is_some() {
+                v = self.transforms.in_warp(&signs, group.column, v);
+            } else if rotated {
                 let word = match group.index {
                     Some(k) => b.get(words[k]),
-                    None => flip_word(b, self.flips, op.columns, group.column),
+                    None => flip_word(b, self.inputs.flips, op.columns, group.column),
                 };
                 v = self.transforms.in_warp(&signs, group.column, flip(word, group.column, v));
             }
@@ -477,14 +592,14 @@ impl<'a, 'b> Emit<'a, 'b> {
         });
         if g.across {
             b.barrier();
-            self.transforms.across_warps(b, self.values.expect("with it"), self.base, g.warps * 32);
+            self.transforms.across_warps(b, self.values.expect("with it"), self.inputs.base, g.warps * 32);
             if g.in_registers() {
                 self.each(|group| self.set(group, self.shared(group.column)));
             }
         } else {
             self.between_groups();
         }
-        self.round();
+        self.round()
     }
 
     /// Butterflies of stride 128 and more between a thread's own values.
@@ -530,9 +645,9 @@ impl<'a, 'b> Emit<'a, 'b> {
     /// Where the warps or groups of a token put a number each that all read: memory, and the first of `len`. In the scratch
     /// buffer of a cluster it lies `skip` behind the token's first.
     fn meeting(&self, name: &str, elem: Elem, skip: u32, len: u32) -> (Mem, V<'b>) {
-        match self.g.blocks {
-            1 => (self.b.shared(name, elem, len), self.b.i32(0)),
-            _ => (self.scratch, self.token * scratch_of_token(&self.g) + skip),
+        match self.out.scratch {
+            Some(scratch) if self.g.blocks > 1 => (scratch, self.token * scratch_of_token(&self.g) + skip),
+            _ => (self.b.shared(name, elem, len), self.b.i32(0)),
         }
     }
 
@@ -541,7 +656,8 @@ impl<'a, 'b> Emit<'a, 'b> {
         if self.g.blocks == 1 { self.b.barrier() } else { self.b.cluster_barrier() }
     }
 
-    fn round(&self) {
+    fn round(&self) -> Option<V<'b>> {
+        let out = &self.out;
         let (b, g) = (self.b, self.g);
         b.comment("Largest magnitude: magnitudes are ordered as their bits are.");
         let largest = b.var(b.u32(0));
@@ -556,7 +672,7 @@ impl<'a, 'b> Emit<'a, 'b> {
         let all = g.blocks * g.warps;
         let (mem, first) = self.meeting("largest", Elem::U32, 0, all);
         b.if_(self.lane.eq(0), || b.store(mem, first + self.warp, of_warp, Elem::U32));
-        b.if_(self.leader, || b.store(self.x_sum, self.token, b.i32(0), Elem::I32));
+        b.if_(self.leader, || b.store(out.x_sum, self.token, b.i32(0), Elem::I32));
         self.meet();
         let each = (0..all.div_ceil(32)).map(|i| {
             let at = self.lane + i * 32;
@@ -564,15 +680,16 @@ impl<'a, 'b> Emit<'a, 'b> {
         });
         let each: Vec<V> = each.collect();
         let most = each.into_iter().reduce(|a, b| a.max(b)).expect("a warp").max_across();
-        let most = match self.given {
+        let most = match out.given {
             Some(given) => most.max(b.load(given, self.token, Elem::F32).bits(Scalar::U32)),
             None => most,
         };
         let magnitude = most.bits(Scalar::F32);
         if self.stage == Stage::Largest {
             let finite = most.lt(INFINITY_BITS).select(magnitude, f32::INFINITY);
-            b.if_(self.leader, || b.store(self.x_scale, self.token, finite, Elem::F32));
-            return;
+            let x_scale = out.x_scale.expect("for other kernels");
+            b.if_(self.leader, || b.store(x_scale, self.token, finite, Elem::F32));
+            return None;
         }
         let inverse = magnitude.gt(0.0).select(b.f32(ACTIVATION_MAX) / magnitude, 0.0);
 
@@ -583,22 +700,63 @@ impl<'a, 'b> Emit<'a, 'b> {
             let high = q.map(|q| (q + 64) >> 7);
             let low = [0, 1, 2, 3].map(|k| q[k] - (high[k] << 7));
             // Four quads a cell; the planes of a token are neighbours.
-            let cell = group.number * 8 + self.lane / 4;
-            let at = (cell * (2 * self.op.batch) + self.token * 2) * 4 + self.lane % 4;
-            b.store(self.x, at, bytes(high), Elem::U32);
-            b.store(self.x, at + 4, bytes(low), Elem::U32);
+            let cell = place(self.interleave, self.op.columns, group.number * 8 + self.lane / 4);
+            let cell = cell * (2 * self.op.batch) + self.token * 2;
+            match self.op.entering.and_then(|e| e.order) {
+                None => {
+                    let at = cell * 4 + self.lane % 4;
+                    b.store(out.x, at, bytes(high), Elem::U32);
+                    b.store(out.x, at + 4, bytes(low), Elem::U32);
+                }
+                Some(order) => self.store_in_order(cell, &order, [high, low]),
+            }
             b.set(sum, b.get(sum) + ((q[0] + q[1]) + (q[2] + q[3])));
         });
         let sum = b.get(sum).bits(Scalar::U32).sum_across().bits(Scalar::I32);
         b.if_(self.lane.eq(0), || {
-            b.atomic_add(self.x_sum, self.token, sum);
+            b.atomic_add(out.x_sum, self.token, sum);
         });
+        let finite = most.lt(INFINITY_BITS);
+        let scale = || finite.select(magnitude / ACTIVATION_MAX, f32::INFINITY);
+        let Some(x_scale) = out.x_scale else {
+            // Each block has its own scale; one of them says what was not finite.
+            b.if_(self.leader & b.special(Special::BlockX).eq(0) & !finite, || {
+                b.store(out.faults, out.layer, b.i32(1), Elem::I32);
+            });
+            return Some(scale());
+        };
         b.if_(self.leader, || {
-            let finite = most.lt(INFINITY_BITS);
-            let scale = finite.select(magnitude / ACTIVATION_MAX, f32::INFINITY);
-            b.store(self.x_scale, self.token, scale, Elem::F32);
-            b.if_(!finite, || b.store(self.faults, self.layer, b.i32(1), Elem::I32));
+            b.store(x_scale, self.token, scale(), Elem::F32);
+            b.if_(!finite, || b.store(out.faults, out.layer, b.i32(1), Elem::I32));
         });
+        None
+    }
+}
+
+impl<'b> Emit<'_, 'b> {
+    /// Stores the bytes of both planes of four columns of a cell where an order has them.
+    fn store_in_order(&self, cell: V<'b>, order: &[u8; CELL as usize], planes: [[V<'b>; 4]; 2]) {
+        let b = self.b;
+        let place =
+            |column: u32| order.iter().position(|c| u32::from(*c) == column).expect("an order has all columns") as u32;
+        // Whether columns 2k and 2k + 1 of all lanes lie side by side.
+        let pairs = (0..8).all(|k| place(2 * k).is_multiple_of(2) && place(2 * k + 1) == place(2 * k) + 1);
+        let size = if pairs { 2 } else { 1 };
+        for k in (0..4).step_by(size) {
+            // A byte for each of the four lanes of a cell.
+            let places = (0..4).map(|quad| place(4 * quad + k as u32) << (8 * quad)).sum::<u32>();
+            let quad = (self.lane & 3).bits(Scalar::U32) * 8;
+            let at = ((b.u32(places) >> quad) & 0xff_u32).bits(Scalar::I32);
+            for (plane, four) in (0..).zip(planes) {
+                let at = (cell + plane) * (CELL as i32) + at;
+                if pairs {
+                    let two = (four[k].bits(Scalar::U32) & 0xff_u32) | (four[k + 1].bits(Scalar::U32) << 8);
+                    b.store(self.out.x, at / 2, two, Elem::U16);
+                } else {
+                    b.store(self.out.x, at, four[k], Elem::I8);
+                }
+            }
+        }
     }
 }
 

@@ -14,7 +14,8 @@ use std::collections::HashSet;
 use super::experts::{self, Experts};
 pub use super::operands::TOTAL_BITS;
 use super::operands::{Form, Gemv};
-use super::{decode, gemm, gemv, walk};
+use super::prepare::Prepare;
+use super::{decode, gemm, gemv, launch, walk};
 use crate::cuda::Device;
 use crate::ir::Kernel;
 
@@ -23,6 +24,10 @@ pub const MAX_BATCH: u32 = gemm::MAX_BATCH;
 
 /// Up to so many tokens, whose planes one tensor-core product holds, nothing is gained by sharing activations.
 const ONE_PRODUCT: u32 = 4;
+
+/// Products prepare their token themselves if they are expected to take less than this share of the time: of long ones the model
+/// errs by more than what a launch takes.
+const CLEARLY: f64 = 0.98;
 
 /// Which kernel computes a product, and how it is laid over the GPU. The result does not depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -65,7 +70,7 @@ impl Launch {
         }
         let mut out: Vec<(f64, Launch)> = Vec::new();
         if op.batch <= gemv::MAX_BATCH {
-            out.extend(gemv::Launch::estimated(op, device).into_iter().map(|(t, l)| (t, Launch::Gemv(l))));
+            out.extend(gemv::Launch::estimated(op, None, device).into_iter().map(|(t, l)| (t, Launch::Gemv(l))));
         }
         if op.batch > ONE_PRODUCT {
             out.extend(gemm::Launch::estimated(op, device).into_iter().map(|(t, l)| (t, Launch::Gemm(l))));
@@ -75,6 +80,32 @@ impl Launch {
         let mut seen = HashSet::new();
         out.retain(|x| seen.insert(x.1));
         if out.is_empty() { walk() } else { out }
+    }
+
+    /// [`Launch::ranked`]; with a preparation, the launches whose blocks do that themselves: none where they cannot, of several tokens,
+    /// of rotations or columns that take more than registers.
+    pub fn ranked_with(op: &Gemv, prepare: Option<&Prepare>, device: &Device) -> Vec<(f64, Launch)> {
+        let Some(prepare) = prepare else { return Launch::ranked(op, device) };
+        if op.batch != 1 || !decode::is_small(op.quantizer) {
+            return Vec::new();
+        }
+        let launches = gemv::Launch::estimated(op, Some(prepare), device).into_iter();
+        let mut out: Vec<(f64, Launch)> = launches.map(|(t, l)| (t, Launch::Gemv(l))).collect();
+        out.sort_by(|a, b| a.0.total_cmp(&b.0));
+        out
+    }
+
+    /// Whether the products that read what `prepare` prepares take less time if their blocks do that themselves than with a launch
+    /// for it before them.
+    pub fn prepares(ops: &[Gemv], prepare: &Prepare, device: &Device) -> bool {
+        // What a gated unit reads is twice as much, and computed in each block.
+        if prepare.gate.is_some() {
+            return false;
+        }
+        let best = |op: &Gemv| Launch::ranked_with(op, Some(prepare), device).first().map(|r| r.0);
+        let own: Option<f64> = ops.iter().map(best).sum();
+        let apart: f64 = ops.iter().map(|op| Launch::ranked(op, device)[0].0).sum();
+        own.is_some_and(|own| own < CLEARLY * (apart + launch::PREPARATION))
     }
 
     /// Makes the kernel; its parameters are those of [`gemv::lower`].
@@ -136,6 +167,18 @@ impl Launch {
     /// If `op` adds to what is there.
     pub fn lower_totals(&self, op: &Gemv) -> Kernel {
         self.lower_form(op, Form::Totals)
+    }
+
+    /// [`Launch::lower`]; with a preparation, the kernel whose blocks do that themselves. Its parameters are `input`, `up`, `norm`,
+    /// `flips`, `base`, `faults` and `layer` of [`prepare::lower`](super::prepare::lower), then those of [`gemv::lower`] without `x`,
+    /// `x_scale` and `x_sum`.
+    ///
+    /// # Panics
+    /// If the launch is none of [`Launch::ranked_with`].
+    pub fn lower_with(&self, op: &Gemv, prepare: Option<&Prepare>) -> Kernel {
+        let Some(prepare) = prepare else { return self.lower(op) };
+        assert!(matches!(self, Launch::Gemv(_)), "no other way of multiplying prepares");
+        self.lower_form(op, Form::Preparing(prepare))
     }
 
     fn lower_form(&self, op: &Gemv, form: Form) -> Kernel {

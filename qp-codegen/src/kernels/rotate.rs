@@ -7,7 +7,7 @@
 
 use crate::ir::{Builder, Cache, Elem, Mem, Scalar, Special, V};
 use crate::layout;
-use crate::reference::{Hadamard, transforms};
+use crate::reference::{Hadamard, INTERLEAVED, Interleave, transforms};
 use crate::spec::Rotation;
 
 /// Columns of a group: four for each lane of a warp.
@@ -23,7 +23,7 @@ const MAX_UNROLLED_BASE: u32 = 60;
 pub fn flips(rotation: Rotation, columns: u32) -> Vec<u32> {
     match rotation {
         Rotation::None => vec![0],
-        Rotation::Hadamard { seed, block: _ } => pack_bits(&layout::signs(seed, columns)),
+        Rotation::Hadamard { seed, .. } => pack_bits(&layout::signs(seed, columns)),
     }
 }
 
@@ -64,6 +64,61 @@ pub(super) fn flip<'b>(word: V<'b>, column: V<'b>, v: [V<'b>; 4]) -> [V<'b>; 4] 
 /// The word of the flips that holds four columns from `column` on; columns past the last one get any word.
 pub(super) fn flip_word<'b>(b: &'b Builder, flips: Mem, columns: u32, column: V<'b>) -> V<'b> {
     b.load_as(flips, (column >> 5).min(columns.div_ceil(32) - 1), Elem::U32, 1, Cache::ReadOnly)
+}
+
+/// Where a cell of a row of `columns` columns, padded to whole groups, goes when blocks are interleaved.
+pub(super) fn place<'b>(interleave: Option<Interleave>, columns: u32, cell: V<'b>) -> V<'b> {
+    let Some(Interleave { span, block, tail, blocks, rest }) = interleave else { return cell };
+    let parts = |within: V<'b>| (within >> block.ilog2(), within & (block - 1));
+    let whole = || {
+        let within = cell & (span - 1);
+        let (number, at) = parts(within);
+        (cell - within) + at * (span / block) + number
+    };
+    let last = || {
+        let within = cell - tail;
+        let (number, at) = parts(within);
+        within.lt(blocks * block + rest).select(number + at * blocks + at.min(rest) + tail, cell)
+    };
+    of_part((tail, blocks), columns, cell, whole, last)
+}
+
+/// The cell that [`place`] puts at `at`.
+pub(super) fn placed<'b>(interleave: Option<Interleave>, columns: u32, at: V<'b>) -> V<'b> {
+    let Some(Interleave { span, block, tail, blocks, rest }) = interleave else { return at };
+    let whole = || {
+        let (within, each) = (at & (span - 1), span / block);
+        (at - within) + (within & (each - 1)) * block + (within >> each.ilog2())
+    };
+    let last = || {
+        let (within, longer) = (if tail == 0 { at } else { (at - tail).max(0) }, rest * (blocks + 1));
+        let turned = |within: V<'b>, blocks: u32| within % blocks * block + within / blocks;
+        let cell = match rest {
+            0 => turned(within, blocks),
+            _ => {
+                let behind = turned((within - longer).max(0), blocks) + rest;
+                within.lt(longer).select(turned(within, blocks + 1), behind)
+            }
+        };
+        within.lt(blocks * block + rest).select(cell + tail, at)
+    };
+    of_part((tail, blocks), columns, at, whole, last)
+}
+
+/// For a cell of the whole spans, which are `tail` cells, `whole`; behind them, if there are `blocks` to interleave, `last`.
+fn of_part<'b>(
+    (tail, blocks): (u32, u32),
+    columns: u32,
+    cell: V<'b>,
+    whole: impl Fn() -> V<'b>,
+    last: impl Fn() -> V<'b>,
+) -> V<'b> {
+    let last = || if blocks == 0 { cell } else { last() };
+    match tail {
+        0 => last(),
+        _ if tail == columns.next_multiple_of(GROUP) / INTERLEAVED => whole(),
+        _ => cell.lt(tail).select(whole(), last()),
+    }
 }
 
 /// The transforms of a row, side by side.

@@ -15,6 +15,8 @@ use crate::reference::{self, Activation, Activations, RmsNorm, Rotator};
 use crate::spec::expr::{Decode, Node, Op, VectorOp, WordOp};
 use crate::spec::{Code, Quantizer, Rotation, ScaleKind, Shape, Table, Value};
 
+mod preparing;
+
 /// A deterministic stream of random words.
 struct Random(u64);
 
@@ -80,7 +82,7 @@ fn code(window: u32, steps: &[u32], vector: u32, value: Value, entries: u32, dec
 fn quantizers() -> Vec<Quantizer> {
     let mut out = Vec::new();
     let mut add = |name: &str, codes: Vec<Code>| {
-        let rotation = Rotation::Hadamard { seed: 3, block: None };
+        let rotation = Rotation::Hadamard { seed: 3, block: None, interleave: None };
         out.push(Quantizer { name: name.into(), codes, scale: ScaleKind::Row, rotation });
     };
     for kv in 3..=10 {
@@ -244,8 +246,9 @@ fn embed_packed_equals_the_reference() {
         let q = named(&all, name);
         Quantizer { rotation, ..q.clone() }
     };
-    let rotations = [Rotation::None, Rotation::Hadamard { seed: 5, block: None }];
-    let blocks = |block| Rotation::Hadamard { seed: 5, block: Some(block) };
+    let rotations = [Rotation::None, Rotation::Hadamard { seed: 5, block: None, interleave: None }];
+    let blocks = |block| Rotation::Hadamard { seed: 5, block: Some(block), interleave: None };
+    let interleaved = |block, span| Rotation::Hadamard { seed: 5, block: Some(block), interleave: Some(span) };
     for (name, cols, rotation) in [
         ("v2_k5", 256, rotations[1]),
         ("v4_k8_i16", 576, rotations[1]),
@@ -257,6 +260,10 @@ fn embed_packed_equals_the_reference() {
         ("v2_k5", 300, blocks(128)),
         ("square", 130, blocks(4)),
         ("mix2", 1280, blocks(512)),
+        ("v2_k5", 576, interleaved(128, 1024)),
+        ("mix2", 1280, interleaved(128, 1024)),
+        ("nuq3", 333, interleaved(16, 64)),
+        ("v4_k8_i16", 2208, interleaved(64, 256)),
     ] {
         let (q, shape) = (named(name, rotation), Shape { rows: 70, cols });
         let m = Matrix::random(&q, shape);
@@ -592,8 +599,9 @@ fn products_of_experts_have_a_launch_on_every_device() {
 
 #[test]
 fn prepare_equals_the_reference() {
-    let whole = Rotation::Hadamard { seed: 5, block: None };
-    let blocks = |block| Rotation::Hadamard { seed: 5, block: Some(block) };
+    let whole = Rotation::Hadamard { seed: 5, block: None, interleave: None };
+    let blocks = |block| Rotation::Hadamard { seed: 5, block: Some(block), interleave: None };
+    let interleaved = |block, span| Rotation::Hadamard { seed: 5, block: Some(block), interleave: Some(span) };
     let norm = |eps, add_one| Some(RmsNorm { eps, add_one });
     let (silu, gelu) = (Some(Activation::Silu), Some(Activation::GeluTanh));
     for (columns, rotation, norm, gate) in [
@@ -630,6 +638,13 @@ fn prepare_equals_the_reference() {
         (1, blocks(128), None, silu),
         (7, blocks(2), norm(0.1, true), silu),
         (7, Rotation::None, norm(0.1, false), None),
+        (4096, interleaved(128, 1024), norm(1e-5, false), None),
+        (14336, interleaved(128, 1024), None, silu),
+        (11008, interleaved(128, 4096), None, silu),
+        (576, interleaved(128, 1024), norm(1e-5, false), None),
+        (1536, interleaved(512, 1024), norm(1e-5, false), None),
+        (333, interleaved(16, 64), None, None),
+        (2208, interleaved(64, 256), norm(1e-5, false), silu),
     ] {
         for batch in if columns > 10000 { 1..=2 } else { 1..=3 } {
             check_prepare(columns, batch, rotation, norm, gate);
@@ -677,7 +692,7 @@ fn check_prepare(columns: u32, batch: u32, rotation: Rotation, norm: Option<RmsN
         bytes(&rotate::base(rotation, columns), u32::to_le_bytes),
     ];
     let gate = gate.map(|activation| Gate { activation, up });
-    let op = Prepare { columns, batch, input: input_span, gate, norm, rotation };
+    let op = Prepare { columns, batch, input: input_span, gate, norm, rotation, entering: None };
     let chosen = [crate::cuda::Target::Sm80, crate::cuda::Target::Sm90a].map(|t| Spread::choose(&op, &t.device()));
     let all = Spread::all(&op, &crate::cuda::Target::Sm90a.device());
     assert!(all.contains(&chosen[1]), "{what}");
@@ -720,13 +735,13 @@ fn check_prepare(columns: u32, batch: u32, rotation: Rotation, norm: Option<RmsN
 #[test]
 fn preparing_notices_what_is_not_finite() {
     let columns = 300u32;
-    let rotation = Rotation::Hadamard { seed: 5, block: Some(128) };
+    let rotation = Rotation::Hadamard { seed: 5, block: Some(128), interleave: None };
     for (bad, gate) in [(f32::NAN, false), (-f32::NAN, true), (f32::INFINITY, false), (f32::NEG_INFINITY, false)] {
         let mut x = vec![1f32; 2 * columns as usize];
         x[columns as usize + 290] = bad;
         let span = Span::rows(columns);
         let gate = gate.then_some(Gate { activation: Activation::Silu, up: span });
-        let op = Prepare { columns, batch: 2, input: span, gate, norm: None, rotation };
+        let op = Prepare { columns, batch: 2, input: span, gate, norm: None, rotation, entering: None };
         let spread = Spread::choose(&op, &crate::cuda::Target::Sm90a.device());
         let input = bytes(&x, f32::to_le_bytes);
         let flips = bytes(&rotate::flips(rotation, columns), u32::to_le_bytes);
@@ -747,9 +762,9 @@ fn preparing_notices_what_is_not_finite() {
 #[test]
 fn many_columns_are_prepared_by_clusters() {
     let of = |columns, batch| {
-        let rotation = Rotation::Hadamard { seed: 0, block: Some(128) };
+        let rotation = Rotation::Hadamard { seed: 0, block: Some(128), interleave: None };
         let input = Span::rows(columns);
-        let op = Prepare { columns, batch, input, gate: None, norm: None, rotation };
+        let op = Prepare { columns, batch, input, gate: None, norm: None, rotation, entering: None };
         prepare::lower(&op, &crate::cuda::Target::Sm90a.device()).cluster
     };
     assert_eq!([of(4096, 1), of(14336, 1), of(28672, 1), of(14336, 512)], [1, 4, 8, 1]);

@@ -80,7 +80,7 @@ pub(super) fn lower_for(op: &Gemv, launch: &Launch, form: Form) -> Kernel {
     let b = Builder::new(&name, grid, launch.warps * 32);
     b.doc(operands::doc(op, form));
     b.dependent_launch();
-    let operands = Operands::new(&b, op, &plan.layout, launch.table_bytes, (1, 1), form);
+    let operands = Operands::new(&b, op, &plan.layout, launch.table_bytes, (1, 1), form, None);
     let sums = b.shared("sums", Elem::I32, plan.sums());
     let block = b.special(Special::BlockX);
     let (unit, block) = match experts {

@@ -74,6 +74,38 @@ impl Reader {
         }
     }
 
+    /// Gives `each` row, column and window of the weights of `rows`, of vectors of 1.
+    pub(super) fn windows(
+        &self,
+        streams: &Streams,
+        trellis: &Trellis,
+        tensors: &[&[u8]],
+        rows: std::ops::Range<u32>,
+        mut each: impl FnMut(u32, u32, u32),
+    ) {
+        let (high, width) = (trellis.block.rows, trellis.block.cols);
+        let bits = trellis.bits(1);
+        let mut words = vec![0u32; bits.div_ceil(32) as usize];
+        for i in rows.start / high..rows.end.div_ceil(high) {
+            for j in 0..self.shape.cols / width {
+                streams.part.stream(tensors[streams.part.tensor], i.into(), j.into(), &mut words);
+                for (s, &(row, col)) in (0..).zip(&streams.places) {
+                    let row = i * high + row;
+                    if rows.contains(&row) {
+                        each(row, j * width + col, window(&words, bits, s * trellis.step, self.format().window));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The words of the stream of block (`i`, `j`), of a format whose codes have memory.
+    pub fn stream(&self, tensors: &[&[u8]], i: u32, j: u32, words: &mut [u32]) {
+        if let Some(streams) = &self.streams {
+            streams.part.stream(tensors[streams.part.tensor], i.into(), j.into(), words);
+        }
+    }
+
     /// The entries of row `i` of blocks: rows of a block × columns of the matrix.
     pub(super) fn block_row(
         &self,

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use super::{CHUNK, Reader};
 use crate::reference::Activations;
 use crate::spec::format::{Number, Target, Weight};
-use crate::spec::terms::{Numbers, Terms};
+use crate::spec::terms::{BLOCK, Numbers, Terms};
 
 impl Reader {
     /// How products with the matrix are computed exactly, if they are.
@@ -15,22 +15,37 @@ impl Reader {
         self.book.terms.as_ref().ok().filter(|terms| terms.fits(self.shape.cols))
     }
 
-    /// The digits of the entries of `row` ([`Terms::bits`]): all lowest bytes, then all of the next byte, and so on.
+    /// The digits of the entries of rows `first` and following, as many as `out` holds ([`Terms::bits`]): the lowest bytes of all of
+    /// them row by row, then those of the next byte, and so on.
     ///
     /// # Panics
-    /// If the format has no terms, `out` does not hold as many, or a tensor is shorter than it must be.
-    pub fn digits(&self, tensors: &[&[u8]], row: u32, out: &mut [u8]) {
+    /// If the format has no terms, rows end before, or a tensor is shorter than it must be.
+    pub fn digits(&self, tensors: &[&[u8]], first: u32, out: &mut [u8]) {
         let cols = self.shape.cols as usize;
-        assert!(row < self.shape.rows && out.len() == cols * self.book.digits.len(), "a row's digits");
-        let v = self.format().vector as usize;
-        for (digits, out) in self.book.digits.iter().zip(out.chunks_mut(cols)) {
-            if v > 1 {
-                for (k, out) in (0..).zip(out.chunks_mut(v)) {
-                    let code = self.code(tensors, row, k) as usize;
-                    out.copy_from_slice(&digits[code * v..][..out.len()]);
+        let rows = out.len() / (cols * self.book.digits.len()).max(1);
+        assert!(
+            first + rows as u32 <= self.shape.rows && out.len() == rows * cols * self.book.digits.len(),
+            "rows' digits"
+        );
+        if let (Some(streams), Some(trellis)) = (&self.streams, &self.format().trellis) {
+            self.windows(streams, trellis, tensors, first..first + rows as u32, |row, col, window| {
+                for (plane, digits) in self.book.digits.iter().enumerate() {
+                    out[(plane * rows + (row - first) as usize) * cols + col as usize] = digits[window as usize];
                 }
-            } else {
-                self.each_code(tensors, row, out, |code| digits[code as usize]);
+            });
+            return;
+        }
+        let v = self.format().vector as usize;
+        for (digits, out) in self.book.digits.iter().zip(out.chunks_mut(rows * cols)) {
+            for (row, out) in (first..).zip(out.chunks_mut(cols)) {
+                if v > 1 {
+                    for (k, out) in (0..).zip(out.chunks_mut(v)) {
+                        let code = self.code(tensors, row, k) as usize;
+                        out.copy_from_slice(&digits[code * v..][..out.len()]);
+                    }
+                } else {
+                    self.each_code(tensors, row, out, |code| digits[code as usize]);
+                }
             }
         }
     }
@@ -79,7 +94,7 @@ impl Reader {
         for col in (0..self.shape.cols).step_by(terms.run.unwrap_or(self.shape.cols) as usize) {
             (0..).zip(&mut values).for_each(|(f, value)| *value = self.term(terms, tensors, f, row, col));
             slopes.push(terms.slope.value(&|f| values[f], &mut nodes));
-            rests.extend(terms.rest.as_ref().map(|rest| rest.value(&|f| values[f], &mut nodes)));
+            rests.extend(terms.of_rests().map(|rest| rest.value(&|f| values[f], &mut nodes)));
         }
         terms.numbers(self.shape.cols, &slopes, &rests, out);
     }
@@ -104,19 +119,26 @@ impl Reader {
         let terms = self.terms().expect("a format with terms").clone();
         let (rows, cols) = (self.shape.rows as usize, self.shape.cols as usize);
         let planes = terms.planes() as usize;
-        let (mut digits, mut numbers) = (vec![0; cols * planes], Numbers::default());
+        let (mut digits, mut numbers) = (Vec::new(), Numbers::default());
         let mut out = vec![0.0; rows * tokens.len()];
         for row in 0..rows {
-            self.digits(tensors, row as u32, &mut digits);
+            // Rows of a block are decoded together.
+            let within = row % BLOCK as usize;
+            let at_once = (BLOCK as usize).min(rows - (row - within));
+            if within == 0 {
+                digits.resize(cols * planes * at_once, 0);
+                self.digits(tensors, row as u32, &mut digits);
+            }
             self.numbers(tensors, row as u32, &mut numbers);
             for (token, x) in tokens.iter().enumerate() {
                 let mut sum = 0i64;
                 for (col, &q) in x.q.iter().enumerate() {
-                    let digit = (0..planes).map(|p| i64::from(digits[p * cols + col]) << (8 * p)).sum::<i64>();
+                    let digit = |p: usize| i64::from(digits[(p * at_once + within) * cols + col]) << (8 * p);
+                    let integer =
+                        (0..planes).map(digit).sum::<i64>() * i64::from(terms.times) + i64::from(terms.lowest);
                     let run = terms.run.map_or(0, |run| col / run as usize);
                     let rest = numbers.rests.get(run).copied().unwrap_or(0);
-                    let weight = i64::from(numbers.slopes[run]) * (digit + i64::from(terms.lowest));
-                    sum += (weight + i64::from(rest)) * i64::from(q);
+                    sum += (i64::from(numbers.slopes[run]) * integer + i64::from(rest)) * i64::from(q);
                 }
                 out[token * rows + row] = sum as f32 * numbers.factor * x.scale;
             }

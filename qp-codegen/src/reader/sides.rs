@@ -8,6 +8,7 @@ use super::places::read;
 use super::{Misfit, Reader};
 use crate::layout;
 use crate::spec::format::{Format, Step};
+use crate::spec::terms::Side;
 use crate::spec::{Shape, index::gcd};
 
 /// A step with the numbers of a matrix.
@@ -81,7 +82,48 @@ fn hadamard(x: &mut [f32], n: usize, inner: usize) {
     }
 }
 
+/// What is done to a token's activations, or its results, by the side of a format whose products are exact.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Turned {
+    /// One a number, or none.
+    pub factors: Vec<f32>,
+    /// Numbers that a transform mixes.
+    pub mixed: Option<u32>,
+}
+
+impl Turned {
+    /// Activations as they enter the product: factors, then transforms.
+    pub fn enter(&self, x: &mut [f32]) {
+        x.iter_mut().zip(&self.factors).for_each(|(x, f)| *x *= f);
+        self.mix(x);
+    }
+
+    /// Results as they leave it: transforms, then factors.
+    pub fn leave(&self, y: &mut [f32]) {
+        self.mix(y);
+        y.iter_mut().zip(&self.factors).for_each(|(y, f)| *y *= f);
+    }
+
+    fn mix(&self, x: &mut [f32]) {
+        if let Some(n) = self.mixed {
+            hadamard(x, n as usize, 1);
+        }
+    }
+}
+
 impl Reader {
+    /// What is done to activations and results, of a format with terms.
+    pub fn turned(&self, tensors: &[&[u8]]) -> Option<[Turned; 2]> {
+        let sides = self.terms()?.sides;
+        let turned = |side: Side, all: u32| {
+            let number =
+                |f: usize, i: u32| self.format().fields[f].ty.value(read(&self.fields[f], tensors, i.into(), 0));
+            let factors = side.field.map_or(Vec::new(), |f| (0..all).map(|i| number(f, i)).collect());
+            Turned { factors, mixed: side.hadamard.map(|n| n.unwrap_or(all)) }
+        };
+        Some([turned(sides.input, self.shape.cols), turned(sides.output, self.shape.rows)])
+    }
+
     /// The steps for rows `first` and so many more.
     pub(super) fn sides(&self, tensors: &[&[u8]], first: u32, rows: u32) -> Sides {
         let format = self.format();

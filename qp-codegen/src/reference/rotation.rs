@@ -172,20 +172,89 @@ fn paley(m: u32) -> Option<Vec<bool>> {
 /// use qp_codegen::reference::transforms;
 /// use qp_codegen::spec::Rotation;
 ///
-/// let all = transforms(Rotation::Hadamard { seed: 0, block: Some(64) }, 172);
+/// let all = transforms(Rotation::Hadamard { seed: 0, block: Some(64), interleave: None }, 172);
 /// let blocks: Vec<(u32, u32)> = all.iter().map(|h| (h.blocks, h.columns / h.blocks)).collect();
 /// assert_eq!(blocks, [(2, 64), (1, 32), (1, 8), (1, 4)]);
 /// ```
 pub fn transforms(rotation: Rotation, columns: u32) -> Vec<Hadamard> {
     match rotation {
         Rotation::None => Vec::new(),
-        Rotation::Hadamard { seed: _, block: None } => vec![Hadamard::new(columns)],
-        Rotation::Hadamard { seed: _, block: Some(block) } => {
+        Rotation::Hadamard { block: None, .. } => vec![Hadamard::new(columns)],
+        Rotation::Hadamard { block: Some(block), .. } => {
             let whole = (columns >= block).then(|| Hadamard::side_by_side(columns / block, block));
             let rest = columns % block;
             let pieces = (0..32).rev().map(|bit| rest & (1 << bit)).filter(|&size| size > 0);
             whole.into_iter().chain(pieces.map(|size| Hadamard::side_by_side(1, size))).collect()
         }
+    }
+}
+
+/// Columns that stay neighbours when blocks are interleaved: a **cell**.
+pub const INTERLEAVED: u32 = 16;
+
+/// How the blocks of a rotation are interleaved: of each `interleave` columns the first cell of every block, then the second
+/// of every block, and so on, so that each block's columns are spread evenly over all of them.
+///
+/// A group of columns that a trellis encodes together then has some of each block. Where inputs are large in one direction, which
+/// the rotation spreads over a block alone, data-aware rounding can make good the errors along it, since groups that
+/// come later have a part of it too.
+///
+/// What remains behind the last whole `interleave` columns is interleaved by itself, its last block smaller; columns behind the
+/// last whole cell stay where they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interleave {
+    /// Cells of a whole span.
+    pub span: u32,
+    /// Cells of a block.
+    pub block: u32,
+    /// First cell behind the whole spans.
+    pub tail: u32,
+    /// Whole blocks there.
+    pub blocks: u32,
+    /// Cells of the smaller block behind them.
+    pub rest: u32,
+}
+
+impl Interleave {
+    /// That of a rotation of rows of `columns` values; nothing if no column moves.
+    pub fn of(rotation: Rotation, columns: u32) -> Option<Self> {
+        let Rotation::Hadamard { seed: _, block: Some(block), interleave: Some(span) } = rotation else { return None };
+        let (span, block, cells) = (span / INTERLEAVED, block / INTERLEAVED, columns / INTERLEAVED);
+        let tail = cells / span * span;
+        let all = Interleave { span, block, tail, blocks: (cells - tail) / block, rest: (cells - tail) % block };
+        (tail > 0 || all.blocks > 0).then_some(all)
+    }
+
+    /// Where cell `cell` goes.
+    pub fn place(self, cell: u32) -> u32 {
+        let Interleave { span, block, tail, blocks, rest } = self;
+        if cell < tail {
+            let (first, within) = (cell / span * span, cell % span);
+            return first + within % block * (span / block) + within / block;
+        }
+        let within = cell - tail;
+        if within >= blocks * block + rest {
+            return cell;
+        }
+        let (number, at) = (within / block, within % block);
+        tail + at * blocks + at.min(rest) + number
+    }
+
+    fn cells(self) -> impl Iterator<Item = (usize, usize)> {
+        (0..self.tail + self.blocks * self.block + self.rest)
+            .map(move |cell| (cell as usize, self.place(cell) as usize))
+    }
+
+    fn apply(self, x: &mut [f32]) {
+        let (from, to) = (x.to_vec(), x.as_chunks_mut::<{ INTERLEAVED as usize }>().0);
+        let from = from.as_chunks::<{ INTERLEAVED as usize }>().0;
+        self.cells().for_each(|(cell, place)| to[place] = from[cell]);
+    }
+
+    fn undo(self, x: &mut [f32]) {
+        let (from, to) = (x.to_vec(), x.as_chunks_mut::<{ INTERLEAVED as usize }>().0);
+        let from = from.as_chunks::<{ INTERLEAVED as usize }>().0;
+        self.cells().for_each(|(cell, place)| to[cell] = from[place]);
     }
 }
 
@@ -197,6 +266,7 @@ pub struct Rotator(Option<Turn>);
 struct Turn {
     signs: Vec<bool>,
     transforms: Vec<Hadamard>,
+    interleave: Option<Interleave>,
     back: bool,
 }
 
@@ -205,15 +275,16 @@ impl Rotator {
     pub fn new(rotation: Rotation, columns: u32) -> Self {
         match rotation {
             Rotation::None => Rotator(None),
-            Rotation::Hadamard { seed, block: _ } => Rotator(Some(Turn {
+            Rotation::Hadamard { seed, .. } => Rotator(Some(Turn {
                 signs: layout::signs(seed, columns),
                 transforms: transforms(rotation, columns),
+                interleave: Interleave::of(rotation, columns),
                 back: false,
             })),
         }
     }
 
-    /// Prepares the inverse of `rotation`: the transposed transforms, then the signs.
+    /// Prepares the inverse of `rotation`: columns where they were, the transposed transforms, then the signs.
     pub fn inverse(rotation: Rotation, columns: u32) -> Self {
         let turn = Rotator::new(rotation, columns).0;
         Rotator(turn.map(|t| Turn {
@@ -226,7 +297,7 @@ impl Rotator {
     /// Rotates one row of weights or one token's activations, in place. Inlined as [`Hadamard::apply`] is.
     #[inline(always)]
     pub fn apply(&self, x: &mut [f32]) {
-        let Some(Turn { signs, transforms, back }) = &self.0 else { return };
+        let Some(Turn { signs, transforms, interleave, back }) = &self.0 else { return };
         let transform = |x: &mut [f32]| {
             let mut rest = x;
             for h in transforms {
@@ -236,6 +307,7 @@ impl Rotator {
             }
         };
         if *back {
+            interleave.iter().for_each(|i| i.undo(x));
             transform(x);
         }
         for (v, neg) in x.iter_mut().zip(signs) {
@@ -245,6 +317,7 @@ impl Rotator {
         }
         if !*back {
             transform(x);
+            interleave.iter().for_each(|i| i.apply(x));
         }
     }
 }
@@ -305,12 +378,52 @@ mod tests {
     }
 
     #[test]
+    fn interleaved_blocks_are_spread_over_all_groups() {
+        for (columns, block, span) in [
+            (4096, 128, 1024),
+            (14336, 128, 1024),
+            (576, 128, 1024),
+            (1536, 128, 1024),
+            (333, 16, 64),
+            (5000, 64, 4096),
+        ] {
+            let of = |interleave| Rotation::Hadamard { seed: 7, block: Some(block), interleave };
+            let what = format!("{columns} columns, blocks of {block}, over {span}");
+            let x: Vec<f32> = (0..columns).map(|i| (i * 37 % 101) as f32 - 50.0).collect();
+            let (mut plain, mut moved) = (x.clone(), x.clone());
+            rotate(of(None), &mut plain);
+            rotate(of(Some(span)), &mut moved);
+            let interleave = Interleave::of(of(Some(span)), columns).expect("columns move");
+            let place = |c: u32| interleave.place(c / INTERLEAVED) * INTERLEAVED + c % INTERLEAVED;
+            let mut groups_of: Vec<Vec<u32>> = vec![Vec::new(); columns.div_ceil(block) as usize];
+            for c in 0..columns {
+                assert_eq!(moved[place(c) as usize], plain[c as usize], "{what}: {c}");
+                groups_of[(c / block) as usize].push(place(c) / 128);
+            }
+            // A block reaches as many groups of 128 as it has cells, or all that its span has, but for what rounding takes.
+            for (number, groups) in groups_of.iter_mut().enumerate() {
+                groups.dedup();
+                let first = number as u32 * block / span * span;
+                let (cells, wide) =
+                    ((columns - number as u32 * block).min(block) / INTERLEAVED, (columns - first).min(span));
+                let rest = columns % span % block;
+                if cells * INTERLEAVED == block && rest == 0 {
+                    assert!(groups.len() as u32 >= cells.min(wide / 128), "{what}: block {number} in {groups:?}");
+                }
+            }
+            Rotator::inverse(of(Some(span)), columns).apply(&mut moved);
+            assert!(moved.iter().zip(&x).all(|(a, b)| (a - b).abs() < 1e-3), "{what}");
+        }
+        assert_eq!(Interleave::of(Rotation::Hadamard { seed: 0, block: Some(128), interleave: Some(1024) }, 100), None);
+    }
+
+    #[test]
     fn rotation_keeps_products() {
         let mut a: Vec<f32> = (0..768).map(|i| (i as f32 * 0.37).sin()).collect();
         let mut b: Vec<f32> = (0..768).map(|i| (i as f32 * 0.11).cos()).collect();
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
         let before = dot(&a, &b);
-        let r = Rotation::Hadamard { seed: 7, block: None };
+        let r = Rotation::Hadamard { seed: 7, block: None, interleave: None };
         rotate(r, &mut a);
         rotate(r, &mut b);
         assert!((dot(&a, &b) - before).abs() < 1e-3, "{} {before}", dot(&a, &b));
@@ -321,7 +434,7 @@ mod tests {
         for columns in [1, 6, 7, 172, 256, 344, 576, 768, 4864] {
             for block in [None, Some(2), Some(16), Some(128), Some(512)] {
                 let x: Vec<f32> = (0..columns).map(|i| (i as f32 * 0.37).sin()).collect();
-                let rotation = Rotation::Hadamard { seed: 7, block };
+                let rotation = Rotation::Hadamard { seed: 7, block, interleave: None };
                 let mut y = x.clone();
                 rotate(rotation, &mut y);
                 Rotator::inverse(rotation, columns).apply(&mut y);
@@ -332,7 +445,7 @@ mod tests {
 
     #[test]
     fn blocks_are_transformed_alone() {
-        let rotation = Rotation::Hadamard { seed: 7, block: Some(128) };
+        let rotation = Rotation::Hadamard { seed: 7, block: Some(128), interleave: None };
         // 300 = 2 · 128 + 32 + 8 + 4.
         let ends = [128, 256, 288, 296, 300];
         for column in [0usize, 130, 255, 270, 290, 299] {
@@ -352,7 +465,7 @@ mod tests {
         let x: Vec<f32> = (0..256).map(|i| (i as f32 * 0.37).sin()).collect();
         let turned = |block| {
             let mut x = x.clone();
-            rotate(Rotation::Hadamard { seed: 7, block }, &mut x);
+            rotate(Rotation::Hadamard { seed: 7, block, interleave: None }, &mut x);
             x
         };
         assert_eq!(turned(None), turned(Some(256)));

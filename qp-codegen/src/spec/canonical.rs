@@ -28,8 +28,10 @@ fn body(q: &Quantizer) -> String {
     };
     let rotation = match q.rotation {
         Rotation::None => "none".to_string(),
-        Rotation::Hadamard { seed, block: None } => format!("hadamard(seed = {seed})"),
-        Rotation::Hadamard { seed, block: Some(block) } => format!("hadamard(seed = {seed}, block = {block})"),
+        Rotation::Hadamard { seed, block, interleave } => {
+            let of = |name, value: Option<u32>| value.map(|n| format!(", {name} = {n}")).unwrap_or_default();
+            format!("hadamard(seed = {seed}{}{})", of("block", block), of("interleave", interleave))
+        }
     };
     let mut out = format!("{{\n    scale  {scale}\n    rotate {rotation}\n");
     match &q.codes[..] {

@@ -258,6 +258,12 @@ pub struct Room {
 }
 
 impl Decode {
+    /// The value of a word, or a bit, of an expression of words alone.
+    pub fn word(&self, code: u32, node: Node, room: &mut Room) -> u32 {
+        self.eval_wide(code, 0, &|_, _, _| 0, room, &mut []);
+        room.words[node.0 as usize]
+    }
+
     /// As [`Decode::eval`], with entries of 64 bits and any `vector`: what formats use. `table` gives component `k` of
     /// entry `i` (not yet reduced by its length) of a table. `out` gets the entries.
     pub fn eval_wide(

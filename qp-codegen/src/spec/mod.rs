@@ -114,6 +114,8 @@ pub enum Rotation {
         seed: u64,
         /// Columns that are transformed together, a power of two; all without it. See [`crate::reference::transforms`].
         block: Option<u32>,
+        /// Columns whose blocks are interleaved afterwards, a power of two; see [`crate::reference::Interleave`].
+        interleave: Option<u32>,
     },
 }
 

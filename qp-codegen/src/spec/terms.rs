@@ -21,13 +21,19 @@
 //! Integers of up to 24 bits are taken as they are, as one to three bytes that are multiplied each on its own. Those of more, which
 //! floats in a table of entries are, are rounded to 16 bits, about as activations are.
 //!
+//! Where fields that are small integers are added to the entry before it is multiplied, as zero points are, `(entry - z) * s`, the weight is
+//! `slope × (integer + zero)`: the rest is the slope, rounded, times an integer, and need not be multiplied apart.
+//!
 //! If slopes are those of whole rows and there is no rest, the sum is that of the integers and the slope is multiplied
 //! with it at the end, as the scales of the palette's quantizers are.
 
+mod stream;
+
 use super::Shape;
 use super::expr::Room;
-use super::format::{Arithmetic, Cover, Field, Format, Number, Weight, WeightOp};
+use super::format::{Arithmetic, Cover, Field, Format, Number, Step, Weight, WeightOp};
 use crate::syntax::number::Rational;
+pub use stream::{BLOCK, Digits, RUN, Runs, Stream};
 
 /// Columns of a tile of a matrix that is stored again for products; runs are of so many, or of a part of them.
 pub const TILE: u32 = 128;
@@ -64,11 +70,11 @@ pub enum Inexact {
     /// A weight that is no straight line through the entries.
     #[error("its weight is not the entry times fields, plus fields")]
     NoLine,
-    /// A window that overlaps others.
-    #[error("its codes have memory")]
-    Memory,
+    /// Windows that overlap others, and why they are not decoded in a kernel.
+    #[error("its codes have memory, and {0}")]
+    Memory(&'static str),
     /// Steps of input or output.
-    #[error("its activations or results are transformed")]
+    #[error("its activations or results are transformed, and not by a field and one transform, of up to 128 results")]
     Sides,
     /// Codes that are too many to write out.
     #[error("codes of {0} bits are too many to write their entries out")]
@@ -105,8 +111,63 @@ pub struct Terms {
     pub slope: Weight,
     /// The same, if there is one.
     pub rest: Option<Weight>,
-    /// Columns of a run; nothing if the slope is that of a whole row, and no rest.
+    /// What is added to the integer before it is multiplied, if something is; then there is no rest. The expression is of fields and
+    /// constants that are integers.
+    pub zero: Option<Weight>,
+    /// Columns of a run; nothing if the slope is that of a whole row, and neither rest nor zero.
     pub run: Option<u32>,
+    /// What the digits are multiplied with: an integer is so many times its digits, plus the smallest.
+    pub times: i32,
+    /// How digits follow from streams, if codes have memory.
+    pub stream: Option<Stream>,
+    /// What is done to activations and results.
+    pub sides: Sides,
+}
+
+/// What is done to the activations that enter a product, and to its results.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Sides {
+    /// First the field, then the transform.
+    pub input: Side,
+    /// First the transform, then the field.
+    pub output: Side,
+}
+
+/// A product with the numbers of a field, and transforms.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Side {
+    /// The field, among the format's.
+    pub field: Option<usize>,
+    /// Numbers that a transform mixes; all of them where it does not say.
+    pub hadamard: Option<Option<u32>>,
+}
+
+/// Most results that a transform mixes.
+pub const MOST_MIXED: u32 = 128;
+
+impl Sides {
+    /// Those of a format.
+    fn of(format: &Format) -> Result<Sides, Inexact> {
+        let side = |steps: &mut dyn Iterator<Item = &Step>| {
+            let mut side = Side::default();
+            for step in steps {
+                match *step {
+                    Step::Field(f) if side == Side::default() => side.field = Some(f),
+                    Step::Hadamard(n) if side.hadamard.is_none() => side.hadamard = Some(n),
+                    Step::Field(_) | Step::Hadamard(_) | Step::Signs(_) | Step::Permute(_) => return None,
+                }
+            }
+            Some(side)
+        };
+        let (input, output) = (side(&mut format.input.iter()), side(&mut format.output.iter().rev()));
+        let short = |s: &Side| s.hadamard.is_none_or(|n| n.is_some_and(|n| n <= MOST_MIXED));
+        input.zip(output.filter(short)).map(|(input, output)| Sides { input, output }).ok_or(Inexact::Sides)
+    }
+
+    /// True if nothing is done.
+    pub fn is_empty(&self) -> bool {
+        *self == Sides::default()
+    }
 }
 
 /// A value that is a straight line through the integer.
@@ -114,6 +175,33 @@ pub struct Terms {
 struct Line {
     slope: Option<Vec<WeightOp>>,
     rest: Option<Vec<WeightOp>>,
+    /// Small integers of which the rest is a product with the slope.
+    zero: Option<Vec<WeightOp>>,
+}
+
+/// The least and the greatest value of an expression of small integers; `None` if it is none.
+fn whole(ops: &[WeightOp], ty: &dyn Fn(usize) -> Number) -> Option<(i64, i64)> {
+    let mut nodes: Vec<(i64, i64)> = Vec::new();
+    for op in ops {
+        nodes.push(match *op {
+            WeightOp::Const(c) => c.integer().and_then(|c| i64::try_from(c).ok()).map(|c| (c, c))?,
+            WeightOp::Field(f) => match ty(f) {
+                // A layout may store a number less one.
+                Number::Unsigned(n) if n <= 8 => (0, 1 << n),
+                Number::Signed(n) if n <= 8 => (-(1 << (n - 1)), 1 << (n - 1)),
+                _ => return None,
+            },
+            WeightOp::Neg(a) => (-nodes[a].1, -nodes[a].0),
+            WeightOp::Binary(Arithmetic::Add, a, b) => (nodes[a].0 + nodes[b].0, nodes[a].1 + nodes[b].1),
+            WeightOp::Binary(Arithmetic::Sub, a, b) => (nodes[a].0 - nodes[b].1, nodes[a].1 - nodes[b].0),
+            WeightOp::Binary(..) | WeightOp::Entry | WeightOp::Lookup(..) => return None,
+        });
+        let (least, most) = nodes[nodes.len() - 1];
+        if least < -(1 << NARROW) || most > 1 << NARROW {
+            return None;
+        }
+    }
+    nodes.pop()
 }
 
 /// `a op b`, the nodes of `b` behind those of `a`.
@@ -160,48 +248,63 @@ impl Terms {
     /// # Errors
     /// If its products are not computed exactly, why.
     pub fn of(format: &Format) -> Result<Terms, Inexact> {
-        if format.trellis.is_some() {
-            return Err(Inexact::Memory);
-        }
-        if format.has_sides() {
-            return Err(Inexact::Sides);
-        }
         if let Some(table) = format.numbers.first() {
             return Err(Inexact::Lookup(format.fields[*table].name.clone()));
         }
         if !format.has_book() {
             return Err(Inexact::Long(format.window));
         }
-        let (mut integers, mut room) = (vec![0; format.vector as usize], Room::default());
-        let (mut lowest, mut highest) = (i32::MAX, i32::MIN);
-        for code in 0..1u32 << format.window {
-            format.integers(code, &[], &mut room, &mut integers);
-            for &i in &integers {
-                // The integers of a checked format are of its entries' type.
-                (lowest, highest) = (lowest.min(i as i32), highest.max(i as i32));
-            }
-        }
+        let sides = Sides::of(format)?;
         let bits_of = |lowest: i32, highest: i32| 32 - highest.abs_diff(lowest).max(1).leading_zeros();
-        let mut rounded = 0;
-        if bits_of(lowest, highest) > WIDEST {
-            let of = |by| (round(lowest, by), round(highest, by));
-            rounded = (1..31).find(|&by| bits_of(of(by).0, of(by).1) <= ROUNDED).unwrap_or(31);
-            (lowest, highest) = of(rounded);
+        let (mut rounded, mut times, mut table, mut stream) = (0, 1, None, None);
+        let (lowest, highest, bits);
+        if let Some(trellis) = &format.trellis {
+            let line = stream::Line::of(format, trellis)?;
+            (lowest, highest, bits) = (line.lowest, line.highest, line.bits);
+            (times, stream) = (line.times, Some(line.stream));
+        } else {
+            let (mut integers, mut room) = (vec![0; format.vector as usize], Room::default());
+            let (mut low, mut high) = (i32::MAX, i32::MIN);
+            for code in 0..1u32 << format.window {
+                format.integers(code, &[], &mut room, &mut integers);
+                for &i in &integers {
+                    // The integers of a checked format are of its entries' type.
+                    (low, high) = (low.min(i as i32), high.max(i as i32));
+                }
+            }
+            if bits_of(low, high) > WIDEST {
+                let of = |by| (round(low, by), round(high, by));
+                rounded = (1..31).find(|&by| bits_of(of(by).0, of(by).1) <= ROUNDED).unwrap_or(31);
+                (low, high) = of(rounded);
+            }
+            (lowest, highest, bits) = (low, high, bits_of(low, high));
+            table = (format.window == CODE && format.vector == 1 && bits > CODE).then(|| {
+                let digits = |code| {
+                    format.integers(code, &[], &mut room, &mut integers);
+                    round(integers[0] as i32, rounded).abs_diff(lowest)
+                };
+                (0..1 << CODE).map(digits).collect()
+            });
         }
-        let bits = bits_of(lowest, highest);
-        let most = lowest.unsigned_abs().max(highest.unsigned_abs()).max(1);
+        let mut line = line(format, rounded)?;
+        let zeros =
+            line.zero.as_ref().and_then(|zero| whole(zero, &|f| format.fields[f].ty)).filter(|(least, most)| {
+                let sums = [i64::from(lowest) + least, i64::from(highest) + most];
+                let narrow = rounded == 0 && bits <= 8 && stream.is_none();
+                narrow && sums.iter().all(|x| x.unsigned_abs() <= 1 << NARROW)
+            });
+        match zeros {
+            Some(_) => line.rest = None,
+            None => line.zero = None,
+        }
+        // A zero by itself has its place beside the slope as well.
+        let (least, largest) = zeros.unwrap_or_default();
+        let all = [0, lowest.into(), highest.into()].map(|x: i64| [x, x + least, x + largest]);
+        let most = all.as_flattened().iter().fold(1, |most, x| most.max(x.unsigned_abs()));
         let span = most.next_power_of_two().trailing_zeros();
         if span > WIDEST {
             return Err(Inexact::Far { lowest, highest });
         }
-        let table = (format.window == CODE && format.vector == 1 && bits > CODE).then(|| {
-            let digits = |code| {
-                format.integers(code, &[], &mut room, &mut integers);
-                round(integers[0] as i32, rounded).abs_diff(lowest)
-            };
-            (0..1 << CODE).map(digits).collect()
-        });
-        let line = line(format, rounded)?;
         let slope = line.slope.ok_or(Inexact::NoLine)?;
         let mut fields: Vec<(usize, Field)> = Vec::new();
         let mut named = |ops: Vec<WeightOp>| -> Weight {
@@ -218,8 +321,8 @@ impl Terms {
             };
             Weight { ops: ops.into_iter().map(of).collect() }
         };
-        let (slope, rest) = (named(slope), line.rest.map(&mut named));
-        let mut run = rest.is_some().then_some(TILE);
+        let (slope, rest, zero) = (named(slope), line.rest.map(&mut named), line.zero.map(&mut named));
+        let mut run = (rest.is_some() || zero.is_some()).then_some(TILE);
         for (_, f) in &fields {
             match f.cover {
                 Cover::Matrix | Cover::Row => (),
@@ -236,17 +339,57 @@ impl Terms {
                 }
             }
         }
-        Ok(Terms { rounded, lowest, bits, table, span, fields, slope, rest, run })
+        if times != 1 && run.is_some() {
+            return Err(Inexact::Memory("its weights have fields of runs"));
+        }
+        Ok(Terms { rounded, lowest, bits, table, span, fields, slope, rest, zero, run, times, stream, sides })
     }
 
-    /// The digits of one of the format's integers.
-    pub fn digits(&self, integer: i32) -> u32 {
-        round(integer, self.rounded).abs_diff(self.lowest)
+    /// The digits of all codes of the format whose terms these are, code by code.
+    pub fn book(&self, format: &Format) -> Vec<u32> {
+        if let Some(stream) = &self.stream {
+            return stream.book().into_iter().map(u32::from).collect();
+        }
+        let (mut integers, mut room) = (vec![0; format.vector as usize], Room::default());
+        let mut out = Vec::with_capacity((format.vector as usize) << format.window);
+        for code in 0..1u32 << format.window {
+            format.integers(code, &[], &mut room, &mut integers);
+            // The integers of a checked format are of its entries' type.
+            out.extend(integers.iter().map(|&i| round(i as i32, self.rounded).abs_diff(self.lowest)));
+        }
+        out
+    }
+
+    /// The columns of each 16 in the order in which products take them, if it is not theirs.
+    pub fn order(&self) -> Option<[u8; BLOCK as usize]> {
+        self.stream.as_ref().map(|s| s.runs.columns)
+    }
+
+    /// The largest integer that digits make.
+    pub fn highest(&self) -> i32 {
+        let most = match self.stream.as_ref().map(|s| &s.digits) {
+            Some(Digits::Bytes { .. }) => 4 * i32::from(u8::MAX),
+            Some(Digits::Book(_)) | None => (1 << self.bits) - 1,
+        };
+        self.lowest + self.times * most
     }
 
     /// Bytes of the digits, each of which is multiplied on its own.
     pub fn planes(&self) -> u32 {
         self.bits.div_ceil(8)
+    }
+
+    /// The expression that says the rests of a row's runs: of the rest, or of the zero, which is a part of it.
+    pub fn of_rests(&self) -> Option<&Weight> {
+        self.rest.as_ref().or(self.zero.as_ref())
+    }
+
+    /// The least and the greatest integer, zeros added.
+    pub fn integers(&self) -> (i64, i64) {
+        let fields = |zero: &Weight| whole(&zero.ops, &|f| self.fields[f].1.ty);
+        let (least, most) = self.zero.as_ref().and_then(fields).unwrap_or_default();
+        let lowest = i64::from(self.lowest);
+        (lowest + least, i64::from(self.highest()) + most)
     }
 
     /// True of integers whose sums over a run need more than 32 bits.
@@ -275,7 +418,7 @@ impl Terms {
         self.run.map_or(1, |run| cols.div_ceil(run) as usize)
     }
 
-    /// The numbers of a row of `cols` columns from the slope and the rest of each of its runs.
+    /// The numbers of a row of `cols` columns from the slope of each of its runs, and the rest or zero, which [`Terms::of_rests`] says.
     pub fn numbers(&self, cols: u32, slopes: &[f32], rests: &[f32], out: &mut Numbers) {
         out.slopes.clear();
         out.rests.clear();
@@ -285,13 +428,18 @@ impl Terms {
             return;
         }
         let span = self.span as i32;
-        let largest = slopes.iter().map(|&x| exponent(x) + span).chain(rests.iter().map(|&x| exponent(x)));
+        let of_rests = if self.zero.is_some() { &[] } else { rests };
+        let largest = slopes.iter().map(|&x| exponent(x) + span).chain(of_rests.iter().map(|&x| exponent(x)));
         out.grid = (largest.max().unwrap_or(0) + 1 - self.precision(cols)).max(LEAST);
         out.factor = power(out.grid);
         let inverse = power(-out.grid);
         let whole = |x: &f32| (x * inverse).round_ties_even() as i32;
         out.slopes.extend(slopes.iter().map(whole));
-        out.rests.extend(rests.iter().map(whole));
+        if self.zero.is_some() {
+            out.rests.extend(out.slopes.iter().zip(rests).map(|(slope, &zero)| slope * zero as i32));
+        } else {
+            out.rests.extend(rests.iter().map(whole));
+        }
     }
 }
 
@@ -329,34 +477,40 @@ fn line(format: &Format, rounded: u32) -> Result<Line, Inexact> {
     let constant = |c: Rational| vec![WeightOp::Const(c)];
     let rest = format.offset.checked_mul(format.unit).ok_or(Inexact::NoLine)?;
     let unit = format.unit.checked_mul(Rational::from(1i64 << rounded)).ok_or(Inexact::NoLine)?;
-    let entry = Line { slope: Some(constant(unit)), rest: (rest != 0.into()).then(|| constant(rest)) };
+    let entry = Line { slope: Some(constant(unit)), rest: (rest != 0.into()).then(|| constant(rest)), zero: None };
+    let one = constant(1.into());
+    let small = |ops: &Vec<WeightOp>| whole(ops, &|f| format.fields[f].ty).is_some();
+    // A line times a factor. Integers beside the entry stay there.
+    let times = |line: &Line, by: &dyn Fn(&[WeightOp]) -> Vec<WeightOp>| {
+        let of = |ops: &Option<Vec<WeightOp>>| ops.as_deref().map(by);
+        let zero = if line.slope.as_ref() == Some(&one) { line.rest.clone().filter(small) } else { line.zero.clone() };
+        Line { slope: of(&line.slope), rest: of(&line.rest), zero }
+    };
     let mut nodes: Vec<Line> = Vec::new();
     for op in &format.weight.ops {
         let node = match *op {
             WeightOp::Entry => entry.clone(),
-            WeightOp::Const(c) => Line { slope: None, rest: Some(constant(c)) },
-            WeightOp::Field(f) => Line { slope: None, rest: Some(vec![WeightOp::Field(f)]) },
+            WeightOp::Const(c) => Line { rest: Some(constant(c)), ..Line::default() },
+            WeightOp::Field(f) => Line { rest: Some(vec![WeightOp::Field(f)]), ..Line::default() },
             WeightOp::Lookup(table, _) => return Err(Inexact::Lookup(format.fields[table].name.clone())),
             WeightOp::Neg(a) => {
                 let a = &nodes[a];
-                Line { slope: a.slope.as_deref().map(negative), rest: a.rest.as_deref().map(negative) }
+                Line {
+                    slope: a.slope.as_deref().map(negative),
+                    rest: a.rest.as_deref().map(negative),
+                    zero: a.zero.clone(),
+                }
             }
             WeightOp::Binary(op @ (Arithmetic::Add | Arithmetic::Sub), a, b) => {
                 let (a, b) = (nodes[a].clone(), nodes[b].clone());
-                Line { slope: sum(op, a.slope, b.slope), rest: sum(op, a.rest, b.rest) }
+                Line { slope: sum(op, a.slope, b.slope), rest: sum(op, a.rest, b.rest), zero: None }
             }
             WeightOp::Binary(op, a, b) => {
                 // One of a product's factors, and what is divided by, has no slope.
                 let (a, b) = (&nodes[a], &nodes[b]);
                 match (op, a, b) {
-                    (_, a, Line { slope: None, rest: Some(b) }) => Line {
-                        slope: a.slope.as_deref().map(|a| join(op, a, b)),
-                        rest: a.rest.as_deref().map(|a| join(op, a, b)),
-                    },
-                    (Arithmetic::Mul, Line { slope: None, rest: Some(a) }, b) => Line {
-                        slope: b.slope.as_deref().map(|b| join(op, a, b)),
-                        rest: b.rest.as_deref().map(|b| join(op, a, b)),
-                    },
+                    (_, a, Line { slope: None, rest: Some(b), .. }) => times(a, &|a| join(op, a, b)),
+                    (Arithmetic::Mul, Line { slope: None, rest: Some(a), .. }, b) => times(b, &|b| join(op, a, b)),
                     _ => return Err(Inexact::NoLine),
                 }
             }
@@ -444,9 +598,13 @@ mod tests {
         let t = of("gptq_int4_g128").unwrap();
         assert_eq!((t.lowest, t.bits, t.span, t.run), (0, 4, 4, Some(128)));
         assert_eq!(t.slope.ops, [WeightOp::Field(0)]);
-        // -z * s
-        let rest = [WeightOp::Field(1), WeightOp::Neg(0), WeightOp::Field(0), WeightOp::Binary(Arithmetic::Mul, 1, 2)];
-        assert_eq!(t.rest.unwrap().ops, rest);
+        // (e - z) * s
+        assert_eq!(t.rest, None);
+        assert_eq!(t.integers(), (-16, 15));
+        assert_eq!(t.zero.unwrap().ops, [WeightOp::Field(1), WeightOp::Neg(0)]);
+        // With a zero of 8 bits, integers of 8 bits still have sums within 32.
+        let t = of("gptq_int8_g128").unwrap();
+        assert_eq!((t.integers(), t.span, t.is_wide()), ((-256, 255), 8, false));
         let t = of("q8_0").unwrap();
         assert_eq!((t.lowest, t.bits, t.span, t.run, t.rest), (-128, 8, 7, Some(32), None));
         let t = of("q4_k").unwrap();
@@ -464,20 +622,31 @@ mod tests {
         assert_eq!((t.rounded, t.lowest, t.bits, t.planes(), t.run), (14, -16_384, 16, 2, Some(64)));
         let why = |name: &str| of(name).unwrap_err().to_string();
         assert!(why("iq1_m").contains("`down` is for 1 x 8"), "{}", why("iq1_m"));
-        assert_eq!(why("exl3_mul1_3"), "its codes have memory");
-        assert_eq!(why("e8p"), "its activations or results are transformed");
+        assert_eq!(why("qtip_1mad_3"), "its codes have memory, and lanes do not find their weights side by side");
+        assert_eq!(
+            why("e8p"),
+            "its activations or results are transformed, and not by a field and one transform, of up to 128 results"
+        );
         assert_eq!(why("aqlm_2x8"), "`a`, a table of the matrix, is looked up");
         assert_eq!(why("iq3_xxs"), "codes of 23 bits are too many to write their entries out");
         let exact = formats::names().into_iter().filter(|n| of(n).is_ok()).count();
-        assert_eq!((exact, formats::names().len()), (56, 105));
+        assert_eq!((exact, formats::names().len()), (80, 105));
     }
 
     #[test]
     fn numbers_have_thirty_bits_with_the_largest_integer() {
         let t = Terms::of(formats::get("gptq_int4_g128").unwrap()).unwrap();
         let mut n = Numbers::default();
-        t.numbers(4096, &[0.5, -0.25, 0.0], &[-3.0, 0.0, 7.75], &mut n);
+        t.numbers(4096, &[0.5, -0.25, 0.0], &[-6.0, 0.0, -16.0], &mut n);
         // 0.5 · 16 = 8 = 2^3: a number below 2^4 is below 2^30 times 2^-26.
+        assert_eq!((n.grid, n.factor), (-26, 2f32.powi(-26)));
+        assert_eq!(n.slopes, [1 << 25, -(1 << 24), 0]);
+        assert_eq!(n.rests, [-(3 << 26), 0, 0]);
+        // A zero multiplies the slope as it was rounded.
+        t.numbers(4096, &[1.0, 1.0000001 * 2f32.powi(-20)], &[0.0, -3.0], &mut n);
+        assert_eq!((n.grid, n.slopes[1], n.rests[1]), (-25, 1 << 5, -3 << 5));
+        let t = Terms::of(formats::get("q4_1").unwrap()).unwrap();
+        t.numbers(4096, &[0.5, -0.25, 0.0], &[-3.0, 0.0, 7.75], &mut n);
         assert_eq!((n.grid, n.factor), (-26, 2f32.powi(-26)));
         assert_eq!(n.slopes, [1 << 25, -(1 << 24), 0]);
         assert_eq!(n.rests, [-(3 << 26), 0, 31 << 24]);

@@ -409,7 +409,7 @@ impl<'a> Parser<'a> {
             "rotate" => {
                 let name = self.name("`none` or `hadamard(seed = 0)`")?;
                 let args = if self.peek().kind == TokenKind::LParen {
-                    self.args("seed = 0, block = 128")?.0
+                    self.args("seed = 0, block = 128, interleave = 1024")?.0
                 } else {
                     Vec::new()
                 };

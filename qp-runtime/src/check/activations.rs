@@ -41,8 +41,11 @@ pub fn prepared(op: &Prepare, values: &[f32], weights: &[f32]) -> Vec<Activation
 /// # Errors
 /// The first difference.
 pub fn preparing(on: &Executor, small: bool) -> Result<usize, Failure> {
-    let blocks = |block| Rotation::Hadamard { seed: 3, block };
+    let blocks = |block| Rotation::Hadamard { seed: 3, block, interleave: None };
+    let interleaved = |block, span| Rotation::Hadamard { seed: 3, block: Some(block), interleave: Some(span) };
     let shapes = [
+        (1808, 2, true, false, interleaved(128, 1024)),
+        (14_336, 1, false, true, interleaved(128, 1024)),
         (96, 2, true, false, blocks(Some(128))),
         (1100, 3, true, true, blocks(Some(128))),
         (1536, 1, false, true, blocks(Some(512))),
@@ -66,6 +69,7 @@ pub fn preparing(on: &Executor, small: bool) -> Result<usize, Failure> {
             gate: gate.then_some(Gate { activation: Activation::GeluTanh, up }),
             norm: norm.then_some(RmsNorm { eps: 1e-5, add_one: gate }),
             rotation,
+            entering: None,
         };
         let what = format!("preparing {columns} columns of {batch} token(s)");
         let mut random = Random::of(&what);
@@ -78,7 +82,7 @@ pub fn preparing(on: &Executor, small: bool) -> Result<usize, Failure> {
                 let mut kernel = PrepareKernel::load_as(on, &op, spread)?;
                 let mut out = DeviceActivations::new(on, columns, batch)?;
                 let (input, norm, mut faults) = (on.upload(&values)?, on.upload(&weights)?, on.zeroed(1)?);
-                let inputs = PrepareInputs { input: &input, up: &input, norm: &norm };
+                let inputs = PrepareInputs { norm: &norm, ..PrepareInputs::plain(&input) };
                 // The second run finds what the first left where blocks meet.
                 for _ in 0..2 {
                     kernel.launch(on, inputs, &mut out, Faults { faults: &mut faults, layer: 0 })?;

@@ -187,16 +187,17 @@ fn products(
 
     let fail = format!("{what}: preparing activations");
     let rms_norm = RmsNorm { eps: EPS, add_one: false };
-    let op = Prepare {
+    let prepare = Prepare {
         columns: shape.cols,
         batch,
         input: Span::rows(shape.cols),
         gate: None,
         norm: Some(rms_norm),
         rotation: q.rotation,
+        entering: None,
     };
     let run = || {
-        let mut kernel = PrepareKernel::load(on, &op)?;
+        let mut kernel = PrepareKernel::load(on, &prepare)?;
         let mut out = DeviceActivations::new(on, shape.cols, batch)?;
         let (input, norm, mut faults) = (on.upload(&input)?, on.upload(&norm)?, on.zeroed(1)?);
         let inputs = PrepareInputs { norm: &norm, ..PrepareInputs::plain(&input) };
@@ -220,24 +221,38 @@ fn products(
     let expected = decoder.linear(packed, &tokens);
     exact_products(&what, weights, columns, &tokens, &expected)?;
     let op = Gemv { quantizer: q, shape, batch, accumulate: false };
-    let ranked = Launch::ranked(&op, &on.device());
-    // The best of each way of multiplying, with and without columns split between those whose sums meet.
-    let mut launches: Vec<Launch> = Vec::new();
-    for &(_, launch) in &ranked {
-        let alike = |l: &Launch| l.way() == launch.way() && l.splits_columns() == launch.splits_columns();
-        if !launches.iter().any(alike) {
-            launches.push(launch);
+    // Of activations that a launch before has prepared, and of those that blocks prepare themselves.
+    let mut launches: Vec<(Option<&Prepare>, Launch)> = Vec::new();
+    for own in [None, Some(&prepare)] {
+        // The best of each way of multiplying, with and without columns split between those whose sums meet.
+        for (_, launch) in Launch::ranked_with(&op, own, &on.device()) {
+            let alike = |(other, l): &(Option<&Prepare>, Launch)| {
+                other.is_some() == own.is_some()
+                    && l.way() == launch.way()
+                    && l.splits_columns() == launch.splits_columns()
+            };
+            if !launches.iter().any(alike) {
+                launches.push((own, launch));
+            }
         }
     }
     let stride = packed.layout.padded_rows() as usize;
-    for launch in launches {
-        let what = format!("{what}: product with {launch:?}");
+    for (own, launch) in launches {
+        let what =
+            format!("{what}: product with {launch:?}{}", if own.is_some() { ", prepared by each block" } else { "" });
         let run = || {
-            let mut kernel = GemvKernel::load(on, &op, &launch)?;
+            let mut kernel = GemvKernel::load_with(on, &op, own, &launch)?;
             let mut y = on.zeroed::<f32>(stride * batch as usize)?;
+            let (input, norm, mut faults) = (on.upload(&input)?, on.upload(&norm)?, on.zeroed(1)?);
             // The second run finds what the first left where blocks meet.
             for _ in 0..2 {
-                kernel.launch(on, matrix, &activations, &mut y)?;
+                if own.is_some() {
+                    let inputs = PrepareInputs { norm: &norm, ..PrepareInputs::plain(&input) };
+                    let faults = Faults { faults: &mut faults, layer: 0 };
+                    kernel.launch_preparing(on, matrix, inputs, faults, &mut y)?;
+                } else {
+                    kernel.launch(on, matrix, &activations, &mut y)?;
+                }
             }
             y.to_vec()
         };
@@ -315,7 +330,7 @@ pub fn model(
         (14, 20, Logits::None),
         (20, 22, Logits::Last),
         (10, 11, Logits::Last),
-        (11, context, Logits::Last),
+        (11, context, Logits::All),
     ];
     for (from, to, logits) in cuts {
         let what = format!("{name}: logits of tokens {from}..{to}");

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use indicatif::{ProgressBar, ProgressStyle};
 use qp_codegen::cuda::{self, Target};
 use qp_codegen::kernels::gemv::Gemv;
+use qp_codegen::kernels::prepare::Prepare;
 use qp_codegen::kernels::product::Launch;
 use qp_codegen::palette;
 use qp_codegen::spec::{Quantizer, Rotation, Shape};
@@ -20,6 +21,9 @@ use crate::allocate::{Core, Role};
 use crate::device::Executor;
 use crate::device::ops::stacked;
 use crate::device::tune;
+use crate::engine::Precision;
+use crate::engine::cuda::layout::Layout;
+use crate::engine::cuda::lower::{self, Pick, Wanted};
 use crate::engine::cuda::rest::{self, Rest};
 use crate::model::weights::HEAD;
 use crate::model::{Config, LayerId, Program, arch};
@@ -46,8 +50,9 @@ pub struct ProfileCommand {
     gpu: usize,
 }
 
-/// Small kernels of a block: four that prepare activations, the caches, attention, the product of gate and up.
-const SMALL_KERNELS: f64 = 7.0;
+/// Of a product that does the preparation itself, whether that has a norm.
+type Prepared = Option<bool>;
+
 /// Seconds of a small kernel in a graph of dependent launches.
 const SMALL: f64 = 2e-6;
 /// Products whose kernels are compiled together, on all cores, before they are timed.
@@ -78,12 +83,13 @@ impl ProfileCommand {
             (None, None) => unreachable!("without a target there is an executor"),
         };
         let name = on.as_ref().and_then(Executor::gpu).map_or(device.name.to_owned(), |g| g.name.clone());
-        let mut wanted: Vec<(Vec<String>, Vec<Shape>)> = Vec::new();
+        let mut wanted: Vec<(Vec<String>, Vec<Shape>, Option<LayerId>)> = Vec::new();
         for group in groups(&layers) {
             let names: Vec<String> = group.iter().map(|&i| layers[i].short().to_owned()).collect();
             let shapes: Vec<Shape> = group.iter().map(|&i| layers[i].shape).collect();
-            if !wanted.iter().any(|(n, s)| *n == names && *s == shapes) {
-                wanted.push((names, shapes));
+            if !wanted.iter().any(|(n, s, _)| *n == names && *s == shapes) {
+                let id = group.first().and_then(|&i| program.named(&layers[i].name));
+                wanted.push((names, shapes, id));
             }
         }
         let bar = ProgressBar::new((wanted.len() * quantizers.len()) as u64);
@@ -93,34 +99,40 @@ impl ProfileCommand {
         );
         let mut kernels = Vec::new();
         // Launches of different names may have the same shape.
-        let mut known: HashMap<(Shape, usize), f64> = HashMap::new();
-        for (names, shapes) in &wanted {
-            let numbered = || quantizers.iter().enumerate().map(|(i, q)| (stacked(q, shapes), i));
-            let new: Vec<(Shape, usize)> = numbered().filter(|key| !known.contains_key(key)).collect();
+        let mut known: HashMap<(Shape, Prepared, usize), f64> = HashMap::new();
+        for &(ref names, ref shapes, id) in &wanted {
+            let product = |(i, quantizer): (usize, _)| {
+                let op = Gemv { quantizer, shape: stacked(quantizer, shapes), batch: 1, accumulate: false };
+                let own = id.and_then(|id| lower::own_preparation(&program, id, &op, &device));
+                ((op.shape, own.map(|own| own.norm.is_some()), i), (op, own))
+            };
+            let all: Vec<_> = quantizers.iter().enumerate().map(product).collect();
+            let new: Vec<_> = all.iter().filter(|(key, _)| !known.contains_key(key)).copied().collect();
             for some in new.chunks(AT_ONCE) {
-                bar.set_message(format!("{} {}", names.join("+"), quantizers[some[0].1].name));
-                let products: Vec<_> = some.iter().map(|&(shape, i)| (&quantizers[i], shape)).collect();
+                bar.set_message(format!("{} {}", names.join("+"), some[0].1.0.quantizer.name));
+                let products: Vec<_> = some.iter().map(|(_, product)| *product).collect();
                 let before = bar.position();
                 let times = seconds(on.as_ref(), &device, &products, || bar.inc(1))?;
                 bar.set_position(before + some.len() as u64);
-                known.extend(some.iter().copied().zip(times));
+                known.extend(some.iter().map(|(key, _)| *key).zip(times));
             }
             bar.inc((quantizers.len() - new.len()) as u64);
             // Experts have launches in common: of one, a step's time is about the share of tokens that go through it.
-            let share = names.iter().find_map(|name| program.named(name)).map_or(1.0, |id| program.share(id));
-            kernels.extend(numbered().map(|key| Kernel {
+            let share = id.map_or(1.0, |id| program.share(id));
+            kernels.extend(all.iter().map(|(key, (op, _))| Kernel {
                 layers: names.clone(),
                 rows: shapes.iter().map(|s| s.rows).sum(),
                 cols: shapes[0].cols,
-                quantizer: quantizers[key.1].name.clone(),
+                quantizer: op.quantizer.name.clone(),
                 core: Core::Tensor,
-                seconds: known[&key] * share,
+                seconds: known[key] * share,
             }));
         }
         bar.finish_and_clear();
+        let rotating = Arc::new(rotating(&quantizers).clone());
         let rest = match &on {
-            Some(on) => rest::measure(on, &program, &Arc::new(rotating(&quantizers).clone()))?,
-            None => predicted_rest(&config, &device),
+            Some(on) => rest::measure(on, &program, &rotating)?,
+            None => predicted_rest(&config, &program, &rotating, &device),
         };
         let head = layers.iter().find(|l| l.name == HEAD);
         kernels.extend(head.map(|l| Kernel {
@@ -151,11 +163,12 @@ fn rotating(quantizers: &[Quantizer]) -> &Quantizer {
 }
 
 /// The rest of a decode step on a typical GPU.
-fn predicted_rest(config: &Config, device: &cuda::Device) -> Rest {
+fn predicted_rest(config: &Config, program: &Arc<Program>, quantizer: &Arc<Quantizer>, device: &cuda::Device) -> Rest {
     let bytes = 2.0 * config.vocab as f64 * config.hidden as f64;
+    let layout = Layout::new(program, &rest::forms(program, quantizer), &[], Precision::default());
+    let step = lower::step(&layout, device, 1, Wanted { rows: 1, pick: Pick::Best });
     Rest {
-        // Beside the blocks: embedding, the last norm, the choice of the token.
-        step: SMALL * (SMALL_KERNELS * config.layers as f64 + 3.0),
+        step: SMALL * step.launches.iter().filter(|l| !l.op.is_product()).count() as f64,
         head: SMALL + bytes / (device.bandwidth * BANDWIDTH),
     }
 }
@@ -170,20 +183,19 @@ fn layers(program: &Program) -> Vec<Layer> {
     program.ids().filter(|id| !program.is_embedding(*id)).map(layer).collect()
 }
 
-/// Times of a launch of each product for one token; `done` is called after each.
+/// Times of a launch of each product for one token, with the preparation that it does itself; `done` is called after each.
 fn seconds(
     on: Option<&Executor>,
     device: &cuda::Device,
-    products: &[(&Quantizer, Shape)],
+    products: &[(Gemv<'_>, Option<Prepare>)],
     done: impl Fn(),
 ) -> Result<Vec<f64>, Error> {
     if let Some(on) = on {
         return Ok(tune::seconds(on, products, done)?);
     }
-    let predicted = |&(quantizer, shape): &(&Quantizer, Shape)| {
-        let op = Gemv { quantizer, shape, batch: 1, accumulate: false };
-        let best = Launch::ranked(&op, device).first().map(|(t, _)| *t);
-        best.ok_or_else(|| format!("no launch of {} fits {}", quantizer.name, device.name).into())
+    let predicted = |(op, own): &(Gemv<'_>, Option<Prepare>)| {
+        let best = Launch::ranked_with(op, own.as_ref(), device).first().map(|(t, _)| *t);
+        best.ok_or_else(|| format!("no launch of {} fits {}", op.quantizer.name, device.name).into())
     };
     products.iter().map(predicted).collect()
 }

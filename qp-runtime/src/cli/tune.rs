@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use half::bf16;
 use indicatif::{ProgressBar, ProgressStyle};
+use qp_codegen::cuda::Device;
 use qp_codegen::kernels::product::MAX_BATCH;
 
 use super::Error;
@@ -62,11 +63,11 @@ impl Tune {
 }
 
 /// The products of steps of so many tokens, those of one matrix together; each once.
-fn products(layout: &Layout, tokens: &[u32]) -> Vec<Vec<Op>> {
+fn products(layout: &Layout, device: &Device, tokens: &[u32]) -> Vec<Vec<Op>> {
     let mut out: Vec<Vec<Op>> = Vec::new();
     let wanted = |tokens: u32| [tokens.min(ROWS), 1].map(|rows| (tokens, Wanted { rows, pick: Pick::Best }));
     for (tokens, wanted) in tokens.iter().flat_map(|t| wanted(*t)) {
-        let launches = lower::step(layout, tokens, wanted).launches;
+        let launches = lower::step(layout, device, tokens, wanted).launches;
         for op in launches.into_iter().map(|l| l.op) {
             let Op::Product { spec, shape, .. } = op else { continue };
             let same = |ops: &&mut Vec<Op>| matches!(ops[0], Op::Product { spec: s, shape: other, .. } if (s, other) == (spec, shape));
@@ -82,18 +83,19 @@ fn products(layout: &Layout, tokens: &[u32]) -> Vec<Vec<Op>> {
 
 /// Tunes them, on matrices of random bits. Gives their number.
 fn tune_all(on: &Executor, layout: &Layout, tokens: &[u32]) -> Result<usize, DeviceError> {
-    let all = products(layout, tokens);
+    let all = products(layout, &on.device(), tokens);
     let count = all.iter().map(Vec::len).sum();
     let bar = ProgressBar::new(count as u64);
     bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} products").expect("a valid template"));
     let mut random = Random::of("noise");
     let noise: Vec<u32> = (0..NOISE).map(|_| random.word()).collect();
     for ops in all {
-        let ops: Vec<_> = ops.iter().filter_map(|op| op.product(layout)).collect();
-        let Some(first) = ops.first() else { continue };
+        let ops: Vec<_> = ops.iter().filter_map(|op| Some((op.product(layout)?, op.own_preparation()))).collect();
+        let Some((first, _)) = ops.first() else { continue };
         let hash = first.quantizer.hash();
         let matrix = DeviceMatrix::repeating(on, first.quantizer, first.shape, &noise, bf16::ONE)?;
-        let products = ops.iter().map(|op| Product { op: *op, hash: &hash, matrices: vec![&matrix] });
+        let product = |&(op, prepare)| Product { op, prepare, hash: &hash, matrices: vec![&matrix] };
+        let products = ops.iter().map(product);
         tune::measured(on, &products.collect::<Vec<_>>())?;
         bar.inc(ops.len() as u64);
     }
@@ -111,7 +113,8 @@ mod tests {
         let q = synthetic::trained(qp_codegen::palette::get("nuq_3").expect("of the palette"));
         let (_, weights) = synthetic::model(&shapes()[0].1, &|_| Some(q.clone())).unwrap();
         let layout = Layout::new(&weights.program, &Form::of(&weights), &[], Precision::default());
-        let all = products(&layout, &[1, 2]);
+        let device = Executor::interpreter().device();
+        let all = products(&layout, &device, &[1, 2]);
         // Of each matrix's shape, for one token and for two; the output layer for one row of two tokens, too.
         for ops in &all {
             assert_eq!(ops.len() % 2, 0, "{ops:?}");
@@ -119,7 +122,7 @@ mod tests {
         }
         let count = all.iter().map(Vec::len).sum::<usize>();
         assert_eq!(tune_all(&Executor::interpreter(), &layout, &[1, 2]).unwrap(), count);
-        let step = lower::step(&layout, 2, Wanted { rows: 2, pick: Pick::Best });
+        let step = lower::step(&layout, &device, 2, Wanted { rows: 2, pick: Pick::Best });
         for launch in step.launches.iter().filter(|l| matches!(l.op, Op::Product { .. })) {
             assert!(all.iter().flatten().any(|op| *op == launch.op), "{:?}", launch.op);
         }

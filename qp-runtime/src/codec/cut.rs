@@ -42,7 +42,7 @@ pub enum CutError {
     /// A rotation that mixes all columns.
     #[error(
         "columns of a matrix of `{0}` cannot be cut, since it rotates all of them together; \
-         use a quantizer whose rotation is in blocks, as all of the palette (`rotate hadamard(seed = 0, block = 128)`)"
+         use a quantizer whose rotation is in blocks, as all of the palette (`rotate hadamard(seed = 0, block = 128, interleave = 1024)`)"
     )]
     Whole(String),
     /// Matrices that cannot lie below one another.
@@ -59,7 +59,9 @@ pub fn steps(q: &Quantizer) -> (u32, Option<u32>) {
     let columns = match q.rotation {
         Rotation::None => Some(period),
         // Signs come 64 from a word.
-        Rotation::Hadamard { seed: _, block } => block.map(|block| lcm(lcm(period, block), 64)),
+        Rotation::Hadamard { seed: _, block, interleave } => {
+            block.map(|block| lcm(lcm(period, interleave.unwrap_or(block)), 64))
+        }
     };
     (tile.rows, columns)
 }
@@ -167,7 +169,7 @@ mod tests {
 
     #[test]
     fn a_part_decodes_to_the_part_of_what_the_matrix_decodes_to() {
-        for (name, shape) in [("nuq_3", Shape { rows: 100, cols: 512 }), ("htcq_2.25", Shape { rows: 64, cols: 1090 })]
+        for (name, shape) in [("nuq_3", Shape { rows: 100, cols: 2048 }), ("htcq_2.25", Shape { rows: 64, cols: 1090 })]
         {
             let q = palette::get(name).unwrap();
             let m = made(&q, shape);
@@ -213,7 +215,7 @@ mod tests {
         assert!(said(&q, 0..64, 0..100).contains("columns only"));
         assert!(said(&q, 0..65, 0..512).contains("no part of its 64"));
         assert!(said(&q, 5..5, 0..512).contains("no part"));
-        q.rotation = Rotation::Hadamard { seed: 0, block: None };
+        q.rotation = Rotation::Hadamard { seed: 0, block: None, interleave: None };
         assert!(said(&q, 0..64, 0..256).contains("rotation is in blocks"));
         assert!(cut(&q, &m, 0..32, 0..512).is_ok());
     }

@@ -182,7 +182,7 @@ impl Decoded<'_> {
             Value::I16 => (Digits::Sixteen, i16::MIN.into()),
         };
         let unit = reference::output_factor(code, 1.0);
-        Form { rows, columns, digits, lowest, runs: None, half_offset: code.half_offset, unit }
+        Form { rows, columns, digits, lowest, times: 1, runs: None, half_offset: code.half_offset, unit }
     }
 }
 

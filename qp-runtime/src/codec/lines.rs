@@ -38,11 +38,13 @@ impl<'a> Lines<'a> {
                 _ => Digits::TwentyFour,
             },
             lowest: terms.lowest,
+            times: terms.times,
             runs: terms.run.map(|columns| Runs {
                 columns: columns as usize,
-                rests: terms.rest.is_some(),
+                rests: terms.of_rests().is_some(),
                 wide: terms.is_wide(),
                 halves: half(terms, &terms.slope).is_some()
+                    && terms.zero.is_none()
                     && terms.rest.as_ref().is_none_or(|rest| half(terms, rest).is_some()),
             }),
             half_offset: false,
@@ -73,12 +75,14 @@ impl Source for Lines<'_> {
     fn write(&self, strip: usize, scratch: &mut Scratch, to: &mut StripMut<'_>) {
         let (shape, form, terms) = (self.reader.shape(), self.form(), self.reader.terms().expect("looked at by new"));
         let (columns, planes) = (shape.cols as usize, terms.planes() as usize);
-        scratch.digits.resize(columns * planes, 0);
-        for (i, row) in (strip * ROWS..(shape.rows as usize).min((strip + 1) * ROWS)).enumerate() {
-            self.reader.digits(&self.tensors, row as u32, &mut scratch.digits);
+        let rows = strip * ROWS..(shape.rows as usize).min((strip + 1) * ROWS);
+        let count = rows.len();
+        scratch.digits.resize(columns * planes * count, 0);
+        self.reader.digits(&self.tensors, rows.start as u32, &mut scratch.digits);
+        for (i, row) in rows.enumerate() {
             // Lowest bytes come first here, highest in a strip.
-            for (plane, digits) in scratch.digits.chunks_exact(columns.max(1)).rev().enumerate() {
-                to.put(i, plane, digits);
+            for plane in 0..planes {
+                to.put(i, planes - 1 - plane, &scratch.digits[(plane * count + i) * columns..][..columns]);
             }
             let numbers = &mut scratch.numbers;
             let Some(Runs { columns: of_run, halves: true, .. }) = form.runs else {
@@ -135,9 +139,12 @@ mod tests {
             ("mxfp6_e3m2", 320),
             ("fp8_channel", 40),
             ("mxfp8_e4m3", 96),
+            ("exl3_mul1_3", 256),
+            ("exl3_mcg_2", 128),
         ] {
             let format = formats::get(name).unwrap();
-            let shape = Shape { rows: 24, cols };
+            let rows = if name.starts_with("exl3") { 128 } else { 24 };
+            let shape = Shape { rows, cols };
             let reader = Reader::new(&Arc::new(Book::new(format.clone())), &format.layouts[0], shape).unwrap();
             let tensors = reader.made(5);
             let tensors: Vec<&[u8]> = tensors.iter().map(Vec::as_slice).collect();
@@ -153,7 +160,7 @@ mod tests {
             for n in [7, 3, 1, 0] {
                 let inputs = Inputs::new(tokens[..n].to_vec(), cols as usize);
                 let product = Product { source: &lines, kept: Some(&kept), inputs: &inputs };
-                assert_eq!(products::<f32>(&[product]), [&expected[..24 * n]], "{name}");
+                assert_eq!(products::<f32>(&[product]), [&expected[..rows as usize * n]], "{name}");
             }
         }
     }

@@ -80,6 +80,8 @@ pub struct Form {
     pub(super) digits: Digits,
     /// The integer of the digit 0.
     pub(super) lowest: i32,
+    /// What digits are multiplied with, before the smallest integer is added; of matrices without runs.
+    pub(super) times: i32,
     /// Nothing if the sum of a whole row is all that counts.
     pub(super) runs: Option<Runs>,
     /// Whether weights are twice their integers plus one.
@@ -195,7 +197,7 @@ struct Strip<'a> {
     digits: &'a [u8],
     factors: &'a [f32; ROWS],
     runs: Option<RunsOf<'a>>,
-    /// What sums are multiplied with before they are converted: 2 where weights have a half offset.
+    /// What sums of digits are multiplied with: 2 where weights have a half offset.
     times: i64,
 }
 
@@ -236,7 +238,7 @@ impl<'a> Strip<'a> {
                 OfRuns::Integers(integers.as_chunks().0)
             },
         });
-        let times = if form.half_offset { 2 } else { 1 };
+        let times = if form.half_offset { 2 } else { form.times.into() };
         Strip { kind: form.digits, columns: form.columns, digits, factors, runs, times }
     }
 }
@@ -535,7 +537,7 @@ mod tests {
                     let digits = &self.digits[row * form.columns..][..form.columns];
                     let mut sum = 0i64;
                     for (column, (digit, q)) in digits.iter().zip(&token.q).enumerate() {
-                        let integer = i64::from(*digit) + i64::from(form.lowest);
+                        let integer = i64::from(*digit) * i64::from(form.times) + i64::from(form.lowest);
                         let at = row * runs + column / run;
                         let number = |x: i32| match form.runs {
                             Some(Runs { halves: true, .. }) => i64::from(integer_of(x, self.factors[row])),
@@ -591,7 +593,8 @@ mod tests {
             Digits::TwentyFour => -245_760,
         };
         let half_offset = runs.is_none() && rows % 2 == 1;
-        Form { rows, columns, digits, lowest, runs, half_offset, unit: 0.25 }
+        let times = if runs.is_none() && !half_offset { 887 } else { 1 };
+        Form { rows, columns, digits, lowest, times, runs, half_offset, unit: 0.25 }
     }
 
     #[test]

@@ -31,6 +31,10 @@ pub struct GroupedMatrix {
     weights: Buffer<u32>,
     numbers: Buffer<u32>,
     factors: Buffer<f32>,
+    /// Factors of activations before the product; of formats that have them.
+    pub entering: Buffer<f32>,
+    /// Factors of results after it.
+    pub leaving: Buffer<f32>,
 }
 
 /// The shape of matrices stored one below the other: of several, each is padded to whole tiles.
@@ -61,7 +65,7 @@ impl GroupedMatrix {
     pub fn upload(on: &Executor, terms: &Terms, parts: &[(&Reader, Vec<&[u8]>)]) -> Result<Self, DeviceError> {
         let shapes: Vec<Shape> = parts.iter().map(|p| p.0.shape()).collect();
         let layout = Relaid::new(terms, stacked(&shapes));
-        let mut stored = Stored::zeroed(&layout);
+        let mut stored = Stored::new(terms, &layout);
         let mut at = 0;
         for (reader, tensors) in parts {
             let tiles = reader.shape().rows.div_ceil(ROWS);
@@ -73,7 +77,19 @@ impl GroupedMatrix {
             }
             at += tiles;
         }
-        Self::of(on, layout, &stored)
+        // Matrices one below the other have no factors of their own.
+        let turned = parts.first().filter(|_| !terms.sides.is_empty()).and_then(|(reader, t)| reader.turned(t));
+        let [mut entering, mut leaving] = turned.map_or([vec![], vec![]], |t| t.map(|side| side.factors));
+        entering.resize(entering.len().max(1), 1.0);
+        leaving.resize(leaving.len().max(1), 1.0);
+        Ok(GroupedMatrix {
+            weights: on.upload(&stored.words)?,
+            numbers: on.upload_bytes(&stored.numbers)?,
+            factors: on.upload(&stored.factors)?,
+            entering: on.upload(&entering)?,
+            leaving: on.upload(&leaving)?,
+            layout,
+        })
     }
 
     /// A matrix of zeros.
@@ -86,22 +102,16 @@ impl GroupedMatrix {
             weights: on.zeroed(layout.words())?,
             numbers: on.zeroed(layout.number_words())?,
             factors: on.zeroed(layout.padded_rows() as usize)?,
-            layout,
-        })
-    }
-
-    fn of(on: &Executor, layout: Relaid, stored: &Stored) -> Result<Self, DeviceError> {
-        Ok(GroupedMatrix {
-            weights: on.upload(&stored.words)?,
-            numbers: on.upload_bytes(&stored.numbers)?,
-            factors: on.upload(&stored.factors)?,
+            entering: on.zeroed(terms.sides.input.field.map_or(1, |_| shape.cols as usize))?,
+            leaving: on.zeroed(terms.sides.output.field.map_or(1, |_| shape.rows as usize))?,
             layout,
         })
     }
 
     /// Bytes on the device.
     pub fn bytes(&self) -> usize {
-        self.weights.bytes() + self.numbers.bytes() + self.factors.bytes()
+        let Self { weights, numbers, factors, entering, leaving, layout: _ } = self;
+        weights.bytes() + numbers.bytes() + factors.bytes() + entering.bytes() + leaving.bytes()
     }
 
     /// Another matrix of the same contents.
@@ -114,6 +124,8 @@ impl GroupedMatrix {
             weights: on.copy(&self.weights)?,
             numbers: on.copy(&self.numbers)?,
             factors: on.copy(&self.factors)?,
+            entering: on.copy(&self.entering)?,
+            leaving: on.copy(&self.leaving)?,
         })
     }
 }

@@ -171,7 +171,8 @@ impl Product {
         let op = Gemv { quantizer: q, shape, batch, accumulate: false };
         let launch = tune::remembered(on, &op, &q.hash())?;
         let (norm, gate, rotation) = (None, None, q.rotation);
-        let prepare = Prepare { columns: shape.cols, batch, input: Span::rows(shape.cols), gate, norm, rotation };
+        let prepare =
+            Prepare { columns: shape.cols, batch, input: Span::rows(shape.cols), gate, norm, rotation, entering: None };
         let spread = Spread::choose(&prepare, &on.device());
         let refused =
             || DeviceError::Buffer(format!("activations of type {elem:?}, where F32, F16 and BF16 are taken"));

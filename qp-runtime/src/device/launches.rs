@@ -65,6 +65,17 @@ pub struct Add<'a> {
     pub y: &'a mut Buffer<f32>,
 }
 
+/// Of [`qp_codegen::kernels::leave`].
+#[derive(LaunchArgs)]
+pub struct Leave<'a> {
+    /// What a product gave.
+    pub x: &'a Buffer<f32>,
+    /// One a row.
+    pub factors: &'a Buffer<f32>,
+    /// Outputs.
+    pub y: &'a mut Buffer<f32>,
+}
+
 /// Of [`qp_codegen::kernels::dense`].
 #[derive(LaunchArgs)]
 pub struct Dense<'a, T: Element> {

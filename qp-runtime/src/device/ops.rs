@@ -8,7 +8,7 @@ use qp_codegen::kernels::dequantize::{self, Dequantize};
 use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
 use qp_codegen::kernels::experts::Experts;
 use qp_codegen::kernels::gemv::Gemv;
-use qp_codegen::kernels::prepare::{self, Prepare, Spread};
+use qp_codegen::kernels::prepare::{self, Entering, Prepare, Spread};
 use qp_codegen::kernels::product::Launch;
 use qp_codegen::kernels::rotate;
 use qp_codegen::layout::{COLUMN_PAD, Packed};
@@ -26,6 +26,24 @@ pub struct GemvArgs<'a> {
     x: &'a Buffer<i8>,
     x_scale: &'a Buffer<f32>,
     x_sum: &'a Buffer<i32>,
+    y: &'a mut Buffer<f32>,
+    partial: &'a mut Buffer<i32>,
+    arrived: &'a mut Buffer<i32>,
+}
+
+/// Arguments of [`Launch::lower_with`]'s kernels that prepare.
+#[derive(LaunchArgs)]
+pub struct PreparingArgs<'a> {
+    input: &'a Buffer<f32>,
+    up: &'a Buffer<f32>,
+    norm: &'a Buffer<f32>,
+    flips: &'a Buffer<u32>,
+    base: &'a Buffer<u32>,
+    faults: &'a mut Buffer<i32>,
+    layer: i32,
+    tables: &'a Buffer<u32>,
+    weights: &'a Buffer<u32>,
+    scales: &'a Buffer<bf16>,
     y: &'a mut Buffer<f32>,
     partial: &'a mut Buffer<i32>,
     arrived: &'a mut Buffer<i32>,
@@ -71,6 +89,23 @@ pub struct PrepareArgs<'a> {
     x_sum: &'a mut Buffer<i32>,
     faults: &'a mut Buffer<i32>,
     layer: i32,
+}
+
+/// The same, with factors.
+#[derive(LaunchArgs)]
+pub struct EnterArgs<'a> {
+    input: &'a Buffer<f32>,
+    up: &'a Buffer<f32>,
+    norm: &'a Buffer<f32>,
+    flips: &'a Buffer<u32>,
+    base: &'a Buffer<u32>,
+    scratch: &'a mut Buffer<u32>,
+    x: &'a mut Buffer<i8>,
+    x_scale: &'a mut Buffer<f32>,
+    x_sum: &'a mut Buffer<i32>,
+    faults: &'a mut Buffer<i32>,
+    layer: i32,
+    factors: &'a Buffer<f32>,
 }
 
 /// Arguments of [`embed_packed::lower`]'s kernels.
@@ -242,6 +277,8 @@ impl DeviceActivations {
 /// A product of a packed matrix with the activations of some tokens, loaded.
 pub struct GemvKernel {
     kernel: Loaded,
+    /// Of a kernel that prepares.
+    signs: Option<Signs>,
     partial: Buffer<i32>,
     arrived: Buffer<i32>,
 }
@@ -252,9 +289,24 @@ impl GemvKernel {
     /// # Errors
     /// Those of the executor.
     pub fn load(on: &Executor, op: &Gemv, launch: &Launch) -> Result<Self, DeviceError> {
+        GemvKernel::load_with(on, op, None, launch)
+    }
+
+    /// Makes the kernel, with a preparation one whose blocks do that themselves.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn load_with(
+        on: &Executor,
+        op: &Gemv,
+        prepare: Option<&Prepare>,
+        launch: &Launch,
+    ) -> Result<Self, DeviceError> {
+        let kernel = launch.lower_with(op, prepare);
         let (partial, arrived) = launch.meeting_place(op);
         Ok(GemvKernel {
-            kernel: on.load::<GemvArgs>(launch.lower(op))?,
+            kernel: if prepare.is_some() { on.load::<PreparingArgs>(kernel)? } else { on.load::<GemvArgs>(kernel)? },
+            signs: prepare.map(|p| Signs::upload(on, p.rotation, p.columns, rotate::base)).transpose()?,
             partial: on.zeroed(partial)?,
             arrived: on.zeroed(arrived)?,
         })
@@ -278,6 +330,57 @@ impl GemvKernel {
     ) -> Result<(), DeviceError> {
         let kernel = self.kernel.clone();
         to.launch(&kernel, self.args(m, x, y))
+    }
+
+    /// The same of a kernel that prepares: `x` is what `inputs` become.
+    ///
+    /// # Errors
+    /// A kernel of other parameters.
+    ///
+    /// # Panics
+    /// If the kernel does not prepare.
+    pub fn record_preparing(
+        &mut self,
+        to: &mut Recorder,
+        m: &DeviceMatrix,
+        inputs: PrepareInputs<'_>,
+        faults: Faults<'_>,
+        y: &mut Buffer<f32>,
+    ) -> Result<(), DeviceError> {
+        let kernel = self.kernel.clone();
+        to.launch(&kernel, self.preparing(m, inputs, faults, y))
+    }
+
+    /// The same, launched.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    ///
+    /// # Panics
+    /// If the kernel does not prepare.
+    pub fn launch_preparing(
+        &mut self,
+        on: &Executor,
+        m: &DeviceMatrix,
+        inputs: PrepareInputs<'_>,
+        faults: Faults<'_>,
+        y: &mut Buffer<f32>,
+    ) -> Result<(), DeviceError> {
+        let kernel = self.kernel.clone();
+        on.launch(&kernel, self.preparing(m, inputs, faults, y))
+    }
+
+    fn preparing<'a>(
+        &'a mut self,
+        m: &'a DeviceMatrix,
+        PrepareInputs { input, up, norm, factors: _ }: PrepareInputs<'a>,
+        Faults { faults, layer }: Faults<'a>,
+        y: &'a mut Buffer<f32>,
+    ) -> PreparingArgs<'a> {
+        let Signs { flips, base } = self.signs.as_ref().expect("a kernel that prepares");
+        let DeviceMatrix { tables, weights, scales, .. } = m;
+        let (partial, arrived) = (&mut self.partial, &mut self.arrived);
+        PreparingArgs { input, up, norm, flips, base, faults, layer, tables, weights, scales, y, partial, arrived }
     }
 
     /// Launches `y = m · x` (or `y += m · x`).
@@ -427,12 +530,14 @@ pub struct PrepareInputs<'a> {
     pub up: &'a Buffer<f32>,
     /// The norm's weights. Read with a norm only.
     pub norm: &'a Buffer<f32>,
+    /// Factors of columns, where a format has them.
+    pub factors: Option<&'a Buffer<f32>>,
 }
 
 impl<'a> PrepareInputs<'a> {
     /// Those of a preparation without a gated unit and a norm.
     pub fn plain(input: &'a Buffer<f32>) -> Self {
-        PrepareInputs { input, up: input, norm: input }
+        PrepareInputs { input, up: input, norm: input, factors: None }
     }
 }
 
@@ -465,7 +570,11 @@ impl PrepareKernel {
     /// # Errors
     /// Those of the executor.
     pub fn load_as(on: &Executor, op: &Prepare, spread: Spread) -> Result<Self, DeviceError> {
-        let kernel = on.load::<PrepareArgs<'_>>(prepare::lower_as(op, spread))?;
+        let kernel = prepare::lower_as(op, spread);
+        let kernel = match op.entering {
+            Some(Entering { factors: true, .. }) => on.load::<EnterArgs<'_>>(kernel)?,
+            _ => on.load::<PrepareArgs<'_>>(kernel)?,
+        };
         let signs = Signs::upload(on, op.rotation, op.columns, rotate::base)?;
         Ok(PrepareKernel { kernel, signs, scratch: on.zeroed(op.scratch(spread))? })
     }
@@ -487,7 +596,10 @@ impl PrepareKernel {
         faults: Faults<'_>,
     ) -> Result<(), DeviceError> {
         let PrepareKernel { kernel, signs, scratch } = self;
-        to.launch(kernel, Self::args(signs, scratch, inputs, out, faults))
+        match inputs.factors {
+            Some(factors) => to.launch(kernel, Self::args(signs, scratch, inputs, out, faults).with(factors)),
+            None => to.launch(kernel, Self::args(signs, scratch, inputs, out, faults)),
+        }
     }
 
     /// Launches it.
@@ -502,17 +614,27 @@ impl PrepareKernel {
         faults: Faults<'_>,
     ) -> Result<(), DeviceError> {
         let PrepareKernel { kernel, signs, scratch } = self;
-        on.launch(kernel, Self::args(signs, scratch, inputs, out, faults))
+        match inputs.factors {
+            Some(factors) => on.launch(kernel, Self::args(signs, scratch, inputs, out, faults).with(factors)),
+            None => on.launch(kernel, Self::args(signs, scratch, inputs, out, faults)),
+        }
     }
 
     fn args<'a>(
         Signs { flips, base }: &'a Signs,
         scratch: &'a mut Buffer<u32>,
-        PrepareInputs { input, up, norm }: PrepareInputs<'a>,
+        PrepareInputs { input, up, norm, factors: _ }: PrepareInputs<'a>,
         DeviceActivations { x, scale, sum }: &'a mut DeviceActivations,
         Faults { faults, layer }: Faults<'a>,
     ) -> PrepareArgs<'a> {
         PrepareArgs { input, up, norm, flips, base, scratch, x, x_scale: scale, x_sum: sum, faults, layer }
+    }
+}
+
+impl<'a> PrepareArgs<'a> {
+    fn with(self, factors: &'a Buffer<f32>) -> EnterArgs<'a> {
+        let PrepareArgs { input, up, norm, flips, base, scratch, x, x_scale, x_sum, faults, layer } = self;
+        EnterArgs { input, up, norm, flips, base, scratch, x, x_scale, x_sum, faults, layer, factors }
     }
 }
 

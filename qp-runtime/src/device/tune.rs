@@ -1,13 +1,14 @@
 //! Products whose launches are measured on the GPU that is to run them: what [`jit::launches`](crate::jit::launches)
 //! needs to know of a device.
 
+use qp_codegen::kernels::Span;
 use qp_codegen::kernels::gemv::Gemv;
+use qp_codegen::kernels::prepare::Prepare;
 use qp_codegen::kernels::product::Launch;
-use qp_codegen::spec::{Quantizer, Shape};
 use rayon::prelude::*;
 
-use super::ops::{DeviceActivations, DeviceMatrix, GemvKernel};
-use super::{Buffer, DeviceError, Executor};
+use super::ops::{DeviceActivations, DeviceMatrix, Faults, GemvKernel, PrepareInputs};
+use super::{Buffer, DeviceError, Executor, Recorder};
 use crate::check::synthetic;
 use crate::jit::launches::{self, Choice, Chosen, Wanted};
 use crate::jit::{Cache, Usage};
@@ -16,10 +17,32 @@ use crate::jit::{Cache, Usage};
 pub struct Product<'a> {
     /// What it computes.
     pub op: Gemv<'a>,
+    /// The preparation that its blocks do themselves.
+    pub prepare: Option<&'a Prepare>,
     /// Content hash of its quantizer.
     pub hash: &'a str,
     /// Matrices that it will be launched with; one at least.
     pub matrices: Vec<&'a DeviceMatrix>,
+}
+
+/// The same without matrices.
+#[derive(Clone, Copy)]
+struct Wish<'a> {
+    op: Gemv<'a>,
+    prepare: Option<&'a Prepare>,
+    hash: &'a str,
+}
+
+impl<'a> From<&Product<'a>> for Wish<'a> {
+    fn from(&Product { op, prepare, hash, .. }: &Product<'a>) -> Self {
+        Wish { op, prepare, hash }
+    }
+}
+
+impl Wish<'_> {
+    fn load(&self, on: &Executor, launch: &Launch) -> Result<GemvKernel, DeviceError> {
+        GemvKernel::load_with(on, &self.op, self.prepare, launch)
+    }
 }
 
 /// Launches of a timed run, at least.
@@ -39,10 +62,9 @@ const MATRICES: usize = 64;
 /// # Errors
 /// Those of the executor; a wish that is none.
 pub fn load(on: &Executor, products: &[Product<'_>]) -> Result<Vec<(Launch, GemvKernel)>, DeviceError> {
-    let ops: Vec<_> = products.iter().map(|p| (p.op, p.hash)).collect();
-    let chosen = choose(on, Choice::of_user()?, &ops, |i, kernels| {
-        in_turn(on, &products[i].op, &products[i].matrices, kernels)
-    })?;
+    let ops: Vec<_> = products.iter().map(Wish::from).collect();
+    let chosen =
+        choose(on, Choice::of_user()?, &ops, |i, kernels| in_turn(on, &ops[i], &products[i].matrices, kernels))?;
     Ok(chosen.into_iter().map(|c| (c.launch, c.kernel)).collect())
 }
 
@@ -52,9 +74,8 @@ pub fn load(on: &Executor, products: &[Product<'_>]) -> Result<Vec<(Launch, Gemv
 /// # Errors
 /// As [`load`].
 pub fn measured(on: &Executor, products: &[Product<'_>]) -> Result<Vec<(Launch, GemvKernel)>, DeviceError> {
-    let ops: Vec<_> = products.iter().map(|p| (p.op, p.hash)).collect();
-    let chosen =
-        choose(on, measuring()?, &ops, |i, kernels| in_turn(on, &products[i].op, &products[i].matrices, kernels))?;
+    let ops: Vec<_> = products.iter().map(Wish::from).collect();
+    let chosen = choose(on, measuring()?, &ops, |i, kernels| in_turn(on, &ops[i], &products[i].matrices, kernels))?;
     Ok(chosen.into_iter().map(|c| (c.launch, c.kernel)).collect())
 }
 
@@ -67,7 +88,8 @@ pub fn remembered(on: &Executor, op: &Gemv<'_>, hash: &str) -> Result<Launch, De
         Choice::Remembered | Choice::Measured => Choice::Remembered,
         Choice::Model => Choice::Model,
     };
-    let chosen = choose(on, how, &[(*op, hash)], |_, _| Ok(Vec::new()))?;
+    let wish = Wish { op: *op, prepare: None, hash };
+    let chosen = choose(on, how, &[wish], |_, _| Ok(Vec::new()))?;
     Ok(chosen.first().map_or_else(|| Launch::choose(op, &on.device()), |c| c.launch))
 }
 
@@ -79,34 +101,34 @@ fn measuring() -> Result<Choice, DeviceError> {
     })
 }
 
-/// [`load`] for products and their quantizers' hashes, launches chosen as `how` says; `time` gives the seconds of a product's candidates.
+/// [`load`] for products, launches chosen as `how` says; `time` gives the seconds of a product's candidates.
 fn choose(
     on: &Executor,
     how: Choice,
-    ops: &[(Gemv<'_>, &str)],
+    ops: &[Wish<'_>],
     time: impl FnMut(usize, &mut [(Launch, GemvKernel)]) -> Result<Vec<f64>, DeviceError>,
 ) -> Result<Vec<Chosen<GemvKernel>>, DeviceError> {
     let (target, device) = (on.target(), on.device());
     let gpu = match on.gpu() {
         Some(gpu) if how != Choice::Model => gpu,
         Some(_) | None => {
-            let load = |(op, _): &(Gemv<'_>, &str)| {
-                let launch = Launch::choose(op, &device);
-                Ok(Chosen { launch, kernel: GemvKernel::load(on, op, &launch)?, seconds: None })
+            let load = |wish: &Wish<'_>| {
+                let launch = Launch::ranked_with(&wish.op, wish.prepare, &device)[0].1;
+                Ok(Chosen { launch, kernel: wish.load(on, &launch)?, seconds: None })
             };
             return ops.par_iter().map(load).collect();
         }
     };
-    let wanted = ops.par_iter().map(|(op, hash)| {
-        let ranked = Launch::ranked(op, &device);
-        Wanted::new(op, hash, target, (&gpu.name, gpu.sms), &ranked)
+    let wanted = ops.par_iter().map(|Wish { op, prepare, hash }| {
+        let ranked = Launch::ranked_with(op, *prepare, &device);
+        Wanted::new((op, *prepare), hash, target, (&gpu.name, gpu.sms), &ranked)
     });
     let wanted = wanted.collect::<Result<Vec<_>, _>>()?;
     launches::choose(
         &Cache::of_user(),
         &wanted,
         how == Choice::Measured,
-        |i, launch| GemvKernel::load(on, &ops[i].0, &launch),
+        |i, launch| ops[i].load(on, &launch),
         |kernel| kernel.loaded().usage().is_some_and(spills),
         time,
     )
@@ -119,7 +141,7 @@ fn spills(usage: Usage) -> bool {
 /// Times a product's candidates over its matrices, and copies of them where they are small and few.
 fn in_turn(
     on: &Executor,
-    op: &Gemv<'_>,
+    wish: &Wish<'_>,
     matrices: &[&DeviceMatrix],
     kernels: &mut [(Launch, GemvKernel)],
 ) -> Result<Vec<f64>, DeviceError> {
@@ -127,29 +149,40 @@ fn in_turn(
     let copies = copies(on, matrices, bytes, MATRICES)?;
     let matrices: Vec<_> = matrices.iter().copied().chain(&copies).take(MATRICES).collect();
     let layout = &matrices[0].layout;
-    let x = DeviceActivations::new(on, layout.shape.cols, op.batch)?;
-    let mut y = on.zeroed((layout.padded_rows() * op.batch) as usize)?;
-    time(on, kernels.iter_mut().map(|k| &mut k.1), &matrices, &x, &mut y, LAUNCHES, ROUNDS)
+    let mut y = on.zeroed((layout.padded_rows() * wish.op.batch) as usize)?;
+    let kernels = kernels.iter_mut().map(|k| &mut k.1);
+    let Some(prepare) = wish.prepare else {
+        let x = DeviceActivations::new(on, layout.shape.cols, wish.op.batch)?;
+        return time(on, kernels, &matrices, &x, &mut y, LAUNCHES, ROUNDS);
+    };
+    let values = |span: Span| on.zeroed::<f32>(span.len(1, prepare.columns) as usize);
+    let (input, norm) = (values(prepare.input)?, values(Span::rows(prepare.columns))?);
+    let up = prepare.gate.map(|gate| values(gate.up)).transpose()?;
+    let (mut faults, up) = (on.zeroed(1)?, up.as_ref().unwrap_or(&input));
+    time_by(on, kernels, &matrices, LAUNCHES, ROUNDS, |kernel, graph, matrix| {
+        let inputs = PrepareInputs { input: &input, up, norm: &norm, factors: None };
+        kernel.record_preparing(graph, matrix, inputs, Faults { faults: &mut faults, layer: 0 }, &mut y)
+    })
 }
 
-/// Seconds of each product for one token, on random weights of its shape and with the launch that [`measured`] chooses.
-/// `done` is called after each.
+/// Seconds of each product, with the preparation that it does itself, on random weights of its shape and with the launch that
+/// [`measured`] chooses. `done` is called after each.
 ///
 /// # Errors
 /// Those of [`measured`].
 pub fn seconds(
     on: &Executor,
-    products: &[(&Quantizer, Shape)],
+    products: &[(Gemv<'_>, Option<Prepare>)],
     mut done: impl FnMut(),
 ) -> Result<Vec<f64>, DeviceError> {
-    let hashes: Vec<String> = products.iter().map(|(q, _)| q.hash()).collect();
-    let op = |&(quantizer, shape)| Gemv { quantizer, shape, batch: 1, accumulate: false };
-    let ops: Vec<_> = products.iter().zip(&hashes).map(|(p, hash)| (op(p), hash.as_str())).collect();
+    let hashes: Vec<String> = products.iter().map(|(op, _)| op.quantizer.hash()).collect();
+    let products = products.iter().zip(&hashes);
+    let ops: Vec<Wish<'_>> = products.map(|((op, own), hash)| Wish { op: *op, prepare: own.as_ref(), hash }).collect();
     let time = |i: usize, kernels: &mut [(Launch, GemvKernel)]| {
-        let Gemv { quantizer: q, shape, .. } = ops[i].0;
+        let Gemv { quantizer: q, shape, .. } = ops[i].op;
         let packed = synthetic::matrix(&q.name, q, shape);
         let matrix = DeviceMatrix::upload(on, q, shape.cols, &[(shape.rows, &packed.words, &packed.scales)])?;
-        in_turn(on, &ops[i].0, &[&matrix], kernels)
+        in_turn(on, &ops[i], &[&matrix], kernels)
     };
     let chosen = choose(on, measuring()?, &ops, |i, kernels| {
         let times = time(i, kernels);
@@ -198,12 +231,24 @@ pub fn time<'k>(
     launches: usize,
     rounds: usize,
 ) -> Result<Vec<f64>, DeviceError> {
+    time_by(on, kernels, matrices, launches, rounds, |kernel, graph, matrix| kernel.record(graph, matrix, x, y))
+}
+
+/// As [`time`], by what records a launch of a kernel.
+fn time_by<'k>(
+    on: &Executor,
+    kernels: impl Iterator<Item = &'k mut GemvKernel>,
+    matrices: &[&DeviceMatrix],
+    launches: usize,
+    rounds: usize,
+    mut record: impl FnMut(&mut GemvKernel, &mut Recorder, &DeviceMatrix) -> Result<(), DeviceError>,
+) -> Result<Vec<f64>, DeviceError> {
     let launches = launches.next_multiple_of(matrices.len());
     let mut graphs = Vec::new();
     for kernel in kernels {
         let mut graph = on.record();
         for i in 0..launches {
-            kernel.record(&mut graph, matrices[i % matrices.len()], x, y)?;
+            record(kernel, &mut graph, matrices[i % matrices.len()])?;
         }
         graphs.push(graph.finish()?);
     }
@@ -218,6 +263,8 @@ pub fn time<'k>(
 
 #[cfg(test)]
 mod tests {
+    use qp_codegen::spec::Shape;
+
     use super::*;
 
     #[test]
@@ -229,13 +276,23 @@ mod tests {
         let upload = || DeviceMatrix::upload(&on, &q, 320, &[(40, &packed.words, &packed.scales)]).unwrap();
         let (a, b) = (upload(), upload());
         let op = Gemv { quantizer: &q, shape, batch: 2, accumulate: false };
-        let product = Product { op, hash: &q.hash(), matrices: vec![&a, &b] };
+        let product = Product { op, prepare: None, hash: &q.hash(), matrices: vec![&a, &b] };
         let mut loaded = load(&on, std::slice::from_ref(&product)).unwrap();
         assert_eq!(loaded[0].0, Launch::choose(&op, &on.device()));
-        let times = in_turn(&on, &product.op, &product.matrices, &mut loaded).unwrap();
+        let times = in_turn(&on, &Wish::from(&product), &product.matrices, &mut loaded).unwrap();
         assert!(times.len() == 1 && times[0] > 0.0, "{times:?}");
 
-        let alone = seconds(&on, &[(&q, shape), (&q, Shape { rows: 16, cols: 64 })], || ()).unwrap();
+        let small = Gemv { shape: Shape { rows: 16, cols: 64 }, batch: 1, ..op };
+        let prepare = Prepare {
+            columns: 64,
+            batch: 1,
+            input: Span::rows(64),
+            gate: None,
+            norm: None,
+            rotation: qp_codegen::spec::Rotation::None,
+            entering: None,
+        };
+        let alone = seconds(&on, &[(Gemv { batch: 1, ..op }, None), (small, Some(prepare))], || ()).unwrap();
         assert!(alone.len() == 2 && alone.iter().all(|&s| s > 0.0), "{alone:?}");
 
         let made = copies(&on, &product.matrices, 5 * a.bytes(), 10).unwrap();

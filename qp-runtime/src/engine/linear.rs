@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
+use qp_codegen::reader::Turned;
 use qp_codegen::reference::{Activations, Rotator, quantize_activations};
 use qp_codegen::spec::{Quantizer, Rotation};
 use rayon::prelude::*;
@@ -27,6 +28,8 @@ const SHARE: u64 = 2;
 pub struct Linears {
     decoders: Vec<(Arc<Quantizer>, Decoder)>,
     rotators: Vec<(Rotation, usize, Rotator)>,
+    /// What is done to activations and results of matrices of formats, by [`address`].
+    turned: HashMap<usize, [Turned; 2]>,
     /// Matrices that are kept decoded, by [`address`]; each is written out at its first use.
     kept: HashMap<usize, OnceLock<Option<Kept>>>,
     /// Where all of them lie.
@@ -82,8 +85,14 @@ impl Linears {
 
     fn add(&mut self, layer: &Linear) {
         let rotation = match &layer.weight {
-            Weight::Dense(tensor) if tensor.exact().is_some() => Rotation::None,
-            Weight::Dense(_) => return,
+            Weight::Dense(tensor) => {
+                let Some((reader, tensors)) = tensor.exact() else { return };
+                if reader.terms().is_some_and(|terms| !terms.sides.is_empty()) {
+                    self.turned.extend(reader.turned(&tensors).map(|turned| (address(&layer.weight), turned)));
+                    return;
+                }
+                Rotation::None
+            }
             Weight::Quantized { quantizer, .. } => {
                 if self.decoder(quantizer).is_none() {
                     self.decoders.push((quantizer.clone(), Decoder::new(quantizer)));
@@ -128,21 +137,21 @@ impl Linears {
     /// once for all layers that share a rotation, and their products are computed together. `None` if what is rounded is not
     /// finite.
     pub fn apply(&self, layers: &[&Linear], x: &[f32]) -> Option<Vec<Vec<f32>>> {
-        let sources: Vec<Option<(Rotation, Box<dyn Source + '_>)>> = layers.iter().map(|l| self.source(l)).collect();
-        let mut prepared: Vec<(Rotation, Inputs)> = Vec::new();
-        for (layer, (rotation, _)) in layers.iter().zip(&sources).filter_map(|(l, s)| Some((l, s.as_ref()?))) {
-            if prepared.iter().all(|(r, _)| r != rotation) {
-                prepared.push((*rotation, self.prepare(*rotation, layer.cols, x)));
+        let sources: Vec<Option<(Entry<'_>, Box<dyn Source + '_>)>> = layers.iter().map(|l| self.source(l)).collect();
+        let mut prepared: Vec<(Entry<'_>, Inputs)> = Vec::new();
+        for (layer, (entry, _)) in layers.iter().zip(&sources).filter_map(|(l, s)| Some((l, s.as_ref()?))) {
+            if prepared.iter().all(|(e, _)| e != entry) {
+                prepared.push((*entry, self.prepare(*entry, layer.cols, x)));
             }
         }
         if !prepared.iter().all(|(_, inputs)| inputs.are_finite()) {
             return None;
         }
         let exact = layers.iter().zip(&sources).filter_map(|(layer, source)| {
-            let (rotation, source) = source.as_ref()?;
+            let (entry, source) = source.as_ref()?;
             let kept = self.kept(layer, |arena| Strips::new(&**source, arena).map(Kept::Strips));
             let kept = kept.and_then(|kept| if let Kept::Strips(strips) = kept { Some(strips) } else { None });
-            let (_, inputs) = prepared.iter().find(|(r, _)| r == rotation)?;
+            let (_, inputs) = prepared.iter().find(|(e, _)| e == entry)?;
             Some(Product { source: &**source, kept, inputs })
         });
         let mut exact = products(&exact.collect::<Vec<_>>()).into_iter();
@@ -155,6 +164,9 @@ impl Linears {
                 }
                 _ => exact.next()?,
             };
+            if let Some((Entry::Turned([_, turned]), _)) = source {
+                y.par_chunks_exact_mut(layer.rows).for_each(|y| turned.leave(y));
+            }
             if let Some(bias) = &layer.bias {
                 y.chunks_exact_mut(layer.rows).for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
             }
@@ -163,16 +175,18 @@ impl Linears {
         layers.iter().zip(&sources).map(one).collect()
     }
 
-    /// The matrix of a layer whose products are exact, and the rotation of its inputs.
-    fn source<'a>(&'a self, layer: &'a Linear) -> Option<(Rotation, Box<dyn Source + 'a>)> {
+    /// The matrix of a layer whose products are exact, and what is done to its inputs.
+    fn source<'a>(&'a self, layer: &'a Linear) -> Option<(Entry<'a>, Box<dyn Source + 'a>)> {
         Some(match &layer.weight {
             Weight::Quantized { quantizer, matrix } => {
                 let decoder = self.decoder(quantizer).expect("added by new");
-                (quantizer.rotation, Box::new(decoder.matrix(matrix)))
+                (Entry::Rotated(quantizer.rotation), Box::new(decoder.matrix(matrix)))
             }
             Weight::Dense(tensor) => {
                 let (reader, tensors) = tensor.exact()?;
-                (Rotation::None, Box::new(Lines::new(reader, tensors)))
+                let turned = self.turned.get(&address(&layer.weight));
+                let entry = turned.map_or(Entry::Rotated(Rotation::None), Entry::Turned);
+                (entry, Box::new(Lines::new(reader, tensors)))
             }
         })
     }
@@ -182,10 +196,43 @@ impl Linears {
         self.kept.get(&address(&layer.weight))?.get_or_init(|| write(self.arena.as_ref()?)).as_ref()
     }
 
-    fn prepare(&self, rotation: Rotation, cols: usize, x: &[f32]) -> Inputs {
-        let rotator = self.rotator(rotation, cols).expect("added by new");
-        Inputs::new(x.par_chunks_exact(cols).map(|x| rounded(rotator, x)).collect(), cols)
+    fn prepare(&self, entry: Entry<'_>, cols: usize, x: &[f32]) -> Inputs {
+        let tokens = x.par_chunks_exact(cols);
+        let rounded: Vec<Activations> = match entry {
+            Entry::Rotated(rotation) => {
+                let rotator = self.rotator(rotation, cols).expect("added by new");
+                tokens.map(|x| rounded(rotator, x)).collect()
+            }
+            Entry::Turned([turned, _]) => tokens.map(|x| entered(turned, x)).collect(),
+        };
+        Inputs::new(rounded, cols)
     }
+}
+
+/// What is done to a layer's inputs before they are rounded.
+#[derive(Clone, Copy)]
+enum Entry<'a> {
+    /// A rotation, which layers may share.
+    Rotated(Rotation),
+    /// What a format does for this matrix; and to its results.
+    Turned(&'a [Turned; 2]),
+}
+
+impl PartialEq for Entry<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Entry::Rotated(a), Entry::Rotated(b)) => a == b,
+            (Entry::Turned(a), Entry::Turned(b)) => std::ptr::eq(*a, *b),
+            (Entry::Rotated(_), Entry::Turned(_)) | (Entry::Turned(_), Entry::Rotated(_)) => false,
+        }
+    }
+}
+
+/// A token's input, as it enters the product with a matrix of a format.
+fn entered(turned: &Turned, x: &[f32]) -> Activations {
+    let mut x = x.to_vec();
+    turned.enter(&mut x);
+    quantize_activations(&x)
 }
 
 for_each_instruction_set! {

@@ -9,6 +9,7 @@
 
 use qp_codegen::cuda::Target;
 use qp_codegen::kernels::gemv::Gemv;
+use qp_codegen::kernels::prepare::Prepare;
 use qp_codegen::kernels::product::Launch;
 use rayon::prelude::*;
 
@@ -76,15 +77,16 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    /// A product on a GPU, which is known by `gpu`: its name and number of SMs. `hash` is the quantizer's.
+    /// A product, with the preparation that its blocks do themselves, on a GPU, which is known by `gpu`: its name and number of SMs.
+    /// `hash` is the quantizer's.
     ///
     /// # Errors
     /// No NVRTC: its version is part of what a choice is remembered for.
     ///
     /// # Panics
-    /// If `ranked`, from [`Launch::ranked`], is empty.
+    /// If `ranked`, from [`Launch::ranked_with`], is empty.
     pub fn new(
-        op: &Gemv,
+        (op, prepare): (&Gemv, Option<&Prepare>),
         hash: &str,
         target: Target,
         gpu: (&str, u32),
@@ -92,7 +94,11 @@ impl Wanted {
     ) -> Result<Wanted, JitError> {
         assert!(!ranked.is_empty(), "some launch fits every device");
         let (version, sms) = (nvrtc_version()?, gpu.1.to_string());
-        let product = format!("{} x {}, {} tokens, added: {}", op.shape.rows, op.shape.cols, op.batch, op.accumulate);
+        let mut product =
+            format!("{} x {}, {} tokens, added: {}", op.shape.rows, op.shape.cols, op.batch, op.accumulate);
+        if let Some(prepare) = prepare {
+            product += &format!(", prepared, gated: {}, normed: {}", prepare.gate.is_some(), prepare.norm.is_some());
+        }
         let key = [qp_codegen::GENERATOR, &version, target.name(), gpu.0, &sms, hash, &product];
         Ok(Wanted {
             key: Key::new(Kind::Launch, key),
@@ -245,7 +251,7 @@ mod tests {
         let q = qp_codegen::palette::get("fast_2").expect("of the palette");
         let op = Gemv { quantizer: &q, shape: Shape { rows, cols: 4096 }, batch: 1, accumulate: false };
         let ranked = Launch::ranked(&op, &Target::Sm90a.device());
-        Wanted::new(&op, hash, Target::Sm90a, ("A GPU", 132), &ranked).unwrap()
+        Wanted::new((&op, None), hash, Target::Sm90a, ("A GPU", 132), &ranked).unwrap()
     }
 
     /// Chooses with kernels that are their launches, timed by `time`; gives the launches, and how many were loaded and

@@ -259,12 +259,13 @@ fn exl3(dir: &Path) -> (PathBuf, PathBuf) {
 fn a_directory_of_exl3_runs_moves_in_and_moves_out() {
     let dir = tempfile::tempdir().unwrap();
     let (quantized, plain) = exl3(dir.path());
-    let expected = logits(Model::open(&plain).unwrap());
+    // Activations are rounded before exact products, and are not where weights are floats.
     let model = Model::open(&quantized).unwrap();
     // The first five tokens are the same.
     let found = on_device(&model).0;
+    let expected = logits(model);
     assert_eq!(found, expected[..found.len()]);
-    assert_eq!(logits(model), expected);
+    assert_near(&expected, &logits(Model::open(&plain).unwrap()));
     let out = dir.path().join("out");
     let manifest = import(&quantized, &out, Begin::default(), &mut |_, _, _| ()).unwrap();
     let specs: Vec<&str> = manifest.layers.iter().map(|l| l.spec.as_str()).collect();

@@ -95,6 +95,13 @@ fn kernels(i: usize, q: &Quantizer, target: Target) -> Vec<Kernel> {
     }
     if target == Target::Sm90a {
         out.push(embed(q, 4096));
+        // Of one token whose blocks prepare it themselves, where they can.
+        let op = Gemv { quantizer: q, shape: Shape { rows: 6144, cols: 4096 }, batch: 1, accumulate: false };
+        let norm = Some(RmsNorm { eps: 1e-5, add_one: false });
+        let input = Span::rows(4096);
+        let own = Prepare { columns: 4096, batch: 1, input, gate: None, norm, rotation: q.rotation, entering: None };
+        let ranked = Launch::ranked_with(&op, Some(&own), &target.device());
+        out.extend(ranked.first().map(|(_, launch)| launch.lower_with(&op, Some(&own))));
         let more = [(28672, 4096, 1, false), (4096, 14336, 8, true), (1536, 576, 3, false)];
         out.extend(of_member(i, &more).into_iter().map(|(rows, cols, batch, adds)| gemv(rows, cols, batch, adds)));
     } else if ["fast_2", "tcq_3", "htcq_3.25", "nuq_4"].contains(&q.name.as_str()) {
@@ -197,8 +204,9 @@ fn preparing_compiles_for_every_target_without_spills() {
             // Values in shared memory.
             (53248, None, gate(53248), Some(128)),
         ] {
-            let rotation = Rotation::Hadamard { seed: 0, block };
-            let op = Prepare { columns, batch: 1, input: Span::rows(columns), gate, norm, rotation };
+            let interleave = (block == Some(128)).then_some(1024);
+            let rotation = Rotation::Hadamard { seed: 0, block, interleave };
+            let op = Prepare { columns, batch: 1, input: Span::rows(columns), gate, norm, rotation, entering: None };
             let kernel = prepare::lower(&op, &target.device());
             // Memory that a GPU lacks is another matter.
             if kernel.shared_bytes() <= target.device().shared_per_block {
@@ -320,11 +328,12 @@ fn cuda_of_representative_members() {
         input: Span::rows(768),
         gate: None,
         norm: Some(RmsNorm { eps: 1e-5, add_one: false }),
-        rotation: Rotation::Hadamard { seed: 0, block: Some(128) },
+        rotation: Rotation::Hadamard { seed: 0, block: Some(128), interleave: None },
+        entering: None,
     };
     let prepare = |op| print(&prepare::lower(&op, &Target::Sm90a.device()), Target::Sm90a);
     insta::assert_snapshot!("prepare_768_sm_90a", prepare(op));
-    let rotation = Rotation::Hadamard { seed: 0, block: None };
+    let rotation = Rotation::Hadamard { seed: 0, block: None, interleave: None };
     insta::assert_snapshot!("prepare_768_whole_sm_90a", prepare(Prepare { rotation, ..op }));
     let gate = Some(Gate { activation: Activation::Silu, up: Span::rows(14336) });
     let (columns, input) = (14336, Span::rows(14336));

@@ -11,6 +11,9 @@
 //! sums of the warps meet in shared memory, each in a place of its own. Where columns are more than the warps hold the
 //! activations of, they go down the rows again for each further pass.
 //!
+//! Digits that are sums of four bytes ([`Digits::Bytes`]) are not summed: the tensor cores do that, whose operands are the four bytes
+//! of a weight and four times its activation. So a product is of 8 columns, and there is one plane.
+//!
 //! More than [`TOKENS`] tokens are blocks of their own that take the same weights at about the same time, so that those
 //! come from memory once.
 
@@ -22,7 +25,7 @@ use super::operands::{ACROSS, OF_PRODUCT, Operands, Tile, number_registers, put,
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var};
 use crate::kernels::operands::divide;
 use crate::layout::{CELL, COLUMN_PAD};
-use crate::spec::terms::TILE;
+use crate::spec::terms::{Digits, TILE};
 
 /// Most tokens of a block.
 pub const TOKENS: u32 = 8;
@@ -63,6 +66,10 @@ pub(super) struct Plan {
     pub(super) most_rows: u32,
     /// Whether sums of activations over runs are needed.
     offsets: bool,
+    /// Whether a weight is four bytes of a product.
+    pub(super) bytes: bool,
+    /// Products across a tile.
+    pub(super) across: u32,
 }
 
 impl Plan {
@@ -70,14 +77,17 @@ impl Plan {
         let layout = op.layout();
         let parts = parts(op);
         let tokens = op.batch.div_ceil(parts);
+        let bytes = op.terms.stream.as_ref().is_some_and(|s| matches!(s.digits, Digits::Bytes { .. }));
         Plan {
+            bytes,
+            across: if bytes { 4 * ACROSS } else { ACROSS },
             parts,
             tokens,
             groups: tokens.div_ceil(OF_PRODUCT),
             runs: op.runs(),
             passes: layout.col_tiles().div_ceil(launch.warps * launch.depth),
             most_rows: layout.row_tiles().div_ceil(launch.blocks),
-            offsets: op.has_offsets(),
+            offsets: op.has_offsets(false),
             layout,
         }
     }
@@ -114,8 +124,8 @@ struct Buffer {
 
 /// Registers for the activations of a warp's columns: by tile and group of planes.
 struct Activations {
-    /// Operands of each 32 columns.
-    x: Vec<Vec<[[Var; 2]; ACROSS as usize]>>,
+    /// Operands of each product across the tile.
+    x: Vec<Vec<Vec<[Var; 2]>>>,
     /// Of the lane's token, the sum over each run.
     sums: Vec<Vec<Vec<Var>>>,
 }
@@ -143,7 +153,7 @@ impl<'b, 'a> Emit<'b, 'a> {
     fn new(b: &'b Builder, op: &'a Product<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
         let layout = &plan.layout;
         let (thread, lane) = (b.special(Special::Thread), b.special(Special::Lane));
-        let operands = Operands::new(b, op, layout, lane);
+        let operands = Operands::new(b, op, layout, lane, false);
         let sums = b.shared("sums", Elem::I32, plan.sum_bytes_of_tile(launch) / 4 * plan.most_rows);
         let warp = b.special(Special::Warp);
         let (block, part) = divide(b, b.special(Special::BlockX), plan.parts);
@@ -162,6 +172,7 @@ impl<'b, 'a> Emit<'b, 'a> {
             let at = b.i32(p);
             b.if_(at.lt(self.steps), || self.fetch(at, buffer));
         }
+        self.operands.fill(self.launch.warps * 32);
         b.grid_launch();
         b.grid_wait();
         let activations = self.activations();
@@ -233,7 +244,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let (b, plan) = (self.b, self.plan);
         let of = |n: u32, f: &dyn Fn() -> Var| (0..n).map(|_| f()).collect::<Vec<_>>();
         let word = || b.var(b.u32(0));
-        let cells = || std::array::from_fn(|_| std::array::from_fn(|_| word()));
+        let cells = || (0..plan.across).map(|_| [word(), word()]).collect::<Vec<_>>();
         let sums = || of(plan.kept_sums(), &|| b.var(b.i32(0)));
         Activations {
             x: (0..self.launch.depth).map(|_| (0..plan.groups).map(|_| cells()).collect()).collect(),
@@ -253,26 +264,31 @@ impl<'b, 'a> Emit<'b, 'a> {
             for (group, of_group) in (0..).zip(of_tile) {
                 // Columns of the product beyond the last plane repeat it; their sums are not read.
                 let plane = (self.part * (2 * plan.tokens) + column + group * 8).min(planes as i32 - 1);
-                for (kt, halves) in (0..).zip(of_group) {
-                    for (half, &var) in (0..).zip(halves) {
-                        let cell = first + (d * (TILE / CELL) + kt * 2 + half);
-                        let load = |cell: V<'b>| {
-                            let word = (cell * planes + plane) * 4 + quad;
-                            b.load_as(self.operands.x, word, Elem::U32, 1, Cache::ReadOnly)
-                        };
-                        b.set(
-                            var,
-                            if covered <= cells {
-                                load(cell)
-                            } else {
-                                cell.lt(cells).select(load(cell.min(cells as i32 - 1)), 0_u32)
-                            },
-                        );
+                let load = |cell: V<'b>| {
+                    let word = (cell * planes + plane) * 4 + quad;
+                    b.load_as(self.operands.x, word, Elem::U32, 1, Cache::ReadOnly)
+                };
+                let word = |n: u32| {
+                    let cell = first + (d * (TILE / CELL) + n);
+                    if covered <= cells {
+                        load(cell)
+                    } else {
+                        cell.lt(cells).select(load(cell.min(cells as i32 - 1)), 0_u32)
                     }
+                };
+                if plan.bytes {
+                    for (n, products) in (0..).zip(of_group.chunks_exact(2)) {
+                        let word = word(n);
+                        for (byte, &var) in (0..).zip(products.iter().flatten()) {
+                            b.set(var, word.permute(word, 0x1111 * byte));
+                        }
+                    }
+                } else {
+                    of_group.iter().flatten().zip(0..).for_each(|(&var, n)| b.set(var, word(n)));
                 }
             }
         }
-        let ones = [b.u32(0x0101_0101); 4];
+        let ones = [b.u32(if plan.bytes { 1 } else { 0x0101_0101 }); 4];
         for (d, of_tile) in to.sums.iter().enumerate() {
             for (group, of_group) in of_tile.iter().enumerate() {
                 for (run, &var) in (0..).zip(of_group) {
@@ -283,19 +299,20 @@ impl<'b, 'a> Emit<'b, 'a> {
         }
     }
 
-    /// The products of a run: of the registers of each 32 columns with their activations.
-    fn multiply(&self, a: &dyn Fn(u32) -> [V<'b>; 4], x: &[[Var; 2]; ACROSS as usize], run: u32) -> V<'b> {
+    /// The products of a run: of the registers of each product's columns with their activations.
+    fn multiply(&self, a: &dyn Fn(u32) -> [V<'b>; 4], x: &[[Var; 2]], run: u32) -> V<'b> {
         let b = self.b;
         let mut sum = b.vector(&[b.i32(0); 4]);
         let columns = TILE / self.plan.runs;
         let kept = |kt: u32| x[kt as usize].map(|var| b.get(var));
-        if columns < 32 {
+        let of_product = TILE / self.plan.across;
+        if columns < of_product {
             // Half a product: the other half's activations are left out.
             let ([first, second], zero) = (kept(run / 2), b.u32(0));
             let x = if run.is_multiple_of(2) { [first, zero] } else { [zero, second] };
             return b.mma_i8(false, a(run / 2), x, sum);
         }
-        for kt in run * columns / 32..(run + 1) * columns / 32 {
+        for kt in run * columns / of_product..(run + 1) * columns / of_product {
             sum = b.mma_i8(false, a(kt), kept(kt), sum);
         }
         sum
@@ -314,7 +331,10 @@ impl<'b, 'a> Emit<'b, 'a> {
         }
         let mut sums: Vec<[Option<V<'b>>; 2]> = vec![[None; 2]; plan.groups as usize];
         for (d, tile) in tiles.iter().enumerate() {
-            let planes = self.operands.registers(tile);
+            let planes = match plan.bytes {
+                true => vec![self.operands.byte_registers(tile)],
+                false => self.operands.registers(tile),
+            };
             let mut known = HashMap::new();
             for run in 0..plan.runs {
                 let factors = self.operands.factors(tile, run, inverses, &mut known);

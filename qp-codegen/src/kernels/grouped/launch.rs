@@ -3,6 +3,7 @@
 use super::super::launch::Busiest;
 use super::{Product, few, many};
 use crate::cuda::Device;
+use crate::spec::terms::{Digits, Stream};
 
 /// Which kernel computes a product, and how it is laid over the GPU. The result does not depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -15,6 +16,8 @@ pub enum Launch {
 
 /// Registers of a thread for addresses, sums and what is being computed.
 const WORKING: u32 = 44;
+/// Of these, for several groups of planes, those that are not needed where a tile is one run without a rest.
+const SPARE: u32 = 36;
 /// Seconds from asking for a word to having it, under load.
 const LATENCY: f64 = 1.1e-6;
 /// Seconds from one launch to the next.
@@ -29,6 +32,8 @@ const RUN_WORK: f64 = 14.8;
 const STEP_WORK: (f64, f64) = (38.9, 26.0);
 /// Share of an SM's issue slots that many warps fill; and the number of warps that fill 1 - 1/e of that.
 const ISSUE: (f64, f64) = (0.69, 6.64);
+/// The same where windows are decoded: there is more to issue at a time in each warp.
+const STREAM_ISSUE: (f64, f64) = (0.74, 2.0);
 /// How much longer it takes where columns are no whole passes.
 const INEXACT: f64 = 1.11;
 /// Computing and reading take longer than the longer of both, as sums with this exponent do.
@@ -138,9 +143,21 @@ fn decode_work(op: &Product) -> f64 {
     if layout.codes {
         return 8.0 * (5.0 + 6.0 * planes);
     }
+    if let Some(stream) = &op.terms.stream {
+        return 64.0 * of_window(stream);
+    }
     // Whole bytes are there; of others each part is shifted and masked, and joined to the one before.
     let parts = (0..layout.planes()).map(|p| layout.parts(p));
     parts.filter(|p| p[0].1 < 8).map(|p| 40.0 * p.len() as f64 - 16.0).sum()
+}
+
+/// Instructions for a window and what is multiplied of it.
+fn of_window(stream: &Stream) -> f64 {
+    match &stream.digits {
+        // A cut, and what makes the word.
+        Digits::Bytes { decode, .. } => 2.5 + decode.nodes.len() as f64 / 2.0,
+        Digits::Book(_) => 12.0,
+    }
 }
 
 /// Seconds of a launch of [`few`]; `None` if it does not fit.
@@ -148,15 +165,17 @@ fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> 
     let (plan, layout) = (few::Plan::new(op, launch), op.layout());
     let threads = launch.warps * 32;
     let (planes, several) = (op.terms.planes(), plan.groups > 1);
-    let fragments = launch.depth * plan.groups * (8 + plan.kept_sums() + if several { 4 } else { 0 });
+    let fragments = launch.depth * plan.groups * (2 * plan.across + plan.kept_sums() + if several { 4 } else { 0 });
     let of_step = launch.depth * (layout.lane_words() + plan.number_registers()) + 1;
     let of_steps = launch.ahead * of_step + if several { 12 * (launch.ahead - 1) } else { 0 };
     // The more runs, the more of their numbers are made at once.
     let of_runs = (plan.runs - 1) * launch.depth * (4 + 4 * plan.groups);
     let of_planes = 16 * planes + 8 * (planes - 1) * plan.groups;
-    let registers = WORKING + fragments + of_steps + of_runs + of_planes;
+    // One run a tile and no rests: less is computed at once.
+    let spare = if several && plan.runs == 1 && op.terms.rest.is_none() { SPARE } else { 0 };
+    let registers = WORKING + fragments + of_steps + of_runs + of_planes - spare;
     let available = (device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks) / 8 * 8).min(255);
-    let shared = plan.sum_bytes_of_tile(launch) * plan.most_rows;
+    let shared = plan.sum_bytes_of_tile(launch) * plan.most_rows + 4 * layout.book.map_or(0, |b| b.1);
     if registers > available
         || threads * launch.min_blocks > device.threads_per_sm
         || launch.min_blocks * (shared + 1024) > device.shared_per_sm
@@ -185,7 +204,8 @@ fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> 
     let of_step = STEP_WORK.0 + if plan.passes > 1 { STEP_WORK.1 * groups } else { 0.0 };
     let work =
         TILE_WORK + decode_work(op) + runs * groups * f64::from(planes) * RUN_WORK + of_step / f64::from(launch.depth);
-    let issue = tiles * work / 4.0 / (issue_share(ISSUE, warps) * device.clock);
+    let share = issue_share(if op.terms.stream.is_some() { STREAM_ISSUE } else { ISSUE }, warps);
+    let issue = tiles * work / 4.0 / (share * device.clock);
     let passes = f64::from(plan.passes) * PASS + f64::from(rounds - 1) * LATENCY;
     let inexact = if columns == layout.col_tiles() { 1.0 } else { INEXACT };
     Some(START + passes + inexact * (memory.powf(TOGETHER) + issue.powf(TOGETHER)).powf(1.0 / TOGETHER))
@@ -209,6 +229,8 @@ const CHOICES: [(u32, u32); 5] = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)];
 const CHUNKS: [(u32, u32); 7] = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2)];
 /// Registers of a thread of [`many`] for addresses and for what is being computed.
 const MANY_WORKING: u32 = 88;
+/// The same, where groups of warps multiply tiles of one run whose integers are operands as they are.
+const GROUP_WORKING: u32 = 36;
 /// Instructions of a warp for a tile, beside those for its bytes, runs and products.
 const MANY_TILE: f64 = 92.6;
 /// Instructions for the numbers of a run and two rows, for each expression of fields.
@@ -279,18 +301,23 @@ fn estimate_many(op: &Product, launch: &many::Launch, device: &Device) -> Option
     let threads = launch.warps() * 32;
     let fields = op.layout().sections.iter().map(|s| s.lane_bytes().div_ceil(4)).sum::<u32>();
     let of_words = plan.layout.lane_words() + fields;
-    let of_tile = launch.ahead * of_words + 16 * terms.planes() + 2 * plan.runs;
+    let of_windows = if terms.stream.is_some() { 32 } else { 0 };
+    let of_tile = launch.ahead * of_words + 16 * terms.planes() + 2 * plan.runs + of_windows;
     let products = if launch.group {
-        4 * plan.groups + 2 * (launch.ahead - 1)
+        4 * plan.groups.max(8) + 2 * (launch.ahead - 1)
     } else {
         // Warps by themselves begin several runs at once.
         let of_runs = if plan.runs > 1 { 20 + 10 * plan.runs } else { 0 };
         8 + 8 * launch.row_tiles + of_runs.min(80) + 16 * (terms.planes() - 1)
     };
-    let registers = MANY_WORKING + launch.row_tiles * (4 * plan.groups + of_tile) + products;
+    let working = if launch.group && plan.runs == 1 && !plan.offsets { GROUP_WORKING } else { MANY_WORKING };
+    let registers = working + launch.row_tiles * (4 * plan.groups + of_tile) + products;
     let available = (device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks) / 8 * 8).min(255);
     let shared = plan.shared_bytes(launch);
+    // Beside the sums of more than 32 tokens the words of two tiles do not fit, whatever the sum of registers is.
+    let spills = launch.group && launch.ahead > 1 && plan.groups > 8;
     if registers > available
+        || spills
         || threads * launch.min_blocks > device.threads_per_sm
         || launch.min_blocks * (shared + 1024) > device.shared_per_sm
         || shared > device.shared_per_block
@@ -312,11 +339,12 @@ fn estimate_many(op: &Product, launch: &many::Launch, device: &Device) -> Option
     let (expressions, of_planes) = (expressions(op), f64::from(terms.planes()));
     let numbers = if terms.run.is_some() { runs * expressions * MANY_RUN } else { 0.0 };
     let wide = if terms.run.is_some() { WIDE * expressions } else { 2.0 };
-    let sum = 2.0 * (1.0 + f64::from(u8::from(terms.lowest != 0)) + wide);
+    let beside = plan.offsets && (terms.lowest != 0 || terms.zero.is_some());
+    let sum = 2.0 * (1.0 + f64::from(u8::from(beside)) + wide);
     // A run of half a product takes a whole one.
     let across = runs.max(4.0) * of_planes;
     let issued = if launch.group { of_planes * (4.0 + 2.0 * groups * runs) } else { groups * across * FRAGMENT };
-    let offsets = groups * runs / f64::from(launch.row_tiles);
+    let offsets = if plan.offsets { groups * runs / f64::from(launch.row_tiles) } else { 0.0 };
     let slots = MANY_TILE + bytes + numbers + groups * runs * sum * of_planes + issued + offsets;
     let warps = f64::from(resident * launch.warps());
     let issue = of_scheduler * slots / issue_share(MANY_ISSUE, warps);
@@ -341,7 +369,7 @@ fn estimate_many(op: &Product, launch: &many::Launch, device: &Device) -> Option
     let compute = issue.max(multiply);
     let work = memory.max(staged / L2).max(compute + REST.0 * issue.min(multiply)) + REST.1 * memory.min(compute);
     let items = (plan.stage_cells() / 64).div_ceil(launch.warps());
-    let of_chunk = CHUNK.0 + f64::from(items) * CHUNK.1;
+    let of_chunk = CHUNK.0 + if plan.offsets { f64::from(items) * CHUNK.1 } else { 0.0 };
     let chunks = f64::from(plan.rounds * plan.chunks * per_sm.div_ceil(resident)) * of_chunk;
     let results = f64::from(per_sm * rows * 16 * plan.tokens) / 32.0 * RESULTS;
     Some(MANY_START + (work + chunks + results) / device.clock)

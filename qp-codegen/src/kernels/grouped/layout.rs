@@ -17,12 +17,17 @@
 //! looked up ([`Terms::table`]) lie side by side instead, those of two registers in a word, for four are the selector of a
 //! permutation of bytes. The words of a tile lie as [`crate::layout::word_in_tile`] says; tiles of a row of tiles side by side.
 //!
+//! Of codes with memory the streams themselves are stored. A lane has eight **runs** of a tile ([`crate::spec::terms::Runs`]), one
+//! of each 16 columns, and columns are counted as the runs have them: those that activations are put in the order of
+//! ([`Terms::order`]). First come the runs' first bytes, which a window at the end of another lane's run reaches into, run by
+//! run, then the others. A table of digits that windows are looked up in lies before the fields.
+//!
 //! Fields lie in **sections**, each of the narrowest type that holds its numbers, the two rows of a lane side by side.
 
 use crate::layout::word_in_tile;
 use crate::reader::Reader;
 use crate::spec::format::Cover;
-use crate::spec::terms::{CODE, Kept, Numbers, TILE, Terms};
+use crate::spec::terms::{BLOCK, CODE, Digits, Kept, Numbers, Stream, TILE, Terms};
 use crate::spec::{Shape, mask};
 
 /// Rows of a tile.
@@ -77,12 +82,40 @@ pub struct Relaid {
     pub bits: u32,
     /// Whether weights are stored as codes.
     pub codes: bool,
+    /// How streams are stored, if codes have memory.
+    pub runs: Option<RunBytes>,
+    /// First word of the table of digits, and how many there are, if windows are looked up.
+    pub book: Option<(u32, u32)>,
     /// One a field of the terms; none where slopes are those of whole rows.
     pub sections: Vec<Section>,
     /// First word of the rows' grids, if they have any.
     pub grid: Option<u32>,
     /// Words of sections and grids.
     number_words: u32,
+}
+
+/// The bytes of a lane's runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RunBytes {
+    /// Of a run.
+    pub all: u32,
+    /// Those that are stored first.
+    pub first: u32,
+}
+
+impl RunBytes {
+    fn of(stream: &Stream) -> RunBytes {
+        RunBytes { all: stream.step, first: stream.beyond().min(stream.step) }
+    }
+
+    /// Word and byte in it of byte `byte` of run `run` of a lane.
+    pub fn place(self, run: u32, byte: u32) -> (u32, u32) {
+        let at = match byte.checked_sub(self.first) {
+            None => run * self.first + byte,
+            Some(byte) => TILE / BLOCK * self.first + run * (self.all - self.first) + byte,
+        };
+        (at / 4, at % 4)
+    }
 }
 
 /// Why a matrix is not multiplied exactly.
@@ -110,9 +143,15 @@ impl Relaid {
             grid = Some(at);
             at += (row_tiles * ROWS * GRID_BYTES).div_ceil(4).next_multiple_of(4);
         }
+        let book = terms.stream.as_ref().and_then(|stream| match &stream.digits {
+            Digits::Book(book) => Some((at, (book.len() as u32).div_ceil(2))),
+            Digits::Bytes { .. } => None,
+        });
+        at += book.map_or(0, |b| b.1);
         let codes = terms.table.is_some();
-        let bits = if codes { CODE } else { terms.bits };
-        Relaid { shape, bits, codes, sections, grid, number_words: at.max(4) }
+        let runs = terms.stream.as_ref().map(RunBytes::of);
+        let bits = runs.map_or(if codes { CODE } else { terms.bits }, |runs| runs.all);
+        Relaid { shape, bits, codes, runs, book, sections, grid, number_words: at.max(4) }
     }
 
     /// Tiles from top to bottom.
@@ -228,7 +267,7 @@ impl Relaid {
         for row in 0..ROWS {
             // Rows of padding have the numbers of the last, so that nothing in them is beyond all numbers.
             let from = (first + row).min(rows - 1);
-            if first + row < rows {
+            if first + row < rows && self.runs.is_none() {
                 if self.codes {
                     reader.row_codes(tensors, from, &mut of_row);
                 } else {
@@ -249,8 +288,38 @@ impl Relaid {
                 }
             }
         }
-        self.pack(&digits, &mut out.words);
+        match (self.runs, reader.terms().and_then(|t| t.stream.as_ref())) {
+            (Some(bytes), Some(stream)) => {
+                self.pack_runs(reader, tensors, (first / BLOCK, bytes, stream), &mut out.words)
+            }
+            _ => self.pack(&digits, &mut out.words),
+        }
         out
+    }
+
+    /// Packs the streams of row `i` of blocks.
+    fn pack_runs(
+        &self,
+        reader: &Reader,
+        tensors: &[&[u8]],
+        (i, bytes, stream): (u32, RunBytes, &Stream),
+        words: &mut [u32],
+    ) {
+        let mut of_block = vec![0; (BLOCK * BLOCK / 32 * stream.step) as usize];
+        let of_tile = self.lane_words() as usize * 32;
+        for j in 0..self.shape.cols / BLOCK {
+            reader.stream(tensors, i, j, &mut of_block);
+            let (tile, run) = (j / (TILE / BLOCK), j % (TILE / BLOCK));
+            let words = &mut words[tile as usize * of_tile..][..of_tile];
+            for (of_run, &lane) in (0..).step_by(bytes.all as usize).zip(&stream.runs.lanes) {
+                for byte in 0..bytes.all {
+                    let at = of_run + byte;
+                    let value = of_block[(at / 4) as usize] >> (8 * (at % 4)) & 0xff;
+                    let (word, to) = bytes.place(run, byte);
+                    words[word_in_tile(self.lane_words(), lane, word) as usize] |= value << (8 * to);
+                }
+            }
+        }
     }
 }
 
@@ -275,13 +344,14 @@ pub struct Stored {
 }
 
 impl Stored {
-    /// Zeros.
-    pub fn zeroed(layout: &Relaid) -> Stored {
-        Stored {
-            words: vec![0; layout.words()],
-            numbers: vec![0; layout.number_words() * 4],
-            factors: vec![0.0; layout.padded_rows() as usize],
+    /// Without rows of tiles yet.
+    pub fn new(terms: &Terms, layout: &Relaid) -> Stored {
+        let mut numbers = vec![0; layout.number_words() * 4];
+        if let (Some((first, _)), Some(Stream { digits: Digits::Book(book), .. })) = (layout.book, &terms.stream) {
+            let places = numbers[first as usize * 4..].chunks_exact_mut(2);
+            places.zip(book).for_each(|(to, digits)| to.copy_from_slice(&digits.to_le_bytes()));
         }
+        Stored { words: vec![0; layout.words()], numbers, factors: vec![0.0; layout.padded_rows() as usize] }
     }
 
     /// Puts a row of tiles in its place, `at` rows of tiles from the top.

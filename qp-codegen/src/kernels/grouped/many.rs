@@ -10,7 +10,9 @@
 //! A warp decodes a tile into tensor-core operands, once, and multiplies each run with all planes, eight a product. The sums
 //! of a run and a group of planes need registers only until the planes of a token are joined, multiplied with the run's
 //! slope and added to a sum of 64 bits. On Hopper, groups of four warps can multiply together ([`Launch::group`], `wgmma`),
-//! the planes in two halves: while the second is multiplied, the first is added.
+//! the planes in two halves: while one is multiplied, the one before is added, from tile to tile.
+//!
+//! Integers that are bytes with their zeros and signs need no sums of activations ([`are_operands`]).
 //!
 //! A matrix with few rows of tiles leaves warps without work. Then the columns are shared, by [`Launch::col_warps`] warps whose
 //! sums meet in shared memory, or the tokens, by [`Launch::token_parts`] blocks that each decode all weights and are
@@ -21,7 +23,7 @@ use std::ops::Range;
 
 use super::Product;
 use super::layout::{ROWS, Relaid};
-use super::operands::{ACROSS, Arrived, Factors, OF_PRODUCT, Operands, Tile, put, taken};
+use super::operands::{ACROSS, Arrived, Factors, OF_PRODUCT, Operands, Tile, are_operands, put, taken};
 use crate::ir::{Builder, Cache, Const, Elem, Kernel, Mem, Special, V, Var, group_columns};
 use crate::kernels::operands::divide;
 use crate::layout::{CELL, COLUMN_PAD};
@@ -83,7 +85,7 @@ pub(super) struct Plan {
     /// Tiles of a chunk.
     chunk_tiles: u32,
     /// Whether sums of activations over runs are needed.
-    offsets: bool,
+    pub(super) offsets: bool,
 }
 
 impl Plan {
@@ -99,7 +101,7 @@ impl Plan {
             chunks: layout.col_tiles().div_ceil(chunk_tiles),
             rounds: layout.row_tiles().div_ceil(launch.blocks).div_ceil(launch.row_warps * launch.row_tiles),
             chunk_tiles,
-            offsets: op.has_offsets(),
+            offsets: op.has_offsets(are_operands(op)),
             layout,
         }
     }
@@ -124,6 +126,16 @@ impl Plan {
         self.chunk_tiles * self.tile_cells()
     }
 
+    /// Groups of planes that groups of warps multiply at once; none for warps by themselves.
+    fn part(&self, launch: &Launch) -> u32 {
+        match launch.group {
+            false => 0,
+            // Up to 32 planes are as fast as 32.
+            true if self.planes() <= 32 => self.groups,
+            true => group_columns(self.planes() / 2) / 8,
+        }
+    }
+
     /// Sums over runs of a tile: by run, by token.
     fn tile_offsets(&self) -> u32 {
         self.runs * self.groups * OF_PRODUCT
@@ -141,7 +153,8 @@ impl Plan {
 
     /// Bytes of shared memory.
     pub(super) fn shared_bytes(&self, launch: &Launch) -> u32 {
-        STAGES * self.stage_cells() * 16 + SUMMED * self.chunk_offsets() * 4 + self.meeting_sums(launch) * 8
+        let book = 4 * self.layout.book.map_or(0, |b| b.1);
+        STAGES * self.stage_cells() * 16 + SUMMED * self.chunk_offsets() * 4 + self.meeting_sums(launch) * 8 + book
     }
 }
 
@@ -193,8 +206,30 @@ struct Kept {
     tiles: Vec<Vec<Tile>>,
     /// Sums of 64 bits: by tile, group of planes and half of the tile's rows.
     sums: Vec<Var>,
-    /// Sums of a product of groups of warps: by group of planes.
-    products: Vec<Var>,
+    /// Sums of two products of groups of warps, one of which is computed while the other is added: by group of planes.
+    products: [Vec<Var>; 2],
+    /// What belongs to a tile's last product, which is added while the next tile's first is computed.
+    late: Option<Late>,
+}
+
+/// What is added later, in registers that go through the columns.
+struct Late {
+    /// By row: slope, rest, zero.
+    factors: Option<[[Option<Var>; 3]; 2]>,
+    /// Sums of the activations over the run: by group of planes.
+    offsets: Vec<Option<Var>>,
+}
+
+/// A product of groups of warps that was started: of a run and a plane of the weights with a part of the planes of the activations.
+struct Started<'b> {
+    /// In which registers its sums are.
+    turn: usize,
+    /// Groups of planes.
+    groups: Range<u32>,
+    plane: u32,
+    /// Sums of the activations over the run, where they are needed: by group of planes.
+    offsets: Vec<Option<V<'b>>>,
+    factors: Option<[Factors<'b>; 2]>,
 }
 
 /// A tile that is being multiplied.
@@ -208,7 +243,7 @@ struct Decoded<'b> {
 impl<'b, 'a> Emit<'b, 'a> {
     fn new(b: &'b Builder, op: &'a Product<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
         let (thread, lane, warp) = (b.special(Special::Thread), b.special(Special::Lane), b.special(Special::Warp));
-        let operands = Operands::new(b, op, &plan.layout, lane);
+        let operands = Operands::new(b, op, &plan.layout, lane, are_operands(op));
         let staged = b.shared("staged", Elem::U32, STAGES * plan.stage_cells() * 4);
         let offsets = b.shared("offsets", Elem::I32, SUMMED * plan.chunk_offsets());
         let meeting = b.shared("meeting", Elem::I32, plan.meeting_sums(launch) * 2);
@@ -250,6 +285,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let of_step = || (0..launch.row_tiles).map(|_| self.operands.tile()).collect();
         let tiles: Vec<Vec<Tile>> = (0..launch.ahead).map(|_| of_step()).collect();
         (0..).zip(&tiles).for_each(|(step, tiles)| self.fetch(b.i32(step), tiles));
+        self.operands.fill(launch.warps() * 32);
         b.grid_wait();
         self.stage(b.i32(0));
         self.stage(b.i32(1));
@@ -257,8 +293,9 @@ impl<'b, 'a> Emit<'b, 'a> {
         let zero = b.constant(Const::I64(0));
         let sums = (0..launch.row_tiles * plan.groups * 2).map(|_| b.var(zero)).collect();
         let none = b.vector(&[b.i32(0); 4]);
-        let products = (0..if launch.group { plan.groups } else { 0 }).map(|_| b.var(none)).collect();
-        let kept = Kept { tiles, sums, products };
+        let products = [(); 2].map(|()| (0..plan.part(launch)).map(|_| b.var(none)).collect());
+        let late = launch.group.then(|| self.late()).flatten();
+        let kept = Kept { tiles, sums, products, late };
         if plan.offsets {
             b.comment("Sums over the runs of the first chunk.");
             b.async_wait(1);
@@ -268,6 +305,11 @@ impl<'b, 'a> Emit<'b, 'a> {
         b.comment("Rows of tiles, chunks of columns, tiles.");
         b.for_(0, self.rounds, 1, |round| {
             kept.sums.iter().for_each(|&v| b.set(v, zero));
+            if let Some(late) = &kept.late {
+                // Nothing was multiplied so far.
+                kept.products[1].iter().for_each(|&v| b.set(v, none));
+                late.offsets.iter().flatten().for_each(|&v| b.set(v, b.i32(0)));
+            }
             let inverses: Vec<Option<[V; 2]>> = (0..launch.row_tiles)
                 .map(|m| self.operands.grid(self.row(round, m)).map(|grid| self.operands.inverses(grid)))
                 .collect();
@@ -284,7 +326,11 @@ impl<'b, 'a> Emit<'b, 'a> {
                 }
                 let in_turn = |first: V<'b>| {
                     for p in 0..launch.ahead {
-                        self.step(chunk, (first + p, p), &kept, &inverses);
+                        if launch.group {
+                            self.step_of_group(chunk, (first + p, p), &kept, &inverses);
+                        } else {
+                            self.step(chunk, (first + p, p), &kept, &inverses);
+                        }
                     }
                 };
                 let steps = || {
@@ -294,8 +340,16 @@ impl<'b, 'a> Emit<'b, 'a> {
                         b.for_(0, launch.chunk, launch.ahead, in_turn);
                     }
                 };
-                if launch.group { steps() } else { self.busy(round, steps) }
+                if launch.group {
+                    steps();
+                    b.group_wait(0);
+                } else {
+                    self.busy(round, steps);
+                }
             });
+            if let Some(late) = &kept.late {
+                self.add_started(&kept, &self.last(late));
+            }
             self.finish(round, &kept.sums);
         });
     }
@@ -438,9 +492,25 @@ impl<'b, 'a> Emit<'b, 'a> {
         (run * columns / 32..(run + 1) * columns / 32).map(|kt| (kt, of(kt))).collect()
     }
 
-    /// Decodes and multiplies tile `i` of the warp's of a chunk. Where its words were, which registers `p` held, those of a later
-    /// step are on their way meanwhile.
+    /// Decodes and multiplies tile `i` of the warp's of a chunk, by itself. Where its words were, which registers `p` held, those of a
+    /// later step are on their way meanwhile.
     fn step(&self, chunk: V<'b>, (i, p): (V<'b>, u32), kept: &Kept, inverses: &[Option<[V<'b>; 2]>]) {
+        let (decoded, first, offsets) = self.decoded(chunk, (i, p), kept, inverses);
+        for run in 0..self.plan.runs {
+            for plane in 0..self.op.terms.planes() {
+                self.multiply_by_warps((run, plane), &decoded, first, offsets, kept);
+            }
+        }
+    }
+
+    /// What tile `i` of a chunk is decoded to, and where its activations and their sums lie.
+    fn decoded(
+        &self,
+        chunk: V<'b>,
+        (i, p): (V<'b>, u32),
+        kept: &Kept,
+        inverses: &[Option<[V<'b>; 2]>],
+    ) -> (Vec<Decoded<'b>>, V<'b>, V<'b>) {
         let (b, plan) = (self.b, self.plan);
         let tiles = &kept.tiles[p as usize];
         let arrived: Vec<Arrived> = tiles.iter().map(|t| self.operands.arrived(t)).collect();
@@ -452,25 +522,102 @@ impl<'b, 'a> Emit<'b, 'a> {
         let tile = i * self.launch.col_warps + self.col_warp;
         let first = self.slot(chunk) + tile * plan.tile_cells();
         let offsets = self.offsets_slot(chunk) + tile * plan.tile_offsets() + (self.lane & 3);
-        let decoded: Vec<Decoded> = arrived
-            .iter()
-            .zip(inverses)
-            .map(|(tile, inverses)| {
-                let mut known = HashMap::new();
-                let planes = self.operands.registers(tile);
-                let factors =
-                    (0..plan.runs).map(|run| self.operands.factors(tile, run, *inverses, &mut known)).collect();
-                Decoded { planes, factors }
+        let decode = |(tile, inverses): (&Arrived<'b>, &Option<[V<'b>; 2]>)| {
+            let mut known = HashMap::new();
+            let planes = self.operands.registers(tile);
+            let factors = (0..plan.runs).map(|run| self.operands.factors(tile, run, *inverses, &mut known)).collect();
+            Decoded { planes, factors }
+        };
+        (arrived.iter().zip(inverses).map(decode).collect(), first, offsets)
+    }
+
+    /// The products of a group with a tile: run and plane of the weights, groups of planes of the activations.
+    fn products(&self) -> Vec<(u32, u32, Range<u32>)> {
+        let (plan, part) = (self.plan, self.plan.part(self.launch));
+        let parts = (0..plan.groups).step_by(part as usize).map(|from| from..plan.groups.min(from + part));
+        let of = |run| {
+            let parts = parts.clone();
+            (0..self.op.terms.planes()).flat_map(move |plane| parts.clone().map(move |part| (run, plane, part)))
+        };
+        (0..plan.runs).flat_map(of).collect()
+    }
+
+    /// Registers for what is added late, if the last of a tile's products is in other registers than the first.
+    fn late(&self) -> Option<Late> {
+        let (b, products) = (self.b, self.products());
+        let (_, plane, groups) = products.last().filter(|_| products.len().is_multiple_of(2))?;
+        let word = || b.var(b.i32(0));
+        let terms = self.op.terms;
+        let of_row = || [true, terms.rest.is_some(), terms.zero.is_some() && !are_operands(self.op)];
+        let factors = terms.run.map(|_| [(); 2].map(|()| of_row().map(|is| is.then(word))));
+        let offsets = self.plan.offsets && *plane == 0;
+        Some(Late { factors, offsets: groups.clone().map(|_| offsets.then(word)).collect() })
+    }
+
+    /// The product that is added late.
+    fn last(&self, late: &Late) -> Started<'b> {
+        let b = self.b;
+        let (_, plane, groups) = self.products().pop().expect("a tile has products");
+        let factors = late.factors.map(|rows| {
+            rows.map(|of| {
+                let [slope, rest, zero] = of.map(|var| var.map(|var| b.get(var)));
+                Factors { slope: slope.expect("there always is one"), rest, zero }
             })
-            .collect();
-        for run in 0..plan.runs {
-            for plane in 0..self.op.terms.planes() {
-                if self.launch.group {
-                    self.multiply_by_groups((run, plane), &decoded[0], first, offsets, kept);
-                } else {
-                    self.multiply_by_warps((run, plane), &decoded, first, offsets, kept);
+        });
+        let offsets = late.offsets.iter().map(|var| var.map(|var| b.get(var))).collect();
+        Started { turn: 1, groups, plane, offsets, factors }
+    }
+
+    /// Decodes and multiplies tile `i` of the group's of a chunk, as [`Emit::step`]. While a product runs, the one before it is added, the
+    /// tile's last while the next tile's first runs. Products read their operands' registers until they end, so all have ended before
+    /// the next tile is decoded; other groups multiply meanwhile.
+    ///
+    /// That the tiles are a loop keeps the assembler from putting off all adding until the chunk's end.
+    fn step_of_group(&self, chunk: V<'b>, at: (V<'b>, u32), kept: &Kept, inverses: &[Option<[V<'b>; 2]>]) {
+        let (b, plan) = (self.b, self.plan);
+        b.group_wait(0);
+        let (tile, first, offsets) = self.decoded(chunk, at, kept, inverses);
+        let mut before = kept.late.as_ref().map(|late| self.last(late));
+        for (n, (run, plane, groups)) in self.products().into_iter().enumerate() {
+            let registers = &tile[0].planes[plane as usize];
+            let steps = self.operands_of(run, &|kt| std::array::from_fn(|a| registers[(kt * 4) as usize + a]));
+            let a: Vec<[V; 4]> = steps.iter().map(|s| s.1).collect();
+            let at = first + (steps[0].0 * 2 * plan.planes() + groups.start * 8);
+            let sums = &kept.products[n % 2][..groups.len()];
+            b.mma_group_fresh(self.operands.is_signed(plane), &a, sums, self.staged, at, plan.planes());
+            let offsets = groups.clone().map(|g| self.offset(offsets, (run, plane), g)).collect();
+            let started = Started { turn: n % 2, groups, plane, offsets, factors: tile[0].factors[run as usize] };
+            if let Some(before) = before.replace(started) {
+                if n > 0 {
+                    b.group_wait(1);
                 }
+                self.add_started(kept, &before);
             }
+        }
+        let last = before.expect("a tile has products");
+        let Some(late) = &kept.late else {
+            b.group_wait(0);
+            return self.add_started(kept, &last);
+        };
+        for (of_row, factors) in late.factors.iter().flatten().zip(last.factors.iter().flatten()) {
+            let values = [Some(factors.slope), factors.rest, factors.zero];
+            of_row.iter().zip(values).for_each(|(var, value)| {
+                if let (&Some(var), Some(value)) = (var, value) {
+                    b.set(var, value);
+                }
+            });
+        }
+        for (var, value) in late.offsets.iter().zip(last.offsets) {
+            if let (&Some(var), Some(value)) = (var, value) {
+                b.set(var, value);
+            }
+        }
+    }
+
+    /// Adds the sums of a product that has ended.
+    fn add_started(&self, kept: &Kept, done: &Started<'b>) {
+        for ((group, &products), &offset) in done.groups.clone().zip(&kept.products[done.turn]).zip(&done.offsets) {
+            self.add(kept, (0, group, done.plane), self.b.get(products), offset, done.factors);
         }
     }
 
@@ -510,6 +657,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         kept: &Kept,
     ) {
         let (b, plan) = (self.b, self.plan);
+        let signed = self.operands.is_signed(plane);
         // Lane 8j + i names row i of matrix j: of planes 0 to 8 the first 16 columns, the second, of planes 8 to 16 …
         let second = (self.lane >> 3) & 1;
         let of_two = first + (self.lane & 7) + (self.lane >> 4) * 8 + second * plan.planes();
@@ -537,47 +685,11 @@ impl<'b, 'a> Emit<'b, 'a> {
                     let products = steps
                         .iter()
                         .zip(&x)
-                        .fold(none, |sum, ((_, a), x)| b.mma_i8(false, *a, [x[at], x[at + 1]], sum));
+                        .fold(none, |sum, ((_, a), x)| b.mma_i8(signed, *a, [x[at], x[at + 1]], sum));
                     self.add(kept, (m, pair + group, plane), products, offset, tile.factors[run as usize]);
                 }
             }
         }
-    }
-
-    /// Multiplies a run of the group's tiles with all planes, which lie at `first`.
-    fn multiply_by_groups(
-        &self,
-        (run, plane): (u32, u32),
-        tile: &Decoded<'b>,
-        first: V<'b>,
-        offsets: V<'b>,
-        kept: &Kept,
-    ) {
-        let (b, plan) = (self.b, self.plan);
-        let registers = &tile.planes[plane as usize];
-        let steps = self.operands_of(run, &|kt| std::array::from_fn(|a| registers[(kt * 4) as usize + a]));
-        let a: Vec<[V; 4]> = steps.iter().map(|s| s.1).collect();
-        // Up to 32 planes are as fast as 32.
-        let half = if plan.planes() <= 32 { plan.groups } else { group_columns(plan.planes() / 2) / 8 };
-        let at = first + steps[0].0 * 2 * plan.planes();
-        let (one, other) = kept.products.split_at(half as usize);
-        b.mma_group_fresh(false, &a, one, self.staged, at, plan.planes());
-        if !other.is_empty() {
-            b.mma_group_fresh(false, &a, other, self.staged, at + half * 8, plan.planes());
-        }
-        let add = |groups: Range<u32>| {
-            for group in groups {
-                let products = b.get(kept.products[group as usize]);
-                let offset = self.offset(offsets, (run, plane), group);
-                self.add(kept, (0, group, plane), products, offset, tile.factors[run as usize]);
-            }
-        };
-        if !other.is_empty() {
-            b.group_wait(1);
-            add(0..half);
-        }
-        b.group_wait(0);
-        add(if other.is_empty() { 0..half } else { half..plan.groups });
     }
 
     /// Writes the results of a round.

@@ -14,6 +14,7 @@ mod launch;
 pub mod layout;
 pub mod many;
 mod operands;
+mod windows;
 
 pub use self::launch::Launch;
 use self::layout::Relaid;
@@ -48,9 +49,9 @@ impl Product<'_> {
         TILE / self.terms.run.unwrap_or(TILE)
     }
 
-    /// Whether sums of activations over runs are needed.
-    fn has_offsets(&self) -> bool {
-        self.terms.lowest != 0 || self.terms.rest.is_some()
+    /// Whether sums of activations over runs are needed, with operands that are integers themselves (`signed`) or their digits.
+    fn has_offsets(&self, signed: bool) -> bool {
+        self.terms.rest.is_some() || !signed && (self.terms.lowest != 0 || self.terms.zero.is_some())
     }
 
     /// A builder of a kernel of `blocks` blocks of `threads` threads, `min_blocks` of which an SM must hold at once.

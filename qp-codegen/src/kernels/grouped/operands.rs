@@ -5,12 +5,14 @@ use std::collections::HashMap;
 
 use super::Product;
 use super::layout::{REGISTERS, ROWS, Relaid, Section};
-use crate::ir::{Builder, Cache, Const, Elem, Mem, Scalar, V, Var};
-use crate::kernels::decode::{flatten, load_words};
+use super::windows::Windows;
+use crate::ir::{Builder, Cache, Const, Elem, Mem, Scalar, Special, V, Var};
+use crate::kernels::copy_all;
+use crate::kernels::decode::{FILL, flatten, load_words};
 use crate::layout::{COLUMN_PAD, chunks};
 use crate::spec::format::{Arithmetic, Weight, WeightOp};
 use crate::spec::mask;
-use crate::spec::terms::{Kept, TILE};
+use crate::spec::terms::{Digits, Kept, TILE};
 
 /// Tokens whose planes one tensor-core product holds.
 pub(super) const OF_PRODUCT: u32 = 4;
@@ -32,8 +34,14 @@ pub(super) struct Arrived<'b> {
     numbers: Vec<Vec<V<'b>>>,
 }
 
-/// Slope and rest, if there is one, of a run and a row, 64 bits each.
-pub(super) type Factors<'b> = (V<'b>, Option<V<'b>>);
+/// The numbers of a run and a row.
+#[derive(Clone, Copy)]
+pub(super) struct Factors<'b> {
+    pub(super) slope: V<'b>,
+    pub(super) rest: Option<V<'b>>,
+    /// What is added to the integers, if that is not done already.
+    pub(super) zero: Option<V<'b>>,
+}
 
 /// How a lane loads the numbers of a section in a tile: their type, and first and width of each chunk.
 fn number_chunks(section: &Section) -> (Elem, Vec<(u32, u32)>) {
@@ -60,11 +68,33 @@ pub(super) struct Operands<'b, 'a> {
     x_scale: Mem,
     y: Mem,
     lane: V<'b>,
+    /// The table of digits, in shared memory.
+    book: Option<Mem>,
+    /// Whether tensor-core operands are the integers themselves, zeros added, and not how far they are from the lowest.
+    signed: bool,
+}
+
+/// Whether the integers of `op`, zeros added, are operands of tensor-core products as they are: then sums of activations are needed for
+/// rests alone.
+pub(super) fn are_operands(op: &Product) -> bool {
+    let (terms, bits) = (op.terms, 8 * op.terms.planes());
+    let (least, most) = terms.integers();
+    let fits = least >= -(1 << (bits - 1)) && most < 1 << (bits - 1);
+    match &terms.table {
+        // Digits of streams are not added to.
+        _ if terms.stream.is_some() => false,
+        // The table holds them.
+        Some(table) => {
+            let most = i64::from(terms.lowest) + table.iter().map(|&x| i64::from(x)).max().unwrap_or(0);
+            terms.zero.is_none() && least >= -(1 << (bits - 1)) && most < 1 << (bits - 1)
+        }
+        None => terms.planes() == 1 && fits,
+    }
 }
 
 impl<'b, 'a> Operands<'b, 'a> {
-    /// Declares them.
-    pub(super) fn new(b: &'b Builder, op: &'a Product<'a>, layout: &'a Relaid, lane: V<'b>) -> Self {
+    /// Declares them. With `signed`, operands are the integers themselves ([`are_operands`]).
+    pub(super) fn new(b: &'b Builder, op: &'a Product<'a>, layout: &'a Relaid, lane: V<'b>, signed: bool) -> Self {
         let columns = u64::from(op.shape.cols.next_multiple_of(COLUMN_PAD));
         let batch = u64::from(op.batch);
         let weights = b.sized("weights", Elem::U32, false, layout.words() as u64);
@@ -73,7 +103,18 @@ impl<'b, 'a> Operands<'b, 'a> {
         let x = b.sized("x", Elem::I8, false, 2 * batch * columns);
         let x_scale = b.sized("x_scale", Elem::F32, false, batch);
         let y = b.sized("y", Elem::F32, true, op.y.len(op.batch, op.shape.rows));
-        Operands { b, op, layout, weights, numbers, factors, x, x_scale, y, lane }
+        let book = layout.book.map(|(_, words)| b.shared("book", Elem::U32, words));
+        Operands { b, op, layout, weights, numbers, factors, x, x_scale, y, lane, book, signed }
+    }
+
+    /// Copies the table of digits into shared memory, if there is one, all threads of the block together.
+    pub(super) fn fill(&self, threads: u32) {
+        let (b, Some(book), Some((first, words))) = (self.b, self.book, self.layout.book) else { return };
+        b.comment("The table of digits.");
+        let load = |i: V<'b>| b.load_as(self.numbers, i * 4 + first, Elem::U32, 4, Cache::ReadOnly);
+        let store = |i: V<'b>, four: &V<'b>| b.store(book, i * 4, *four, Elem::U32);
+        copy_all(b, b.special(Special::Thread), [words / 4, threads, FILL], load, store);
+        b.barrier();
     }
 
     /// Registers for a tile.
@@ -124,12 +165,64 @@ impl<'b, 'a> Operands<'b, 'a> {
         [0, 1].map(|half: u32| (((grid >> (8 * half)) & 0xff_u32) << 23_u32).bits(Scalar::F32))
     }
 
-    /// The registers of a tile, by plane: each of four unsigned bytes.
+    /// The registers of a tile, by plane: each of four bytes, of which those of [`Operands::is_signed`] planes are signed.
     pub(super) fn registers(&self, tile: &Arrived<'b>) -> Vec<Vec<V<'b>>> {
-        match &self.op.terms.table {
-            Some(table) => self.looked_up(table, tile),
-            None => (0..self.layout.planes()).map(|plane| self.bytes(plane, tile)).collect(),
+        match (&self.op.terms.table, self.windows()) {
+            (_, Some(windows)) => windows.digits(self.op.terms.planes(), &tile.words),
+            (Some(table), None) => {
+                let lowest = if self.signed { self.op.terms.lowest } else { 0 };
+                let table: Vec<u32> = table.iter().map(|x| x.wrapping_add_signed(lowest)).collect();
+                self.looked_up(&table, tile)
+            }
+            (None, None) if self.signed => vec![self.signed_bytes(tile)],
+            (None, None) => (0..self.layout.planes()).map(|plane| self.bytes(plane, tile)).collect(),
         }
+    }
+
+    fn windows(&self) -> Option<Windows<'b, '_>> {
+        let (stream, bytes) = (self.op.terms.stream.as_ref()?, self.layout.runs?);
+        Some(Windows::new(self.b, stream, bytes, self.lane, self.book))
+    }
+
+    /// The registers of products of 8 columns with four bytes each, whose sums are the digits.
+    pub(super) fn byte_registers(&self, tile: &Arrived<'b>) -> Vec<V<'b>> {
+        match (self.op.terms.stream.as_ref().map(|s| &s.digits), self.windows()) {
+            (Some(Digits::Bytes { decode, word }), Some(windows)) => windows.words(decode, *word, &tile.words),
+            _ => unreachable!("of digits that are sums of bytes"),
+        }
+    }
+
+    /// Whether the bytes of a plane are signed.
+    pub(super) fn is_signed(&self, plane: u32) -> bool {
+        self.signed && plane + 1 == self.op.terms.planes()
+    }
+
+    /// The registers of the only plane: integers with their zeros, added to all four of a register at once. The sums are by 128 too
+    /// large, so that none is negative and nothing goes from one byte into the next; that is undone in the highest bits.
+    fn signed_bytes(&self, tile: &Arrived<'b>) -> Vec<V<'b>> {
+        let (b, terms) = (self.b, self.op.terms);
+        if terms.zero.is_none() && terms.lowest == 0 {
+            return self.bytes(0, tile);
+        }
+        let up = terms.lowest + 128;
+        let fields = Fields { operands: self, numbers: &tile.numbers };
+        let runs = self.op.runs();
+        let add: Vec<[V<'b>; 2]> = (0..if terms.zero.is_some() { runs } else { 1 })
+            .map(|run| {
+                [0, 1].map(|half| match &terms.zero {
+                    Some(zero) => (fields.whole(zero, run, half) + up).bits(Scalar::U32) * 0x0101_0101_u32,
+                    None => b.u32(up as u32 * 0x0101_0101),
+                })
+            })
+            .collect();
+        let bytes = self.bytes(0, tile).into_iter().zip(0..);
+        let of = |(byte, register): (V<'b>, u32)| {
+            let (columns, half) = (register / 4 * 32 + register % 4 / 2 * 16, register % 2);
+            let of_run = add[(columns * runs / TILE) as usize % add.len()];
+            let moved = if up == 0 && terms.zero.is_none() { byte } else { byte + of_run[half as usize] };
+            moved ^ 0x8080_8080_u32
+        };
+        bytes.map(of).collect()
     }
 
     /// The registers of codes: the bytes of eight are picked by the lower three bits, once of the lower and once of the upper half of
@@ -182,7 +275,7 @@ impl<'b, 'a> Operands<'b, 'a> {
         (0..REGISTERS).map(one).collect()
     }
 
-    /// Slopes and rests of the lane's two rows in a run, if they are not those of whole rows. `known` are the fields that are
+    /// Slopes, rests and zeros of the lane's two rows in a run, if they are not those of whole rows. `known` are the fields that are
     /// floats by now.
     pub(super) fn factors(
         &self,
@@ -197,9 +290,11 @@ impl<'b, 'a> Operands<'b, 'a> {
             [0, 1].map(|half| {
                 let mut of = |w: &Weight| {
                     let value = fields.value(w, run, half, known);
-                    (value * inverses[half as usize]).to(Scalar::I32).to(Scalar::I64)
+                    (value * inverses[half as usize]).to(Scalar::I32)
                 };
-                (of(&terms.slope), terms.rest.as_ref().map(of))
+                let (slope, rest) = (of(&terms.slope), terms.rest.as_ref().map(of));
+                let zero = terms.zero.as_ref().filter(|_| !self.signed).map(|zero| fields.whole(zero, run, half));
+                Factors { slope, rest, zero }
             })
         })
     }
@@ -215,27 +310,33 @@ impl<'b, 'a> Operands<'b, 'a> {
     ) -> V<'b> {
         let terms = self.op.terms;
         let joined = high * 128 + low;
-        if plane > 0 {
+        let times = i64::from(terms.times) << (8 * plane);
+        let whole = || {
             let joined = joined.to(Scalar::I64);
-            let term = factors.map_or(joined, |(slope, _)| slope * joined);
-            return term * self.b.constant(Const::I64(1 << (8 * plane)));
-        }
-        let joined = match offset.filter(|_| terms.lowest != 0) {
-            None => joined.to(Scalar::I64),
-            Some(offset) if terms.is_wide() => {
-                let lowest = self.b.constant(Const::I64(terms.lowest.into()));
-                joined.to(Scalar::I64) + offset.to(Scalar::I64) * lowest
-            }
-            Some(offset) => (joined + offset * terms.lowest).to(Scalar::I64),
+            if times == 1 { joined } else { joined * self.b.constant(Const::I64(times)) }
         };
-        match factors {
-            None => joined,
-            Some((slope, None)) => slope * joined,
-            Some((slope, Some(rest))) => {
-                let offset = offset.expect("a rest needs them").to(Scalar::I64);
-                slope * joined + rest * offset
-            }
+        if plane > 0 {
+            return factors.map_or_else(whole, |f| f.slope.to(Scalar::I64) * whole());
         }
+        // What the integers are more than the operands.
+        let beside = match (factors.and_then(|f| f.zero), terms.lowest) {
+            _ if self.signed => None,
+            (None, 0) => None,
+            (None, lowest) => Some(self.b.i32(lowest)),
+            (Some(zero), lowest) => Some(zero + lowest),
+        };
+        let joined = match offset.zip(beside) {
+            None => whole(),
+            Some((offset, lowest)) if terms.is_wide() => whole() + offset.to(Scalar::I64) * lowest.to(Scalar::I64),
+            Some((offset, beside)) => {
+                let joined = if terms.times == 1 { joined } else { joined * terms.times };
+                (joined + offset * beside).to(Scalar::I64)
+            }
+        };
+        let Some(Factors { slope, rest, zero: _ }) = factors else { return joined };
+        let term = slope.to(Scalar::I64) * joined;
+        let Some(rest) = rest else { return term };
+        term + rest.to(Scalar::I64) * offset.expect("a rest needs them").to(Scalar::I64)
     }
 
     /// What the sums of a row are multiplied with.
@@ -308,12 +409,44 @@ impl<'b> Fields<'_, 'b, '_> {
         *nodes.last().expect("an expression has nodes")
     }
 
+    /// The value of an expression of small integers in a run and one of the lane's two rows.
+    fn whole(&self, weight: &Weight, run: u32, half: u32) -> V<'b> {
+        let b = self.operands.b;
+        let mut nodes: Vec<V<'b>> = Vec::new();
+        for op in &weight.ops {
+            nodes.push(match *op {
+                WeightOp::Const(c) => b.i32(c.to_f32() as i32),
+                WeightOp::Field(f) => {
+                    let units = self.operands.layout.sections[f].units;
+                    let (kept, word, bit) = self.place(f, run * units / self.operands.op.runs(), half);
+                    match kept {
+                        Kept::U8 => ((word >> bit) & 0xff_u32).bits(Scalar::I32),
+                        Kept::I8 => (word << (24 - bit)).bits(Scalar::I32) >> 24,
+                        Kept::F16 | Kept::Bf16 | Kept::F32 => unreachable!("zeros are of small integers"),
+                    }
+                }
+                WeightOp::Neg(a) => -nodes[a],
+                WeightOp::Binary(Arithmetic::Add, x, y) => nodes[x] + nodes[y],
+                WeightOp::Binary(Arithmetic::Sub, x, y) => nodes[x] - nodes[y],
+                WeightOp::Binary(..) | WeightOp::Entry | WeightOp::Lookup(..) => {
+                    unreachable!("zeros are sums and differences")
+                }
+            });
+        }
+        *nodes.last().expect("an expression has nodes")
+    }
+
+    /// A number of a section: its type, the word that holds it, and its first bit there.
+    fn place(&self, section: usize, unit: u32, half: u32) -> (Kept, V<'b>, u32) {
+        let (kept, words) = (self.operands.layout.sections[section].kept, &self.numbers[section]);
+        let bit = (2 * unit + half) * kept.bytes() * 8;
+        (kept, words[(bit / 32) as usize], bit % 32)
+    }
+
     /// A number of a section as a float.
     fn number(&self, section: usize, unit: u32, half: u32) -> V<'b> {
         let b = self.operands.b;
-        let (kept, words) = (self.operands.layout.sections[section].kept, &self.numbers[section]);
-        let bit = (2 * unit + half) * kept.bytes() * 8;
-        let (word, bit) = (words[(bit / 32) as usize], bit % 32);
+        let (kept, word, bit) = self.place(section, unit, half);
         match kept {
             Kept::U8 => ((word >> bit) & 0xff_u32).to(Scalar::F32),
             Kept::I8 => ((word << (24 - bit)).bits(Scalar::I32) >> 24).to(Scalar::F32),

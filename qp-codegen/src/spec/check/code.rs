@@ -6,6 +6,7 @@ use std::path::Path;
 use super::consts::{self, Const, Scope, in_range, integer, number};
 use super::{Files, Sink, decode, enumerate};
 use crate::layout::LANES_PER_BLOCK;
+use crate::reference::INTERLEAVED;
 use crate::spec::{Code, Rotation, ScaleKind, Shape, Table, TableSource, Training, Value, table_file};
 use crate::syntax::ast::{self, Arg, Body, Expr, ExprKind, Ident, Property, PropertyKind};
 use crate::syntax::diag::{Diagnostic, Span, nearest};
@@ -243,25 +244,39 @@ fn rotation(name: &Ident, given: &[Arg], scope: &Scope, sink: &mut Sink) -> Opti
         }
         return Some(Rotation::None);
     }
-    let wanted = [("seed", i64::MAX.into()), ("block", MAX_ROTATION_BLOCK.into())];
-    let [seed, block] = optional_args(given, wanted, scope, sink);
+    let (most, given_as) = (MAX_ROTATION_BLOCK.into(), |name: &str| given.iter().find(|a| a.name.name == name));
+    let wanted = [("seed", u64::MAX.into()), ("block", most), ("interleave", most)];
+    let [seed, block, interleave] = optional_args(given, wanted, scope, sink);
     let Some(seed) = seed else {
         let d = Diagnostic::error(name.span, "`seed` is missing", "");
         return sink.fail(d.hint("write `seed = …`"));
     };
     let seed = seed? as u64;
-    let block = match block {
-        Some(block) => Some(block? as u32),
-        None => None,
+    let of = |value: Option<Option<i128>>| match value {
+        Some(value) => value.map(|value| Some(value as u32)),
+        None => Some(None),
     };
-    if let (Some(size), Some(arg)) = (block, given.iter().find(|a| a.name.name == "block"))
+    let (block, interleave) = (of(block)?, of(interleave)?);
+    if let (Some(size), Some(arg)) = (block, given_as("block"))
         && (size < 2 || !size.is_power_of_two())
     {
         let d = Diagnostic::error(arg.name.span, format!("a rotation's block must be a power of two, not {size}"), "");
         let near = size.next_power_of_two().clamp(2, MAX_ROTATION_BLOCK);
         return sink.fail(d.hint(format!("write `block = {near}`, or leave it out to transform all columns together")));
     }
-    Some(Rotation::Hadamard { seed, block })
+    if let (Some(span), Some(arg)) = (interleave, given_as("interleave")) {
+        let Some(block) = block.filter(|block| *block >= INTERLEAVED) else {
+            let d = Diagnostic::error(arg.name.span, "what is interleaved are blocks of 16 columns or more", "");
+            return sink.fail(d.hint("write `block = 128, interleave = 1024`, say, or leave `interleave` out"));
+        };
+        if !span.is_power_of_two() || span <= block {
+            let problem = format!("blocks of {block} columns are interleaved over a larger power of two, not {span}");
+            let near = span.next_power_of_two().clamp(2 * block, MAX_ROTATION_BLOCK);
+            return sink
+                .fail(Diagnostic::error(arg.name.span, problem, "").hint(format!("write `interleave = {near}`")));
+        }
+    }
+    Some(Rotation::Hadamard { seed, block, interleave })
 }
 
 /// Properties of one code, each from the innermost body that has it.

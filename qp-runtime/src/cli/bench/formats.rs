@@ -7,11 +7,12 @@ use std::sync::Arc;
 use clap::Args;
 use qp_codegen::kernels::Span;
 use qp_codegen::kernels::grouped::{Launch, Product};
-use qp_codegen::kernels::prepare::Prepare;
+use qp_codegen::kernels::leave::{self, Leave};
+use qp_codegen::kernels::prepare::{Entering, Prepare};
 use qp_codegen::reader::{Book, Reader};
 use qp_codegen::reference::{self, Activations};
 use qp_codegen::spec::format::Format;
-use qp_codegen::spec::{self, Definition, Rotation, Shape};
+use qp_codegen::spec::{self, Definition, Shape};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -22,6 +23,7 @@ use crate::cli::Error;
 use crate::cli::output::{outln, write};
 use crate::codec;
 use crate::device::grouped::{GroupedKernel, GroupedMatrix};
+use crate::device::launches as args;
 use crate::device::ops::{DeviceActivations, Faults, PrepareInputs, PrepareKernel};
 use crate::device::{DeviceError, Executor};
 
@@ -29,7 +31,8 @@ use crate::device::{DeviceError, Executor};
 ///
 /// Each kernel is first compared with the CPU, to the bit. Then a graph of launches rotates over copies of the matrix that
 /// together exceed the L2 cache; the time is that of the graph over its launches, the best of several runs. A whole layer is the
-/// preparation of the activations (rounding) and the product, each a launch.
+/// preparation of the activations (what the format does to them, rounding), the product, and what the format does to results, each
+/// a launch.
 #[derive(Args)]
 pub struct FormatBench {
     /// Formats, whose products must be exact: their names, `file.qspec:name`, or `file.qspec` for all of a file.
@@ -183,22 +186,36 @@ impl Made {
         let terms = self.reader.terms().ok_or("a format without terms")?;
         let mut random = Random::of(name);
         let values = random.values(shape.cols as usize * batch as usize, 1.0);
-        let inputs: Vec<Activations> =
-            values.chunks_exact(shape.cols as usize).map(reference::quantize_activations).collect();
         let slices: Vec<&[u8]> = self.tensors.iter().map(Vec::as_slice).collect();
+        let [enter, leave] = self.reader.turned(&slices).ok_or("a format without terms")?;
+        let entered = |x: &[f32]| {
+            let mut x = x.to_vec();
+            enter.enter(&mut x);
+            reference::quantize_activations(&x)
+        };
+        let inputs: Vec<Activations> = values.chunks_exact(shape.cols as usize).map(entered).collect();
         let expected = codec::Lines::new(&self.reader, slices).product(&inputs);
+        let mut left = expected.clone();
+        left.chunks_exact_mut(shape.rows as usize).for_each(|y| leave.leave(y));
+        let (rotation, entering) = Entering::of(terms);
         let prepare = Prepare {
             columns: shape.cols,
             batch,
             input: Span::rows(shape.cols),
             gate: None,
             norm: None,
-            rotation: Rotation::None,
+            rotation,
+            entering,
         };
         let mut prepare = PrepareKernel::load(on, &prepare)?;
         let (values, mut faults) = (on.upload(&values)?, on.zeroed(1)?);
         let mut x = DeviceActivations::new(on, shape.cols, batch)?;
-        prepare.launch(on, PrepareInputs::plain(&values), &mut x, Faults { faults: &mut faults, layer: 0 })?;
+        let leave = Leave::of(terms, shape.rows, batch);
+        let leave = leave.map(|op| on.load::<args::Leave<'_>>(leave::lower(&op))).transpose()?;
+        let factors = |matrix: usize| entering.filter(|e| e.factors).map(|_| &self.copies[matrix].entering);
+        let of = |matrix: usize| PrepareInputs { factors: factors(matrix), ..PrepareInputs::plain(&values) };
+        prepare.launch(on, of(0), &mut x, Faults { faults: &mut faults, layer: 0 })?;
+        let mut out_of_layer = on.zeroed(expected.len())?;
         let mut y = on.zeroed(expected.len())?;
         let op = Product { terms, shape, batch, y: Span::rows(shape.rows), accumulate: false };
         let mut ranked = Launch::ranked(&op, &on.device());
@@ -222,6 +239,13 @@ impl Made {
                 let (got, must) = (found[i], expected[i]);
                 return Err(format!("{name}, {launch:?}: row {row}, token {token} is {got}, but must be {must}").into());
             }
+            if let Some(kernel) = &leave {
+                on.launch(kernel, args::Leave { x: &y, factors: &self.copies[0].leaving, y: &mut out_of_layer })?;
+                let found = out_of_layer.to_vec()?;
+                if found.iter().zip(&left).any(|(found, left)| found.to_bits() != left.to_bits()) {
+                    return Err(format!("{name}: what is done to results differs from the CPU's").into());
+                }
+            }
             let launches = LAUNCHES.next_multiple_of(self.copies.len());
             let mut graph = on.record();
             for i in 0..launches {
@@ -233,8 +257,13 @@ impl Made {
             let mut layers = on.record();
             for i in 0..launches {
                 let faults = Faults { faults: &mut faults, layer: 0 };
-                prepare.record(&mut layers, PrepareInputs::plain(&values), &mut x, faults)?;
-                kernel.record(&mut layers, &self.copies[i % self.copies.len()], &x, &mut y)?;
+                let matrix = i % self.copies.len();
+                prepare.record(&mut layers, of(matrix), &mut x, faults)?;
+                kernel.record(&mut layers, &self.copies[matrix], &x, &mut y)?;
+                if let Some(kernel) = &leave {
+                    let factors = &self.copies[matrix].leaving;
+                    layers.launch(kernel, args::Leave { x: &y, factors, y: &mut out_of_layer })?;
+                }
             }
             let layers = layers.finish()?;
             let layer = on.time_best(rounds, || layers.launch())? / launches as f64;
@@ -270,6 +299,10 @@ mod tests {
     #[test]
     fn what_is_measured_is_compared_with_the_cpu() {
         let on = Executor::interpreter();
+        for name in ["exl3_mul1_3", "exl3_mcg_2"] {
+            let made = Made::new(&on, formats::get(name).expect("of the formats"), Shape { rows: 128, cols: 256 });
+            made.and_then(|made| made.measure(&on, 2, 1)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        }
         let shape = Shape { rows: 24, cols: 256 };
         let mut made = Made::new(&on, formats::get("q4_0").expect("of the formats"), shape).unwrap();
         let rows = made.measure(&on, 2, 2).unwrap_or_else(|e| panic!("{e}"));

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use clap::Args;
-use qp_codegen::cuda::{Target, check, print};
+use qp_codegen::cuda::{Device, Target, check, print};
 use qp_codegen::spec::Shape;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -103,14 +103,14 @@ impl JitBench {
             // What a process of an engine does before it can launch: from here on, all of it counts.
             let start = Instant::now();
             let layout = self.model.layout(Precision::default())?;
-            let ops = kernels(&layout);
+            let ops = kernels(&layout, &self.target.device());
             self.compile_all(&layout, &ops)?;
             outln!("{} {}", ops.len(), start.elapsed().as_secs_f64())?;
             return Ok(());
         }
         let version = jit::Nvrtc::get()?.version();
         let layout = self.model.layout(Precision::default())?;
-        let (all, alone) = (kernels(&layout), alone(&layout));
+        let (all, alone) = (kernels(&layout, &self.target.device()), alone(&layout));
         let named = all.iter().map(|k| (k, "")).chain(alone.iter().map(|k| (k, " (unfused)")));
         let mut rows = Vec::new();
         for (op, note) in named {
@@ -177,9 +177,9 @@ impl JitBench {
 }
 
 /// The kernels of a decode step of one token.
-fn kernels(layout: &Layout) -> Vec<Op> {
+fn kernels(layout: &Layout, device: &Device) -> Vec<Op> {
     let mut out: Vec<Op> = Vec::new();
-    for launch in lower::step(layout, 1, Wanted { rows: 1, pick: Pick::Best }).launches {
+    for launch in lower::step(layout, device, 1, Wanted { rows: 1, pick: Pick::Best }).launches {
         if !out.contains(&launch.op) {
             out.push(launch.op);
         }
@@ -194,7 +194,7 @@ fn alone(layout: &Layout) -> Vec<Op> {
         for id in &stored.layers {
             let layer = layout.program.layer(*id);
             let shape = Shape { rows: layer.rows as u32, cols: layer.cols as u32 };
-            let op = Op::Product { spec: stored.spec, shape, batch: 1, accumulate: false };
+            let op = Op::Product { spec: stored.spec, shape, batch: 1, accumulate: false, prepare: None };
             if !out.contains(&op) {
                 out.push(op);
             }

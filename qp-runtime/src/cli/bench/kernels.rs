@@ -219,7 +219,7 @@ pub(super) fn measure(
     let x = DeviceActivations::upload(on, &inputs)?;
     let mut y = on.zeroed((layout.padded_rows() * batch) as usize)?;
     let op = Gemv { quantizer: q, shape, batch, accumulate: false };
-    let used = tune::measured(on, &[Product { op, hash: &q.hash(), matrices: matrices.clone() }])?;
+    let used = tune::measured(on, &[Product { op, prepare: None, hash: &q.hash(), matrices: matrices.clone() }])?;
     let used = used.first().map(|(launch, _)| *launch).ok_or("no kernel")?;
     let ranked = Launch::ranked(&op, &on.device());
     let wanted = ranked.iter().enumerate().filter(|(rank, (_, launch))| *rank < tried || *launch == used);

@@ -34,6 +34,9 @@ pub struct PrepareBench {
     /// Columns of a block of the rotation, a power of two; 0 for a rotation of all columns together.
     #[arg(long, value_delimiter = ',', default_value = "128")]
     block: Vec<u32>,
+    /// Columns over which the blocks are interleaved, a power of two.
+    #[arg(long)]
+    interleave: Option<u32>,
     /// Measure every way to spread the columns over blocks and warps, not only the one that an engine uses.
     #[arg(long)]
     all: bool,
@@ -84,8 +87,13 @@ impl PrepareBench {
                     if block != 0 && !(block.is_power_of_two() && (2..=1 << 16).contains(&block)) {
                         return Err(format!("a block of {block} columns is no power of two from 2 to 65536").into());
                     }
+                    if let Some(span) = self.interleave
+                        && (block < 16 || span <= block || !span.is_power_of_two())
+                    {
+                        return Err(format!("blocks of {block} columns are not interleaved over {span}").into());
+                    }
                     for kind in ["norm", "gate"] {
-                        rows.extend(measure(&on, &op(kind, columns, batch, block), kind, self.all)?);
+                        rows.extend(measure(&on, &op(kind, columns, batch, block, self.interleave), kind, self.all)?);
                     }
                 }
             }
@@ -97,7 +105,7 @@ impl PrepareBench {
     }
 }
 
-fn op(kind: &str, columns: u32, batch: u32, block: u32) -> Prepare {
+fn op(kind: &str, columns: u32, batch: u32, block: u32, interleave: Option<u32>) -> Prepare {
     let gated = kind == "gate";
     let up = Span { first: columns, stride: 2 * columns };
     Prepare {
@@ -106,7 +114,8 @@ fn op(kind: &str, columns: u32, batch: u32, block: u32) -> Prepare {
         input: if gated { Span { first: 0, ..up } } else { Span::rows(columns) },
         gate: gated.then_some(Gate { activation: Activation::Silu, up }),
         norm: (!gated).then_some(RmsNorm { eps: 1e-5, add_one: false }),
-        rotation: Rotation::Hadamard { seed: 0, block: Some(block).filter(|b| *b > 0) },
+        rotation: Rotation::Hadamard { seed: 0, block: Some(block).filter(|b| *b > 0), interleave },
+        entering: None,
     }
 }
 
@@ -120,7 +129,7 @@ fn measure(on: &Executor, op: &Prepare, kind: &'static str, all: bool) -> Result
     let weights = random.values(n, 2.0);
     let expected = prepared(op, &values, &weights);
     let (input, norm) = (on.upload(&values)?, on.upload(&weights)?);
-    let inputs = PrepareInputs { input: &input, up: &input, norm: &norm };
+    let inputs = PrepareInputs { norm: &norm, ..PrepareInputs::plain(&input) };
     let mut out = DeviceActivations::new(on, op.columns, op.batch)?;
     let mut faults = on.zeroed(1)?;
     let mut rows = Vec::new();
@@ -135,7 +144,7 @@ fn measure(on: &Executor, op: &Prepare, kind: &'static str, all: bool) -> Result
             columns: op.columns,
             batch: op.batch,
             block: match op.rotation {
-                Rotation::Hadamard { seed: _, block } => block.unwrap_or(0),
+                Rotation::Hadamard { seed: _, block, .. } => block.unwrap_or(0),
                 Rotation::None => 1,
             },
             blocks: spread.blocks,
@@ -193,7 +202,7 @@ mod tests {
     fn what_is_measured_is_compared_with_the_cpu() {
         let on = Executor::interpreter();
         for (kind, block) in [("norm", 128), ("gate", 0)] {
-            let op = op(kind, 1100, 2, block);
+            let op = op(kind, 1100, 2, block, None);
             let rows = measure(&on, &op, kind, true).unwrap_or_else(|e| panic!("{e}"));
             assert_eq!(rows.iter().filter(|r| r.used).count(), 1);
         }

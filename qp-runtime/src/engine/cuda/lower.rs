@@ -8,7 +8,7 @@
 
 mod mixture;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use qp_codegen::cuda::Device;
@@ -28,19 +28,20 @@ use qp_codegen::kernels::experts::unit::{self, GateExperts};
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::glu::{self, Glu};
 use qp_codegen::kernels::grouped;
+use qp_codegen::kernels::leave::{self, Leave};
 use qp_codegen::kernels::map::{self, Map};
 use qp_codegen::kernels::norm::{self, Norm};
-use qp_codegen::kernels::prepare::{self, Gate, Prepare};
+use qp_codegen::kernels::prepare::{self, Entering, Gate, Prepare};
 use qp_codegen::kernels::product;
 use qp_codegen::kernels::rows::{self, Rows};
 use qp_codegen::kernels::sample::{self, Sample};
 use qp_codegen::spec::terms::Terms;
 use qp_codegen::spec::{Rotation, Shape};
 
-use super::layout::{Form, Layout};
+use super::layout::{Form, Layout, Stored};
 use crate::engine::attention_ops;
 use crate::model::LayerId;
-use crate::model::program::{self, CacheId, Node, RopeId, Value, VectorId};
+use crate::model::program::{self, CacheId, Node, Program, RopeId, Value, VectorId};
 
 /// Most tokens whose attention is computed for each token by itself.
 const FEW: u32 = 64;
@@ -88,6 +89,8 @@ pub enum Op {
         batch: u32,
         /// Whether outputs are added to what is there.
         accumulate: bool,
+        /// The preparation of activations, if blocks do that themselves; otherwise a launch before has done it.
+        prepare: Option<Prepare>,
     },
     /// An exact product with a matrix of a format.
     Grouped {
@@ -102,6 +105,8 @@ pub enum Op {
         /// Whether outputs are added to what is there.
         accumulate: bool,
     },
+    /// What a format does to the results of a product.
+    Leave(Leave),
     /// A product with a dense matrix.
     Dense(Dense),
     /// The choice of each token's experts.
@@ -154,7 +159,7 @@ impl Op {
         match self {
             Op::Embed(_) | Op::EmbedPacked { .. } => "embedding",
             Op::Norm(_) => "norm",
-            Op::Prepare(_) => "prepare",
+            Op::Prepare(_) | Op::Leave(_) => "prepare",
             Op::Product { .. } | Op::Grouped { .. } => "product",
             Op::Dense(_) => "dense product",
             Op::Route(_) | Op::Group(_) => "routing",
@@ -184,9 +189,17 @@ impl Op {
     /// The operation of a packed product.
     pub fn product<'l>(&self, layout: &'l Layout) -> Option<Gemv<'l>> {
         match *self {
-            Op::Product { spec, shape, batch, accumulate } => {
+            Op::Product { spec, shape, batch, accumulate, prepare: _ } => {
                 Some(Gemv { quantizer: &layout.specs[spec], shape, batch, accumulate })
             }
+            _ => None,
+        }
+    }
+
+    /// The preparation that a product's blocks do themselves.
+    pub fn own_preparation(&self) -> Option<&Prepare> {
+        match self {
+            Op::Product { prepare, .. } => prepare.as_ref(),
             _ => None,
         }
     }
@@ -218,6 +231,7 @@ impl Op {
             Op::Embed(op) => embed::lower(op),
             Op::Norm(op) => norm::lower(op),
             Op::Prepare(op) => prepare::lower(op, device),
+            Op::Leave(op) => leave::lower(op),
             Op::Grouped { terms, shape, batch, y, accumulate } => {
                 let op = grouped::Product { terms, shape: *shape, batch: *batch, y: *y, accumulate: *accumulate };
                 grouped::lower(&op, &grouped::Launch::choose(&op, device))
@@ -245,8 +259,9 @@ impl Op {
             Op::Argmax(op) => argmax::lower(op, device),
             Op::Sample(op) => sample::lower(op),
             Op::Product { .. } => {
-                let op = self.product(layout).expect("a product");
-                product::Launch::choose(&op, device).lower(&op)
+                let (op, prepare) = (self.product(layout).expect("a product"), self.own_preparation());
+                let launch = product::Launch::ranked_with(&op, prepare, device)[0].1;
+                launch.lower_with(&op, prepare)
             }
             Op::EmbedPacked { .. } => embed_packed::lower(&self.embed_packed(layout).expect("an embedding")),
         }
@@ -312,6 +327,15 @@ enum Pending {
     Gate { gate: Value, up: Value, activation: qp_codegen::reference::Activation },
 }
 
+/// How activations are prepared for packed layers: once for all that want the same.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Preparation {
+    rotation: Rotation,
+    entering: Option<Entering>,
+    /// Index of the matrix whose factors are taken.
+    matrix: Option<usize>,
+}
+
 /// The launches of a step, and where its logits lie.
 #[derive(Clone, Debug)]
 pub struct Step {
@@ -321,9 +345,9 @@ pub struct Step {
     pub logits: Option<(Slot, Span)>,
 }
 
-/// The launches of a step of `tokens` tokens.
-pub fn step(layout: &Layout, tokens: u32, wanted: Wanted) -> Step {
-    let mut lowering = Lowering::new(layout, tokens, wanted);
+/// The launches of a step of `tokens` tokens on `device`.
+pub fn step(layout: &Layout, device: &Device, tokens: u32, wanted: Wanted) -> Step {
+    let mut lowering = Lowering::new(layout, device, tokens, wanted);
     let program = &*layout.program;
     let behind = program.cuts.last().expect("a program has a cut before its head").node;
     let end = if wanted.rows > 0 { program.nodes.len() } else { behind };
@@ -344,6 +368,35 @@ pub fn step(layout: &Layout, tokens: u32, wanted: Wanted) -> Step {
         }
     }
     Step { launches: lowering.launches, logits }
+}
+
+/// The preparation that the product `op` of a layer (or of several that read the same) does itself in a step of one token on
+/// `device`; `None` if a launch before does it.
+pub fn own_preparation(program: &Program, id: LayerId, op: &Gemv, device: &Device) -> Option<Prepare> {
+    let Node::Linear { x, .. } = &program.nodes[program.node_of(id)?] else { return None };
+    let columns = op.shape.cols;
+    let (mut norm, mut gate) = (None, None);
+    for node in &program.nodes {
+        match node {
+            Node::Norm { norm: before, y, .. } if y == x => norm = Some(before.norm),
+            Node::Gate { activation, y, .. } if y == x => {
+                gate = Some(Gate { activation: *activation, up: Span::rows(columns) });
+            }
+            _ => (),
+        }
+    }
+    let input = Span::rows(columns);
+    let prepare = Prepare { columns, batch: 1, input, gate, norm, rotation: op.quantizer.rotation, entering: None };
+    product::Launch::prepares(&[*op], &prepare, device).then_some(prepare)
+}
+
+/// The part of a step behind its decoder blocks. What the blocks gave lies where a step of as many tokens leaves it, whether
+/// rows are wanted of that or not.
+pub fn head(layout: &Layout, device: &Device, tokens: u32, wanted: Wanted) -> Step {
+    let behind = layout.program.cuts.last().expect("a program has a cut before its head").node;
+    let mut step = step(layout, device, tokens, wanted);
+    step.launches.retain(|launch| launch.node >= behind);
+    step
 }
 
 /// Most tokens of a tile of the attention of many tokens: what suits every attention of the program.
@@ -371,6 +424,7 @@ pub fn is_many(tokens: u32) -> bool {
 
 struct Lowering<'l> {
     layout: &'l Layout,
+    device: &'l Device,
     /// Rows of values now: tokens, after [`Node::Rows`] those that are wanted.
     batch: u32,
     wanted: Wanted,
@@ -385,14 +439,17 @@ struct Lowering<'l> {
     used: BTreeMap<Slot, usize>,
     /// Stride of the residual stream.
     stream: u32,
+    /// Of products, by quantizer and shape, whether they do a preparation themselves: layers of a model are mostly alike.
+    decided: Vec<(Vec<(usize, Shape)>, Prepare, bool)>,
 }
 
 impl<'l> Lowering<'l> {
-    fn new(layout: &'l Layout, tokens: u32, wanted: Wanted) -> Self {
+    fn new(layout: &'l Layout, device: &'l Device, tokens: u32, wanted: Wanted) -> Self {
         let program = &*layout.program;
         let values = program.widths.len();
         let mut out = Lowering {
             layout,
+            device,
             batch: tokens,
             wanted,
             after_rows: false,
@@ -403,6 +460,7 @@ impl<'l> Lowering<'l> {
             left: vec![0; values],
             used: BTreeMap::new(),
             stream: program.widths[0] as u32,
+            decided: Vec::new(),
         };
         for node in &program.nodes {
             match *node {
@@ -621,8 +679,8 @@ impl<'l> Lowering<'l> {
         }
     }
 
-    /// The preparation of a value for packed layers of `rotation`.
-    fn prepare(&mut self, value: Value, rotation: Rotation) {
+    /// The preparation of a value for packed layers of `rotation`: what, of which slots, with the weights of which norm.
+    fn preparation(&mut self, value: Value, rotation: Rotation) -> (Prepare, Vec<Slot>, Vec<VectorId>) {
         let (batch, columns) = (self.batch, self.layout.program.widths[value.0] as u32);
         let pending = self.pending[value.0].filter(|_| self.places[value.0].is_none());
         let (input, gate, norm) = match pending {
@@ -640,9 +698,65 @@ impl<'l> Lowering<'l> {
             gate: up.map(|(up, activation)| Gate { activation, up: up.span }),
             norm: norm.map(|n| n.norm),
             rotation,
+            entering: None,
         };
         let reads: Vec<Slot> = [input.slot].into_iter().chain(up.map(|u| u.0.slot)).collect();
-        self.launch(Op::Prepare(op), &reads, None).vectors = norm.map(|n| n.weight).into_iter().collect();
+        (op, reads, norm.map(|n| n.weight).into_iter().collect())
+    }
+
+    /// A launch that prepares a value for packed layers.
+    fn prepare(&mut self, value: Value, Preparation { rotation, entering, matrix }: Preparation) {
+        let (op, reads, vectors) = self.preparation(value, rotation);
+        let launch = self.launch(Op::Prepare(Prepare { entering, ..op }), &reads, None);
+        (launch.vectors, launch.matrix) = (vectors, matrix);
+    }
+
+    /// The preparation of what `layers` read, if their products take less time when their blocks do that themselves.
+    fn own_preparation(
+        &mut self,
+        value: Value,
+        layers: &[(LayerId, Value)],
+    ) -> Option<(Prepare, Vec<Slot>, Vec<VectorId>)> {
+        let layout = self.layout;
+        if self.batch > 1 {
+            return None;
+        }
+        let matrices: BTreeSet<usize> = layers.iter().map(|l| layout.matrix_of[l.0.0]).collect();
+        let product = |matrix: usize| match &layout.matrices[matrix] {
+            Stored { form: Form::Packed(_), spec, shape, .. } => Some((*spec, *shape)),
+            _ => None,
+        };
+        let products: Vec<(usize, Shape)> = matrices.into_iter().map(product).collect::<Option<_>>()?;
+        let rotation = layout.specs[products[0].0].rotation;
+        if products.iter().any(|p| layout.specs[p.0].rotation != rotation) {
+            return None;
+        }
+        let mut own = self.preparation(value, rotation);
+        // A single token has no next one: steps of any stride have the kernel in common.
+        let columns = own.0.columns;
+        let alone = |span: Span| Span { stride: columns, ..span };
+        own.0.input = alone(own.0.input);
+        own.0.gate = own.0.gate.map(|gate| Gate { up: alone(gate.up), ..gate });
+        // No block may write what others read.
+        let added = |&(id, y): &(LayerId, Value)| self.stream_of(id, y).is_some_and(|(at, _)| own.1.contains(&at.slot));
+        if layers.iter().any(added) {
+            return None;
+        }
+        let known = self.decided.iter().find(|d| d.0 == products && d.1 == own.0).map(|d| d.2);
+        let decide = || {
+            let op = |&(spec, shape): &(usize, Shape)| Gemv {
+                quantizer: &layout.specs[spec],
+                shape,
+                batch: 1,
+                accumulate: false,
+            };
+            product::Launch::prepares(&products.iter().map(op).collect::<Vec<_>>(), &own.0, self.device)
+        };
+        let themselves = known.unwrap_or_else(decide);
+        if known.is_none() {
+            self.decided.push((products, own.0, themselves));
+        }
+        themselves.then_some(own)
     }
 
     /// The residual stream onto which the present node's output is added next, and their sum, if it may add itself.
@@ -672,6 +786,7 @@ impl<'l> Lowering<'l> {
     fn linear(&mut self, x: Value, layers: &[(LayerId, Value)]) {
         let layout = self.layout;
         let mut done: Vec<usize> = Vec::new();
+        let own_preparation = self.own_preparation(x, layers);
         let mut prepared = None;
         for &(id, _) in layers {
             let matrix = layout.matrix_of[id.0];
@@ -684,18 +799,23 @@ impl<'l> Lowering<'l> {
                 layers.iter().copied().filter(|l| layout.matrix_of[l.0.0] == matrix).collect();
             let stream = self.stream_of(own[0].0, own[0].1);
             let accumulate = stream.is_some();
-            let rotation = match &stored.form {
-                Form::Packed(q) => Some(q.rotation),
-                Form::Grouped(_) => Some(Rotation::None),
+            let wanted = match &stored.form {
+                Form::Packed(q) => Some(Preparation { rotation: q.rotation, entering: None, matrix: None }),
+                Form::Grouped(terms) => {
+                    let (rotation, entering) = Entering::of(terms);
+                    let matrix = entering.filter(|e| e.factors).map(|_| matrix);
+                    Some(Preparation { rotation, entering, matrix })
+                }
                 Form::Dense(_) | Form::Shared => None,
             };
-            if let Some(rotation) = rotation
-                && prepared != Some(rotation)
+            if let Some(wanted) = wanted
+                && prepared != Some(wanted)
+                && own_preparation.is_none()
             {
-                prepared = Some(rotation);
-                self.prepare(x, rotation);
+                prepared = Some(wanted);
+                self.prepare(x, wanted);
             }
-            let input = rotation.is_none().then(|| {
+            let input = wanted.is_none().then(|| {
                 self.materialise(x);
                 self.place(x)
             });
@@ -713,6 +833,15 @@ impl<'l> Lowering<'l> {
                 }
             };
             let (batch, shape) = (self.batch, stored.shape);
+            // Results that are transformed lie in a slot of their own before.
+            let leave = match &stored.form {
+                Form::Grouped(terms) => Leave::of(terms, shape.rows, batch),
+                Form::Packed(_) | Form::Dense(_) | Form::Shared => None,
+            };
+            let (to, of_product, accumulate) = match leave {
+                Some(_) => (self.take(stored.stride), Span::rows(stored.stride), false),
+                None => (slot, span, accumulate),
+            };
             let op = match (&stored.form, input) {
                 (Form::Dense(elem), Some(input)) => Op::Dense(Dense {
                     rows: shape.rows,
@@ -720,14 +849,28 @@ impl<'l> Lowering<'l> {
                     elem: *elem,
                     batch,
                     x: input.span,
-                    y: span,
+                    y: of_product,
                     accumulate,
                 }),
-                (Form::Grouped(terms), _) => Op::Grouped { terms: terms.clone(), shape, batch, y: span, accumulate },
-                _ => Op::Product { spec: stored.spec, shape, batch, accumulate },
+                (Form::Grouped(terms), _) => {
+                    Op::Grouped { terms: terms.clone(), shape, batch, y: of_product, accumulate }
+                }
+                _ => {
+                    let prepare = own_preparation.as_ref().map(|own| own.0);
+                    Op::Product { spec: stored.spec, shape, batch, accumulate, prepare }
+                }
             };
-            let reads: Vec<Slot> = input.map(|i| i.slot).into_iter().collect();
-            self.launch(op, &reads, Some(slot)).matrix = Some(matrix);
+            let (reads, vectors) = match (&own_preparation, input) {
+                (Some((_, slots, vectors)), _) => (slots.clone(), vectors.clone()),
+                (None, input) => (input.map(|i| i.slot).into_iter().collect(), Vec::new()),
+            };
+            let launch = self.launch(op, &reads, Some(to));
+            (launch.matrix, launch.vectors) = (Some(matrix), vectors);
+            if let Some(leave) = leave {
+                let op = Leave { x: of_product, y: span, accumulate: stream.is_some(), ..leave };
+                self.launch(Op::Leave(op), &[to], Some(slot)).matrix = Some(matrix);
+                self.used.remove(&to);
+            }
             for &(id, y) in own.iter().filter(|l| layout.program.layer(l.0).bias) {
                 let place = self.place(y);
                 let op = Add { columns: place.columns, batch, x: Span::rows(0), y: place.span };

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use qp_codegen::cuda::Target;
 use qp_codegen::ir::Elem;
 use qp_codegen::kernels::grouped::layout::Relaid;
 use qp_codegen::layout::{COLUMN_PAD, Packed};
@@ -39,7 +40,8 @@ impl Needs {
         let mixtures = mixture::Room::of(program, sizes(most));
         let rows = |slot: &Slot| u64::from(if slot.wanted { MOST_ROWS } else { most });
         let wanted = Wanted { rows: most.min(MOST_ROWS), pick: Pick::Best };
-        let launches = lower::step(layout, most, wanted).launches;
+        // Where values lie does not depend on the device.
+        let launches = lower::step(layout, &Target::Sm80.device(), most, wanted).launches;
         let slots: BTreeMap<Slot, u64> =
             launches.iter().flat_map(|l| l.write).map(|s| (s, 4 * rows(&s) * u64::from(s.stride))).collect();
         let columns = layout.matrices.iter().map(|m| m.shape.cols).max().unwrap_or(1).next_multiple_of(COLUMN_PAD);

@@ -41,7 +41,9 @@ use self::matrix::Matrix;
 pub use self::matrix::Uploads;
 pub use self::memory::Needs;
 use self::record::{Choices, Constants, Kernels, Routes, State, record};
-use super::{Choice, Chunk, Engine, Error, PAGE, Room, Wish, attention_ops, check_chunks, check_pages, cut, penalty};
+use super::{
+    Choice, Chunk, Engine, Error, Logits, PAGE, Room, Wish, attention_ops, check_chunks, check_pages, cut, penalty,
+};
 use crate::device::attend::{Queries, Tokens};
 use crate::device::ops::DeviceActivations;
 use crate::device::{Buffer, DeviceError, Executor, Graph};
@@ -49,7 +51,7 @@ use crate::model::program::{CacheId, Expert, Node, Norm, VectorId};
 use crate::model::{LayerId, Program, Weights, rope_tables};
 
 /// Numbers of tokens that steps are made for: others are padded.
-const SIZES: [u32; 12] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048];
+const SIZES: [u32; 11] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024];
 /// Most tokens of a step.
 const MOST_TOKENS: u32 = SIZES[SIZES.len() - 1];
 /// Most rows of logits of a step.
@@ -75,6 +77,8 @@ pub struct CudaEngine {
     ahead: Ahead,
     /// By tokens and what is wanted of them.
     graphs: BTreeMap<(u32, Wanted), Recorded>,
+    /// What gives further rows of a step's logits, by the step's tokens and the number of rows.
+    heads: BTreeMap<(u32, u32), Recorded>,
 }
 
 /// A step's graph.
@@ -228,6 +232,7 @@ impl CudaEngine {
             sequence: Vec::new(),
             kernels,
             graphs,
+            heads: BTreeMap::new(),
         })
     }
 
@@ -253,22 +258,28 @@ impl CudaEngine {
         if self.graphs.contains_key(&(tokens, wanted)) {
             return Ok(());
         }
-        let step = lower::step(&self.layout, tokens, wanted);
+        let device = self.executor.device();
+        let step = lower::step(&self.layout, &device, tokens, wanted);
         let mut launches = step.launches.clone();
         if self.graphs.is_empty() {
             // The first step's kernels are compiled together with those of the tokens that will follow.
-            launches.extend(lower::step(&self.layout, 1, Wanted { rows: 1, pick: Pick::Best }).launches);
+            launches.extend(lower::step(&self.layout, &device, 1, Wanted { rows: 1, pick: Pick::Best }).launches);
         }
         self.load(&launches)?;
-        let CudaEngine { executor, constants, state, kernels, graphs, .. } = self;
+        let recorded = self.record(&step)?;
+        self.graphs.insert((tokens, wanted), recorded);
+        Ok(())
+    }
+
+    /// Records a step whose kernels are loaded.
+    fn record(&mut self, step: &lower::Step) -> Result<Recorded, DeviceError> {
+        let CudaEngine { executor, constants, state, kernels, .. } = self;
         let mut recorder = executor.record();
         for launch in &step.launches {
             record(launch, &mut recorder, kernels, state, constants)?;
         }
-        let graph = recorder.finish()?;
         let logits = step.logits.map(|(slot, span)| (slot, span.first as usize, span.stride as usize));
-        graphs.insert((tokens, wanted), Recorded { graph, logits });
-        Ok(())
+        Ok(Recorded { graph: recorder.finish()?, logits })
     }
 
     /// Seconds of the launches that `of` chooses of a step of `tokens` tokens that want their likeliest next tokens, each
@@ -284,7 +295,7 @@ impl CudaEngine {
         of: &dyn Fn(&Launch) -> bool,
     ) -> Result<f64, DeviceError> {
         let wanted = Wanted { rows: tokens.min(MOST_ROWS), pick: Pick::Best };
-        let mut launches = lower::step(&self.layout, tokens, wanted).launches;
+        let mut launches = lower::step(&self.layout, &self.executor.device(), tokens, wanted).launches;
         launches.retain(of);
         self.load(&launches)?;
         let CudaEngine { executor, room, constants, state, kernels, .. } = self;
@@ -413,7 +424,7 @@ impl CudaEngine {
         }
         self.forget()?;
         let mut done = 0;
-        for step in self.cut(chunks) {
+        for step in self.cut(chunks, MOST_ROWS as usize) {
             let rest = how.after(done);
             let (key, rows) = self.run(&step, rest, false)?;
             if rows.is_empty() {
@@ -423,7 +434,7 @@ impl CudaEngine {
             self.state.tokens.read(0, &mut best)?;
             for (i, row) in rows.iter().enumerate() {
                 if rest.reads(i) {
-                    self.read_logits(key, *row, logits)?;
+                    self.read_logits(self.graphs[&key].logits, *row, logits)?;
                     continue;
                 }
                 match u32::try_from(best[*row]) {
@@ -436,9 +447,50 @@ impl CudaEngine {
         self.check_fault()
     }
 
-    /// Appends a row of the logits of the last step, whose graph has this key.
-    fn read_logits(&self, key: (u32, Wanted), row: usize, out: &mut Vec<f32>) -> Result<(), DeviceError> {
-        let Some((slot, first, stride)) = self.graphs[&key].logits else { return Ok(()) };
+    /// A step that needs no cutting but wants more rows of logits than there is room for: once through the decoder blocks, then
+    /// the output layer for some rows after the other.
+    fn step_of_many_rows(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<f32>) -> Result<(), Error> {
+        let blocks: Vec<Chunk<'_>> = chunks.iter().map(|c| Chunk { logits: Logits::None, ..*c }).collect();
+        let ((size, _), _) = self.run(&blocks, How::Logits, false)?;
+        let mut end = 0;
+        let wanted = chunks.iter().flat_map(|c| {
+            end += c.tokens.len();
+            end - c.logits.rows(c.tokens.len())..end
+        });
+        let wanted: Vec<i32> = wanted.map(|row| row as i32).collect();
+        for rows in wanted.chunks(MOST_ROWS as usize) {
+            let mut chosen = rows.to_vec();
+            chosen.resize(padded(rows.len() as u32) as usize, 0);
+            self.state.rows.write(0, &chosen)?;
+            let key = (size, chosen.len() as u32);
+            if !self.heads.contains_key(&key) {
+                let head = lower::head(
+                    &self.layout,
+                    &self.executor.device(),
+                    size,
+                    Wanted { rows: key.1, pick: Pick::Logits },
+                );
+                self.load(&head.launches)?;
+                let recorded = self.record(&head)?;
+                self.heads.insert(key, recorded);
+            }
+            let head = &self.heads[&key];
+            head.graph.launch()?;
+            for row in 0..rows.len() {
+                self.read_logits(head.logits, row, out)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends a row of logits, which lie where the graph of the last step says.
+    fn read_logits(
+        &self,
+        logits: Option<(Slot, usize, usize)>,
+        row: usize,
+        out: &mut Vec<f32>,
+    ) -> Result<(), DeviceError> {
+        let Some((slot, first, stride)) = logits else { return Ok(()) };
         let at = out.len();
         out.resize(at + self.layout.program.vocab, 0.0);
         self.state.values[&slot].read(first + row * stride, &mut out[at..])
@@ -462,9 +514,10 @@ impl CudaEngine {
         self.state.faults.write(0, &none)
     }
 
-    fn cut<'a>(&self, chunks: &[Chunk<'a>]) -> Vec<Vec<Chunk<'a>>> {
+    /// Cuts chunks into steps that want at most `rows` rows of logits.
+    fn cut<'a>(&self, chunks: &[Chunk<'a>], rows: usize) -> Vec<Vec<Chunk<'a>>> {
         let sequences = (self.table.len() / self.state.places.stride as usize).min(lower::MOST_CHUNKS as usize);
-        cut(chunks, &|left| taken(left, self.most_tokens), MOST_ROWS as usize, sequences)
+        cut(chunks, &|left| taken(left, self.most_tokens), rows, sequences)
     }
 }
 
@@ -591,10 +644,15 @@ impl Engine for CudaEngine {
         check_chunks(self, chunks)?;
         out.clear();
         self.forget()?;
-        for step in self.cut(chunks) {
+        for step in self.cut(chunks, usize::MAX) {
+            let wanted: usize = step.iter().map(|c| c.logits.rows(c.tokens.len())).sum();
+            if wanted > MOST_ROWS as usize {
+                self.step_of_many_rows(&step, out)?;
+                continue;
+            }
             let (key, rows) = self.run(&step, How::Logits, false)?;
             for row in rows {
-                self.read_logits(key, row, out)?;
+                self.read_logits(self.graphs[&key].logits, row, out)?;
             }
         }
         self.check_fault()
@@ -630,7 +688,9 @@ impl Engine for CudaEngine {
         // What comes after the decoder blocks depends on the rows alone.
         let wanted = |rows| [Pick::Best, Pick::Drawn].map(|pick| (self.most_tokens, Wanted { rows, pick }));
         let chosen = sizes().filter(|rows| *rows <= MOST_ROWS).flat_map(wanted);
-        let steps = all.chain(chosen).flat_map(|(tokens, w)| lower::step(&self.layout, tokens, w).launches);
+        let device = self.executor.device();
+        let step = |(tokens, wanted)| lower::step(&self.layout, &device, tokens, wanted).launches;
+        let steps = all.chain(chosen).flat_map(step);
         let mut launches: Vec<Launch> = Vec::new();
         for launch in steps {
             if launches.iter().all(|l| (&l.op, l.matrix) != (&launch.op, launch.matrix)) {

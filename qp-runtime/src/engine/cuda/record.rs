@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use qp_codegen::ir::Kernel;
+use qp_codegen::kernels::prepare::Prepare;
 use qp_codegen::kernels::{grouped, product};
 use rayon::prelude::*;
 
@@ -144,7 +145,8 @@ impl Kernels {
                 (Op::Product { spec, .. }, Some(Matrix::Packed(matrix))) => {
                     let i = products.iter().position(|p| *p.0 == launch.op).unwrap_or_else(|| {
                         let op = launch.op.product(layout).expect("a product");
-                        products.push((&launch.op, tune::Product { op, hash: &hashes[*spec], matrices: Vec::new() }));
+                        let (prepare, hash) = (launch.op.own_preparation(), hashes[*spec].as_str());
+                        products.push((&launch.op, tune::Product { op, prepare, hash, matrices: Vec::new() }));
                         products.len() - 1
                     });
                     products[i].1.matrices.push(matrix);
@@ -213,6 +215,7 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
         (Op::Group(_), _) => on.load::<args::Group<'_>>(kernel)?,
         (Op::GateExperts(_), _) => on.load::<args::GateExperts<'_>>(kernel)?,
         (Op::Combine(_), _) => on.load::<args::Combine<'_>>(kernel)?,
+        (Op::Leave(_), _) => on.load::<args::Leave<'_>>(kernel)?,
         (Op::Norm(_), _) => on.load::<args::Norm<'_>>(kernel)?,
         (Op::Add(_), _) => on.load::<args::Add<'_>>(kernel)?,
         (Op::Glu(_), _) => on.load::<args::Glu<'_>>(kernel)?,
@@ -267,15 +270,24 @@ pub fn record(
         pairs: &routes.pairs,
         places: launch.matrix.and_then(|m| expert_places.get(&m)).unwrap_or(no_places),
     };
+    let inputs = |op: &Prepare| {
+        let up = if op.gate.is_some() { read(1) } else { nothing };
+        let factors = match matrix {
+            Some(Matrix::Grouped(matrix)) => Some(&matrix.entering),
+            _ => None,
+        };
+        PrepareInputs { input: read(0), up, norm, factors }
+    };
     let y = written.as_mut().map(|w| &mut w.1);
     let result = match (&launch.op, kernel, matrix, y) {
         (Op::Prepare(op), Ready::Prepare(kernel), ..) => {
-            let up = if op.gate.is_some() { read(1) } else { nothing };
-            let inputs = PrepareInputs { input: read(0), up, norm };
-            kernel.record(to, inputs, activations, Faults { faults, layer })
+            kernel.record(to, inputs(op), activations, Faults { faults, layer })
         }
-        (Op::Product { .. }, Ready::Product(kernel), Some(Matrix::Packed(matrix)), Some(y)) => {
-            kernel.record(to, matrix, activations, y)
+        (Op::Product { prepare, .. }, Ready::Product(kernel), Some(Matrix::Packed(matrix)), Some(y)) => {
+            match prepare.as_ref() {
+                None => kernel.record(to, matrix, activations, y),
+                Some(op) => kernel.record_preparing(to, matrix, inputs(op), Faults { faults, layer }, y),
+            }
         }
         (Op::Grouped { .. }, Ready::Grouped(kernel), Some(Matrix::Grouped(matrix)), Some(y)) => {
             kernel.record(to, matrix, activations, y)
@@ -320,6 +332,9 @@ pub fn record(
         (Op::Combine(_), Ready::Plain(kernel), _, Some(y)) => {
             let Routes { experts, weights, .. } = routes;
             to.launch(kernel, args::Combine { x: read(0), bias: bias_of(2), experts, weights, y })
+        }
+        (Op::Leave(_), Ready::Plain(kernel), Some(Matrix::Grouped(matrix)), Some(y)) => {
+            to.launch(kernel, args::Leave { x: read(0), factors: &matrix.leaving, y })
         }
         (Op::Norm(_), Ready::Plain(kernel), _, Some(y)) => to.launch(kernel, args::Norm { x: read(0), norm, y }),
         (Op::Add(_), Ready::Plain(kernel), _, Some(y)) => {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
+use qp_codegen::cuda;
 use qp_codegen::kernels::grouped::layout::Relaid;
 use qp_codegen::layout::Packed;
 
@@ -144,7 +145,7 @@ impl EngineBench {
         let position = self.contexts.first().copied().unwrap_or(0).min(room.pages * PAGE - 1);
         let mut of_kinds = Vec::new();
         for tokens in KINDS.into_iter().filter(|t| *t <= most) {
-            of_kinds.extend(kinds(&mut engine, &layout, tokens, position)?);
+            of_kinds.extend(kinds(&mut engine, &layout, &on.device(), tokens, position)?);
         }
         let after = on.free_memory()?.map(|m| m.0);
         let planned = needs.weights + needs.pages * needs.page + needs.step;
@@ -330,10 +331,16 @@ fn prompt(engine: &mut CudaEngine, tokens: usize) -> Result<(f64, f64), Error> {
 }
 
 /// The launches of a step of `tokens` tokens, by kind: each kind in a graph of its own, then all in one.
-fn kinds(engine: &mut CudaEngine, layout: &Layout, tokens: u32, position: usize) -> Result<Vec<Kind>, Error> {
+fn kinds(
+    engine: &mut CudaEngine,
+    layout: &Layout,
+    device: &cuda::Device,
+    tokens: u32,
+    position: usize,
+) -> Result<Vec<Kind>, Error> {
     let head = layout.program.nodes.len() - 1;
     let kind = |l: &Launch| if l.op.is_product() && l.node == head { "output layer" } else { l.op.kind() };
-    let step = lower::step(layout, tokens, Wanted { rows: tokens.min(64), pick: Pick::Best });
+    let step = lower::step(layout, device, tokens, Wanted { rows: tokens.min(64), pick: Pick::Best });
     let mut names: Vec<(&'static str, usize)> = Vec::new();
     for launch in &step.launches {
         match names.iter_mut().find(|n| n.0 == kind(launch)) {

@@ -169,6 +169,7 @@ pub fn can_take(program: &Program, tokens: u32) -> bool {
 mod tests {
     use std::sync::Arc;
 
+    use qp_codegen::cuda::Target;
     use qp_codegen::ir::Elem;
 
     use super::*;
@@ -191,7 +192,7 @@ mod tests {
 
     /// The kinds of the launches of the first mixture, in a step of `tokens` tokens.
     fn kinds(layout: &Layout, tokens: u32) -> Vec<&'static str> {
-        let step = lower::step(layout, tokens, Wanted { rows: 1, pick: Pick::Best });
+        let step = lower::step(layout, &Target::Sm80.device(), tokens, Wanted { rows: 1, pick: Pick::Best });
         let node = layout.mixtures.keys().next().copied();
         step.launches.iter().filter(|l| Some(l.node) == node).map(|l| l.op.kind()).collect()
     }
@@ -223,7 +224,7 @@ mod tests {
         assert_eq!(stacks(mixed.ups.as_ref().expect("of its own")), [vec![0, 1, 2, 4, 5, 6], vec![3]]);
         assert_eq!(stacks(&mixed.downs), [vec![0, 1, 2, 4, 6], vec![3], vec![5]]);
         assert_eq!(mixed.gates.stacks[0].places(7), [0, 1, 2, -1, 3, 4, 5]);
-        let step = lower::step(&layout, 2, Wanted { rows: 1, pick: Pick::Best });
+        let step = lower::step(&layout, &Target::Sm80.device(), 2, Wanted { rows: 1, pick: Pick::Best });
         let products = step.launches.iter().filter(|l| matches!(l.op, Op::Experts { .. } | Op::DenseExperts { .. }));
         assert_eq!(products.count(), 2 * 7);
     }

@@ -142,7 +142,9 @@ impl Lowering<'_> {
     /// The preparation of `batch` rows for packed layers of `rotation`.
     fn prepare_for(&mut self, input: Input, batch: u32, rotation: Rotation) {
         let (rows, gate) = match input {
-            Input::Tokens(x) => return self.prepare(x, rotation),
+            Input::Tokens(x) => {
+                return self.prepare(x, super::Preparation { rotation, entering: None, matrix: None });
+            }
             Input::Gated { gate, up, activation } => (gate, Some((up.slot, Gate { activation, up: up.span }))),
             Input::Pairs(rows) => (rows, None),
         };
@@ -154,6 +156,7 @@ impl Lowering<'_> {
             gate: gate.map(|(_, gate)| gate),
             norm: None,
             rotation,
+            entering: None,
         };
         let reads: Vec<Slot> = [rows.slot].into_iter().chain(up).collect();
         self.launch(Op::Prepare(op), &reads, None);

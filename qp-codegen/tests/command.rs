@@ -64,7 +64,7 @@ fn explain_and_list_show_the_palette() {
     let (_, told, code) = run(&["explain", "tqc_2"]);
     assert_eq!(
         (told.as_str(), code),
-        ("error: there is no quantizer `tqc_2` in the palette; did you mean `tcq_2`?\n", 1)
+        ("error: there is no quantizer or format `tqc_2`; did you mean `tcq_2`?\n", 1)
     );
 }
 

@@ -62,10 +62,7 @@ fn explain_and_list_show_the_palette() {
     let (text, _, code) = run(&["explain", "--canonical", &example("pass/minimal.qspec")]);
     assert!(text.starts_with("quantizer q {\n") && code == 0, "{text}");
     let (_, told, code) = run(&["explain", "tqc_2"]);
-    assert_eq!(
-        (told.as_str(), code),
-        ("error: there is no quantizer or format `tqc_2`; did you mean `tcq_2`?\n", 1)
-    );
+    assert_eq!((told.as_str(), code), ("error: there is no quantizer or format `tqc_2`; did you mean `tcq_2`?\n", 1));
 }
 
 #[test]

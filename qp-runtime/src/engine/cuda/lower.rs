@@ -422,6 +422,9 @@ pub fn is_many(tokens: u32) -> bool {
     tokens > FEW
 }
 
+/// Products of a step, each a quantizer and a shape, with the preparation of what they read: whether they do that themselves.
+type Decided = (Vec<(usize, Shape)>, Prepare, bool);
+
 struct Lowering<'l> {
     layout: &'l Layout,
     device: &'l Device,
@@ -440,7 +443,7 @@ struct Lowering<'l> {
     /// Stride of the residual stream.
     stream: u32,
     /// Of products, by quantizer and shape, whether they do a preparation themselves: layers of a model are mostly alike.
-    decided: Vec<(Vec<(usize, Shape)>, Prepare, bool)>,
+    decided: Vec<Decided>,
 }
 
 impl<'l> Lowering<'l> {

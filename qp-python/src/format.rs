@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use qp_codegen::reader::{Book, Reader};
 use qp_codegen::spec::{self, Definition, Shape};
-use qp_codegen::{explain, formats as built_in, reference};
+use qp_codegen::{explain, formats as built_in};
 use qp_runtime::codec::{FormatEncoder, Lines};
 use qp_runtime::quantize::relative_error_of_format;
 use rayon::prelude::*;
@@ -259,19 +259,22 @@ impl StoredMatrix {
             let message = format!("the matrix has {columns} columns, x has {}", x.shape()[1]);
             return Err(PyValueError::new_err(message));
         }
-        if self.reader.terms().is_none() {
+        let slices = self.slices();
+        let Some([enter, leave]) = self.reader.turned(&slices) else {
             let name = &self.format.format.name;
             let message =
                 format!("products of `{name}` are not exact (Format.explain says why): multiply with decode()");
             return Err(PyValueError::new_err(message));
-        }
+        };
         let x: Vec<f32> = x.as_array().iter().copied().collect();
         if !x.iter().all(|v| v.is_finite()) {
             return Err(PyValueError::new_err("x holds numbers that are not finite"));
         }
         let y = py.detach(|| {
-            let prepared: Vec<_> = x.par_chunks(columns).map(reference::quantize_activations).collect();
-            Lines::new(&self.reader, self.slices()).product(&prepared)
+            let prepared: Vec<_> = x.par_chunks(columns).map(|x| enter.entered(x)).collect();
+            let mut y = Lines::new(&self.reader, slices).product(&prepared);
+            y.par_chunks_mut(rows).for_each(|y| leave.leave(y));
+            y
         });
         PyArray1::from_vec(py, y).reshape([x.len() / columns, rows])
     }

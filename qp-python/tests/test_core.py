@@ -46,6 +46,42 @@ def test_specs_from_text_and_file(tmp_path):
     assert qp.check(SPEC) == []
 
 
+def test_formats_are_made_and_read():
+    weights, x = matrix(), matrix(3, 256, 1)
+    for name, most in [("q4_k", 0.0065), ("nf4", 0.008), ("gptq_int4_g128", 0.011)]:
+        made = qp.Format.named(name).encode(weights)
+        decoded = made.decode()
+        error = ((decoded - weights) ** 2).sum() / (weights**2).sum()
+        assert error == pytest.approx(made.error, rel=1e-4) and error < most
+        assert np.abs(made.linear(x) - x @ decoded.T).max() < 0.01
+        assert made.nbytes == sum(len(t) for t in made.tensors.values())
+        again = qp.StoredMatrix.from_tensors(made.format, *made.shape, made.tensors, made.layout)
+        assert (again.decode() == decoded).all() and again.error is None
+    own = qp.Format("""quantizer own {
+        bits 3  values i8  decode w { [w] }
+        field s : f16 per 1 x 64 = (max(w) - min(w)) / 7
+        field m : f16 per 1 x 64 = min(w)
+        weight e { s * e + m }
+    }""")
+    made = own.encode(weights)
+    assert (own.name, own.bits, own.unmade, made.layout) == ("own", 3.5, None, "plain") and made.error < 0.04
+    assert "q4_k" in qp.formats() and qp.Format.named("q4_k") == qp.Format.named("q4_k")
+    iq = qp.Format.named("iq2_xxs")
+    assert "no formula" in iq.unmade
+    with pytest.raises(ValueError, match="cannot be made"):
+        iq.encode(weights)
+    with pytest.raises(ValueError, match="no whole number"):
+        qp.Format.named("q4_k").encode(weights[:, :100])
+    with pytest.raises(ValueError, match="is no format"):
+        qp.Format.named("tcq_3")
+    with pytest.raises(qp.SpecError, match="did you mean `q4_k`"):
+        qp.Format.named("q4_kk")
+    with pytest.raises(ValueError, match="has 9216 bytes, not 3"):
+        qp.StoredMatrix.from_tensors(qp.Format.named("q4_k"), 64, 256, {"block": [1, 2, 3]})
+    with pytest.raises(ValueError, match="needs a tensor `block`"):
+        qp.StoredMatrix.from_tensors(qp.Format.named("q4_k"), 64, 256, {})
+
+
 def test_errors_say_where():
     with pytest.raises(qp.SpecError) as caught:
         qp.Quantizer(SPEC.replace("step 2", "step 9"))
@@ -74,6 +110,15 @@ def test_matrices():
     exact = x.astype(np.float64) @ decoded.T.astype(np.float64)
     assert np.abs(y - exact).max() < 2e-3 * np.abs(exact).max()
     assert (packed.linear(x[2:3]) == y[2:3]).all(), "the bits of a token do not depend on the batch"
+
+
+def test_products_of_formats_that_transform_activations_and_results():
+    exl3, rng = qp.Format.named("exl3_mul1_3"), np.random.default_rng(3)
+    factors = lambda: rng.uniform(0.5, 1.5, 128).astype(np.float16).view(np.uint8)  # noqa: E731
+    tensors = {"trellis": rng.integers(0, 256, 8 * 8 * 48 * 2), "suh": factors(), "svh": factors()}
+    stored, x = qp.StoredMatrix.from_tensors(exl3, 128, 128, tensors), matrix(3, 128, 1)
+    wanted = x @ stored.decode().T
+    assert np.abs(stored.linear(x) - wanted).max() < 0.01 * np.abs(wanted).max()
 
 
 def test_matrices_are_cut_and_stacked():

@@ -7,6 +7,7 @@
 use super::places::read;
 use super::{Misfit, Reader};
 use crate::layout;
+use crate::reference::{Activations, quantize_activations};
 use crate::spec::format::{Format, Step};
 use crate::spec::terms::Side;
 use crate::spec::{Shape, index::gcd};
@@ -96,6 +97,13 @@ impl Turned {
     pub fn enter(&self, x: &mut [f32]) {
         x.iter_mut().zip(&self.factors).for_each(|(x, f)| *x *= f);
         self.mix(x);
+    }
+
+    /// A token's activations as a product takes them: entered, then rounded.
+    pub fn entered(&self, x: &[f32]) -> Activations {
+        let mut x = x.to_vec();
+        self.enter(&mut x);
+        quantize_activations(&x)
     }
 
     /// Results as they leave it: transforms, then factors.

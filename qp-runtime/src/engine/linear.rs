@@ -203,7 +203,7 @@ impl Linears {
                 let rotator = self.rotator(rotation, cols).expect("added by new");
                 tokens.map(|x| rounded(rotator, x)).collect()
             }
-            Entry::Turned([turned, _]) => tokens.map(|x| entered(turned, x)).collect(),
+            Entry::Turned([turned, _]) => tokens.map(|x| turned.entered(x)).collect(),
         };
         Inputs::new(rounded, cols)
     }
@@ -226,13 +226,6 @@ impl PartialEq for Entry<'_> {
             (Entry::Rotated(_), Entry::Turned(_)) | (Entry::Turned(_), Entry::Rotated(_)) => false,
         }
     }
-}
-
-/// A token's input, as it enters the product with a matrix of a format.
-fn entered(turned: &Turned, x: &[f32]) -> Activations {
-    let mut x = x.to_vec();
-    turned.enter(&mut x);
-    quantize_activations(&x)
 }
 
 for_each_instruction_set! {

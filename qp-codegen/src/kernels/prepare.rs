@@ -56,6 +56,14 @@ impl Entering {
     }
 }
 
+impl Prepare {
+    /// That of rows of activations, nothing before it, for products with a matrix of a format.
+    pub fn entering(terms: &Terms, columns: u32, batch: u32) -> Prepare {
+        let (rotation, entering) = Entering::of(terms);
+        Prepare { columns, batch, input: Span::rows(columns), gate: None, norm: None, rotation, entering }
+    }
+}
+
 /// A gated unit: `activation(gate) · up`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Gate {

@@ -6,9 +6,8 @@ use std::sync::Arc;
 use qp_codegen::kernels::Span;
 use qp_codegen::kernels::grouped::{Launch, Product};
 use qp_codegen::kernels::leave::{self, Leave};
-use qp_codegen::kernels::prepare::{Entering, Prepare};
+use qp_codegen::kernels::prepare::Prepare;
 use qp_codegen::reader::{Book, Reader};
-use qp_codegen::reference::quantize_activations;
 use qp_codegen::spec::Shape;
 use qp_codegen::spec::format::{Format, Layout};
 
@@ -64,12 +63,7 @@ pub fn format(on: &Executor, format: &Format, shape: Shape, batches: &[u32]) -> 
     let mut done = 0;
     for &batch in batches {
         let values = random.values((batch * shape.cols) as usize, 3.0);
-        let entered = |x: &[f32]| {
-            let mut x = x.to_vec();
-            turned[0].enter(&mut x);
-            quantize_activations(&x)
-        };
-        let inputs: Vec<_> = values.chunks_exact(shape.cols as usize).map(entered).collect();
+        let inputs: Vec<_> = values.chunks_exact(shape.cols as usize).map(|x| turned[0].entered(x)).collect();
         let expected = Lines::new(&reader, tensors.clone()).product(&inputs);
         let op = Product { terms, shape, batch, y: Span::rows(shape.rows), accumulate: false };
         let ranked = Launch::ranked(&op, &on.device());
@@ -111,14 +105,11 @@ fn prepared(
     matrix: &GroupedMatrix,
     values: &[f32],
 ) -> Result<DeviceActivations, DeviceError> {
-    let (columns, batch) = (op.shape.cols, op.batch);
-    let (rotation, entering) = Entering::of(op.terms);
-    let input = Span::rows(columns);
-    let prepare = Prepare { columns, batch, input, gate: None, norm: None, rotation, entering };
+    let prepare = Prepare::entering(op.terms, op.shape.cols, op.batch);
     let (values, mut faults) = (on.upload(values)?, on.zeroed(1)?);
-    let factors = entering.filter(|e| e.factors).map(|_| &matrix.entering);
+    let factors = prepare.entering.filter(|e| e.factors).map(|_| &matrix.entering);
     let inputs = PrepareInputs { factors, ..PrepareInputs::plain(&values) };
-    let mut x = DeviceActivations::new(on, columns, batch)?;
+    let mut x = DeviceActivations::new(on, op.shape.cols, op.batch)?;
     PrepareKernel::load(on, &prepare)?.launch(on, inputs, &mut x, Faults { faults: &mut faults, layer: 0 })?;
     Ok(x)
 }

@@ -182,8 +182,7 @@ impl CpuEngine {
         let program = self.weights.program.clone();
         let mut values = self.values();
         let wanted = chunks.iter().any(|c| c.logits.rows(c.tokens.len()) > 0);
-        let behind = program.cuts.last().expect("there is a cut before the head").node;
-        let nodes = 0..if wanted { program.nodes.len() } else { behind };
+        let nodes = 0..if wanted { program.nodes.len() } else { program.behind_blocks() };
         self.run(nodes, chunks, &mut values, |_, _| ControlFlow::Continue(()))?;
         out.extend(values.take(program.logits()));
         Ok(())

@@ -388,6 +388,11 @@ impl Program {
         self.cuts.windows(2).map(|c| c[0].node..c[1].node)
     }
 
+    /// The first node behind the decoder blocks.
+    pub fn behind_blocks(&self) -> usize {
+        self.cuts.last().expect("a program has a cut before its head").node
+    }
+
     /// The layers that read one input, group by group: those may share a launch.
     pub fn groups(&self) -> impl Iterator<Item = Vec<LayerId>> {
         self.nodes.iter().flat_map(Node::groups)

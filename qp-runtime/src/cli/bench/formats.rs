@@ -8,9 +8,9 @@ use clap::Args;
 use qp_codegen::kernels::Span;
 use qp_codegen::kernels::grouped::{Launch, Product};
 use qp_codegen::kernels::leave::{self, Leave};
-use qp_codegen::kernels::prepare::{Entering, Prepare};
+use qp_codegen::kernels::prepare::Prepare;
 use qp_codegen::reader::{Book, Reader};
-use qp_codegen::reference::{self, Activations};
+use qp_codegen::reference::Activations;
 use qp_codegen::spec::format::Format;
 use qp_codegen::spec::{self, Definition, Shape};
 use rayon::prelude::*;
@@ -188,25 +188,12 @@ impl Made {
         let values = random.values(shape.cols as usize * batch as usize, 1.0);
         let slices: Vec<&[u8]> = self.tensors.iter().map(Vec::as_slice).collect();
         let [enter, leave] = self.reader.turned(&slices).ok_or("a format without terms")?;
-        let entered = |x: &[f32]| {
-            let mut x = x.to_vec();
-            enter.enter(&mut x);
-            reference::quantize_activations(&x)
-        };
-        let inputs: Vec<Activations> = values.chunks_exact(shape.cols as usize).map(entered).collect();
+        let inputs: Vec<Activations> = values.chunks_exact(shape.cols as usize).map(|x| enter.entered(x)).collect();
         let expected = codec::Lines::new(&self.reader, slices).product(&inputs);
         let mut left = expected.clone();
         left.chunks_exact_mut(shape.rows as usize).for_each(|y| leave.leave(y));
-        let (rotation, entering) = Entering::of(terms);
-        let prepare = Prepare {
-            columns: shape.cols,
-            batch,
-            input: Span::rows(shape.cols),
-            gate: None,
-            norm: None,
-            rotation,
-            entering,
-        };
+        let prepare = Prepare::entering(terms, shape.cols, batch);
+        let entering = prepare.entering;
         let mut prepare = PrepareKernel::load(on, &prepare)?;
         let (values, mut faults) = (on.upload(&values)?, on.zeroed(1)?);
         let mut x = DeviceActivations::new(on, shape.cols, batch)?;

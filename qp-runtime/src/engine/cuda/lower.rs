@@ -349,8 +349,7 @@ pub struct Step {
 pub fn step(layout: &Layout, device: &Device, tokens: u32, wanted: Wanted) -> Step {
     let mut lowering = Lowering::new(layout, device, tokens, wanted);
     let program = &*layout.program;
-    let behind = program.cuts.last().expect("a program has a cut before its head").node;
-    let end = if wanted.rows > 0 { program.nodes.len() } else { behind };
+    let end = if wanted.rows > 0 { program.nodes.len() } else { program.behind_blocks() };
     for node in 0..end {
         lowering.node(node);
     }
@@ -393,9 +392,8 @@ pub fn own_preparation(program: &Program, id: LayerId, op: &Gemv, device: &Devic
 /// The part of a step behind its decoder blocks. What the blocks gave lies where a step of as many tokens leaves it, whether
 /// rows are wanted of that or not.
 pub fn head(layout: &Layout, device: &Device, tokens: u32, wanted: Wanted) -> Step {
-    let behind = layout.program.cuts.last().expect("a program has a cut before its head").node;
     let mut step = step(layout, device, tokens, wanted);
-    step.launches.retain(|launch| launch.node >= behind);
+    step.launches.retain(|launch| launch.node >= layout.program.behind_blocks());
     step
 }
 

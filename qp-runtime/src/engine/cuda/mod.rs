@@ -317,11 +317,10 @@ impl CudaEngine {
         let size = padded(count as u32);
         let (mut tokens, mut positions) = (Vec::with_capacity(size as usize), Vec::with_capacity(size as usize));
         let (mut slots, mut sequence) = (Vec::with_capacity(size as usize), Vec::with_capacity(size as usize));
-        let mut wanted: Vec<usize> = Vec::new();
+        let wanted = wanted_rows(chunks);
         let stride = self.state.places.stride as usize;
         for (row, chunk) in chunks.iter().enumerate() {
             let n = chunk.tokens.len();
-            wanted.extend(tokens.len() + n - chunk.logits.rows(n)..tokens.len() + n);
             for (i, token) in chunk.tokens.iter().enumerate() {
                 let position = chunk.position + i;
                 tokens.push(token.cast_signed());
@@ -370,9 +369,7 @@ impl CudaEngine {
             self.state.places.tiles.write(0, &tiles)?;
         }
         if rows > 0 && rows < size {
-            let mut chosen: Vec<i32> = wanted.iter().map(|r| *r as i32).collect();
-            chosen.resize(rows as usize, 0);
-            self.state.rows.write(0, &chosen)?;
+            self.choose_rows(&wanted, rows)?;
         }
         let pick = if rows > 0 { how.pick() } else { Pick::Logits };
         if let (Pick::Drawn, How::Drawn(wishes)) = (pick, how) {
@@ -452,24 +449,12 @@ impl CudaEngine {
     fn step_of_many_rows(&mut self, chunks: &[Chunk<'_>], out: &mut Vec<f32>) -> Result<(), Error> {
         let blocks: Vec<Chunk<'_>> = chunks.iter().map(|c| Chunk { logits: Logits::None, ..*c }).collect();
         let ((size, _), _) = self.run(&blocks, How::Logits, false)?;
-        let mut end = 0;
-        let wanted = chunks.iter().flat_map(|c| {
-            end += c.tokens.len();
-            end - c.logits.rows(c.tokens.len())..end
-        });
-        let wanted: Vec<i32> = wanted.map(|row| row as i32).collect();
-        for rows in wanted.chunks(MOST_ROWS as usize) {
-            let mut chosen = rows.to_vec();
-            chosen.resize(padded(rows.len() as u32) as usize, 0);
-            self.state.rows.write(0, &chosen)?;
-            let key = (size, chosen.len() as u32);
+        for rows in wanted_rows(chunks).chunks(MOST_ROWS as usize) {
+            let key = (size, padded(rows.len() as u32));
+            self.choose_rows(rows, key.1)?;
             if !self.heads.contains_key(&key) {
-                let head = lower::head(
-                    &self.layout,
-                    &self.executor.device(),
-                    size,
-                    Wanted { rows: key.1, pick: Pick::Logits },
-                );
+                let wanted = Wanted { rows: key.1, pick: Pick::Logits };
+                let head = lower::head(&self.layout, &self.executor.device(), size, wanted);
                 self.load(&head.launches)?;
                 let recorded = self.record(&head)?;
                 self.heads.insert(key, recorded);
@@ -481,6 +466,13 @@ impl CudaEngine {
             }
         }
         Ok(())
+    }
+
+    /// Says which rows' logits a step gives, `count` of them with padding.
+    fn choose_rows(&mut self, rows: &[usize], count: u32) -> Result<(), DeviceError> {
+        let mut chosen: Vec<i32> = rows.iter().map(|r| *r as i32).collect();
+        chosen.resize(count as usize, 0);
+        self.state.rows.write(0, &chosen)
     }
 
     /// Appends a row of logits, which lie where the graph of the last step says.
@@ -597,6 +589,16 @@ impl Biases {
         }
         Ok(Biases { of_layers, of_experts })
     }
+}
+
+/// Those of a step's tokens whose logits are wanted.
+fn wanted_rows(chunks: &[Chunk<'_>]) -> Vec<usize> {
+    let mut end = 0;
+    let of_chunk = |c: &Chunk<'_>| {
+        end += c.tokens.len();
+        end - c.logits.rows(c.tokens.len())..end
+    };
+    chunks.iter().flat_map(of_chunk).collect()
 }
 
 /// Most tokens of a step: no more than what all pages hold, and as many as kernels can count the values of.

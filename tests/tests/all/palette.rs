@@ -275,7 +275,7 @@ const SPILLED: u32 = 160;
 
 /// Collects what is wrong.
 fn fine(compiled: impl ParallelIterator<Item = Result<(), String>>) {
-    let (bad, good): (Vec<String>, Vec<()>) = compiled.partition_map(Either::from);
+    let (bad, good): (Vec<String>, Vec<()>) = qp_tests::apart(|| compiled.partition_map(Either::from));
     assert!(bad.is_empty(), "{} kernels of {}:\n{}", bad.len(), bad.len() + good.len(), bad.join("\n"));
 }
 

@@ -95,40 +95,38 @@ fn compile(case: &Case) -> Option<Result<(), String>> {
 fn what_the_checker_accepts_works_on_every_target() {
     let (first, count) = (number("QP_SEED", 0), number("QP_CASES", 200));
     let (accepted, compared, compiled) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
-    let failed: Vec<String> = (first..first + count)
-        .into_par_iter()
-        .filter_map(|i| {
-            let outcome = catch_unwind(AssertUnwindSafe(|| {
-                let case = case(i)?;
-                let ran = run(&case);
-                if i % COMPILED == 0 && ran.is_ok() {
-                    match compile(&case) {
-                        Some(Ok(())) => compiled.fetch_add(1, Ordering::Relaxed),
-                        Some(Err(e)) => return Some((Err(e), case)),
-                        None => 0,
-                    };
-                }
-                Some((ran, case))
-            }));
-            match outcome {
-                Ok(None) => None,
-                Ok(Some((Ok(done), _))) => {
-                    accepted.fetch_add(1, Ordering::Relaxed);
-                    compared.fetch_add(done, Ordering::Relaxed);
-                    None
-                }
-                Ok(Some((Err(e), Case { text, shape, batch, target, .. }))) => {
-                    let failure = format!("case {i}, {shape:?}, {batch} tokens, {target}: {e}\n{text}");
-                    println!("{failure}");
-                    Some(failure)
-                }
-                Err(_) => {
-                    println!("case {i} panics");
-                    Some(format!("case {i} panics: {}", text(&mut Random::new(i))))
-                }
+    let cases = (first..first + count).into_par_iter().filter_map(|i| {
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            let case = case(i)?;
+            let ran = run(&case);
+            if i % COMPILED == 0 && ran.is_ok() {
+                match compile(&case) {
+                    Some(Ok(())) => compiled.fetch_add(1, Ordering::Relaxed),
+                    Some(Err(e)) => return Some((Err(e), case)),
+                    None => 0,
+                };
             }
-        })
-        .collect();
+            Some((ran, case))
+        }));
+        match outcome {
+            Ok(None) => None,
+            Ok(Some((Ok(done), _))) => {
+                accepted.fetch_add(1, Ordering::Relaxed);
+                compared.fetch_add(done, Ordering::Relaxed);
+                None
+            }
+            Ok(Some((Err(e), Case { text, shape, batch, target, .. }))) => {
+                let failure = format!("case {i}, {shape:?}, {batch} tokens, {target}: {e}\n{text}");
+                println!("{failure}");
+                Some(failure)
+            }
+            Err(_) => {
+                println!("case {i} panics");
+                Some(format!("case {i} panics: {}", text(&mut Random::new(i))))
+            }
+        }
+    });
+    let failed: Vec<String> = qp_tests::apart(|| cases.collect());
     let (accepted, compared) = (accepted.into_inner(), compared.into_inner());
     let compiled = compiled.into_inner();
     println!(

@@ -7,37 +7,29 @@
 //! added to the residual stream adds it itself. Values lie in [`Slot`]s, which serve again once nothing reads them.
 
 mod mixture;
+mod op;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
 use qp_codegen::cuda::Device;
-use qp_codegen::ir::Kernel;
 use qp_codegen::kernels::Span;
-use qp_codegen::kernels::add::{self, Add};
-use qp_codegen::kernels::argmax::{self, Argmax};
-use qp_codegen::kernels::attend::{Append, Attend, append, few, many};
-use qp_codegen::kernels::dense::{self, Dense};
-use qp_codegen::kernels::embed::{self, Embed};
-use qp_codegen::kernels::embed_packed::{self, EmbedPacked};
-use qp_codegen::kernels::experts::Experts;
-use qp_codegen::kernels::experts::combine::{self, Combine};
-use qp_codegen::kernels::experts::group::{self, Group};
-use qp_codegen::kernels::experts::route::{self, Route};
-use qp_codegen::kernels::experts::unit::{self, GateExperts};
+use qp_codegen::kernels::add::Add;
+use qp_codegen::kernels::argmax::Argmax;
+use qp_codegen::kernels::attend::many;
+use qp_codegen::kernels::dense::Dense;
+use qp_codegen::kernels::embed::Embed;
 use qp_codegen::kernels::gemv::Gemv;
-use qp_codegen::kernels::glu::{self, Glu};
-use qp_codegen::kernels::grouped;
-use qp_codegen::kernels::leave::{self, Leave};
-use qp_codegen::kernels::map::{self, Map};
-use qp_codegen::kernels::norm::{self, Norm};
-use qp_codegen::kernels::prepare::{self, Entering, Gate, Prepare};
+use qp_codegen::kernels::glu::Glu;
+use qp_codegen::kernels::leave::Leave;
+use qp_codegen::kernels::map::Map;
+use qp_codegen::kernels::norm::Norm;
+use qp_codegen::kernels::prepare::{Entering, Gate, Prepare};
 use qp_codegen::kernels::product;
-use qp_codegen::kernels::rows::{self, Rows};
-use qp_codegen::kernels::sample::{self, Sample};
-use qp_codegen::spec::terms::Terms;
+use qp_codegen::kernels::rows::Rows;
+use qp_codegen::kernels::sample::Sample;
 use qp_codegen::spec::{Rotation, Shape};
 
+pub use self::op::Op;
 use super::layout::{Form, Layout, Stored};
 use crate::engine::attention_ops;
 use crate::model::LayerId;
@@ -57,215 +49,6 @@ pub struct Slot {
     pub wanted: bool,
     /// Which of those.
     pub number: usize,
-}
-
-/// What a kernel computes. Equal operations are one kernel.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Op {
-    /// Rows of a dense embedding.
-    Embed(Embed),
-    /// Rows of a packed embedding.
-    EmbedPacked {
-        /// Its quantizer, among [`Layout::specs`].
-        spec: usize,
-        /// Of the matrix.
-        shape: Shape,
-        /// Tokens.
-        batch: u32,
-        /// Where they go.
-        y: Span,
-    },
-    /// A norm before dense layers.
-    Norm(Norm),
-    /// Activations to integers.
-    Prepare(Prepare),
-    /// A product with a packed matrix.
-    Product {
-        /// Its quantizer, among [`Layout::specs`].
-        spec: usize,
-        /// Of the matrix.
-        shape: Shape,
-        /// Tokens.
-        batch: u32,
-        /// Whether outputs are added to what is there.
-        accumulate: bool,
-        /// The preparation of activations, if blocks do that themselves; otherwise a launch before has done it.
-        prepare: Option<Prepare>,
-    },
-    /// An exact product with a matrix of a format.
-    Grouped {
-        /// The format's weight.
-        terms: Arc<Terms>,
-        /// Of the matrix.
-        shape: Shape,
-        /// Tokens.
-        batch: u32,
-        /// Where outputs go.
-        y: Span,
-        /// Whether outputs are added to what is there.
-        accumulate: bool,
-    },
-    /// What a format does to the results of a product.
-    Leave(Leave),
-    /// A product with a dense matrix.
-    Dense(Dense),
-    /// The choice of each token's experts.
-    Route(Route),
-    /// Pairs of tokens and experts, sorted into units.
-    Group(Group),
-    /// Products with the packed matrices of experts.
-    Experts {
-        /// Their quantizer, among [`Layout::specs`].
-        spec: usize,
-        /// Of each expert's matrix.
-        shape: Shape,
-        /// Pairs and units.
-        experts: Experts,
-    },
-    /// Products with the dense matrices of experts.
-    DenseExperts {
-        /// That of one expert with the pairs of a unit.
-        op: Dense,
-        /// Pairs and units.
-        experts: Experts,
-    },
-    /// The gated unit of experts.
-    GateExperts(GateExperts),
-    /// The weighted sum of what experts give.
-    Combine(Combine),
-    /// One slot onto another, or a bias onto a slot.
-    Add(Add),
-    /// New keys and values into the cache, queries rounded.
-    Append(Append),
-    /// Attention, each token for itself.
-    AttendFew(Attend),
-    /// Attention, tokens of up to [`MOST_CHUNKS`] sequences in tiles.
-    AttendMany(Attend),
-    /// A gated unit before dense layers.
-    Glu(Glu),
-    /// A function of rows.
-    Map(Map),
-    /// The rows whose logits are wanted.
-    Rows(Rows),
-    /// The likeliest tokens.
-    Argmax(Argmax),
-    /// Tokens drawn.
-    Sample(Sample),
-}
-
-impl Op {
-    /// What kind of work it is, for tables of times.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Op::Embed(_) | Op::EmbedPacked { .. } => "embedding",
-            Op::Norm(_) => "norm",
-            Op::Prepare(_) | Op::Leave(_) => "prepare",
-            Op::Product { .. } | Op::Grouped { .. } => "product",
-            Op::Dense(_) => "dense product",
-            Op::Route(_) | Op::Group(_) => "routing",
-            Op::Experts { .. } => "product of experts",
-            Op::DenseExperts { .. } => "dense product of experts",
-            Op::GateExperts(_) => "gated unit of experts",
-            Op::Combine(_) => "sum of experts",
-            Op::Add(_) => "add",
-            Op::Append(_) => "append",
-            Op::AttendFew(_) | Op::AttendMany(_) => "attention",
-            Op::Glu(_) => "gated unit",
-            Op::Map(_) => "map",
-            Op::Rows(_) => "rows",
-            Op::Argmax(_) => "argmax",
-            Op::Sample(_) => "sample",
-        }
-    }
-
-    /// True of products with matrices: what plans choose, and all else is beside.
-    pub fn is_product(&self) -> bool {
-        matches!(
-            self,
-            Op::Product { .. } | Op::Grouped { .. } | Op::Dense(_) | Op::Experts { .. } | Op::DenseExperts { .. }
-        )
-    }
-
-    /// The operation of a packed product.
-    pub fn product<'l>(&self, layout: &'l Layout) -> Option<Gemv<'l>> {
-        match *self {
-            Op::Product { spec, shape, batch, accumulate, prepare: _ } => {
-                Some(Gemv { quantizer: &layout.specs[spec], shape, batch, accumulate })
-            }
-            _ => None,
-        }
-    }
-
-    /// The preparation that a product's blocks do themselves.
-    pub fn own_preparation(&self) -> Option<&Prepare> {
-        match self {
-            Op::Product { prepare, .. } => prepare.as_ref(),
-            _ => None,
-        }
-    }
-
-    /// The operation of one expert with the pairs of a unit, of packed products of experts.
-    pub fn product_of_experts<'l>(&self, layout: &'l Layout) -> Option<(Gemv<'l>, Experts)> {
-        match *self {
-            Op::Experts { spec, shape, experts } => {
-                let quantizer = &layout.specs[spec];
-                Some((Gemv { quantizer, shape, batch: experts.most, accumulate: false }, experts))
-            }
-            _ => None,
-        }
-    }
-
-    /// The operation of a packed embedding.
-    pub fn embed_packed<'l>(&self, layout: &'l Layout) -> Option<EmbedPacked<'l>> {
-        match *self {
-            Op::EmbedPacked { spec, shape, batch, y } => {
-                Some(EmbedPacked { quantizer: &layout.specs[spec], shape, batch, y })
-            }
-            _ => None,
-        }
-    }
-
-    /// Makes the kernel; that of a product with the launch that the cost model chooses.
-    pub fn lower(&self, layout: &Layout, device: &Device) -> Kernel {
-        match self {
-            Op::Embed(op) => embed::lower(op),
-            Op::Norm(op) => norm::lower(op),
-            Op::Prepare(op) => prepare::lower(op, device),
-            Op::Leave(op) => leave::lower(op),
-            Op::Grouped { terms, shape, batch, y, accumulate } => {
-                let op = grouped::Product { terms, shape: *shape, batch: *batch, y: *y, accumulate: *accumulate };
-                grouped::lower(&op, &grouped::Launch::choose(&op, device))
-            }
-            Op::Dense(op) => dense::lower(op),
-            Op::Route(op) => route::lower(op),
-            Op::Group(op) => group::lower(op),
-            Op::Experts { .. } => {
-                let (op, experts) = self.product_of_experts(layout).expect("of experts");
-                product::Launch::ranked_for_experts(&op, &experts, device)[0].lower_for_experts(&op, &experts)
-            }
-            Op::DenseExperts { op, experts } => dense::lower_for_experts(op, experts),
-            Op::GateExperts(op) => unit::lower(op),
-            Op::Combine(op) => combine::lower(op),
-            Op::Add(op) => add::lower(op),
-            Op::Append(op) => append::lower(op),
-            Op::AttendFew(op) => few::lower(op, &few::Launch::choose(op, device)),
-            Op::AttendMany(op) => {
-                let launch = many::Launch::choose(op, device);
-                many::lower(op, &launch, most_tiles(layout, device, op.tokens))
-            }
-            Op::Glu(op) => glu::lower(op),
-            Op::Map(op) => map::lower(op),
-            Op::Rows(op) => rows::lower(op),
-            Op::Argmax(op) => argmax::lower(op, device),
-            Op::Sample(op) => sample::lower(op),
-            Op::Product { .. } => {
-                let (op, prepare) = (self.product(layout).expect("a product"), self.own_preparation());
-                let launch = product::Launch::ranked_with(&op, prepare, device)[0].1;
-                launch.lower_with(&op, prepare)
-            }
-            Op::EmbedPacked { .. } => embed_packed::lower(&self.embed_packed(layout).expect("an embedding")),
-        }
-    }
 }
 
 /// A launch: an operation and what it works on. Which of these an operation has, and what they are to it, follows from its

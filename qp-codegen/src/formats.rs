@@ -1,10 +1,12 @@
 //! The formats built in: those of `specs/formats/`, embedded in the program. Each file is read when it is first needed.
 
-use std::path::Path;
-use std::sync::OnceLock;
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, OnceLock};
 
 use crate::palette::{Embedded, FILES};
-use crate::spec::{Format, Library, load_from};
+use crate::spec::{Files, Format, Library, load_from};
 
 /// Folder of the formats in `specs`.
 const FOLDER: &str = "formats/";
@@ -17,12 +19,15 @@ struct File {
 }
 
 impl File {
+    fn path(&self) -> PathBuf {
+        Path::new("specs").join(self.path)
+    }
+
     /// What it defines. A file with errors defines nothing, and says so among its warnings; a test holds all files to
     /// having none.
     fn library(&self) -> &Library {
         self.library.get_or_init(|| {
-            let path = Path::new("specs").join(self.path);
-            load_from(&Embedded, &path).unwrap_or_else(|warnings| Library { warnings, ..Library::default() })
+            load_from(&Embedded, &self.path()).unwrap_or_else(|warnings| Library { warnings, ..Library::default() })
         })
     }
 }
@@ -46,6 +51,36 @@ pub fn get(name: &str) -> Option<&'static Format> {
     let own = |f: &&File| f.path.strip_prefix(FOLDER).and_then(|p| p.strip_suffix(".qspec")) == Some(name);
     let first = files().iter().find(own).and_then(|f| f.library().format(name));
     first.or_else(|| files().iter().find_map(|f| f.library().format(name)))
+}
+
+/// The embedded files, of which one has another text.
+struct Extended {
+    path: PathBuf,
+    text: String,
+}
+
+impl Files for Extended {
+    fn read(&self, path: &Path) -> io::Result<String> {
+        if path == self.path { Ok(self.text.clone()) } else { Embedded.read(path) }
+    }
+}
+
+/// What `family` is with `arguments`: one of [`names`] if one means the same, and otherwise a format called
+/// `FAMILY_ARGUMENT_ARGUMENT…`. Nothing if there is no such family, or none with these arguments.
+pub fn instance(family: &str, arguments: &[u64]) -> Option<&'static Format> {
+    static MADE: Mutex<BTreeMap<String, Option<&'static Format>>> = Mutex::new(BTreeMap::new());
+    let name = arguments.iter().fold(family.to_owned(), |name, a| format!("{name}_{a}"));
+    let mut made = MADE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    *made.entry(name.clone()).or_insert_with(|| {
+        let defines = |f: &&File| f.text.lines().any(|l| l.starts_with(&format!("family {family}(")));
+        let file = files().iter().find(defines)?;
+        let arguments: Vec<String> = arguments.iter().map(u64::to_string).collect();
+        let text = format!("{}\nquantizer {name} = {family}({})\n", file.text, arguments.join(", "));
+        let library = load_from(&Extended { path: file.path(), text }, &file.path()).ok()?;
+        let format = library.format(&name)?;
+        let same = file.library().formats.iter().find(|f| f.hash() == format.hash());
+        Some(same.unwrap_or_else(|| Box::leak(Box::new(format.clone()))))
+    })
 }
 
 /// The text of `specs/formats/imports.toml`: what others' `config.json` calls the formats.
@@ -76,8 +111,7 @@ mod tests {
     #[test]
     fn all_files_are_sound_and_formatted_and_their_canonical_text_means_the_same() {
         for f in files() {
-            let path = Path::new("specs").join(f.path);
-            let library = load_from(&Embedded, &path).unwrap_or_else(|e| panic!("{e}"));
+            let library = load_from(&Embedded, &f.path()).unwrap_or_else(|e| panic!("{e}"));
             assert_eq!(library.warnings.to_string(), "");
             let formatted = crate::syntax::format(crate::syntax::FileId(0), f.text).unwrap();
             assert_eq!(formatted, f.text, "{}", f.path);
@@ -94,6 +128,21 @@ mod tests {
         sorted.sort_unstable();
         sorted.dedup();
         assert_eq!(sorted.len(), names().len(), "a name twice");
+    }
+
+    #[test]
+    fn families_have_more_members_than_are_named() {
+        let of = |family, arguments: &[u64]| instance(family, arguments).map(|f| f.name.as_str());
+        assert_eq!(of("gptq", &[4, 128]), Some("gptq_int4_g128"));
+        assert_eq!(of("fp8", &[64, 32]), Some("fp8_64_32"));
+        assert_eq!(of("gptq", &[8, 96]), Some("gptq_8_96"), "sizes need be no powers of two");
+        assert!(instance("fp8", &[64, 32]).unwrap().layout("deepseek").is_some());
+        assert!(std::ptr::eq(instance("fp8", &[64, 32]).unwrap(), instance("fp8", &[64, 32]).unwrap()));
+        for (family, arguments) in
+            [("fp8", &[0, 1][..]), ("fp8", &[1 << 40, 1]), ("fp8", &[1]), ("q4_0", &[]), ("f", &[])]
+        {
+            assert_eq!(of(family, arguments), None, "{family} {arguments:?}");
+        }
     }
 
     /// The weights of all of a layout's tensors.
@@ -187,7 +236,7 @@ mod tests {
             assert_eq!(found, sum, "{name}");
             count += 1;
         }
-        assert_eq!(count, 73);
+        assert_eq!(count, 76);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use super::places::{extent, stored};
 use super::{Book, Misfit, Reader};
 use crate::spec::Shape;
 use crate::spec::format::{Cover, Field, Format, Layout, Target};
+use crate::spec::index::gcd;
 
 /// Most bytes of the tensors of a matrix for which a layout's bits are counted.
 const MOST_COUNTED: u64 = 1 << 22;
@@ -23,10 +24,31 @@ pub struct Overlap {
     pub twice: (u64, u64),
 }
 
+/// What rows and columns of a matrix are multiples of, powers of two apart, if whole numbers of everything that belongs together
+/// are to lie in it.
+fn odd_sides(format: &Format) -> Shape {
+    let together = |a: u32, b: u32| {
+        let odd = i64::from(b >> b.trailing_zeros().min(31)).max(1);
+        u32::try_from(i64::from(a) / gcd(a.into(), odd) * odd).unwrap_or(a)
+    };
+    let blocks = format.trellis.iter().map(|t| t.block).chain([Shape { rows: 1, cols: format.vector }]);
+    let covers = format.fields.iter().filter_map(|f| match f.cover {
+        Cover::Rectangle(s) => Some(s),
+        Cover::Flat(cols) => Some(Shape { rows: 1, cols }),
+        Cover::Matrix | Cover::Row | Cover::Column => None,
+    });
+    blocks.chain(covers).fold(Shape { rows: 1, cols: 1 }, |a, b| Shape {
+        rows: together(a.rows, b.rows),
+        cols: together(a.cols, b.cols),
+    })
+}
+
 /// Shapes for which a layout's bits are counted, the smallest that fits first.
 pub fn sample_shapes(format: &Format, layout: &Layout) -> Vec<Shape> {
-    let sides = |most: u32| (0..=most).map(|k| 1u32 << k);
-    let mut shapes: Vec<Shape> = sides(8).flat_map(|rows| sides(15).map(move |cols| Shape { rows, cols })).collect();
+    let odd = odd_sides(format);
+    let sides = |odd: u32, most: u32| (0..=most).map_while(move |k| odd.checked_mul(1 << k));
+    let mut shapes: Vec<Shape> =
+        sides(odd.rows, 8).flat_map(|rows| sides(odd.cols, 15).map(move |cols| Shape { rows, cols })).collect();
     shapes.sort_by_key(|s| (s.len(), s.rows));
     let fits = |s: &Shape| {
         let covered = |f: &Field| match f.cover {

@@ -569,11 +569,12 @@ mod tests {
     }
 
     /// Mean squared errors on a Gaussian source that must not be exceeded.
-    const MOST: [(&str, f64); 38] = [
+    const MOST: [(&str, f64); 53] = [
         ("nf4", 0.00768),
         ("fp4", 0.0134),
         ("int8_channel", 5.84e-5),
         ("fp8_128", 0.000734),
+        ("fp8_128_bf16", 0.000734),
         ("fp8_channel", 0.000685),
         ("fp8_channel_bf16", 0.000693),
         ("fp8_tensor", 0.000731),
@@ -586,6 +587,7 @@ mod tests {
         ("gptq_int8_g128", 3.6e-5),
         ("gptq_int8_g32", 2.19e-5),
         ("gptq_int2_g128", 0.139),
+        ("gptq_int4_channel", 0.0116),
         ("awq_int4_g128", 0.00958),
         ("awq_int4_g64", 0.00813),
         ("awq_int4_g32", 0.00632),
@@ -596,6 +598,19 @@ mod tests {
         ("mxfp8_e4m3", 0.000734),
         ("mxfp4", 0.013),
         ("nvfp4", 0.00778),
+        ("nvfp4_gguf", 0.00979),
+        ("packed_int4_g128", 0.0109),
+        ("packed_int4_g64", 0.00966),
+        ("packed_int4_g32", 0.00797),
+        ("packed_int8_g128", 4.48e-05),
+        ("packed_int4_g128_f16", 0.0109),
+        ("packed_int4_g64_f16", 0.00965),
+        ("packed_int4_g32_f16", 0.00796),
+        ("packed_int8_g128_f16", 4.34e-05),
+        ("packed_zeros_int4_g128", 0.00959),
+        ("packed_zeros_int4_g32", 0.00632),
+        ("packed_int4_channel", 0.0122),
+        ("packed_int8_channel", 5.88e-05),
         ("q2_k", 0.0764),
         ("q3_k", 0.0221),
         ("q4_0", 0.00708),

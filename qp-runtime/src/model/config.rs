@@ -72,34 +72,6 @@ pub struct Experts {
     pub clamped: Option<(f32, f32)>,
 }
 
-/// How files hold weights that are not plain floats.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Packing {
-    /// All are plain.
-    #[default]
-    Plain,
-    /// FP8 (E4M3) with a scale for each block of so many rows and columns.
-    Fp8([usize; 2]),
-    /// Experts in MXFP4.
-    Mxfp4,
-}
-
-impl Packing {
-    /// That of a quantization method of `config.json`, whose blocks' sizes are `block`, if it is one of these.
-    fn of(method: &str, block: Option<&Value>, experts: bool) -> Option<Packing> {
-        match method {
-            "fp8" => {
-                let sides: Vec<usize> =
-                    block?.as_array()?.iter().filter_map(|v| usize::try_from(v.as_u64()?).ok()).collect();
-                matches!(sides[..], [rows, columns] if rows > 0 && columns > 0)
-                    .then(|| Packing::Fp8([sides[0], sides[1]]))
-            }
-            "mxfp4" if experts => Some(Packing::Mxfp4),
-            _ => None,
-        }
-    }
-}
-
 /// What `config.json` and `generation_config.json` say. All sizes are at least 1.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -167,8 +139,6 @@ pub struct Config {
     pub experts: Option<Experts>,
     /// Layers behind the last that the files may hold and that are not used: those that guess further tokens.
     pub unused_layers: usize,
-    /// How the files hold weights that are not plain floats.
-    pub packing: Packing,
     /// True if the experts of a layer are stored as one tensor.
     pub stacked: bool,
     /// True if the text is one part of a model of several, whose tensors have longer names.
@@ -326,19 +296,19 @@ impl Config {
         let reading = architecture(&keys)?;
         let method = |q: &Value| q.get("quant_method").and_then(Value::as_str).map(str::to_owned);
         let of_checkpoint = keys.get("quantization_config").and_then(method).is_some_and(|m| m == hugging::METHOD);
-        let (stored, packing) = match keys.get("quantization_config") {
-            None => (None, Packing::Plain),
-            Some(_) if of_checkpoint => (None, Packing::Plain),
-            Some(q) => match Stored::find(q) {
-                Some(stored) => (Some(stored), Packing::Plain),
-                None => {
-                    let method = method(q).unwrap_or_else(|| "of an unnamed method".to_owned());
-                    let packing = Packing::of(&method, q.get("weight_block_size"), reading.mxfp4);
-                    let known = || format!("the unquantized model, fp8 with weight_block_size, {}", Stored::known());
-                    let what = || format!("a checkpoint already quantized ({method}) so");
-                    (None, packing.ok_or_else(|| unsupported(what(), &known()))?)
+        let stored = match keys.get("quantization_config").filter(|_| !of_checkpoint) {
+            None => None,
+            Some(q) => {
+                let (stored, method) =
+                    (Stored::find(q), method(q).unwrap_or_else(|| "of an unnamed method".to_owned()));
+                // Whose experts `packing` finds by their tensors.
+                let of_experts = reading.mxfp4 && method == "mxfp4";
+                if stored.is_none() && !of_experts {
+                    let what = format!("a checkpoint already quantized ({method}) so");
+                    return Err(unsupported(what, &format!("the unquantized model, {}", Stored::known())));
                 }
-            },
+                stored
+            }
         };
         let mut activation = reading.activation;
         for key in ["hidden_act", "hidden_activation"] {
@@ -428,7 +398,6 @@ impl Config {
             head_norms: false,
             experts: None,
             unused_layers: 0,
-            packing,
             stacked: reading.stacked,
             of_parts,
             architecture: reading.name.to_owned(),

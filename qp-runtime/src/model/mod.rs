@@ -7,7 +7,7 @@
 //! * [`program`]: what a model computes, without weights or a device; all else walks it.
 //! * [`keys`]: the keys of a JSON file, taken by name and type.
 //! * [`shards`]: which files hold the tensors.
-//! * `packing`: weights that files hold in other forms: stacked experts, MXFP4, FP8.
+//! * `packing`: experts that files stack in one tensor.
 //! * [`stored`]: matrices that a model's files keep quantized.
 //! * [`tensors`]: the tensors of mapped files.
 //! * [`weights`]: the tensors put in their places, each linear layer dense or packed.

@@ -1,12 +1,11 @@
-//! Weights that files hold in other forms than the model computes with: experts stacked in one tensor, MXFP4, and FP8 with
-//! a scale for each block. Each is given the names that the program has; what it holds is decoded when it is read.
+//! Experts that files stack in one tensor, plain or MXFP4. Each is given the names that the program has; what it holds is
+//! decoded when it is read.
 
 use half::bf16;
-use qp_codegen::spec::format::Number;
 use safetensors::Dtype;
 
 use super::Error;
-use super::config::{Config, Packing};
+use super::config::Config;
 use super::tensors::{Bytes, Entry, Kind, TensorDir};
 
 /// How the elements of a tensor lie in another one.
@@ -30,13 +29,6 @@ pub(super) enum View {
         first: usize,
         /// Distance of rows.
         step: usize,
-    },
-    /// FP8 (E4M3) with a scale for each block of rows and columns.
-    Fp8 {
-        /// The scales, blocks of rows × blocks of columns.
-        scales: Bytes,
-        /// Rows and columns of a block.
-        block: [usize; 2],
     },
 }
 
@@ -65,16 +57,6 @@ impl View {
                             // At most two bits of mantissa: exact.
                             out.extend(bf16::from_f32(fp4(code) * scale).to_le_bytes());
                         }
-                    }
-                }
-            }
-            View::Fp8 { scales, block: [of_rows, of_columns] } => {
-                let scales = scales.as_slice().as_chunks::<4>().0;
-                let across = columns.div_ceil(*of_columns);
-                for (i, row) in stored.chunks_exact(columns.max(1)).enumerate() {
-                    for (j, code) in row.iter().enumerate() {
-                        let scale = f32::from_le_bytes(scales[i / of_rows * across + j / of_columns]);
-                        out.extend((Number::E4m3.value((*code).into()) * scale).to_le_bytes());
                     }
                 }
             }
@@ -107,42 +89,10 @@ fn fp4(code: u8) -> f32 {
 /// # Errors
 /// If what belongs together does not fit.
 pub(super) fn unpack(dir: &mut TensorDir, config: &Config) -> Result<(), Error> {
-    if let Packing::Fp8(block) = config.packing {
-        scale_blocks(dir, block)?;
-    }
     if config.stacked {
         for layer in 0..config.layers {
             unstack(dir, &format!("model.layers.{layer}.mlp.experts."), config)?;
         }
-    }
-    Ok(())
-}
-
-/// Joins each FP8 tensor `NAME` with its scales, `NAME_scale_inv`.
-fn scale_blocks(dir: &mut TensorDir, block: [usize; 2]) -> Result<(), Error> {
-    let names: Vec<String> = dir.names().filter(|n| n.ends_with("_scale_inv")).map(str::to_owned).collect();
-    for of_scales in names {
-        let name = of_scales.trim_end_matches("_scale_inv");
-        let (Some(scales), Some(entry)) = (dir.take(&of_scales), dir.take(name)) else {
-            return Err(Error::MissingTensor { name: name.to_owned(), path: dir.path().to_owned() });
-        };
-        let &[rows, columns] = entry.shape.as_slice() else {
-            return Err(Error::Shape { name: name.to_owned(), found: entry.shape, expected: vec![0, 0] });
-        };
-        let expected = vec![rows.div_ceil(block[0]), columns.div_ceil(block[1])];
-        if scales.shape != expected {
-            return Err(Error::Shape { name: of_scales, found: scales.shape, expected });
-        }
-        for (of, found, wanted) in [(name, entry.kind, Dtype::F8_E4M3), (of_scales.as_str(), scales.kind, Dtype::F32)] {
-            if found != Kind::Plain(wanted) {
-                return Err(Error::Dtype {
-                    name: of.to_owned(),
-                    found: format!("{found:?}, where {wanted:?} belongs"),
-                });
-            }
-        }
-        let view = View::Fp8 { scales: scales.bytes, block };
-        dir.put(name.to_owned(), Entry::of_view(Kind::Plain(Dtype::F32), entry.shape, entry.bytes, view));
     }
     Ok(())
 }
@@ -214,18 +164,6 @@ fn fits(name: &str, entry: &Entry, expected: &[usize]) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn floats(bytes: &[u8]) -> Vec<f32> {
-        bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
-    }
-
-    #[test]
-    fn blocks_have_scales_of_their_own() {
-        let scales: Vec<u8> = [2f32, 3.0, 4.0, 5.0].iter().flat_map(|v| v.to_le_bytes()).collect();
-        let view = View::Fp8 { scales: scales.into(), block: [2, 2] };
-        let out = floats(&view.bytes(&[0x38; 9], &[3, 3], 4));
-        assert_eq!(out, [2.0, 2.0, 3.0, 2.0, 2.0, 3.0, 4.0, 4.0, 5.0]);
-    }
 
     #[test]
     fn mxfp4_has_the_even_columns_low() {

@@ -20,12 +20,18 @@ use super::tensors::{Kind, Piece, TensorDir};
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Import {
-    /// The format, or several that differ in their tensors.
+    /// The format, or several that differ in their tensors; families if there are arguments.
     format: OneOrMore,
+    /// JSON pointers into `quantization_config` to the arguments of the family.
+    #[serde(default)]
+    arguments: Vec<String>,
     /// Its layout.
     layout: String,
     /// JSON pointers into `quantization_config`, and what must stand there. `false` may be absent too.
     when: BTreeMap<String, Value>,
+    /// What may stand there.
+    #[serde(default)]
+    among: BTreeMap<String, Vec<Value>>,
     /// What must not stand there.
     #[serde(default)]
     unless: BTreeMap<String, Value>,
@@ -65,6 +71,15 @@ impl Import {
     /// What files call the layout's tensor `tensor`.
     fn in_files<'a>(&'a self, tensor: &'a str) -> &'a str {
         self.tensors.get(tensor).map_or(tensor, String::as_str)
+    }
+
+    /// Its formats for a model whose `quantization_config` is `config`.
+    fn formats<'a>(&'a self, config: &'a Value) -> impl Iterator<Item = &'static Format> + 'a {
+        let arguments: Option<Vec<u64>> = self.arguments.iter().map(|a| config.pointer(a)?.as_u64()).collect();
+        self.format.names().iter().filter_map(move |name| match arguments.as_deref()? {
+            [] => formats::get(name),
+            arguments => formats::instance(name, arguments),
+        })
     }
 
     /// Tensors beside a matrix that hold nothing of its weights, but say something of them.
@@ -257,10 +272,11 @@ impl Stored {
             Some(found) => found == wanted,
         };
         let stands = |(pointer, refused): (&String, &Value)| config.pointer(pointer) == Some(refused);
-        let fits = |i: &&Import| i.when.iter().all(holds) && !i.unless.iter().any(stands);
+        let may =
+            |(pointer, values): (&String, &Vec<Value>)| config.pointer(pointer).is_some_and(|v| values.contains(v));
+        let fits = |i: &&Import| i.when.iter().all(holds) && i.among.iter().all(may) && !i.unless.iter().any(stands);
         let ways = |import: &'static Import| {
-            let formats = import.format.names().iter().filter_map(|name| formats::get(name));
-            formats.map(move |format| Way { format, book: OnceLock::new(), import })
+            import.formats(config).map(move |format| Way { format, book: OnceLock::new(), import })
         };
         let ways: Vec<Way> = imports().iter().filter(fits).flat_map(ways).collect();
         (!ways.is_empty()).then_some(Stored { ways })
@@ -368,7 +384,11 @@ mod tests {
     fn what_config_json_says_is_found() {
         for i in imports() {
             for name in i.format.names() {
-                let format = formats::get(name).unwrap_or_else(|| panic!("there is no format {name}"));
+                let format = match &i.arguments[..] {
+                    [] => formats::get(name),
+                    more => formats::instance(name, &[8, 8][..more.len()]),
+                };
+                let format = format.unwrap_or_else(|| panic!("there is no format {name}"));
                 assert!(format.layout(&i.layout).is_some(), "{name}");
             }
         }
@@ -377,18 +397,22 @@ mod tests {
         let gptq = |bits: u32, group: i32, act: bool| json!({"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act, "sym": true});
         assert_eq!(name(gptq(4, 128, false)).as_deref(), Some("gptq_int4_g128"));
         assert_eq!(name(gptq(3, 128, false)).as_deref(), Some("gptq_int3_g128"));
-        assert_eq!(name(gptq(4, 7, false)), None);
+        assert_eq!(name(gptq(8, 96, false)).as_deref(), Some("gptq_8_96"), "a family has more members than have names");
+        assert_eq!(name(gptq(4, -1, false)).as_deref(), Some("gptq_int4_channel"));
+        assert_eq!((name(gptq(5, 128, false)), name(gptq(4, 0, false))), (None, None));
         assert_eq!(
             name(json!({"quant_method": "gptq", "bits": 4, "group_size": 128})).as_deref(),
             Some("gptq_int4_g128")
         );
         let two = json!({"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "gptq_v2"});
-        assert_eq!(name(two), None);
+        let two = Stored::find(&two).unwrap();
+        assert_eq!((two.ways.len(), two.ways[0].import.layout.as_str()), (1, "gptq_v2"));
         assert_eq!(name(json!({"quant_method": "fp8", "weight_block_size": [128, 128]})).as_deref(), Some("fp8_128"));
         // How large scales are, and what they are called, the tensors say.
         let ways = |v: Value| Stored::find(&v).map_or(0, |s| s.ways.len());
         assert_eq!(ways(json!({"quant_method": "fp8", "weight_block_size": null, "activation_scheme": "static"})), 4);
-        assert_eq!(ways(json!({"quant_method": "fp8", "weight_block_size": [64, 64]})), 0);
+        assert_eq!(ways(json!({"quant_method": "fp8", "weight_block_size": [64, 64]})), 2);
+        assert_eq!(ways(json!({"quant_method": "fp8", "weight_block_size": [64, 0]})), 0);
         assert_eq!(ways(json!({"quant_method": "exl3", "bits": 3.0, "head_bits": 6})), 24);
     }
 }

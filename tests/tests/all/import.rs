@@ -315,8 +315,11 @@ pub fn write_with(quantized: &Path, mut model: RandomModel, config: serde_json::
     std::fs::write(&path, safetensors::serialize(all, None).unwrap()).unwrap();
 }
 
-/// A model whose layers are FP8 with one scale each, called `scale`, and the same model with their weights written out.
+/// A model whose layers are FP8 with one scale each, or one for each block that `config` says, called `scale`, and the same model
+/// with their weights written out.
 fn fp8(dir: &Path, scale: &str, in_half: bool, config: serde_json::Value) -> (PathBuf, PathBuf) {
+    let block = config["weight_block_size"].as_array().cloned();
+    let block = block.map(|sides| [0, 1].map(|i| sides[i].as_u64().unwrap() as usize));
     let mut model = RandomModel::new("LlamaForCausalLM");
     let (quantized, plain) = (dir.join("quantized"), dir.join("plain"));
     let (mut x, mut tensors) = (7u32, Vec::new());
@@ -327,44 +330,63 @@ fn fp8(dir: &Path, scale: &str, in_half: bool, config: serde_json::Value) -> (Pa
         };
         // All numbers up to 30, but for the two codes that are none.
         let codes: Vec<u8> = weights.iter().map(|_| next() & 0xDF).collect();
-        let factor = half::bf16::from_f32(f32::from(1 + next() % 7) / 200.0);
-        for (w, code) in weights.iter_mut().zip(&codes) {
+        let [r, c] = block.unwrap_or([shape[0], shape[1]]);
+        let across = shape[1].div_ceil(c);
+        let count = shape[0].div_ceil(r) * across;
+        let factors: Vec<_> = (0..count).map(|_| half::bf16::from_f32(f32::from(1 + next() % 7) / 200.0)).collect();
+        for (i, (w, code)) in weights.iter_mut().zip(&codes).enumerate() {
             let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7) / 8.0);
             let size = if exponent == 0 { mantissa / 64.0 } else { (1.0 + mantissa) * 2f32.powi(exponent - 7) };
-            *w = if code & 0x80 == 0 { size } else { -size } * factor.to_f32();
+            let factor = factors[i / shape[1] / r * across + i % shape[1] / c].to_f32();
+            *w = if code & 0x80 == 0 { size } else { -size } * factor;
         }
         let layer = name.trim_end_matches(".weight");
         tensors.push((name.clone(), safetensors::Dtype::F8_E4M3, shape.clone(), codes));
         let (dtype, bytes) = match in_half {
-            true => (safetensors::Dtype::BF16, factor.to_le_bytes().to_vec()),
-            false => (safetensors::Dtype::F32, factor.to_f32().to_le_bytes().to_vec()),
+            true => (safetensors::Dtype::BF16, factors.iter().flat_map(|f| f.to_le_bytes()).collect()),
+            false => {
+                (safetensors::Dtype::F32, factors.iter().flat_map(|f| f.to_f32().to_le_bytes()).collect::<Vec<_>>())
+            }
         };
-        tensors.push((format!("{layer}.{scale}"), dtype, if in_half { vec![] } else { vec![1] }, bytes.clone()));
-        tensors.push((format!("{layer}.input_scale"), dtype, vec![], bytes));
+        let sides = match block {
+            Some(_) => vec![count / across, across],
+            None if in_half => vec![],
+            None => vec![1],
+        };
+        tensors.push((format!("{layer}.{scale}"), dtype, sides, bytes.clone()));
+        if block.is_none() {
+            tensors.push((format!("{layer}.input_scale"), dtype, vec![], bytes));
+        }
     }
     write_both(&plain, &quantized, model, config, tensors);
     (quantized, plain)
 }
 
 #[test]
-fn fp8_with_one_scale_runs_moves_in_and_moves_out() {
+fn fp8_runs_moves_in_and_moves_out() {
     let group = serde_json::json!({"weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}});
     let compressed = serde_json::json!({
         "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group},
     });
     let fine = serde_json::json!({"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": null});
     let optimizer = serde_json::json!({"quant_method": "modelopt", "quant_algo": "FP8"});
+    let blocks = |sides: [u32; 2]| serde_json::json!({"quant_method": "fp8", "weight_block_size": sides});
     for (config, scale, in_half, spec) in [
         (&compressed, "weight_scale", false, "fp8_tensor"),
         (&compressed, "weight_scale", true, "fp8_tensor_bf16"),
         (&fine, "weight_scale_inv", true, "fp8_tensor_bf16"),
         (&fine, "weight_scale", false, "fp8_tensor"),
         (&optimizer, "weight_scale", false, "fp8_tensor"),
+        // The last blocks of rows and columns are smaller.
+        (&blocks([40, 48]), "weight_scale_inv", false, "fp8_40_48"),
+        (&blocks([24, 32]), "weight_scale_inv", true, "fp8_bf16_24_32"),
+        (&blocks([128, 128]), "weight_scale_inv", false, "fp8_128"),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let (quantized, plain) = fp8(dir.path(), scale, in_half, config.clone());
         let model = Model::open(&quantized).unwrap();
-        assert!(model.notes.iter().any(|n| n.contains("14 scales of activations are not used")), "{:?}", model.notes);
+        let beside = model.notes.iter().any(|n| n.contains("14 scales of activations are not used"));
+        assert_eq!(beside, spec.starts_with("fp8_tensor"), "{:?}", model.notes);
         let expected = logits(model);
         // Products of a format are exact, with rounded activations.
         assert_near(&expected, &logits(Model::open(&plain).unwrap()));

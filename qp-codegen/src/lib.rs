@@ -11,7 +11,8 @@
 //! 7. [`nvrtc`]: CUDA source to machine code, where the compiler library is found.
 //!
 //! Beside the way: [`palette`], the quantizers built in; [`formats`], those of others, and [`reader`], their weights; [`explain`], a quantizer for people; [`reference`], the arithmetic
-//! that every engine shares; [`metric`], that of every encoder; [`find`], where NVIDIA's libraries may lie; [`text_file`], reading what a user names.
+//! that every engine shares; [`metric`], that of every encoder; [`find`], where NVIDIA's libraries may lie; [`text_file`], reading what a user names; [`output`],
+//! writing it.
 
 pub mod cuda;
 pub mod explain;
@@ -22,6 +23,7 @@ pub mod kernels;
 pub mod layout;
 pub mod metric;
 pub mod nvrtc;
+pub mod output;
 pub mod palette;
 pub mod reader;
 pub mod reference;

@@ -3,7 +3,6 @@
 mod lsp;
 mod try_out;
 
-use std::fs;
 use std::io::{self, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -18,7 +17,7 @@ use qp_codegen::reference::RmsNorm;
 use qp_codegen::spec::terms::Terms;
 use qp_codegen::spec::{self, Definition, Format, Matrix, Quantizer, Shape};
 use qp_codegen::syntax::{self, Diagnostics};
-use qp_codegen::{explain, formats, palette, text_file};
+use qp_codegen::{explain, formats, output, palette, text_file};
 
 /// Compile .qspec quantizers to CUDA kernels.
 #[derive(Parser)]
@@ -271,14 +270,7 @@ fn fmt(files: &[PathBuf], check: bool) -> Result<(), Failure> {
 
 /// Replaces a file whole or not at all.
 fn replace(file: &Path, bytes: &[u8]) -> Result<(), Failure> {
-    let mut beside = file.as_os_str().to_owned();
-    beside.push(".new");
-    let beside = PathBuf::from(beside);
-    fs::write(&beside, bytes).and_then(|()| fs::rename(&beside, file)).map_err(|e| {
-        // What was there stands; the half-written file is of no use to anyone.
-        let _ = fs::remove_file(&beside);
-        Failure::Other(format!("cannot write {}: {e}", file.display()))
-    })
+    output::write(file, bytes).map_err(|e| Failure::Other(format!("cannot write {}: {e}", file.display())))
 }
 
 fn explain(spec: &str, shape: Shape, canonical: bool) -> Result<(), Failure> {

@@ -54,6 +54,28 @@ fn fmt_rewrites_what_parses_and_nothing_else() {
 }
 
 #[test]
+#[cfg(unix)]
+fn what_is_written_keeps_links_modes_and_neighbours() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for (file, link, beside, args) in [
+        ("a.qspec", "b.qspec", "a.qspec.new", &["fmt"][..]),
+        ("a.cu", "b.cu", "a.cu.new", &["emit", "--spec", "nuq_2", "-o"]),
+    ] {
+        fs::write(at(file), "use   \"x\"\n").unwrap();
+        fs::write(at(beside), "precious").unwrap();
+        fs::set_permissions(at(file), fs::Permissions::from_mode(0o600)).unwrap();
+        std::os::unix::fs::symlink(file, at(link)).unwrap();
+        let link = at(link).display().to_string();
+        assert_eq!(run(&[args, &[link.as_str()]].concat()).2, 0);
+        assert!(Path::new(&link).is_symlink() && fs::read_to_string(at(file)).unwrap() != "use   \"x\"\n");
+        assert_eq!(fs::metadata(at(file)).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(fs::read_to_string(at(beside)).unwrap(), "precious");
+    }
+}
+
+#[test]
 fn explain_and_list_show_the_palette() {
     let (text, _, code) = run(&["explain", "htcq_2.25.qspec", "--shape", "64x256"]);
     assert!(text.starts_with("htcq_2.25\n  rate        2.25 bits a weight\n") && code == 0, "{text}");

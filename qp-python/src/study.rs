@@ -87,7 +87,7 @@ pub struct Plan {
 impl Plan {
     /// Writes the plan file.
     fn write(&self, path: PathBuf) -> PyResult<()> {
-        qp_runtime::output::write(&path, self.toml.as_bytes()).map_err(|e| invalid(format!("{}: {e}", path.display())))
+        qp_codegen::output::write(&path, self.toml.as_bytes()).map_err(|e| invalid(format!("{}: {e}", path.display())))
     }
 
     fn __str__(&self) -> &str {

@@ -15,7 +15,6 @@ pub mod jit;
 pub mod matrix;
 pub mod memory;
 pub mod model;
-pub mod output;
 pub mod plan;
 pub mod quantize;
 pub mod serve;

@@ -109,7 +109,7 @@ impl Profile {
     pub fn write(&self, path: &Path) -> Result<(), Error> {
         let io = |source| Error::Io { path: path.display().to_string(), source };
         let text = serde_json::to_string_pretty(self).map_err(|e| io(e.into()))?;
-        crate::output::write(path, (text + "\n").as_bytes()).map_err(io)
+        qp_codegen::output::write(path, (text + "\n").as_bytes()).map_err(io)
     }
 
     /// Time of the layers that stand alone (the output layer), left as they are.

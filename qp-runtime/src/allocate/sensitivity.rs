@@ -142,7 +142,7 @@ impl Sensitivities {
         let io = |source| Error::Io { path: path.display().to_string(), source };
         let mut text = serde_json::to_string_pretty(self).map_err(|e| io(e.into()))?;
         text.push('\n');
-        crate::output::write(path, text.as_bytes()).map_err(io)
+        qp_codegen::output::write(path, text.as_bytes()).map_err(io)
     }
 
     /// The layers as the allocator wants them.

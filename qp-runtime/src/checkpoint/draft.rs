@@ -16,12 +16,12 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::reader::inside;
 use super::weights::{Planned, Shard, layout};
 use super::{
     CalibrationEntry, Error, FORMAT, FileEntry, MANIFEST, Manifest, TensorEntry, blake3, hash_file, hugging,
     is_checkpoint, sha256,
 };
-use crate::output;
 
 /// Name of the journal in a partial directory.
 const JOURNAL: &str = "journal";
@@ -321,8 +321,11 @@ impl Draft {
     }
 
     /// Writes a small file; `name` is relative to the checkpoint. Its folder is made.
+    ///
+    /// # Errors
+    /// If the name leads out of the checkpoint, the disk is full or writing fails otherwise.
     pub fn put_file(&mut self, name: &str, bytes: &[u8]) -> Result<(), Error> {
-        let path = self.dir.join(name);
+        let path = inside(&self.dir, name)?;
         admit().map_err(|e| self.failed(&path, e))?;
         let write = || {
             fs::create_dir_all(path.parent().unwrap_or(&self.dir))?;
@@ -489,7 +492,7 @@ impl Draft {
 /// # Errors
 /// If it may not, or is a link to nothing.
 pub fn check_output(out: &Path, force: bool) -> Result<(), Error> {
-    if output::dangles(out) {
+    if qp_codegen::output::dangles(out) {
         return Err(Error::Dangling { out: out.to_owned() });
     }
     match fs::read_dir(out).map(Iterator::count) {

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qp_codegen::layout::Packed;
+use qp_codegen::output;
 use qp_codegen::spec::{Quantizer, Shape};
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
@@ -20,7 +21,6 @@ use super::{
 };
 use crate::codec::scale_count;
 use crate::model::{TensorDir, shards};
-use crate::output;
 use crate::quantize::COPIED;
 
 /// The value of `quant_method` in `config.json`'s `quantization_config`.

@@ -343,7 +343,7 @@ fn header_message(e: model::Error) -> String {
 }
 
 /// The path of `name`, which must not lead out of `dir`.
-fn inside(dir: &Path, name: &str) -> Result<PathBuf, Error> {
+pub(super) fn inside(dir: &Path, name: &str) -> Result<PathBuf, Error> {
     let mut parts = Path::new(name).components();
     if parts.all(|c| matches!(c, std::path::Component::Normal(_))) {
         return Ok(dir.join(name));

@@ -67,7 +67,7 @@ pub(super) fn plain(text: &str) -> Cow<'_, str> {
 /// # Errors
 /// If it cannot be written; the message names it.
 pub(super) fn write(path: &Path, text: &str) -> Result<(), Error> {
-    crate::output::write(path, text.as_bytes()).map_err(|e| failed(path, &e))
+    qp_codegen::output::write(path, text.as_bytes()).map_err(|e| failed(path, &e))
 }
 
 /// Whether [`write()`] is likely to succeed: to be asked before long work.
@@ -75,7 +75,7 @@ pub(super) fn write(path: &Path, text: &str) -> Result<(), Error> {
 /// # Errors
 /// If it would not.
 pub(super) fn check(path: &Path) -> Result<(), Error> {
-    crate::output::check(path).map_err(|e| failed(path, &e))
+    qp_codegen::output::check(path).map_err(|e| failed(path, &e))
 }
 
 fn failed(path: &Path, e: &std::io::Error) -> Error {

@@ -28,17 +28,26 @@ pub enum EncodeError {
         /// The weight.
         value: f32,
     },
-    /// A weight that is too large for a format.
+    /// A weight that is too large.
     #[error(
-        "the weight in row {row}, column {column} is {value}: formats are made of weights below 1e30; check the model's files"
+        "the weight in row {row}, column {column} is {value}: only weights below 1e30 can be quantized; check the model's files"
     )]
     Large {
         /// From 0.
         row: usize,
-        /// From 0.
+        /// From 0, after rotation.
         column: usize,
         /// The weight.
         value: f32,
+    },
+    /// The numbers that a format's formulas give are beyond single precision, or none.
+    #[error(
+        "`{format}` makes weights of it that are not finite, or cannot be multiplied: its weight or a formula divides by zero, or \
+         multiplies numbers beyond the largest of single precision"
+    )]
+    NotMade {
+        /// The format.
+        format: String,
     },
     /// The device failed.
     #[error("encoding on the device: {message}")]
@@ -46,6 +55,22 @@ pub enum EncodeError {
         /// Its words.
         message: String,
     },
+}
+
+/// Weights are smaller: sums of their squares, and products of fields, then stay within single precision.
+const LARGEST: f32 = 1e30;
+
+/// Looks for a weight that cannot be quantized, in rows of `columns`.
+///
+/// # Errors
+/// The first that is not finite or too large.
+pub(super) fn check(weights: &[f32], columns: usize) -> Result<(), EncodeError> {
+    let Some(at) = weights.par_iter().position_first(|w| w.is_nan() || w.abs() >= LARGEST) else { return Ok(()) };
+    let (row, column, value) = (at / columns, at % columns, weights[at]);
+    Err(match value.is_finite() {
+        true => EncodeError::Large { row, column, value },
+        false => EncodeError::NotFinite { row, column, value },
+    })
 }
 
 /// A quantizer made ready to encode. Make it once, use it for every matrix.
@@ -277,9 +302,7 @@ impl Encoder {
     /// Root mean square of each row, or of the matrix; 0 if it has no other weights.
     fn scales(&self, shape: Shape, rotated: &[f32]) -> Result<Vec<bf16>, EncodeError> {
         let columns = shape.cols as usize;
-        if let Some(i) = rotated.par_iter().position_first(|w| !w.is_finite()) {
-            return Err(EncodeError::NotFinite { row: i / columns, column: i % columns, value: rotated[i] });
-        }
+        check(rotated, columns)?;
         let rows = match self.quantizer.scale {
             ScaleKind::Row => 1,
             ScaleKind::Matrix => shape.rows as usize,

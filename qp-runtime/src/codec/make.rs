@@ -18,14 +18,12 @@ use qp_codegen::spec::format::{Arithmetic, Cover, Format, Layout, Number, Target
 use qp_codegen::spec::formula::Covered;
 use rayon::prelude::*;
 
-use super::EncodeError;
+use super::encode::{self, EncodeError};
 
 /// How often each field is tried anew.
 const ROUNDS: usize = 4;
 /// In the first round, these multiples of a float are tried: the peak of many weights is often best cut off.
 const FRACTIONS: [f64; 5] = [0.6, 0.7, 0.8, 0.9, 1.1];
-/// Weights are smaller: products of fields then stay within single precision.
-const LARGEST: f32 = 1e30;
 /// So many parts of a matrix that share a number are summed on all cores.
 const MANY: usize = 32;
 
@@ -117,7 +115,7 @@ impl FormatEncoder {
     ) -> Result<Vec<Vec<u8>>, EncodeError> {
         let made = self.make(reader.shape(), weights)?;
         progress(weights.len() as u64);
-        Ok(reader.write(&made.codes, &made.fields))
+        self.written(reader, &made)
     }
 
     /// As [`FormatEncoder::encode`], without a layout.
@@ -126,13 +124,7 @@ impl FormatEncoder {
     /// A weight that is not finite.
     pub fn make(&self, shape: Shape, weights: &[f32]) -> Result<Made, EncodeError> {
         assert_eq!(weights.len() as u64, shape.len(), "weights of the matrix");
-        if let Some(at) = weights.par_iter().position_first(|w| w.is_nan() || w.abs() >= LARGEST) {
-            let (row, column, value) = (at / shape.cols as usize, at % shape.cols as usize, weights[at]);
-            return Err(match value.is_finite() {
-                true => EncodeError::Large { row, column, value },
-                false => EncodeError::NotFinite { row, column, value },
-            });
-        }
+        encode::check(weights, shape.cols as usize)?;
         let mut matrix = Matrix { encoder: self, shape, weights, fields: vec![Vec::new(); self.order.len()] };
         self.order.iter().for_each(|&f| matrix.begin(f));
         let mut errors = vec![matrix.error()];
@@ -148,6 +140,20 @@ impl FormatEncoder {
             }
         }
         Ok(Made { codes: matrix.codes(), fields: matrix.fields, errors })
+    }
+
+    /// The tensors of what was made.
+    ///
+    /// # Errors
+    /// If not all that products need is finite.
+    fn written(&self, reader: &Reader, made: &Made) -> Result<Vec<Vec<u8>>, EncodeError> {
+        let tensors = reader.write(&made.codes, &made.fields);
+        let (slices, rows) = (tensors.iter().map(Vec::as_slice).collect::<Vec<_>>(), reader.shape().rows);
+        let bands: Vec<u32> = (0..rows).step_by(reader.band() as usize).collect();
+        match bands.par_iter().all(|&first| reader.is_finite(&slices, first..rows.min(first + reader.band()))) {
+            true => Ok(tensors),
+            false => Err(EncodeError::NotMade { format: self.format().name.clone() }),
+        }
     }
 
     /// Slope and rest of the weight as a line through the entry, with these numbers of the fields.

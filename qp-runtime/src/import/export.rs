@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
+use qp_codegen::output::Whole;
 use sha2::{Digest, Sha256};
 
 use super::view::View;
@@ -89,9 +90,7 @@ pub fn export(dir: &Path, out: &Path, force: bool, progress: &mut Progress<'_>) 
         let why = format!("was imported from {} files: give a folder to write them to", source.files.len());
         return Err(Error::refused(dir, why));
     }
-    let folder = if file { out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")) } else { out };
-    std::fs::create_dir_all(folder).map_err(|source| Error::Write { path: folder.to_owned(), source })?;
-    let headers: Vec<PathBuf> = source.files.iter().map(|f| dir.join(&f.header)).collect();
+    let headers = source.files.iter().map(|f| own(&checkpoint, &f.header)).collect::<Result<Vec<_>, _>>()?;
     let (gguf, views) = if source.kind == "gguf" {
         let gguf = Gguf::of_headers(headers.into_iter())?;
         let views = gguf.parts().iter().map(View::of_gguf).collect::<Result<Vec<_>, _>>()?;
@@ -103,22 +102,37 @@ pub fn export(dir: &Path, out: &Path, force: bool, progress: &mut Progress<'_>) 
     let renamed = layers.flat_map(|l| stored::renamed(&l.name, &l.spec, l.layout.as_deref())).collect();
     let mut paths = Vec::new();
     for (view, file) in views.iter().zip(&source.files) {
-        let path = if is_file(out) { out.to_owned() } else { out.join(&file.name) };
+        let path = if is_file(out) { out.to_owned() } else { out.join(plain_name(dir, &file.name)?) };
         if path.exists() && !force {
             return Err(Error::refused(&path, "exists; --force replaces it"));
         }
-        let beside = folder.join(format!("{}.partial", file.name));
-        let done = one((&checkpoint, &renamed), gguf.as_ref(), view, file, &beside, progress).and_then(|()| {
-            std::fs::rename(&beside, &path).map_err(|source| Error::Write { path: path.clone(), source })
-        });
-        if let Err(e) = done {
-            // The half-written file is of no use to anyone.
-            let _ = std::fs::remove_file(&beside);
-            return Err(e);
-        }
+        let failed = |source| Error::Write { path: path.clone(), source };
+        let mut whole = Whole::create(&path).map_err(failed)?;
+        one((&checkpoint, &renamed), gguf.as_ref(), view, file, (&path, whole.file()), progress)?;
+        whole.keep().map_err(failed)?;
         paths.push(path);
     }
     Ok(paths)
+}
+
+/// The path of a file that the checkpoint is made of, so that no other is opened, whatever its manifest says.
+fn own(checkpoint: &Checkpoint, name: &str) -> Result<PathBuf, Error> {
+    if checkpoint.manifest().files.iter().any(|f| f.name == name) {
+        return Ok(checkpoint.dir().join(name));
+    }
+    Err(Error::refused(checkpoint.dir(), format!("has no file '{name}', which its manifest speaks of")))
+}
+
+/// The name of a file in a folder, so that none is written elsewhere, whatever a manifest says.
+fn plain_name<'a>(dir: &Path, name: &'a str) -> Result<&'a str, Error> {
+    let mut parts = Path::new(name).components();
+    match (parts.next(), parts.next()) {
+        (Some(Component::Normal(part)), None) if part == name && !name.contains(char::is_control) => Ok(name),
+        _ => Err(Error::refused(
+            dir,
+            format!("was made of a file called {name:?}, which is no name of a file in a folder"),
+        )),
+    }
 }
 
 /// The bytes of a file's tensor in which the experts of several layers are stacked, rows of two layers by turns.
@@ -143,17 +157,17 @@ fn stacked(checkpoint: &Checkpoint, name: &str) -> Result<Option<Vec<u8>>, Error
     Ok(None)
 }
 
-/// Writes the file `part` to `path`, of a checkpoint with the names of tensors that files call otherwise.
+/// Writes the file `part`, which is to become `path`, of a checkpoint with the names of tensors that files call otherwise.
 fn one(
     (checkpoint, renamed): (&Checkpoint, &BTreeMap<String, String>),
     gguf: Option<&Gguf>,
     part: &View,
     file: &SourceFile,
-    path: &Path,
+    (path, to): (&Path, &mut File),
     progress: &mut Progress<'_>,
 ) -> Result<(), Error> {
     let failed = |source| Error::Write { path: path.to_owned(), source };
-    let to = BufWriter::with_capacity(1 << 20, File::create(path).map_err(failed)?);
+    let to = BufWriter::with_capacity(1 << 20, to);
     let mut to = Hashing { to, hash: Sha256::new(), bytes: 0 };
     to.put(&part.header).map_err(failed)?;
     let mut tensors: Vec<_> = part.ranges.iter().collect();
@@ -184,7 +198,7 @@ fn one(
             None => match stacked(checkpoint, name)? {
                 Some(bytes) => bytes,
                 None => {
-                    let path = checkpoint.dir().join(left_out_file(name));
+                    let path = own(checkpoint, &left_out_file(name))?;
                     std::fs::read(&path).map_err(checkpoint::Error::io("read", &path))?
                 }
             },

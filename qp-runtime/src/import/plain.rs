@@ -1,10 +1,10 @@
 //! A checkpoint's weights written out: a model directory that any program of Hugging Face's reads.
 
-use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
+use qp_codegen::output::{self, Whole};
 use qp_codegen::reference::Rotator;
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -18,7 +18,6 @@ use crate::checkpoint::{Checkpoint, hugging};
 use crate::codec::Decoder;
 use crate::model::weights::{EMBEDDING, HEAD, Source};
 use crate::model::{self, tensors::Bytes};
-use crate::output;
 use crate::quantize::COPIED;
 
 /// The type of weights that are written out.
@@ -53,19 +52,19 @@ impl Float {
     /// The nearest numbers of the type.
     ///
     /// # Errors
-    /// The first number that is beyond the type's largest.
+    /// The first number that is beyond the type's largest, or is none.
     fn bytes(self, values: &[f32]) -> Result<Vec<u8>, f32> {
         let bytes = match self {
             Float::Bf16 => values.par_iter().flat_map_iter(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
             Float::F16 => values.par_iter().flat_map_iter(|v| f16::from_f32(*v).to_le_bytes()).collect(),
             Float::F32 => values.par_iter().flat_map_iter(|v| v.to_le_bytes()).collect(),
         };
-        let infinite = |v: &&f32| match self {
-            Float::Bf16 => bf16::from_f32(**v).is_infinite(),
-            Float::F16 => f16::from_f32(**v).is_infinite(),
-            Float::F32 => false,
+        let is_finite = |v: f32| match self {
+            Float::Bf16 => bf16::from_f32(v).is_finite(),
+            Float::F16 => f16::from_f32(v).is_finite(),
+            Float::F32 => v.is_finite(),
         };
-        values.par_iter().find_first(infinite).map_or(Ok(bytes), |v| Err(*v))
+        values.par_iter().find_first(|v| !is_finite(**v)).map_or(Ok(bytes), |v| Err(*v))
     }
 }
 
@@ -101,29 +100,23 @@ pub fn write_out(
         return Err(Error::refused(&there, "exists; --force replaces it"));
     }
     let failed = |path: &Path, source| Error::Write { path: path.to_owned(), source };
-    std::fs::create_dir_all(out).map_err(|e| failed(out, e))?;
     let (mut done, total) = (0, items.len());
     let mut paths = Vec::new();
     for (shard, name) in shards.iter().zip(&files) {
-        let (path, beside) = (out.join(name), out.join(format!("{name}.partial")));
-        let mut write = || {
-            let mut to = BufWriter::with_capacity(1 << 20, File::create(&beside).map_err(|e| failed(&beside, e))?);
-            to.write_all(&shard.header).map_err(|e| failed(&beside, e))?;
-            for (tensor, _) in &shard.tensors {
-                progress(&tensor.name, done, total);
-                done += 1;
-                let (source, _) = &items[items.partition_point(|i| i.1.name < tensor.name)];
-                let bytes = read(&checkpoint, source, &tensor.name, ty)?;
-                to.write_all(bytes.as_slice()).map_err(|e| failed(&beside, e))?;
-            }
-            to.flush().map_err(|e| failed(&beside, e))?;
-            std::fs::rename(&beside, &path).map_err(|e| failed(&path, e))
-        };
-        if let Err(e) = write() {
-            // The half-written file is of no use to anyone.
-            let _ = std::fs::remove_file(&beside);
-            return Err(e);
+        let path = out.join(name);
+        let mut whole = Whole::create(&path).map_err(|e| failed(&path, e))?;
+        let mut to = BufWriter::with_capacity(1 << 20, whole.file());
+        to.write_all(&shard.header).map_err(|e| failed(&path, e))?;
+        for (tensor, _) in &shard.tensors {
+            progress(&tensor.name, done, total);
+            done += 1;
+            let (source, _) = &items[items.partition_point(|i| i.1.name < tensor.name)];
+            let bytes = read(&checkpoint, source, &tensor.name, ty)?;
+            to.write_all(bytes.as_slice()).map_err(|e| failed(&path, e))?;
         }
+        to.flush().map_err(|e| failed(&path, e))?;
+        drop(to);
+        whole.keep().map_err(|e| failed(&path, e))?;
         paths.push(path);
     }
     let put = |name: &str, bytes: &[u8]| output::write(&out.join(name), bytes).map_err(|e| failed(&out.join(name), e));

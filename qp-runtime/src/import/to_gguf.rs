@@ -4,10 +4,10 @@
 //! model, or nothing is written.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use qp_codegen::output::Whole;
 use safetensors::Dtype;
 use serde_json::Value;
 
@@ -77,17 +77,11 @@ pub fn to_gguf(dir: &Path, out: &Path, force: bool, progress: &mut Progress<'_>)
     let planned: Vec<Planned> = items.iter().map(|i| i.planned.clone()).collect();
     let (header, offsets) = header(&values, &planned);
 
-    let name = out.file_name().unwrap_or_default().to_string_lossy();
-    let beside = out.with_file_name(format!("{name}.partial"));
-    let written =
-        write(&checkpoint, &beside, &header, &items, &offsets, progress, || same(dir, &beside, (&config, &tokenizer)));
-    let done = written
-        .and_then(|()| std::fs::rename(&beside, out).map_err(|source| Error::Write { path: out.to_owned(), source }));
-    if let Err(e) = done {
-        // The half-written file is of no use to anyone.
-        let _ = std::fs::remove_file(&beside);
-        return Err(e);
-    }
+    let failed = |source| Error::Write { path: out.to_owned(), source };
+    let mut whole = Whole::create(out).map_err(failed)?;
+    let check = |place: &Path| same(dir, place, (&config, &tokenizer));
+    write(&checkpoint, (out, &mut whole), &header, &items, &offsets, progress, check)?;
+    whole.keep().map_err(failed)?;
     Ok(out.to_owned())
 }
 
@@ -234,15 +228,16 @@ fn joined(name: &str, parts: Vec<Item>) -> Option<Item> {
 /// Writes header and data; `check` is called when the header is written, and what the header is read with.
 fn write(
     checkpoint: &Checkpoint,
-    path: &Path,
+    (out, whole): (&Path, &mut Whole),
     header: &[u8],
     items: &[Item],
     offsets: &[u64],
     progress: &mut Progress<'_>,
-    check: impl Fn() -> Result<(), Error>,
+    check: impl Fn(&Path) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    let failed = |source| Error::Write { path: path.to_owned(), source };
-    let mut to = File::create(path).map_err(failed)?;
+    let place = whole.place().to_owned();
+    let failed = |source| Error::Write { path: out.to_owned(), source };
+    let to = whole.file();
     let end = items.last().zip(offsets.last()).map_or(0, |(item, offset)| offset + item.planned.bytes);
     to.write_all(header).and_then(|()| to.set_len(end.max(header.len() as u64))).map_err(failed)?;
     let is_made = |item: &Item| matches!(item.from, Origin::Made(_));
@@ -260,7 +255,7 @@ fn write(
             to.seek(SeekFrom::Start(*offset)).and_then(|_| to.write_all(bytes)).map_err(failed)?;
         }
         if made {
-            check()?;
+            check(&place)?;
         }
     }
     Ok(())

@@ -86,6 +86,15 @@ pub enum Error {
         /// Its indices, from 0, outermost first.
         at: Vec<usize>,
     },
+    /// A tensor of a format whose weights are finite, but not all that its products are computed with.
+    #[error(
+        "tensor '{name}' has scales beyond the largest number of single precision, with which no product can be computed; the file is \
+         damaged: get it again"
+    )]
+    Scales {
+        /// Its name.
+        name: String,
+    },
     /// A tensor that nothing would use, though it would change the result.
     #[error("{}: {what}", path.display())]
     Unused {

@@ -235,7 +235,7 @@ impl Tensor {
         }
         let values = self.to_f32();
         let bad = || values.iter().enumerate().filter(|(_, v)| !v.is_finite());
-        let Some((mut index, &value)) = bad().next() else { return Ok(()) };
+        let Some((mut index, &value)) = bad().next() else { return Err(Error::Scales { name: name.to_owned() }) };
         let mut at = vec![0; self.shape.len()];
         for (at, &size) in at.iter_mut().zip(&self.shape).rev() {
             (*at, index) = (index % size, index / size);

@@ -10,7 +10,7 @@ use qp_codegen::spec::Shape;
 use qp_runtime::checkpoint::{Begin, Checkpoint, sha256};
 use qp_runtime::device::Executor;
 use qp_runtime::engine::{self, CudaEngine, Logits, Room, Session};
-use qp_runtime::import::{export, import};
+use qp_runtime::import::{Float, export, import, write_out};
 use qp_runtime::model::{Dtype, Model, Weight};
 use qp_runtime::plan::Plan;
 use qp_runtime::quantize::{Job, Silent};
@@ -422,6 +422,67 @@ fn a_directory_of_gptq_runs_moves_in_and_moves_out() {
     let paths = export(&out, &dir.path().join("back"), false, &mut |_, _, _| ()).unwrap();
     let original = std::fs::read(quantized.join("model.safetensors")).unwrap();
     assert!(std::fs::read(&paths[0]).unwrap() == original, "not the same bytes");
+}
+
+/// Changes the manifest of a checkpoint and seals it again, as anybody can.
+fn forge(dir: &Path, change: impl Fn(&str) -> String) {
+    let path = dir.join("qp.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let body = change(text.rsplit_once(",\n  \"seal\"").expect("a seal").0);
+    let seal = sha256(body.as_bytes());
+    std::fs::write(path, format!("{body},\n  \"seal\": \"{seal}\"\n}}\n")).unwrap();
+}
+
+/// All files below a folder.
+fn files_below(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
+}
+
+#[test]
+fn nothing_is_read_or_written_elsewhere_whatever_a_manifest_says() {
+    let root = tempfile::tempdir().unwrap();
+    let (checkpoint, out) = (root.path().join("checkpoint"), root.path().join("out"));
+    let absolute = root.path().join("absolute.gguf").display().to_string();
+    let model = write(root.path(), &file());
+    std::fs::copy(&model, root.path().join("other.header")).unwrap();
+    let (name, _) = import(&model, &checkpoint, Begin::default(), &mut |_, _, _| ())
+        .map(|m| m.source.unwrap().files.remove(0))
+        .map(|f| (f.name, f.header))
+        .unwrap();
+    let before = std::fs::read_to_string(checkpoint.join("qp.json")).unwrap();
+    let there = files_below(root.path());
+    for (from, to) in [
+        (format!("\"name\": \"{name}\""), "\"name\": \"../evil.gguf\"".to_owned()),
+        (format!("\"name\": \"{name}\""), format!("\"name\": \"{absolute}\"")),
+        (format!("\"name\": \"{name}\""), "\"name\": \"..\"".to_owned()),
+        (format!("\"name\": \"{name}\""), "\"name\": \"a\\u001bb\"".to_owned()),
+        ("\"header\": \"source/".to_owned() + &name + ".header\"", "\"header\": \"../other.header\"".to_owned()),
+    ] {
+        std::fs::write(checkpoint.join("qp.json"), &before).unwrap();
+        forge(&checkpoint, |body| body.replace(&from, &to));
+        for force in [false, true] {
+            let error = export(&checkpoint, &out, force, &mut |_, _, _| ()).unwrap_err().to_string();
+            assert!(error.contains("no name of a file in a folder") || error.contains("has no file"), "{to}: {error}");
+        }
+        assert_eq!(files_below(root.path()), there, "{to}");
+    }
+}
+
+#[test]
+fn files_beside_what_is_written_stay() {
+    let root = tempfile::tempdir().unwrap();
+    let (checkpoint, out) = (root.path().join("checkpoint"), root.path().join("out"));
+    let model = write(root.path(), &file());
+    import(&model, &checkpoint, Begin::default(), &mut |_, _, _| ()).unwrap();
+    std::fs::create_dir(&out).unwrap();
+    let name = model.file_name().unwrap().to_str().unwrap();
+    let beside = [format!("{name}.partial"), "model.safetensors.partial".to_owned(), "config.json.partial".to_owned()];
+    beside.iter().for_each(|name| std::fs::write(out.join(name), "precious").unwrap());
+    export(&checkpoint, &out, false, &mut |_, _, _| ()).unwrap();
+    write_out(&checkpoint, &out, Float::F32, false, &mut |_, _, _| ()).unwrap();
+    assert!(std::fs::read(out.join(name)).unwrap() == std::fs::read(&model).unwrap());
+    assert!(beside.iter().all(|name| std::fs::read(out.join(name)).unwrap() == b"precious"));
 }
 
 /// Logits of a model on the interpreter in the place of a GPU, of all tokens at once and then of a few more.

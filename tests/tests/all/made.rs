@@ -121,3 +121,24 @@ fn codes_are_fitted_to_texts_with_the_same_fields() {
     let again = made("again", true, Some(1));
     assert!(tensor(&again, "qweight") == tensor(&fitted, "qweight"));
 }
+
+#[test]
+fn what_would_not_be_finite_is_not_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    write(&model);
+    for (name, fields, weight) in [
+        ("nan", "field s : f32 per 1 x 64 = absmax(w) / 7", "s * (e - 8) / (s - s)"),
+        ("steep", "field s : f32 per 1 x 64 = 10 ** 30 * absmax(w)", "s * (e - 8) * s"),
+    ] {
+        let path = dir.path().join(format!("{name}.qspec"));
+        let text =
+            format!("quantizer {name} {{ bits 4 values i8 decode w {{ [w] }} {fields} weight e {{ {weight} }} }}");
+        std::fs::write(&path, text).unwrap();
+        let out = dir.path().join("out");
+        let error =
+            Job::new(&model, Plan::uniform(&path.display().to_string()), &out).run(&Silent).unwrap_err().to_string();
+        assert!(error.starts_with("layer 'model.layers.0.") && error.contains("are not finite"), "{error}");
+        assert!(!out.exists());
+    }
+}

@@ -517,6 +517,10 @@ impl<'a> WeightChecker<'a> {
                         return self.sink.fail(d.hint("weights have + - * /; the others are for constants"));
                     }
                 };
+                if arithmetic == Arithmetic::Div && matches!(y, Part::Const(zero) if zero == 0.into()) {
+                    let d = Diagnostic::error(b.span, "division by zero", "");
+                    return self.sink.fail(d.hint("divide by another number"));
+                }
                 let (x, of_x) = self.node(x, a.span)?;
                 let (y, of_y) = self.node(y, b.span)?;
                 let bent = match arithmetic {

@@ -34,7 +34,7 @@ impl FormatEncoder {
     ) -> Result<Vec<Vec<u8>>, EncodeError> {
         let made = self.make_for(reader.shape(), weights, feedback)?;
         progress(weights.len() as u64);
-        Ok(reader.write(&made.codes, &made.fields))
+        self.written(reader, &made)
     }
 
     /// As [`FormatEncoder::encode_for`], without a layout.

@@ -129,7 +129,11 @@ fn products(f: &Format, o: &mut String) {
             );
         }
         Some(Digits::Book(book)) => {
-            line!(o, "  digits      looked up by windows, in a table of {} KiB in shared memory", book.len() / 512);
+            line!(
+                o,
+                "  digits      looked up by windows, in a table of {} KiB, in shared memory where it fits",
+                book.len() / 512
+            );
         }
         None => (),
     }

@@ -116,7 +116,9 @@ fn prepared(
 
 #[cfg(test)]
 mod tests {
+    use qp_codegen::cuda::Target;
     use qp_codegen::formats;
+    use qp_codegen::ir::interpret::Options;
 
     use super::*;
 
@@ -138,6 +140,17 @@ mod tests {
         }
         assert_eq!(format(&on, formats::get("iq1_m").unwrap(), Shape { rows: 16, cols: 256 }, &[1]).unwrap(), 0);
         assert!(format(&on, formats::get("q8_0").unwrap(), Shape { rows: 16, cols: 33 }, &[1]).is_err());
+    }
+
+    /// Tables of all windows do not fit the shared memory of a block there.
+    #[test]
+    fn tables_in_global_memory_give_the_products_of_the_cpu() {
+        let shape = Shape { rows: 128, cols: 256 };
+        for (target, name) in [(Target::Sm86, "exl3_mcg_3"), (Target::Sm120, "exl3_3inst_2")] {
+            let on = Executor::interpreter_of(target, Options::default());
+            let done = format(&on, formats::get(name).unwrap(), shape, &[1, 3, 9]);
+            assert!(done.unwrap_or_else(|e| panic!("{target}: {e}")) >= 6, "{name}");
+        }
     }
 
     #[test]

@@ -43,6 +43,8 @@ pub struct Launch {
     pub ahead: u32,
     /// Blocks an SM must hold at once.
     pub min_blocks: u32,
+    /// Whether blocks copy the table of digits, if there is one, into shared memory; else they look it up in global memory.
+    pub shared_book: bool,
 }
 
 /// Parts of the tokens, each with blocks of its own.
@@ -106,6 +108,12 @@ impl Plan {
     pub(super) fn sum_bytes_of_tile(&self, launch: &Launch) -> u32 {
         launch.warps * ROWS * self.tokens * 8
     }
+
+    /// Bytes of shared memory.
+    pub(super) fn shared_bytes(&self, launch: &Launch) -> u32 {
+        let book = if launch.shared_book { self.layout.book_bytes() } else { 0 };
+        self.sum_bytes_of_tile(launch) * self.most_rows + book
+    }
 }
 
 /// Makes the kernel; its parameters are those of [`super::lower`].
@@ -153,7 +161,7 @@ impl<'b, 'a> Emit<'b, 'a> {
     fn new(b: &'b Builder, op: &'a Product<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
         let layout = &plan.layout;
         let (thread, lane) = (b.special(Special::Thread), b.special(Special::Lane));
-        let operands = Operands::new(b, op, layout, lane, false);
+        let operands = Operands::new(b, op, layout, lane, false, launch.shared_book);
         let sums = b.shared("sums", Elem::I32, plan.sum_bytes_of_tile(launch) / 4 * plan.most_rows);
         let warp = b.special(Special::Warp);
         let (block, part) = divide(b, b.special(Special::BlockX), plan.parts);

@@ -34,6 +34,9 @@ const STEP_WORK: (f64, f64) = (38.9, 26.0);
 const ISSUE: (f64, f64) = (0.69, 6.64);
 /// The same where windows are decoded: there is more to issue at a time in each warp.
 const STREAM_ISSUE: (f64, f64) = (0.74, 2.0);
+/// Issue slots that looking up a window of each lane in global memory takes beside: of 32 lines the first-level cache gives one a cycle,
+/// in which an SM has four. That is reckoned, not measured.
+const GATHER: f64 = 4.0 * 32.0;
 /// How much longer it takes where columns are no whole passes.
 const INEXACT: f64 = 1.11;
 /// Computing and reading take longer than the longer of both, as sums with this exponent do.
@@ -51,17 +54,16 @@ impl Launch {
 
     /// Launches worth trying, with the seconds that are expected, best first: at least one.
     pub fn ranked(op: &Product, device: &Device) -> Vec<(f64, Launch)> {
-        let mut out: Vec<(f64, Launch)> = Vec::new();
-        if op.batch <= FEW {
-            out.extend(few::Launch::estimated(op, device).into_iter().map(|(t, l)| (t, Launch::Few(l))));
-        }
-        if op.batch > MANY {
-            out.extend(many::Launch::estimated(op, device).into_iter().map(|(t, l)| (t, Launch::Many(l))));
+        // A table of digits is looked up in global memory where no launch has room for it in shared memory, which is many times faster.
+        let mut out = Launch::estimated(op, device, true);
+        if out.is_empty() && op.layout().book.is_some() {
+            out = Launch::estimated(op, device, false);
         }
         if out.is_empty() {
             // One warp and one tile fit everything.
             let blocks = op.layout().row_tiles();
-            out.push((1.0, Launch::Few(few::Launch { warps: 1, depth: 1, blocks, ahead: 1, min_blocks: 1 })));
+            let launch = few::Launch { warps: 1, depth: 1, blocks, ahead: 1, min_blocks: 1, shared_book: false };
+            out.push((1.0, Launch::Few(launch)));
         }
         // Equal estimates keep the order above, so the choice is a function of the input alone.
         out.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -69,16 +71,31 @@ impl Launch {
         out
     }
 
+    /// Launches worth trying that have a table of digits in shared memory or not, with the seconds that are expected, in no order.
+    fn estimated(op: &Product, device: &Device, shared_book: bool) -> Vec<(f64, Launch)> {
+        let mut out: Vec<(f64, Launch)> = Vec::new();
+        if op.batch <= FEW {
+            let few = few::Launch::estimated(op, device, shared_book);
+            out.extend(few.into_iter().map(|(t, l)| (t, Launch::Few(l))));
+        }
+        if op.batch > MANY {
+            let many = many::Launch::estimated(op, device, shared_book);
+            out.extend(many.into_iter().map(|(t, l)| (t, Launch::Many(l))));
+        }
+        out
+    }
+
     /// Its name and numbers, for those who read measurements.
     pub fn fields(&self) -> (&'static str, Vec<(&'static str, u32)>) {
         match *self {
-            Launch::Few(few::Launch { warps, depth, blocks, ahead, min_blocks }) => {
+            Launch::Few(few::Launch { warps, depth, blocks, ahead, min_blocks, shared_book }) => {
                 let fields = [
                     ("warps", warps),
                     ("depth", depth),
                     ("blocks", blocks),
                     ("ahead", ahead),
                     ("min_blocks", min_blocks),
+                    ("shared_book", shared_book.into()),
                 ];
                 ("few", fields.into())
             }
@@ -92,6 +109,7 @@ impl Launch {
                 token_parts,
                 blocks,
                 min_blocks,
+                shared_book,
             }) => {
                 let fields = [
                     ("row_warps", row_warps),
@@ -102,6 +120,7 @@ impl Launch {
                     ("token_parts", token_parts),
                     ("blocks", blocks),
                     ("min_blocks", min_blocks),
+                    ("shared_book", shared_book.into()),
                 ];
                 (if group { "groups" } else { "many" }, fields.into())
             }
@@ -111,7 +130,7 @@ impl Launch {
 
 impl few::Launch {
     /// Launches worth trying, with the seconds that are expected, in no order.
-    fn estimated(op: &Product, device: &Device) -> Vec<(f64, few::Launch)> {
+    fn estimated(op: &Product, device: &Device, shared_book: bool) -> Vec<(f64, few::Launch)> {
         let mut out = Vec::new();
         for warps in [1, 2, 4, 6, 7, 8, 12, 14, 16] {
             for depth in [1, 2, 3, 4] {
@@ -121,7 +140,7 @@ impl few::Launch {
                         let rows = op.layout().row_tiles();
                         let blocks = rows.min((device.sms * of_sm / parts).max(1));
                         // No more rows than sums have room for.
-                        let launch = few::Launch { warps, depth, blocks, ahead, min_blocks: of_sm };
+                        let launch = few::Launch { warps, depth, blocks, ahead, min_blocks: of_sm, shared_book };
                         let of_tile = few::Plan::new(op, &launch).sum_bytes_of_tile(&launch);
                         let room = (device.shared_per_sm / of_sm - 1024).min(device.shared_per_block);
                         let most = (room / of_tile).max(1);
@@ -138,13 +157,13 @@ impl few::Launch {
 }
 
 /// Instructions of a warp for the bytes of a tile.
-fn decode_work(op: &Product) -> f64 {
+fn decode_work(op: &Product, shared_book: bool) -> f64 {
     let (layout, planes) = (op.layout(), f64::from(op.terms.planes()));
     if layout.codes {
         return 8.0 * (5.0 + 6.0 * planes);
     }
     if let Some(stream) = &op.terms.stream {
-        return 64.0 * of_window(stream);
+        return 64.0 * of_window(stream, shared_book);
     }
     // Whole bytes are there; of others each part is shifted and masked, and joined to the one before.
     let parts = (0..layout.planes()).map(|p| layout.parts(p));
@@ -152,11 +171,12 @@ fn decode_work(op: &Product) -> f64 {
 }
 
 /// Instructions for a window and what is multiplied of it.
-fn of_window(stream: &Stream) -> f64 {
+fn of_window(stream: &Stream, shared_book: bool) -> f64 {
     match &stream.digits {
         // A cut, and what makes the word.
         Digits::Bytes { decode, .. } => 2.5 + decode.nodes.len() as f64 / 2.0,
-        Digits::Book(_) => 12.0,
+        Digits::Book(_) if shared_book => 12.0,
+        Digits::Book(_) => 12.0 + GATHER,
     }
 }
 
@@ -175,7 +195,7 @@ fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> 
     let spare = if several && plan.runs == 1 && op.terms.rest.is_none() { SPARE } else { 0 };
     let registers = WORKING + fragments + of_steps + of_runs + of_planes - spare;
     let available = (device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks) / 8 * 8).min(255);
-    let shared = plan.sum_bytes_of_tile(launch) * plan.most_rows + 4 * layout.book.map_or(0, |b| b.1);
+    let shared = plan.shared_bytes(launch);
     if registers > available
         || threads * launch.min_blocks > device.threads_per_sm
         || launch.min_blocks * (shared + 1024) > device.shared_per_sm
@@ -202,8 +222,10 @@ fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> 
     let groups = f64::from(plan.groups);
     let runs = f64::from(op.terms.run.map_or(1, |_| plan.runs)) * expressions(op);
     let of_step = STEP_WORK.0 + if plan.passes > 1 { STEP_WORK.1 * groups } else { 0.0 };
-    let work =
-        TILE_WORK + decode_work(op) + runs * groups * f64::from(planes) * RUN_WORK + of_step / f64::from(launch.depth);
+    let work = TILE_WORK
+        + decode_work(op, launch.shared_book)
+        + runs * groups * f64::from(planes) * RUN_WORK
+        + of_step / f64::from(launch.depth);
     let share = issue_share(if op.terms.stream.is_some() { STREAM_ISSUE } else { ISSUE }, warps);
     let issue = tiles * work / 4.0 / (share * device.clock);
     let passes = f64::from(plan.passes) * PASS + f64::from(rounds - 1) * LATENCY;
@@ -260,7 +282,7 @@ const REST: (f64, f64) = (0.31, 0.32);
 
 impl many::Launch {
     /// Launches worth trying, with the seconds that are expected, in no order.
-    fn estimated(op: &Product, device: &Device) -> Vec<(f64, many::Launch)> {
+    fn estimated(op: &Product, device: &Device, shared_book: bool) -> Vec<(f64, many::Launch)> {
         let (layout, mut out) = (op.layout(), Vec::new());
         let least = op.batch.div_ceil(many::MAX_PART);
         let parts = [1, 2, 4].map(|n| n * least).into_iter().filter(|&p| p == least || op.batch.div_ceil(p) >= 4);
@@ -286,6 +308,7 @@ impl many::Launch {
                         token_parts,
                         blocks,
                         min_blocks,
+                        shared_book,
                     };
                     out.extend(estimate_many(op, &launch, device).map(|seconds| (seconds, launch)));
                 }
@@ -335,7 +358,7 @@ fn estimate_many(op: &Product, launch: &many::Launch, device: &Device) -> Option
     let tiles = f64::from(per_sm * takers * plan.steps(launch) * launch.col_warps * launch.row_tiles);
 
     let (groups, runs) = (f64::from(plan.groups), f64::from(plan.runs));
-    let bytes = decode_work(op);
+    let bytes = decode_work(op, launch.shared_book);
     let (expressions, of_planes) = (expressions(op), f64::from(terms.planes()));
     let numbers = if terms.run.is_some() { runs * expressions * MANY_RUN } else { 0.0 };
     let wide = if terms.run.is_some() { WIDE * expressions } else { 2.0 };

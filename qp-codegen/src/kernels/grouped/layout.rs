@@ -189,6 +189,11 @@ impl Relaid {
         self.number_words as usize
     }
 
+    /// Bytes of the table of digits; 0 if there is none.
+    pub fn book_bytes(&self) -> u32 {
+        4 * self.book.map_or(0, |(_, words)| words)
+    }
+
     /// Bytes of all of it.
     pub fn bytes(&self) -> u64 {
         4 * (self.words() as u64 + u64::from(self.number_words) + u64::from(self.padded_rows()))

@@ -61,6 +61,8 @@ pub struct Launch {
     pub blocks: u32,
     /// Blocks an SM must hold at once.
     pub min_blocks: u32,
+    /// Whether blocks copy the table of digits, if there is one, into shared memory; else they look it up in global memory.
+    pub shared_book: bool,
 }
 
 impl Launch {
@@ -153,7 +155,7 @@ impl Plan {
 
     /// Bytes of shared memory.
     pub(super) fn shared_bytes(&self, launch: &Launch) -> u32 {
-        let book = 4 * self.layout.book.map_or(0, |b| b.1);
+        let book = if launch.shared_book { self.layout.book_bytes() } else { 0 };
         STAGES * self.stage_cells() * 16 + SUMMED * self.chunk_offsets() * 4 + self.meeting_sums(launch) * 8 + book
     }
 }
@@ -243,7 +245,7 @@ struct Decoded<'b> {
 impl<'b, 'a> Emit<'b, 'a> {
     fn new(b: &'b Builder, op: &'a Product<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
         let (thread, lane, warp) = (b.special(Special::Thread), b.special(Special::Lane), b.special(Special::Warp));
-        let operands = Operands::new(b, op, &plan.layout, lane, are_operands(op));
+        let operands = Operands::new(b, op, &plan.layout, lane, are_operands(op), launch.shared_book);
         let staged = b.shared("staged", Elem::U32, STAGES * plan.stage_cells() * 4);
         let offsets = b.shared("offsets", Elem::I32, SUMMED * plan.chunk_offsets());
         let meeting = b.shared("meeting", Elem::I32, plan.meeting_sums(launch) * 2);

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use super::Product;
 use super::layout::{REGISTERS, ROWS, Relaid, Section};
-use super::windows::Windows;
+use super::windows::{Book, Windows};
 use crate::ir::{Builder, Cache, Const, Elem, Mem, Scalar, Special, V, Var};
 use crate::kernels::copy_all;
 use crate::kernels::decode::{FILL, flatten, load_words};
@@ -68,8 +68,8 @@ pub(super) struct Operands<'b, 'a> {
     x_scale: Mem,
     y: Mem,
     lane: V<'b>,
-    /// The table of digits, in shared memory.
-    book: Option<Mem>,
+    /// The table of digits, of codes that are looked up.
+    book: Option<Book>,
     /// Whether tensor-core operands are the integers themselves, zeros added, and not how far they are from the lowest.
     signed: bool,
 }
@@ -93,8 +93,16 @@ pub(super) fn are_operands(op: &Product) -> bool {
 }
 
 impl<'b, 'a> Operands<'b, 'a> {
-    /// Declares them. With `signed`, operands are the integers themselves ([`are_operands`]).
-    pub(super) fn new(b: &'b Builder, op: &'a Product<'a>, layout: &'a Relaid, lane: V<'b>, signed: bool) -> Self {
+    /// Declares them. With `signed`, operands are the integers themselves ([`are_operands`]); with `shared_book`, a table of digits is
+    /// looked up in shared memory.
+    pub(super) fn new(
+        b: &'b Builder,
+        op: &'a Product<'a>,
+        layout: &'a Relaid,
+        lane: V<'b>,
+        signed: bool,
+        shared_book: bool,
+    ) -> Self {
         let columns = u64::from(op.shape.cols.next_multiple_of(COLUMN_PAD));
         let batch = u64::from(op.batch);
         let weights = b.sized("weights", Elem::U32, false, layout.words() as u64);
@@ -103,13 +111,16 @@ impl<'b, 'a> Operands<'b, 'a> {
         let x = b.sized("x", Elem::I8, false, 2 * batch * columns);
         let x_scale = b.sized("x_scale", Elem::F32, false, batch);
         let y = b.sized("y", Elem::F32, true, op.y.len(op.batch, op.shape.rows));
-        let book = layout.book.map(|(_, words)| b.shared("book", Elem::U32, words));
+        let book = layout.book.map(|(first, words)| match shared_book {
+            true => Book::Shared(b.shared("book", Elem::U32, words)),
+            false => Book::Global { mem: numbers, first },
+        });
         Operands { b, op, layout, weights, numbers, factors, x, x_scale, y, lane, book, signed }
     }
 
-    /// Copies the table of digits into shared memory, if there is one, all threads of the block together.
+    /// Copies the table of digits into shared memory, if it is looked up there, all threads of the block together.
     pub(super) fn fill(&self, threads: u32) {
-        let (b, Some(book), Some((first, words))) = (self.b, self.book, self.layout.book) else { return };
+        let (b, Some(Book::Shared(book)), Some((first, words))) = (self.b, self.book, self.layout.book) else { return };
         b.comment("The table of digits.");
         let load = |i: V<'b>| b.load_as(self.numbers, i * 4 + first, Elem::U32, 4, Cache::ReadOnly);
         let store = |i: V<'b>, four: &V<'b>| b.store(book, i * 4, *four, Elem::U32);

@@ -102,7 +102,7 @@ fn check(name: &str, shape: Shape, batches: &[u32], launches: &[Launch]) {
     }
 }
 
-const ONE: few::Launch = few::Launch { warps: 1, depth: 1, blocks: 1, ahead: 1, min_blocks: 1 };
+const ONE: few::Launch = few::Launch { warps: 1, depth: 1, blocks: 1, ahead: 1, min_blocks: 1, shared_book: true };
 const FOUR: many::Launch = many::Launch {
     group: false,
     row_warps: 4,
@@ -113,6 +113,7 @@ const FOUR: many::Launch = many::Launch {
     token_parts: 1,
     blocks: 1,
     min_blocks: 1,
+    shared_book: true,
 };
 
 #[test]
@@ -180,6 +181,44 @@ fn tokens_of_a_block_share_decoded_tiles() {
     check("exl3_mul1_4", Shape { rows: 128, cols: 384 }, &[9, 18], &launches);
     check("exl3_mcg_2", Shape { rows: 128, cols: 256 }, &[9], &launches[..4]);
     check("mxfp8_e4m3", Shape { rows: 24, cols: 288 }, &[18], &launches);
+}
+
+/// The codebooks whose entries are looked up, on each target: in shared memory where a block has room for all 2^16 of them, else in
+/// global memory.
+#[test]
+fn tables_are_looked_up_where_there_is_room() {
+    for name in ["exl3_mcg_3", "exl3_3inst_2"] {
+        let terms = Terms::of(formats::get(name).unwrap()).unwrap();
+        for shape in [Shape { rows: 28672, cols: 4096 }, Shape { rows: 128, cols: 128 }] {
+            for (target, batch) in Target::ALL.into_iter().flat_map(|t| [1, 8, 64, 100].map(|batch| (t, batch))) {
+                let op = Product { terms: &terms, shape, batch, y: Span::rows(shape.rows), accumulate: false };
+                let launch = Launch::choose(&op, &target.device());
+                let shared = match launch {
+                    Launch::Few(launch) => launch.shared_book,
+                    Launch::Many(launch) => launch.shared_book,
+                };
+                let available = target.device().shared_per_block;
+                assert_eq!(shared, available > 1 << 17, "{name}, {batch} tokens on {target}: {launch:?}");
+                let needed = lower(&op, &launch).shared_bytes();
+                assert!(needed <= available, "{name}, {batch} tokens on {target}: {launch:?} takes {needed} bytes");
+            }
+        }
+    }
+}
+
+#[test]
+fn tables_in_global_memory_give_the_same_bits() {
+    let global = few::Launch { shared_book: false, ..ONE };
+    let many = many::Launch { shared_book: false, ..FOUR };
+    let launches = [
+        Launch::Few(global),
+        Launch::Few(few::Launch { warps: 2, depth: 2, ahead: 2, blocks: 3, ..global }),
+        Launch::Many(many),
+        Launch::Many(many::Launch { row_warps: 2, row_tiles: 2, chunk: 2, ahead: 2, ..many }),
+        Launch::Many(many::Launch { group: true, blocks: 2, ..many }),
+    ];
+    check("exl3_mcg_2", Shape { rows: 128, cols: 256 }, &[1, 9], &launches);
+    check("exl3_3inst_3", Shape { rows: 128, cols: 384 }, &[1, 6], &launches);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! windows lies in one of them.
 
 use super::layout::RunBytes;
-use crate::ir::{Builder, Elem, Mem, Scalar, V};
+use crate::ir::{Builder, Cache, Elem, Mem, Scalar, V};
 use crate::kernels::decode::word_of;
 use crate::spec::expr::{Decode, Node, Op};
 use crate::spec::mask;
@@ -13,18 +13,42 @@ use crate::spec::terms::{BLOCK, Digits, RUN, Stream, TILE};
 /// Runs of a lane in a tile.
 pub(super) const RUNS: u32 = TILE / BLOCK;
 
+/// Where the table of digits is looked up.
+#[derive(Clone, Copy)]
+pub(super) enum Book {
+    /// In an array of its own in shared memory.
+    Shared(Mem),
+    /// Where it is stored, in global memory, through the caches.
+    Global {
+        /// The matrix' numbers.
+        mem: Mem,
+        /// The table's first word there.
+        first: u32,
+    },
+}
+
+impl Book {
+    /// The digits of a window.
+    fn digits<'b>(self, b: &'b Builder, window: V<'b>) -> V<'b> {
+        let window = window.bits(Scalar::I32);
+        match self {
+            Book::Shared(mem) => b.load(mem, window, Elem::U16),
+            Book::Global { mem, first } => b.load_as(mem, window + 2 * first, Elem::U16, 1, Cache::ReadOnly),
+        }
+    }
+}
+
 /// Windows of a tile.
 pub(super) struct Windows<'b, 'a> {
     b: &'b Builder,
     stream: &'a Stream,
     bytes: RunBytes,
     lane: V<'b>,
-    /// The table of digits, in shared memory.
-    book: Option<Mem>,
+    book: Option<Book>,
 }
 
 impl<'b, 'a> Windows<'b, 'a> {
-    pub(super) fn new(b: &'b Builder, stream: &'a Stream, bytes: RunBytes, lane: V<'b>, book: Option<Mem>) -> Self {
+    pub(super) fn new(b: &'b Builder, stream: &'a Stream, bytes: RunBytes, lane: V<'b>, book: Option<Book>) -> Self {
         Windows { b, stream, bytes, lane, book }
     }
 
@@ -68,10 +92,7 @@ impl<'b, 'a> Windows<'b, 'a> {
                 let flipped = self.computed(decode, *word, window) ^ 0x8080_8080_u32;
                 flipped.dot4(b.u32(0x0101_0101), b.i32(512)).bits(Scalar::U32)
             }
-            Digits::Book(_) => {
-                let book = self.book.expect("declared where it is looked up");
-                b.load(book, window.bits(Scalar::I32), Elem::U16)
-            }
+            Digits::Book(_) => self.book.expect("declared where it is looked up").digits(b, window),
         }
     }
 

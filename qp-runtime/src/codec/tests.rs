@@ -254,7 +254,8 @@ fn zero_rows_have_scale_zero_and_weights_that_are_not_finite_are_refused() {
     let decoded = decode_matrix(&q, &m);
     assert!(decoded[128..256].iter().all(|&w| w == 0.0));
     assert!(error(&weights, &decoded) < 0.2);
-    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+    // The largest could not be rotated back.
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -3e38, 1e30] {
         weights[300] = bad;
         let e = encode_matrix(&q, shape, &weights, &|_| ()).expect_err("refused");
         assert!(e.to_string().starts_with("the weight in row 2, column 44 is"), "{e}");
@@ -265,7 +266,7 @@ fn zero_rows_have_scale_zero_and_weights_that_are_not_finite_are_refused() {
 fn extreme_weights_stay_finite() {
     let q = quantizer(vec![trellis(8, &[4], 2)]);
     let shape = Shape { rows: 1, cols: 256 };
-    for factor in [1e-45, 1e-38, 1e-30, 1e37, f32::MAX / 8.0] {
+    for factor in [1e-45, 1e-38, 1e-30, 1e20, 2e29] {
         let weights: Vec<f32> = Gaussian::new(1).samples(256).iter().map(|w| w * factor).collect();
         let decoded = decode_matrix(&q, &encode(&q, shape, &weights));
         assert!(error(&weights, &decoded).sqrt() <= 1.01 * error(&weights, &[0.0; 256]).sqrt(), "{factor}");

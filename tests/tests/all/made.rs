@@ -128,8 +128,8 @@ fn what_would_not_be_finite_is_not_made() {
     let model = dir.path().join("model");
     write(&model);
     for (name, fields, weight) in [
-        ("nan", "field s : f32 per 1 x 64 = absmax(w) / 7", "s * (e - 8) / (s - s)"),
-        ("steep", "field s : f32 per 1 x 64 = 10 ** 30 * absmax(w)", "s * (e - 8) * s"),
+        ("nan", "field s : f32 per 1 x 32 = absmax(w) / 7", "s * (e - 8) / (s - s)"),
+        ("steep", "field s : f32 per 1 x 32 = 10 ** 30 * absmax(w)", "s * (e - 8) * s"),
     ] {
         let path = dir.path().join(format!("{name}.qspec"));
         let text =

@@ -148,7 +148,7 @@ def test_shares_of_the_columns_sum_to_the_whole():
     x = matrix(3, 1536, seed=1)
     x[1] *= 100
     for name in ["tcq_3", "fast_3", "nuq_4"]:
-        packed = qp.Quantizer.named(name).encode(matrix(96, 1536))
+        packed = qp.Quantizer.named(name).encode(matrix(16, 1536))
         parts = [(packed.cut(columns=(a, b)), x[:, a:b]) for a, b in [(0, 1024), (1024, 1536)]]
         magnitudes = np.max([part.largest(x) for part, x in parts], axis=0)
         shares = [part.totals(x, magnitudes) for part, x in parts]

@@ -1,6 +1,6 @@
 //! The formats built in: those of `specs/formats/`, embedded in the program. Each file is read when it is first needed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
@@ -45,12 +45,23 @@ pub fn names() -> Vec<&'static str> {
     files().iter().flat_map(|f| &f.library().formats).map(|f| f.name.as_str()).collect()
 }
 
-/// The format called `name`.
+/// The format called `name`: one of [`names`], or a family's with its arguments, as `gptq_3_64`.
 pub fn get(name: &str) -> Option<&'static Format> {
     // Most files are called like their format.
     let own = |f: &&File| f.path.strip_prefix(FOLDER).and_then(|p| p.strip_suffix(".qspec")) == Some(name);
     let first = files().iter().find(own).and_then(|f| f.library().format(name));
-    first.or_else(|| files().iter().find_map(|f| f.library().format(name)))
+    let named = first.or_else(|| files().iter().find_map(|f| f.library().format(name)));
+    named.or_else(|| {
+        let (mut family, mut arguments) = (name, VecDeque::new());
+        while let Some((rest, last)) = family.rsplit_once('_') {
+            arguments.push_front(last.parse().ok().filter(|n: &u64| n.to_string() == last)?);
+            family = rest;
+            if let Some(format) = instance(family, arguments.make_contiguous()) {
+                return Some(format);
+            }
+        }
+        None
+    })
 }
 
 /// The embedded files, of which one has another text.

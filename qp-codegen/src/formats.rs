@@ -79,10 +79,11 @@ impl Files for Extended {
 /// What `family` is with `arguments`: one of [`names`] if one means the same, and otherwise a format called
 /// `FAMILY_ARGUMENT_ARGUMENT…`. Nothing if there is no such family, or none with these arguments.
 pub fn instance(family: &str, arguments: &[u64]) -> Option<&'static Format> {
-    static MADE: Mutex<BTreeMap<String, Option<&'static Format>>> = Mutex::new(BTreeMap::new());
-    let name = arguments.iter().fold(family.to_owned(), |name, a| format!("{name}_{a}"));
+    type Made = BTreeMap<(String, Vec<u64>), Option<&'static Format>>;
+    static MADE: Mutex<Made> = Mutex::new(BTreeMap::new());
     let mut made = MADE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    *made.entry(name.clone()).or_insert_with(|| {
+    *made.entry((family.to_owned(), arguments.to_vec())).or_insert_with(|| {
+        let name = arguments.iter().fold(family.to_owned(), |name, a| format!("{name}_{a}"));
         let defines = |f: &&File| f.text.lines().any(|l| l.starts_with(&format!("family {family}(")));
         let file = files().iter().find(defines)?;
         let arguments: Vec<String> = arguments.iter().map(u64::to_string).collect();

@@ -1,8 +1,14 @@
 //! Weights that files hold in other forms than the model computes with: experts stacked in one tensor, MXFP4, and FP8 with
-//! a scale for each block. Each is given the names that the program has; what it holds is decoded when it is read.
+//! a scale for each block. Each is given the names that the program has; what it holds is decoded when it is read, but MXFP4 is put
+//! together as the format.
+
+use std::sync::{Arc, LazyLock};
 
 use half::bf16;
-use qp_codegen::spec::format::Number;
+use qp_codegen::formats;
+use qp_codegen::reader::{Book, Misfit, Reader};
+use qp_codegen::spec::Shape;
+use qp_codegen::spec::format::{Layout, Number};
 use safetensors::Dtype;
 
 use super::Error;
@@ -24,6 +30,8 @@ pub(super) enum View {
     /// MXFP4: 16 bytes for 32 columns, the even ones low, and the logarithm of their scale, plus 127, in a byte. Row `i` is
     /// number `first + step · i` of the stored ones.
     Mxfp4 {
+        /// Reads the matrix from its blocks and its logarithms ([`View::packed`]).
+        reader: Arc<Reader>,
         /// The logarithms.
         scales: Bytes,
         /// Number of the first row.
@@ -54,7 +62,7 @@ impl View {
                     }
                 }
             }
-            View::Mxfp4 { scales, first, step } => {
+            View::Mxfp4 { reader: _, scales, first, step } => {
                 let groups = columns / 32;
                 for i in (0..rows).map(|i| first + step * i) {
                     let scales = &scales.as_slice()[i * groups..(i + 1) * groups];
@@ -84,14 +92,18 @@ impl View {
 }
 
 impl View {
-    /// Of MXFP4, the blocks and the scales of `rows` rows of `groups` times 32 columns, from those that are stored.
-    pub fn packed(&self, stored: &[u8], rows: usize, groups: usize) -> Option<[Vec<u8>; 2]> {
-        let View::Mxfp4 { scales, first, step } = self else { return None };
-        let gather = |from: &[u8], width: usize| {
-            let row = |i: usize| &from[(first + step * i) * width..][..width];
-            (0..rows).flat_map(row).copied().collect()
+    /// Of MXFP4, the format's reader of the matrix, and its blocks and scales from those that are stored.
+    pub fn packed(&self, stored: &Bytes) -> Option<(&Arc<Reader>, [Bytes; 2])> {
+        let View::Mxfp4 { reader, scales, first, step } = self else { return None };
+        let (rows, groups) = (reader.shape().rows as usize, reader.shape().cols as usize / 32);
+        let gather = |from: &Bytes, width: usize| {
+            if *step == 1 {
+                return from.part(first * width..(first + rows) * width);
+            }
+            let row = |i: usize| &from.as_slice()[(first + step * i) * width..][..width];
+            (0..rows).flat_map(row).copied().collect::<Vec<u8>>().into()
         };
-        Some([gather(stored, groups * 16), gather(scales.as_slice(), groups)])
+        Some((reader, [gather(stored, groups * 16), gather(scales, groups)]))
     }
 }
 
@@ -193,8 +205,10 @@ fn unstack(dir: &mut TensorDir, prefix: &str, config: &Config) -> Result<(), Err
                 let expected = vec![count, step * rows, columns.div_ceil(32), 16];
                 return Err(Error::Shape { name: format!("{all}_blocks"), found: blocks.shape, expected });
             }
+            let reader = mxfp4(rows, columns).map_err(|why| Error::file(dir.path(), format!("{all}_blocks: {why}")))?;
             for (e, part) in each() {
-                let view = View::Mxfp4 { scales: scales.bytes.clone(), first: e * step * rows + part, step };
+                let (reader, scales) = (reader.clone(), scales.bytes.clone());
+                let view = View::Mxfp4 { reader, scales, first: e * step * rows + part, step };
                 let kind = Kind::Plain(Dtype::BF16);
                 let entry = Entry::of_view(kind, vec![rows, columns], blocks.bytes.clone(), view);
                 dir.put(name(e, part, "weight"), entry);
@@ -202,6 +216,17 @@ fn unstack(dir: &mut TensorDir, prefix: &str, config: &Config) -> Result<(), Err
         }
     }
     Ok(())
+}
+
+/// Reads a matrix of gpt-oss's experts.
+fn mxfp4(rows: usize, columns: usize) -> Result<Arc<Reader>, Misfit> {
+    static BOOK: LazyLock<(Arc<Book>, &Layout)> = LazyLock::new(|| {
+        let format = formats::get("mxfp4").expect("built in");
+        (Arc::new(Book::new(format.clone())), format.layout("gpt_oss").expect("built in"))
+    });
+    let (book, layout) = &*BOOK;
+    // Sides of a checked configuration fit 32 bits.
+    Reader::new(book, layout, Shape { rows: rows as u32, cols: columns as u32 }).map(Arc::new)
 }
 
 fn fits(name: &str, entry: &Entry, expected: &[usize]) -> Result<(), Error> {
@@ -214,6 +239,7 @@ fn fits(name: &str, entry: &Entry, expected: &[usize]) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Tensor;
 
     fn floats(bytes: &[u8]) -> Vec<f32> {
         bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
@@ -231,10 +257,13 @@ mod tests {
     fn mxfp4_has_the_even_columns_low() {
         let mut blocks = vec![0u8; 48];
         (blocks[16], blocks[17]) = (0x21, 0xf7);
-        let view = View::Mxfp4 { scales: vec![127, 128, 127].into(), first: 1, step: 2 };
+        let reader = mxfp4(1, 32).unwrap();
+        let view = View::Mxfp4 { reader, scales: vec![127, 128, 127].into(), first: 1, step: 2 };
         let out: Vec<f32> =
             view.bytes(&blocks, &[1, 32], 2).as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect();
         assert_eq!(out[..5], [1.0, 2.0, 12.0, -12.0, 0.0]);
+        let (reader, parts) = view.packed(&blocks.into()).unwrap();
+        assert_eq!(Tensor::of_format(reader, parts.into()).unwrap().to_f32(), out);
     }
 
     #[test]

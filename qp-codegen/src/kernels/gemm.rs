@@ -314,17 +314,23 @@ impl<'b, 'a> Emit<'b, 'a> {
                 self.stage(b.i32(ahead as i32));
             }
         };
-        if self.operands.has_experts() {
+        if self.operands.tokens.are_pairs() {
             let zero = b.i32(0);
             tables(zero);
             b.grid_wait();
             b.grid_launch();
-            return self.operands.in_unit(b.special(Special::BlockY), self.thread, launch.warps() * 32, || {
-                let words = words();
-                first_words(&words);
-                first_chunks();
-                self.products(&words, zero);
-            });
+            return self.operands.tokens.in_unit(
+                b,
+                b.special(Special::BlockY),
+                self.thread,
+                launch.warps() * 32,
+                || {
+                    let words = words();
+                    first_words(&words);
+                    first_chunks();
+                    self.products(&words, zero);
+                },
+            );
         }
         b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
         let words = words();
@@ -429,7 +435,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                         plan.planes() == 2 * plan.tokens && plan.tokens * self.launch.token_parts == self.op.batch;
                     let plane = if whole { plane } else { plane.min(all - 1) };
                     let unit = first + unit;
-                    let from = unit * self.operands.planes() + self.operands.plane(plane);
+                    let from = unit * self.operands.tokens.planes() + self.operands.tokens.plane(plane);
                     let copy = || b.async_copy(self.staged, slot + cell, self.operands.x, from, 16);
                     if covered {
                         copy();
@@ -639,7 +645,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         } else {
             (Some(within.lt(tokens) & token.lt(batch)), token.min(batch - 1))
         };
-        let exists = match (exists, self.operands.exists(token)) {
+        let exists = match (exists, self.operands.tokens.exists(token)) {
             (Some(exists), Some(there)) => Some(exists & there),
             (exists, there) => exists.or(there),
         };

@@ -314,11 +314,11 @@ impl<'b, 'a> Emit<'b, 'a> {
             }
             zero
         };
-        if self.operands.has_experts() {
+        if self.operands.tokens.are_pairs() {
             let zero = tables();
             b.grid_wait();
             b.grid_launch();
-            return self.operands.in_unit(b.special(Special::BlockY), self.thread, threads, || {
+            return self.operands.tokens.in_unit(b, b.special(Special::BlockY), self.thread, threads, || {
                 let buffers = buffers();
                 first_words(&buffers);
                 self.multiply(&buffers, zero);
@@ -424,13 +424,13 @@ impl<'b, 'a> Emit<'b, 'a> {
         // Columns of the product beyond the last plane are not read; they repeat it.
         let plane = |group: u32| (column + group * 8).min(plan.planes - 1);
         // Those of experts are looked up once.
-        let looked_up = 0..if self.operands.has_experts() { plan.groups } else { 0 };
-        let looked_up: Vec<V> = looked_up.map(|group| self.operands.plane(plane(group))).collect();
+        let looked_up = 0..if self.operands.tokens.are_pairs() { plan.groups } else { 0 };
+        let looked_up: Vec<V> = looked_up.map(|group| self.operands.tokens.plane(plane(group))).collect();
         let fragment = |d: u32, kt: u32, group: u32| {
             let plane = looked_up.get(group as usize).map_or_else(|| plane(group), |v| *v);
             [0, 1].map(|half| {
                 let cell = (self.warp_col + d) * (plan.layout.tile.cols / CELL) + (kt * 2 + half);
-                let word = (cell * self.operands.planes() + plane) * 4 + quad;
+                let word = (cell * self.operands.tokens.planes() + plane) * 4 + quad;
                 let load = || self.operands.x_word(word);
                 if covered <= stride {
                     return load();
@@ -453,7 +453,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let of_tile = plan.layout.tile.cols / 4;
         let of_lane = of_tile / 4;
         let load = |i: V<'b>| {
-            if self.operands.has_experts() {
+            if self.operands.tokens.are_pairs() {
                 return self.staged_word(i, stride);
             }
             let word = self.block_col * (of_tile * plan.planes) + i;
@@ -481,7 +481,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let (b, plan) = (self.b, self.plan);
         let (cell, plane) = divide(b, i / 4, plan.planes);
         let cell = self.block_col * (plan.layout.tile.cols / CELL) + cell;
-        let word = (cell * self.operands.planes() + self.operands.plane(plane)) * 4 + i % 4;
+        let word = (cell * self.operands.tokens.planes() + self.operands.tokens.plane(plane)) * 4 + i % 4;
         let load = || self.operands.x_word(word);
         if self.covered() <= stride {
             return load();
@@ -651,7 +651,7 @@ impl<'b, 'a> Emit<'b, 'a> {
             let (token, row) = divide(self.b, i, plan.most_rows);
             (row, token.min(batch - 1), row.lt(rows) & token.lt(batch))
         };
-        let exists = self.operands.exists(token).map_or(exists, |there| exists & there);
+        let exists = self.operands.tokens.exists(token).map_or(exists, |there| exists & there);
         let row = row.min(rows - 1);
         let global = self.first_row * plan.layout.tile.rows + row;
         let (row_scale, token_scale) = (self.operands.row_scale(global), self.operands.token_scale(token));

@@ -5,7 +5,7 @@ use std::cell::OnceCell;
 use std::ops::Range;
 
 use super::decode::{Decoder, Register, load_words};
-use super::experts::{Experts, Unit, Units};
+use super::experts::{Experts, Tokens};
 use super::prepare::{Prepare, Within};
 use crate::ir::{Builder, Cache, Elem, Mem, Scalar, V, Var};
 use crate::layout::{self, Packed};
@@ -114,7 +114,9 @@ pub(super) struct Operands<'b, 'a> {
     pub(super) partial: Mem,
     arrived: Mem,
     totals: bool,
-    mixture: Option<Mixture<'b, 'a>>,
+    pub(super) tokens: Tokens<'b>,
+    /// Distance from one token's results to the next one's.
+    stride: u32,
 }
 
 /// The scales of tokens.
@@ -123,15 +125,6 @@ enum Scales<'b> {
     Given(Mem),
     /// That of the token, once its block has prepared it.
     Own(OnceCell<V<'b>>),
-}
-
-/// What a product of experts has beside: the inputs are the rows of a unit's pairs, the outputs the pairs', and the weights those
-/// of the unit's expert.
-struct Mixture<'b, 'a> {
-    experts: &'a Experts,
-    units: Units,
-    /// The block's unit, once it is known.
-    unit: OnceCell<Unit<'b>>,
 }
 
 /// What the sums of a token are multiplied with: the scale of its activations and, for codes with an offset, their sum.
@@ -177,56 +170,35 @@ impl<'b, 'a> Operands<'b, 'a> {
         };
         let partial = b.sized("partial", Elem::I32, true, meeting_place.0 as u64);
         let arrived = b.sized("arrived", Elem::I32, true, meeting_place.1 as u64);
-        let mixture =
-            experts.map(|experts| Mixture { experts, units: Units::declare(b, experts), unit: OnceCell::new() });
-        Operands { b, op, layout, decoder, weights, scales, x, x_scale, x_sum, y, partial, arrived, totals, mixture }
+        let tokens = Tokens::declare(b, op.batch, experts);
+        let stride = experts.map_or(layout.padded_rows(), |e| e.stride);
+        Operands {
+            b,
+            op,
+            layout,
+            decoder,
+            weights,
+            scales,
+            x,
+            x_scale,
+            x_sum,
+            y,
+            partial,
+            arrived,
+            totals,
+            tokens,
+            stride,
+        }
     }
 
-    /// True of a product of experts.
-    pub(super) fn has_experts(&self) -> bool {
-        self.mixture.is_some()
-    }
-
-    /// Of a product of experts: runs `body` in the blocks of unit number `unit`, if there is something for them to do.
-    pub(super) fn in_unit(&self, unit: V<'b>, thread: V<'b>, threads: u32, body: impl FnOnce()) {
-        let mixture = self.mixture.as_ref().expect("of experts");
-        mixture.units.run(self.b, unit, thread, threads, |unit| {
-            assert!(mixture.unit.set(unit).is_ok(), "a block has one unit");
-            body();
-        });
-    }
-
-    fn unit(&self) -> Option<&Unit<'b>> {
-        self.mixture.as_ref().map(|m| m.unit.get().expect("within a unit"))
-    }
-
-    /// Planes of all inputs.
-    pub(super) fn planes(&self) -> u32 {
-        2 * self.mixture.as_ref().map_or(self.op.batch, |m| m.experts.rows)
-    }
-
-    /// Which plane of the inputs is plane `plane` of the kernel's tokens.
-    pub(super) fn plane(&self, plane: V<'b>) -> V<'b> {
-        self.unit().map_or(plane, |unit| unit.row(plane >> 1) * 2 + (plane & 1))
-    }
-
-    /// Whether there is such a token, which is one of the kernel's; `None`: surely.
-    pub(super) fn exists(&self, token: V<'b>) -> Option<V<'b>> {
-        self.unit()?.count.map(|count| token.lt(count))
-    }
-
-    /// A place of the matrix in the weights, where that is `at` of the first.
+    /// A place of the tokens' matrix in the weights, where that is `at` of the first.
     pub(super) fn word(&self, at: V<'b>) -> V<'b> {
-        let words = || u32::try_from(self.layout.words()).expect("below 2^32 words");
-        self.unit().map_or(at, |unit| at + unit.matrix * words())
+        self.tokens.in_matrix(at, u32::try_from(self.layout.words()).expect("below 2^32 words"))
     }
 
     /// Where the result of a row and a token lies.
     fn result(&self, row: V<'b>, token: V<'b>) -> V<'b> {
-        match (self.unit(), &self.mixture) {
-            (Some(unit), Some(mixture)) => row + unit.pair(token) * mixture.experts.stride,
-            _ => row + token * self.layout.padded_rows(),
-        }
+        row + self.tokens.output(token) * self.stride
     }
 
     fn code(&self) -> &'a Code {
@@ -273,7 +245,7 @@ impl<'b, 'a> Operands<'b, 'a> {
 
     /// The scale of a row.
     pub(super) fn row_scale(&self, row: V<'b>) -> V<'b> {
-        let row = self.unit().map_or(row, |unit| row + unit.matrix * self.layout.padded_rows());
+        let row = self.tokens.in_matrix(row, self.layout.padded_rows());
         self.b.load_as(self.scales, row, Elem::BF16, 1, Cache::ReadOnly)
     }
 
@@ -292,7 +264,7 @@ impl<'b, 'a> Operands<'b, 'a> {
 
     /// The scale of a token.
     pub(super) fn token_scale(&self, token: V<'b>) -> TokenScale<'b> {
-        let token = self.unit().map_or(token, |unit| unit.row(token));
+        let token = self.tokens.input(token);
         let sum = || self.b.load_as(self.x_sum, token, Elem::I32, 1, self.x_cache());
         let offset = self.code().half_offset.then(sum);
         let scale = match &self.x_scale {

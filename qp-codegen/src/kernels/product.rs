@@ -11,7 +11,7 @@
 
 use std::collections::HashSet;
 
-use super::experts::{self, Experts};
+use super::experts::Experts;
 pub use super::operands::TOTAL_BITS;
 use super::operands::{Form, Gemv};
 use super::prepare::Prepare;
@@ -119,13 +119,7 @@ impl Launch {
 
     /// The launches of products of experts, best first: at least one. `op` is the product of one expert with a unit's pairs.
     pub fn ranked_for_experts(op: &Gemv, of: &Experts, device: &Device) -> Vec<Launch> {
-        // Units run side by side, so each has its share of the GPU.
-        let sms = (device.sms / of.busy()).max(1);
-        let bandwidth = device.bandwidth * f64::from(sms) / f64::from(device.sms);
-        let shared_per_block = device.shared_per_block - experts::UNIT_BYTES;
-        // Where a unit's weights and results begin takes some registers.
-        let registers_per_sm = device.registers_per_sm / 16 * 15;
-        let share = Device { sms, bandwidth, shared_per_block, registers_per_sm, ..*device };
+        let share = of.share(device);
         // Blocks that share columns have no place to meet.
         let alone = |launch: &Launch| match launch {
             Launch::Gemv(launch) => launch.split == 1,

@@ -120,7 +120,7 @@ impl<'b> Emit<'b, '_> {
         if let Some(unit) = self.unit {
             b.grid_wait();
             b.grid_launch();
-            return self.operands.in_unit(unit, thread, threads, || self.multiply(thread));
+            return self.operands.tokens.in_unit(b, unit, thread, threads, || self.multiply(thread));
         }
         b.barrier();
         b.grid_wait();
@@ -143,7 +143,7 @@ impl<'b> Emit<'b, '_> {
             let token = self.part * TOKENS + within;
             let first = (self.row_tile * plan.strips + self.strip) * (plan.parts * 16);
             let exists = token.lt(self.op.batch);
-            let exists = self.operands.exists(token).map_or(exists, |there| exists & there);
+            let exists = self.operands.tokens.exists(token).map_or(exists, |there| exists & there);
             b.if_(exists, || {
                 let of_token = 2 * plan.products;
                 let at = row * (PLANES * plan.products) + within * of_token;
@@ -203,7 +203,7 @@ impl<'b> Emit<'b, '_> {
         let (b, lane, planes) = (self.b, self.b.special(Special::Lane), 2 * self.op.batch);
         // Columns of the product beyond the last plane repeat it; their sums are not read.
         let plane = (self.part * PLANES + (lane >> 2)).min(planes as i32 - 1);
-        let (plane, planes) = (self.operands.plane(plane), self.operands.planes());
+        let (plane, planes) = (self.operands.tokens.plane(plane), self.operands.tokens.planes());
         let cells = self.op.shape.cols.next_multiple_of(COLUMN_PAD) / CELL;
         let padded = self.plan.layout.padded_cols() / CELL;
         [0, 1].map(|half| {

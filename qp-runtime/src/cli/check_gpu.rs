@@ -46,7 +46,7 @@ const FORMAT_SHAPES: [Shape; 2] = [Shape { rows: 256, cols: 1024 }, Shape { rows
 /// Blocks of weights to encode.
 const ENCODED_BLOCKS: usize = 50;
 
-/// Quantizers of which products of experts are compared, at most.
+/// Quantizers, and formats, of which products of experts are compared, at most.
 const MIXED: usize = 8;
 
 /// One thing to compare.
@@ -56,6 +56,7 @@ enum Task {
     Format(Box<Format>, Shape),
     Attention(check::attention::Shape),
     Experts(Box<Quantizer>),
+    ExpertsOfFormat(Box<Format>),
     Preparing,
     Choosing,
     /// Index of shapes and of choice.
@@ -107,6 +108,8 @@ impl CheckGpu {
         tasks.extend(alone.map(|q| Task::Encoder(Box::new(q.clone()))));
         let some = members.iter().step_by(members.len().div_ceil(MIXED).max(1));
         tasks.extend(some.map(|q| Task::Experts(Box::new(q.clone()))));
+        let some = formats.iter().step_by(formats.len().div_ceil(MIXED).max(1));
+        tasks.extend(some.map(|f| Task::ExpertsOfFormat(Box::new(f.clone()))));
         tasks.extend(formats.iter().flat_map(|f| FORMAT_SHAPES.map(|s| Task::Format(Box::new(f.clone()), s))));
         tasks.extend([Task::Preparing, Task::Choosing]);
         tasks.extend(check::attention::shapes(self.interpreter).into_iter().map(Task::Attention));
@@ -121,6 +124,7 @@ impl CheckGpu {
                 Task::Quantizer(q, shape) => check::quantizer(&on, q, *shape, &self.batches),
                 Task::Encoder(q) => check::encoder(&on, q, ENCODED_BLOCKS),
                 Task::Experts(q) => check::experts::products(&on, q, self.interpreter),
+                Task::ExpertsOfFormat(f) => check::experts::products_of_format(&on, f, self.interpreter),
                 Task::Format(format, shape) => {
                     check::formats::format(&on, format, check::formats::fitting(format, *shape), &self.batches)
                 }

@@ -7,7 +7,7 @@ use qp_codegen::spec::Shape;
 use qp_codegen::spec::terms::Terms;
 use rayon::prelude::*;
 
-use super::ops::DeviceActivations;
+use super::ops::{DeviceActivations, Pairs};
 use super::{Buffer, DeviceError, Executor, LaunchArgs, Loaded, Recorder};
 
 /// Arguments of [`grouped::lower`]'s kernels.
@@ -19,6 +19,20 @@ pub struct GroupedArgs<'a> {
     x: &'a Buffer<i8>,
     x_scale: &'a Buffer<f32>,
     y: &'a mut Buffer<f32>,
+}
+
+/// Arguments of [`grouped::lower_for_experts`]'s kernels.
+#[derive(LaunchArgs)]
+pub struct GroupedExpertsArgs<'a> {
+    weights: &'a Buffer<u32>,
+    numbers: &'a Buffer<u32>,
+    factors: &'a Buffer<f32>,
+    x: &'a Buffer<i8>,
+    x_scale: &'a Buffer<f32>,
+    y: &'a mut Buffer<f32>,
+    units: &'a Buffer<i32>,
+    pairs: &'a Buffer<i32>,
+    places: &'a Buffer<i32>,
 }
 
 /// Rows of tiles that are stored again at a time.
@@ -108,6 +122,23 @@ impl GroupedMatrix {
         })
     }
 
+    /// What a product of the matrix with activations is launched with: `y = m · x` (or `y += m · x`).
+    pub fn args<'a>(&'a self, x: &'a DeviceActivations, y: &'a mut Buffer<f32>) -> GroupedArgs<'a> {
+        let GroupedMatrix { weights, numbers, factors, .. } = self;
+        GroupedArgs { weights, numbers, factors, x: &x.x, x_scale: &x.scale, y }
+    }
+
+    /// The same of products of experts, whose matrices these are: each row of `y` that belongs to a pair of one of them gets that product.
+    pub fn args_of_experts<'a>(
+        &'a self,
+        x: &'a DeviceActivations,
+        Pairs { units, pairs, places }: Pairs<'a>,
+        y: &'a mut Buffer<f32>,
+    ) -> GroupedExpertsArgs<'a> {
+        let GroupedMatrix { weights, numbers, factors, .. } = self;
+        GroupedExpertsArgs { weights, numbers, factors, x: &x.x, x_scale: &x.scale, y, units, pairs, places }
+    }
+
     /// Bytes on the device.
     pub fn bytes(&self) -> usize {
         let Self { weights, numbers, factors, entering, leaving, layout: _ } = self;
@@ -158,7 +189,7 @@ impl GroupedKernel {
         x: &DeviceActivations,
         y: &mut Buffer<f32>,
     ) -> Result<(), DeviceError> {
-        to.launch(&self.0, Self::args(m, x, y))
+        to.launch(&self.0, m.args(x, y))
     }
 
     /// Launches `y = m · x` (or `y += m · x`).
@@ -172,11 +203,6 @@ impl GroupedKernel {
         x: &DeviceActivations,
         y: &mut Buffer<f32>,
     ) -> Result<(), DeviceError> {
-        on.launch(&self.0, Self::args(m, x, y))
-    }
-
-    fn args<'a>(m: &'a GroupedMatrix, x: &'a DeviceActivations, y: &'a mut Buffer<f32>) -> GroupedArgs<'a> {
-        let GroupedMatrix { weights, numbers, factors, .. } = m;
-        GroupedArgs { weights, numbers, factors, x: &x.x, x_scale: &x.scale, y }
+        on.launch(&self.0, m.args(x, y))
     }
 }

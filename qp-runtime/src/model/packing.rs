@@ -1,7 +1,13 @@
 //! Experts that files stack in one tensor, plain or MXFP4. Each is given the names that the program has; what it holds is
-//! decoded when it is read.
+//! gathered when it is read, MXFP4 as the format.
+
+use std::sync::{Arc, LazyLock};
 
 use half::bf16;
+use qp_codegen::formats;
+use qp_codegen::reader::{Book, Misfit, Reader};
+use qp_codegen::spec::Shape;
+use qp_codegen::spec::format::Layout;
 use safetensors::Dtype;
 
 use super::Error;
@@ -23,6 +29,8 @@ pub(super) enum View {
     /// MXFP4: 16 bytes for 32 columns, the even ones low, and the logarithm of their scale, plus 127, in a byte. Row `i` is
     /// number `first + step · i` of the stored ones.
     Mxfp4 {
+        /// Reads the matrix from its blocks and its logarithms ([`View::packed`]).
+        reader: Arc<Reader>,
         /// The logarithms.
         scales: Bytes,
         /// Number of the first row.
@@ -34,7 +42,7 @@ pub(super) enum View {
 
 impl View {
     /// The bytes of a tensor of shape `shape` and elements of `size` bytes, from those that are stored.
-    pub fn bytes(&self, stored: &[u8], shape: &[usize], size: usize) -> Vec<u8> {
+    pub fn bytes(&self, stored: &Bytes, shape: &[usize], size: usize) -> Vec<u8> {
         let (rows, columns) = (shape[0], shape[1..].iter().product::<usize>());
         let mut out = Vec::with_capacity(rows * columns * size);
         match self {
@@ -42,23 +50,16 @@ impl View {
                 for i in 0..rows {
                     for j in 0..columns {
                         let at = (first + i * row + j * column) * size;
-                        out.extend_from_slice(&stored[at..at + size]);
+                        out.extend_from_slice(&stored.as_slice()[at..at + size]);
                     }
                 }
             }
-            View::Mxfp4 { scales, first, step } => {
-                let groups = columns / 32;
-                for i in (0..rows).map(|i| first + step * i) {
-                    let scales = &scales.as_slice()[i * groups..(i + 1) * groups];
-                    let blocks = &stored[i * groups * 16..(i + 1) * groups * 16];
-                    for (block, scale) in blocks.as_chunks::<16>().0.iter().zip(scales) {
-                        let scale = 2f32.powi(i32::from(*scale) - 127);
-                        for code in block.iter().flat_map(|b| [b & 15, b >> 4]) {
-                            // At most two bits of mantissa: exact.
-                            out.extend(bf16::from_f32(fp4(code) * scale).to_le_bytes());
-                        }
-                    }
-                }
+            View::Mxfp4 { .. } => {
+                let (reader, parts) = self.packed(stored).expect("of MXFP4");
+                let mut weights = vec![0f32; rows * columns];
+                reader.read_rows(&parts.each_ref().map(Bytes::as_slice), 0, &mut weights);
+                // At most two bits of mantissa: exact.
+                out.extend(weights.into_iter().flat_map(|w| bf16::from_f32(w).to_le_bytes()));
             }
         }
         out
@@ -66,22 +67,19 @@ impl View {
 }
 
 impl View {
-    /// Of MXFP4, the blocks and the scales of `rows` rows of `groups` times 32 columns, from those that are stored.
-    pub fn packed(&self, stored: &[u8], rows: usize, groups: usize) -> Option<[Vec<u8>; 2]> {
-        let View::Mxfp4 { scales, first, step } = self else { return None };
-        let gather = |from: &[u8], width: usize| {
-            let row = |i: usize| &from[(first + step * i) * width..][..width];
-            (0..rows).flat_map(row).copied().collect()
+    /// Of MXFP4, the format's reader of the matrix, and its blocks and scales from those that are stored.
+    pub fn packed(&self, stored: &Bytes) -> Option<(&Arc<Reader>, [Bytes; 2])> {
+        let View::Mxfp4 { reader, scales, first, step } = self else { return None };
+        let (rows, groups) = (reader.shape().rows as usize, reader.shape().cols as usize / 32);
+        let gather = |from: &Bytes, width: usize| {
+            if *step == 1 {
+                return from.part(first * width..(first + rows) * width);
+            }
+            let row = |i: usize| &from.as_slice()[(first + step * i) * width..][..width];
+            (0..rows).flat_map(row).copied().collect::<Vec<u8>>().into()
         };
-        Some([gather(stored, groups * 16), gather(scales.as_slice(), groups)])
+        Some((reader, [gather(stored, groups * 16), gather(scales, groups)]))
     }
-}
-
-/// A number of four bits: sign, two bits of exponent, one of mantissa.
-fn fp4(code: u8) -> f32 {
-    const MAGNITUDES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
-    let magnitude = MAGNITUDES[usize::from(code & 7)];
-    if code & 8 == 0 { magnitude } else { -magnitude }
 }
 
 /// Gives the tensors of `dir` the names and shapes that the program of `config` has.
@@ -143,8 +141,10 @@ fn unstack(dir: &mut TensorDir, prefix: &str, config: &Config) -> Result<(), Err
                 let expected = vec![count, step * rows, columns.div_ceil(32), 16];
                 return Err(Error::Shape { name: format!("{all}_blocks"), found: blocks.shape, expected });
             }
+            let reader = mxfp4(rows, columns).map_err(|why| Error::file(dir.path(), format!("{all}_blocks: {why}")))?;
             for (e, part) in each() {
-                let view = View::Mxfp4 { scales: scales.bytes.clone(), first: e * step * rows + part, step };
+                let (reader, scales) = (reader.clone(), scales.bytes.clone());
+                let view = View::Mxfp4 { reader, scales, first: e * step * rows + part, step };
                 let kind = Kind::Plain(Dtype::BF16);
                 let entry = Entry::of_view(kind, vec![rows, columns], blocks.bytes.clone(), view);
                 dir.put(name(e, part, "weight"), entry);
@@ -152,6 +152,17 @@ fn unstack(dir: &mut TensorDir, prefix: &str, config: &Config) -> Result<(), Err
         }
     }
     Ok(())
+}
+
+/// Reads a matrix of gpt-oss's experts.
+fn mxfp4(rows: usize, columns: usize) -> Result<Arc<Reader>, Misfit> {
+    static BOOK: LazyLock<(Arc<Book>, &Layout)> = LazyLock::new(|| {
+        let format = formats::get("mxfp4").expect("built in");
+        (Arc::new(Book::new(format.clone())), format.layout("gpt_oss").expect("built in"))
+    });
+    let (book, layout) = &*BOOK;
+    // Sides of a checked configuration fit 32 bits.
+    Reader::new(book, layout, Shape { rows: rows as u32, cols: columns as u32 }).map(Arc::new)
 }
 
 fn fits(name: &str, entry: &Entry, expected: &[usize]) -> Result<(), Error> {
@@ -169,17 +180,18 @@ mod tests {
     fn mxfp4_has_the_even_columns_low() {
         let mut blocks = vec![0u8; 48];
         (blocks[16], blocks[17]) = (0x21, 0xf7);
-        let view = View::Mxfp4 { scales: vec![127, 128, 127].into(), first: 1, step: 2 };
-        let out: Vec<f32> =
-            view.bytes(&blocks, &[1, 32], 2).as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect();
+        let reader = mxfp4(1, 32).unwrap();
+        let view = View::Mxfp4 { reader, scales: vec![127, 128, 127].into(), first: 1, step: 2 };
+        let out = view.bytes(&blocks.into(), &[1, 32], 2);
+        let out: Vec<f32> = out.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect();
         assert_eq!(out[..5], [1.0, 2.0, 12.0, -12.0, 0.0]);
     }
 
     #[test]
     fn strided_elements_are_gathered() {
         let view = View::Strided { first: 1, rows: 2, columns: 4 };
-        assert_eq!(view.bytes(&[0, 1, 2, 3, 4, 5, 6, 7], &[2, 2], 1), [1, 5, 3, 7]);
+        assert_eq!(view.bytes(&vec![0, 1, 2, 3, 4, 5, 6, 7].into(), &[2, 2], 1), [1, 5, 3, 7]);
         let bias = View::Strided { first: 0, rows: 2, columns: 0 };
-        assert_eq!(bias.bytes(&[0, 1, 2, 3], &[2], 1), [0, 2]);
+        assert_eq!(bias.bytes(&vec![0, 1, 2, 3].into(), &[2], 1), [0, 2]);
     }
 }

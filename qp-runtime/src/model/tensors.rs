@@ -9,9 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::{bf16, f16};
 use memmap2::Mmap;
-use qp_codegen::formats;
-use qp_codegen::reader::{Book, Reader};
-use qp_codegen::spec::Shape;
+use qp_codegen::reader::Reader;
 use rayon::prelude::*;
 use safetensors::SafeTensors;
 
@@ -146,6 +144,11 @@ impl Tensor {
             Dtype::Format(reader) => reader.terms().map(|_| (reader, self.parts.iter().map(Bytes::as_slice).collect())),
             Dtype::F32 | Dtype::F16 | Dtype::Bf16 => None,
         }
+    }
+
+    /// True of a format with exact products that transforms their activations or results.
+    pub fn is_turned(&self) -> bool {
+        self.exact().and_then(|(reader, _)| reader.terms()).is_some_and(|terms| !terms.sides.is_empty())
     }
 
     /// Number of elements.
@@ -444,7 +447,9 @@ impl TensorDir {
         let e = self.entry(name)?;
         let bytes = match &e.kind {
             Kind::Plain(safetensors::Dtype::F32 | safetensors::Dtype::F16 | safetensors::Dtype::BF16) => {
-                self.tensor(name)?.parts.swap_remove(0)
+                // All values are looked at.
+                self.tensor(name)?;
+                e.in_order()
             }
             Kind::Plain(_) => e.in_order(),
             Kind::Format(_) => {
@@ -471,11 +476,11 @@ impl TensorDir {
         }
         if let (Some(view), Kind::Format(_)) = (&e.view, &e.kind) {
             let (layer, groups) = (name.strip_suffix(".weight").unwrap_or(name), e.shape[1] / 32);
-            let packed = view.packed(e.bytes.as_slice(), e.shape[0], groups).into_iter().flatten();
+            let packed = view.packed(&e.bytes).into_iter().flat_map(|(_, parts)| parts);
             let pieces = packed.zip([("blocks", vec![e.shape[0], groups, 16]), ("scales", vec![e.shape[0], groups])]);
-            let piece = |(bytes, (of, shape)): (Vec<u8>, (&str, Vec<usize>))| {
+            let piece = |(bytes, (of, shape)): (Bytes, (&str, Vec<usize>))| {
                 let dtype = safetensors::Dtype::U8;
-                Piece { name: format!("{layer}.{of}"), dtype, shape, bytes: bytes.into() }
+                Piece { name: format!("{layer}.{of}"), dtype, shape, bytes }
             };
             return Ok((&e.kind, pieces.map(piece).collect()));
         }
@@ -493,16 +498,13 @@ impl TensorDir {
         })
     }
 
-    /// Has matrices of MXFP4 be those of the format, as they are stored, in place of decoded numbers: for [`TensorDir::stored`].
+    /// Has [`TensorDir::stored`] give matrices of MXFP4 as they are stored, in place of decoded numbers.
     /// Gives how many there are.
     pub(crate) fn keep_packed(&mut self) -> usize {
-        let Some(format) = formats::get("mxfp4") else { return 0 };
-        let book = Arc::new(Book::new(format.clone()));
         let mut count = 0;
-        for e in self.entries.values_mut().filter(|e| matches!(e.view, Some(View::Mxfp4 { .. }))) {
-            let shape = Shape { rows: e.shape[0] as u32, cols: e.shape[1] as u32 };
-            if let Some(reader) = format.layout("gpt_oss").and_then(|l| Reader::new(&book, l, shape).ok()) {
-                e.kind = Kind::Format(Arc::new(reader));
+        for e in self.entries.values_mut() {
+            if let Some(View::Mxfp4 { reader, .. }) = &e.view {
+                e.kind = Kind::Format(reader.clone());
                 count += 1;
             }
         }
@@ -523,7 +525,7 @@ impl TensorDir {
         self.entries.insert(name, entry);
     }
 
-    /// A tensor of floats, or of a format. When it is asked for first, all its values are looked at.
+    /// A tensor of floats, or of a format, as which matrices of MXFP4 are given. When it is asked for first, all its values are looked at.
     ///
     /// # Errors
     /// If there is none of that name, it has another element type, or a value is infinite or not a number.
@@ -536,8 +538,11 @@ impl TensorDir {
             Kind::Format(reader) => Dtype::Format(reader.clone()),
             Kind::Plain(other) => return Err(Error::Dtype { name: name.to_owned(), found: format!("{other:?}") }),
         };
-        let parts =
-            if e.pieces.is_empty() { vec![e.in_order()] } else { e.pieces.iter().map(|p| p.bytes.clone()).collect() };
+        let (dtype, parts) = match e.view.as_ref().and_then(|view| view.packed(&e.bytes)) {
+            Some((reader, parts)) => (Dtype::Format(reader.clone()), parts.into()),
+            None if e.pieces.is_empty() => (dtype, vec![e.in_order()]),
+            None => (dtype, e.pieces.iter().map(|p| p.bytes.clone()).collect()),
+        };
         let tensor = Tensor { dtype, shape: e.shape.clone(), parts, as_floats: false };
         if !e.finite.load(Ordering::Relaxed) {
             tensor.check_finite(name)?;
@@ -562,7 +567,7 @@ impl Entry {
     /// The bytes, rows in the order in which the model computes them: a copy if the file has another.
     fn in_order(&self) -> Bytes {
         if let (Some(view), Kind::Plain(dtype)) = (&self.view, &self.kind) {
-            return view.bytes(self.bytes.as_slice(), &self.shape, dtype.bitsize() / 8).into();
+            return view.bytes(&self.bytes, &self.shape, dtype.bitsize() / 8).into();
         }
         let Some(heads) = self.interleaved else { return self.bytes.clone() };
         let (stored, rows) = (self.bytes.as_slice(), self.shape[0]);

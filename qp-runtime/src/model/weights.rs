@@ -172,8 +172,8 @@ impl Weights {
             let layer = program.layer(id);
             let Layer { name, rows, cols, bias, shares: _ } = layer.clone();
             let weight = match weight_of(shared(layer).unwrap_or(id)) {
-                // Devices hold the experts of a format as floats.
-                Weight::Dense(tensor) if experts[id.0] => Weight::Dense(tensor.as_floats()),
+                // What is done to activations and results by a matrix's own factors is not done for pairs of tokens and experts.
+                Weight::Dense(tensor) if experts[id.0] && tensor.is_turned() => Weight::Dense(tensor.as_floats()),
                 weight => weight,
             };
             let bias = bias.then(|| vector(&format!("{name}.bias"), rows)).transpose()?;

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use qp_runtime::checkpoint::Begin;
+use qp_runtime::device::Executor;
 use qp_runtime::engine::{self, Logits};
 use qp_runtime::import::{export, import};
-use qp_runtime::model::Model;
+use qp_runtime::model::{Linear, Model};
 use qp_tests::conformance::{Case, dirs};
 use qp_tests::converted::{converted, rounded};
 use qp_tests::gguf::{Gguf, Value, q8, snap, write};
@@ -14,7 +15,12 @@ use serde_json::json;
 
 /// Logits of a whole prompt.
 fn all_logits(model: &Model, prompt: &[u32]) -> Vec<f32> {
-    let mut session = engine::open(None, &Arc::new(model.weights.clone()), prompt.len()).unwrap();
+    logits_on(None, model, prompt)
+}
+
+/// The same on a device.
+fn logits_on(device: Option<&Executor>, model: &Model, prompt: &[u32]) -> Vec<f32> {
+    let mut session = engine::open(device, &Arc::new(model.weights.clone()), prompt.len()).unwrap();
     let mut out = Vec::new();
     session.forward(prompt, Logits::All, &mut out).unwrap();
     out
@@ -151,7 +157,13 @@ fn experts_in_blocks_and_norms_that_hold_one_move_in_and_out() {
         let manifest = import(&path, &out, Begin::default(), &mut |_, _, _| ()).unwrap();
         // Each expert's matrix is a layer.
         assert_eq!(manifest.layers.len(), blocks * 6, "{name}");
-        let expected = all_logits(&Model::open(&path).unwrap(), &case.prompt);
+        let model = Model::open(&path).unwrap();
+        let expected = all_logits(&model, &case.prompt);
+        let kept = |layer: &&Linear| layer.weight.dense().is_some_and(|tensor| tensor.exact().is_some());
+        assert_eq!(model.weights.layers().iter().filter(kept).count(), blocks * 6, "{name}");
+        if blocks > 0 {
+            assert_eq!(logits_on(Some(&Executor::interpreter()), &model, &case.prompt), expected, "{name}");
+        }
         assert_eq!(all_logits(&Model::open(&out).unwrap(), &case.prompt), expected, "{name}");
         if blocks == 0 {
             let plain = RandomModel { config: case.model.config.clone(), ..case.model.clone() };

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use half::bf16;
 use qp_runtime::checkpoint::{Begin, sha256};
+use qp_runtime::device::Executor;
 use qp_runtime::engine::{self, Logits};
 use qp_runtime::import::{export, import};
 use qp_runtime::model::Model;
@@ -236,13 +237,15 @@ fn stacked_experts_in_mxfp4_move_in_and_out() {
     let config = json!({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]});
     let quantized = dir.path().join("quantized");
     write_with(&quantized, model, config, tensors);
-    let logits = |path: &Path| {
+    let logits_on = |device: Option<&Executor>, path: &Path| {
         let model = Model::open(path).unwrap_or_else(|e| panic!("{e}"));
-        let mut session = engine::open(None, &Arc::new(model.weights.clone()), prompt.len()).unwrap();
+        let mut session = engine::open(device, &Arc::new(model.weights.clone()), prompt.len()).unwrap();
         let mut out = Vec::new();
         session.forward(&prompt, Logits::All, &mut out).unwrap();
         out
     };
+    let logits = |path: &Path| logits_on(None, path);
+    assert_eq!(logits_on(Some(&Executor::interpreter()), &quantized), logits(&quantized));
     let out = dir.path().join("out");
     let manifest = import(&quantized, &out, Begin::default(), &mut |_, _, _| ()).unwrap_or_else(|e| panic!("{e}"));
     // Three blocks of six experts with three matrices.

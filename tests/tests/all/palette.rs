@@ -246,6 +246,19 @@ fn mixtures_of_experts_compile_for_every_target_without_spills() {
                     kernels.push((Kernel { name: format!("{name} {experts:?} {launch:?}"), ..kernel }, target));
                 }
             }
+            for name in &["mxfp4", "q4_k", "gptq_int4_g128", "q8_0"][..if few { 2 } else { 4 }] {
+                let terms = &Terms::of(formats::get(name).expect("a format")).expect("exact products");
+                for (shape, experts) in [
+                    (Shape { rows: 2 * inner, cols: hidden }, of_tokens),
+                    (Shape { rows: hidden, cols: inner }, of_pairs),
+                ] {
+                    let y = Span::rows(experts.stride);
+                    let op = Product { terms, shape, batch: most, y, accumulate: false };
+                    let launch = grouped::Launch::ranked_for_experts(&op, &experts, &target.device())[0].1;
+                    let kernel = grouped::lower_for_experts(&op, &launch, &experts);
+                    kernels.push((Kernel { name: format!("{name} {experts:?} {launch:?}"), ..kernel }, target));
+                }
+            }
             let (x, y) = (Span::rows(hidden), Span::rows(2 * inner));
             let op = Dense { rows: inner, cols: hidden, elem: Elem::BF16, batch: most, x, y, accumulate: false };
             kernels.push((dense::lower_for_experts(&op, &of_tokens), target));

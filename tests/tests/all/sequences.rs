@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use qp_codegen::palette;
+use qp_codegen::reader::{Book, Reader};
+use qp_codegen::{formats, palette};
 use qp_runtime::check::synthetic;
 use qp_runtime::device::Executor;
 use qp_runtime::engine::sampling::argmax;
 use qp_runtime::engine::{
     Choice, Chunk, CpuEngine, CudaEngine, Engine, Error, Logits, PAGE, Precision, Room, Sampling, Wish, cut, mask_words,
 };
-use qp_runtime::model::{Model, Weight, Weights};
+use qp_runtime::model::{Model, Tensor, Weight, Weights};
 use qp_tests::models::{RandomModel, VOCAB};
 
 const ROOM: Room = Room { context: 100, pages: 70, cache: Precision::Bits16 };
@@ -44,7 +45,7 @@ fn mixture(
 ) -> Arc<Weights> {
     let shapes = synthetic::Shapes {
         hidden: 64,
-        inner: 48,
+        inner: 96,
         heads: 4,
         head_dim: 16,
         vocab: VOCAB,
@@ -55,6 +56,20 @@ fn mixture(
     };
     let choose = |name: &str| choose(name).map(|member| synthetic::trained(palette::get(member).unwrap()));
     Arc::new(synthetic::model(&shapes, &choose).unwrap().1)
+}
+
+/// The same with the layers to which `choose` gives a format in that, of made-up bits.
+fn in_formats(mut weights: Arc<Weights>, choose: impl Fn(&str) -> Option<&'static str>) -> Arc<Weights> {
+    let changed = Arc::get_mut(&mut weights).unwrap();
+    for id in changed.program.ids() {
+        let layer = &mut changed[id];
+        let Some(format) = choose(&layer.name).map(|name| formats::get(name).unwrap()) else { continue };
+        let shape = qp_codegen::spec::Shape { rows: layer.rows as u32, cols: layer.cols as u32 };
+        let reader = Reader::new(&Arc::new(Book::new(format.clone())), &format.layouts[0], shape).unwrap();
+        let parts = reader.made(id.0 as u64).into_iter().map(Into::into).collect();
+        layer.weight = Weight::Dense(Tensor::of_format(&Arc::new(reader), parts).unwrap());
+    }
+    weights
 }
 
 /// The CPU's engine, and that of devices on the interpreter.
@@ -168,6 +183,27 @@ fn a_device_computes_mixtures_of_experts_as_the_cpu_however_sequences_are_cut_an
         (5, "gpt-oss, alike", mixture("GptOssForCausalLM", 5, 2, alike)),
         (5, "GLM-4.5, some quantized", mixture("Glm4MoeForCausalLM", 8, 1, some)),
         (5, "Qwen 3, unquantized", mixture("Qwen3MoeForCausalLM", 5, 5, |_| None)),
+    ] {
+        mixed_and_alone(&weights, count, what);
+    }
+}
+
+#[test]
+fn a_device_computes_experts_in_formats_as_the_cpu_however_sequences_are_cut_and_mixed() {
+    let all = |format: &'static str| move |name: &str| name.contains("experts").then_some(format);
+    // Gates and what they gate of several formats, some experts quantized, others neither.
+    let several = |name: &str| match name {
+        _ if !name.contains("experts") || name.contains("experts.0.") => None,
+        _ if name.contains("experts.1.") => Some("q8_0"),
+        _ if name.contains("up_proj") => Some("packed_int4_g32"),
+        _ => Some("q4_0"),
+    };
+    let quantized = |name: &str| name.contains("experts.0.").then_some("nuq_3");
+    for (count, what, weights) in [
+        (33, "Qwen 3, q8_0", in_formats(mixture("Qwen3MoeForCausalLM", 9, 3, |_| None), all("q8_0"))),
+        (5, "Qwen 3, several", in_formats(mixture("Qwen3MoeForCausalLM", 5, 3, quantized), several)),
+        (5, "gpt-oss, mxfp4", in_formats(mixture("GptOssForCausalLM", 5, 2, |_| None), all("mxfp4"))),
+        (5, "GLM-4.5, q5_1", in_formats(mixture("Glm4MoeForCausalLM", 8, 1, |_| None), all("q5_1"))),
     ] {
         mixed_and_alone(&weights, count, what);
     }

@@ -23,6 +23,9 @@ pub mod route;
 mod tests;
 pub mod unit;
 
+use std::cell::OnceCell;
+
+use crate::cuda::Device;
 use crate::ir::{Builder, Cache, Elem, Mem, V};
 
 /// Products of the experts of a mixture that one launch computes.
@@ -45,7 +48,7 @@ pub struct Experts {
 /// Most pairs of a unit where there are many.
 const MOST: u32 = 128;
 /// Shared memory that a unit's pairs take, at most.
-pub(super) const UNIT_BYTES: u32 = 4 * MOST;
+const UNIT_BYTES: u32 = 4 * MOST;
 /// Pairs of a unit that cost no more than one: their planes fill a tensor-core product.
 const FEW: u32 = 4;
 
@@ -71,6 +74,88 @@ impl Experts {
     /// Units that are not empty, about.
     pub fn busy(&self) -> u32 {
         self.units().min((self.pairs / self.most).max(self.count.min(self.pairs)))
+    }
+
+    /// The part of a GPU that a unit has: units run side by side, so cost models choose its launch as for this device.
+    pub(super) fn share(&self, device: &Device) -> Device {
+        let sms = (device.sms / self.busy()).max(1);
+        let bandwidth = device.bandwidth * f64::from(sms) / f64::from(device.sms);
+        let shared_per_block = device.shared_per_block - UNIT_BYTES;
+        // Where a unit's weights and results begin takes some registers.
+        let registers_per_sm = device.registers_per_sm / 16 * 15;
+        Device { sms, bandwidth, shared_per_block, registers_per_sm, ..*device }
+    }
+}
+
+/// The tokens that a block of a product computes, and where what belongs to them lies: those of the launch, in their order, or of
+/// experts the pairs of the block's unit.
+pub(super) struct Tokens<'b> {
+    /// Tokens of the launch, or most pairs of a unit.
+    batch: u32,
+    mixture: Option<Mixture<'b>>,
+}
+
+/// What a product of experts has beside.
+struct Mixture<'b> {
+    units: Units,
+    /// The block's unit, once it is known.
+    unit: OnceCell<Unit<'b>>,
+}
+
+impl<'b> Tokens<'b> {
+    /// `batch` tokens, or of experts up to so many pairs, whose parameters are declared ([`Units::declare`]).
+    pub(super) fn declare(b: &'b Builder, batch: u32, experts: Option<&Experts>) -> Self {
+        let mixture = experts.map(|experts| Mixture { units: Units::declare(b, experts), unit: OnceCell::new() });
+        Tokens { batch, mixture }
+    }
+
+    /// True of a product of experts.
+    pub(super) fn are_pairs(&self) -> bool {
+        self.mixture.is_some()
+    }
+
+    /// Of a product of experts: runs `body` in the blocks of unit number `unit`, if there is something for them to do
+    /// ([`Units::run`]).
+    pub(super) fn in_unit(&self, b: &'b Builder, unit: V<'b>, thread: V<'b>, threads: u32, body: impl FnOnce()) {
+        let mixture = self.mixture.as_ref().expect("of experts");
+        mixture.units.run(b, unit, thread, threads, |unit| {
+            assert!(mixture.unit.set(unit).is_ok(), "a block has one unit");
+            body();
+        });
+    }
+
+    fn unit(&self) -> Option<&Unit<'b>> {
+        self.mixture.as_ref().map(|m| m.unit.get().expect("within a unit"))
+    }
+
+    /// Planes of all inputs.
+    pub(super) fn planes(&self) -> u32 {
+        2 * self.mixture.as_ref().map_or(self.batch, |m| m.units.experts.rows)
+    }
+
+    /// Which plane of the inputs is plane `plane` of the block's tokens.
+    pub(super) fn plane(&self, plane: V<'b>) -> V<'b> {
+        self.unit().map_or(plane, |unit| unit.row(plane >> 1) * 2 + (plane & 1))
+    }
+
+    /// Whether there is such a token, which is below the most there may be; `None`: surely.
+    pub(super) fn exists(&self, token: V<'b>) -> Option<V<'b>> {
+        self.unit()?.count.map(|count| token.lt(count))
+    }
+
+    /// The row of the inputs of a token.
+    pub(super) fn input(&self, token: V<'b>) -> V<'b> {
+        self.unit().map_or(token, |unit| unit.row(token))
+    }
+
+    /// The row of the outputs of a token.
+    pub(super) fn output(&self, token: V<'b>) -> V<'b> {
+        self.unit().map_or(token, |unit| unit.pair(token))
+    }
+
+    /// A place of the tokens' matrix in a buffer of all, where each has `len` elements and the place is `at` of the first.
+    pub(super) fn in_matrix(&self, at: V<'b>, len: u32) -> V<'b> {
+        self.unit().map_or(at, |unit| at + unit.matrix * len)
     }
 }
 

@@ -23,6 +23,7 @@ use super::Product;
 use super::layout::{ROWS, Relaid};
 use super::operands::{ACROSS, OF_PRODUCT, Operands, Tile, number_registers, put, taken};
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var};
+use crate::kernels::experts::Experts;
 use crate::kernels::operands::divide;
 use crate::layout::{CELL, COLUMN_PAD};
 use crate::spec::terms::{Digits, TILE};
@@ -116,11 +117,11 @@ impl Plan {
     }
 }
 
-/// Makes the kernel; its parameters are those of [`super::lower`].
-pub fn lower(op: &Product, launch: &Launch) -> Kernel {
+/// Makes the kernel; its parameters are those of [`super::lower`], of experts those of [`super::lower_for_experts`].
+pub(super) fn lower(op: &Product, launch: &Launch, experts: Option<&Experts>) -> Kernel {
     let plan = Plan::new(op, launch);
-    let b = op.builder("few", launch.blocks * plan.parts, launch.warps * 32, launch.min_blocks);
-    Emit::new(&b, op, launch, &plan).kernel();
+    let b = op.builder("few", launch.blocks * plan.parts, launch.warps * 32, launch.min_blocks, experts);
+    Emit::new(&b, op, launch, &plan, experts).kernel();
     b.finish()
 }
 
@@ -158,10 +159,10 @@ struct Emit<'b, 'a> {
 }
 
 impl<'b, 'a> Emit<'b, 'a> {
-    fn new(b: &'b Builder, op: &'a Product<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
+    fn new(b: &'b Builder, op: &'a Product<'a>, launch: &'a Launch, plan: &'a Plan, experts: Option<&Experts>) -> Self {
         let layout = &plan.layout;
         let (thread, lane) = (b.special(Special::Thread), b.special(Special::Lane));
-        let operands = Operands::new(b, op, layout, lane, false, launch.shared_book);
+        let operands = Operands::new(b, op, lane, false, launch.shared_book, experts);
         let sums = b.shared("sums", Elem::I32, plan.sum_bytes_of_tile(launch) / 4 * plan.most_rows);
         let warp = b.special(Special::Warp);
         let (block, part) = divide(b, b.special(Special::BlockX), plan.parts);
@@ -173,23 +174,48 @@ impl<'b, 'a> Emit<'b, 'a> {
     }
 
     fn kernel(&self) {
-        let (b, plan) = (self.b, self.plan);
+        let (b, tokens, threads) = (self.b, &self.operands.tokens, self.launch.warps * 32);
+        if tokens.are_pairs() {
+            self.operands.fill(threads);
+            b.grid_wait();
+            b.grid_launch();
+            return tokens.in_unit(b, b.special(Special::BlockY), self.thread, threads, || {
+                let work = || self.products(&self.first_words());
+                match tokens.exists(self.part * self.plan.tokens) {
+                    Some(exists) if self.plan.parts > 1 => b.if_(exists, work),
+                    _ => work(),
+                }
+            });
+        }
         b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
+        let buffers = self.first_words();
+        self.operands.fill(threads);
+        b.grid_launch();
+        b.grid_wait();
+        self.products(&buffers);
+    }
+
+    /// The words of the first steps, on their way.
+    fn first_words(&self) -> Vec<Buffer> {
+        let b = self.b;
         let buffers: Vec<Buffer> = (0..self.launch.ahead).map(|_| self.buffer()).collect();
         for (p, buffer) in (0..).zip(&buffers) {
             let at = b.i32(p);
             b.if_(at.lt(self.steps), || self.fetch(at, buffer));
         }
-        self.operands.fill(self.launch.warps * 32);
-        b.grid_launch();
-        b.grid_wait();
+        buffers
+    }
+
+    /// All behind the first words.
+    fn products(&self, buffers: &[Buffer]) {
+        let (b, plan) = (self.b, self.plan);
         let activations = self.activations();
         if plan.passes == 1 {
             self.load_activations(&activations, b.i32(0));
         }
         b.comment("Down the rows of tiles.");
         b.for_(0, self.steps, self.launch.ahead, |first| {
-            for (p, buffer) in (0..).zip(&buffers) {
+            for (p, buffer) in (0..).zip(buffers) {
                 let step = first + p;
                 let run = || self.step(step, buffer, &activations);
                 if p == 0 { run() } else { b.if_(step.lt(self.steps), run) }
@@ -263,7 +289,7 @@ impl<'b, 'a> Emit<'b, 'a> {
     /// Brings in the activations of a pass.
     fn load_activations(&self, to: &Activations, pass: V<'b>) {
         let (b, plan) = (self.b, self.plan);
-        let planes = 2 * self.op.batch;
+        let (most, tokens) = (2 * self.op.batch, &self.operands.tokens);
         let cells = self.op.shape.cols.next_multiple_of(COLUMN_PAD) / CELL;
         let covered = plan.passes * self.launch.warps * self.launch.depth * (TILE / CELL);
         let (quad, column) = (self.lane & 3, self.lane >> 2);
@@ -271,7 +297,8 @@ impl<'b, 'a> Emit<'b, 'a> {
         for (d, of_tile) in (0..).zip(&to.x) {
             for (group, of_group) in (0..).zip(of_tile) {
                 // Columns of the product beyond the last plane repeat it; their sums are not read.
-                let plane = (self.part * (2 * plan.tokens) + column + group * 8).min(planes as i32 - 1);
+                let plane = (self.part * (2 * plan.tokens) + column + group * 8).min(most as i32 - 1);
+                let (plane, planes) = (tokens.plane(plane), tokens.planes());
                 let load = |cell: V<'b>| {
                     let word = (cell * planes + plane) * 4 + quad;
                     b.load_as(self.operands.x, word, Elem::U32, 1, Cache::ReadOnly)
@@ -401,8 +428,11 @@ impl<'b, 'a> Emit<'b, 'a> {
             let row = self.first_row * ROWS + row;
             let token = self.part * plan.tokens + within;
             let exists = row.lt(self.op.shape.rows);
-            let exists =
-                if plan.tokens * plan.parts == self.op.batch { exists } else { exists & token.lt(self.op.batch) };
+            let exists = match self.operands.tokens.exists(token) {
+                Some(there) => exists & there,
+                None if plan.tokens * plan.parts == self.op.batch => exists,
+                None => exists & token.lt(self.op.batch),
+            };
             b.if_(exists, || {
                 let (factor, scale) = (self.operands.row_factor(row), self.operands.token_scale(token));
                 self.operands.write(row, token, sum, factor, scale);

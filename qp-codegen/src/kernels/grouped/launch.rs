@@ -1,5 +1,6 @@
 //! How a product with a matrix of a format is laid over a GPU: a cost model that knows the target, and what fits it.
 
+use super::super::experts::Experts;
 use super::super::launch::Busiest;
 use super::{Product, few, many};
 use crate::cuda::Device;
@@ -50,6 +51,11 @@ impl Launch {
     /// The launch that seems best on `device`.
     pub fn choose(op: &Product, device: &Device) -> Launch {
         Launch::ranked(op, device)[0].1
+    }
+
+    /// [`Launch::ranked`] of products of experts; `op` is that of one of them with the pairs of a unit.
+    pub fn ranked_for_experts(op: &Product, experts: &Experts, device: &Device) -> Vec<(f64, Launch)> {
+        Launch::ranked(op, &experts.share(device))
     }
 
     /// Launches worth trying, with the seconds that are expected, best first: at least one.

@@ -194,6 +194,11 @@ impl Relaid {
         4 * self.book.map_or(0, |(_, words)| words)
     }
 
+    /// Elements of the longest buffer, in which kernels count in 31 bits: words of weights, or 16-bit numbers.
+    pub fn elements(&self) -> u64 {
+        (self.words() as u64).max(2 * u64::from(self.number_words))
+    }
+
     /// Bytes of all of it.
     pub fn bytes(&self) -> u64 {
         4 * (self.words() as u64 + u64::from(self.number_words) + u64::from(self.padded_rows()))

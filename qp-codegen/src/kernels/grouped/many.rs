@@ -25,6 +25,7 @@ use super::Product;
 use super::layout::{ROWS, Relaid};
 use super::operands::{ACROSS, Arrived, Factors, OF_PRODUCT, Operands, Tile, are_operands, put, taken};
 use crate::ir::{Builder, Cache, Const, Elem, Kernel, Mem, Special, V, Var, group_columns};
+use crate::kernels::experts::Experts;
 use crate::kernels::operands::divide;
 use crate::layout::{CELL, COLUMN_PAD};
 use crate::spec::terms::TILE;
@@ -160,20 +161,21 @@ impl Plan {
     }
 }
 
-/// Makes the kernel; its parameters are those of [`super::lower`].
+/// Makes the kernel; its parameters are those of [`super::lower`], of experts those of [`super::lower_for_experts`].
 ///
 /// # Panics
 /// For launches that are none: groups of other than whole four warps or of several rows of tiles a warp, more than [`MAX_PART`]
 /// tokens of a part, more blocks than rows of tiles.
-pub fn lower(op: &Product, launch: &Launch) -> Kernel {
+pub(super) fn lower(op: &Product, launch: &Launch, experts: Option<&Experts>) -> Kernel {
     let plan = Plan::new(op, launch);
     assert!(!launch.group || launch.row_warps.is_multiple_of(4), "groups of four warps");
     assert!(!launch.group || launch.row_tiles == 1, "a group has 64 rows");
     assert!(plan.tokens <= MAX_PART, "more tokens than sums have registers");
     assert!(launch.blocks <= plan.layout.row_tiles(), "a block without rows");
     let blocks = launch.blocks * launch.token_parts;
-    let b = op.builder(if launch.group { "groups" } else { "many" }, blocks, launch.warps() * 32, launch.min_blocks);
-    Emit::new(&b, op, launch, &plan).kernel();
+    let kind = if launch.group { "groups" } else { "many" };
+    let b = op.builder(kind, blocks, launch.warps() * 32, launch.min_blocks, experts);
+    Emit::new(&b, op, launch, &plan, experts).kernel();
     b.finish()
 }
 
@@ -243,9 +245,9 @@ struct Decoded<'b> {
 }
 
 impl<'b, 'a> Emit<'b, 'a> {
-    fn new(b: &'b Builder, op: &'a Product<'a>, launch: &'a Launch, plan: &'a Plan) -> Self {
+    fn new(b: &'b Builder, op: &'a Product<'a>, launch: &'a Launch, plan: &'a Plan, experts: Option<&Experts>) -> Self {
         let (thread, lane, warp) = (b.special(Special::Thread), b.special(Special::Lane), b.special(Special::Warp));
-        let operands = Operands::new(b, op, &plan.layout, lane, are_operands(op), launch.shared_book);
+        let operands = Operands::new(b, op, lane, are_operands(op), launch.shared_book, experts);
         let staged = b.shared("staged", Elem::U32, STAGES * plan.stage_cells() * 4);
         let offsets = b.shared("offsets", Elem::I32, SUMMED * plan.chunk_offsets());
         let meeting = b.shared("meeting", Elem::I32, plan.meeting_sums(launch) * 2);
@@ -282,16 +284,45 @@ impl<'b, 'a> Emit<'b, 'a> {
     }
 
     fn kernel(&self) {
-        let (b, plan, launch) = (self.b, self.plan, self.launch);
+        let (b, tokens, threads) = (self.b, &self.operands.tokens, self.launch.warps() * 32);
+        let first_chunks = || [0, 1].into_iter().for_each(|chunk| self.stage(b.i32(chunk)));
+        if tokens.are_pairs() {
+            self.operands.fill(threads);
+            b.grid_wait();
+            b.grid_launch();
+            return tokens.in_unit(b, b.special(Special::BlockY), self.thread, threads, || {
+                let work = || {
+                    let tiles = self.first_tiles();
+                    first_chunks();
+                    self.products(tiles);
+                };
+                match tokens.exists(self.first_token) {
+                    Some(exists) if self.launch.token_parts > 1 => b.if_(exists, work),
+                    _ => work(),
+                }
+            });
+        }
         b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
+        let tiles = self.first_tiles();
+        self.operands.fill(threads);
+        b.grid_wait();
+        first_chunks();
+        b.grid_launch();
+        self.products(tiles);
+    }
+
+    /// The tiles of the first steps, on their way.
+    fn first_tiles(&self) -> Vec<Vec<Tile>> {
+        let (b, launch) = (self.b, self.launch);
         let of_step = || (0..launch.row_tiles).map(|_| self.operands.tile()).collect();
         let tiles: Vec<Vec<Tile>> = (0..launch.ahead).map(|_| of_step()).collect();
         (0..).zip(&tiles).for_each(|(step, tiles)| self.fetch(b.i32(step), tiles));
-        self.operands.fill(launch.warps() * 32);
-        b.grid_wait();
-        self.stage(b.i32(0));
-        self.stage(b.i32(1));
-        b.grid_launch();
+        tiles
+    }
+
+    /// All behind the first tiles and chunks, which are on their way.
+    fn products(&self, tiles: Vec<Vec<Tile>>) {
+        let (b, plan, launch) = (self.b, self.plan, self.launch);
         let zero = b.constant(Const::I64(0));
         let sums = (0..launch.row_tiles * plan.groups * 2).map(|_| b.var(zero)).collect();
         let none = b.vector(&[b.i32(0); 4]);
@@ -418,7 +449,8 @@ impl<'b, 'a> Emit<'b, 'a> {
                         plan.planes() == 2 * plan.tokens && plan.tokens * self.launch.token_parts == self.op.batch;
                     let plane = if whole { plane } else { plane.min(all as i32 - 1) };
                     let unit = within * chunk_units + unit;
-                    let copy = || b.async_copy(self.staged, slot + cell, self.operands.x, unit * all + plane, 16);
+                    let from = unit * self.operands.tokens.planes() + self.operands.tokens.plane(plane);
+                    let copy = || b.async_copy(self.staged, slot + cell, self.operands.x, from, 16);
                     if plan.chunks * chunk_units <= units {
                         copy();
                     } else {
@@ -534,7 +566,7 @@ impl<'b, 'a> Emit<'b, 'a> {
     }
 
     /// The products of a group with a tile: run and plane of the weights, groups of planes of the activations.
-    fn products(&self) -> Vec<(u32, u32, Range<u32>)> {
+    fn of_group(&self) -> Vec<(u32, u32, Range<u32>)> {
         let (plan, part) = (self.plan, self.plan.part(self.launch));
         let parts = (0..plan.groups).step_by(part as usize).map(|from| from..plan.groups.min(from + part));
         let of = |run| {
@@ -546,7 +578,7 @@ impl<'b, 'a> Emit<'b, 'a> {
 
     /// Registers for what is added late, if the last of a tile's products is in other registers than the first.
     fn late(&self) -> Option<Late> {
-        let (b, products) = (self.b, self.products());
+        let (b, products) = (self.b, self.of_group());
         let (_, plane, groups) = products.last().filter(|_| products.len().is_multiple_of(2))?;
         let word = || b.var(b.i32(0));
         let terms = self.op.terms;
@@ -559,7 +591,7 @@ impl<'b, 'a> Emit<'b, 'a> {
     /// The product that is added late.
     fn last(&self, late: &Late) -> Started<'b> {
         let b = self.b;
-        let (_, plane, groups) = self.products().pop().expect("a tile has products");
+        let (_, plane, groups) = self.of_group().pop().expect("a tile has products");
         let factors = late.factors.map(|rows| {
             rows.map(|of| {
                 let [slope, rest, zero] = of.map(|var| var.map(|var| b.get(var)));
@@ -580,7 +612,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         b.group_wait(0);
         let (tile, first, offsets) = self.decoded(chunk, at, kept, inverses);
         let mut before = kept.late.as_ref().map(|late| self.last(late));
-        for (n, (run, plane, groups)) in self.products().into_iter().enumerate() {
+        for (n, (run, plane, groups)) in self.of_group().into_iter().enumerate() {
             let registers = &tile[0].planes[plane as usize];
             let steps = self.operands_of(run, &|kt| std::array::from_fn(|a| registers[(kt * 4) as usize + a]));
             let a: Vec<[V; 4]> = steps.iter().map(|s| s.1).collect();
@@ -749,6 +781,10 @@ impl<'b, 'a> Emit<'b, 'a> {
         let all = tokens.is_multiple_of(OF_PRODUCT) && tokens * self.launch.token_parts == batch;
         let (exists, token) =
             if all { (None, token) } else { (Some(within.lt(tokens) & token.lt(batch)), token.min(batch as i32 - 1)) };
+        let exists = match (exists, self.operands.tokens.exists(token)) {
+            (Some(exists), Some(there)) => Some(exists & there),
+            (exists, there) => exists.or(there),
+        };
         (token, exists, self.operands.token_scale(token))
     }
 }

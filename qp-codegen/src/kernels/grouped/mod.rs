@@ -18,6 +18,7 @@ mod windows;
 
 pub use self::launch::Launch;
 use self::layout::Relaid;
+use super::experts::Experts;
 use super::span::Span;
 use crate::ir::{Builder, Kernel};
 use crate::spec::Shape;
@@ -44,6 +45,13 @@ impl Product<'_> {
         Relaid::new(self.terms, self.shape)
     }
 
+    /// How the matrices of experts lie, one below the other: as one of all their rows, each padded to whole tiles.
+    fn layout_of_all(&self, experts: Option<&Experts>) -> Relaid {
+        let one = self.layout();
+        let all = |e: &Experts| Shape { rows: e.matrices * one.padded_rows(), cols: self.shape.cols };
+        experts.map_or_else(|| one.clone(), |e| Relaid::new(self.terms, all(e)))
+    }
+
     /// Runs of a tile: groups of columns that share slope and rest.
     fn runs(&self) -> u32 {
         TILE / self.terms.run.unwrap_or(TILE)
@@ -54,20 +62,30 @@ impl Product<'_> {
         self.terms.rest.is_some() || !signed && (self.terms.lowest != 0 || self.terms.zero.is_some())
     }
 
-    /// A builder of a kernel of `blocks` blocks of `threads` threads, `min_blocks` of which an SM must hold at once.
-    fn builder(&self, kind: &str, blocks: u32, threads: u32, min_blocks: u32) -> Builder {
+    /// A builder of a kernel of `blocks` blocks (of experts, for each unit) of `threads` threads, `min_blocks` of which an SM must hold
+    /// at once.
+    fn builder(&self, kind: &str, blocks: u32, threads: u32, min_blocks: u32, experts: Option<&Experts>) -> Builder {
         let Shape { rows, cols } = self.shape;
         let (bits, run) = (self.terms.bits, self.terms.run.unwrap_or(cols));
         let name = format!("format_{kind}_{bits}_{run}_{rows}x{cols}_b{}", self.batch);
-        let b = Builder::new(&name, [blocks, 1], threads);
-        b.doc(format!(
-            "y[token, row] {}= W[row, :] . x[token, :] with W {rows} x {cols} of {bits} bits in runs of {run} columns, {} token(s).",
-            if self.accumulate { "+" } else { "" },
-            self.batch,
-        ));
+        let b = Builder::new(&name, [blocks, experts.map_or(1, Experts::units)], threads);
+        let matrix = format!("{rows} x {cols} of {bits} bits in runs of {run} columns");
+        b.doc(match experts {
+            None => format!(
+                "y[token, row] {}= W[row, :] . x[token, :] with W {matrix}, {} token(s).",
+                if self.accumulate { "+" } else { "" },
+                self.batch,
+            ),
+            Some(Experts { count, pairs, most, .. }) => format!(
+                "y[pair, row] = W[expert, row, :] . x[pair, :] with W {matrix}, {pairs} pairs of tokens with {count} experts, in units \
+                 of up to {most}.",
+            ),
+        });
         b.min_blocks(min_blocks);
         b.dependent_launch();
-        b.apart();
+        if experts.is_none() {
+            b.apart();
+        }
         b
     }
 }
@@ -81,9 +99,27 @@ impl Product<'_> {
 /// # Panics
 /// For launches that are none; see [`few::lower`] and [`many::lower`].
 pub fn lower(op: &Product, launch: &Launch) -> Kernel {
+    lower_for(op, launch, None)
+}
+
+/// Makes the kernel of the products of experts: `op` is that of one of them with the pairs of a unit, as many as
+/// [`Experts::most`]. The parameters are those of [`lower`], where `x` and `x_scale` have as many rows as [`Experts::rows`], and the
+/// rows of `op.y` are pairs; the experts' matrices are one of all their rows, each padded to whole tiles. Behind them are
+/// `units`, `pairs` and `places`: see [`super::product::Launch::lower_for_experts`].
+///
+/// # Panics
+/// As [`lower`]; if the products are added to what is there, or a format does something to activations or results that is each matrix's
+/// own.
+pub fn lower_for_experts(op: &Product, launch: &Launch, experts: &Experts) -> Kernel {
+    assert!(op.terms.sides.is_empty(), "what is done to activations is a matrix's own");
+    assert!(!op.accumulate && op.batch == experts.most, "the products of a unit");
+    lower_for(op, launch, Some(experts))
+}
+
+fn lower_for(op: &Product, launch: &Launch, experts: Option<&Experts>) -> Kernel {
     match launch {
-        Launch::Few(launch) => few::lower(op, launch),
-        Launch::Many(launch) => many::lower(op, launch),
+        Launch::Few(launch) => few::lower(op, launch, experts),
+        Launch::Many(launch) => many::lower(op, launch, experts),
     }
 }
 

@@ -9,6 +9,7 @@ use super::windows::{Book, Windows};
 use crate::ir::{Builder, Cache, Const, Elem, Mem, Scalar, Special, V, Var};
 use crate::kernels::copy_all;
 use crate::kernels::decode::{FILL, flatten, load_words};
+use crate::kernels::experts::{Experts, Tokens};
 use crate::layout::{COLUMN_PAD, chunks};
 use crate::spec::format::{Arithmetic, Weight, WeightOp};
 use crate::spec::mask;
@@ -60,13 +61,15 @@ pub(super) fn number_registers(layout: &Relaid) -> u32 {
 pub(super) struct Operands<'b, 'a> {
     b: &'b Builder,
     op: &'a Product<'a>,
-    layout: &'a Relaid,
+    /// Of all matrices of the launch.
+    layout: Relaid,
     weights: Mem,
     numbers: Mem,
     factors: Mem,
     pub(super) x: Mem,
     x_scale: Mem,
     y: Mem,
+    pub(super) tokens: Tokens<'b>,
     lane: V<'b>,
     /// The table of digits, of codes that are looked up.
     book: Option<Book>,
@@ -94,28 +97,30 @@ pub(super) fn are_operands(op: &Product) -> bool {
 
 impl<'b, 'a> Operands<'b, 'a> {
     /// Declares them. With `signed`, operands are the integers themselves ([`are_operands`]); with `shared_book`, a table of digits is
-    /// looked up in shared memory.
+    /// looked up in shared memory. Of experts, tokens are the pairs of a unit.
     pub(super) fn new(
         b: &'b Builder,
         op: &'a Product<'a>,
-        layout: &'a Relaid,
         lane: V<'b>,
         signed: bool,
         shared_book: bool,
+        experts: Option<&Experts>,
     ) -> Self {
         let columns = u64::from(op.shape.cols.next_multiple_of(COLUMN_PAD));
-        let batch = u64::from(op.batch);
+        let (inputs, outputs) = experts.map_or((op.batch, op.batch), |e| (e.rows, e.pairs));
+        let layout = op.layout_of_all(experts);
         let weights = b.sized("weights", Elem::U32, false, layout.words() as u64);
         let numbers = b.sized("numbers", Elem::U32, false, layout.number_words() as u64);
         let factors = b.sized("factors", Elem::F32, false, layout.padded_rows().into());
-        let x = b.sized("x", Elem::I8, false, 2 * batch * columns);
-        let x_scale = b.sized("x_scale", Elem::F32, false, batch);
-        let y = b.sized("y", Elem::F32, true, op.y.len(op.batch, op.shape.rows));
+        let x = b.sized("x", Elem::I8, false, 2 * u64::from(inputs) * columns);
+        let x_scale = b.sized("x_scale", Elem::F32, false, inputs.into());
+        let y = b.sized("y", Elem::F32, true, op.y.len(outputs, op.shape.rows));
+        let tokens = Tokens::declare(b, op.batch, experts);
         let book = layout.book.map(|(first, words)| match shared_book {
             true => Book::Shared(b.shared("book", Elem::U32, words)),
             false => Book::Global { mem: numbers, first },
         });
-        Operands { b, op, layout, weights, numbers, factors, x, x_scale, y, lane, book, signed }
+        Operands { b, op, layout, weights, numbers, factors, x, x_scale, y, tokens, lane, book, signed }
     }
 
     /// Copies the table of digits into shared memory, if it is looked up there, all threads of the block together.
@@ -140,10 +145,16 @@ impl<'b, 'a> Operands<'b, 'a> {
         }
     }
 
+    /// Row of tiles `row` of the tokens' matrix among those of all matrices.
+    fn row_of_tiles(&self, row: V<'b>) -> V<'b> {
+        self.tokens.in_matrix(row, self.op.layout().row_tiles())
+    }
+
     /// Starts loading tile `col` of row of tiles `row`.
     pub(super) fn fetch(&self, row: V<'b>, col: V<'b>, to: &Tile) {
-        let (b, layout) = (self.b, self.layout);
+        let (b, layout) = (self.b, &self.layout);
         let lane_words = layout.lane_words();
+        let row = self.row_of_tiles(row);
         let first = row * layout.row_words() + col * (lane_words * 32);
         let words = load_words(b, self.weights, first, self.lane, lane_words);
         to.words.iter().zip(words).for_each(|(&var, words)| b.set(var, words));
@@ -167,7 +178,7 @@ impl<'b, 'a> Operands<'b, 'a> {
 
     /// Loads what says the powers of two of the lane's rows in row of tiles `row`, if they have any.
     pub(super) fn grid(&self, row: V<'b>) -> Option<V<'b>> {
-        let at = row * (ROWS / 2) + (self.lane >> 2) + self.layout.grid? * 2;
+        let at = self.row_of_tiles(row) * (ROWS / 2) + (self.lane >> 2) + self.layout.grid? * 2;
         Some(self.b.load_as(self.numbers, at, Elem::U16, 1, Cache::ReadOnly))
     }
 
@@ -352,19 +363,20 @@ impl<'b, 'a> Operands<'b, 'a> {
 
     /// What the sums of a row are multiplied with.
     pub(super) fn row_factor(&self, row: V<'b>) -> V<'b> {
+        let row = self.tokens.in_matrix(row, self.op.layout().padded_rows());
         self.b.load_as(self.factors, row, Elem::F32, 1, Cache::ReadOnly)
     }
 
     /// The scale of a token's activations.
     pub(super) fn token_scale(&self, token: V<'b>) -> V<'b> {
-        self.b.load_as(self.x_scale, token, Elem::F32, 1, Cache::ReadOnly)
+        self.b.load_as(self.x_scale, self.tokens.input(token), Elem::F32, 1, Cache::ReadOnly)
     }
 
     /// Scales and stores the sum of a row and a token.
     pub(super) fn write(&self, row: V<'b>, token: V<'b>, sum: V<'b>, factor: V<'b>, scale: V<'b>) {
         let b = self.b;
         let value = sum.to(Scalar::F32) * factor * scale;
-        let at = row + self.op.y.at(token);
+        let at = row + self.op.y.at(self.tokens.output(token));
         let value = if self.op.accumulate { b.load(self.y, at, Elem::F32) + value } else { value };
         b.store(self.y, at, value, Elem::F32);
     }

@@ -3,11 +3,14 @@
 use std::sync::Arc;
 
 use super::layout::{ROWS, Relaid, Stored};
-use super::{Launch, Product, few, lower, many};
+use super::{Launch, Product, few, lower, lower_for_experts, many};
 use crate::cuda::Target;
 use crate::formats;
 use crate::ir::interpret::{Arg, Options, run};
+use crate::ir::{Kernel, validate};
 use crate::kernels::Span;
+use crate::kernels::experts::group::{self, Group};
+use crate::kernels::experts::{Experts, most_pairs};
 use crate::reader::{Book, Reader};
 use crate::reference::{Activations, activation_cells, quantize_activations};
 use crate::spec::Shape;
@@ -15,10 +18,15 @@ use crate::spec::terms::Terms;
 
 /// A matrix of made-up bits.
 fn matrix(name: &str, shape: Shape) -> (Arc<Terms>, Reader, Vec<Vec<u8>>) {
+    matrix_of(name, shape, u64::from(shape.rows))
+}
+
+/// One of bits that `seed` makes up.
+fn matrix_of(name: &str, shape: Shape, seed: u64) -> (Arc<Terms>, Reader, Vec<Vec<u8>>) {
     let format = formats::get(name).unwrap_or_else(|| panic!("there is no {name}"));
     let book = Arc::new(Book::new(format.clone()));
     let reader = Reader::new(&book, &format.layouts[0], shape).unwrap_or_else(|e| panic!("{name}: {e}"));
-    let tensors = reader.made(u64::from(shape.rows));
+    let tensors = reader.made(seed);
     (reader.terms().expect(name).clone(), reader, tensors)
 }
 
@@ -41,7 +49,18 @@ fn stored(reader: &Reader, tensors: &[&[u8]], layout: &Relaid) -> Stored {
 
 /// What the kernel of a launch gives, added to `before`.
 fn product(op: &Product, launch: &Launch, matrix: &Stored, tokens: &[Activations], before: &[f32]) -> Vec<f32> {
-    let kernel = lower(op, launch);
+    given(op, &lower(op, launch), matrix, tokens, before, &[])
+}
+
+/// What a kernel gives that begins with `before` and has the parameters `others` behind those of [`lower`].
+fn given(
+    op: &Product,
+    kernel: &Kernel,
+    matrix: &Stored,
+    tokens: &[Activations],
+    before: &[f32],
+    others: &[Vec<i32>],
+) -> Vec<f32> {
     let scales: Vec<f32> = tokens.iter().map(|t| t.scale).collect();
     let bytes = |x: &[f32]| x.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
     let words: Vec<u8> = matrix.words.iter().flat_map(|w| w.to_le_bytes()).collect();
@@ -53,9 +72,15 @@ fn product(op: &Product, launch: &Launch, matrix: &Stored, tokens: &[Activations
     }
     let [words, numbers, factors, x, scales] =
         [&words, &matrix.numbers, &factors, &x, &scales].map(|b| Arg::ReadOnly(b.as_slice()));
-    let mut args = [words, numbers, factors, x, scales, Arg::Buffer(&mut y)];
-    run(&kernel, &mut args, &Options::default()).unwrap_or_else(|e| panic!("{}: {e}", kernel.name));
+    let others: Vec<Vec<u8>> = others.iter().map(|x| ints(x)).collect();
+    let mut args = vec![words, numbers, factors, x, scales, Arg::Buffer(&mut y)];
+    args.extend(others.iter().map(|bytes| Arg::ReadOnly(bytes)));
+    run(kernel, &mut args, &Options::default()).unwrap_or_else(|e| panic!("{}: {e}", kernel.name));
     y.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+}
+
+fn ints(x: &[i32]) -> Vec<u8> {
+    x.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
 fn check(name: &str, shape: Shape, batches: &[u32], launches: &[Launch]) {
@@ -219,6 +244,86 @@ fn tables_in_global_memory_give_the_same_bits() {
     ];
     check("exl3_mcg_2", Shape { rows: 128, cols: 256 }, &[1, 9], &launches);
     check("exl3_3inst_3", Shape { rows: 128, cols: 384 }, &[1, 6], &launches);
+}
+
+/// Products of the pairs of `tokens` tokens with `chosen` of four experts, one of which has no pairs, on some launches: those of each pair
+/// alone. Pairs share their tokens' inputs or have their own.
+fn check_experts(name: &str, shape: Shape, (tokens, chosen): (u32, u32), launches: &[Launch]) {
+    let count = 4;
+    let made: Vec<_> = (0..count).map(|e| matrix_of(name, shape, e.into())).collect();
+    let terms = &made[0].0;
+    let layout = Relaid::new(terms, shape);
+    let slices = |e: usize| made[e].2.iter().map(Vec::as_slice).collect::<Vec<&[u8]>>();
+    let (pairs, most) = (tokens * chosen, most_pairs(tokens, chosen, count));
+    let expert_of: Vec<i32> = (0..pairs).map(|p| ((p * 5 + p / 4) % 3) as i32).collect();
+    let (mut units, mut sorted) = (expert_of.clone(), vec![0; pairs as usize]);
+    let group = Group { count, pairs, most };
+    if most > 1 {
+        let len = 4 * crate::kernels::experts::units(count, pairs, most);
+        let (mut made, mut order) = (ints(&vec![0; len as usize]), ints(&sorted));
+        let args = &mut [Arg::ReadOnly(&ints(&expert_of)), Arg::Buffer(&mut order), Arg::Buffer(&mut made)];
+        run(&group::lower(&group), args, &Options::default()).unwrap_or_else(|trap| panic!("{trap}"));
+        let words = |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b)).collect();
+        (units, sorted) = (words(&made), words(&order));
+    }
+    // The matrices of all experts in their order; or of some, in another.
+    for (inputs, order) in [(tokens, vec![0, 1, 2, 3]), (pairs, vec![3, 0, 2])] {
+        let stride = shape.rows + 5;
+        let experts = Experts { count, matrices: order.len() as u32, rows: inputs, pairs, most, stride };
+        let place = |e: i32| order.iter().position(|o| *o == e as usize).map_or(-1, |place| place as i32);
+        let places: Vec<i32> = (0..count as i32).map(place).collect();
+        let stack = Relaid::new(terms, Shape { rows: experts.matrices * layout.padded_rows(), ..shape });
+        let mut all = Stored::new(terms, &stack);
+        for (at, &e) in (0..).zip(&order) {
+            for tile in 0..layout.row_tiles() {
+                let stored = stack.row_tile(&made[e].1, &slices(e), tile * ROWS);
+                all.put(&stack, at * layout.row_tiles() + tile, &stored);
+            }
+        }
+        let x = activations(shape.cols, inputs);
+        let y = Span { first: 3, stride };
+        let op = Product { terms, shape, batch: most, y, accumulate: false };
+        let mut expected = vec![0.5; y.len(pairs, shape.rows) as usize];
+        for (pair, &expert) in expert_of.iter().enumerate().filter(|(_, e)| place(**e) >= 0) {
+            let row = &x[pair / (pairs / inputs) as usize..][..1];
+            let alone = made[expert as usize].1.product(&slices(expert as usize), row);
+            expected[3 + pair * stride as usize..][..shape.rows as usize].copy_from_slice(&alone);
+        }
+        let chosen = Launch::ranked_for_experts(&op, &experts, &Target::Sm90a.device())[0].1;
+        for launch in launches.iter().chain([&chosen]) {
+            let launch = match *launch {
+                Launch::Few(launch) => Launch::Few(launch),
+                Launch::Many(launch) => Launch::Many(many::Launch {
+                    token_parts: launch.token_parts.max(most.div_ceil(many::MAX_PART)),
+                    ..launch
+                }),
+            };
+            let kernel = lower_for_experts(&op, &launch, &experts);
+            validate(&kernel).unwrap_or_else(|problems| panic!("{problems}"));
+            let others = [units.clone(), sorted.clone(), places.clone()];
+            let found = given(&op, &kernel, &all, &x, &vec![0.5; expected.len()], &others);
+            let differs = found.iter().zip(&expected).position(|(a, b)| a.to_bits() != b.to_bits());
+            assert_eq!(differs, None, "{name}, {experts:?}, {launch:?}");
+        }
+    }
+}
+
+#[test]
+fn products_of_experts_are_those_of_each_pair_alone() {
+    let launches = [
+        Launch::Few(ONE),
+        Launch::Few(few::Launch { warps: 2, depth: 2, ahead: 2, blocks: 2, ..ONE }),
+        Launch::Many(many::Launch { blocks: 2, row_warps: 1, col_warps: 2, ..FOUR }),
+        Launch::Many(many::Launch { group: true, token_parts: 2, ..FOUR }),
+    ];
+    for (name, rows, cols) in [("q4_k", 40, 256), ("mxfp4", 37, 416), ("gptq_int4_g128", 64, 384), ("q8_0", 24, 96)] {
+        // Each pair a unit, units of a few pairs, and of more than a block of a few tokens takes.
+        for (tokens, chosen) in [(1, 3), (5, 2), (40, 1)] {
+            check_experts(name, Shape { rows, cols }, (tokens, chosen), &launches);
+        }
+    }
+    check_experts("fp8_128", Shape { rows: 128, cols: 256 }, (3, 2), &[]);
+    check_experts("mxfp4", Shape { rows: 37, cols: 96 }, (300, 2), &[Launch::Few(ONE)]);
 }
 
 #[test]

@@ -119,6 +119,20 @@ struct Preparation {
     matrix: Option<usize>,
 }
 
+impl Preparation {
+    /// That for products with matrix number `at`, of which `form` is the form; `None` for dense ones.
+    fn of(form: &Form, at: usize) -> Option<Preparation> {
+        match form {
+            Form::Packed(q) => Some(Preparation { rotation: q.rotation, entering: None, matrix: None }),
+            Form::Grouped(terms) => {
+                let (rotation, entering) = Entering::of(terms);
+                Some(Preparation { rotation, entering, matrix: entering.filter(|e| e.factors).map(|_| at) })
+            }
+            Form::Dense(_) | Form::Shared => None,
+        }
+    }
+}
+
 /// The launches of a step, and where its logits lie.
 #[derive(Clone, Debug)]
 pub struct Step {
@@ -583,15 +597,7 @@ impl<'l> Lowering<'l> {
                 layers.iter().copied().filter(|l| layout.matrix_of[l.0.0] == matrix).collect();
             let stream = self.stream_of(own[0].0, own[0].1);
             let accumulate = stream.is_some();
-            let wanted = match &stored.form {
-                Form::Packed(q) => Some(Preparation { rotation: q.rotation, entering: None, matrix: None }),
-                Form::Grouped(terms) => {
-                    let (rotation, entering) = Entering::of(terms);
-                    let matrix = entering.filter(|e| e.factors).map(|_| matrix);
-                    Some(Preparation { rotation, entering, matrix })
-                }
-                Form::Dense(_) | Form::Shared => None,
-            };
+            let wanted = Preparation::of(&stored.form, matrix);
             if let Some(wanted) = wanted
                 && prepared != Some(wanted)
                 && own_preparation.is_none()

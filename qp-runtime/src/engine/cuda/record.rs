@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 
 use qp_codegen::ir::Kernel;
 use qp_codegen::kernels::prepare::Prepare;
-use qp_codegen::kernels::{grouped, product};
+use qp_codegen::kernels::product;
 use rayon::prelude::*;
 
 use super::layout::Layout;
 use super::lower::{self, Launch, Op, Slot};
 use super::matrix::{Floats, Matrix};
 use crate::device::attend::{AppendInputs, AppendKernel, AttendKernel, Queries, Tokens};
-use crate::device::grouped::GroupedKernel;
+use crate::device::grouped::{GroupedArgs, GroupedExpertsArgs};
 use crate::device::launches as args;
 use crate::device::ops::{
     DeviceActivations, EmbedPackedKernel, ExpertsKernel, Faults, GemvKernel, Pairs, PrepareInputs, PrepareKernel,
@@ -96,8 +96,6 @@ pub enum Ready {
     Product(GemvKernel),
     /// Of experts.
     Experts(ExpertsKernel),
-    /// Nothing.
-    Grouped(GroupedKernel),
     /// Of keys, values and queries.
     Append(AppendKernel),
     /// Where blocks meet.
@@ -186,11 +184,6 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
             let launch = product::Launch::ranked_for_experts(&op, &experts, &on.device())[0];
             return ExpertsKernel::load(on, &op, &experts, &launch).map(Ready::Experts);
         }
-        Op::Grouped { terms, shape, batch, y, accumulate } => {
-            let op = grouped::Product { terms, shape: *shape, batch: *batch, y: *y, accumulate: *accumulate };
-            let launch = grouped::Launch::choose(&op, &on.device());
-            return GroupedKernel::load(on, &op, &launch).map(Ready::Grouped);
-        }
         Op::Append(op) => return AppendKernel::load(on, op).map(Ready::Append),
         Op::AttendFew(op) => return AttendKernel::few(on, op).map(Ready::Attend),
         Op::AttendMany(op) => {
@@ -211,6 +204,8 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
         (Op::DenseExperts { .. }, Some(Floats::F16(_))) => on.load::<args::DenseExperts<'_, half::f16>>(kernel)?,
         (Op::DenseExperts { .. }, Some(Floats::Bf16(_))) => on.load::<args::DenseExperts<'_, half::bf16>>(kernel)?,
         (Op::DenseExperts { .. }, _) => on.load::<args::DenseExperts<'_, f32>>(kernel)?,
+        (Op::Grouped { .. }, _) => on.load::<GroupedArgs<'_>>(kernel)?,
+        (Op::GroupedExperts { .. }, _) => on.load::<GroupedExpertsArgs<'_>>(kernel)?,
         (Op::Route(_), _) => on.load::<args::Route<'_>>(kernel)?,
         (Op::Group(_), _) => on.load::<args::Group<'_>>(kernel)?,
         (Op::GateExperts(_), _) => on.load::<args::GateExperts<'_>>(kernel)?,
@@ -228,7 +223,6 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
             | Op::EmbedPacked { .. }
             | Op::Product { .. }
             | Op::Experts { .. }
-            | Op::Grouped { .. }
             | Op::Append(_)
             | Op::AttendFew(_)
             | Op::AttendMany(_),
@@ -289,8 +283,11 @@ pub fn record(
                 Some(op) => kernel.record_preparing(to, matrix, inputs(op), Faults { faults, layer }, y),
             }
         }
-        (Op::Grouped { .. }, Ready::Grouped(kernel), Some(Matrix::Grouped(matrix)), Some(y)) => {
-            kernel.record(to, matrix, activations, y)
+        (Op::Grouped { .. }, Ready::Plain(kernel), Some(Matrix::Grouped(matrix)), Some(y)) => {
+            to.launch(kernel, matrix.args(activations, y))
+        }
+        (Op::GroupedExperts { experts, .. }, Ready::Plain(kernel), Some(Matrix::Grouped(matrix)), Some(y)) => {
+            to.launch(kernel, matrix.args_of_experts(activations, pairs_of(experts.most), y))
         }
         (Op::EmbedPacked { .. }, Ready::EmbedPacked(kernel), Some(Matrix::Packed(matrix)), Some(y)) => {
             kernel.record(to, matrix, tokens, y)

@@ -2,10 +2,12 @@
 //! products of all of them and an expert is a distance.
 
 use qp_codegen::kernels::experts::{most_pairs, units};
+use qp_codegen::kernels::grouped::layout::Relaid;
 use qp_codegen::layout::{COLUMN_PAD, Packed};
 use qp_codegen::spec::Shape;
 
 use super::{Form, Layout};
+use crate::device::grouped;
 use crate::device::ops::{first_rows, stacked};
 use crate::model::program::{Expert, Mixture, Node};
 use crate::model::{LayerId, Program};
@@ -52,8 +54,8 @@ pub struct Mixed {
 }
 
 impl Mixed {
-    /// Stores a mixture's matrices in `out`. Gates and what they gate are computed together where each expert has one quantizer
-    /// for both.
+    /// Stores a mixture's matrices in `out`. Gates and what they gate are computed together where each expert has one quantizer, or
+    /// one format, for both.
     pub(super) fn store(out: &mut Layout, mixture: &Mixture, forms: &[Form]) -> Mixed {
         let each = |part: fn(&Expert) -> LayerId| mixture.experts.iter().map(|e| vec![part(e)]).collect::<Vec<_>>();
         let (gates, ups) = (each(|e| e.gate), each(|e| e.up));
@@ -62,6 +64,7 @@ impl Mixed {
         // Where what is gated begins, if it can lie behind the gates.
         let up = |pair: (&Vec<LayerId>, &Vec<LayerId>)| match (&forms[pair.0[0].0], &forms[pair.1[0].0]) {
             (Form::Packed(p), Form::Packed(q)) if p == q => Some(first_rows(q, cols, &[rows, rows])[1]),
+            (Form::Grouped(p), Form::Grouped(q)) if p == q => Some(grouped::first_rows(&[rows, rows])[1]),
             (Form::Packed(_) | Form::Dense(_) | Form::Grouped(_) | Form::Shared, _) => None,
         };
         let first = up((&gates[0], &ups[0]));
@@ -106,8 +109,11 @@ impl Outputs {
                     let packed = Packed::new(q, member);
                     (member, packed.words() as u64, packed.padded_rows())
                 }
-                // Experts of formats are floats.
-                Form::Dense(_) | Form::Grouped(_) | Form::Shared => (shapes[0], shapes[0].len(), shapes[0].rows),
+                Form::Grouped(terms) => {
+                    let member = grouped::stacked(&shapes);
+                    (member, Relaid::new(terms, member).elements(), member.rows)
+                }
+                Form::Dense(_) | Form::Shared => (shapes[0], shapes[0].len(), shapes[0].rows),
             };
             // Kernels count a buffer's elements in 31 bits.
             let most = (i32::MAX as u64 / elements.max(1)).max(1) as usize;
@@ -171,6 +177,7 @@ mod tests {
 
     use qp_codegen::cuda::Target;
     use qp_codegen::ir::Elem;
+    use qp_codegen::spec::terms::Terms;
 
     use super::*;
     use crate::check::{shapes, synthetic};
@@ -208,6 +215,24 @@ mod tests {
         assert_eq!(kinds(&layout, 1), ["routing", "prepare", product, "prepare", product, "sum of experts"]);
         assert_eq!(kinds(&layout, 64)[..3], ["routing", "routing", "prepare"]);
         assert_eq!(kinds(&layout, 64).len(), 7);
+    }
+
+    #[test]
+    fn experts_of_one_format_are_one_launch() {
+        let terms = Arc::new(Terms::of(qp_codegen::formats::get("q8_0").expect("a format")).expect("exact products"));
+        let form = Form::Grouped(terms.clone());
+        let layout = layout(|name| if name.contains("experts") { form.clone() } else { Form::Dense(Elem::F32) });
+        let mixed = layout.mixtures.values().next().expect("a mixture");
+        assert!(mixed.ups.is_none() && mixed.stacks().count() == 2);
+        let product = "product of experts";
+        assert_eq!(kinds(&layout, 1), ["routing", "prepare", product, "prepare", product, "sum of experts"]);
+        assert_eq!(kinds(&layout, 64).len(), 7);
+        // All experts together take what each alone takes, padded to whole tiles.
+        for stack in mixed.stacks() {
+            let stored = &layout.matrices[stack.matrix];
+            let [all, one] = [stored.shape, stack.member].map(|shape| Relaid::new(&terms, shape));
+            assert_eq!((all.row_tiles(), all.words()), (7 * one.row_tiles(), 7 * one.words()));
+        }
     }
 
     #[test]

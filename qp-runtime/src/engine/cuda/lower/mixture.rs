@@ -10,9 +10,8 @@ use qp_codegen::kernels::experts::{Experts, most_pairs};
 use qp_codegen::kernels::prepare::{Gate, Prepare};
 use qp_codegen::reference::Activation;
 use qp_codegen::reference::routing::Unit;
-use qp_codegen::spec::Rotation;
 
-use super::{Lowering, Op, Slot};
+use super::{Lowering, Op, Preparation, Slot};
 use crate::engine::cuda::layout::Form;
 use crate::engine::cuda::layout::mixture::Outputs;
 use crate::model::program::{Mixture, Value};
@@ -62,13 +61,13 @@ impl Lowering<'_> {
             Some(ups) => rows(self.products(ups, of_tokens, Input::Tokens(mixture.x))),
             None => rows((gates.0, Span { first: mixed.up, ..gates.1 })),
         };
-        let packed = |outputs: &Outputs| {
-            let is = |matrix: usize| matches!(layout.matrices[matrix].form, Form::Packed(_));
+        let prepared = |outputs: &Outputs| {
+            let is = |at: usize| Preparation::of(&layout.matrices[at].form, at).is_some();
             outputs.stacks.iter().all(|stack| is(stack.matrix))
         };
         let biased = layer(expert.gate).bias;
         let input = match mixture.unit {
-            Unit::Plain(activation) if !biased && packed(&mixed.downs) => Input::Gated { gate, up, activation },
+            Unit::Plain(activation) if !biased && prepared(&mixed.downs) => Input::Gated { gate, up, activation },
             unit => {
                 let slot = self.take(chosen * inner);
                 let op = GateExperts { columns: inner, pairs, count, unit, gate: gate.span, up: up.span, biased };
@@ -106,13 +105,16 @@ impl Lowering<'_> {
         for stack in &outputs.stacks {
             let stored = &layout.matrices[stack.matrix];
             let experts = Experts { matrices: stack.experts.len() as u32, stride, ..experts };
+            if let Some(wanted) = Preparation::of(&stored.form, stack.matrix)
+                && prepared != Some(wanted)
+            {
+                prepared = Some(wanted);
+                self.prepare_for(input, experts.rows, wanted);
+            }
             let (op, reads) = match &stored.form {
-                Form::Packed(q) => {
-                    if prepared != Some(q.rotation) {
-                        prepared = Some(q.rotation);
-                        self.prepare_for(input, experts.rows, q.rotation);
-                    }
-                    (Op::Experts { spec: stored.spec, shape: stack.member, experts }, None)
+                Form::Packed(_) => (Op::Experts { spec: stored.spec, shape: stack.member, experts }, None),
+                Form::Grouped(terms) => {
+                    (Op::GroupedExperts { terms: terms.clone(), shape: stack.member, experts }, None)
                 }
                 Form::Dense(elem) => {
                     let (from, x) = match input {
@@ -122,16 +124,16 @@ impl Lowering<'_> {
                             (place.slot, place.span)
                         }
                         Input::Pairs(rows) => (rows.slot, rows.span),
-                        Input::Gated { .. } => unreachable!("gated as they are prepared for packed layers alone"),
+                        Input::Gated { .. } => {
+                            unreachable!("gated as they are prepared, which dense layers do without")
+                        }
                     };
                     let (rows, cols, batch) = (stack.member.rows, stack.member.cols, experts.most);
                     let y = Span::rows(stride);
                     let op = Dense { rows, cols, elem: *elem, batch, x, y, accumulate: false };
                     (Op::DenseExperts { op, experts }, Some(from))
                 }
-                Form::Shared | Form::Grouped(_) => {
-                    unreachable!("experts share no matrices, and those of formats are floats")
-                }
+                Form::Shared => unreachable!("experts share no matrices"),
             };
             let reads: Vec<Slot> = reads.into_iter().collect();
             self.launch(op, &reads, Some(slot)).matrix = Some(stack.matrix);
@@ -139,16 +141,15 @@ impl Lowering<'_> {
         (slot, Span::rows(stride))
     }
 
-    /// The preparation of `batch` rows for packed layers of `rotation`.
-    fn prepare_for(&mut self, input: Input, batch: u32, rotation: Rotation) {
+    /// The preparation of `batch` rows, of which `wanted` says the rest.
+    fn prepare_for(&mut self, input: Input, batch: u32, wanted: Preparation) {
         let (rows, gate) = match input {
-            Input::Tokens(x) => {
-                return self.prepare(x, super::Preparation { rotation, entering: None, matrix: None });
-            }
+            Input::Tokens(x) => return self.prepare(x, wanted),
             Input::Gated { gate, up, activation } => (gate, Some((up.slot, Gate { activation, up: up.span }))),
             Input::Pairs(rows) => (rows, None),
         };
         let up = gate.map(|(slot, _)| slot);
+        let Preparation { rotation, entering, matrix } = wanted;
         let op = Prepare {
             columns: rows.columns,
             batch,
@@ -156,9 +157,9 @@ impl Lowering<'_> {
             gate: gate.map(|(_, gate)| gate),
             norm: None,
             rotation,
-            entering: None,
+            entering,
         };
         let reads: Vec<Slot> = [rows.slot].into_iter().chain(up).collect();
-        self.launch(Op::Prepare(op), &reads, None);
+        self.launch(Op::Prepare(op), &reads, None).matrix = matrix;
     }
 }

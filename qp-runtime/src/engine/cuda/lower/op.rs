@@ -95,6 +95,15 @@ pub enum Op {
         /// Pairs and units.
         experts: Experts,
     },
+    /// Exact products with the matrices of experts of a format.
+    GroupedExperts {
+        /// The format's weight.
+        terms: Arc<Terms>,
+        /// Of each expert's matrix.
+        shape: Shape,
+        /// Pairs and units.
+        experts: Experts,
+    },
     /// Products with the dense matrices of experts.
     DenseExperts {
         /// That of one expert with the pairs of a unit.
@@ -136,7 +145,7 @@ impl Op {
             Op::Product { .. } | Op::Grouped { .. } => "product",
             Op::Dense(_) => "dense product",
             Op::Route(_) | Op::Group(_) => "routing",
-            Op::Experts { .. } => "product of experts",
+            Op::Experts { .. } | Op::GroupedExperts { .. } => "product of experts",
             Op::DenseExperts { .. } => "dense product of experts",
             Op::GateExperts(_) => "gated unit of experts",
             Op::Combine(_) => "sum of experts",
@@ -155,7 +164,12 @@ impl Op {
     pub fn is_product(&self) -> bool {
         matches!(
             self,
-            Op::Product { .. } | Op::Grouped { .. } | Op::Dense(_) | Op::Experts { .. } | Op::DenseExperts { .. }
+            Op::Product { .. }
+                | Op::Grouped { .. }
+                | Op::Dense(_)
+                | Op::Experts { .. }
+                | Op::GroupedExperts { .. }
+                | Op::DenseExperts { .. }
         )
     }
 
@@ -188,6 +202,20 @@ impl Op {
         }
     }
 
+    /// The exact product with a matrix of a format; of experts, of one of them with the pairs of a unit.
+    pub fn grouped(&self) -> Option<(grouped::Product<'_>, Option<Experts>)> {
+        match *self {
+            Op::Grouped { ref terms, shape, batch, y, accumulate } => {
+                Some((grouped::Product { terms, shape, batch, y, accumulate }, None))
+            }
+            Op::GroupedExperts { ref terms, shape, experts } => {
+                let y = Span::rows(experts.stride);
+                Some((grouped::Product { terms, shape, batch: experts.most, y, accumulate: false }, Some(experts)))
+            }
+            _ => None,
+        }
+    }
+
     /// The operation of a packed embedding.
     pub fn embed_packed<'l>(&self, layout: &'l Layout) -> Option<EmbedPacked<'l>> {
         match *self {
@@ -205,10 +233,13 @@ impl Op {
             Op::Norm(op) => norm::lower(op),
             Op::Prepare(op) => prepare::lower(op, device),
             Op::Leave(op) => leave::lower(op),
-            Op::Grouped { terms, shape, batch, y, accumulate } => {
-                let op = grouped::Product { terms, shape: *shape, batch: *batch, y: *y, accumulate: *accumulate };
-                grouped::lower(&op, &grouped::Launch::choose(&op, device))
-            }
+            Op::Grouped { .. } | Op::GroupedExperts { .. } => match self.grouped().expect("of a format") {
+                (op, None) => grouped::lower(&op, &grouped::Launch::choose(&op, device)),
+                (op, Some(experts)) => {
+                    let launch = grouped::Launch::ranked_for_experts(&op, &experts, device)[0].1;
+                    grouped::lower_for_experts(&op, &launch, &experts)
+                }
+            },
             Op::Dense(op) => dense::lower(op),
             Op::Route(op) => route::lower(op),
             Op::Group(op) => group::lower(op),

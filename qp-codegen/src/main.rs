@@ -6,6 +6,7 @@ mod try_out;
 use std::io::{self, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use qp_codegen::cuda::{self, Target, print};
@@ -13,7 +14,9 @@ use qp_codegen::ir::{Elem, Kernel};
 use qp_codegen::kernels::{Span, dequantize, embed_packed, encode, gemv, grouped, prepare, product};
 use qp_codegen::layout::{Packed, TooLarge};
 use qp_codegen::nvrtc;
+use qp_codegen::reader::{Book, Reader};
 use qp_codegen::reference::RmsNorm;
+use qp_codegen::spec::format::Layout;
 use qp_codegen::spec::terms::Terms;
 use qp_codegen::spec::{self, Definition, Format, Matrix, Quantizer, Shape};
 use qp_codegen::syntax::{self, Diagnostics};
@@ -327,6 +330,13 @@ fn product_of_format(e: &Emit, format: &Format) -> Result<Kernel, Failure> {
     if e.op != Operation::Gemv {
         return Err(refused("formats have products alone".to_owned()));
     }
+    // A matrix of these sides must be possible in one of its layouts.
+    let plain = if format.layouts.is_empty() { Layout::plain(format) } else { None };
+    let book = Arc::new(Book::new(format.clone()));
+    let readers = format.layouts.iter().chain(&plain).map(|layout| Reader::new(&book, layout, e.shape));
+    if let Some(Err(why)) = readers.reduce(Result::or) {
+        return Err(refused(why.to_string()));
+    }
     let terms = Terms::of(format).map_err(|why| refused(why.to_string()))?;
     if !terms.fits(e.shape.cols) {
         return Err(refused(format!("its numbers are not those of runs in rows of {} columns", e.shape.cols)));
@@ -338,11 +348,11 @@ fn product_of_format(e: &Emit, format: &Format) -> Result<Kernel, Failure> {
 
 /// The kernel that `e` asks for.
 fn kernel(e: &Emit) -> Result<Kernel, Failure> {
-    if let Ok(Definition::Format(format)) = spec::resolve_any(&e.spec) {
-        return product_of_format(e, &format);
-    }
     // The tables are data: a kernel is the same before and after training.
-    let q = spec::resolve_untrained(&e.spec)?;
+    let q = match spec::resolve_any(&e.spec)? {
+        Definition::Format(format) => return product_of_format(e, &format),
+        Definition::Quantizer(q) => q,
+    };
     let too_large = |problem: TooLarge| Failure::Other(problem.to_string());
     Packed::check(&q, e.shape).map_err(too_large)?;
     let device = e.target.device();

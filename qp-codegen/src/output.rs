@@ -12,11 +12,10 @@ use tempfile::NamedTempFile;
 /// # Errors
 /// If it cannot be written, is a directory, or is a link to nothing.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let end = target(path)?;
-    if fs::metadata(&end).is_ok_and(|m| !m.is_file()) {
-        return File::options().write(true).open(end)?.write_all(bytes);
-    }
-    let mut whole = Whole::create(path)?;
+    let mut whole = match target(path)? {
+        Target::File(path) => Whole::of(path)?,
+        Target::Stream => return File::options().write(true).open(path)?.write_all(bytes),
+    };
     whole.file().write_all(bytes)?;
     whole.keep()
 }
@@ -35,11 +34,13 @@ impl Whole {
     /// # Errors
     /// If it cannot be written, is a link to nothing, or is something else than a regular file.
     pub fn create(path: &Path) -> Result<Whole> {
-        let path = target(path)?;
-        let there = fs::metadata(&path).ok();
-        if there.as_ref().is_some_and(|m| !m.is_file()) {
-            return Err(Error::new(ErrorKind::InvalidInput, "it is no regular file"));
+        match target(path)? {
+            Target::File(path) => Whole::of(path),
+            Target::Stream => Err(Error::new(ErrorKind::InvalidInput, "it is no regular file")),
         }
+    }
+
+    fn of(path: PathBuf) -> Result<Whole> {
         let folder = folder(&path);
         fs::create_dir_all(folder)?;
         let mut new = tempfile::Builder::new();
@@ -48,7 +49,7 @@ impl Whole {
         new.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let new = new.tempfile_in(folder)?;
         // Who may read what is replaced may read what replaces it, and nobody else.
-        if let Some(there) = there {
+        if let Ok(there) = fs::metadata(&path) {
             new.as_file().set_permissions(there.permissions())?;
         }
         Ok(Whole { new, path })
@@ -79,27 +80,38 @@ impl Whole {
 /// # Errors
 /// As [`write()`], and if the folder cannot be written.
 pub fn check(path: &Path) -> Result<()> {
-    let path = &target(path)?;
-    if fs::metadata(path).is_ok_and(|m| !m.is_file()) {
-        return File::options().write(true).open(path).map(drop);
-    }
+    let Target::File(path) = &target(path)? else {
+        // Not opened: who reads a pipe would see its end when it is closed again.
+        return Ok(());
+    };
     let folder = folder(path);
     fs::create_dir_all(folder)?;
     tempfile::tempfile_in(folder).map(drop)
 }
 
-/// The place that `path` means: what a link names, itself otherwise.
+/// What a path means.
+enum Target {
+    /// A regular file, or one to be made: what a link names, the path itself otherwise.
+    File(PathBuf),
+    /// A pipe or a device, which is opened by the path as it is: what its link names need not be a path (`pipe:[7]`).
+    Stream,
+}
+
+/// What `path` means.
 ///
 /// # Errors
 /// If it is a link to nothing, or a directory.
-fn target(path: &Path) -> Result<PathBuf> {
+fn target(path: &Path) -> Result<Target> {
     if dangles(path) {
         return Err(Error::new(ErrorKind::NotFound, "it is a link to nothing: remove it, or make what it names"));
     }
     if path.is_dir() {
         return Err(Error::new(ErrorKind::IsADirectory, "it is a directory: give the name of a file"));
     }
-    if path.is_symlink() { fs::canonicalize(path) } else { Ok(path.to_owned()) }
+    if fs::metadata(path).is_ok_and(|m| !m.is_file()) {
+        return Ok(Target::Stream);
+    }
+    Ok(Target::File(if path.is_symlink() { fs::canonicalize(path)? } else { path.to_owned() }))
 }
 
 /// True if `path` is a link whose end is not there.
@@ -149,6 +161,18 @@ mod tests {
             // A device stays one.
             write(Path::new("/dev/null"), b"4").unwrap();
             assert!(!fs::metadata("/dev/null").unwrap().is_file());
+        }
+        // What a shell's `>(command)` and `/dev/stdout` before a `|` are: links to what has no path.
+        #[cfg(target_os = "linux")]
+        {
+            let (mut reader, writer) = std::io::pipe().unwrap();
+            let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&writer));
+            check(Path::new(&path)).unwrap();
+            write(Path::new(&path), b"5").unwrap();
+            drop(writer);
+            let mut read = Vec::new();
+            std::io::Read::read_to_end(&mut reader, &mut read).unwrap();
+            assert_eq!(read, b"5");
         }
     }
 }

@@ -35,6 +35,28 @@ fn check_counts_errors_and_warnings() {
     assert!(told.contains("run: qp train-codebook ") && told.contains("constants.qspec:f_a") && code == 1, "{told}");
 }
 
+/// A table is of the training that its file tells, whatever the spec says by now.
+#[test]
+fn check_tells_tables_of_another_training() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = |seed: u32| {
+        format!(
+            "quantizer q {{ window 2 vector 1 step 2 block 2 x 128 values i8 + 1/2 unit 1/32 table t[4] \
+             trained(seed = {seed}, rounds = 3, samples = 1024) in \"q.table\" decode w {{ t[w] }} scale row rotate none }}\n"
+        )
+    };
+    let file = folder.path().join("q.qspec").display().to_string();
+    let table = "# q t\n# trained seed = 1, rounds = 3, samples = 1024\n-40\n-12\n12\n40\n";
+    fs::write(folder.path().join("q.table"), table).unwrap();
+    fs::write(&file, spec(1)).unwrap();
+    assert_eq!(run(&["check", &file]), ("ok: 1 quantizer\n".to_owned(), String::new(), 0));
+    fs::write(&file, spec(99)).unwrap();
+    let (_, told, code) = run(&["check", &file]);
+    assert!(told.contains("says `trained seed = 1, rounds = 3, samples = 1024`") && code == 0, "{told}");
+    assert!(told.contains("qp train-codebook") && told.ends_with("0 errors, 1 warning\n"), "{told}");
+    assert!(told.contains("seed = 99, rounds = 3"), "the place: {told}");
+}
+
 #[test]
 fn fmt_rewrites_what_parses_and_nothing_else() {
     let folder = tempfile::tempdir().unwrap();
@@ -101,5 +123,11 @@ fn emit_prints_kernels_and_refuses_bad_flags() {
         assert_eq!(code, 2, "{told}");
     }
     let (_, told, code) = run(&["emit", "--spec", "nothing.qspec"]);
-    assert!(told.contains("there is no file nothing.qspec") && code == 1, "{told}");
+    assert!(told.contains("cannot read nothing.qspec: there is no such file") && code == 1, "{told}");
+    let (text, told, code) = run(&["emit", "--spec", "tcq_2.5.qspec", "--shape", "64x256"]);
+    assert!(text.contains("__global__") && code == 0, "of the palette, from anywhere: {told}");
+    let (text, told, code) = run(&["emit", "--spec", "q4_k", "--shape", "7x256"]);
+    assert!(text.contains("__global__") && code == 0, "{told}");
+    let (_, told, code) = run(&["emit", "--spec", "q4_k", "--shape", "7x13"]);
+    assert!(told.contains("`q4_k` has no such kernel") && told.contains("13") && code == 1, "{told}");
 }

@@ -9,13 +9,12 @@ pub const SMALL: u64 = 256 << 20;
 /// Most bytes of a text.
 pub const TEXT: u64 = 1 << 30;
 
-/// The whole file `path`.
+/// The whole regular file `path`, such as one that lies in a model's directory: nobody fills a pipe there.
 ///
 /// # Errors
-/// If it cannot be read, has more than `most` bytes, or is neither a file nor a pipe (a device may never end).
+/// If it cannot be read, has more than `most` bytes, or is no file.
 pub fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
-    let file = open(path, true)?;
-    bounded(file, most)
+    bounded(open(path, false)?, most)
 }
 
 /// Opens the regular file `path`, or a pipe if `pipes` are welcome.
@@ -27,7 +26,12 @@ pub fn open(path: &Path, pipes: bool) -> Result<File> {
     let kind = std::fs::metadata(path)?.file_type();
     if !(kind.is_file() || pipes && is_pipe(kind)) {
         let expected = if pipes { "a file or a pipe" } else { "a file" };
-        let found = if kind.is_dir() { "a directory" } else { "a device, a socket or a pipe" };
+        let found = match kind {
+            _ if kind.is_dir() => "a directory",
+            _ if is_pipe(kind) => "a pipe",
+            // A device may never end.
+            _ => "a device or a socket",
+        };
         return Err(Error::new(ErrorKind::InvalidInput, format!("it is {found}, expected {expected}")));
     }
     File::open(path)
@@ -40,7 +44,7 @@ pub fn open(path: &Path, pipes: bool) -> Result<File> {
 pub fn text(path: &Path) -> std::result::Result<String, String> {
     let bytes = match path.to_str() {
         Some("-") => bounded(std::io::stdin().lock(), TEXT),
-        _ => read(path, TEXT),
+        _ => open(path, true).and_then(|file| bounded(file, TEXT)),
     };
     let bytes = bytes.map_err(|e| format!("cannot read {}: {e}", path.display()))?;
     let mut text = String::from_utf8(bytes).map_err(|e| {
@@ -89,13 +93,27 @@ mod tests {
         assert_eq!(read(&path, 5).unwrap(), b"12345");
         let message = |r: Result<Vec<u8>>| r.unwrap_err().to_string();
         assert_eq!(message(read(&path, 4)), "it has more than the 4 bytes that are read");
-        assert_eq!(message(read(dir.path(), 4)), "it is a directory, expected a file or a pipe");
+        assert_eq!(message(read(dir.path(), 4)), "it is a directory, expected a file");
         assert_eq!(message(bounded(std::io::repeat(0), 1000)), "it has more than the 1000 bytes that are read");
         std::fs::write(&path, "\u{feff}é").unwrap();
         assert_eq!(text(&path).unwrap(), "é");
         std::fs::write(&path, b"ab\xff").unwrap();
         assert!(text(&path).unwrap_err().ends_with("f is not UTF-8 (byte 2): convert it to UTF-8 first"));
-        #[cfg(unix)]
-        assert!(message(read(Path::new("/dev/zero"), 4)).starts_with("it is a device"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_is_no_file_is_named() {
+        let message = |path: &Path, pipes| open(path, pipes).unwrap_err().to_string();
+        assert_eq!(message(Path::new("/dev/zero"), true), "it is a device or a socket, expected a file or a pipe");
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+        if made.is_ok_and(|s| s.success()) {
+            // Without waiting for a writer.
+            assert_eq!(message(&pipe, false), "it is a pipe, expected a file");
+            let model = crate::model::Files::Dir(dir.path().to_owned());
+            assert!(model.read("pipe").unwrap_err().to_string().contains("it is a pipe"));
+        }
     }
 }

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use qp_codegen::spec::{Definition, Quantizer, Rotation, Shape, resolve_any, untrained};
+use qp_codegen::spec::{Definition, Quantizer, Rotation, Shape, file_of_palette, resolve_any, resolve_in, untrained};
 use qp_codegen::syntax::diag::nearest;
 use qp_codegen::syntax::{Diagnostic, Diagnostics, FileId, Sources, Span, diag};
 use qp_codegen::text_file;
@@ -32,6 +32,8 @@ pub struct Layer {
     /// Whether `default` covers it. False for the output layer and the embedding, which are quantized only if a rule
     /// names them.
     pub by_default: bool,
+    /// Which of the model's inputs of products it reads, if any: layers of one number may share a launch.
+    pub input: Option<usize>,
 }
 
 /// A plan as written, not yet applied to a model.
@@ -123,7 +125,12 @@ impl Plan {
     /// working directory. `option` is what the user gave it by, for messages.
     pub fn set(&mut self, option: &str, name: &str, spec: &str) {
         let absolute = is_path(spec).then(|| std::path::absolute(spec).ok()).flatten();
-        let text = absolute.map_or(spec.to_owned(), |p| p.to_string_lossy().into_owned());
+        let built_in = file_of_palette(spec).filter(|name| !Path::new(spec).exists() && resolve_any(name).is_ok());
+        let text = match (built_in, absolute) {
+            (Some(name), _) => name.to_owned(),
+            (None, Some(path)) => path.to_string_lossy().into_owned(),
+            (None, None) => spec.to_owned(),
+        };
         let span = place(self.sources.add(option, spec), 0..spec.len());
         self.rules.push((Text { text: name.to_owned(), span }, Text { text, span }));
     }
@@ -333,10 +340,9 @@ impl Plan {
     /// Paths are relative to the plan's folder; all else is a name of the palette or of a format.
     fn load(&self, name: &str) -> Result<Spec, Diagnostics> {
         let path = is_path(name).then(|| self.folder.join(name).to_string_lossy().into_owned());
-        let name = path.as_deref().unwrap_or(name);
         let failed = |d| Diagnostics { list: vec![d], ..Diagnostics::default() };
-        match resolve_any(name)? {
-            Definition::Quantizer(q) => match untrained(&q, name) {
+        match resolve_in(&self.folder, name)? {
+            Definition::Quantizer(q) => match untrained(&q, path.as_deref().unwrap_or(name)) {
                 Some(d) => Err(failed(d)),
                 None => Ok(Spec::Quantizer(Arc::new(q))),
             },
@@ -434,6 +440,12 @@ fn check_group(
             let (a, b) = (layers[first].shape.cols, layers[m].shape.cols);
             return Err(format!(
                 "`{}` has {a} columns and `{name}` {b}: layers of a group read the same input",
+                layers[first].name
+            ));
+        }
+        if layers[m].input != layers[first].input {
+            return Err(format!(
+                "`{}` and `{name}` do not read the same input, so they cannot be fused",
                 layers[first].name
             ));
         }

@@ -38,6 +38,12 @@ impl Library {
         self.formats.iter().find(|f| f.name == name)
     }
 
+    /// The quantizer or the format called `name`.
+    pub fn definition(&self, name: &str) -> Option<Definition> {
+        let quantizer = self.get(name).cloned().map(Definition::Quantizer);
+        quantizer.or_else(|| self.format(name).cloned().map(Definition::Format))
+    }
+
     /// Names of all quantizers and formats.
     pub fn names(&self) -> Vec<&str> {
         let formats = self.formats.iter().map(|f| f.name.as_str());
@@ -329,7 +335,7 @@ fn plain(path: &Path) -> PathBuf {
 
 /// The trained quantizer that a command line names: `tcq_2.5` (of the palette), `path/file.qspec` (which defines one,
 /// or one called `file`), `path/file.qspec:member`, or `path/member.qspec` where no such file exists but a `.qspec`
-/// file of that folder, or the palette, defines `member`.
+/// file of that folder defines `member`. A file that does not exist means the palette's only as [`file_of_palette`] says.
 ///
 /// # Errors
 /// If nothing or more than one thing is meant, if its file has errors, or if it is untrained.
@@ -418,46 +424,88 @@ impl Definition {
     }
 }
 
-/// As [`resolve_untrained`], formats included: those of a file, and those built in by name (`q4_k`).
+/// What a command line names, perhaps untrained: as [`resolve`], formats included.
 ///
 /// # Errors
 /// As [`resolve`].
 pub fn resolve_any(arg: &str) -> Result<Definition, Diagnostics> {
-    if let Some(f) = format_of(arg)? {
-        return Ok(Definition::Format(f));
+    resolve_in(Path::new(""), arg)
+}
+
+/// As [`resolve_any`], where files are named relative to `folder`.
+///
+/// # Errors
+/// As [`resolve`].
+pub fn resolve_in(folder: &Path, arg: &str) -> Result<Definition, Diagnostics> {
+    if let Some((file, member)) = arg.rsplit_once(':').filter(|(file, _)| file.ends_with(".qspec")) {
+        let library = load_file(folder.join(file))?;
+        let found = library.definition(member);
+        return found.ok_or_else(|| nothing_called(member, &format!(" in {file}"), &library.names()));
     }
-    resolve_untrained(arg).map(Definition::Quantizer).map_err(|e| {
-        // A slip in the name of a format.
-        let is_name = !arg.contains(['/', '\\', ':']) && !arg.ends_with(".qspec") && !Path::new(arg).exists();
-        match nearest(arg, palette::names().into_iter().chain(formats::names())).filter(|_| is_name) {
-            Some(near) => {
-                let d = Diagnostic::plain(format!("there is no quantizer or format `{arg}`"));
-                Diagnostics { list: vec![d.hint(format!("did you mean `{near}`?"))], ..Diagnostics::default() }
+    if !arg.ends_with(".qspec") {
+        return built_in(arg).ok_or_else(|| {
+            let known: Vec<&str> = palette::names().into_iter().chain(formats::names()).collect();
+            let mut all = nothing_called(arg, "", &known);
+            let d = &mut all.list[0];
+            if folder.join(arg).exists() {
+                d.hint = Some("a file of quantizers is called `….qspec`".into());
+            } else if nearest(arg, known).is_none() {
+                d.hint = Some("`qp-codegen list` shows the palette and the formats".into());
             }
-            None => e,
+            all
+        });
+    }
+    let path = folder.join(arg);
+    let member = path.file_stem().map_or(String::new(), |stem| stem.to_string_lossy().into_owned());
+    if path.exists() {
+        let library = load_file(&path)?;
+        return match (library.definition(&member), &library.quantizers[..], &library.formats[..]) {
+            (Some(found), ..) => Ok(found),
+            (None, [q], _) => Ok(Definition::Quantizer(q.clone())),
+            (None, [], [f]) => Ok(Definition::Format(f.clone())),
+            (None, [], []) => Err(Diagnostics::plain(format!("{arg} defines no quantizer"))),
+            (None, ..) => {
+                let names = library.names();
+                let d = Diagnostic::plain(format!("{arg} defines {} quantizers", names.len()));
+                let d = d.hint(format!("name one, as in `{arg}:{}`; there is {}", names[0], names.join(", ")));
+                Err(Diagnostics { list: vec![d], ..Diagnostics::default() })
+            }
+        };
+    }
+    let beside = beside(&path);
+    for file in &beside {
+        // A file with errors hides what it defines; that is told only if nothing else fits.
+        if let Ok(library) = load_file(file)
+            && let Some(found) = library.definition(&member)
+        {
+            return Ok(found);
         }
+    }
+    file_of_palette(arg).and_then(built_in).ok_or_else(|| {
+        let d = Diagnostic::plain(format!("cannot read {}: there is no such file", path.display()));
+        let files: Vec<String> = beside.iter().filter_map(|f| Some(f.file_name()?.to_str()?.to_owned())).collect();
+        let d = match nearest(&format!("{member}.qspec"), files.iter().map(String::as_str)) {
+            Some(file) => d.hint(format!("did you mean `{}`?", path.with_file_name(file).display())),
+            None => match nearest(&member, palette::names().into_iter().chain(formats::names())) {
+                Some(name) => d.hint(format!("what is built in is named without a folder: `{name}`")),
+                None => d,
+            },
+        };
+        Diagnostics { list: vec![d], ..Diagnostics::default() }
     })
 }
 
-/// The format that a command line names, if it names one.
-fn format_of(arg: &str) -> Result<Option<Format>, Diagnostics> {
-    let (file, member) = match arg.rsplit_once(':').filter(|(file, _)| file.ends_with(".qspec")) {
-        Some((file, member)) => (file, member),
-        None => match arg.strip_suffix(".qspec") {
-            Some(stem) => (arg, stem.rsplit(['/', '\\']).next().unwrap_or(stem)),
-            None if palette::get(arg).is_some() => return Ok(None),
-            None => return Ok(formats::get(arg).cloned()),
-        },
-    };
-    if !Path::new(file).exists() {
-        return Ok(None);
-    }
-    let library = load_file(file)?;
-    Ok(match (library.format(member), &library.formats[..], &library.quantizers[..]) {
-        (Some(f), ..) => Some(f.clone()),
-        (None, [f], []) if file == arg => Some(f.clone()),
-        _ => None,
-    })
+/// The quantizer of the palette, or the format, that is called `name`.
+fn built_in(name: &str) -> Option<Definition> {
+    palette::get(name).map(Definition::Quantizer).or_else(|| formats::get(name).cloned().map(Definition::Format))
+}
+
+/// The name that `arg` means if there is no such file: `NAME.qspec`, or where the project keeps it, `specs/NAME.qspec` and
+/// `specs/formats/NAME.qspec`. Any other path means a file that must be there.
+pub fn file_of_palette(arg: &str) -> Option<&str> {
+    let name = arg.strip_suffix(".qspec")?;
+    let name = name.strip_prefix("specs/").map_or(name, |inside| inside.strip_prefix("formats/").unwrap_or(inside));
+    (!name.contains(['/', '\\', ':'])).then_some(name)
 }
 
 /// As [`resolve`], but the quantizer may be untrained.
@@ -465,57 +513,16 @@ fn format_of(arg: &str) -> Result<Option<Format>, Diagnostics> {
 /// # Errors
 /// As [`resolve`].
 pub fn resolve_untrained(arg: &str) -> Result<Quantizer, Diagnostics> {
-    if let Some(f) = format_of(arg)? {
-        let d = Diagnostic::plain(format!("`{}` is a format, and a quantizer of blocks is needed here", f.name));
-        let d = d.hint(
-            "`qp quantize`, `qp plan` and `qp bench distortion` take formats; `qp-codegen list` shows the palette",
-        );
-        return Err(Diagnostics { list: vec![d], ..Diagnostics::default() });
-    }
-    if let Some((file, member)) = arg.rsplit_once(':').filter(|(file, _)| file.ends_with(".qspec")) {
-        let library = load_file(file)?;
-        let q = library.get(member).cloned();
-        return q.ok_or_else(|| no_quantizer(member, &format!(" in {file}"), &library.names()));
-    }
-    let Some(stem) = arg.strip_suffix(".qspec") else {
-        return palette::get(arg).ok_or_else(|| {
-            let mut all = no_quantizer(arg, " in the palette", &palette::names());
-            if Path::new(arg).exists() {
-                all.list[0].hint = Some("a file of quantizers is called `….qspec`".into());
-            }
-            all
-        });
-    };
-    let path = Path::new(arg);
-    let member = stem.rsplit(['/', '\\']).next().unwrap_or(stem);
-    if path.exists() {
-        let library = load_file(path)?;
-        let names = library.names();
-        return match (library.get(member), &library.quantizers[..]) {
-            (Some(q), _) => Ok(q.clone()),
-            (None, [q]) => Ok(q.clone()),
-            (None, _) if names.is_empty() => Err(Diagnostics::plain(format!("{arg} defines no quantizer"))),
-            (None, _) => {
-                let d = Diagnostic::plain(format!("{arg} defines {} quantizers", names.len()));
-                let d = d.hint(format!("name one, as in `{arg}:{}`; there is {}", names[0], names.join(", ")));
-                Err(Diagnostics { list: vec![d], ..Diagnostics::default() })
-            }
-        };
-    }
-    for file in beside(path) {
-        // A file with errors hides what it defines; that is told only if nothing else fits.
-        if let Ok(library) = load_file(&file)
-            && let Some(q) = library.get(member)
-        {
-            return Ok(q.clone());
+    match resolve_any(arg)? {
+        Definition::Quantizer(q) => Ok(q),
+        Definition::Format(f) => {
+            let d = Diagnostic::plain(format!("`{}` is a format, and a quantizer of blocks is needed here", f.name));
+            let d = d.hint(
+                "`qp quantize`, `qp plan` and `qp bench distortion` take formats; `qp-codegen list` shows the palette",
+            );
+            Err(Diagnostics { list: vec![d], ..Diagnostics::default() })
         }
     }
-    palette::get(member).ok_or_else(|| {
-        let mut all = no_quantizer(member, " in the palette", &palette::names());
-        all.list[0].message =
-            format!("there is no file {arg}, and no quantizer `{member}` beside it or in the palette");
-        all
-    })
 }
 
 /// The fusion pattern that a command line names: of the palette, or `path/file.qspec:name`.
@@ -550,8 +557,8 @@ pub fn untrained(q: &Quantizer, arg: &str) -> Option<Diagnostic> {
     Some(d.hint(format!("run: qp train-codebook {arg}")))
 }
 
-fn no_quantizer(name: &str, place: &str, names: &[&str]) -> Diagnostics {
-    let d = Diagnostic::plain(format!("there is no quantizer `{name}`{place}"));
+fn nothing_called(name: &str, place: &str, names: &[&str]) -> Diagnostics {
+    let d = Diagnostic::plain(format!("there is no quantizer or format `{name}`{place}"));
     let d = match nearest(name, names.iter().copied()) {
         Some(near) => d.hint(format!("did you mean `{near}`?")),
         None if names.is_empty() => d,

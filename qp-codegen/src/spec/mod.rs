@@ -38,8 +38,9 @@ pub use format::Format;
 pub use fusion::{Epilogue, Fusion, Launch, Matrix, Prologue};
 pub(crate) use load::load_from;
 pub use load::{
-    Analysis, Definition, Disk, Fact, Library, analyse, from_canonical, load_alone, load_file, load_str, resolve,
-    resolve_all, resolve_all_untrained, resolve_any, resolve_each, resolve_fusion, resolve_untrained, untrained,
+    Analysis, Definition, Disk, Fact, Library, analyse, file_of_palette, from_canonical, load_alone, load_file,
+    load_str, resolve, resolve_all, resolve_all_untrained, resolve_any, resolve_each, resolve_fusion, resolve_in,
+    resolve_untrained, untrained,
 };
 
 use std::path::PathBuf;

@@ -10,7 +10,7 @@
 
 use std::fmt::Write;
 
-use super::{Table, TableSource, Value};
+use super::{Table, TableSource, Training, Value};
 
 /// What is wrong with a table file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -87,11 +87,22 @@ pub fn read_within(text: &str, entries: u32, vector: u32, (min, max): (i32, i32)
     Ok(out)
 }
 
+/// How a table was trained, as its file says it.
+fn about(t: &Training) -> String {
+    format!("trained seed = {}, rounds = {}, samples = {}", t.seed, t.rounds, t.samples)
+}
+
+/// What the file of a trained table says of its training, if that is another one than `training`.
+pub fn other_training<'a>(text: &'a str, training: &Training) -> Option<&'a str> {
+    let comments = text.lines().map_while(|line| line.strip_prefix('#'));
+    comments.map(str::trim).find(|line| line.starts_with("trained ")).filter(|line| *line != about(training))
+}
+
 /// The text of a table file for `table` of the quantizer `quantizer`; `notes` become further comment lines.
 pub fn write(quantizer: &str, table: &Table, vector: u32, notes: &[String]) -> String {
     let mut out = format!("# {quantizer} {}\n", table.name);
     if let TableSource::Trained { training: t, .. } = &table.source {
-        let _ = writeln!(out, "# trained seed = {}, rounds = {}, samples = {}", t.seed, t.rounds, t.samples);
+        let _ = writeln!(out, "# {}", about(t));
     }
     for note in notes {
         let _ = writeln!(out, "# {}", note.replace('\n', " "));
@@ -113,6 +124,23 @@ mod tests {
         let text = write("q", &table, 2, &["mean squared error 0.1".into()]);
         assert_eq!(text, "# q t\n# mean squared error 0.1\n-128 127\n0 5\n");
         assert_eq!(read(&text, 2, 2, Value::I8), Ok(table.values));
+    }
+
+    #[test]
+    fn a_file_tells_its_training() {
+        let training = Training { seed: 1, rounds: 8, samples: 1024 };
+        let source = TableSource::Trained { file: "t".into(), training };
+        let text = write("q", &Table { name: "t".into(), entries: 1, values: vec![3], source }, 1, &[]);
+        assert_eq!(text, "# q t\n# trained seed = 1, rounds = 8, samples = 1024\n3\n");
+        assert_eq!(other_training(&text, &training), None);
+        assert_eq!(other_training("# made by hand\n3\n", &training), None);
+        for other in [
+            Training { seed: 2, ..training },
+            Training { rounds: 7, ..training },
+            Training { samples: 1023, ..training },
+        ] {
+            assert_eq!(other_training(&text, &other), Some("trained seed = 1, rounds = 8, samples = 1024"));
+        }
     }
 
     #[test]

@@ -71,6 +71,9 @@ pub struct Sensitivities {
     /// SHA-256 of the sampled tokens: equal for equal models and settings.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub texts: String,
+    /// BLAKE3 of the weights; files of earlier versions have none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub weights: String,
     /// True if the output layer is tied to the embedding: the embedding is then measured with the noise in both.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub tied: bool,
@@ -109,7 +112,7 @@ pub enum Error {
         /// Why.
         why: String,
     },
-    /// An earlier run was of something else.
+    /// An earlier run, of this model or in this file, was of something else.
     #[error("{0} is of another model or other settings: use another output, or leave out --resume to start anew")]
     Other(String),
 }
@@ -197,12 +200,14 @@ pub fn measure(
         model: name.to_owned(),
         settings: Some(settings),
         texts: hash.finalize().iter().map(|b| format!("{b:02x}")).collect(),
+        weights: identity(weights),
         tied: weights.program.layer(weights.program.head()).shares.is_some(),
         layers: Vec::new(),
     };
     let mut known = Vec::new();
     if let Some(earlier) = earlier {
-        if (earlier.settings, &earlier.texts) != (out.settings, &out.texts) {
+        let other_weights = !earlier.weights.is_empty() && earlier.weights != out.weights;
+        if (earlier.settings, &earlier.texts) != (out.settings, &out.texts) || other_weights {
             return Err(Error::Other(earlier.model));
         }
         known = earlier.layers;
@@ -241,6 +246,15 @@ pub fn measure(
         progress.measured(&out)?;
     }
     Ok(out)
+}
+
+/// What tells the weights of a model from those of another that writes the same texts.
+fn identity(weights: &Weights) -> String {
+    let mut hash = blake3::Hasher::new();
+    for tensor in weights.layers().iter().filter_map(|l| l.weight.dense()) {
+        hash.update_rayon(tensor.bytes());
+    }
+    hash.finalize().to_hex().to_string()
 }
 
 /// Slope of the line through the origin with the least squared distance from the points.
@@ -361,6 +375,7 @@ mod tests {
             model: "m".to_owned(),
             settings: None,
             texts: String::new(),
+            weights: String::new(),
             tied: false,
             layers: vec![layer],
         };

@@ -121,6 +121,9 @@ impl Chat {
     }
 }
 
+/// Who may speak.
+const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
+
 /// Messages as templates expect them: the content one text where it is a list of texts, arguments of tool calls
 /// parsed.
 fn normalise(messages: &[Value]) -> Result<Vec<Value>, Error> {
@@ -128,8 +131,14 @@ fn normalise(messages: &[Value]) -> Result<Vec<Value>, Error> {
     let one = |(index, message): (usize, &Value)| {
         let Value::Object(fields) = message else { return Err(wrong(index, "expected an object")) };
         let mut fields = fields.clone();
-        if !fields.get("role").is_some_and(Value::is_string) {
-            return Err(wrong(index, "'role' is missing: expected system, user, assistant or tool"));
+        let role = match fields.get("role") {
+            Some(Value::String(role)) if ROLES.contains(&role.as_str()) => None,
+            Some(Value::String(role)) => Some(format!("the role '{role}' is not known")),
+            Some(_) => Some("'role' must be a text".to_owned()),
+            None => Some("'role' is missing".to_owned()),
+        };
+        if let Some(what) = role {
+            return Err(wrong(index, &format!("{what}: expected one of {}", ROLES.join(", "))));
         }
         let content = match fields.get("content") {
             None | Some(Value::Null) => Value::Null,
@@ -182,6 +191,10 @@ mod tests {
         let error = |m: Value| normalise(&[json!({"role": "user", "content": ""}), m]).unwrap_err().to_string();
         assert_eq!(error(json!(3)), "message 1: expected an object");
         assert!(error(json!({"content": "x"})).contains("'role' is missing"));
+        assert!(error(json!({"role": 5, "content": "x"})).contains("'role' must be a text"));
+        assert!(
+            error(json!({"role": "alien", "content": "x"})).contains("'alien' is not known: expected one of system")
+        );
         assert!(error(json!({"role": "user"})).contains("'content' is missing"));
         assert!(error(json!({"role": "user", "content": 3})).contains("must be a text"));
         let image = json!([{"type": "image_url", "image_url": {"url": "x"}}]);

@@ -22,6 +22,7 @@ use super::{
     CalibrationEntry, Error, FORMAT, FileEntry, MANIFEST, Manifest, TensorEntry, blake3, hash_file, hugging,
     is_checkpoint, sha256,
 };
+use crate::input;
 
 /// Name of the journal in a partial directory.
 const JOURNAL: &str = "journal";
@@ -541,7 +542,7 @@ pub(crate) mod fault {
 
 /// The files that a checkpoint wrote, by its manifest, however damaged.
 fn own_files(out: &Path) -> BTreeSet<PathBuf> {
-    let text = fs::read(out.join(MANIFEST)).unwrap_or_default();
+    let text = input::read(&out.join(MANIFEST), input::SMALL).unwrap_or_default();
     let manifest: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
     let listed = manifest["files"].as_array().into_iter().flatten().filter_map(|f| f["name"].as_str());
     listed.map(PathBuf::from).chain([MANIFEST, JOURNAL].map(PathBuf::from)).collect()
@@ -581,7 +582,7 @@ fn unfinished(out: &Path) -> Result<Vec<PathBuf>, Error> {
 }
 
 fn read_head(draft: &Path) -> Option<Head> {
-    let text = fs::read(draft.join(JOURNAL)).ok()?;
+    let text = input::read(&draft.join(JOURNAL), input::SMALL).ok()?;
     serde_json::from_str(whole_lines(&text).next()?.0).ok()
 }
 

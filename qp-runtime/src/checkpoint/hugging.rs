@@ -20,6 +20,7 @@ use super::{
     sha256,
 };
 use crate::codec::scale_count;
+use crate::input;
 use crate::model::{TensorDir, shards};
 use crate::quantize::COPIED;
 
@@ -134,7 +135,7 @@ pub fn seal(dir: &Path, layers: &[Written]) -> Result<Manifest, Error> {
     let files = files.collect::<Result<_, Error>>()?;
     sums.sort();
     let config = dir.join("config.json");
-    let mut id = std::fs::read(&config).map_err(Error::io("read", &config))?;
+    let mut id = input::read(&config, input::SMALL).map_err(Error::io("read", &config))?;
     sums.iter().for_each(|s| id.extend_from_slice(s.as_bytes()));
     let entry = |l: &Written| LayerEntry {
         name: l.name.clone(),

@@ -68,7 +68,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 
 /// Size and SHA-256 of a file.
 pub fn hash_file(path: &Path) -> Result<(u64, String), Error> {
-    let mut file = std::fs::File::open(path).map_err(Error::io("open", path))?;
+    let mut file = crate::input::open(path, false).map_err(Error::io("open", path))?;
     let (mut hash, mut bytes) = (Sha256::new(), 0);
     let mut buffer = vec![0; 1 << 20];
     loop {

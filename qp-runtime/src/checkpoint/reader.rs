@@ -17,6 +17,7 @@ use safetensors::Dtype;
 use super::manifest::{LayerEntry, Manifest, SpecEntry, TensorEntry};
 use super::{Error, MANIFEST, blake3, hash_file, sha256};
 use crate::codec::{PackedMatrix, Words, scale_count};
+use crate::input;
 use crate::model::tensors::Bytes;
 use crate::model::weights::shaped;
 use crate::model::{self, Source, Tensor, TensorDir, Weight};
@@ -50,13 +51,11 @@ impl Checkpoint {
     /// If anything is missing, damaged or of an unknown version; the message names it and the cure.
     pub fn open(dir: &Path) -> Result<Checkpoint, Error> {
         let path = dir.join(MANIFEST);
-        let text = match fs::read_to_string(&path) {
-            Ok(text) => text,
+        let text = match input::read(&path, input::SMALL) {
+            Ok(bytes) => String::from_utf8(bytes)
+                .map_err(|_| Error::Manifest { path: path.clone(), message: "it is not UTF-8 text".to_owned() })?,
             Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
                 return Err(Error::NoManifest { dir: dir.to_owned() });
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {
-                return Err(Error::Manifest { path, message: "it is not UTF-8 text".to_owned() });
             }
             Err(e) => return Err(Error::io("read", path)(e)),
         };

@@ -4,7 +4,7 @@ use std::io::{BufRead, IsTerminal};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use super::device::{Device, open_model, open_session};
+use super::device::{Device, context_within, open_model, open_session};
 use super::drafts::{self, Drafting};
 use super::generate::Drawing;
 use super::interrupt::Noted;
@@ -28,8 +28,8 @@ pub struct ChatCommand {
     #[arg(long = "tokens", short = 'n', value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     count: Option<u32>,
     /// Tokens that are kept in mind; the oldest exchanges are forgotten beyond. By default the model's, 8192 at most.
-    #[arg(long, value_name = "TOKENS")]
-    context: Option<usize>,
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    context: Option<u32>,
     #[command(flatten)]
     drawing: Drawing,
     #[command(flatten)]
@@ -43,7 +43,7 @@ const HELP: &str = "\
 /reset         begin a new conversation
 /system TEXT   tell the model something before the conversation, and begin a new one; without TEXT, nothing
 /again         answer the last question again
-/save FILE     write the conversation as JSON
+/save FILE     write the conversation as JSON to a new file; /save! FILE replaces one
 /quit          end (as does the end of the input)
 ";
 
@@ -60,7 +60,8 @@ impl ChatCommand {
             output::note("the model has no chat template: it is given a plain dialogue of 'User:' and 'Assistant:'");
         }
         let tokenizer = model.tokenizer.clone();
-        let context = self.context.unwrap_or(model.config.max_positions.min(8192));
+        let most = model.config.max_positions;
+        let context = self.context.map_or(Ok(most.min(8192)), |c| context_within(c, most))?;
         let drafting = self.drafting.open(&tokenizer)?;
         let mut session = open_session(model, on.as_ref(), context)?;
         session.set_drafts(drafting.drafts(on.as_ref(), session.vocab(), Room::one(session.context()))?);
@@ -148,8 +149,11 @@ impl Talk {
                 true => self.answer()?,
                 false => output::say("There is no answer yet.\n"),
             },
-            "/save" if argument.is_empty() => output::say("/save needs the name of a file.\n"),
-            "/save" => match self.save(Path::new(argument)) {
+            "/save" | "/save!" if argument.is_empty() => output::say("/save needs the name of a file.\n"),
+            "/save" if Path::new(argument).exists() => {
+                output::say(&format!("There is a file {argument} already; /save! {argument} replaces it.\n"));
+            }
+            "/save" | "/save!" => match self.save(Path::new(argument)) {
                 Ok(()) => output::say(&format!("Written to {argument}.\n")),
                 Err(e) => output::say(&format!("error: {e}\n")),
             },

@@ -52,6 +52,20 @@ pub fn open_room(model: Model, on: Option<&Executor>, room: Room) -> Result<Sess
     Ok(Session::new(SharedWeights::on(on).open(&Arc::new(model.weights), room)?))
 }
 
+/// The tokens that `--context` asks for, of a model that has `most`.
+///
+/// # Errors
+/// If the model has fewer.
+pub fn context_within(context: u32, most: usize) -> Result<usize, super::Error> {
+    match context as usize {
+        context if context <= most => Ok(context),
+        context => Err(format!(
+            "the model's context ends at {most}: give a --context of so many tokens or fewer, not {context}"
+        )
+        .into()),
+    }
+}
+
 /// The executors that `device` means where several can share the work: all GPUs; none for the CPU.
 ///
 /// # Errors

@@ -34,7 +34,7 @@ pub struct Eval {
     against: Option<PathBuf>,
     /// Questions instead of a text: a file with `{"question": "…", "choices": [" …", " …"], "answer": 0}` in each line. The
     /// likeliest choice is the model's answer
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["text", "limit"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["text", "limit", "window", "against"])]
     questions: Option<PathBuf>,
     /// Bits of a number of keys and values: 8 or 16. Of the model that is compared with, 16 always
     #[arg(long, default_value_t, value_name = "BITS")]

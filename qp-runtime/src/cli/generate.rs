@@ -139,7 +139,7 @@ impl Generate {
             prompt.extend(model.config.bos);
         }
         if prompt.is_empty() {
-            return Err(engine::Error::EmptyPrompt.into());
+            return Err(engine::Error::NoFirstToken.into());
         }
         let end = std::mem::take(&mut model.config.eos);
         let tokenizer = model.tokenizer.clone();

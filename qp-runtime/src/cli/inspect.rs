@@ -186,7 +186,13 @@ fn table(v: &View) -> String {
     let name = v.layers.iter().map(|l| l.name.len()).max().unwrap_or(0).max(5);
     let spec = v.layers.iter().map(|l| l.spec.len()).max().unwrap_or(0).max(4);
     // Writing to a string does not fail.
-    let _ = writeln!(out, "format {}, by {}, model {}", v.format, v.tool, v.model.get(..16).unwrap_or(v.model));
+    let _ = writeln!(
+        out,
+        "format {}, by {}, model {}",
+        v.format,
+        v.tool.escape_debug(),
+        v.model.get(..16).unwrap_or(v.model)
+    );
     let _ = writeln!(
         out,
         "\n{:name$}  {:spec$}  {:>13}  {:>8}  {:>10}  {:>9}",

@@ -24,7 +24,7 @@ mod tune;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use qp_codegen::syntax::Diagnostics;
 
 /// Quantize a language model and run it.
@@ -61,9 +61,17 @@ enum Command {
 /// An error of a command, as the user sees it.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
 
+/// A command whose options take negative numbers for values, so that what is wrong with one is said of the number.
+fn with_numbers(command: clap::Command) -> clap::Command {
+    let takes = |a: &clap::Arg| !a.is_positional() && a.get_action().takes_values();
+    let command = command.mut_args(|a| if takes(&a) { a.allow_negative_numbers(true) } else { a });
+    command.mut_subcommands(with_numbers)
+}
+
 /// Runs the command line; exit code 0, or 1 after a printed error (2 is clap's, for bad usage).
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let matches = with_numbers(Cli::command()).get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     if let Some(n) = cli.threads
         && let Err(e) = rayon::ThreadPoolBuilder::new().num_threads(n as usize).build_global()
     {

@@ -78,7 +78,7 @@ pub struct Plan {
     explain: bool,
     /// Instead of a plan, list the best plans for so many budgets: of time if there is a profile and a memory budget
     /// or none, else of memory
-    #[arg(long, value_name = "POINTS", value_parser = clap::value_parser!(u16).range(2..))]
+    #[arg(long, value_name = "POINTS", conflicts_with_all = ["out", "svg", "explain"], value_parser = clap::value_parser!(u16).range(2..))]
     frontier: Option<u16>,
 }
 
@@ -111,6 +111,10 @@ impl Plan {
     /// # Errors
     /// If a file cannot be read or written, or no plan keeps within the budgets.
     pub fn run(self) -> Result<(), Error> {
+        let [out, svg] = [&self.out, &self.svg].map(|p| p.as_ref().and_then(|p| std::path::absolute(p).ok()));
+        if out.is_some() && out == svg {
+            return Err("the plan and its picture would be one file: give --out and --svg different names".into());
+        }
         for path in self.out.iter().chain(&self.svg) {
             output::check(path)?;
         }

@@ -86,7 +86,7 @@ impl Quantize {
         {
             output::note(format_args!(
                 "at {bits} bits the rounding should be fitted with --calibrate self: SmolLM2-135M's perplexity of 21 \
-                 became 47 at 3 bits without it, and 27 with it"
+                 became 47 at 3 bits without it, and 27 fitted to a text"
             ));
         }
         job.devices = open_all(self.device)?;

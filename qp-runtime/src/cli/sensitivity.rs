@@ -78,7 +78,11 @@ impl Sensitivity {
         );
         super::interrupt::can_resume();
         let mut shown = Bar { bar, out: &self.out };
-        let done = measure(on.as_ref(), &name, model.config.bos, &model.weights, settings, earlier, &mut shown)?;
+        let done = measure(on.as_ref(), &name, model.config.bos, &model.weights, settings, earlier, &mut shown);
+        let done = done.map_err(|e| match e {
+            sensitivity::Error::Other(_) => sensitivity::Error::Other(self.out.display().to_string()),
+            e => e,
+        })?;
         shown.bar.finish_and_clear();
         done.write(&self.out)?;
         outln!("{}: {} layers", self.out.display(), done.layers.len())?;

@@ -1,6 +1,6 @@
 //! `qp serve`: an OpenAI-compatible server.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use indicatif::HumanBytes;
 use serde_json::json;
 use tokio::net::TcpSocket;
 
-use super::device::{Device, open_model};
+use super::device::{Device, context_within, open_model};
 use super::drafts::{Drafting, Opened};
 use super::{Error, output};
 use crate::chat::Chat;
@@ -32,8 +32,8 @@ use crate::serve::{self, describe};
 pub struct Serve {
     /// Model: a directory in Hugging Face's layout, quantized by `qp quantize` or not, or a GGUF file.
     model: PathBuf,
-    /// Address to listen on; 0.0.0.0 for all.
-    #[arg(long, default_value = "127.0.0.1", value_name = "ADDRESS")]
+    /// Address to listen on, or a name of this machine; 0.0.0.0 for all.
+    #[arg(long, default_value = "127.0.0.1", value_name = "ADDRESS", value_parser = host)]
     host: IpAddr,
     /// Port to listen on; 0 for any that is free.
     #[arg(long, default_value_t = 8000)]
@@ -44,9 +44,10 @@ pub struct Serve {
     /// Tokens of a prompt with its answer at most. By default the model's, 32768 at most.
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
-    /// Tokens of all sequences together whose keys and values are kept. By default as many as fit comfortably.
-    #[arg(long, value_name = "TOKENS")]
-    cache: Option<usize>,
+    /// Tokens of all sequences together whose keys and values are kept; at least those of one. By default as many as fit
+    /// comfortably.
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u64).range(1..))]
+    cache: Option<u64>,
     /// Bits of a number of keys and values: 8 or 16.
     #[arg(long, default_value_t, value_name = "BITS")]
     cache_bits: Precision,
@@ -84,6 +85,24 @@ pub struct Serve {
     device: Device,
 }
 
+/// Seconds that are as good as for ever: clocks end soon after.
+const CENTURY: u64 = 100 * 366 * 24 * 3600;
+
+/// So many seconds.
+fn seconds(count: u64) -> Duration {
+    Duration::from_secs(count.min(CENTURY))
+}
+
+/// The address that a text is, or that it names: of several, one of IPv4.
+fn host(text: &str) -> Result<IpAddr, String> {
+    if let Ok(address) = text.parse() {
+        return Ok(address);
+    }
+    let found: Vec<IpAddr> = (text, 0).to_socket_addrs().into_iter().flatten().map(|a| a.ip()).collect();
+    let first = found.iter().find(|a| a.is_ipv4()).or(found.first()).copied();
+    first.ok_or_else(|| "no machine is known by this name: give an address, such as 127.0.0.1".to_owned())
+}
+
 /// Bytes of keys and values on a CPU, unless it is said how many.
 const CPU_CACHE: u64 = 1 << 30;
 
@@ -104,7 +123,15 @@ impl Serve {
         let Model { config, tokenizer, weights, .. } = model;
         let drafting = self.drafting.open(&tokenizer)?;
         let weights = Arc::new(weights);
-        let context = self.context.map_or(config.max_positions.min(32_768), |c| c as usize);
+        let cached = self.cache.map(|tokens| usize::try_from(tokens).unwrap_or(usize::MAX));
+        let context = match self.context {
+            Some(context) => context_within(context, config.max_positions)?,
+            // A small cache holds short texts.
+            None => config
+                .max_positions
+                .min(32_768)
+                .min(cached.map_or(usize::MAX, |c| c.div_ceil(PAGE).saturating_mul(PAGE))),
+        };
         let kinds = describe::memory(&weights);
         let cache = self.cache_bits;
         let whole = context.div_ceil(PAGE);
@@ -124,8 +151,17 @@ impl Serve {
             None => Some(memory::available()).filter(|&free| free > 0),
         };
         let page = page.max(1);
-        let pages = match self.cache {
-            Some(tokens) => tokens.div_ceil(PAGE).max(1),
+        let pages = match cached {
+            Some(tokens) if tokens.div_ceil(PAGE) < whole => {
+                return Err(format!(
+                    "a --cache of {tokens} tokens does not hold one text of --context {context}: give a --cache of {} or \
+                     more, or a --context of {} or less",
+                    whole * PAGE,
+                    tokens.div_ceil(PAGE) * PAGE,
+                )
+                .into());
+            }
+            Some(tokens) => tokens.div_ceil(PAGE),
             None => {
                 let budget = match &executor {
                     Some(_) => free,
@@ -188,11 +224,11 @@ impl Serve {
             description,
         };
         let places = usize::from(self.queue) + usize::from(self.sequences);
-        let patience = Duration::from_secs(self.patience);
+        let patience = seconds(self.patience);
         let bounds = Bounds {
             body: self.body,
             body_time: patience,
-            answer_time: Duration::from_secs(self.time),
+            answer_time: seconds(self.time),
             key,
             local: self.host.is_loopback(),
         };
@@ -205,7 +241,7 @@ impl Serve {
                 HumanBytes(cache),
             ));
         };
-        serve::run(app, socket, bounds, Duration::from_secs(self.grace), ready, interrupted())?;
+        serve::run(app, socket, bounds, seconds(self.grace), ready, interrupted())?;
         Ok(())
     }
 
@@ -263,4 +299,16 @@ async fn signal() {
         return;
     }
     let _ = interrupt.await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_are_addresses_or_names() {
+        assert_eq!(host("::1"), Ok("::1".parse().unwrap()));
+        assert!(host("localhost").is_ok_and(|a| a.is_loopback()));
+        assert!(host("no such name").unwrap_err().contains("such as 127.0.0.1"));
+    }
 }

@@ -1,6 +1,6 @@
 //! `qp train-codebook`: the tables that a spec calls trained.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use qp_codegen::spec::{self, Quantizer, TableSource, table_file};
@@ -39,6 +39,12 @@ pub struct TrainCodebook {
 impl TrainCodebook {
     /// Runs it.
     pub fn run(self) -> Result<(), Error> {
+        if let Some(missing) = self.spec.iter().find(|s| s.ends_with(".qspec") && !Path::new(s).exists()) {
+            return Err(format!(
+                "cannot read {missing}: there is no such file; the palette's are named without `.qspec`"
+            )
+            .into());
+        }
         let quantizers: Vec<Quantizer> = spec::resolve_all_untrained(&self.spec)?.into_iter().map(|(q, _)| q).collect();
         let tables = quantizers.iter().flat_map(|q| &q.codes).map(|c| c.tables.len()).sum::<usize>();
         if self.out.is_some() && tables != 1 {

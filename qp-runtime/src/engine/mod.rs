@@ -226,10 +226,12 @@ pub enum Error {
         max: usize,
     },
     /// No token to begin with.
-    #[error("the prompt is empty and the model has no first token: give a prompt")]
+    #[error("the prompt is empty, there is no token to go on from: give a text")]
     EmptyPrompt,
     /// Nothing to start a text with.
-    #[error("the model has no first token (bos_token_id in config.json), so it cannot write texts of its own")]
+    #[error(
+        "the model has no first token (bos_token_id in config.json), so it cannot begin a text of its own: give a prompt"
+    )]
     NoFirstToken,
     /// A token that the model does not know.
     #[error("token {token} is not among the model's {vocab}: the tokenizer and the model do not belong together")]

@@ -320,7 +320,7 @@ impl Stored {
             let wrong = |way: &Way, why: String| {
                 let format = &way.format.name;
                 let what = format!("layer '{name}', which config.json says to be {format}: {why}");
-                Error::Unsupported { path: tensors_path(tensors), what, supported: "what the layout says".to_owned() }
+                Error::file(&tensors_path(tensors), what)
             };
             let Some((way, names, marks, reader, pieces)) = fit else {
                 match failed {
@@ -332,7 +332,9 @@ impl Stored {
             if let Some(groups) = &groups
                 && !way.in_order(&tensors.piece(groups)?)
             {
-                let why = format!("'{groups}' orders columns by activations (desc_act), which is not supported");
+                let why = format!(
+                    "'{groups}' orders columns by activations (desc_act), which is not supported: make it without"
+                );
                 return Err(wrong(way, why));
             }
             let of_activations = way.import.beside.iter().map(|b| format!("{name}.{b}"));

@@ -55,7 +55,12 @@ pub fn layers(program: &Program) -> Vec<Place> {
         let shape = Shape { rows: layer.rows as u32, cols: layer.cols as u32 };
         let tensor = &program.layer(layer.shares.unwrap_or(id)).name;
         Place {
-            layer: plan::Layer { name: layer.name.clone(), shape, by_default: program.in_block(id) },
+            layer: plan::Layer {
+                name: layer.name.clone(),
+                shape,
+                by_default: program.in_block(id),
+                input: program.groups().position(|group| group.contains(&id)),
+            },
             tensor: format!("{tensor}.weight"),
         }
     };

@@ -138,12 +138,23 @@ fn failures_of_the_work_exit_with_1() {
         (vec!["eval", MODEL, "--text", &none], "none: No such file"),
         (vec!["eval", MODEL, "--text", &latin], "latin is not UTF-8 (byte 3)"),
         (vec!["eval", MODEL, "--text", &one], "fewer than one window of 256"),
+        (vec!["chat", MODEL, "--context", "5000"], "context ends at 1024: give a --context"),
+        (vec!["train-codebook", "tcq_3.qspec"], "cannot read tcq_3.qspec: there is no such file"),
+        (
+            vec!["plan", "--sensitivity", &none, "-o", "same.x", "--svg", "same.x"],
+            "would be one file: give --out and --svg different names",
+        ),
         (vec!["eval", MODEL, "--text", "/dev/zero"], "cannot read /dev/zero: it is a device"),
     ] {
         let (message, code) = fails(&args);
         assert!(message.starts_with("error: ") && message.contains(part), "{args:?}: {message}");
         assert_eq!(code, 1, "{args:?}");
     }
+    let (message, code) = fails(&["quantize", MODEL, "--spec", "nope/tcq_3.qspec", "-o", &none]);
+    assert!(
+        message.starts_with("Error: cannot read nope/tcq_3.qspec: there is no such file") && code == 1,
+        "{message}"
+    );
 }
 
 #[test]
@@ -157,9 +168,54 @@ fn bad_flags_exit_with_2() {
         vec!["generate", MODEL, "--device", "tpu"],
         vec!["eval", MODEL],
         vec!["eval", MODEL, "--text", "x", "--window", "1"],
+        // What would be ignored.
+        vec!["eval", MODEL, "--questions", "x", "--window", "7"],
+        vec!["eval", MODEL, "--questions", "x", "--against", MODEL],
+        vec!["plan", "--sensitivity", "x", "--frontier", "2", "-o", "x.toml"],
+        vec!["chat", MODEL, "--context", "0"],
     ] {
         assert_eq!(fails(&args).1, 2, "{args:?}");
     }
+    for option in ["--seed", "--temperature", "--tokens", "--threads"] {
+        let (message, _) = fails(&["generate", MODEL, option, "-1"]);
+        assert!(message.contains("invalid value '-1'") && !message.contains("-- -1"), "{option}: {message}");
+    }
+}
+
+#[test]
+fn a_conversation_replaces_a_file_only_if_told_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("hist.json");
+    let path = file.to_str().unwrap();
+    std::fs::write(&file, "mine").unwrap();
+    let say = |line: String| {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_qp"))
+            .args(["chat", MODEL, "--device", "cpu"])
+            .stdin(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), line.as_bytes()).unwrap();
+        text(&child.wait_with_output().unwrap().stderr).to_owned()
+    };
+    let said = say(format!("/save {path}\n"));
+    assert!(said.contains(&format!("There is a file {path} already; /save! {path} replaces it.")), "{said}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "mine");
+    let said = say(format!("/save! {path}\n"));
+    assert!(said.contains("Written to"), "{said}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "[]\n");
+}
+
+#[test]
+fn a_run_of_other_settings_is_not_continued() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("s1.json");
+    let other = r#"{"format":1,"model":"odd","texts":"x","layers":[]}"#;
+    std::fs::write(&file, other).unwrap();
+    let args = ["sensitivity", MODEL, "-o", file.to_str().unwrap(), "--quick", "--tokens", "2", "--sequences", "1"];
+    let (message, code) = fails(&[&args[..], &["--resume", "--device", "cpu"]].concat());
+    assert!(message.contains("s1.json is of another model or other settings") && code == 1, "{message}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), other);
 }
 
 #[test]

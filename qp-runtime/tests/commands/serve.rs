@@ -28,7 +28,9 @@ fn text(response: &Response) -> String {
 
 #[test]
 fn the_interface() {
-    let server = Server::start(&["--name", "kjv", "--context", "256"]);
+    // Times without an end are taken.
+    let forever = u64::MAX.to_string();
+    let server = Server::start(&["--name", "kjv", "--context", "256", "--time", &forever, "--patience", &forever]);
     let prompt = json!({"prompt": "And it came to pass in those days, that", "max_tokens": 12, "temperature": 0});
     let complete = |more: Value| server.post("/v1/completions", &with(prompt.clone(), more));
 
@@ -361,7 +363,7 @@ fn strange_requests_get_errors_in_openais_form() {
         (r#"{"prompt": 3}"#, "a list of tokens"),
         (r#"{"prompt": [1, "a"]}"#, "a list of tokens"),
         (r#"{"prompt": [-1]}"#, "a list of tokens"),
-        (r#"{"prompt": []}"#, "0 prompts"),
+        (r#"{"prompt": []}"#, "prompt is an empty list"),
         (r#"{"prompt": [4294967295]}"#, "not among the model's 2048"),
         (r#"{"prompt": "a", "max_tokens": -1}"#, "max_tokens"),
         (r#"{"prompt": "a", "max_tokens": 1.5}"#, "max_tokens"),
@@ -403,7 +405,9 @@ fn strange_requests_get_errors_in_openais_form() {
         (r#"{"messages": "a"}"#, "messages"),
         (r#"{"messages": [1]}"#, "message 0: expected an object"),
         (r#"{"messages": [{"role": "user"}]}"#, "'content' is missing"),
-        (r#"{"messages": [{"role": 1, "content": "a"}]}"#, "'role' is missing"),
+        (r#"{"messages": [{"role": 1, "content": "a"}]}"#, "'role' must be a text"),
+        (r#"{"messages": [{"role": "alien", "content": "a"}]}"#, "'alien' is not known"),
+        (&format!(r#"{{{messages}, "tools": [1]}}"#), "tools"),
         (
             r#"{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}"#,
             "no text",
@@ -528,7 +532,10 @@ fn starts_that_cannot_succeed_say_why() {
     let taken = here.local_addr().unwrap().port().to_string();
     for (args, key, message) in [
         (&["--cache", "18446744073709551615"][..], "", "give a smaller --cache"),
-        (&["--context", "5000"], "", "context ends at 1024"),
+        (&["--context", "5000"], "", "context ends at 1024: give a --context"),
+        (&["--cache", "1", "--context", "512"], "", "give a --cache of 512 or more"),
+        (&["--host", "no such name"], "", "give an address, such as 127.0.0.1"),
+        (&["--time", "-1"], "", "invalid value '-1' for '--time"),
         (&["--context", "0"], "", "invalid value '0' for '--context"),
         (&["--port", &taken], "", "give another --port or --host"),
         (&[], " ", "the API key is empty"),

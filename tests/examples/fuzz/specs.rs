@@ -204,7 +204,7 @@ fn plan(input: &[u8]) -> bool {
     let mut layers: Vec<Layer> = (0..3)
         .flat_map(|i| names.map(|n| (format!("model.layers.{i}.{n}"), true)))
         .chain([("lm_head".to_owned(), false)])
-        .map(|(name, by_default)| Layer { name, shape: Shape { rows: 64, cols: 128 }, by_default })
+        .map(|(name, by_default)| Layer { name, shape: Shape { rows: 64, cols: 128 }, by_default, input: Some(0) })
         .collect();
     layers[2].shape.cols = 256;
     match plan.resolve(&layers) {

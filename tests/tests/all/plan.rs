@@ -5,26 +5,26 @@ use qp_runtime::plan::{Layer, Plan, Resolved};
 
 /// Two blocks, an output layer and an embedding.
 fn layers() -> Vec<Layer> {
-    let layer = |name: String, rows, cols| {
+    let layer = |name: String, rows, cols, input| {
         let by_default = name.starts_with("model.layers");
-        Layer { by_default, name, shape: Shape { rows, cols } }
+        Layer { by_default, name, shape: Shape { rows, cols }, input }
     };
     let mut all = Vec::new();
     for i in 0..2 {
-        for (name, rows, cols) in [
-            ("self_attn.q_proj", 256, 256),
-            ("self_attn.k_proj", 128, 256),
-            ("self_attn.v_proj", 128, 256),
-            ("self_attn.o_proj", 256, 256),
-            ("mlp.gate_proj", 768, 256),
-            ("mlp.up_proj", 768, 256),
-            ("mlp.down_proj", 256, 768),
+        for (name, rows, cols, input) in [
+            ("self_attn.q_proj", 256, 256, 0),
+            ("self_attn.k_proj", 128, 256, 0),
+            ("self_attn.v_proj", 128, 256, 0),
+            ("self_attn.o_proj", 256, 256, 1),
+            ("mlp.gate_proj", 768, 256, 2),
+            ("mlp.up_proj", 768, 256, 2),
+            ("mlp.down_proj", 256, 768, 3),
         ] {
-            all.push(layer(format!("model.layers.{i}.{name}"), rows, cols));
+            all.push(layer(format!("model.layers.{i}.{name}"), rows, cols, Some(4 * i + input)));
         }
     }
-    for name in ["lm_head", "model.embed_tokens"] {
-        all.push(layer(name.to_owned(), 2048, 256));
+    for (name, input) in [("lm_head", Some(8)), ("model.embed_tokens", None)] {
+        all.push(layer(name.to_owned(), 2048, 256, input));
     }
     all
 }
@@ -117,6 +117,7 @@ fn messages() {
         "default = \"./q3.qspec\"\n[[groups]]\nfuse = [\"model.layers.*.mlp.down_proj\", \"model.layers.*.mlp.up_proj\"]\n[[groups]]\nfuse = \"model.layers.0.mlp.up_proj\"\n[[groups]]\nfuse = \"lm_head\"\n[[groups]]\nfuse = \"x.*\"",
         "default = \"./q3.qspec\"\n[layers]\n\"model.embed_tokens\" = \"./q3.qspec\"\n[[groups]]\nfuse = [\"model.embed_tokens\", \"model.layers.0.self_attn.q_proj\"]",
         "default = \"./q3.qspec\"\n[[groups]]\nfuse = [1, \"x.*\"]\nname = \"y\"",
+        "default = \"./q3.qspec\"\n[[groups]]\nfuse = \"model.layers.*.self_attn.{q,k,o}_proj\"\n[[groups]]\nfuse = [\"model.layers.0.mlp.up_proj\", \"model.layers.1.mlp.up_proj\"]",
     ];
     // The palette may grow.
     let all = format!("there is {}", qp_codegen::palette::names().join(", "));
@@ -133,7 +134,8 @@ fn a_pattern_of_stars_takes_no_time() {
     let e = plan(&"*".repeat(5000)).unwrap_err().to_string();
     assert!(e.contains("too long"), "{e}");
     // A search that tries all ways to share the name among the stars would not end.
-    let layers = [Layer { name: "a".repeat(2000), shape: Shape { rows: 16, cols: 128 }, by_default: true }];
+    let layers =
+        [Layer { name: "a".repeat(2000), shape: Shape { rows: 16, cols: 128 }, by_default: true, input: None }];
     let e = plan(&format!("{}b", "*".repeat(100))).unwrap().resolve(&layers).unwrap_err().to_string();
     assert!(e.contains("matches no layer"), "{e}");
 }

@@ -62,7 +62,12 @@ fn a_run_that_was_stopped_is_continued_to_the_same_result() {
     assert_eq!(run(&model, SETTINGS, Some(part.clone())).expect("continued"), whole);
 
     let other = Settings { seed: 4, ..SETTINGS };
-    assert!(matches!(run(&model, other, Some(part)), Err(Error::Other(_))));
+    assert!(matches!(run(&model, other, Some(part.clone())), Err(Error::Other(_))));
+    // Files of earlier versions do not tell the weights.
+    let unknown = Sensitivities { weights: String::new(), ..part.clone() };
+    assert_eq!(run(&model, SETTINGS, Some(unknown)).expect("continued"), whole);
+    let twin = Sensitivities { weights: "of a model that writes the same".to_owned(), ..part };
+    assert!(matches!(run(&model, SETTINGS, Some(twin)), Err(Error::Other(_))));
 }
 
 #[test]
@@ -140,7 +145,12 @@ fn plans_are_taken_by_qp_quantize() {
     let layers: Vec<plan::Layer> = p
         .layers
         .iter()
-        .map(|l| plan::Layer { name: l.name.clone(), shape: l.shape, by_default: l.name.starts_with("model.layers") })
+        .map(|l| plan::Layer {
+            name: l.name.clone(),
+            shape: l.shape,
+            by_default: l.name.starts_with("model.layers"),
+            input: None,
+        })
         .collect();
     let resolved = plan.resolve(&layers).unwrap_or_else(|e| panic!("{e}"));
     for (layer, &c) in resolved.layers.iter().zip(&chosen) {

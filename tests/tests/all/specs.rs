@@ -209,18 +209,26 @@ fn arguments_find_quantizers() {
     let of = |arg: &str| spec::resolve_untrained(arg).map(|q| q.name).map_err(|e| e.to_string());
     let pass = folder("pass").display().to_string();
     assert_eq!(of("tcq_2.5"), Ok("tcq_2.5".into()));
-    assert_eq!(of("nowhere/tcq_2.5.qspec"), Ok("tcq_2.5".into()));
+    for built_in in ["tcq_2.5.qspec", "specs/tcq_2.5.qspec"] {
+        assert_eq!(of(built_in), Ok("tcq_2.5".into()), "wherever one is");
+    }
+    for missing in ["nowhere/tcq_2.5.qspec", "./tcq_2.5.qspec", "nowhere/q4_k.qspec", "other/specs/tcq_2.5.qspec"] {
+        let e = spec::resolve_any(missing).unwrap_err().to_string();
+        assert!(e.contains("cannot read") && e.contains("is named without a folder"), "{missing}: {e}");
+    }
+    let near = of(&format!("{pass}/minimul.qspec")).unwrap_err();
+    assert!(near.contains("did you mean") && near.contains("minimal.qspec"), "{near}");
+    for format in ["q4_k", "q4_k.qspec", "specs/formats/q4_k.qspec"] {
+        assert_eq!(spec::resolve_any(format).unwrap().name(), "q4_k");
+    }
     assert_eq!(of(&format!("{pass}/minimal.qspec")), Ok("q".into()));
     assert_eq!(of(&format!("{pass}/use.qspec:m")), Ok("m".into()));
     assert_eq!(of(&format!("{pass}/f_b.qspec")), Ok("f_b".into()), "defined by a file beside");
-    assert_eq!(
-        of("tcq_2_5"),
-        Err("error: there is no quantizer `tcq_2_5` in the palette; did you mean `tcq_2.5`?".into())
-    );
+    assert_eq!(of("tcq_2_5"), Err("error: there is no quantizer or format `tcq_2_5`; did you mean `tcq_2.5`?".into()));
     let many = of(&format!("{pass}/use.qspec")).unwrap_err();
     assert!(many.contains("defines 3 quantizers") && many.contains("f_c, m, r"), "{many}");
     let missing = of(&format!("{pass}/minimal.qspec:z")).unwrap_err();
-    assert!(missing.contains("there is no quantizer `z` in"), "{missing}");
+    assert!(missing.contains("there is no quantizer or format `z` in"), "{missing}");
     let untrained = spec::resolve(&format!("{pass}/constants.qspec:f_a")).unwrap_err().to_string();
     assert!(untrained.contains("not trained yet") && untrained.contains("qp train-codebook"), "{untrained}");
 }

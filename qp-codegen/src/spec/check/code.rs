@@ -1,6 +1,7 @@
 //! Properties in braces → [`Code`]: ranges, and what must fit what.
 
 use std::io::ErrorKind;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use super::consts::{self, Const, Scope, in_range, integer, number};
@@ -189,16 +190,16 @@ pub fn choice<T: Copy>(name: &Ident, what: &str, choices: &[(&str, T)], sink: &m
     })
 }
 
-/// The named arguments `wanted` with their largest values, in that order, all required.
+/// The named arguments `wanted` with the values that they may have, in that order, all required.
 fn args<const N: usize>(
     given: &[Arg],
     span: Span,
-    wanted: [(&str, i128); N],
+    wanted: [(&str, RangeInclusive<i128>); N],
     scope: &Scope,
     sink: &mut Sink,
 ) -> Option<[i128; N]> {
-    let found = optional_args(given, wanted, scope, sink);
-    for (found, (name, _)) in found.iter().zip(wanted) {
+    let found = optional_args(given, &wanted, scope, sink);
+    for (found, (name, _)) in found.iter().zip(&wanted) {
         if found.is_none() {
             let d = Diagnostic::error(span, format!("`{name}` is missing"), "");
             sink.push(d.hint(format!("write `{name} = …`")));
@@ -215,7 +216,7 @@ fn args<const N: usize>(
 /// that is wrong.
 fn optional_args<const N: usize>(
     given: &[Arg],
-    wanted: [(&str, i128); N],
+    wanted: &[(&str, RangeInclusive<i128>); N],
     scope: &Scope,
     sink: &mut Sink,
 ) -> [Option<Option<i128>>; N] {
@@ -228,7 +229,7 @@ fn optional_args<const N: usize>(
         if out[i].is_some() {
             sink.push(Diagnostic::error(a.name.span, format!("`{}` is given twice", a.name.name), ""));
         }
-        out[i] = Some(integer(&a.value, wanted[i].0, 0..=wanted[i].1, scope, sink));
+        out[i] = Some(integer(&a.value, wanted[i].0, wanted[i].1.clone(), scope, sink));
     }
     out
 }
@@ -245,8 +246,8 @@ fn rotation(name: &Ident, given: &[Arg], scope: &Scope, sink: &mut Sink) -> Opti
         return Some(Rotation::None);
     }
     let (most, given_as) = (MAX_ROTATION_BLOCK.into(), |name: &str| given.iter().find(|a| a.name.name == name));
-    let wanted = [("seed", u64::MAX.into()), ("block", most), ("interleave", most)];
-    let [seed, block, interleave] = optional_args(given, wanted, scope, sink);
+    let wanted = [("seed", 0..=u64::MAX.into()), ("block", 2..=most), ("interleave", 2..=most)];
+    let [seed, block, interleave] = optional_args(given, &wanted, scope, sink);
     let Some(seed) = seed else {
         let d = Diagnostic::error(name.span, "`seed` is missing", "");
         return sink.fail(d.hint("write `seed = …`"));
@@ -258,10 +259,10 @@ fn rotation(name: &Ident, given: &[Arg], scope: &Scope, sink: &mut Sink) -> Opti
     };
     let (block, interleave) = (of(block)?, of(interleave)?);
     if let (Some(size), Some(arg)) = (block, given_as("block"))
-        && (size < 2 || !size.is_power_of_two())
+        && !size.is_power_of_two()
     {
         let d = Diagnostic::error(arg.name.span, format!("a rotation's block must be a power of two, not {size}"), "");
-        let near = size.next_power_of_two().clamp(2, MAX_ROTATION_BLOCK);
+        let near = size.next_power_of_two().min(MAX_ROTATION_BLOCK);
         return sink.fail(d.hint(format!("write `block = {near}`, or leave it out to transform all columns together")));
     }
     if let (Some(span), Some(arg)) = (interleave, given_as("interleave")) {
@@ -623,16 +624,16 @@ fn table(
         }
         ast::TableSource::File(path) => {
             let file = table_path(path, cx, sink)?;
-            let values = read(&file, path, entries?, vector?, value?, true, cx, sink)?;
+            let values = read(&file, path, entries?, vector?, value?, None, cx, sink)?;
             (values, TableSource::File(file))
         }
         ast::TableSource::Trained { args: given, args_span, path } => {
             let file = table_path(path, cx, sink);
-            let wanted = [("seed", i64::MAX.into()), ("rounds", 10_000), ("samples", 1i128 << 40)];
+            let wanted = [("seed", 0..=i64::MAX.into()), ("rounds", 0..=10_000), ("samples", 0..=1i128 << 40)];
             let training = args(given, *args_span, wanted, scope, sink);
             let (file, [seed, rounds, samples]) = (file?, training?);
             let training = Training { seed: seed as u64, rounds: rounds as u32, samples: samples as u64 };
-            let values = read(&file, path, entries?, vector?, value?, false, cx, sink)?;
+            let values = read(&file, path, entries?, vector?, value?, Some((&training, *args_span)), cx, sink)?;
             (values, TableSource::Trained { file, training })
         }
     };
@@ -664,6 +665,7 @@ pub fn table_path(path: &Ident, cx: &Context<'_>, sink: &mut Sink) -> Option<std
     Some(cx.folder.join(text))
 }
 
+/// The values of a table's file. That of a trained table, whose training the spec gives at a place, need not be there yet.
 #[expect(clippy::too_many_arguments, reason = "each is a different thing that the file must agree with")]
 fn read(
     file: &Path,
@@ -671,7 +673,7 @@ fn read(
     entries: u32,
     vector: u32,
     value: Value,
-    must_exist: bool,
+    trained: Option<(&Training, Span)>,
     cx: &Context<'_>,
     sink: &mut Sink,
 ) -> Option<Vec<i16>> {
@@ -679,16 +681,23 @@ fn read(
     sink.count_values(entries as usize * vector as usize, path.span)?;
     let text = match cx.files.read(file) {
         Ok(text) => text,
-        Err(e) if e.kind() == ErrorKind::NotFound && !must_exist => return Some(Vec::new()),
+        Err(e) if e.kind() == ErrorKind::NotFound && trained.is_some() => return Some(Vec::new()),
         Err(e) => {
             return sink.fail(Diagnostic::error(path.span, format!("cannot read the table file {shown}: {e}"), ""));
         }
     };
+    if let Some((training, at)) = trained
+        && let Some(other) = table_file::other_training(&text, training)
+    {
+        let message = format!("the table in {shown} is of another training: its file says `{other}`");
+        let d = Diagnostic::warning(at, message, "the table was not trained so");
+        sink.push(d.hint("train it anew by `qp train-codebook`, or write here what the file says"));
+    }
     match table_file::read(&text, entries, vector, value) {
         Ok(values) => Some(values),
         Err(e) => {
             let d = Diagnostic::error(path.span, format!("the table file {shown} does not fit: {e}"), "");
-            let cure = if must_exist { "correct the file" } else { "remove the file and train it again" };
+            let cure = if trained.is_none() { "correct the file" } else { "remove the file and train it again" };
             sink.fail(d.hint(format!("{cure}: it has one entry a line, of `vector` integers of the entry type")))
         }
     }

@@ -52,7 +52,7 @@ pub fn rendered(app: &App, messages: &[Value], options: &Options) -> Result<Vec<
     };
     let chat = &app.model.chat;
     let text = chat.text(messages, options).map_err(wrong)?;
-    app.check_length(&text)?;
+    app.check_length("messages", &text)?;
     chat.tokens(&app.model.tokenizer, &text).map_err(wrong)
 }
 
@@ -66,7 +66,7 @@ pub async fn completions(State(app): State<Arc<App>>, request: Request) -> Resul
         let tokens = |prompt| {
             let mut tokens = match prompt {
                 Prompt::Text(text) => {
-                    shared.check_length(&text)?;
+                    shared.check_length("prompt", &text)?;
                     let tokens = shared.model.tokenizer.encode(&text);
                     tokens.map_err(|e| ApiError::parameter("prompt", e.to_string()))?
                 }
@@ -175,10 +175,11 @@ async fn start(
     let name = if common.kind == Kind::Chat { "messages" } else { "prompt" };
     for prompt in prompts {
         if prompt.is_empty() {
-            return Err(ApiError::parameter(
-                name,
-                "the prompt is empty and the model has no first token: give a prompt",
-            ));
+            let message = match common.kind {
+                Kind::Chat => "the messages make a prompt without a token: write something",
+                Kind::Text => "the prompt is empty and the model has no first token: give a prompt",
+            };
+            return Err(ApiError::parameter(name, message));
         }
         if let Some(token) = prompt.iter().find(|&&t| t as usize >= app.model.vocab) {
             let message = format!("token {token} is not among the model's {}", app.model.vocab);

@@ -172,9 +172,9 @@ impl App {
         self.bytes.get_or_init(|| self.model.tokenizer.all_bytes())
     }
 
-    /// Refuses a text that cannot but have more tokens than the context holds, before it is cut into them: that takes about
+    /// Refuses a text, of the parameter `name`, that cannot but have more tokens than the context holds, before it is cut into them: that takes about
     /// a hundred bytes of memory each.
-    fn check_length(&self, text: &str) -> Result<(), ApiError> {
+    fn check_length(&self, name: &str, text: &str) -> Result<(), ApiError> {
         let longest = self.token_bytes().iter().map(Vec::len).max().unwrap_or(1);
         let context = self.model.context;
         // Some tokenizers drop or join characters first.
@@ -185,7 +185,7 @@ impl App {
             "the prompt has {} bytes, more than any of the {context} tokens that the context holds could be: shorten it",
             text.len()
         );
-        Err(ApiError::new(StatusCode::BAD_REQUEST, message).with_code("context_length_exceeded"))
+        Err(ApiError::parameter(name, message).with_code("context_length_exceeded"))
     }
 
     /// The bytes of a token as text, and themselves.
@@ -265,7 +265,9 @@ fn is_local(headers: &HeaderMap) -> bool {
 
 /// True if the request brings the key. Takes the same time wherever a wrong key differs.
 fn has_key(headers: &HeaderMap, key: &[u8; 32]) -> bool {
-    let bearer = headers.get(AUTHORIZATION).and_then(|h| h.to_str().ok()).and_then(|h| h.strip_prefix("Bearer "));
+    // The scheme is written in any case (RFC 9110).
+    let bearer = headers.get(AUTHORIZATION).and_then(|h| h.to_str().ok()).and_then(|h| h.split_once(' '));
+    let bearer = bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, key)| key);
     let given = key_hash(bearer.unwrap_or_default().trim());
     let difference = given.iter().zip(key).fold(0, |all, (a, b)| all | (a ^ b));
     std::hint::black_box(difference) == 0
@@ -346,21 +348,19 @@ async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Result<Respo
     let mut fields = read(&app, request).await?;
     let text: Option<String> = fields.take("text")?;
     let messages: Option<Vec<Value>> = fields.take("messages")?;
-    let tools: Option<Vec<Value>> = fields.take("tools")?;
+    let tools = fields.tools()?;
     let special = fields.take("add_special_tokens")?.unwrap_or(true);
     fields.end()?;
     let _place = generate::places(&app, 1)?;
     let work = move || {
         let tokens = match (text, messages) {
             (Some(text), None) => {
-                app.check_length(&text)?;
+                app.check_length("text", &text)?;
                 let tokenizer = &app.model.tokenizer;
                 let tokens = if special { tokenizer.encode(&text) } else { tokenizer.encode_exact(&text) };
                 tokens.map_err(|e| ApiError::parameter("text", e.to_string()))?
             }
-            (None, Some(messages)) => {
-                generate::rendered(&app, &messages, &Options { tools: tools.map(Value::Array), ..Options::default() })?
-            }
+            (None, Some(messages)) => generate::rendered(&app, &messages, &Options { tools, ..Options::default() })?,
             _ => return Err(ApiError::new(StatusCode::BAD_REQUEST, "expected either 'text' or 'messages'")),
         };
         let pieces: Vec<String> = tokens.iter().map(|&t| app.piece(t).0).collect();
@@ -442,8 +442,8 @@ mod tests {
         let has = |value: &'static str| {
             has_key(&HeaderMap::from_iter([(AUTHORIZATION, HeaderValue::from_static(value))]), &key_hash("secret"))
         };
-        assert!(has("Bearer secret"));
-        for wrong in ["Bearer secre", "Bearer Secret", "secret", "Bearer ", "Basic secret"] {
+        assert!(has("Bearer secret") && has("bearer secret"));
+        for wrong in ["Bearer secre", "Bearer Secret", "bearer", "Bearersecret", "secret", "Bearer ", "Basic secret"] {
             assert!(!has(wrong), "{wrong}");
         }
         assert!(!has_key(&HeaderMap::new(), &key_hash("secret")));

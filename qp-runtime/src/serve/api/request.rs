@@ -65,6 +65,15 @@ impl Fields {
         }
     }
 
+    /// Takes the tools, for the template.
+    ///
+    /// # Errors
+    /// If they are no list of objects.
+    pub fn tools(&mut self) -> Result<Option<Value>, ApiError> {
+        let tools: Option<Vec<Map<String, Value>>> = self.take("tools")?;
+        Ok(tools.filter(|t| !t.is_empty()).map(|t| t.into_iter().map(Value::Object).collect()))
+    }
+
     /// As [`Fields::take`], for a number within `low` and `high`.
     ///
     /// # Errors
@@ -264,7 +273,7 @@ impl ChatRequest {
         if messages.is_empty() {
             return Err(ApiError::parameter("messages", "messages: expected a list of at least one message"));
         }
-        let tools = fields.take::<Vec<Value>>("tools")?.filter(|t| !t.is_empty()).map(Value::Array);
+        let tools = fields.tools()?;
         let tools = match fields.take::<Value>("tool_choice")?.as_ref().map(|c| c.as_str()) {
             None | Some(Some("auto")) => tools,
             Some(Some("none")) => None,
@@ -315,7 +324,10 @@ impl CompletionRequest {
             return Err(ApiError::parameter("best_of", "best_of: all answers are given back; expected n"));
         }
         fields.end()?;
-        if prompts.is_empty() || prompts.len() * ask.n > MOST_ANSWERS {
+        if prompts.is_empty() {
+            return Err(ApiError::parameter("prompt", "prompt is an empty list: expected a text or tokens"));
+        }
+        if prompts.len() * ask.n > MOST_ANSWERS {
             let message =
                 format!("{} prompts with {} answers each: expected 1 to {MOST_ANSWERS} answers", prompts.len(), ask.n);
             return Err(ApiError::parameter("prompt", message));
@@ -327,8 +339,12 @@ impl CompletionRequest {
 
 /// `response_format`.
 fn form(value: &Value) -> Result<Option<Form>, ApiError> {
-    let text = |name: &str| value.get(name).and_then(Value::as_str).map(str::to_owned);
     let wrong = |what: &str| ApiError::parameter("response_format", format!("response_format: {what}"));
+    let text = |name: &str| match value.get(name) {
+        Some(Value::String(text)) => Ok(text.clone()),
+        Some(_) => Err(wrong(&format!("'{name}' must be a text"))),
+        None => Err(wrong(&format!("'{name}' is missing"))),
+    };
     match value.get("type").and_then(Value::as_str) {
         _ if value.is_null() => Ok(None),
         Some("text") => Ok(None),
@@ -337,8 +353,8 @@ fn form(value: &Value) -> Result<Option<Form>, ApiError> {
             let schema = value.get("json_schema").and_then(|v| v.get("schema")).cloned();
             Ok(Some(Form::Schema(schema.ok_or_else(|| wrong("json_schema.schema is missing"))?)))
         }
-        Some("regex") => Ok(Some(Form::Regex(text("regex").ok_or_else(|| wrong("'regex' is missing"))?))),
-        Some("grammar") => Ok(Some(Form::Lark(text("grammar").ok_or_else(|| wrong("'grammar' is missing"))?))),
+        Some("regex") => Ok(Some(Form::Regex(text("regex")?))),
+        Some("grammar") => Ok(Some(Form::Lark(text("grammar")?))),
         _ => Err(wrong("type: expected text, json_object, json_schema, regex or grammar")),
     }
 }
@@ -398,6 +414,7 @@ mod tests {
             (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs"),
             (json!({"tool_choice": "required"}), "tool_choice"),
             (json!({"functions": []}), "functions"),
+            (json!({"tools": [1]}), "tools"),
             (json!({"nonsense": 1}), "nonsense"),
             (json!({"model": "other"}), "model"),
         ] {

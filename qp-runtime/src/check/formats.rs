@@ -157,7 +157,8 @@ mod tests {
     fn shapes_are_those_that_layouts_have() {
         let of = |name: &str| fitting(formats::get(name).unwrap(), Shape { rows: 96, cols: 2304 });
         assert_eq!(of("q4_k"), Shape { rows: 96, cols: 2304 });
-        assert_eq!(of("fp8_128"), Shape { rows: 128, cols: 2304 });
+        assert_eq!(of("fp8_128"), Shape { rows: 96, cols: 2304 });
+        assert_eq!(of("exl3_mul1_3"), Shape { rows: 128, cols: 2304 });
         for name in formats::names() {
             let format = formats::get(name).unwrap();
             let reader = |layout| Reader::new(&Arc::new(Book::without_entries(format.clone())), layout, of(name));

@@ -19,6 +19,7 @@ use qp_codegen::spec::formula::Covered;
 use rayon::prelude::*;
 
 use super::encode::{self, EncodeError};
+use super::is_finite;
 
 /// How often each field is tried anew.
 const ROUNDS: usize = 4;
@@ -148,9 +149,8 @@ impl FormatEncoder {
     /// If not all that products need is finite.
     fn written(&self, reader: &Reader, made: &Made) -> Result<Vec<Vec<u8>>, EncodeError> {
         let tensors = reader.write(&made.codes, &made.fields);
-        let (slices, rows) = (tensors.iter().map(Vec::as_slice).collect::<Vec<_>>(), reader.shape().rows);
-        let bands: Vec<u32> = (0..rows).step_by(reader.band() as usize).collect();
-        match bands.par_iter().all(|&first| reader.is_finite(&slices, first..rows.min(first + reader.band()))) {
+        let slices: Vec<&[u8]> = tensors.iter().map(Vec::as_slice).collect();
+        match is_finite(reader, &slices) {
             true => Ok(tensors),
             false => Err(EncodeError::NotMade { format: self.format().name.clone() }),
         }

@@ -35,7 +35,9 @@ mod words;
 
 use half::bf16;
 use qp_codegen::layout::Packed;
+use qp_codegen::reader::Reader;
 use qp_codegen::spec::{Quantizer, Shape};
+use rayon::prelude::*;
 
 pub use decode::{Decoded, Decoder, decode_matrix, linear};
 pub use dense::{by_token, row_products};
@@ -45,6 +47,16 @@ pub use lines::Lines;
 pub use make::FormatEncoder;
 pub use strips::{Form, Inputs, Outcome, Product, Scratch, Source, StripMut, Strips, products};
 pub use words::Words;
+
+/// Rows of a format's matrix that a task looks at.
+const ROWS: u32 = 64;
+
+/// Whether all weights of the matrix that `reader` reads from `tensors` are finite, and all that its products are computed with.
+pub fn is_finite(reader: &Reader, tensors: &[&[u8]]) -> bool {
+    let (rows, step) = (reader.shape().rows, ROWS.next_multiple_of(reader.band()));
+    let tasks = (0..rows.div_ceil(step)).into_par_iter();
+    tasks.all(|i| reader.is_finite(tensors, i * step..rows.min((i + 1) * step)))
+}
 
 /// A quantized matrix: words in the order of its layout, and scales.
 #[derive(Clone, Debug, PartialEq)]

@@ -64,9 +64,7 @@ impl View {
         }
         out
     }
-}
 
-impl View {
     /// Of MXFP4, the format's reader of the matrix, and its blocks and scales from those that are stored.
     pub fn packed(&self, stored: &Bytes) -> Option<(&Arc<Reader>, [Bytes; 2])> {
         let View::Mxfp4 { reader, scales, first, step } = self else { return None };

@@ -16,7 +16,7 @@ use safetensors::SafeTensors;
 use super::files::Files;
 use super::packing::View;
 use super::{Error, halves, shards};
-use crate::input;
+use crate::{codec, input};
 
 /// Element type of a dense tensor.
 #[derive(Clone, Debug, PartialEq)]
@@ -228,9 +228,7 @@ impl Tensor {
             Dtype::Bf16 => finite(self.bytes(), |b: [u8; 2]| u16::from_le_bytes(b) & 0x7F80 != 0x7F80),
             Dtype::Format(reader) => {
                 let parts: Vec<&[u8]> = self.parts.iter().map(Bytes::as_slice).collect();
-                let (rows, step) = (reader.shape().rows, ROWS.next_multiple_of(reader.band()));
-                let tasks = (0..rows.div_ceil(step)).into_par_iter();
-                tasks.all(|i| reader.is_finite(&parts, i * step..rows.min((i + 1) * step)))
+                codec::is_finite(reader, &parts)
             }
         };
         if whole {

@@ -261,15 +261,14 @@ fn mma_group(signed_a: bool, fresh: bool, groups: u32, steps: u32) -> (String, S
     let inputs = list(&|i| format!("\"r\"(a{i})"), 4 * steps);
     let descriptors = list(&|i| format!("\"l\"(b + {i} * stride)", i = 2 * i), steps);
     let body = format!(
-        "const unsigned first = (unsigned)__cvta_generic_to_shared(from) >> 4;\n\
-         const unsigned long long b = 8ull << 32 | stride << 16 | first;\n\
+        "const unsigned long long b = 8ull << 32 | (stride << 16) + first;\n\
          asm volatile({}\n             : {outputs}\n             : {inputs}, {descriptors} : \"memory\");",
         text.join("\n             "),
     );
     let parameters = [
         list(&|i| format!("int4& d{i}"), groups),
         list(&|i| format!("unsigned a{i}"), 4 * steps),
-        "const void* from, unsigned stride".into(),
+        "unsigned first, unsigned stride".into(),
     ];
     ("void".into(), parameters.join(", "), body)
 }

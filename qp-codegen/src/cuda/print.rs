@@ -367,10 +367,9 @@ impl<'k, 'h> Printer<'k, 'h> {
                 let h = self.helper(Helper::MmaGroup { signed_a: *signed_a, fresh: *fresh, groups, steps });
                 let mut args: Vec<String> = acc.iter().map(|x| self.vars[x.0 as usize].clone()).collect();
                 args.extend(a.iter().flatten().map(|v| self.expr(*v).text).collect::<Vec<_>>());
-                let from = self.expr(*first).within(Binds::Product);
-                let line =
-                    format!("{h}({}, (uint4*){} + {from}, {stride}u);", args.join(", "), self.shared[*mem as usize]);
-                self.line(&line);
+                let (from, mem) = (self.expr(*first).within(Binds::Product), &self.shared[*mem as usize]);
+                let first = format!("((unsigned)__cvta_generic_to_shared({mem}) >> 4) + {from}");
+                self.line(&format!("{h}({}, {first}, {stride}u);", args.join(", ")));
             }
             Stmt::GridWait => {
                 self.grid_control("wait");

@@ -14,6 +14,10 @@
 //! Digits that are sums of four bytes ([`Digits::Bytes`]) are not summed: the tensor cores do that, whose operands are the four bytes
 //! of a weight and four times its activation. So a product is of 8 columns, and there is one plane.
 //!
+//! One or two tokens leave columns of a product without planes. There the runs of a tile stand side by side: a column has the
+//! activations of one run, zeros elsewhere, so a product over all of them has the sum of each run in a lane of its own, which needs the
+//! numbers of that run alone.
+//!
 //! More than [`TOKENS`] tokens are blocks of their own that take the same weights at about the same time, so that those
 //! come from memory once.
 
@@ -21,7 +25,7 @@ use std::collections::HashMap;
 
 use super::Product;
 use super::layout::{ROWS, Relaid};
-use super::operands::{ACROSS, OF_PRODUCT, Operands, Tile, number_registers, put, taken};
+use super::operands::{ACROSS, Form, OF_PRODUCT, Operands, Runs, Tile, number_registers, put, taken};
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var};
 use crate::kernels::experts::Experts;
 use crate::kernels::operands::divide;
@@ -61,8 +65,12 @@ pub(super) struct Plan {
     tokens: u32,
     /// Tensor-core products side by side to hold all planes of a part.
     pub(super) groups: u32,
-    /// Runs of a tile.
-    pub(super) runs: u32,
+    /// Runs side by side in a product; a power of two.
+    abreast: u32,
+    /// Products of a tile with sums of their own.
+    pub(super) sets: u32,
+    /// Places of a row's sums: of each token one for each run side by side.
+    places: u32,
     /// Times that warps go down the rows.
     pub(super) passes: u32,
     /// Rows of tiles of the block that has most.
@@ -81,13 +89,17 @@ impl Plan {
         let parts = parts(op);
         let tokens = op.batch.div_ceil(parts);
         let bytes = op.terms.stream.as_ref().is_some_and(|s| matches!(s.digits, Digits::Bytes { .. }));
+        let abreast =
+            if bytes || tokens > OF_PRODUCT { 1 } else { (OF_PRODUCT / tokens.next_power_of_two()).min(op.runs()) };
         Plan {
+            abreast,
+            sets: op.runs() / abreast,
+            places: tokens * abreast,
             bytes,
             across: if bytes { 4 * ACROSS } else { ACROSS },
             parts,
             tokens,
             groups: tokens.div_ceil(OF_PRODUCT),
-            runs: op.runs(),
             passes: layout.col_tiles().div_ceil(launch.warps * launch.depth),
             most_rows: layout.row_tiles().div_ceil(launch.blocks),
             offsets: op.has_offsets(false),
@@ -97,7 +109,7 @@ impl Plan {
 
     /// Sums of activations that a lane keeps for a tile and a group of planes.
     pub(super) fn kept_sums(&self) -> u32 {
-        if self.offsets { self.runs } else { 0 }
+        if self.offsets { self.sets } else { 0 }
     }
 
     /// Registers of a lane for the numbers of a tile.
@@ -107,7 +119,7 @@ impl Plan {
 
     /// Bytes of shared memory for the sums of a row of tiles.
     pub(super) fn sum_bytes_of_tile(&self, launch: &Launch) -> u32 {
-        launch.warps * ROWS * self.tokens * 8
+        launch.warps * ROWS * self.places * 8
     }
 
     /// Bytes of shared memory.
@@ -135,7 +147,7 @@ struct Buffer {
 struct Activations {
     /// Operands of each product across the tile.
     x: Vec<Vec<Vec<[Var; 2]>>>,
-    /// Of the lane's token, the sum over each run.
+    /// Of the lane's token and each set, the sum over the lane's run.
     sums: Vec<Vec<Vec<Var>>>,
 }
 
@@ -162,7 +174,7 @@ impl<'b, 'a> Emit<'b, 'a> {
     fn new(b: &'b Builder, op: &'a Product<'a>, launch: &'a Launch, plan: &'a Plan, experts: Option<&Experts>) -> Self {
         let layout = &plan.layout;
         let (thread, lane) = (b.special(Special::Thread), b.special(Special::Lane));
-        let operands = Operands::new(b, op, lane, false, launch.shared_book, experts);
+        let operands = Operands::new(b, op, lane, Form::Digits, launch.shared_book, experts);
         let sums = b.shared("sums", Elem::I32, plan.sum_bytes_of_tile(launch) / 4 * plan.most_rows);
         let warp = b.special(Special::Warp);
         let (block, part) = divide(b, b.special(Special::BlockX), plan.parts);
@@ -293,6 +305,12 @@ impl<'b, 'a> Emit<'b, 'a> {
         let cells = self.op.shape.cols.next_multiple_of(COLUMN_PAD) / CELL;
         let covered = plan.passes * self.launch.warps * self.launch.depth * (TILE / CELL);
         let (quad, column) = (self.lane & 3, self.lane >> 2);
+        // Which of the runs side by side the column has.
+        let (abreast, pair) = (plan.abreast as i32, column >> 1);
+        let (column, own) = match abreast {
+            1 => (column, None),
+            _ => (pair / abreast * 2 + (column & 1), Some(pair % abreast)),
+        };
         let first = self.column(pass) * (TILE / CELL);
         for (d, of_tile) in (0..).zip(&to.x) {
             for (group, of_group) in (0..).zip(of_tile) {
@@ -311,6 +329,10 @@ impl<'b, 'a> Emit<'b, 'a> {
                         cell.lt(cells).select(load(cell.min(cells as i32 - 1)), 0_u32)
                     }
                 };
+                let word = |n: u32| {
+                    let run = n * CELL * self.op.runs() / TILE % plan.abreast;
+                    own.map_or_else(|| word(n), |own| own.eq(run as i32).select(word(n), 0_u32))
+                };
                 if plan.bytes {
                     for (n, products) in (0..).zip(of_group.chunks_exact(2)) {
                         let word = word(n);
@@ -326,28 +348,28 @@ impl<'b, 'a> Emit<'b, 'a> {
         let ones = [b.u32(if plan.bytes { 1 } else { 0x0101_0101 }); 4];
         for (d, of_tile) in to.sums.iter().enumerate() {
             for (group, of_group) in of_tile.iter().enumerate() {
-                for (run, &var) in (0..).zip(of_group) {
-                    let sum = self.multiply(&|_| ones, &to.x[d][group], run);
+                for (set, &var) in (0..).zip(of_group) {
+                    let sum = self.multiply(&|_| ones, &to.x[d][group], set);
                     b.set(var, sum.lane(0) * 128 + sum.lane(1));
                 }
             }
         }
     }
 
-    /// The products of a run: of the registers of each product's columns with their activations.
-    fn multiply(&self, a: &dyn Fn(u32) -> [V<'b>; 4], x: &[[Var; 2]], run: u32) -> V<'b> {
+    /// The products of a set, a run or those side by side: of the registers of each product's columns with their activations.
+    fn multiply(&self, a: &dyn Fn(u32) -> [V<'b>; 4], x: &[[Var; 2]], set: u32) -> V<'b> {
         let b = self.b;
         let mut sum = b.vector(&[b.i32(0); 4]);
-        let columns = TILE / self.plan.runs;
+        let columns = TILE / self.plan.sets;
         let kept = |kt: u32| x[kt as usize].map(|var| b.get(var));
         let of_product = TILE / self.plan.across;
         if columns < of_product {
             // Half a product: the other half's activations are left out.
-            let ([first, second], zero) = (kept(run / 2), b.u32(0));
-            let x = if run.is_multiple_of(2) { [first, zero] } else { [zero, second] };
-            return b.mma_i8(false, a(run / 2), x, sum);
+            let ([first, second], zero) = (kept(set / 2), b.u32(0));
+            let x = if set.is_multiple_of(2) { [first, zero] } else { [zero, second] };
+            return b.mma_i8(false, a(set / 2), x, sum);
         }
-        for kt in run * columns / of_product..(run + 1) * columns / of_product {
+        for kt in set * columns / of_product..(set + 1) * columns / of_product {
             sum = b.mma_i8(false, a(kt), kept(kt), sum);
         }
         sum
@@ -371,13 +393,14 @@ impl<'b, 'a> Emit<'b, 'a> {
                 false => self.operands.registers(tile),
             };
             let mut known = HashMap::new();
-            for run in 0..plan.runs {
-                let factors = self.operands.factors(tile, run, inverses, &mut known);
+            for set in 0..plan.sets {
+                let runs = Runs { first: set * plan.abreast, count: plan.abreast };
+                let factors = self.operands.factors(tile, runs, inverses, &mut known);
                 for (group, sums) in sums.iter_mut().enumerate() {
-                    let offset = plan.offsets.then(|| b.get(activations.sums[d][group][run as usize]));
+                    let offset = plan.offsets.then(|| b.get(activations.sums[d][group][set as usize]));
                     for (plane, registers) in (0..).zip(&planes) {
                         let of = |kt: u32| std::array::from_fn(|a| registers[(kt * 4) as usize + a]);
-                        let products = self.multiply(&of, &activations.x[d][group], run);
+                        let products = self.multiply(&of, &activations.x[d][group], set);
                         for (half, sum) in (0..).zip(&mut *sums) {
                             let products = [0, 1].map(|low| products.lane(2 * half + low));
                             let term = self.operands.term(plane, products, offset, factors.map(|f| f[half as usize]));
@@ -396,12 +419,12 @@ impl<'b, 'a> Emit<'b, 'a> {
         let (b, plan) = (self.b, self.plan);
         let (g, t) = (self.lane >> 2, self.lane & 3);
         for (group, halves) in (0..).zip(sums) {
-            let token = t + group * OF_PRODUCT;
+            let place = t + group * OF_PRODUCT;
             let store = || {
                 for (half, sum) in (0..).zip(halves) {
                     let sum = sum.expect("a tile has runs");
                     let of_block = (self.warp * plan.most_rows + row) * ROWS + (g + half * 8);
-                    let at = (of_block * plan.tokens + token) * 2;
+                    let at = (of_block * plan.places + place) * 2;
                     if plan.passes == 1 {
                         put(b, self.sums, at, sum);
                     } else {
@@ -413,7 +436,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                     }
                 }
             };
-            if (group + 1) * OF_PRODUCT <= plan.tokens { store() } else { b.if_(token.lt(plan.tokens), store) }
+            if (group + 1) * OF_PRODUCT <= plan.places { store() } else { b.if_(place.lt(plan.places), store) }
         }
     }
 
@@ -423,8 +446,10 @@ impl<'b, 'a> Emit<'b, 'a> {
         let len = self.rows * (ROWS * plan.tokens);
         b.for_(self.thread, len, launch.warps * 32, |i| {
             let (row, within) = divide(b, i, plan.tokens);
-            let of_warp = |warp: u32| taken(b, self.sums, (i + warp * (plan.most_rows * ROWS * plan.tokens)) * 2);
-            let sum = (1..launch.warps).fold(of_warp(0), |sum, w| sum + of_warp(w));
+            let of_warp = |warp: u32| i * plan.abreast + warp * (plan.most_rows * ROWS * plan.places);
+            let places = (0..launch.warps).flat_map(|warp| (0..plan.abreast).map(move |run| (warp, run)));
+            let sums = places.map(|(warp, run)| taken(b, self.sums, (of_warp(warp) + run) * 2));
+            let sum = sums.reduce(|sum, x| sum + x).expect("there are warps");
             let row = self.first_row * ROWS + row;
             let token = self.part * plan.tokens + within;
             let exists = row.lt(self.op.shape.rows);

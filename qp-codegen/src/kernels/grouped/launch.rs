@@ -117,7 +117,10 @@ impl Launch {
                 min_blocks,
                 shared_book,
             }) => {
+                let many::Group { planes, sets } = group.unwrap_or(many::Group { planes: 0, sets: 0 });
                 let fields = [
+                    ("planes", planes),
+                    ("sets", sets),
                     ("row_warps", row_warps),
                     ("col_warps", col_warps),
                     ("row_tiles", row_tiles),
@@ -128,7 +131,7 @@ impl Launch {
                     ("min_blocks", min_blocks),
                     ("shared_book", shared_book.into()),
                 ];
-                (if group { "groups" } else { "many" }, fields.into())
+                (if group.is_some() { "groups" } else { "many" }, fields.into())
             }
         }
     }
@@ -195,10 +198,10 @@ fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> 
     let of_step = launch.depth * (layout.lane_words() + plan.number_registers()) + 1;
     let of_steps = launch.ahead * of_step + if several { 12 * (launch.ahead - 1) } else { 0 };
     // The more runs, the more of their numbers are made at once.
-    let of_runs = (plan.runs - 1) * launch.depth * (4 + 4 * plan.groups);
+    let of_runs = (plan.sets - 1) * launch.depth * (4 + 4 * plan.groups);
     let of_planes = 16 * planes + 8 * (planes - 1) * plan.groups;
     // One run a tile and no rests: less is computed at once.
-    let spare = if several && plan.runs == 1 && op.terms.rest.is_none() { SPARE } else { 0 };
+    let spare = if several && plan.sets == 1 && op.terms.rest.is_none() { SPARE } else { 0 };
     let registers = WORKING + fragments + of_steps + of_runs + of_planes - spare;
     let available = (device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks) / 8 * 8).min(255);
     let shared = plan.shared_bytes(launch);
@@ -226,7 +229,7 @@ fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> 
     let bandwidth = device.bandwidth * f64::from(plan.parts.min(2)) / f64::from(device.sms);
     let memory = bytes / bandwidth.min(in_flight / LATENCY);
     let groups = f64::from(plan.groups);
-    let runs = f64::from(op.terms.run.map_or(1, |_| plan.runs)) * expressions(op);
+    let runs = f64::from(op.terms.run.map_or(1, |_| plan.sets)) * expressions(op);
     let of_step = STEP_WORK.0 + if plan.passes > 1 { STEP_WORK.1 * groups } else { 0.0 };
     let work = TILE_WORK
         + decode_work(op, launch.shared_book)
@@ -255,10 +258,13 @@ const WARPS: [u32; 3] = [4, 8, 16];
 const CHOICES: [(u32, u32); 5] = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)];
 /// Tiles of a chunk, and of them on their way, to try.
 const CHUNKS: [(u32, u32); 7] = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2)];
+/// Warps of an SM from which groups that multiply a few planes at a time keep its tensor cores busy.
+const NARROW_WARPS: u32 = 16;
 /// Registers of a thread of [`many`] for addresses and for what is being computed.
 const MANY_WORKING: u32 = 88;
-/// The same, where groups of warps multiply tiles of one run whose integers are operands as they are.
-const GROUP_WORKING: u32 = 36;
+/// The same, where groups of warps multiply tiles of one run whose integers are operands as they are, by the sets of registers that their
+/// products take in turn.
+const GROUP_WORKING: [u32; 2] = [17, 36];
 /// Instructions of a warp for a tile, beside those for its bytes, runs and products.
 const MANY_TILE: f64 = 92.6;
 /// Instructions for the numbers of a run and two rows, for each expression of fields.
@@ -296,10 +302,14 @@ impl many::Launch {
             for (warps, col_warps) in WARPS.into_iter().flat_map(|w| [1, 2, 4, 8].map(|c| (w, c))) {
                 let ways = CHOICES.into_iter().flat_map(|c| CHUNKS.map(|chunk| (c, chunk)));
                 let groups_fit = device.group_products > 0.0 && (warps / col_warps).is_multiple_of(4);
-                for (((row_tiles, min_blocks), (chunk, ahead)), group) in ways.flat_map(|w| [(w, false), (w, true)]) {
+                let tokens = op.batch.div_ceil(token_parts);
+                let (halves, narrow) = (Some(many::Group::halves(tokens)), Some(many::Group::narrow(tokens)));
+                for (((row_tiles, min_blocks), (chunk, ahead)), group) in
+                    ways.flat_map(|w| [None, halves, narrow].map(|g| (w, g)))
+                {
                     let row_warps = warps / col_warps;
                     let fits = row_warps > 0 && col_warps * chunk <= layout.col_tiles();
-                    if !fits || group && (!groups_fit || row_tiles > 1) {
+                    if !fits || group.is_some() && (!groups_fit || row_tiles > 1) {
                         continue;
                     }
                     let most = (device.sms * min_blocks / token_parts).max(1);
@@ -316,6 +326,13 @@ impl many::Launch {
                         min_blocks,
                         shared_book,
                     };
+                    if group == narrow && warps * min_blocks < NARROW_WARPS {
+                        // Too few groups take turns, if there is another way.
+                        let halves = many::Launch { group: halves, ..launch };
+                        if group == halves.group || estimate_many(op, &halves, device).is_some() {
+                            continue;
+                        }
+                    }
                     out.extend(estimate_many(op, &launch, device).map(|seconds| (seconds, launch)));
                 }
             }
@@ -332,19 +349,23 @@ fn estimate_many(op: &Product, launch: &many::Launch, device: &Device) -> Option
     let of_words = plan.layout.lane_words() + fields;
     let of_windows = if terms.stream.is_some() { 32 } else { 0 };
     let of_tile = launch.ahead * of_words + 16 * terms.planes() + 2 * plan.runs + of_windows;
-    let products = if launch.group {
-        4 * plan.groups.max(8) + 2 * (launch.ahead - 1)
+    let products = if let Some(group) = launch.group {
+        // At least 32 planes of the past.
+        (group.planes / 2).max(16) * group.sets + 2 * (launch.ahead - 1)
     } else {
         // Warps by themselves begin several runs at once.
         let of_runs = if plan.runs > 1 { 20 + 10 * plan.runs } else { 0 };
         8 + 8 * launch.row_tiles + of_runs.min(80) + 16 * (terms.planes() - 1)
     };
-    let working = if launch.group && plan.runs == 1 && !plan.offsets { GROUP_WORKING } else { MANY_WORKING };
+    let working = match launch.group {
+        Some(group) if plan.runs == 1 && !plan.offsets => GROUP_WORKING[(group.sets - 1) as usize],
+        _ => MANY_WORKING,
+    };
     let registers = working + launch.row_tiles * (4 * plan.groups + of_tile) + products;
     let available = (device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks) / 8 * 8).min(255);
     let shared = plan.shared_bytes(launch);
     // Beside the sums of more than 32 tokens the words of two tiles do not fit, whatever the sum of registers is.
-    let spills = launch.group && launch.ahead > 1 && plan.groups > 8;
+    let spills = launch.group.is_some() && launch.ahead > 1 && plan.groups > 8;
     if registers > available
         || spills
         || threads * launch.min_blocks > device.threads_per_sm
@@ -357,8 +378,13 @@ fn estimate_many(op: &Product, launch: &many::Launch, device: &Device) -> Option
     let per_sm = (launch.blocks * launch.token_parts).div_ceil(device.sms);
     let resident = per_sm.min(launch.min_blocks);
     let rows = plan.layout.row_tiles().div_ceil(launch.blocks);
-    let Busiest { takers, of_scheduler, at_once: _ } =
-        Busiest::of(resident, rows.div_ceil(launch.row_tiles), launch.group, launch.row_warps, launch.col_warps);
+    let Busiest { takers, of_scheduler, at_once: _ } = Busiest::of(
+        resident,
+        rows.div_ceil(launch.row_tiles),
+        launch.group.is_some(),
+        launch.row_warps,
+        launch.col_warps,
+    );
     let steps = plan.steps(launch) * per_sm.div_ceil(resident) * launch.row_tiles;
     let of_scheduler = f64::from(of_scheduler * steps);
     let tiles = f64::from(per_sm * takers * plan.steps(launch) * launch.col_warps * launch.row_tiles);
@@ -372,18 +398,19 @@ fn estimate_many(op: &Product, launch: &many::Launch, device: &Device) -> Option
     let sum = 2.0 * (1.0 + f64::from(u8::from(beside)) + wide);
     // A run of half a product takes a whole one.
     let across = runs.max(4.0) * of_planes;
-    let issued = if launch.group { of_planes * (4.0 + 2.0 * groups * runs) } else { groups * across * FRAGMENT };
+    let issued =
+        if launch.group.is_some() { of_planes * (4.0 + 2.0 * groups * runs) } else { groups * across * FRAGMENT };
     let offsets = if plan.offsets { groups * runs / f64::from(launch.row_tiles) } else { 0.0 };
     let slots = MANY_TILE + bytes + numbers + groups * runs * sum * of_planes + issued + offsets;
     let warps = f64::from(resident * launch.warps());
     let issue = of_scheduler * slots / issue_share(MANY_ISSUE, warps);
     let planes = groups * 8.0;
-    let tensor = if launch.group {
+    let tensor = if launch.group.is_some() {
         TENSOR.0 * tiles * across * planes.max(32.0) * 16.0 * 32.0 / device.group_products
     } else {
         TENSOR.1 * of_scheduler * groups * across * 4096.0 * 4.0 / device.int8_products
     };
-    let banks = if launch.group {
+    let banks = if launch.group.is_some() {
         tiles * across * planes / 16.0
     } else {
         tiles * groups * across * 2.0 / f64::from(launch.row_tiles)

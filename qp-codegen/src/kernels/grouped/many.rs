@@ -10,7 +10,8 @@
 //! A warp decodes a tile into tensor-core operands, once, and multiplies each run with all planes, eight a product. The sums
 //! of a run and a group of planes need registers only until the planes of a token are joined, multiplied with the run's
 //! slope and added to a sum of 64 bits. On Hopper, groups of four warps can multiply together ([`Launch::group`], `wgmma`),
-//! the planes in two halves: while one is multiplied, the one before is added, from tile to tile.
+//! the planes in two halves, one of which is added while the other is multiplied, from tile to tile; or a few at a time, with more
+//! groups that take turns.
 //!
 //! Integers that are bytes with their zeros and signs need no sums of activations ([`are_operands`]).
 //!
@@ -23,7 +24,7 @@ use std::ops::Range;
 
 use super::Product;
 use super::layout::{ROWS, Relaid};
-use super::operands::{ACROSS, Arrived, Factors, OF_PRODUCT, Operands, Tile, are_operands, put, taken};
+use super::operands::{ACROSS, Arrived, Factors, Form, OF_PRODUCT, Operands, Runs, Tile, are_operands, put, taken};
 use crate::ir::{Builder, Cache, Const, Elem, Kernel, Mem, Special, V, Var, group_columns};
 use crate::kernels::experts::Experts;
 use crate::kernels::operands::divide;
@@ -38,6 +39,8 @@ const STAGES: u32 = 3;
 const SUMMED: u32 = 2;
 /// Groups of four tokens whose scales are on their way at once.
 const SCALES: usize = 4;
+/// Planes that [`Group::narrow`] multiplies at once.
+const NARROW: u32 = 32;
 /// Four bytes of one.
 const ONES: u32 = 0x0101_0101;
 
@@ -45,7 +48,7 @@ const ONES: u32 = 0x0101_0101;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Launch {
     /// Groups of four warps, one below the other, multiply together: only where there is `wgmma`.
-    pub group: bool,
+    pub group: Option<Group>,
     /// Warps one below the other, each with rows of tiles of its own.
     pub row_warps: u32,
     /// Warps that share the columns of the same rows.
@@ -64,6 +67,30 @@ pub struct Launch {
     pub min_blocks: u32,
     /// Whether blocks copy the table of digits, if there is one, into shared memory; else they look it up in global memory.
     pub shared_book: bool,
+}
+
+/// How groups of four warps multiply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Group {
+    /// Planes of the activations at once, as [`group_columns`] gives them.
+    pub planes: u32,
+    /// Sets of registers that their sums take in turn. Of two, one is added while the other is computed; where there is one, other
+    /// groups multiply while it is added.
+    pub sets: u32,
+}
+
+impl Group {
+    /// All planes of `tokens` tokens in two halves, which take turns.
+    pub fn halves(tokens: u32) -> Group {
+        let planes = group_columns(2 * tokens);
+        // Up to 32 planes are as fast as 32.
+        Group { planes: if planes <= 32 { planes } else { group_columns(planes / 2) }, sets: 2 }
+    }
+
+    /// A few planes at a time, in few registers.
+    pub fn narrow(tokens: u32) -> Group {
+        Group { planes: group_columns(2 * tokens).min(NARROW), sets: 1 }
+    }
 }
 
 impl Launch {
@@ -95,7 +122,7 @@ impl Plan {
     pub(super) fn new(op: &Product, launch: &Launch) -> Plan {
         let layout = op.layout();
         let tokens = op.batch.div_ceil(launch.token_parts);
-        let planes = if launch.group { group_columns(2 * tokens) } else { (2 * tokens).next_multiple_of(8) };
+        let planes = if launch.group.is_some() { group_columns(2 * tokens) } else { (2 * tokens).next_multiple_of(8) };
         let chunk_tiles = launch.col_warps * launch.chunk;
         Plan {
             tokens,
@@ -129,16 +156,6 @@ impl Plan {
         self.chunk_tiles * self.tile_cells()
     }
 
-    /// Groups of planes that groups of warps multiply at once; none for warps by themselves.
-    fn part(&self, launch: &Launch) -> u32 {
-        match launch.group {
-            false => 0,
-            // Up to 32 planes are as fast as 32.
-            true if self.planes() <= 32 => self.groups,
-            true => group_columns(self.planes() / 2) / 8,
-        }
-    }
-
     /// Sums over runs of a tile: by run, by token.
     fn tile_offsets(&self) -> u32 {
         self.runs * self.groups * OF_PRODUCT
@@ -168,12 +185,12 @@ impl Plan {
 /// tokens of a part, more blocks than rows of tiles.
 pub(super) fn lower(op: &Product, launch: &Launch, experts: Option<&Experts>) -> Kernel {
     let plan = Plan::new(op, launch);
-    assert!(!launch.group || launch.row_warps.is_multiple_of(4), "groups of four warps");
-    assert!(!launch.group || launch.row_tiles == 1, "a group has 64 rows");
+    assert!(launch.group.is_none() || launch.row_warps.is_multiple_of(4), "groups of four warps");
+    assert!(launch.group.is_none() || launch.row_tiles == 1, "a group has 64 rows");
     assert!(plan.tokens <= MAX_PART, "more tokens than sums have registers");
     assert!(launch.blocks <= plan.layout.row_tiles(), "a block without rows");
     let blocks = launch.blocks * launch.token_parts;
-    let kind = if launch.group { "groups" } else { "many" };
+    let kind = if launch.group.is_some() { "groups" } else { "many" };
     let b = op.builder(kind, blocks, launch.warps() * 32, launch.min_blocks, experts);
     Emit::new(&b, op, launch, &plan, experts).kernel();
     b.finish()
@@ -210,8 +227,8 @@ struct Kept {
     tiles: Vec<Vec<Tile>>,
     /// Sums of 64 bits: by tile, group of planes and half of the tile's rows.
     sums: Vec<Var>,
-    /// Sums of two products of groups of warps, one of which is computed while the other is added: by group of planes.
-    products: [Vec<Var>; 2],
+    /// Sums of products of groups of warps, in turn: by group of planes.
+    products: Vec<Vec<Var>>,
     /// What belongs to a tile's last product, which is added while the next tile's first is computed.
     late: Option<Late>,
 }
@@ -247,7 +264,12 @@ struct Decoded<'b> {
 impl<'b, 'a> Emit<'b, 'a> {
     fn new(b: &'b Builder, op: &'a Product<'a>, launch: &'a Launch, plan: &'a Plan, experts: Option<&Experts>) -> Self {
         let (thread, lane, warp) = (b.special(Special::Thread), b.special(Special::Lane), b.special(Special::Warp));
-        let operands = Operands::new(b, op, lane, are_operands(op), launch.shared_book, experts);
+        let form = match Form::of_many(op) {
+            // Beside the sums of many tokens there are no registers for operands that are decoded so early.
+            Form::UpperHalves if launch.group.is_some_and(|g| g.sets == 1) && plan.groups > 8 => Form::Integers,
+            form => form,
+        };
+        let operands = Operands::new(b, op, lane, form, launch.shared_book, experts);
         let staged = b.shared("staged", Elem::U32, STAGES * plan.stage_cells() * 4);
         let offsets = b.shared("offsets", Elem::I32, SUMMED * plan.chunk_offsets());
         let meeting = b.shared("meeting", Elem::I32, plan.meeting_sums(launch) * 2);
@@ -326,8 +348,9 @@ impl<'b, 'a> Emit<'b, 'a> {
         let zero = b.constant(Const::I64(0));
         let sums = (0..launch.row_tiles * plan.groups * 2).map(|_| b.var(zero)).collect();
         let none = b.vector(&[b.i32(0); 4]);
-        let products = [(); 2].map(|()| (0..plan.part(launch)).map(|_| b.var(none)).collect());
-        let late = launch.group.then(|| self.late()).flatten();
+        let Group { planes, sets } = launch.group.unwrap_or(Group { planes: 0, sets: 0 });
+        let products = (0..sets).map(|_| (0..planes / 8).map(|_| b.var(none)).collect()).collect();
+        let late = launch.group.and_then(|_| self.late());
         let kept = Kept { tiles, sums, products, late };
         if plan.offsets {
             b.comment("Sums over the runs of the first chunk.");
@@ -349,7 +372,7 @@ impl<'b, 'a> Emit<'b, 'a> {
             b.for_(0, plan.chunks, 1, |chunk| {
                 let chunk = round * plan.chunks + chunk;
                 b.async_wait(if plan.offsets { 0 } else { 1 });
-                if launch.group {
+                if launch.group.is_some() {
                     b.group_fence();
                 }
                 b.barrier();
@@ -359,7 +382,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                 }
                 let in_turn = |first: V<'b>| {
                     for p in 0..launch.ahead {
-                        if launch.group {
+                        if launch.group.is_some() {
                             self.step_of_group(chunk, (first + p, p), &kept, &inverses);
                         } else {
                             self.step(chunk, (first + p, p), &kept, &inverses);
@@ -373,7 +396,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                         b.for_(0, launch.chunk, launch.ahead, in_turn);
                     }
                 };
-                if launch.group {
+                if launch.group.is_some() {
                     steps();
                     b.group_wait(0);
                 } else {
@@ -439,10 +462,16 @@ impl<'b, 'a> Emit<'b, 'a> {
         let all = 2 * self.op.batch;
         let (cells, threads) = (plan.stage_cells(), self.launch.warps() * 32);
         b.if_(chunk.lt(self.rounds * plan.chunks), || {
+            // Where the threads take whole units at once, each keeps its plane.
+            let units_at_once = threads.is_multiple_of(plan.planes()).then(|| threads / plan.planes());
+            let first = divide(b, self.thread, plan.planes());
             for round in 0..cells.div_ceil(threads) {
                 let cell = self.thread + round * threads;
                 let copy = || {
-                    let (unit, plane) = divide(b, cell, plan.planes());
+                    let (unit, plane) = match units_at_once {
+                        Some(units) => (first.0 + round * units, first.1),
+                        None => divide(b, cell, plan.planes()),
+                    };
                     // Planes that fill up the last product repeat the last token's; their sums are not read.
                     let plane = self.first_token * 2 + plane;
                     let whole =
@@ -549,7 +578,7 @@ impl<'b, 'a> Emit<'b, 'a> {
         let tiles = &kept.tiles[p as usize];
         let arrived: Vec<Arrived> = tiles.iter().map(|t| self.operands.arrived(t)).collect();
         self.fetch(chunk * self.launch.chunk + i + self.launch.ahead, tiles);
-        if self.launch.group {
+        if self.launch.group.is_some() {
             // The assembler would put the loads off, but not beyond this.
             b.warp_sync();
         }
@@ -559,7 +588,8 @@ impl<'b, 'a> Emit<'b, 'a> {
         let decode = |(tile, inverses): (&Arrived<'b>, &Option<[V<'b>; 2]>)| {
             let mut known = HashMap::new();
             let planes = self.operands.registers(tile);
-            let factors = (0..plan.runs).map(|run| self.operands.factors(tile, run, *inverses, &mut known)).collect();
+            let factors =
+                (0..plan.runs).map(|run| self.operands.factors(tile, Runs::one(run), *inverses, &mut known)).collect();
             Decoded { planes, factors }
         };
         (arrived.iter().zip(inverses).map(decode).collect(), first, offsets)
@@ -567,7 +597,7 @@ impl<'b, 'a> Emit<'b, 'a> {
 
     /// The products of a group with a tile: run and plane of the weights, groups of planes of the activations.
     fn of_group(&self) -> Vec<(u32, u32, Range<u32>)> {
-        let (plan, part) = (self.plan, self.plan.part(self.launch));
+        let (plan, part) = (self.plan, self.group().planes / 8);
         let parts = (0..plan.groups).step_by(part as usize).map(|from| from..plan.groups.min(from + part));
         let of = |run| {
             let parts = parts.clone();
@@ -576,10 +606,15 @@ impl<'b, 'a> Emit<'b, 'a> {
         (0..plan.runs).flat_map(of).collect()
     }
 
+    fn group(&self) -> Group {
+        self.launch.group.expect("of groups of warps")
+    }
+
     /// Registers for what is added late, if the last of a tile's products is in other registers than the first.
     fn late(&self) -> Option<Late> {
         let (b, products) = (self.b, self.of_group());
-        let (_, plane, groups) = products.last().filter(|_| products.len().is_multiple_of(2))?;
+        let late = self.group().sets == 2 && products.len().is_multiple_of(2);
+        let (_, plane, groups) = products.last().filter(|_| late)?;
         let word = || b.var(b.i32(0));
         let terms = self.op.terms;
         let of_row = || [true, terms.rest.is_some(), terms.zero.is_some() && !are_operands(self.op)];
@@ -617,18 +652,22 @@ impl<'b, 'a> Emit<'b, 'a> {
             let steps = self.operands_of(run, &|kt| std::array::from_fn(|a| registers[(kt * 4) as usize + a]));
             let a: Vec<[V; 4]> = steps.iter().map(|s| s.1).collect();
             let at = first + (steps[0].0 * 2 * plan.planes() + groups.start * 8);
-            let sums = &kept.products[n % 2][..groups.len()];
+            let turn = n % kept.products.len();
+            let sums = &kept.products[turn][..groups.len()];
             b.mma_group_fresh(self.operands.is_signed(plane), &a, sums, self.staged, at, plan.planes());
             let offsets = groups.clone().map(|g| self.offset(offsets, (run, plane), g)).collect();
-            let started = Started { turn: n % 2, groups, plane, offsets, factors: tile[0].factors[run as usize] };
-            if let Some(before) = before.replace(started) {
+            let started = Started { turn, groups, plane, offsets, factors: tile[0].factors[run as usize] };
+            if self.group().sets == 1 {
+                b.group_wait(0);
+                self.add_started(kept, &started);
+            } else if let Some(before) = before.replace(started) {
                 if n > 0 {
                     b.group_wait(1);
                 }
                 self.add_started(kept, &before);
             }
         }
-        let last = before.expect("a tile has products");
+        let Some(last) = before else { return };
         let Some(late) = &kept.late else {
             b.group_wait(0);
             return self.add_started(kept, &last);

@@ -35,6 +35,22 @@ pub(super) struct Arrived<'b> {
     numbers: Vec<Vec<V<'b>>>,
 }
 
+/// A run of a tile, or several side by side, of which a lane has one by its place among four.
+#[derive(Clone, Copy)]
+pub(super) struct Runs {
+    /// The first.
+    pub(super) first: u32,
+    /// How many, a power of two that divides the first.
+    pub(super) count: u32,
+}
+
+impl Runs {
+    /// A run that all lanes have.
+    pub(super) fn one(run: u32) -> Runs {
+        Runs { first: run, count: 1 }
+    }
+}
+
 /// The numbers of a run and a row.
 #[derive(Clone, Copy)]
 pub(super) struct Factors<'b> {
@@ -73,8 +89,33 @@ pub(super) struct Operands<'b, 'a> {
     lane: V<'b>,
     /// The table of digits, of codes that are looked up.
     book: Option<Book>,
-    /// Whether tensor-core operands are the integers themselves, zeros added, and not how far they are from the lowest.
-    signed: bool,
+    /// What tensor-core operands are.
+    form: Form,
+}
+
+/// What tensor-core operands are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// How far the integers are from the lowest.
+    Digits,
+    /// The integers themselves, zeros added.
+    Integers,
+    /// Integers of 4 bits as the upper halves of bytes: 16 times what they are, which takes the fewest instructions. Sums are divided
+    /// at the end.
+    UpperHalves,
+}
+
+impl Form {
+    /// The one that takes the fewest instructions for products of many tokens.
+    pub(super) fn of_many(op: &Product) -> Form {
+        let terms = op.terms;
+        let halves = terms.bits == 4 && terms.lowest == -8 && terms.table.is_none() && terms.stream.is_none();
+        match are_operands(op) {
+            true if halves && terms.zero.is_none() && terms.run.is_some() => Form::UpperHalves,
+            true => Form::Integers,
+            false => Form::Digits,
+        }
+    }
 }
 
 /// Whether the integers of `op`, zeros added, are operands of tensor-core products as they are: then sums of activations are needed for
@@ -96,13 +137,12 @@ pub(super) fn are_operands(op: &Product) -> bool {
 }
 
 impl<'b, 'a> Operands<'b, 'a> {
-    /// Declares them. With `signed`, operands are the integers themselves ([`are_operands`]); with `shared_book`, a table of digits is
-    /// looked up in shared memory. Of experts, tokens are the pairs of a unit.
+    /// Declares them. With `shared_book`, a table of digits is looked up in shared memory. Of experts, tokens are the pairs of a unit.
     pub(super) fn new(
         b: &'b Builder,
         op: &'a Product<'a>,
         lane: V<'b>,
-        signed: bool,
+        form: Form,
         shared_book: bool,
         experts: Option<&Experts>,
     ) -> Self {
@@ -120,7 +160,7 @@ impl<'b, 'a> Operands<'b, 'a> {
             true => Book::Shared(b.shared("book", Elem::U32, words)),
             false => Book::Global { mem: numbers, first },
         });
-        Operands { b, op, layout, weights, numbers, factors, x, x_scale, y, tokens, lane, book, signed }
+        Operands { b, op, layout, weights, numbers, factors, x, x_scale, y, tokens, lane, book, form }
     }
 
     /// Copies the table of digits into shared memory, if it is looked up there, all threads of the block together.
@@ -192,12 +232,15 @@ impl<'b, 'a> Operands<'b, 'a> {
         match (&self.op.terms.table, self.windows()) {
             (_, Some(windows)) => windows.digits(self.op.terms.planes(), &tile.words),
             (Some(table), None) => {
-                let lowest = if self.signed { self.op.terms.lowest } else { 0 };
+                let lowest = if self.form == Form::Digits { 0 } else { self.op.terms.lowest };
                 let table: Vec<u32> = table.iter().map(|x| x.wrapping_add_signed(lowest)).collect();
                 self.looked_up(&table, tile)
             }
-            (None, None) if self.signed => vec![self.signed_bytes(tile)],
-            (None, None) => (0..self.layout.planes()).map(|plane| self.bytes(plane, tile)).collect(),
+            (None, None) => match self.form {
+                Form::Digits => (0..self.layout.planes()).map(|plane| self.bytes(plane, tile)).collect(),
+                Form::Integers => vec![self.signed_bytes(tile)],
+                Form::UpperHalves => vec![self.upper_halves(tile)],
+            },
         }
     }
 
@@ -216,7 +259,15 @@ impl<'b, 'a> Operands<'b, 'a> {
 
     /// Whether the bytes of a plane are signed.
     pub(super) fn is_signed(&self, plane: u32) -> bool {
-        self.signed && plane + 1 == self.op.terms.planes()
+        self.form != Form::Digits && plane + 1 == self.op.terms.planes()
+    }
+
+    /// The registers of the only plane, of upper halves of bytes: the sign of an integer of 4 bits is where a byte has its own.
+    fn upper_halves(&self, tile: &Arrived<'b>) -> Vec<V<'b>> {
+        let b = self.b;
+        let of = |word: V<'b>| (word & b.u32(0xf0f0_f0f0)) ^ 0x8080_8080_u32;
+        let words = tile.words[..(REGISTERS / 2) as usize].iter();
+        words.flat_map(|&word| [of(word << 4_u32), of(word)]).collect()
     }
 
     /// The registers of the only plane: integers with their zeros, added to all four of a register at once. The sums are by 128 too
@@ -232,7 +283,7 @@ impl<'b, 'a> Operands<'b, 'a> {
         let add: Vec<[V<'b>; 2]> = (0..if terms.zero.is_some() { runs } else { 1 })
             .map(|run| {
                 [0, 1].map(|half| match &terms.zero {
-                    Some(zero) => (fields.whole(zero, run, half) + up).bits(Scalar::U32) * 0x0101_0101_u32,
+                    Some(zero) => (fields.whole(zero, Runs::one(run), half) + up).bits(Scalar::U32) * 0x0101_0101_u32,
                     None => b.u32(up as u32 * 0x0101_0101),
                 })
             })
@@ -302,7 +353,7 @@ impl<'b, 'a> Operands<'b, 'a> {
     pub(super) fn factors(
         &self,
         tile: &Arrived<'b>,
-        run: u32,
+        run: Runs,
         inverses: Option<[V<'b>; 2]>,
         known: &mut Known<'b>,
     ) -> Option<[Factors<'b>; 2]> {
@@ -315,7 +366,8 @@ impl<'b, 'a> Operands<'b, 'a> {
                     (value * inverses[half as usize]).to(Scalar::I32)
                 };
                 let (slope, rest) = (of(&terms.slope), terms.rest.as_ref().map(of));
-                let zero = terms.zero.as_ref().filter(|_| !self.signed).map(|zero| fields.whole(zero, run, half));
+                let zero =
+                    terms.zero.as_ref().filter(|_| self.form == Form::Digits).map(|zero| fields.whole(zero, run, half));
                 Factors { slope, rest, zero }
             })
         })
@@ -342,7 +394,7 @@ impl<'b, 'a> Operands<'b, 'a> {
         }
         // What the integers are more than the operands.
         let beside = match (factors.and_then(|f| f.zero), terms.lowest) {
-            _ if self.signed => None,
+            _ if self.form != Form::Digits => None,
             (None, 0) => None,
             (None, lowest) => Some(self.b.i32(lowest)),
             (Some(zero), lowest) => Some(zero + lowest),
@@ -375,6 +427,7 @@ impl<'b, 'a> Operands<'b, 'a> {
     /// Scales and stores the sum of a row and a token.
     pub(super) fn write(&self, row: V<'b>, token: V<'b>, sum: V<'b>, factor: V<'b>, scale: V<'b>) {
         let b = self.b;
+        let sum = if self.form == Form::UpperHalves { sum >> 4 } else { sum };
         let value = sum.to(Scalar::F32) * factor * scale;
         let at = row + self.op.y.at(self.tokens.output(token));
         let value = if self.op.accumulate { b.load(self.y, at, Elem::F32) + value } else { value };
@@ -403,21 +456,20 @@ struct Fields<'e, 'b, 'a> {
     numbers: &'e [Vec<V<'b>>],
 }
 
-/// Numbers that were made floats: by section, unit and half.
+/// Numbers that were made floats: by section, first unit and half.
 pub(super) type Known<'b> = HashMap<(usize, u32, u32), V<'b>>;
 
 impl<'b> Fields<'_, 'b, '_> {
     /// The value of an expression of fields in a run and one of the lane's two rows.
-    fn value(&self, weight: &Weight, run: u32, half: u32, known: &mut Known<'b>) -> V<'b> {
+    fn value(&self, weight: &Weight, run: Runs, half: u32, known: &mut Known<'b>) -> V<'b> {
         let b = self.operands.b;
         let mut nodes: Vec<V<'b>> = Vec::new();
         for op in &weight.ops {
             nodes.push(match *op {
                 WeightOp::Const(c) => b.f32(c.to_f32()),
                 WeightOp::Field(f) => {
-                    let units = self.operands.layout.sections[f].units;
-                    let unit = run * units / self.operands.op.runs();
-                    *known.entry((f, unit, half)).or_insert_with(|| self.number(f, unit, half))
+                    let unit = self.units(f, run).0;
+                    *known.entry((f, unit, half)).or_insert_with(|| self.number(f, run, half))
                 }
                 WeightOp::Neg(a) => -nodes[a],
                 WeightOp::Binary(op, x, y) => match op {
@@ -433,15 +485,14 @@ impl<'b> Fields<'_, 'b, '_> {
     }
 
     /// The value of an expression of small integers in a run and one of the lane's two rows.
-    fn whole(&self, weight: &Weight, run: u32, half: u32) -> V<'b> {
+    fn whole(&self, weight: &Weight, run: Runs, half: u32) -> V<'b> {
         let b = self.operands.b;
         let mut nodes: Vec<V<'b>> = Vec::new();
         for op in &weight.ops {
             nodes.push(match *op {
                 WeightOp::Const(c) => b.i32(c.to_f32() as i32),
                 WeightOp::Field(f) => {
-                    let units = self.operands.layout.sections[f].units;
-                    let (kept, word, bit) = self.place(f, run * units / self.operands.op.runs(), half);
+                    let (kept, word, bit) = self.place(f, run, half);
                     match kept {
                         Kept::U8 => ((word >> bit) & 0xff_u32).bits(Scalar::I32),
                         Kept::I8 => (word << (24 - bit)).bits(Scalar::I32) >> 24,
@@ -459,17 +510,47 @@ impl<'b> Fields<'_, 'b, '_> {
         *nodes.last().expect("an expression has nodes")
     }
 
+    /// The first unit of a section that runs have, and how many they have.
+    fn units(&self, section: usize, runs: Runs) -> (u32, u32) {
+        let (units, of_tile) = (self.operands.layout.sections[section].units, self.operands.op.runs());
+        (runs.first * units / of_tile, (runs.count * units / of_tile).max(1))
+    }
+
     /// A number of a section: its type, the word that holds it, and its first bit there.
-    fn place(&self, section: usize, unit: u32, half: u32) -> (Kept, V<'b>, u32) {
+    fn place(&self, section: usize, runs: Runs, half: u32) -> (Kept, V<'b>, u32) {
         let (kept, words) = (self.operands.layout.sections[section].kept, &self.numbers[section]);
-        let bit = (2 * unit + half) * kept.bytes() * 8;
-        (kept, words[(bit / 32) as usize], bit % 32)
+        let (unit, several) = self.units(section, runs);
+        let bits = kept.bytes() * 8;
+        let bit = (2 * unit + half) * bits;
+        if several == 1 {
+            return (kept, words[(bit / 32) as usize], bit % 32);
+        }
+        // Which of the units is the lane's.
+        let lane = self.operands.lane & 3;
+        let own = lane % runs.count as i32 / (runs.count / several) as i32;
+        let choose = |words: Vec<V<'b>>, own: V<'b>| {
+            let of = |pair: &[V<'b>], bit: V<'b>| if let [x, y] = *pair { bit.eq(0).select(x, y) } else { pair[0] };
+            let chosen: Vec<V<'b>> = words.chunks(2).map(|pair| of(pair, own & 1)).collect();
+            if chosen.len() == 1 { chosen[0] } else { of(&chosen, own >> 1) }
+        };
+        let of_unit = |word: u32| (0..several).map(|n| words[((unit + n) * 2 * bits / 32 + word) as usize]).collect();
+        match bits {
+            // Two units lie in a word.
+            8 => {
+                let first = unit / 2;
+                let pairs = (0..several / 2).map(|n| words[(first + n) as usize]).collect();
+                let word = choose(pairs, own >> 1);
+                (kept, word >> ((own & 1) << 4).bits(Scalar::U32), half * 8)
+            }
+            16 => (kept, choose(of_unit(0), own), half * 16),
+            _ => (kept, choose(of_unit(half), own), 0),
+        }
     }
 
     /// A number of a section as a float.
-    fn number(&self, section: usize, unit: u32, half: u32) -> V<'b> {
+    fn number(&self, section: usize, runs: Runs, half: u32) -> V<'b> {
         let b = self.operands.b;
-        let (kept, word, bit) = self.place(section, unit, half);
+        let (kept, word, bit) = self.place(section, runs, half);
         match kept {
             Kept::U8 => ((word >> bit) & 0xff_u32).to(Scalar::F32),
             Kept::I8 => ((word << (24 - bit)).bits(Scalar::I32) >> 24).to(Scalar::F32),

@@ -129,7 +129,7 @@ fn check(name: &str, shape: Shape, batches: &[u32], launches: &[Launch]) {
 
 const ONE: few::Launch = few::Launch { warps: 1, depth: 1, blocks: 1, ahead: 1, min_blocks: 1, shared_book: true };
 const FOUR: many::Launch = many::Launch {
-    group: false,
+    group: None,
     row_warps: 4,
     col_warps: 1,
     row_tiles: 1,
@@ -190,13 +190,20 @@ fn tokens_of_a_block_share_decoded_tiles() {
         FOUR,
         many::Launch { blocks: 2, row_warps: 1, col_warps: 2, ..FOUR },
         many::Launch { row_warps: 2, row_tiles: 2, chunk: 2, token_parts: 2, ..FOUR },
-        many::Launch { group: true, ..FOUR },
-        many::Launch { group: true, col_warps: 2, token_parts: 3, blocks: 2, ..FOUR },
-        many::Launch { group: true, row_warps: 8, chunk: 2, ..FOUR },
+        many::Launch { group: Some(many::Group { planes: 64, sets: 2 }), ..FOUR },
+        many::Launch {
+            group: Some(many::Group { planes: 16, sets: 2 }),
+            col_warps: 2,
+            token_parts: 3,
+            blocks: 2,
+            ..FOUR
+        },
+        many::Launch { group: Some(many::Group { planes: 32, sets: 1 }), row_warps: 8, chunk: 2, ..FOUR },
         many::Launch { row_warps: 2, chunk: 4, ahead: 2, ..FOUR },
     ]
     .map(Launch::Many);
     check("gptq_int4_g128", Shape { rows: 88, cols: 640 }, &[5, 20, 64, 70], &launches);
+    check("packed_int4_g128", Shape { rows: 88, cols: 640 }, &[9, 64], &launches);
     check("awq_int4_g32", Shape { rows: 48, cols: 384 }, &[9, 33], &launches);
     check("q6_k", Shape { rows: 40, cols: 512 }, &[17], &launches);
     check("q8_0", Shape { rows: 88, cols: 416 }, &[9, 40], &launches);
@@ -240,7 +247,7 @@ fn tables_in_global_memory_give_the_same_bits() {
         Launch::Few(few::Launch { warps: 2, depth: 2, ahead: 2, blocks: 3, ..global }),
         Launch::Many(many),
         Launch::Many(many::Launch { row_warps: 2, row_tiles: 2, chunk: 2, ahead: 2, ..many }),
-        Launch::Many(many::Launch { group: true, blocks: 2, ..many }),
+        Launch::Many(many::Launch { group: Some(many::Group { planes: 8, sets: 2 }), blocks: 2, ..many }),
     ];
     check("exl3_mcg_2", Shape { rows: 128, cols: 256 }, &[1, 9], &launches);
     check("exl3_3inst_3", Shape { rows: 128, cols: 384 }, &[1, 6], &launches);
@@ -314,7 +321,7 @@ fn products_of_experts_are_those_of_each_pair_alone() {
         Launch::Few(ONE),
         Launch::Few(few::Launch { warps: 2, depth: 2, ahead: 2, blocks: 2, ..ONE }),
         Launch::Many(many::Launch { blocks: 2, row_warps: 1, col_warps: 2, ..FOUR }),
-        Launch::Many(many::Launch { group: true, token_parts: 2, ..FOUR }),
+        Launch::Many(many::Launch { group: Some(many::Group { planes: 8, sets: 1 }), token_parts: 2, ..FOUR }),
     ];
     for (name, rows, cols) in [("q4_k", 40, 256), ("mxfp4", 37, 416), ("gptq_int4_g128", 64, 384), ("q8_0", 24, 96)] {
         // Each pair a unit, units of a few pairs, and of more than a block of a few tokens takes.

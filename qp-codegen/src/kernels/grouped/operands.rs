@@ -10,6 +10,8 @@ use crate::ir::{Builder, Cache, Const, Elem, Mem, Scalar, Special, V, Var};
 use crate::kernels::copy_all;
 use crate::kernels::decode::{FILL, flatten, load_words};
 use crate::kernels::experts::{Experts, Tokens};
+use crate::kernels::operands::Scales;
+use crate::kernels::prepare::Within;
 use crate::layout::{COLUMN_PAD, chunks};
 use crate::spec::format::{Arithmetic, Weight, WeightOp};
 use crate::spec::mask;
@@ -67,7 +69,7 @@ pub(super) struct Operands<'b, 'a> {
     numbers: Mem,
     factors: Mem,
     pub(super) x: Mem,
-    x_scale: Mem,
+    x_scale: Scales<'b>,
     y: Mem,
     pub(super) tokens: Tokens<'b>,
     lane: V<'b>,
@@ -106,14 +108,42 @@ impl<'b, 'a> Operands<'b, 'a> {
         shared_book: bool,
         experts: Option<&Experts>,
     ) -> Self {
+        Operands::of(b, op, lane, signed, shared_book, experts, None)
+    }
+
+    /// Those of a token that each block prepares itself: it has planes and scale.
+    pub(super) fn preparing(
+        b: &'b Builder,
+        op: &'a Product<'a>,
+        lane: V<'b>,
+        shared_book: bool,
+        within: &Within<'_, 'b>,
+    ) -> Self {
+        Operands::of(b, op, lane, false, shared_book, None, Some(within))
+    }
+
+    fn of(
+        b: &'b Builder,
+        op: &'a Product<'a>,
+        lane: V<'b>,
+        signed: bool,
+        shared_book: bool,
+        experts: Option<&Experts>,
+        within: Option<&Within<'_, 'b>>,
+    ) -> Self {
         let columns = u64::from(op.shape.cols.next_multiple_of(COLUMN_PAD));
         let (inputs, outputs) = experts.map_or((op.batch, op.batch), |e| (e.rows, e.pairs));
         let layout = op.layout_of_all(experts);
         let weights = b.sized("weights", Elem::U32, false, layout.words() as u64);
         let numbers = b.sized("numbers", Elem::U32, false, layout.number_words() as u64);
         let factors = b.sized("factors", Elem::F32, false, layout.padded_rows().into());
-        let x = b.sized("x", Elem::I8, false, 2 * u64::from(inputs) * columns);
-        let x_scale = b.sized("x_scale", Elem::F32, false, inputs.into());
+        let (x, x_scale) = match within {
+            None => {
+                let x = b.sized("x", Elem::I8, false, 2 * u64::from(inputs) * columns);
+                (x, Scales::Given(b.sized("x_scale", Elem::F32, false, inputs.into())))
+            }
+            Some(within) => (within.planes().0, Scales::own()),
+        };
         let y = b.sized("y", Elem::F32, true, op.y.len(outputs, op.shape.rows));
         let tokens = Tokens::declare(b, op.batch, experts);
         let book = layout.book.map(|(first, words)| match shared_book {
@@ -369,7 +399,23 @@ impl<'b, 'a> Operands<'b, 'a> {
 
     /// The scale of a token's activations.
     pub(super) fn token_scale(&self, token: V<'b>) -> V<'b> {
-        self.b.load_as(self.x_scale, self.tokens.input(token), Elem::F32, 1, Cache::ReadOnly)
+        self.x_scale.of(self.b, self.tokens.input(token))
+    }
+
+    /// Starts copying what the sums of four rows, `quad · 4` and the next, are multiplied with to the `at`-th four of shared memory.
+    pub(super) fn copy_row_factors(&self, to: Mem, at: V<'b>, quad: V<'b>) {
+        let quad = self.tokens.in_matrix(quad, self.op.layout().padded_rows() / 4);
+        self.b.async_copy(to, at, self.factors, quad, 16);
+    }
+
+    /// A word of the planes.
+    pub(super) fn x_word(&self, word: V<'b>) -> V<'b> {
+        self.b.load_as(self.x, word, Elem::U32, 1, self.x_scale.x_cache())
+    }
+
+    /// The token has been prepared by this block, with this scale.
+    pub(super) fn prepared(&self, scale: V<'b>) {
+        self.x_scale.prepared(scale);
     }
 
     /// Scales and stores the sum of a row and a token.

@@ -28,6 +28,9 @@ const LATENCY: f64 = 1.1e-6;
 const START: f64 = 1.8e-6;
 /// Seconds until a pass has its activations.
 const PASS: f64 = 0.456e-6;
+/// Seconds that a product takes longer whose blocks do the preparation themselves: at least, and for each 128 columns that the blocks of
+/// an SM prepare.
+const PREPARING: (f64, f64) = (0.09e-6, 0.007e-6);
 /// Instructions of a warp for a tile, beside those for its bytes and its runs.
 const TILE_WORK: f64 = 44.5;
 /// Instructions for a run and two rows, for each expression of fields.

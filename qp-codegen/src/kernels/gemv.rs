@@ -20,7 +20,7 @@ use super::experts::Experts;
 pub use super::launch::Launch;
 pub use super::operands::Gemv;
 use super::operands::{self, Form, Operands, TokenScale, Words, divide};
-use super::prepare::{Prepare, Within};
+use super::prepare::{Prepare, Reader, Within};
 use super::{c_name, copy_all};
 use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var};
 use crate::layout::{CELL, COLUMN_PAD, Packed};
@@ -195,7 +195,7 @@ pub(super) fn lower_for(op: &Gemv, launch: &Launch, form: Form) -> Kernel {
     if experts.is_none() {
         b.apart();
     }
-    let within = form.prepares().map(|prepare| Within::new(&b, prepare, launch.warps));
+    let within = form.prepares().map(|prepare| Within::new(&b, prepare, launch.warps, Reader::Packed));
     Emit::new(&b, op, launch, &Plan::new(op, launch), form, within.as_ref()).kernel();
     b.finish()
 }

@@ -68,7 +68,7 @@ const FILL: f64 = 148.0;
 /// Seconds of each further round of loads of tables.
 const FILL_ROUND: f64 = 0.087e-6;
 /// Registers for addresses of a preparation and a group of columns being prepared.
-const PREPARING_REGISTERS: u32 = 24;
+pub(super) const PREPARING_REGISTERS: u32 = 24;
 /// Seconds that a product takes longer whose blocks do the preparation themselves: at least, and for each 128 columns.
 const PREPARING: (f64, f64) = (0.4e-6, 0.022e-6);
 /// Seconds of a launch that prepares a token.

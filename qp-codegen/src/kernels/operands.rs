@@ -51,6 +51,21 @@ impl<'a> Form<'a> {
             Form::Preparing(prepare) => Some(prepare),
         }
     }
+
+    /// What a kernel's head says of a preparation.
+    pub(super) fn by_each_block(self) -> &'static str {
+        match self.prepares() {
+            Some(Prepare { norm: Some(_), .. }) => ", normed and prepared by each block",
+            Some(_) => ", prepared by each block",
+            None => "",
+        }
+    }
+}
+
+impl<'a> From<Option<&'a Experts>> for Form<'a> {
+    fn from(experts: Option<&'a Experts>) -> Self {
+        experts.map_or(Form::Results, Form::Experts)
+    }
 }
 
 /// Lowest bits of a total, which [`Form::Totals`] stores apart from the others.
@@ -87,11 +102,7 @@ pub(super) fn doc(op: &Gemv, form: Form) -> String {
         op.batch,
         if op.batch == 1 { "" } else { "s" },
         if matches!(form, Form::Totals) { ", as integers" } else { "" },
-        match form.prepares() {
-            Some(Prepare { norm: Some(_), .. }) => ", normed and prepared by each block",
-            Some(_) => ", prepared by each block",
-            None => "",
-        },
+        form.by_each_block(),
     )
 }
 
@@ -120,11 +131,42 @@ pub(super) struct Operands<'b, 'a> {
 }
 
 /// The scales of tokens.
-enum Scales<'b> {
+pub(super) enum Scales<'b> {
     /// In memory.
     Given(Mem),
     /// That of the token, once its block has prepared it.
     Own(OnceCell<V<'b>>),
+}
+
+impl<'b> Scales<'b> {
+    /// Those of a token that each block prepares itself, which is to come.
+    pub(super) fn own() -> Self {
+        Scales::Own(OnceCell::new())
+    }
+
+    /// How planes and their sums are read.
+    pub(super) fn x_cache(&self) -> Cache {
+        match self {
+            Scales::Given(_) => Cache::ReadOnly,
+            Scales::Own(_) => Cache::Default,
+        }
+    }
+
+    /// That of row `token` of the inputs.
+    pub(super) fn of(&self, b: &'b Builder, token: V<'b>) -> V<'b> {
+        match self {
+            Scales::Given(scales) => b.load_as(*scales, token, Elem::F32, 1, Cache::ReadOnly),
+            Scales::Own(scale) => *scale.get().expect("prepared before it is read"),
+        }
+    }
+
+    /// The token has been prepared by this block, with this scale.
+    pub(super) fn prepared(&self, scale: V<'b>) {
+        match self {
+            Scales::Given(_) => unreachable!("the token was prepared before"),
+            Scales::Own(own) => assert!(own.set(scale).is_ok(), "a token is prepared once"),
+        }
+    }
 }
 
 /// What the sums of a token are multiplied with: the scale of its activations and, for codes with an offset, their sum.
@@ -161,7 +203,7 @@ impl<'b, 'a> Operands<'b, 'a> {
             }
             Some(within) => {
                 let (x, sum) = within.planes();
-                (x, Scales::Own(OnceCell::new()), sum)
+                (x, Scales::own(), sum.expect("of products with packed weights"))
             }
         };
         let y = match form {
@@ -249,37 +291,22 @@ impl<'b, 'a> Operands<'b, 'a> {
         self.b.load_as(self.scales, row, Elem::BF16, 1, Cache::ReadOnly)
     }
 
-    /// How planes and their sums are read.
-    fn x_cache(&self) -> Cache {
-        match self.x_scale {
-            Scales::Given(_) => Cache::ReadOnly,
-            Scales::Own(_) => Cache::Default,
-        }
-    }
-
     /// A word of the planes.
     pub(super) fn x_word(&self, word: V<'b>) -> V<'b> {
-        self.b.load_as(self.x, word, Elem::U32, 1, self.x_cache())
+        self.b.load_as(self.x, word, Elem::U32, 1, self.x_scale.x_cache())
     }
 
     /// The scale of a token.
     pub(super) fn token_scale(&self, token: V<'b>) -> TokenScale<'b> {
         let token = self.tokens.input(token);
-        let sum = || self.b.load_as(self.x_sum, token, Elem::I32, 1, self.x_cache());
+        let sum = || self.b.load_as(self.x_sum, token, Elem::I32, 1, self.x_scale.x_cache());
         let offset = self.code().half_offset.then(sum);
-        let scale = match &self.x_scale {
-            Scales::Given(scales) => self.b.load_as(*scales, token, Elem::F32, 1, Cache::ReadOnly),
-            Scales::Own(scale) => *scale.get().expect("prepared before it is read"),
-        };
-        (scale, offset)
+        (self.x_scale.of(self.b, token), offset)
     }
 
     /// The token has been prepared by this block, with this scale.
     pub(super) fn prepared(&self, scale: V<'b>) {
-        match &self.x_scale {
-            Scales::Given(_) => unreachable!("the token was prepared before"),
-            Scales::Own(own) => assert!(own.set(scale).is_ok(), "a token is prepared once"),
-        }
+        self.x_scale.prepared(scale);
     }
 
     /// What the result of a row and a token, if it exists, is added to, if to anything.

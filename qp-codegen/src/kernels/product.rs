@@ -40,6 +40,27 @@ pub enum Launch {
     Walk(walk::Launch),
 }
 
+/// Seconds that a product of one token is expected to take.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Expected {
+    /// If its blocks prepare the token themselves; `None` if they cannot.
+    pub own: Option<f64>,
+    /// If a launch before it has prepared the token, without that launch.
+    pub apart: f64,
+}
+
+/// Whether the products that read what `prepare` prepares, of which these times are expected, take less time if their blocks do that
+/// themselves than with a launch for it before them.
+pub fn prepares(expected: &[Expected], prepare: &Prepare) -> bool {
+    // What a gated unit reads is twice as much, and computed in each block.
+    if prepare.gate.is_some() {
+        return false;
+    }
+    let own: Option<f64> = expected.iter().map(|e| e.own).sum();
+    let apart: f64 = expected.iter().map(|e| e.apart).sum();
+    own.is_some_and(|own| own < CLEARLY * (apart + launch::PREPARATION))
+}
+
 /// Ways of multiplying, of which a [`Launch`] takes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
@@ -95,17 +116,10 @@ impl Launch {
         out
     }
 
-    /// Whether the products that read what `prepare` prepares take less time if their blocks do that themselves than with a launch
-    /// for it before them.
-    pub fn prepares(ops: &[Gemv], prepare: &Prepare, device: &Device) -> bool {
-        // What a gated unit reads is twice as much, and computed in each block.
-        if prepare.gate.is_some() {
-            return false;
-        }
-        let best = |op: &Gemv| Launch::ranked_with(op, Some(prepare), device).first().map(|r| r.0);
-        let own: Option<f64> = ops.iter().map(best).sum();
-        let apart: f64 = ops.iter().map(|op| Launch::ranked(op, device)[0].0).sum();
-        own.is_some_and(|own| own < CLEARLY * (apart + launch::PREPARATION))
+    /// What the product is expected to take with `prepare` done by its blocks, and by a launch before it.
+    pub fn expected(op: &Gemv, prepare: &Prepare, device: &Device) -> Expected {
+        let own = Launch::ranked_with(op, Some(prepare), device).first().map(|r| r.0);
+        Expected { own, apart: Launch::ranked(op, device)[0].0 }
     }
 
     /// Makes the kernel; its parameters are those of [`gemv::lower`].

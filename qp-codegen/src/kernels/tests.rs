@@ -6,7 +6,7 @@ use super::embed_packed::{self, EmbedPacked};
 use super::experts::{self, Experts};
 use super::gemv::{self, Gemv};
 use super::prepare::{self, Gate, Prepare, Spread, Stage};
-use super::product::{Launch, TOTAL_BITS, Way};
+use super::product::{self, Launch, TOTAL_BITS, Way};
 use super::{Span, gemm, rotate};
 use crate::ir::interpret::{Arg, Options, run};
 use crate::ir::{Elem, Kernel};

@@ -45,7 +45,7 @@ pub fn fitting(format: &Format, wanted: Shape) -> Shape {
 }
 
 /// Compares products with a `shape` matrix of made-up bits, of the launch of each kernel that the cost model likes best, and of the
-/// one of all that it likes least. Gives the number of comparisons: none for a format whose products are not exact.
+/// one of all that it likes least; the same of those whose blocks prepare the token themselves. Gives the number of comparisons: none for a format whose products are not exact.
 ///
 /// # Errors
 /// The first difference, a shape that the format's layout does not have.
@@ -76,6 +76,20 @@ pub fn format(on: &Executor, format: &Format, shape: Shape, batches: &[u32]) -> 
                 let x = prepared(on, &op, &matrix, &values)?;
                 let mut y = on.zeroed(expected.len())?;
                 GroupedKernel::load(on, &op, &launch)?.launch(on, &matrix, &x, &mut y)?;
+                y.to_vec()
+            };
+            same_floats(&what, &run().map_err(Failure::of(&what))?, &expected)?;
+            done += 1;
+        }
+        let prepare = Prepare::entering(terms, shape.cols, batch);
+        let own = Launch::ranked_with(&op, Some(&prepare), &on.device());
+        for launch in own.first().into_iter().chain(own.last()).map(|r| r.1) {
+            let what = format!("{name}, {batch} token(s), {launch:?}, prepared by each block");
+            let run = || -> Result<Vec<f32>, DeviceError> {
+                let (values, mut faults, mut y) = (on.upload(&values)?, on.zeroed(1)?, on.zeroed(expected.len())?);
+                let faults = Faults { faults: &mut faults, layer: 0 };
+                let kernel = GroupedKernel::load_with(on, &op, Some(&prepare), &launch)?;
+                kernel.launch_preparing(on, &matrix, PrepareInputs::plain(&values), faults, &mut y)?;
                 y.to_vec()
             };
             same_floats(&what, &run().map_err(Failure::of(&what))?, &expected)?;

@@ -2,12 +2,14 @@
 
 use qp_codegen::kernels::grouped::layout::{ROWS, Relaid, RowTile, Stored};
 use qp_codegen::kernels::grouped::{self, Launch, Product};
+use qp_codegen::kernels::prepare::Prepare;
+use qp_codegen::kernels::rotate;
 use qp_codegen::reader::Reader;
 use qp_codegen::spec::Shape;
 use qp_codegen::spec::terms::Terms;
 use rayon::prelude::*;
 
-use super::ops::{DeviceActivations, Pairs};
+use super::ops::{DeviceActivations, Faults, Pairs, PrepareInputs, Signs};
 use super::{Buffer, DeviceError, Executor, LaunchArgs, Loaded, Recorder};
 
 /// Arguments of [`grouped::lower`]'s kernels.
@@ -18,6 +20,23 @@ pub struct GroupedArgs<'a> {
     factors: &'a Buffer<f32>,
     x: &'a Buffer<i8>,
     x_scale: &'a Buffer<f32>,
+    y: &'a mut Buffer<f32>,
+}
+
+/// Arguments of [`grouped::lower_with`]'s kernels that prepare.
+#[derive(LaunchArgs)]
+pub struct GroupedPreparingArgs<'a> {
+    input: &'a Buffer<f32>,
+    up: &'a Buffer<f32>,
+    norm: &'a Buffer<f32>,
+    flips: &'a Buffer<u32>,
+    base: &'a Buffer<u32>,
+    faults: &'a mut Buffer<i32>,
+    layer: i32,
+    entering: &'a Buffer<f32>,
+    weights: &'a Buffer<u32>,
+    numbers: &'a Buffer<u32>,
+    factors: &'a Buffer<f32>,
     y: &'a mut Buffer<f32>,
 }
 
@@ -162,7 +181,11 @@ impl GroupedMatrix {
 }
 
 /// A product of a matrix of a format with the activations of some tokens, loaded.
-pub struct GroupedKernel(Loaded);
+pub struct GroupedKernel {
+    kernel: Loaded,
+    /// Of a kernel that prepares.
+    signs: Option<Signs>,
+}
 
 impl GroupedKernel {
     /// Makes the kernel.
@@ -170,12 +193,31 @@ impl GroupedKernel {
     /// # Errors
     /// Those of the executor.
     pub fn load(on: &Executor, op: &Product<'_>, launch: &Launch) -> Result<Self, DeviceError> {
-        Ok(GroupedKernel(on.load::<GroupedArgs<'_>>(grouped::lower(op, launch))?))
+        GroupedKernel::load_with(on, op, None, launch)
+    }
+
+    /// Makes the kernel, with a preparation one whose blocks do that themselves.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    pub fn load_with(
+        on: &Executor,
+        op: &Product<'_>,
+        prepare: Option<&Prepare>,
+        launch: &Launch,
+    ) -> Result<Self, DeviceError> {
+        let kernel = grouped::lower_with(op, launch, prepare);
+        let kernel = match prepare {
+            None => on.load::<GroupedArgs<'_>>(kernel)?,
+            Some(_) => on.load::<GroupedPreparingArgs<'_>>(kernel)?,
+        };
+        let signs = prepare.map(|p| Signs::upload(on, p.rotation, p.columns, rotate::base)).transpose()?;
+        Ok(GroupedKernel { kernel, signs })
     }
 
     /// The kernel.
     pub fn loaded(&self) -> &Loaded {
-        &self.0
+        &self.kernel
     }
 
     /// Adds the launch `y = m · x` (or `y += m · x`) to a graph.
@@ -189,7 +231,7 @@ impl GroupedKernel {
         x: &DeviceActivations,
         y: &mut Buffer<f32>,
     ) -> Result<(), DeviceError> {
-        to.launch(&self.0, m.args(x, y))
+        to.launch(&self.kernel, m.args(x, y))
     }
 
     /// Launches `y = m · x` (or `y += m · x`).
@@ -203,6 +245,54 @@ impl GroupedKernel {
         x: &DeviceActivations,
         y: &mut Buffer<f32>,
     ) -> Result<(), DeviceError> {
-        on.launch(&self.0, m.args(x, y))
+        on.launch(&self.kernel, m.args(x, y))
+    }
+
+    /// [`GroupedKernel::record`] of a kernel that prepares: `x` is what `inputs` become.
+    ///
+    /// # Errors
+    /// A kernel of other parameters.
+    ///
+    /// # Panics
+    /// If the kernel does not prepare.
+    pub fn record_preparing(
+        &self,
+        to: &mut Recorder,
+        m: &GroupedMatrix,
+        inputs: PrepareInputs<'_>,
+        faults: Faults<'_>,
+        y: &mut Buffer<f32>,
+    ) -> Result<(), DeviceError> {
+        to.launch(&self.kernel, self.preparing(m, inputs, faults, y))
+    }
+
+    /// The same, launched.
+    ///
+    /// # Errors
+    /// Those of the executor.
+    ///
+    /// # Panics
+    /// If the kernel does not prepare.
+    pub fn launch_preparing(
+        &self,
+        on: &Executor,
+        m: &GroupedMatrix,
+        inputs: PrepareInputs<'_>,
+        faults: Faults<'_>,
+        y: &mut Buffer<f32>,
+    ) -> Result<(), DeviceError> {
+        on.launch(&self.kernel, self.preparing(m, inputs, faults, y))
+    }
+
+    fn preparing<'a>(
+        &'a self,
+        m: &'a GroupedMatrix,
+        PrepareInputs { input, up, norm, factors: _ }: PrepareInputs<'a>,
+        Faults { faults, layer }: Faults<'a>,
+        y: &'a mut Buffer<f32>,
+    ) -> GroupedPreparingArgs<'a> {
+        let Signs { flips, base } = self.signs.as_ref().expect("a kernel that prepares");
+        let GroupedMatrix { weights, numbers, factors, entering, .. } = m;
+        GroupedPreparingArgs { input, up, norm, flips, base, faults, layer, entering, weights, numbers, factors, y }
     }
 }

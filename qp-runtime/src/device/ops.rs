@@ -503,14 +503,14 @@ impl<T: Element> DecodeKernel<T> {
 }
 
 /// The signs of a rotation on a device.
-struct Signs {
-    flips: Buffer<u32>,
-    base: Buffer<u32>,
+pub(super) struct Signs {
+    pub(super) flips: Buffer<u32>,
+    pub(super) base: Buffer<u32>,
 }
 
 impl Signs {
     /// Those of `rotation` of `columns`, whose dense part's signs `base` gives.
-    fn upload(
+    pub(super) fn upload(
         on: &Executor,
         rotation: Rotation,
         columns: u32,

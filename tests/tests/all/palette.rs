@@ -174,6 +174,10 @@ fn products_of_formats_compile_for_every_target() {
                 // The cost model does not foresee every register of short runs and of several tokens.
                 let may_spill = terms.run.is_some_and(|run| run < 128) || terms.bits != 4 || batch > 1;
                 work.push((kernel, target, may_spill));
+                let prepare = Prepare::entering(terms, shape.cols, batch);
+                let own = grouped::Launch::ranked_with(&op, Some(&prepare), &target.device());
+                let own = own.first().filter(|_| target == Target::Sm90a);
+                work.extend(own.map(|(_, l)| (grouped::lower_with(&op, l, Some(&prepare)), target, may_spill)));
             }
         }
     }

@@ -18,6 +18,9 @@
 //! activations of one run, zeros elsewhere, so a product over all of them has the sum of each run in a lane of its own, which needs the
 //! numbers of that run alone.
 //!
+//! A block of one token may prepare it itself ([`super::lower_with`]): it does so when its first words are on their way, and has the planes
+//! in shared memory.
+//!
 //! More than [`TOKENS`] tokens are blocks of their own that take the same weights at about the same time, so that those
 //! come from memory once.
 
@@ -25,10 +28,10 @@ use std::collections::HashMap;
 
 use super::Product;
 use super::layout::{ROWS, Relaid};
-use super::operands::{ACROSS, Form, OF_PRODUCT, Operands, Runs, Tile, number_registers, put, taken};
-use crate::ir::{Builder, Cache, Elem, Kernel, Mem, Special, V, Var};
-use crate::kernels::experts::Experts;
-use crate::kernels::operands::divide;
+use super::operands::{ACROSS, OF_PRODUCT, OperandBytes, Operands, Runs, Tile, number_registers, put, taken};
+use crate::ir::{Builder, Elem, Kernel, Mem, Special, V, Var};
+use crate::kernels::operands::{Form, divide};
+use crate::kernels::prepare::{Prepare, Reader, Within};
 use crate::layout::{CELL, COLUMN_PAD};
 use crate::spec::terms::{Digits, TILE};
 
@@ -118,22 +121,35 @@ impl Plan {
     }
 
     /// Bytes of shared memory for the sums of a row of tiles.
-    pub(super) fn sum_bytes_of_tile(&self, launch: &Launch) -> u32 {
+    fn sum_bytes_of_tile(&self, launch: &Launch) -> u32 {
         launch.warps * ROWS * self.places * 8
     }
 
-    /// Bytes of shared memory.
-    pub(super) fn shared_bytes(&self, launch: &Launch) -> u32 {
+    /// Whether what sums are multiplied with is on its way from the start. Products of several tokens do not gain by it.
+    fn keeps_factors(&self) -> bool {
+        self.tokens == 1
+    }
+
+    /// Bytes of shared memory for the sums of a row of tiles, and for what they are multiplied with.
+    pub(super) fn row_bytes(&self, launch: &Launch) -> u32 {
+        self.sum_bytes_of_tile(launch) + if self.keeps_factors() { ROWS * 4 } else { 0 }
+    }
+
+    /// Bytes of shared memory; with those of a preparation, if blocks do that themselves.
+    pub(super) fn shared_bytes(&self, launch: &Launch, prepare: Option<&Prepare>) -> u32 {
         let book = if launch.shared_book { self.layout.book_bytes() } else { 0 };
-        self.sum_bytes_of_tile(launch) * self.most_rows + book
+        let planes = prepare.map_or(0, |prepare| prepare.shared_within(launch.warps));
+        self.row_bytes(launch) * self.most_rows + book + planes
     }
 }
 
-/// Makes the kernel; its parameters are those of [`super::lower`], of experts those of [`super::lower_for_experts`].
-pub(super) fn lower(op: &Product, launch: &Launch, experts: Option<&Experts>) -> Kernel {
+/// Makes the kernel; its parameters are those of [`super::lower`], of experts those of [`super::lower_for_experts`], with a preparation
+/// those of [`super::lower_with`].
+pub(super) fn lower(op: &Product, launch: &Launch, form: Form) -> Kernel {
     let plan = Plan::new(op, launch);
-    let b = op.builder("few", launch.blocks * plan.parts, launch.warps * 32, launch.min_blocks, experts);
-    Emit::new(&b, op, launch, &plan, experts).kernel();
+    let b = op.builder("few", launch.blocks * plan.parts, launch.warps * 32, launch.min_blocks, form);
+    let within = form.prepares().map(|prepare| Within::new(&b, prepare, launch.warps, Reader::Grouped));
+    Emit::new(&b, op, launch, &plan, form, within.as_ref()).kernel();
     b.finish()
 }
 
@@ -158,7 +174,11 @@ struct Emit<'b, 'a> {
     launch: &'a Launch,
     plan: &'a Plan,
     operands: Operands<'b, 'a>,
+    /// The preparation of the token, if blocks do it themselves.
+    within: Option<&'a Within<'a, 'b>>,
     sums: Mem,
+    /// What the sums of the block's rows are multiplied with, on its way from the start, of one token.
+    row_factors: Option<Mem>,
     thread: V<'b>,
     lane: V<'b>,
     warp: V<'b>,
@@ -171,18 +191,45 @@ struct Emit<'b, 'a> {
 }
 
 impl<'b, 'a> Emit<'b, 'a> {
-    fn new(b: &'b Builder, op: &'a Product<'a>, launch: &'a Launch, plan: &'a Plan, experts: Option<&Experts>) -> Self {
+    fn new(
+        b: &'b Builder,
+        op: &'a Product<'a>,
+        launch: &'a Launch,
+        plan: &'a Plan,
+        form: Form,
+        within: Option<&'a Within<'a, 'b>>,
+    ) -> Self {
         let layout = &plan.layout;
         let (thread, lane) = (b.special(Special::Thread), b.special(Special::Lane));
-        let operands = Operands::new(b, op, lane, Form::Digits, launch.shared_book, experts);
+        let operands = match within {
+            Some(within) => Operands::preparing(b, op, lane, launch.shared_book, within),
+            None => Operands::new(b, op, lane, OperandBytes::Digits, launch.shared_book, form.experts()),
+        };
         let sums = b.shared("sums", Elem::I32, plan.sum_bytes_of_tile(launch) / 4 * plan.most_rows);
+        let row_factors = plan.keeps_factors().then(|| b.shared("row_factors", Elem::F32, ROWS * plan.most_rows));
         let warp = b.special(Special::Warp);
         let (block, part) = divide(b, b.special(Special::BlockX), plan.parts);
         let first_row = block * layout.row_tiles() / launch.blocks;
         let rows = (block + 1) * layout.row_tiles() / launch.blocks - first_row;
         // With several passes all blocks count as the one that has most rows: dividing by a constant costs little.
         let steps = if plan.passes == 1 { rows } else { b.i32((plan.most_rows * plan.passes) as i32) };
-        Emit { b, op, launch, plan, operands, sums, thread, lane, warp, part, first_row, rows, steps }
+        Emit {
+            b,
+            op,
+            launch,
+            plan,
+            operands,
+            within,
+            sums,
+            row_factors,
+            thread,
+            lane,
+            warp,
+            part,
+            first_row,
+            rows,
+            steps,
+        }
     }
 
     fn kernel(&self) {
@@ -201,9 +248,15 @@ impl<'b, 'a> Emit<'b, 'a> {
         }
         b.comment("First weights on their way, before anything else: they do not depend on earlier kernels.");
         let buffers = self.first_words();
+        let early = self.within.map(Within::early);
         self.operands.fill(threads);
         b.grid_launch();
         b.grid_wait();
+        if let (Some(within), Some(early)) = (self.within, &early) {
+            b.comment("The token's activations.");
+            self.operands.prepared(within.late(early));
+            b.barrier();
+        }
         self.products(&buffers);
     }
 
@@ -215,12 +268,20 @@ impl<'b, 'a> Emit<'b, 'a> {
             let at = b.i32(p);
             b.if_(at.lt(self.steps), || self.fetch(at, buffer));
         }
+        if let Some(factors) = self.row_factors {
+            let (quads, threads) = (self.rows * (ROWS / 4), self.launch.warps * 32);
+            b.for_(self.thread, quads, threads, |i| {
+                self.operands.copy_row_factors(factors, i, self.first_row * (ROWS / 4) + i);
+            });
+            b.async_commit();
+        }
         buffers
     }
 
     /// All behind the first words.
     fn products(&self, buffers: &[Buffer]) {
         let (b, plan) = (self.b, self.plan);
+        let scale = plan.keeps_factors().then(|| self.operands.token_scale(b.i32(0)));
         let activations = self.activations();
         if plan.passes == 1 {
             self.load_activations(&activations, b.i32(0));
@@ -233,8 +294,11 @@ impl<'b, 'a> Emit<'b, 'a> {
                 if p == 0 { run() } else { b.if_(step.lt(self.steps), run) }
             }
         });
+        if self.row_factors.is_some() {
+            b.async_wait(0);
+        }
         b.barrier();
-        self.results();
+        self.results(scale);
     }
 
     /// Pass and row of tiles, within the block, of a step.
@@ -317,10 +381,7 @@ impl<'b, 'a> Emit<'b, 'a> {
                 // Columns of the product beyond the last plane repeat it; their sums are not read.
                 let plane = (self.part * (2 * plan.tokens) + column + group * 8).min(most as i32 - 1);
                 let (plane, planes) = (tokens.plane(plane), tokens.planes());
-                let load = |cell: V<'b>| {
-                    let word = (cell * planes + plane) * 4 + quad;
-                    b.load_as(self.operands.x, word, Elem::U32, 1, Cache::ReadOnly)
-                };
+                let load = |cell: V<'b>| self.operands.x_word((cell * planes + plane) * 4 + quad);
                 let word = |n: u32| {
                     let cell = first + (d * (TILE / CELL) + n);
                     if covered <= cells {
@@ -440,17 +501,17 @@ impl<'b, 'a> Emit<'b, 'a> {
         }
     }
 
-    /// Adds the warps' sums, scales and writes.
-    fn results(&self) {
+    /// Adds the warps' sums, scales and writes; `scale` is that of the token, if there is one.
+    fn results(&self, scale: Option<V<'b>>) {
         let (b, plan, launch) = (self.b, self.plan, self.launch);
         let len = self.rows * (ROWS * plan.tokens);
         b.for_(self.thread, len, launch.warps * 32, |i| {
-            let (row, within) = divide(b, i, plan.tokens);
+            let (of_block, within) = divide(b, i, plan.tokens);
             let of_warp = |warp: u32| i * plan.abreast + warp * (plan.most_rows * ROWS * plan.places);
             let places = (0..launch.warps).flat_map(|warp| (0..plan.abreast).map(move |run| (warp, run)));
             let sums = places.map(|(warp, run)| taken(b, self.sums, (of_warp(warp) + run) * 2));
             let sum = sums.reduce(|sum, x| sum + x).expect("there are warps");
-            let row = self.first_row * ROWS + row;
+            let row = self.first_row * ROWS + of_block;
             let token = self.part * plan.tokens + within;
             let exists = row.lt(self.op.shape.rows);
             let exists = match self.operands.tokens.exists(token) {
@@ -459,7 +520,11 @@ impl<'b, 'a> Emit<'b, 'a> {
                 None => exists & token.lt(self.op.batch),
             };
             b.if_(exists, || {
-                let (factor, scale) = (self.operands.row_factor(row), self.operands.token_scale(token));
+                let factor = match self.row_factors {
+                    Some(factors) => b.load(factors, of_block, Elem::F32),
+                    None => self.operands.row_factor(row),
+                };
+                let scale = scale.unwrap_or_else(|| self.operands.token_scale(token));
                 self.operands.write(row, token, sum, factor, scale);
             });
         });

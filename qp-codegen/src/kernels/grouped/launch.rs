@@ -1,7 +1,10 @@
 //! How a product with a matrix of a format is laid over a GPU: a cost model that knows the target, and what fits it.
 
 use super::super::experts::Experts;
-use super::super::launch::Busiest;
+use super::super::launch::{Busiest, PREPARING_REGISTERS};
+use super::super::prepare::Prepare;
+use super::super::product::Expected;
+use super::super::rotate::GROUP;
 use super::{Product, few, many};
 use crate::cuda::Device;
 use crate::spec::terms::{Digits, Stream};
@@ -25,6 +28,9 @@ const LATENCY: f64 = 1.1e-6;
 const START: f64 = 1.8e-6;
 /// Seconds until a pass has its activations.
 const PASS: f64 = 0.456e-6;
+/// Seconds that a product takes longer whose blocks do the preparation themselves: at least, and for each 128 columns that the blocks of
+/// an SM prepare.
+const PREPARING: (f64, f64) = (0.09e-6, 0.007e-6);
 /// Instructions of a warp for a tile, beside those for its bytes and its runs.
 const TILE_WORK: f64 = 44.5;
 /// Instructions for a run and two rows, for each expression of fields.
@@ -58,6 +64,23 @@ impl Launch {
         Launch::ranked(op, &experts.share(device))
     }
 
+    /// [`Launch::ranked`]; with a preparation, the launches whose blocks do that themselves: none where they cannot, of several tokens,
+    /// of rotations or columns that take more than registers.
+    pub fn ranked_with(op: &Product, prepare: Option<&Prepare>, device: &Device) -> Vec<(f64, Launch)> {
+        let Some(prepare) = prepare else { return Launch::ranked(op, device) };
+        if op.batch != 1 {
+            return Vec::new();
+        }
+        let few = few::Launch::estimated(op, Some(prepare), device, true).into_iter();
+        sorted(few.map(|(t, l)| (t, Launch::Few(l))).collect())
+    }
+
+    /// What the product is expected to take with `prepare` done by its blocks, and by a launch before it.
+    pub fn expected(op: &Product, prepare: &Prepare, device: &Device) -> Expected {
+        let own = Launch::ranked_with(op, Some(prepare), device).first().map(|r| r.0);
+        Expected { own, apart: Launch::ranked(op, device)[0].0 }
+    }
+
     /// Launches worth trying, with the seconds that are expected, best first: at least one.
     pub fn ranked(op: &Product, device: &Device) -> Vec<(f64, Launch)> {
         // A table of digits is looked up in global memory where no launch has room for it in shared memory, which is many times faster.
@@ -71,17 +94,14 @@ impl Launch {
             let launch = few::Launch { warps: 1, depth: 1, blocks, ahead: 1, min_blocks: 1, shared_book: false };
             out.push((1.0, Launch::Few(launch)));
         }
-        // Equal estimates keep the order above, so the choice is a function of the input alone.
-        out.sort_by(|a, b| a.0.total_cmp(&b.0));
-        out.dedup_by_key(|x| x.1);
-        out
+        sorted(out)
     }
 
     /// Launches worth trying that have a table of digits in shared memory or not, with the seconds that are expected, in no order.
     fn estimated(op: &Product, device: &Device, shared_book: bool) -> Vec<(f64, Launch)> {
         let mut out: Vec<(f64, Launch)> = Vec::new();
         if op.batch <= FEW {
-            let few = few::Launch::estimated(op, device, shared_book);
+            let few = few::Launch::estimated(op, None, device, shared_book);
             out.extend(few.into_iter().map(|(t, l)| (t, Launch::Few(l))));
         }
         if op.batch > MANY {
@@ -137,9 +157,23 @@ impl Launch {
     }
 }
 
+/// The best first. Equal estimates keep their order, so the choice is a function of the input alone.
+fn sorted(mut launches: Vec<(f64, Launch)>) -> Vec<(f64, Launch)> {
+    launches.sort_by(|a, b| a.0.total_cmp(&b.0));
+    launches.dedup_by_key(|x| x.1);
+    launches
+}
+
 impl few::Launch {
-    /// Launches worth trying, with the seconds that are expected, in no order.
-    fn estimated(op: &Product, device: &Device, shared_book: bool) -> Vec<(f64, few::Launch)> {
+    /// Launches worth trying, with the seconds that are expected, in no order; those of blocks that do a preparation themselves, if one
+    /// is given.
+    fn estimated(
+        op: &Product,
+        prepare: Option<&Prepare>,
+        device: &Device,
+        shared_book: bool,
+    ) -> Vec<(f64, few::Launch)> {
+        let planes = |warps| prepare.map_or(0, |p| p.shared_within(warps));
         let mut out = Vec::new();
         for warps in [1, 2, 4, 6, 7, 8, 12, 14, 16] {
             for depth in [1, 2, 3, 4] {
@@ -150,11 +184,11 @@ impl few::Launch {
                         let blocks = rows.min((device.sms * of_sm / parts).max(1));
                         // No more rows than sums have room for.
                         let launch = few::Launch { warps, depth, blocks, ahead, min_blocks: of_sm, shared_book };
-                        let of_tile = few::Plan::new(op, &launch).sum_bytes_of_tile(&launch);
+                        let of_tile = few::Plan::new(op, &launch).row_bytes(&launch);
                         let room = (device.shared_per_sm / of_sm - 1024).min(device.shared_per_block);
-                        let most = (room / of_tile).max(1);
+                        let most = (room.saturating_sub(planes(warps)) / of_tile).max(1);
                         let launch = few::Launch { blocks: blocks.max(rows.div_ceil(most)), ..launch };
-                        if let Some(seconds) = estimate(op, &launch, device) {
+                        if let Some(seconds) = estimate(op, &launch, prepare, device) {
                             out.push((seconds, launch));
                         }
                     }
@@ -189,8 +223,8 @@ fn of_window(stream: &Stream, shared_book: bool) -> f64 {
     }
 }
 
-/// Seconds of a launch of [`few`]; `None` if it does not fit.
-fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> {
+/// Seconds of a launch of [`few`], with a preparation that its blocks do themselves; `None` if it does not fit.
+fn estimate(op: &Product, launch: &few::Launch, prepare: Option<&Prepare>, device: &Device) -> Option<f64> {
     let (plan, layout) = (few::Plan::new(op, launch), op.layout());
     let threads = launch.warps * 32;
     let (planes, several) = (op.terms.planes(), plan.groups > 1);
@@ -204,7 +238,19 @@ fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> 
     let spare = if several && plan.sets == 1 && op.terms.rest.is_none() { SPARE } else { 0 };
     let registers = WORKING + fragments + of_steps + of_runs + of_planes - spare;
     let available = (device.registers_per_sm / (threads.next_multiple_of(128) * launch.min_blocks) / 8 * 8).min(255);
-    let shared = plan.shared_bytes(launch);
+    let shared = plan.shared_bytes(launch, prepare);
+    let grid = launch.blocks * plan.parts;
+    let of_sm = grid.div_ceil(device.sms);
+    // Values, weights of norms and signs are in registers before activations are.
+    let (registers, preparing) = match prepare {
+        None => (registers, 0.0),
+        Some(prepare) => {
+            let groups = prepare.within(launch.warps)?;
+            let all = f64::from(of_sm * op.shape.cols) / f64::from(GROUP);
+            let held = 4 + if prepare.norm.is_some() { 4 } else { 0 };
+            (registers.max(of_steps + held * groups + PREPARING_REGISTERS), PREPARING.0 + PREPARING.1 * all)
+        }
+    };
     if registers > available
         || threads * launch.min_blocks > device.threads_per_sm
         || launch.min_blocks * (shared + 1024) > device.shared_per_sm
@@ -217,8 +263,6 @@ fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> 
     if launch.warps > 1 && columns >= 2 * layout.col_tiles() && launch.depth > 1 {
         return None;
     }
-    let grid = launch.blocks * plan.parts;
-    let of_sm = grid.div_ceil(device.sms);
     let rounds = of_sm.div_ceil(launch.min_blocks);
     let tiles = f64::from(of_sm * plan.most_rows * columns);
     let real = f64::from(of_sm * plan.most_rows * layout.col_tiles());
@@ -239,7 +283,7 @@ fn estimate(op: &Product, launch: &few::Launch, device: &Device) -> Option<f64> 
     let issue = tiles * work / 4.0 / (share * device.clock);
     let passes = f64::from(plan.passes) * PASS + f64::from(rounds - 1) * LATENCY;
     let inexact = if columns == layout.col_tiles() { 1.0 } else { INEXACT };
-    Some(START + passes + inexact * (memory.powf(TOGETHER) + issue.powf(TOGETHER)).powf(1.0 / TOGETHER))
+    Some(START + preparing + passes + inexact * (memory.powf(TOGETHER) + issue.powf(TOGETHER)).powf(1.0 / TOGETHER))
 }
 
 /// Share of the issue slots that `warps` warps of an SM fill, by how many fill most of them.

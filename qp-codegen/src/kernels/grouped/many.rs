@@ -24,7 +24,9 @@ use std::ops::Range;
 
 use super::Product;
 use super::layout::{ROWS, Relaid};
-use super::operands::{ACROSS, Arrived, Factors, Form, OF_PRODUCT, Operands, Runs, Tile, are_operands, put, taken};
+use super::operands::{
+    ACROSS, Arrived, Factors, OF_PRODUCT, OperandBytes, Operands, Runs, Tile, are_operands, put, taken,
+};
 use crate::ir::{Builder, Cache, Const, Elem, Kernel, Mem, Special, V, Var, group_columns};
 use crate::kernels::experts::Experts;
 use crate::kernels::operands::divide;
@@ -264,9 +266,11 @@ struct Decoded<'b> {
 impl<'b, 'a> Emit<'b, 'a> {
     fn new(b: &'b Builder, op: &'a Product<'a>, launch: &'a Launch, plan: &'a Plan, experts: Option<&Experts>) -> Self {
         let (thread, lane, warp) = (b.special(Special::Thread), b.special(Special::Lane), b.special(Special::Warp));
-        let form = match Form::of_many(op) {
+        let form = match OperandBytes::of_many(op) {
             // Beside the sums of many tokens there are no registers for operands that are decoded so early.
-            Form::UpperHalves if launch.group.is_some_and(|g| g.sets == 1) && plan.groups > 8 => Form::Integers,
+            OperandBytes::UpperHalves if launch.group.is_some_and(|g| g.sets == 1) && plan.groups > 8 => {
+                OperandBytes::Integers
+            }
             form => form,
         };
         let operands = Operands::new(b, op, lane, form, launch.shared_book, experts);

@@ -19,6 +19,8 @@ mod windows;
 pub use self::launch::Launch;
 use self::layout::Relaid;
 use super::experts::Experts;
+use super::operands::Form;
+use super::prepare::Prepare;
 use super::span::Span;
 use crate::ir::{Builder, Kernel};
 use crate::spec::Shape;
@@ -64,17 +66,26 @@ impl Product<'_> {
 
     /// A builder of a kernel of `blocks` blocks (of experts, for each unit) of `threads` threads, `min_blocks` of which an SM must hold
     /// at once.
-    fn builder(&self, kind: &str, blocks: u32, threads: u32, min_blocks: u32, experts: Option<&Experts>) -> Builder {
-        let Shape { rows, cols } = self.shape;
+    fn builder<'f>(
+        &self,
+        kind: &str,
+        blocks: u32,
+        threads: u32,
+        min_blocks: u32,
+        form: impl Into<Form<'f>>,
+    ) -> Builder {
+        let (Shape { rows, cols }, form) = (self.shape, form.into());
+        let experts = form.experts();
         let (bits, run) = (self.terms.bits, self.terms.run.unwrap_or(cols));
         let name = format!("format_{kind}_{bits}_{run}_{rows}x{cols}_b{}", self.batch);
         let b = Builder::new(&name, [blocks, experts.map_or(1, Experts::units)], threads);
         let matrix = format!("{rows} x {cols} of {bits} bits in runs of {run} columns");
         b.doc(match experts {
             None => format!(
-                "y[token, row] {}= W[row, :] . x[token, :] with W {matrix}, {} token(s).",
+                "y[token, row] {}= W[row, :] . x[token, :] with W {matrix}, {} token(s){}.",
                 if self.accumulate { "+" } else { "" },
                 self.batch,
+                form.by_each_block(),
             ),
             Some(Experts { count, pairs, most, .. }) => format!(
                 "y[pair, row] = W[expert, row, :] . x[pair, :] with W {matrix}, {pairs} pairs of tokens with {count} experts, in units \
@@ -99,7 +110,19 @@ impl Product<'_> {
 /// # Panics
 /// For launches that are none; see [`few::lower`] and [`many::lower`].
 pub fn lower(op: &Product, launch: &Launch) -> Kernel {
-    lower_for(op, launch, None)
+    lower_for(op, launch, Form::Results)
+}
+
+/// [`lower`]; with a preparation, the kernel whose blocks do that themselves. Its parameters are `input`, `up`, `norm`, `flips`, `base`,
+/// `faults` and `layer` of [`prepare::lower`](super::prepare::lower), its `factors`, which are read if the format has some, then those of
+/// [`lower`] without `x` and `x_scale`.
+///
+/// # Panics
+/// If the launch is none of [`Launch::ranked_with`].
+pub fn lower_with(op: &Product, launch: &Launch, prepare: Option<&Prepare>) -> Kernel {
+    let Some(prepare) = prepare else { return lower(op, launch) };
+    assert!(matches!(launch, Launch::Few(_)), "no other way of multiplying prepares");
+    lower_for(op, launch, Form::Preparing(prepare))
 }
 
 /// Makes the kernel of the products of experts: `op` is that of one of them with the pairs of a unit, as many as
@@ -113,13 +136,13 @@ pub fn lower(op: &Product, launch: &Launch) -> Kernel {
 pub fn lower_for_experts(op: &Product, launch: &Launch, experts: &Experts) -> Kernel {
     assert!(op.terms.sides.is_empty(), "what is done to activations is a matrix's own");
     assert!(!op.accumulate && op.batch == experts.most, "the products of a unit");
-    lower_for(op, launch, Some(experts))
+    lower_for(op, launch, Form::Experts(experts))
 }
 
-fn lower_for(op: &Product, launch: &Launch, experts: Option<&Experts>) -> Kernel {
+fn lower_for(op: &Product, launch: &Launch, form: Form) -> Kernel {
     match launch {
-        Launch::Few(launch) => few::lower(op, launch, experts),
-        Launch::Many(launch) => many::lower(op, launch, experts),
+        Launch::Few(launch) => few::lower(op, launch, form),
+        Launch::Many(launch) => many::lower(op, launch, form.experts()),
     }
 }
 

@@ -10,6 +10,8 @@ use crate::ir::{Builder, Cache, Const, Elem, Mem, Scalar, Special, V, Var};
 use crate::kernels::copy_all;
 use crate::kernels::decode::{FILL, flatten, load_words};
 use crate::kernels::experts::{Experts, Tokens};
+use crate::kernels::operands::Scales;
+use crate::kernels::prepare::Within;
 use crate::layout::{COLUMN_PAD, chunks};
 use crate::spec::format::{Arithmetic, Weight, WeightOp};
 use crate::spec::mask;
@@ -83,19 +85,19 @@ pub(super) struct Operands<'b, 'a> {
     numbers: Mem,
     factors: Mem,
     pub(super) x: Mem,
-    x_scale: Mem,
+    x_scale: Scales<'b>,
     y: Mem,
     pub(super) tokens: Tokens<'b>,
     lane: V<'b>,
     /// The table of digits, of codes that are looked up.
     book: Option<Book>,
     /// What tensor-core operands are.
-    form: Form,
+    bytes_are: OperandBytes,
 }
 
 /// What tensor-core operands are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Form {
+pub(super) enum OperandBytes {
     /// How far the integers are from the lowest.
     Digits,
     /// The integers themselves, zeros added.
@@ -105,15 +107,15 @@ pub(super) enum Form {
     UpperHalves,
 }
 
-impl Form {
+impl OperandBytes {
     /// The one that takes the fewest instructions for products of many tokens.
-    pub(super) fn of_many(op: &Product) -> Form {
+    pub(super) fn of_many(op: &Product) -> OperandBytes {
         let terms = op.terms;
         let halves = terms.bits == 4 && terms.lowest == -8 && terms.table.is_none() && terms.stream.is_none();
         match are_operands(op) {
-            true if halves && terms.zero.is_none() && terms.run.is_some() => Form::UpperHalves,
-            true => Form::Integers,
-            false => Form::Digits,
+            true if halves && terms.zero.is_none() && terms.run.is_some() => OperandBytes::UpperHalves,
+            true => OperandBytes::Integers,
+            false => OperandBytes::Digits,
         }
     }
 }
@@ -142,9 +144,32 @@ impl<'b, 'a> Operands<'b, 'a> {
         b: &'b Builder,
         op: &'a Product<'a>,
         lane: V<'b>,
-        form: Form,
+        bytes_are: OperandBytes,
         shared_book: bool,
         experts: Option<&Experts>,
+    ) -> Self {
+        Operands::of(b, op, lane, bytes_are, shared_book, experts, None)
+    }
+
+    /// Those of a token that each block prepares itself: it has planes and scale.
+    pub(super) fn preparing(
+        b: &'b Builder,
+        op: &'a Product<'a>,
+        lane: V<'b>,
+        shared_book: bool,
+        within: &Within<'_, 'b>,
+    ) -> Self {
+        Operands::of(b, op, lane, OperandBytes::Digits, shared_book, None, Some(within))
+    }
+
+    fn of(
+        b: &'b Builder,
+        op: &'a Product<'a>,
+        lane: V<'b>,
+        bytes_are: OperandBytes,
+        shared_book: bool,
+        experts: Option<&Experts>,
+        within: Option<&Within<'_, 'b>>,
     ) -> Self {
         let columns = u64::from(op.shape.cols.next_multiple_of(COLUMN_PAD));
         let (inputs, outputs) = experts.map_or((op.batch, op.batch), |e| (e.rows, e.pairs));
@@ -152,15 +177,20 @@ impl<'b, 'a> Operands<'b, 'a> {
         let weights = b.sized("weights", Elem::U32, false, layout.words() as u64);
         let numbers = b.sized("numbers", Elem::U32, false, layout.number_words() as u64);
         let factors = b.sized("factors", Elem::F32, false, layout.padded_rows().into());
-        let x = b.sized("x", Elem::I8, false, 2 * u64::from(inputs) * columns);
-        let x_scale = b.sized("x_scale", Elem::F32, false, inputs.into());
+        let (x, x_scale) = match within {
+            None => {
+                let x = b.sized("x", Elem::I8, false, 2 * u64::from(inputs) * columns);
+                (x, Scales::Given(b.sized("x_scale", Elem::F32, false, inputs.into())))
+            }
+            Some(within) => (within.planes().0, Scales::own()),
+        };
         let y = b.sized("y", Elem::F32, true, op.y.len(outputs, op.shape.rows));
         let tokens = Tokens::declare(b, op.batch, experts);
         let book = layout.book.map(|(first, words)| match shared_book {
             true => Book::Shared(b.shared("book", Elem::U32, words)),
             false => Book::Global { mem: numbers, first },
         });
-        Operands { b, op, layout, weights, numbers, factors, x, x_scale, y, tokens, lane, book, form }
+        Operands { b, op, layout, weights, numbers, factors, x, x_scale, y, tokens, lane, book, bytes_are }
     }
 
     /// Copies the table of digits into shared memory, if it is looked up there, all threads of the block together.
@@ -232,14 +262,14 @@ impl<'b, 'a> Operands<'b, 'a> {
         match (&self.op.terms.table, self.windows()) {
             (_, Some(windows)) => windows.digits(self.op.terms.planes(), &tile.words),
             (Some(table), None) => {
-                let lowest = if self.form == Form::Digits { 0 } else { self.op.terms.lowest };
+                let lowest = if self.bytes_are == OperandBytes::Digits { 0 } else { self.op.terms.lowest };
                 let table: Vec<u32> = table.iter().map(|x| x.wrapping_add_signed(lowest)).collect();
                 self.looked_up(&table, tile)
             }
-            (None, None) => match self.form {
-                Form::Digits => (0..self.layout.planes()).map(|plane| self.bytes(plane, tile)).collect(),
-                Form::Integers => vec![self.signed_bytes(tile)],
-                Form::UpperHalves => vec![self.upper_halves(tile)],
+            (None, None) => match self.bytes_are {
+                OperandBytes::Digits => (0..self.layout.planes()).map(|plane| self.bytes(plane, tile)).collect(),
+                OperandBytes::Integers => vec![self.signed_bytes(tile)],
+                OperandBytes::UpperHalves => vec![self.upper_halves(tile)],
             },
         }
     }
@@ -259,7 +289,7 @@ impl<'b, 'a> Operands<'b, 'a> {
 
     /// Whether the bytes of a plane are signed.
     pub(super) fn is_signed(&self, plane: u32) -> bool {
-        self.form != Form::Digits && plane + 1 == self.op.terms.planes()
+        self.bytes_are != OperandBytes::Digits && plane + 1 == self.op.terms.planes()
     }
 
     /// The registers of the only plane, of upper halves of bytes: the sign of an integer of 4 bits is where a byte has its own.
@@ -366,8 +396,11 @@ impl<'b, 'a> Operands<'b, 'a> {
                     (value * inverses[half as usize]).to(Scalar::I32)
                 };
                 let (slope, rest) = (of(&terms.slope), terms.rest.as_ref().map(of));
-                let zero =
-                    terms.zero.as_ref().filter(|_| self.form == Form::Digits).map(|zero| fields.whole(zero, run, half));
+                let zero = terms
+                    .zero
+                    .as_ref()
+                    .filter(|_| self.bytes_are == OperandBytes::Digits)
+                    .map(|zero| fields.whole(zero, run, half));
                 Factors { slope, rest, zero }
             })
         })
@@ -394,7 +427,7 @@ impl<'b, 'a> Operands<'b, 'a> {
         }
         // What the integers are more than the operands.
         let beside = match (factors.and_then(|f| f.zero), terms.lowest) {
-            _ if self.form != Form::Digits => None,
+            _ if self.bytes_are != OperandBytes::Digits => None,
             (None, 0) => None,
             (None, lowest) => Some(self.b.i32(lowest)),
             (Some(zero), lowest) => Some(zero + lowest),
@@ -421,13 +454,29 @@ impl<'b, 'a> Operands<'b, 'a> {
 
     /// The scale of a token's activations.
     pub(super) fn token_scale(&self, token: V<'b>) -> V<'b> {
-        self.b.load_as(self.x_scale, self.tokens.input(token), Elem::F32, 1, Cache::ReadOnly)
+        self.x_scale.of(self.b, self.tokens.input(token))
+    }
+
+    /// Starts copying what the sums of four rows, `quad · 4` and the next, are multiplied with to the `at`-th four of shared memory.
+    pub(super) fn copy_row_factors(&self, to: Mem, at: V<'b>, quad: V<'b>) {
+        let quad = self.tokens.in_matrix(quad, self.op.layout().padded_rows() / 4);
+        self.b.async_copy(to, at, self.factors, quad, 16);
+    }
+
+    /// A word of the planes.
+    pub(super) fn x_word(&self, word: V<'b>) -> V<'b> {
+        self.b.load_as(self.x, word, Elem::U32, 1, self.x_scale.x_cache())
+    }
+
+    /// The token has been prepared by this block, with this scale.
+    pub(super) fn prepared(&self, scale: V<'b>) {
+        self.x_scale.prepared(scale);
     }
 
     /// Scales and stores the sum of a row and a token.
     pub(super) fn write(&self, row: V<'b>, token: V<'b>, sum: V<'b>, factor: V<'b>, scale: V<'b>) {
         let b = self.b;
-        let sum = if self.form == Form::UpperHalves { sum >> 4 } else { sum };
+        let sum = if self.bytes_are == OperandBytes::UpperHalves { sum >> 4 } else { sum };
         let value = sum.to(Scalar::F32) * factor * scale;
         let at = row + self.op.y.at(self.tokens.output(token));
         let value = if self.op.accumulate { b.load(self.y, at, Elem::F32) + value } else { value };

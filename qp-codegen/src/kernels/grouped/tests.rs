@@ -16,6 +16,8 @@ use crate::reference::{Activations, activation_cells, quantize_activations};
 use crate::spec::Shape;
 use crate::spec::terms::Terms;
 
+mod preparing;
+
 /// A matrix of made-up bits.
 fn matrix(name: &str, shape: Shape) -> (Arc<Terms>, Reader, Vec<Vec<u8>>) {
     matrix_of(name, shape, u64::from(shape.rows))

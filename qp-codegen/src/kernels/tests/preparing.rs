@@ -150,7 +150,7 @@ fn blocks_prepare_where_it_takes_less_time() {
         let op = Gemv { quantizer: &q, shape: Shape { rows: 4096, cols: columns }, batch, accumulate: false };
         let prepare =
             Prepare { columns, batch, input: Span::rows(columns), gate, norm: norm(false), rotation, entering: None };
-        Launch::prepares(&vec![op; count], &prepare, &device)
+        product::prepares(&vec![Launch::expected(&op, &prepare, &device); count], &prepare)
     };
     let gate = Some(Gate { activation: Activation::Silu, up: Span::rows(4096) });
     assert!(own(1, 1, blocks(128), None) && own(1, 1, Rotation::None, None));
@@ -163,7 +163,7 @@ fn blocks_prepare_where_it_takes_less_time() {
     let input = Span::rows(columns);
     let prepare =
         Prepare { columns, batch: 1, input, gate: None, norm: norm(false), rotation: output.rotation, entering: None };
-    assert!(!Launch::prepares(&[op], &prepare, &device));
+    assert!(!product::prepares(&[Launch::expected(&op, &prepare, &device)], &prepare));
     // Through shared memory.
     assert!(!own(1, 1, Rotation::Hadamard { seed: 0, block: None, interleave: None }, None));
 }

@@ -9,6 +9,7 @@ use qp_codegen::kernels::Span;
 use qp_codegen::kernels::grouped::{Launch, Product};
 use qp_codegen::kernels::leave::{self, Leave};
 use qp_codegen::kernels::prepare::Prepare;
+use qp_codegen::kernels::product;
 use qp_codegen::reader::{Book, Reader};
 use qp_codegen::reference::Activations;
 use qp_codegen::spec::format::Format;
@@ -32,7 +33,8 @@ use crate::device::{DeviceError, Executor};
 /// Each kernel is first compared with the CPU, to the bit. Then a graph of launches rotates over copies of the matrix that
 /// together exceed the L2 cache; the time is that of the graph over its launches, the best of several runs. A whole layer is the
 /// preparation of the activations (what the format does to them, rounding), the product, and what the format does to results, each
-/// a launch.
+/// a launch. Where the blocks of a product of one token can prepare it themselves, such products are timed, too: then a layer is a
+/// launch less. "Used" is what an engine runs.
 #[derive(Args)]
 pub struct FormatBench {
     /// Formats, whose products must be exact: their names, `file.qspec:name`, or `file.qspec` for all of a file.
@@ -69,10 +71,14 @@ struct Row {
     batch: u32,
     /// Bits a weight on the device, fields included.
     bits: f64,
-    /// Microseconds of a launch.
+    /// Microseconds of a launch; with the preparation of the activations where its blocks do that.
     us: f64,
     /// Microseconds of a whole layer, with the preparation of the activations.
     layer_us: f64,
+    /// Whether the blocks of the product prepare the activations.
+    prepares: bool,
+    /// Whether an engine would run the layer so.
+    used: bool,
     gb_per_s: f64,
     /// What the cost model expects.
     model_us: f64,
@@ -136,7 +142,7 @@ impl FormatBench {
 fn print(row: &Row, read: f64) -> Result<(), Error> {
     let launch: Vec<String> = row.launch.iter().map(|(name, value)| format!("{name} {value}")).collect();
     outln!(
-        "{:>16} {:>13} {:>5} {:>6.3} {:>9.2} {:>9.2} {:>8.0} {:>7.0}% {:>9.2}  {}: {}, registers {}{}",
+        "{:>16} {:>13} {:>5} {:>6.3} {:>9.2} {:>9.2} {:>8.0} {:>7.0}% {:>9.2}  {}: {}, registers {}{}{}{}",
         row.format,
         format!("{}x{}", row.rows, row.cols),
         row.batch,
@@ -150,6 +156,8 @@ fn print(row: &Row, read: f64) -> Result<(), Error> {
         launch.join(", "),
         row.registers,
         if row.spilled > 0 { ", spills" } else { "" },
+        if row.prepares { ", prepares" } else { "" },
+        if row.used { ", used" } else { "" },
     )
 }
 
@@ -192,9 +200,9 @@ impl Made {
         let expected = codec::Lines::new(&self.reader, slices).product(&inputs);
         let mut left = expected.clone();
         left.chunks_exact_mut(shape.rows as usize).for_each(|y| leave.leave(y));
-        let prepare = Prepare::entering(terms, shape.cols, batch);
-        let entering = prepare.entering;
-        let mut prepare = PrepareKernel::load(on, &prepare)?;
+        let preparation = Prepare::entering(terms, shape.cols, batch);
+        let entering = preparation.entering;
+        let mut prepare = PrepareKernel::load(on, &preparation)?;
         let (values, mut faults) = (on.upload(&values)?, on.zeroed(1)?);
         let mut x = DeviceActivations::new(on, shape.cols, batch)?;
         let leave = Leave::of(terms, shape.rows, batch);
@@ -215,11 +223,26 @@ impl Made {
         if tried == 1 {
             ranked.truncate(1);
         }
-        let load = |&(expected, launch): &(f64, Launch)| Ok((expected, launch, GroupedKernel::load(on, &op, &launch)?));
-        let kernels = ranked.par_iter().map(load).collect::<Result<Vec<_>, DeviceError>>()?;
+        let mut own = Launch::ranked_with(&op, Some(&preparation), &on.device());
+        own.truncate(tried);
+        let themselves =
+            !own.is_empty() && product::prepares(&[Launch::expected(&op, &preparation, &on.device())], &preparation);
+        let used = [ranked[0].1, own.first().map_or(ranked[0].1, |r| r.1)][usize::from(themselves)];
+        let all = ranked.into_iter().map(|r| (r, None)).chain(own.into_iter().map(|r| (r, Some(&preparation))));
+        let all: Vec<((f64, Launch), Option<&Prepare>)> = all.collect();
+        let load = |&(ranked, own): &((f64, Launch), Option<&Prepare>)| {
+            Ok((ranked, own.is_some(), GroupedKernel::load_with(on, &op, own, &ranked.1)?))
+        };
+        let kernels = all.par_iter().map(load).collect::<Result<Vec<_>, DeviceError>>()?;
         let mut out = Vec::new();
-        for (model, launch, kernel) in kernels {
-            kernel.launch(on, &self.copies[0], &x, &mut y)?;
+        for ((model, launch), prepares, kernel) in kernels {
+            if prepares {
+                y = on.zeroed(expected.len())?;
+                let faults = Faults { faults: &mut faults, layer: 0 };
+                kernel.launch_preparing(on, &self.copies[0], of(0), faults, &mut y)?;
+            } else {
+                kernel.launch(on, &self.copies[0], &x, &mut y)?;
+            }
             let found = y.to_vec()?;
             if let Some(i) = (0..expected.len()).find(|&i| found[i].to_bits() != expected[i].to_bits()) {
                 let (row, token) = (i % shape.rows as usize, i / shape.rows as usize);
@@ -236,17 +259,25 @@ impl Made {
             let launches = LAUNCHES.next_multiple_of(self.copies.len());
             let mut graph = on.record();
             for i in 0..launches {
-                kernel.record(&mut graph, &self.copies[i % self.copies.len()], &x, &mut y)?;
+                let (matrix, faults) = (i % self.copies.len(), Faults { faults: &mut faults, layer: 0 });
+                if prepares {
+                    kernel.record_preparing(&mut graph, &self.copies[matrix], of(matrix), faults, &mut y)?;
+                } else {
+                    kernel.record(&mut graph, &self.copies[matrix], &x, &mut y)?;
+                }
             }
             let graph = graph.finish()?;
             let rounds = if on.gpu().is_some() { ROUNDS } else { 0 };
             let seconds = on.time_best(rounds, || graph.launch())? / launches as f64;
             let mut layers = on.record();
             for i in 0..launches {
-                let faults = Faults { faults: &mut faults, layer: 0 };
-                let matrix = i % self.copies.len();
-                prepare.record(&mut layers, of(matrix), &mut x, faults)?;
-                kernel.record(&mut layers, &self.copies[matrix], &x, &mut y)?;
+                let (matrix, faults) = (i % self.copies.len(), Faults { faults: &mut faults, layer: 0 });
+                if prepares {
+                    kernel.record_preparing(&mut layers, &self.copies[matrix], of(matrix), faults, &mut y)?;
+                } else {
+                    prepare.record(&mut layers, of(matrix), &mut x, faults)?;
+                    kernel.record(&mut layers, &self.copies[matrix], &x, &mut y)?;
+                }
                 if let Some(kernel) = &leave {
                     let factors = &self.copies[matrix].leaving;
                     layers.launch(kernel, args::Leave { x: &y, factors, y: &mut out_of_layer })?;
@@ -265,6 +296,8 @@ impl Made {
                 bits: rounded(bytes * 8.0 / shape.len() as f64, 1e3),
                 us: rounded(seconds * 1e6, 1e3),
                 layer_us: rounded(layer * 1e6, 1e3),
+                prepares,
+                used: prepares == themselves && launch == used,
                 gb_per_s: rounded(bytes / seconds / 1e9, 10.0),
                 model_us: rounded(model * 1e6, 1e3),
                 way,

@@ -18,7 +18,7 @@ use crate::device::ops::{DeviceActivations, Faults, PrepareInputs, PrepareKernel
 use crate::device::{Buffer, DeviceError, Executor};
 
 /// Time the preparation of activations on a GPU: with a norm before, as the inputs of attention and of the feed-forward layer,
-/// and with a gated unit, as the input of its last matrix.
+/// with a gated unit, as the input of its last matrix, and plain, without a rotation, as before products with others' formats.
 ///
 /// Each kernel is first compared with the CPU. Then a graph of launches, each of which waits for the one before, is timed; the
 /// time is that of the graph over its launches, the best of several runs.
@@ -28,6 +28,9 @@ pub struct PrepareBench {
     #[arg(long, value_delimiter = ',', default_value = "4096,8192,11008,14336,28672",
           value_parser = clap::value_parser!(u32).range(1..))]
     columns: Vec<u32>,
+    /// What is prepared.
+    #[arg(long, value_delimiter = ',', default_value = "norm,gate,plain", value_parser = ["norm", "gate", "plain"])]
+    kind: Vec<String>,
     /// Tokens at once.
     #[arg(long, value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=2048))]
     batch: Vec<u32>,
@@ -56,8 +59,8 @@ const ROUNDS: usize = 7;
 /// What was measured.
 #[derive(Debug, Serialize)]
 struct Row {
-    /// `norm` or `gate`.
-    kind: &'static str,
+    /// `norm`, `gate` or `plain`.
+    kind: String,
     columns: u32,
     batch: u32,
     /// 0: all columns.
@@ -92,7 +95,7 @@ impl PrepareBench {
                     {
                         return Err(format!("blocks of {block} columns are not interleaved over {span}").into());
                     }
-                    for kind in ["norm", "gate"] {
+                    for kind in &self.kind {
                         rows.extend(measure(&on, &op(kind, columns, batch, block, self.interleave), kind, self.all)?);
                     }
                 }
@@ -106,21 +109,24 @@ impl PrepareBench {
 }
 
 fn op(kind: &str, columns: u32, batch: u32, block: u32, interleave: Option<u32>) -> Prepare {
-    let gated = kind == "gate";
+    let (gated, normed) = (kind == "gate", kind == "norm");
     let up = Span { first: columns, stride: 2 * columns };
     Prepare {
         columns,
         batch,
         input: if gated { Span { first: 0, ..up } } else { Span::rows(columns) },
         gate: gated.then_some(Gate { activation: Activation::Silu, up }),
-        norm: (!gated).then_some(RmsNorm { eps: 1e-5, add_one: false }),
-        rotation: Rotation::Hadamard { seed: 0, block: Some(block).filter(|b| *b > 0), interleave },
+        norm: normed.then_some(RmsNorm { eps: 1e-5, add_one: false }),
+        rotation: match kind {
+            "plain" => Rotation::None,
+            _ => Rotation::Hadamard { seed: 0, block: Some(block).filter(|b| *b > 0), interleave },
+        },
         entering: None,
     }
 }
 
 /// Times an operation, spread as an engine does or in every way, after comparing it with the CPU.
-fn measure(on: &Executor, op: &Prepare, kind: &'static str, all: bool) -> Result<Vec<Row>, Error> {
+fn measure(on: &Executor, op: &Prepare, kind: &str, all: bool) -> Result<Vec<Row>, Error> {
     let used = Spread::choose(op, &on.device());
     let spreads = if all { Spread::all(op, &on.device()) } else { vec![used] };
     let mut random = Random::of(kind);
@@ -140,7 +146,7 @@ fn measure(on: &Executor, op: &Prepare, kind: &'static str, all: bool) -> Result
         check(&what, &out, &expected)?;
         let seconds = time(on, &mut kernel, inputs, &mut out, &mut faults)?;
         let row = Row {
-            kind,
+            kind: kind.to_owned(),
             columns: op.columns,
             batch: op.batch,
             block: match op.rotation {
@@ -201,7 +207,7 @@ mod tests {
     #[test]
     fn what_is_measured_is_compared_with_the_cpu() {
         let on = Executor::interpreter();
-        for (kind, block) in [("norm", 128), ("gate", 0)] {
+        for (kind, block) in [("norm", 128), ("gate", 0), ("plain", 128)] {
             let op = op(kind, 1100, 2, block, None);
             let rows = measure(&on, &op, kind, true).unwrap_or_else(|e| panic!("{e}"));
             assert_eq!(rows.iter().filter(|r| r.used).count(), 1);

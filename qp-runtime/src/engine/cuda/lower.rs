@@ -10,6 +10,7 @@ mod mixture;
 mod op;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use qp_codegen::cuda::Device;
 use qp_codegen::kernels::Span;
@@ -20,6 +21,7 @@ use qp_codegen::kernels::dense::Dense;
 use qp_codegen::kernels::embed::Embed;
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::glu::Glu;
+use qp_codegen::kernels::grouped;
 use qp_codegen::kernels::leave::Leave;
 use qp_codegen::kernels::map::Map;
 use qp_codegen::kernels::norm::Norm;
@@ -27,10 +29,11 @@ use qp_codegen::kernels::prepare::{Entering, Gate, Prepare};
 use qp_codegen::kernels::product;
 use qp_codegen::kernels::rows::Rows;
 use qp_codegen::kernels::sample::Sample;
+use qp_codegen::spec::terms::Terms;
 use qp_codegen::spec::{Rotation, Shape};
 
 pub use self::op::Op;
-use super::layout::{Form, Layout, Stored};
+use super::layout::{Form, Layout};
 use crate::engine::attention_ops;
 use crate::model::LayerId;
 use crate::model::program::{self, CacheId, Node, Program, RopeId, Value, VectorId};
@@ -183,7 +186,7 @@ pub fn own_preparation(program: &Program, id: LayerId, op: &Gemv, device: &Devic
     }
     let input = Span::rows(columns);
     let prepare = Prepare { columns, batch: 1, input, gate, norm, rotation: op.quantizer.rotation, entering: None };
-    product::Launch::prepares(&[*op], &prepare, device).then_some(prepare)
+    product::prepares(&[product::Launch::expected(op, &prepare, device)], &prepare).then_some(prepare)
 }
 
 /// The part of a step behind its decoder blocks. What the blocks gave lies where a step of as many tokens leaves it, whether
@@ -217,8 +220,17 @@ pub fn is_many(tokens: u32) -> bool {
     tokens > FEW
 }
 
-/// Products of a step, each a quantizer and a shape, with the preparation of what they read: whether they do that themselves.
-type Decided = (Vec<(usize, Shape)>, Prepare, bool);
+/// Products of a step with the preparation of what they read: whether they do that themselves.
+type Decided = (Vec<Multiplied>, Prepare, bool);
+
+/// What a product multiplies with.
+#[derive(Clone, PartialEq)]
+enum Multiplied {
+    /// A matrix of a quantizer, which is among [`Layout::specs`].
+    Packed(usize, Shape),
+    /// A matrix of a format.
+    Grouped(Arc<Terms>, Shape),
+}
 
 struct Lowering<'l> {
     layout: &'l Layout,
@@ -520,16 +532,22 @@ impl<'l> Lowering<'l> {
             return None;
         }
         let matrices: BTreeSet<usize> = layers.iter().map(|l| layout.matrix_of[l.0.0]).collect();
-        let product = |matrix: usize| match &layout.matrices[matrix] {
-            Stored { form: Form::Packed(_), spec, shape, .. } => Some((*spec, *shape)),
-            _ => None,
+        let product = |matrix: usize| {
+            let stored = &layout.matrices[matrix];
+            let of = match &stored.form {
+                Form::Packed(_) => Multiplied::Packed(stored.spec, stored.shape),
+                Form::Grouped(terms) => Multiplied::Grouped(terms.clone(), stored.shape),
+                Form::Dense(_) | Form::Shared => return None,
+            };
+            Some((of, Preparation::of(&stored.form, matrix)?))
         };
-        let products: Vec<(usize, Shape)> = matrices.into_iter().map(product).collect::<Option<_>>()?;
-        let rotation = layout.specs[products[0].0].rotation;
-        if products.iter().any(|p| layout.specs[p.0].rotation != rotation) {
+        let (products, wanted): (Vec<Multiplied>, Vec<Preparation>) =
+            matrices.into_iter().map(product).collect::<Option<Vec<_>>>()?.into_iter().unzip();
+        if wanted.iter().any(|other| *other != wanted[0]) {
             return None;
         }
-        let mut own = self.preparation(value, rotation);
+        let mut own = self.preparation(value, wanted[0].rotation);
+        own.0.entering = wanted[0].entering;
         // A single token has no next one: steps of any stride have the kernel in common.
         let columns = own.0.columns;
         let alone = |span: Span| Span { stride: columns, ..span };
@@ -542,13 +560,18 @@ impl<'l> Lowering<'l> {
         }
         let known = self.decided.iter().find(|d| d.0 == products && d.1 == own.0).map(|d| d.2);
         let decide = || {
-            let op = |&(spec, shape): &(usize, Shape)| Gemv {
-                quantizer: &layout.specs[spec],
-                shape,
-                batch: 1,
-                accumulate: false,
+            let (batch, accumulate) = (1, false);
+            let expected = |of: &Multiplied| match *of {
+                Multiplied::Packed(spec, shape) => {
+                    let op = Gemv { quantizer: &layout.specs[spec], shape, batch, accumulate };
+                    product::Launch::expected(&op, &own.0, self.device)
+                }
+                Multiplied::Grouped(ref terms, shape) => {
+                    let op = grouped::Product { terms, shape, batch, y: Span::rows(shape.rows), accumulate };
+                    grouped::Launch::expected(&op, &own.0, self.device)
+                }
             };
-            product::Launch::prepares(&products.iter().map(op).collect::<Vec<_>>(), &own.0, self.device)
+            product::prepares(&products.iter().map(expected).collect::<Vec<_>>(), &own.0)
         };
         let themselves = known.unwrap_or_else(decide);
         if known.is_none() {
@@ -632,6 +655,7 @@ impl<'l> Lowering<'l> {
                 Some(_) => (self.take(stored.stride), Span::rows(stored.stride), false),
                 None => (slot, span, accumulate),
             };
+            let prepare = own_preparation.as_ref().map(|own| own.0);
             let op = match (&stored.form, input) {
                 (Form::Dense(elem), Some(input)) => Op::Dense(Dense {
                     rows: shape.rows,
@@ -643,12 +667,9 @@ impl<'l> Lowering<'l> {
                     accumulate,
                 }),
                 (Form::Grouped(terms), _) => {
-                    Op::Grouped { terms: terms.clone(), shape, batch, y: of_product, accumulate }
+                    Op::Grouped { terms: terms.clone(), shape, batch, y: of_product, accumulate, prepare }
                 }
-                _ => {
-                    let prepare = own_preparation.as_ref().map(|own| own.0);
-                    Op::Product { spec: stored.spec, shape, batch, accumulate, prepare }
-                }
+                _ => Op::Product { spec: stored.spec, shape, batch, accumulate, prepare },
             };
             let (reads, vectors) = match (&own_preparation, input) {
                 (Some((_, slots, vectors)), _) => (slots.clone(), vectors.clone()),

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use qp_codegen::ir::Kernel;
+use qp_codegen::kernels::grouped;
 use qp_codegen::kernels::prepare::Prepare;
 use qp_codegen::kernels::product;
 use rayon::prelude::*;
@@ -11,7 +12,7 @@ use super::layout::Layout;
 use super::lower::{self, Launch, Op, Slot};
 use super::matrix::{Floats, Matrix};
 use crate::device::attend::{AppendInputs, AppendKernel, AttendKernel, Queries, Tokens};
-use crate::device::grouped::{GroupedArgs, GroupedExpertsArgs};
+use crate::device::grouped::{GroupedExpertsArgs, GroupedKernel};
 use crate::device::launches as args;
 use crate::device::ops::{
     DeviceActivations, EmbedPackedKernel, ExpertsKernel, Faults, GemvKernel, Pairs, PrepareInputs, PrepareKernel,
@@ -94,6 +95,8 @@ pub enum Ready {
     Plain(Loaded),
     /// Where blocks meet.
     Product(GemvKernel),
+    /// The rotation, if it prepares.
+    Grouped(GroupedKernel),
     /// Of experts.
     Experts(ExpertsKernel),
     /// Of keys, values and queries.
@@ -190,6 +193,11 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
             let tiles = lower::most_tiles(layout, &on.device(), op.tokens);
             return AttendKernel::many(on, op, tiles).map(Ready::Attend);
         }
+        Op::Grouped { .. } => {
+            let ((op, _), prepare) = (launch.op.grouped().expect("of a format"), launch.op.own_preparation());
+            let best = grouped::Launch::ranked_with(&op, prepare, &on.device())[0].1;
+            return GroupedKernel::load_with(on, &op, prepare, &best).map(Ready::Grouped);
+        }
         op => op.lower(layout, &on.device()),
     };
     let floats =
@@ -204,7 +212,6 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
         (Op::DenseExperts { .. }, Some(Floats::F16(_))) => on.load::<args::DenseExperts<'_, half::f16>>(kernel)?,
         (Op::DenseExperts { .. }, Some(Floats::Bf16(_))) => on.load::<args::DenseExperts<'_, half::bf16>>(kernel)?,
         (Op::DenseExperts { .. }, _) => on.load::<args::DenseExperts<'_, f32>>(kernel)?,
-        (Op::Grouped { .. }, _) => on.load::<GroupedArgs<'_>>(kernel)?,
         (Op::GroupedExperts { .. }, _) => on.load::<GroupedExpertsArgs<'_>>(kernel)?,
         (Op::Route(_), _) => on.load::<args::Route<'_>>(kernel)?,
         (Op::Group(_), _) => on.load::<args::Group<'_>>(kernel)?,
@@ -222,6 +229,7 @@ fn ready(on: &Executor, layout: &Layout, matrices: &[Matrix], launch: &Launch) -
             Op::Prepare(_)
             | Op::EmbedPacked { .. }
             | Op::Product { .. }
+            | Op::Grouped { .. }
             | Op::Experts { .. }
             | Op::Append(_)
             | Op::AttendFew(_)
@@ -283,8 +291,11 @@ pub fn record(
                 Some(op) => kernel.record_preparing(to, matrix, inputs(op), Faults { faults, layer }, y),
             }
         }
-        (Op::Grouped { .. }, Ready::Plain(kernel), Some(Matrix::Grouped(matrix)), Some(y)) => {
-            to.launch(kernel, matrix.args(activations, y))
+        (Op::Grouped { prepare, .. }, Ready::Grouped(kernel), Some(Matrix::Grouped(matrix)), Some(y)) => {
+            match prepare.as_ref() {
+                None => kernel.record(to, matrix, activations, y),
+                Some(op) => kernel.record_preparing(to, matrix, inputs(op), Faults { faults, layer }, y),
+            }
         }
         (Op::GroupedExperts { experts, .. }, Ready::Plain(kernel), Some(Matrix::Grouped(matrix)), Some(y)) => {
             to.launch(kernel, matrix.args_of_experts(activations, pairs_of(experts.most), y))

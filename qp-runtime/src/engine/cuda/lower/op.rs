@@ -77,6 +77,8 @@ pub enum Op {
         y: Span,
         /// Whether outputs are added to what is there.
         accumulate: bool,
+        /// The preparation of activations, if blocks do that themselves; otherwise a launch before has done it.
+        prepare: Option<Prepare>,
     },
     /// What a format does to the results of a product.
     Leave(Leave),
@@ -186,7 +188,7 @@ impl Op {
     /// The preparation that a product's blocks do themselves.
     pub fn own_preparation(&self) -> Option<&Prepare> {
         match self {
-            Op::Product { prepare, .. } => prepare.as_ref(),
+            Op::Product { prepare, .. } | Op::Grouped { prepare, .. } => prepare.as_ref(),
             _ => None,
         }
     }
@@ -205,7 +207,7 @@ impl Op {
     /// The exact product with a matrix of a format; of experts, of one of them with the pairs of a unit.
     pub fn grouped(&self) -> Option<(grouped::Product<'_>, Option<Experts>)> {
         match *self {
-            Op::Grouped { ref terms, shape, batch, y, accumulate } => {
+            Op::Grouped { ref terms, shape, batch, y, accumulate, prepare: _ } => {
                 Some((grouped::Product { terms, shape, batch, y, accumulate }, None))
             }
             Op::GroupedExperts { ref terms, shape, experts } => {
@@ -234,7 +236,10 @@ impl Op {
             Op::Prepare(op) => prepare::lower(op, device),
             Op::Leave(op) => leave::lower(op),
             Op::Grouped { .. } | Op::GroupedExperts { .. } => match self.grouped().expect("of a format") {
-                (op, None) => grouped::lower(&op, &grouped::Launch::choose(&op, device)),
+                (op, None) => {
+                    let prepare = self.own_preparation();
+                    grouped::lower_with(&op, &grouped::Launch::ranked_with(&op, prepare, device)[0].1, prepare)
+                }
                 (op, Some(experts)) => {
                     let launch = grouped::Launch::ranked_for_experts(&op, &experts, device)[0].1;
                     grouped::lower_for_experts(&op, &launch, &experts)

@@ -4,6 +4,12 @@
 //! warp's **groups** of 128 in registers from the load to the store. The block meets for the norm, for the largest
 //! magnitude, and for butterflies between groups of different warps; see [`super::rotate`].
 
+mod spread;
+mod store;
+
+pub use self::spread::Spread;
+use self::spread::{Geometry, Groups};
+use self::store::Whole;
 use super::math::{self, across_lanes};
 use super::mean;
 use super::rotate::{GROUP, GROUP_LEVELS, LaneSigns, Transforms, flip, flip_word, place};
@@ -85,120 +91,6 @@ pub enum Stage {
     /// Rounds by the larger of a token's own largest magnitude and one that is given: a further parameter behind all others,
     /// `given`: `f32`, one a token.
     Given,
-}
-
-/// Most groups of columns that a thread holds in registers; those of longer rows lie in shared memory.
-const MOST_IN_REGISTERS: u32 = 8;
-/// Most warps of a block.
-const MOST_WARPS: u32 = 32;
-/// Tokens from which on a warp takes [`MANY_PER_WARP`] groups of columns.
-const MANY: u32 = 32;
-/// See [`MANY`].
-const MANY_PER_WARP: u32 = 4;
-
-/// How a token's columns are spread over a GPU. The result does not depend on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Spread {
-    /// Blocks of the cluster that takes a token.
-    pub blocks: u32,
-    /// Groups of 128 columns that a warp takes.
-    pub per_warp: u32,
-}
-
-impl Spread {
-    /// That of an engine.
-    pub fn choose(op: &Prepare, device: &Device) -> Spread {
-        let form = Groups::new(op);
-        // Meeting in a cluster takes longer than in a block: twice with a norm.
-        let worth = if op.norm.is_some() { 2 * MOST_WARPS } else { MOST_WARPS };
-        let mut blocks = 1;
-        if form.count > worth && !form.across {
-            // One token's columns are read sooner by few blocks; those of several by as many as there are SMs.
-            let wanted =
-                if op.batch == 1 { form.count.div_ceil(MOST_WARPS).next_power_of_two() } else { device.cluster };
-            blocks = wanted.min(device.cluster);
-            while blocks > 1 && op.batch * blocks > device.sms {
-                blocks /= 2;
-            }
-        }
-        let fewest = form.count.div_ceil(blocks * MOST_WARPS).next_multiple_of(form.together);
-        // With many tokens it is throughput that counts: more at once in a thread, and several blocks an SM.
-        let several = fewest.max(MANY_PER_WARP.next_multiple_of(form.together));
-        let per_warp = if op.batch >= MANY && several <= MOST_IN_REGISTERS { several } else { fewest };
-        Spread { blocks, per_warp }
-    }
-
-    /// All that a GPU can run, [`Spread::choose`]'s among them: to be measured.
-    pub fn all(op: &Prepare, device: &Device) -> Vec<Spread> {
-        let form = Groups::new(op);
-        let clusters = [1, 2, 4, 8].into_iter().filter(|n| *n <= device.cluster && (*n == 1 || !form.across));
-        let mut all: Vec<Spread> = clusters
-            .flat_map(|blocks| {
-                let fewest = form.count.div_ceil(blocks * MOST_WARPS).next_multiple_of(form.together);
-                [1, 2, 4].map(|times| Spread { blocks, per_warp: fewest * times })
-            })
-            // Every block has work.
-            .filter(|s| (s.blocks - 1) * s.per_warp < form.count && (s.blocks == 1 || s.per_warp <= MOST_IN_REGISTERS))
-            .collect();
-        all.retain(|s| *s == Spread::choose(op, device) || s.per_warp <= MOST_IN_REGISTERS);
-        all
-    }
-}
-
-/// A token's groups of columns.
-struct Groups {
-    count: u32,
-    /// A warp takes a multiple of so many, since the rotation mixes them.
-    together: u32,
-    /// Whether a part of the rotation goes through shared memory.
-    across: bool,
-}
-
-impl Groups {
-    fn new(op: &Prepare) -> Self {
-        let transforms = Transforms::of(op.rotation, op.columns);
-        let levels = transforms.levels();
-        // Butterflies between a thread's own values reach as far as what it holds.
-        let across = transforms.has_dense() || levels > GROUP_LEVELS + MOST_IN_REGISTERS.ilog2();
-        let together = if across { 1 } else { 1 << levels.saturating_sub(GROUP_LEVELS) };
-        Groups { count: op.columns.next_multiple_of(COLUMN_PAD) / GROUP, together, across }
-    }
-}
-
-/// How a token's groups are spread: group `(block · warps + warp) · per_warp + k` is the `k`-th of a warp.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Geometry {
-    groups: u32,
-    per_warp: u32,
-    warps: u32,
-    /// Blocks of a cluster.
-    blocks: u32,
-    /// Whether a part of the rotation goes through shared memory.
-    across: bool,
-}
-
-impl Geometry {
-    fn new(op: &Prepare, Spread { blocks, per_warp }: Spread) -> Self {
-        let Groups { count, together: _, across } = Groups::new(op);
-        Geometry { groups: count, per_warp, warps: count.div_ceil(blocks * per_warp), blocks, across }
-    }
-
-    /// Whether no warp has groups past the last one.
-    fn is_exact(&self) -> bool {
-        self.blocks * self.warps * self.per_warp == self.groups
-    }
-
-    fn in_registers(&self) -> bool {
-        self.per_warp <= MOST_IN_REGISTERS
-    }
-
-    /// That of a block of `warps` which prepares for itself, if all of it can stay in registers.
-    fn within(op: &Prepare, warps: u32) -> Option<Self> {
-        let Groups { count, together, across } = Groups::new(op);
-        let per_warp = count.div_ceil(warps).next_multiple_of(together);
-        let fits = op.batch == 1 && !across && per_warp <= MOST_IN_REGISTERS;
-        fits.then_some(Geometry { groups: count, per_warp, warps, blocks: 1, across })
-    }
 }
 
 impl Prepare {
@@ -313,7 +205,8 @@ struct Output<'b> {
     x: Mem,
     /// A block that prepares for itself has its scale in registers.
     x_scale: Option<Mem>,
-    x_sum: Mem,
+    /// Not of a block that needs no sum.
+    x_sum: Option<Mem>,
     faults: Mem,
     layer: V<'b>,
     /// Of a format.
@@ -329,7 +222,7 @@ impl<'b> Output<'b> {
             scratch: Some(b.sized("scratch", Elem::U32, true, op.scratch_of(g) as u64)),
             x: b.sized("x", Elem::I8, true, 2 * batch * columns),
             x_scale: Some(b.sized("x_scale", Elem::F32, true, batch)),
-            x_sum: b.sized("x_sum", Elem::I32, true, batch),
+            x_sum: Some(b.sized("x_sum", Elem::I32, true, batch)),
             faults: b.buffer("faults", Elem::I32, true),
             layer: b.scalar("layer", Scalar::I32),
             factors: op.entering.filter(|e| e.factors).map(|_| b.sized("factors", Elem::F32, false, op.columns.into())),
@@ -337,18 +230,34 @@ impl<'b> Output<'b> {
         }
     }
 
-    fn within(b: &'b Builder, op: &Prepare) -> Self {
+    fn within(b: &'b Builder, op: &Prepare, of: Reader) -> Self {
         Output {
             scratch: None,
             x: b.shared("planes", Elem::U32, op.columns.next_multiple_of(COLUMN_PAD) / 2),
             x_scale: None,
-            x_sum: b.shared("planes_sum", Elem::I32, 1),
+            x_sum: (of == Reader::Packed).then(|| b.shared("planes_sum", Elem::I32, 1)),
             faults: b.buffer("faults", Elem::I32, true),
             layer: b.scalar("layer", Scalar::I32),
-            factors: None,
+            factors: match of {
+                Reader::Packed => None,
+                Reader::Grouped => {
+                    let some = op.entering.is_some_and(|e| e.factors);
+                    let factors = b.sized("entering", Elem::F32, false, if some { op.columns.into() } else { 0 });
+                    some.then_some(factors)
+                }
+            },
             given: None,
         }
     }
+}
+
+/// Which products read what their own blocks prepare.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reader {
+    /// Those with packed weights, which need the activations' sum.
+    Packed,
+    /// Those with matrices of formats, which may have factors for columns.
+    Grouped,
 }
 
 /// The preparation of a token by each block of a product for itself: the planes go to shared memory, in the order in which others read
@@ -356,16 +265,16 @@ impl<'b> Output<'b> {
 pub(super) struct Within<'a, 'b>(Emit<'a, 'b>);
 
 impl<'a, 'b> Within<'a, 'b> {
-    /// Declares parameters: `input`, `up`, `norm`, `flips`, `base`, `faults` and `layer`, as [`lower`]
-    /// has them.
-    pub(super) fn new(b: &'b Builder, op: &'a Prepare, warps: u32) -> Self {
+    /// Declares parameters: `input`, `up`, `norm`, `flips`, `base`, `faults` and `layer`, as [`lower`] has them, and of products with
+    /// matrices of formats `entering`, its `factors`.
+    pub(super) fn new(b: &'b Builder, op: &'a Prepare, warps: u32, of: Reader) -> Self {
         let g = Geometry::within(op, warps).expect("a block that can prepare for itself");
         let inputs = Inputs::declare(b, op, Elem::F32);
-        Within(Emit::new(b, op, g, inputs, Output::within(b, op), Stage::Whole))
+        Within(Emit::new(b, op, g, inputs, Output::within(b, op, of), Stage::Whole))
     }
 
-    /// Planes, and where their sum is.
-    pub(super) fn planes(&self) -> (Mem, Mem) {
+    /// Planes, and where their sum is, if there is one.
+    pub(super) fn planes(&self) -> (Mem, Option<Mem>) {
         (self.0.out.x, self.0.out.x_sum)
     }
 
@@ -451,6 +360,12 @@ impl<'a, 'b> Emit<'a, 'b> {
         } else {
             b.for_(0, g.per_warp, 1, |k| one(None, k));
         }
+    }
+
+    /// The `k`-th group of the warp, of those that lie in registers.
+    fn group(&self, k: u32) -> Group<'b> {
+        let number = self.warp * self.g.per_warp + k;
+        Group { index: Some(k as usize), number, column: number * GROUP + self.lane * 4 }
     }
 
     fn get(&self, group: Group<'b>) -> [V<'b>; 4] {
@@ -680,7 +595,9 @@ impl<'a, 'b> Emit<'a, 'b> {
         let all = g.blocks * g.warps;
         let (mem, first) = self.meeting("largest", Elem::U32, 0, all);
         b.if_(self.lane.eq(0), || b.store(mem, first + self.warp, of_warp, Elem::U32));
-        b.if_(self.leader, || b.store(out.x_sum, self.token, b.i32(0), Elem::I32));
+        if let Some(x_sum) = out.x_sum {
+            b.if_(self.leader, || b.store(x_sum, self.token, b.i32(0), Elem::I32));
+        }
         self.meet();
         let each = (0..all.div_ceil(32)).map(|i| {
             let at = self.lane + i * 32;
@@ -703,27 +620,24 @@ impl<'a, 'b> Emit<'a, 'b> {
 
         b.comment("Whole numbers.");
         let sum = b.var(b.i32(0));
-        self.each(|group| {
+        let whole = |group: Group<'b>| -> Whole<'b> {
             let q = self.get(group).map(|v| (v * inverse).to(Scalar::I32));
+            if out.x_sum.is_some() {
+                b.set(sum, b.get(sum) + ((q[0] + q[1]) + (q[2] + q[3])));
+            }
             let high = q.map(|q| (q + 64) >> 7);
-            let low = [0, 1, 2, 3].map(|k| q[k] - (high[k] << 7));
             // Four quads a cell; the planes of a token are neighbours.
             let cell = place(self.interleave, self.op.columns, group.number * 8 + self.lane / 4);
             let cell = cell * (2 * self.op.batch) + self.token * 2;
-            match self.op.entering.and_then(|e| e.order) {
-                None => {
-                    let at = cell * 4 + self.lane % 4;
-                    b.store(out.x, at, bytes(high), Elem::U32);
-                    b.store(out.x, at + 4, bytes(low), Elem::U32);
-                }
-                Some(order) => self.store_in_order(cell, &order, [high, low]),
-            }
-            b.set(sum, b.get(sum) + ((q[0] + q[1]) + (q[2] + q[3])));
-        });
-        let sum = b.get(sum).bits(Scalar::U32).sum_across().bits(Scalar::I32);
-        b.if_(self.lane.eq(0), || {
-            b.atomic_add(out.x_sum, self.token, sum);
-        });
+            (cell, [high, [0, 1, 2, 3].map(|k| q[k] - (high[k] << 7))])
+        };
+        self.store(&whole);
+        if let Some(x_sum) = out.x_sum {
+            let sum = b.get(sum).bits(Scalar::U32).sum_across().bits(Scalar::I32);
+            b.if_(self.lane.eq(0), || {
+                b.atomic_add(x_sum, self.token, sum);
+            });
+        }
         let finite = most.lt(INFINITY_BITS);
         let scale = || finite.select(magnitude / ACTIVATION_MAX, f32::INFINITY);
         let Some(x_scale) = out.x_scale else {
@@ -739,39 +653,6 @@ impl<'a, 'b> Emit<'a, 'b> {
         });
         None
     }
-}
-
-impl<'b> Emit<'_, 'b> {
-    /// Stores the bytes of both planes of four columns of a cell where an order has them.
-    fn store_in_order(&self, cell: V<'b>, order: &[u8; CELL as usize], planes: [[V<'b>; 4]; 2]) {
-        let b = self.b;
-        let place =
-            |column: u32| order.iter().position(|c| u32::from(*c) == column).expect("an order has all columns") as u32;
-        // Whether columns 2k and 2k + 1 of all lanes lie side by side.
-        let pairs = (0..8).all(|k| place(2 * k).is_multiple_of(2) && place(2 * k + 1) == place(2 * k) + 1);
-        let size = if pairs { 2 } else { 1 };
-        for k in (0..4).step_by(size) {
-            // A byte for each of the four lanes of a cell.
-            let places = (0..4).map(|quad| place(4 * quad + k as u32) << (8 * quad)).sum::<u32>();
-            let quad = (self.lane & 3).bits(Scalar::U32) * 8;
-            let at = ((b.u32(places) >> quad) & 0xff_u32).bits(Scalar::I32);
-            for (plane, four) in (0..).zip(planes) {
-                let at = (cell + plane) * (CELL as i32) + at;
-                if pairs {
-                    let two = (four[k].bits(Scalar::U32) & 0xff_u32) | (four[k + 1].bits(Scalar::U32) << 8);
-                    b.store(self.out.x, at / 2, two, Elem::U16);
-                } else {
-                    b.store(self.out.x, at, four[k], Elem::I8);
-                }
-            }
-        }
-    }
-}
-
-/// The low bytes of four values, the first lowest.
-fn bytes(v: [V<'_>; 4]) -> V<'_> {
-    let [a, b, c, d] = v.map(|v| v.bits(Scalar::U32));
-    a.permute(b, 0x0040).permute(c.permute(d, 0x0040), 0x5410)
 }
 
 /// `1 / √(mean(x²) + eps)`.

@@ -8,8 +8,9 @@ use crate::kernels::Span;
 use crate::kernels::grouped;
 use crate::kernels::grouped::layout::Relaid;
 use crate::spec::Shape;
-use crate::spec::format::{Arithmetic, Field, Format, Unmade, Weight, WeightOp};
-use crate::spec::terms::{Digits, Terms};
+use crate::spec::expr::Op;
+use crate::spec::format::{Arithmetic, Format, Unmade, Weight, WeightOp};
+use crate::spec::terms::{Digits, Near, Origin, Terms};
 
 /// Writing to a string cannot fail.
 macro_rules! line {
@@ -115,11 +116,22 @@ fn products(f: &Format, o: &mut String) {
             return;
         }
     };
-    let fields: Vec<&Field> = terms.fields.iter().map(|f| &f.1).collect();
-    let formula = |w: &Weight| expression(&w.ops, &|i| fields[i].name.clone());
+    let fields = &terms.fields;
+    let of_format = |w: &Weight| expression(&w.ops, &|i| f.fields[i].name.clone());
+    let formula = |w: &Weight| {
+        expression(&w.ops, &|i| match &fields[i] {
+            (Origin::Field(_), field) => field.name.clone(),
+            // The whole expression.
+            (Origin::Value(value), _) => of_format(value),
+        })
+    };
     let highest = terms.highest();
-    let of = if terms.rounded > 0 { ", rounded from the entries," } else { "" };
+    let of = if terms.rounded > 0 || terms.own { ", rounded from the entries," } else { "" };
     line!(o, "  products    exact: integers within {} to {highest}{of} times activations of 15 bits", terms.lowest);
+    if let Some(Near { times, add }) = &terms.near {
+        let add = of_format(add);
+        line!(o, "  integer     {times} times the entry's, plus {times} times {add}");
+    }
     match terms.stream.as_ref().map(|s| &s.digits) {
         Some(Digits::Bytes { .. }) => {
             line!(
@@ -129,11 +141,10 @@ fn products(f: &Format, o: &mut String) {
             );
         }
         Some(Digits::Book(book)) => {
-            line!(
-                o,
-                "  digits      looked up by windows, in a table of {} KiB, in shared memory where it fits",
-                book.len() / 512
-            );
+            let windows =
+                if book.decode.op(book.word) == &Op::Window { "windows" } else { "what follows from windows" };
+            let size = decimal(f64::from(f.vector << book.bits) / 512.0);
+            line!(o, "  digits      looked up by {windows}, in a table of {size} KiB, in shared memory where it fits");
         }
         None => (),
     }

@@ -40,9 +40,10 @@ fn activations(cols: u32, batch: u32) -> Vec<Activations> {
 }
 
 fn stored(reader: &Reader, tensors: &[&[u8]], layout: &Relaid) -> Stored {
-    let mut out = Stored::new(reader.terms().expect("of terms"), layout);
+    let integers = reader.integers(tensors);
+    let mut out = Stored::new(&integers, layout);
     for tile in 0..layout.row_tiles() {
-        out.put(layout, tile, &layout.row_tile(reader, tensors, tile * ROWS));
+        out.put(layout, tile, &layout.row_tile(&integers, tile * ROWS));
     }
     out
 }
@@ -150,18 +151,24 @@ fn all_formats_with_terms_are_multiplied_exactly() {
             continue;
         }
         // Three tiles, where the format's groups allow it.
-        let cols =
-            if format.name.ends_with("_k") || name.starts_with("iq") || name.starts_with("tq") { 512 } else { 384 };
+        let cols = if format.name.ends_with("_k")
+            || ["iq", "tq", "higgs", "qtip", "qpalette", "e8p"].iter().any(|n| name.starts_with(n))
+        {
+            1024
+        } else {
+            384
+        };
         // Words of zeros hold whole rows.
         let rows = match name {
             _ if name.starts_with("exl3") => 128,
             _ if name.starts_with("gptq") => 32,
+            _ if !format.output.is_empty() || format.trellis.is_some() => 32,
             _ => 40,
         };
         check(name, Shape { rows, cols }, &[1], &[]);
         count += 1;
     }
-    assert_eq!(count, 82);
+    assert_eq!(count, 107);
 }
 
 #[test]
@@ -273,10 +280,13 @@ fn check_experts(name: &str, shape: Shape, (tokens, chosen): (u32, u32), launche
         let place = |e: i32| order.iter().position(|o| *o == e as usize).map_or(-1, |place| place as i32);
         let places: Vec<i32> = (0..count as i32).map(place).collect();
         let stack = Relaid::new(terms, Shape { rows: experts.matrices * layout.padded_rows(), ..shape });
-        let mut all = Stored::new(terms, &stack);
+        let of_first = slices(0);
+        let mut all = Stored::new(&made[0].1.integers(&of_first), &stack);
         for (at, &e) in (0..).zip(&order) {
+            let slices = slices(e);
+            let integers = made[e].1.integers(&slices);
             for tile in 0..layout.row_tiles() {
-                let stored = stack.row_tile(&made[e].1, &slices(e), tile * ROWS);
+                let stored = stack.row_tile(&integers, tile * ROWS);
                 all.put(&stack, at * layout.row_tiles() + tile, &stored);
             }
         }

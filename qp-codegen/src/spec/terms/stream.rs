@@ -1,9 +1,10 @@
 //! Codes with memory as kernels take them: which lane of a warp has which weights of a block's stream, and how an integer
 //! follows from its window.
 
-use super::Inexact;
+use super::range;
 use crate::spec::expr::{Decode, Node, Op, Room, Type};
 use crate::spec::format::{Format, Trellis};
+use crate::spec::mask;
 
 /// Weights of a run: neighbours in a stream that one lane has.
 pub const RUN: u32 = 8;
@@ -23,8 +24,10 @@ const HALF: u64 = 1 << 11;
 pub struct Stream {
     /// Bits of a window.
     pub window: u32,
-    /// Bits that it moves forward; bytes of a run.
+    /// Bits that it moves forward; as many for codes without memory.
     pub step: u32,
+    /// Weights of a window.
+    pub vector: u32,
     /// What an integer's digits are.
     pub digits: Digits,
     /// Who has which weights.
@@ -41,15 +44,70 @@ pub enum Digits {
         /// The word.
         word: Node,
     },
-    /// What stands in a table at the place that the window is.
-    Book(Vec<u16>),
+    /// What stands in a table.
+    Book(Book),
+}
+
+/// A table of digits, in which the digits of a window's weights lie side by side, at the place that some bits of a word of the decode
+/// expression are: those bits, of the word that has fewest, on which the window's weights depend.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Book {
+    /// The expression.
+    pub decode: Decode,
+    /// The word.
+    pub word: Node,
+    /// The first of its bits.
+    pub first: u32,
+    /// How many there are.
+    pub bits: u32,
+    /// The digits; none where they are the matrix's own.
+    pub digits: Option<Vec<u16>>,
+}
+
+impl Book {
+    /// Without digits.
+    fn of(format: &Format) -> Book {
+        let entries = |table: u32| match format.tables.get(table as usize) {
+            Some(table) => table.entries,
+            None => format.fields[format.numbers[table as usize - format.tables.len()]].entries.unwrap_or(1),
+        };
+        let place = |word: Node| {
+            let needed = format.decode.needed(Some(word), u32::BITS, &entries);
+            let outside = |n: u32| matches!(format.decode.op(Node(n)), Op::Window) && needed[n as usize] != 0;
+            let others = (0..needed.len() as u32).any(|n| n != word.0 && outside(n));
+            let all = needed[word.0 as usize]
+                & if format.decode.op(word) == &Op::Window { mask(format.window) } else { u32::MAX };
+            (!others && all != 0)
+                .then(|| (all.trailing_zeros(), u32::BITS - all.leading_zeros() - all.trailing_zeros(), word))
+        };
+        let words = (0..format.decode.nodes.len() as u32).map(Node).filter(|n| format.decode.op(*n).ty() == Type::Word);
+        // The window itself has no operations, and comes first.
+        let (first, bits, word) = words.filter_map(place).min_by_key(|p| p.1).unwrap_or((0, format.window, Node(0)));
+        let decode = Decode { nodes: format.decode.nodes[..=word.0 as usize].to_vec() };
+        Book { decode, word, first, bits, digits: None }
+    }
+
+    /// The table, from the digits of all windows, `vector` of each.
+    pub fn filled(&self, vector: u32, windows: &[u16]) -> Vec<u16> {
+        let (v, mut room) = (vector as usize, Room::default());
+        let mut out = vec![0; v << self.bits];
+        for (window, digits) in (0..).zip(windows.chunks_exact(v)) {
+            out[self.place(window, &mut room) * v..][..v].copy_from_slice(digits);
+        }
+        out
+    }
+
+    /// The place of a window.
+    fn place(&self, window: u32, room: &mut Room) -> usize {
+        (self.decode.word(window, self.word, room) >> self.first & mask(self.bits)) as usize
+    }
 }
 
 /// How a block's stream is shared among the lanes of a warp: as runs, each with four weights of a row and four of the row
 /// eight below, as operands of tensor-core products have them.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Runs {
-    /// The lane of each run.
+    /// The lane of each run of a block's stream; none for codes without memory.
     pub lanes: Vec<u32>,
     /// The lane of the run that follows, from the lane of a run on, modulo 32.
     pub hop: u32,
@@ -60,6 +118,12 @@ pub struct Runs {
 }
 
 impl Runs {
+    /// Those of codes without memory, whose weights are neighbours in a row.
+    fn of_codes() -> Runs {
+        let places = std::array::from_fn(|w| (w as u32 / 4, w as u32 % 4));
+        Runs { lanes: Vec::new(), hop: 0, places, columns: std::array::from_fn(|c| c as u8) }
+    }
+
     /// Those of a trellis, if its order allows it.
     fn of(trellis: &Trellis) -> Option<Runs> {
         if (trellis.block.rows, trellis.block.cols) != (BLOCK, BLOCK) {
@@ -119,62 +183,93 @@ pub(super) struct Line {
 }
 
 impl Line {
-    /// Those of a format whose codes have memory.
-    pub(super) fn of(format: &Format, trellis: &Trellis) -> Result<Line, Inexact> {
-        if format.vector != 1 {
-            return Err(Inexact::Memory("a step gives several weights"));
-        }
-        let runs = Runs::of(trellis).ok_or(Inexact::Memory("lanes do not find their weights side by side"))?;
-        let (window, step) = (format.window, trellis.step);
-        let stream = |digits| Stream { window, step, digits, runs: runs.clone() };
-        let integers = integers(format);
-        for node in (0..format.decode.nodes.len() as u32).map(Node) {
-            let Op::ByteSum(word) = *format.decode.op(node) else { continue };
-            if let Some((times, lowest, highest)) = line(&integers, &words(format, node)) {
-                let (last, decode) = (word.0 as usize + 1, &format.decode.nodes);
-                let decode = Decode { nodes: decode[..last].to_vec() };
-                let bits = u32::BITS - (4 * u32::from(u8::MAX)).leading_zeros();
-                return Ok(Line { stream: stream(Digits::Bytes { decode, word }), times, lowest, highest, bits });
+    /// Those of a format whose codes have memory, or look up tables of the matrix; none where lanes do not find their weights side by side,
+    /// or digits are too many, or too wide, for a table.
+    pub(super) fn of(format: &Format) -> Option<Line> {
+        let (window, vector) = (format.window, format.vector);
+        let (step, runs) = match &format.trellis {
+            Some(trellis) if matches!(vector, 1 | 2 | 4) => (trellis.step, Runs::of(trellis)?),
+            None if !format.numbers.is_empty() && matches!((vector, window % 8), (2 | 4 | 8, 0)) => {
+                (window, Runs::of_codes())
             }
+            _ => return None,
+        };
+        if window > LOOKED_UP || !(RUN / vector * step).is_multiple_of(4) {
+            return None;
         }
-        let (lowest, highest) = integers.iter().fold((i32::MAX, i32::MIN), |(l, h), &i| (l.min(i), h.max(i)));
+        let stream = |digits| Stream { window, step, vector, digits, runs: runs.clone() };
+        let (lowest, highest) = range::of(format).ok()?;
         let bits = u32::BITS - highest.abs_diff(lowest).max(1).leading_zeros();
-        if window > LOOKED_UP || bits > WIDTH {
-            return Err(Inexact::Memory("its entries are too many, or too wide, for a table"));
+        let mut book = Book::of(format);
+        if format.numbers.is_empty() {
+            let integers = integers(format);
+            if vector == 1
+                && let Some(line) = Line::of_bytes(format, &integers, &stream)
+            {
+                return Some(line);
+            }
+            let digits: Vec<u16> = integers.iter().map(|i| i.abs_diff(lowest) as u16).collect();
+            book.digits = Some(book.filled(vector, &digits));
         }
-        let book = integers.iter().map(|i| i.abs_diff(lowest) as u16).collect();
-        Ok(Line { stream: stream(Digits::Book(book)), times: 1, lowest, highest, bits })
+        (bits <= WIDTH).then(|| Line { stream: stream(Digits::Book(book)), times: 1, lowest, highest, bits })
+    }
+
+    /// Those of integers that are a line through the sum of four bytes.
+    fn of_bytes(format: &Format, integers: &[i32], stream: &dyn Fn(Digits) -> Stream) -> Option<Line> {
+        (0..format.decode.nodes.len() as u32).map(Node).find_map(|node| {
+            let Op::ByteSum(word) = *format.decode.op(node) else { return None };
+            let (times, lowest, highest) = line(integers, &words(format, node))?;
+            let (last, decode) = (word.0 as usize + 1, &format.decode.nodes);
+            let decode = Decode { nodes: decode[..last].to_vec() };
+            let bits = u32::BITS - (4 * u32::from(u8::MAX)).leading_zeros();
+            Some(Line { stream: stream(Digits::Bytes { decode, word }), times, lowest, highest, bits })
+        })
     }
 }
 
 impl Stream {
-    /// The digits of every window.
+    /// The digits of every window's weights; none where they are the matrix's own.
     pub fn book(&self) -> Vec<u16> {
+        let mut room = Room::default();
         match &self.digits {
-            Digits::Book(book) => book.clone(),
+            Digits::Book(book) => {
+                let Some(digits) = &book.digits else { return Vec::new() };
+                let v = self.vector as usize;
+                let of = |w| book.place(w, &mut room) * v;
+                (0..1u32 << self.window).map(of).flat_map(|at| digits[at..at + v].iter().copied()).collect()
+            }
             Digits::Bytes { decode, word } => {
-                let mut room = Room::default();
                 let bytes = |w| decode.word(w, *word, &mut room).to_le_bytes();
                 (0..1u32 << self.window).map(bytes).map(|b| b.iter().map(|b| u16::from(*b)).sum()).collect()
             }
         }
     }
 
-    /// Bytes behind a run that its windows reach.
+    /// Windows of a run.
+    pub fn steps(&self) -> u32 {
+        RUN / self.vector
+    }
+
+    /// Bits of a run.
+    pub fn run_bits(&self) -> u32 {
+        self.steps() * self.step
+    }
+
+    /// Bits behind a run that its windows reach.
     pub fn beyond(&self) -> u32 {
-        (self.window - self.step).div_ceil(8)
+        self.window - self.step
     }
 }
 
-/// The integer of each window.
+/// The integers of each window's weights.
 fn integers(format: &Format) -> Vec<i32> {
-    let (mut out, mut room) = ([0], Room::default());
-    let mut integer = |w| {
-        format.integers(w, &[], &mut room, &mut out);
-        // The integers of a checked format are of its entries' type.
-        out[0] as i32
-    };
-    (0..1u32 << format.window).map(&mut integer).collect()
+    let (v, mut room) = (format.vector as usize, Room::default());
+    let mut out = vec![0; v << format.window];
+    for (w, out) in (0..).zip(out.chunks_exact_mut(v)) {
+        format.integers(w, &[], &mut room, out);
+    }
+    // The integers of a checked format are of its entries' type.
+    out.into_iter().map(|i| i as i32).collect()
 }
 
 /// The value of a word of the decode expression for each window; none if the expression looks something up before.

@@ -234,6 +234,26 @@ mod tests {
             of("nf4").contains("  products    exact: integers within -16384 to 49151, rounded from the entries, times")
         );
         let text = of("iq1_m");
-        assert!(text.contains("in one order on every device: `down` is for 1 x 8"), "{text}");
+        for line in [
+            "  products    exact: integers within -11 to 20 times activations of 15 bits\n",
+            "  integer     8 times the entry's, plus 8 times (1 - 2 * down) / 8\n",
+            "  slope       d * (2 * s + 1) * (1/8), in runs of 16 columns\n",
+        ] {
+            assert!(text.contains(line), "{line}{text}");
+        }
+        assert!(
+            of("nf4_double")
+                .contains("  slope       (1/16384) * (levels[peak] * span + mean), in runs of 64 columns\n")
+        );
+        for (name, digits) in [
+            ("qtip_hyb_2", "what follows from windows, in a table of 4 KiB"),
+            ("aqlm_1x16", "windows, in a table of 1024 KiB"),
+        ] {
+            let text = of(name);
+            assert!(text.contains(&format!("  digits      looked up by {digits}, in shared memory")), "{text}");
+        }
+        let text = "quantizer q { bits 4 values i8 decode w { [w] } field s : f16 per 1 x 8 weight e { e * s } }";
+        let text = explain(&crate::spec::load_str("test", text).unwrap_or_else(|e| panic!("{e}")).formats[0]);
+        assert!(text.contains("in one order on every device: `s` is for 1 x 8"), "{text}");
     }
 }

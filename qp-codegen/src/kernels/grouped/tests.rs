@@ -213,6 +213,10 @@ fn tokens_of_a_block_share_decoded_tiles() {
     check("exl3_mul1_4", Shape { rows: 128, cols: 384 }, &[9, 18], &launches);
     check("exl3_mcg_2", Shape { rows: 128, cols: 256 }, &[9], &launches[..4]);
     check("mxfp8_e4m3", Shape { rows: 24, cols: 288 }, &[18], &launches);
+    check("qtip_hyb_3", Shape { rows: 64, cols: 256 }, &[9], &launches[..4]);
+    check("qpalette_tcq_2.5", Shape { rows: 32, cols: 512 }, &[9], &launches[..4]);
+    check("higgs_4", Shape { rows: 40, cols: 1024 }, &[9], &launches[..4]);
+    check("nf4_double", Shape { rows: 20, cols: 320 }, &[9], &launches[..4]);
 }
 
 /// The codebooks whose entries are looked up, on each target: in shared memory where a block has room for all 2^16 of them, else in
@@ -251,6 +255,9 @@ fn tables_in_global_memory_give_the_same_bits() {
     ];
     check("exl3_mcg_2", Shape { rows: 128, cols: 256 }, &[1, 9], &launches);
     check("exl3_3inst_3", Shape { rows: 128, cols: 384 }, &[1, 6], &launches);
+    check("qpalette_tcq_4.5", Shape { rows: 32, cols: 256 }, &[1, 6], &launches);
+    check("aqlm_1x16", Shape { rows: 40, cols: 296 }, &[1, 6], &launches);
+    check("higgs_4", Shape { rows: 24, cols: 1024 }, &[1], &launches);
 }
 
 /// Products of the pairs of `tokens` tokens with `chosen` of four experts, one of which has no pairs, on some launches: those of each pair

@@ -719,7 +719,11 @@ mod tests {
         assert_eq!(book("exl3_mcg_3"), Some((3, 1, 0, 16)));
         assert_eq!(book("aqlm_2x8"), Some((16, 8, 0, 16)));
         assert_eq!(book("higgs_4"), Some((8, 2, 0, 8)));
+        assert_eq!(book("qtip_3inst_3"), Some((3, 1, 0, 16)));
         assert_eq!(["qtip_1mad_2", "e8p", "exl3_mul1_2"].map(book), [None; 3]);
+        let t = of("qtip_1mad_2").unwrap();
+        let runs = t.stream.map(|s| (s.runs.shared, s.runs.hop, s.runs.turn, s.runs.places[0]));
+        assert_eq!((runs, t.times, t.lowest), (Some((true, 30, 0, (1, 3))), 1, -510));
         // A transform of all results is one of as many as a block has room for.
         let t = of("e8p").unwrap();
         assert!(t.fits(Shape { rows: 1 << 14, cols: 4096 }) && !t.fits(Shape { rows: 1 << 15, cols: 4096 }));

@@ -106,7 +106,8 @@ pub struct RunBits {
 impl RunBits {
     fn of(stream: &Stream) -> RunBits {
         let all = stream.run_bits();
-        let first = if all.is_multiple_of(8) { stream.beyond().next_multiple_of(8).min(all) } else { all };
+        let whole = all.is_multiple_of(8) && !stream.runs.shared;
+        let first = if whole { stream.beyond().next_multiple_of(8).min(all) } else { all };
         RunBits { all, first }
     }
 

@@ -59,71 +59,100 @@ impl<'b, 'a> Windows<'b, 'a> {
 
     /// The words whose bytes are multiplied, as registers of products of 8 columns.
     pub(super) fn words(&self, decode: &Decode, word: Node, tile: &[V<'b>]) -> Vec<V<'b>> {
-        let mut out = vec![None; (RUNS * RUN) as usize];
-        for (run, windows) in (0..).zip(self.of_tile(tile)) {
-            for (window, (half, column)) in windows.into_iter().zip(self.stream.runs.places) {
-                let register = 4 * (2 * run + column / 2) + half + 2 * (column % 2);
-                out[register as usize] = Some(self.computed(decode, word, window));
-            }
-        }
-        out.into_iter().map(|v| v.expect("a run has all places")).collect()
-    }
-
-    /// The registers of digits, by plane.
-    pub(super) fn digits(&self, planes: u32, tile: &[V<'b>]) -> Vec<Vec<V<'b>>> {
-        let mut out = vec![Vec::new(); planes as usize];
-        // Of four weights each the word of its digits, and which half of it they are.
-        let mut put = |four: [(V<'b>, u32); 4]| {
-            let selectors;
-            let [first, second] = match four {
-                [(a, 0), (b, 1), (c, 0), (d, 1)] if (a.val, c.val) == (b.val, d.val) => {
-                    selectors = [0x6420, 0x7531];
-                    [a, c]
+        let mut out = Vec::with_capacity((RUNS * RUN) as usize);
+        for rows in self.by_place(tile) {
+            for pair in [0, 2] {
+                // Of columns 0 and 1, or 2 and 3: the upper and the lower row.
+                for (column, half) in [(pair, 0), (pair, 1), (pair + 1, 0), (pair + 1, 1)] {
+                    out.push(self.computed(decode, word, rows[half][column].0));
                 }
-                _ => {
-                    selectors = [0x5410, 0x7632];
-                    [0, 2].map(|i| {
-                        let ((a, first), (b, second)) = (four[i], four[i + 1]);
-                        // Low bytes, then high ones.
-                        let two = (2 * first) | ((4 + 2 * second) << 4);
-                        a.permute(b, two | ((two + 0x11) << 8))
-                    })
-                }
-            };
-            out.iter_mut().zip(selectors).for_each(|(out, selector)| out.push(first.permute(second, selector)));
-        };
-        if self.stream.vector == RUN {
-            for rows in self.of_two_rows(tile) {
-                for window in rows {
-                    let digits = self.digit(window);
-                    put([0, 1, 2, 3].map(|i| (digits[i / 2], i as u32 % 2)));
-                }
-            }
-            return out;
-        }
-        for windows in self.of_tile(tile) {
-            let digits: Vec<Vec<V<'b>>> = windows.into_iter().map(|window| self.digit(window)).collect();
-            for half in 0..2 {
-                put([0, 1, 2, 3].map(|column| {
-                    let at = self.stream.runs.places.iter().position(|p| *p == (half, column));
-                    let at = at.expect("a run has all places");
-                    let (step, k) = (at / self.stream.vector as usize, at % self.stream.vector as usize);
-                    (digits[step][k / 2], k as u32 % 2)
-                }));
             }
         }
         out
     }
 
-    /// Of codes for eight weights of a row, which two lanes share, the codes of a lane's two rows in each run: it has one of them.
-    fn of_two_rows(&self, tile: &[V<'b>]) -> Vec<[V<'b>; 2]> {
+    /// The registers of digits, by plane.
+    pub(super) fn digits(&self, planes: u32, tile: &[V<'b>]) -> Vec<Vec<V<'b>>> {
+        let mut out = vec![Vec::new(); planes as usize];
+        for rows in self.by_place(tile) {
+            // Those of a window are looked up once.
+            let mut known: Vec<(V<'b>, Vec<V<'b>>)> = Vec::new();
+            for four in rows {
+                // The word of a weight's digits, and which half of it they are.
+                let four = four.map(|(window, k)| {
+                    let at = known.iter().position(|(w, _)| w.val == window.val).unwrap_or_else(|| {
+                        known.push((window, self.digit(window)));
+                        known.len() - 1
+                    });
+                    (known[at].1[k as usize / 2], k % 2)
+                });
+                let (selectors, [first, second]) = match four {
+                    [(a, 0), (b, 1), (c, 0), (d, 1)] if (a.val, c.val) == (b.val, d.val) => ([0x6420, 0x7531], [a, c]),
+                    _ => {
+                        let pair = |i: usize| {
+                            let ((a, first), (b, second)) = (four[i], four[i + 1]);
+                            // Low bytes, then high ones.
+                            let two = (2 * first) | ((4 + 2 * second) << 4);
+                            a.permute(b, two | ((two + 0x11) << 8))
+                        };
+                        ([0x5410, 0x7632], [pair(0), pair(2)])
+                    }
+                };
+                out.iter_mut().zip(selectors).for_each(|(out, selector)| out.push(first.permute(second, selector)));
+            }
+        }
+        out
+    }
+
+    /// Of each run of a lane's tile the weights of the upper and of the lower row, four each: the window, and which of its weights it is.
+    fn by_place(&self, tile: &[V<'b>]) -> Vec<[[(V<'b>, u32); 4]; 2]> {
+        let Stream { runs, vector, .. } = self.stream;
+        if runs.shared {
+            return self.of_two_rows(tile);
+        }
+        let of_run = |windows: Vec<V<'b>>| {
+            [0, 1].map(|half| {
+                [0, 1, 2, 3].map(|column| {
+                    let at =
+                        runs.places.iter().position(|p| *p == (half, column)).expect("a run has all places") as u32;
+                    (windows[(at / vector) as usize], at % vector)
+                })
+            })
+        };
+        self.of_tile(tile).into_iter().map(of_run).collect()
+    }
+
+    /// The same of runs of eight weights of a row, which two lanes share: each has one of the two rows.
+    fn of_two_rows(&self, tile: &[V<'b>]) -> Vec<[[(V<'b>, u32); 4]; 2]> {
+        let Stream { runs, step, window, vector, .. } = self.stream;
         let odd = (self.lane & 1).eq(1);
+        let chosen = |by: V<'b>, a: &[V<'b>], b: &[V<'b>]| -> Vec<V<'b>> {
+            a.iter().zip(b).map(|(&a, &b)| by.select(a, b)).collect()
+        };
         let other: Vec<V<'b>> = tile.iter().map(|word| word.shuffle_xor(1)).collect();
-        let pairs = || tile.iter().zip(&other);
-        let upper: Vec<V<'b>> = pairs().map(|(&own, &other)| odd.select(other, own)).collect();
-        let lower: Vec<V<'b>> = pairs().map(|(&own, &other)| odd.select(own, other)).collect();
-        let [upper, lower] = [upper, lower].map(|words| self.of_tile(&words));
-        upper.into_iter().zip(lower).map(|(upper, lower)| [upper[0], lower[0]]).collect()
+        let rows = [chosen(odd, &other, tile), chosen(odd, tile, &other)];
+        if *vector == RUN {
+            // A lane's weights are half of those of the code: see [`Windows::digit`].
+            let [upper, lower] = rows.map(|words| self.of_tile(&words));
+            let four = |windows: Vec<V<'b>>| [0, 1, 2, 3].map(|k| (windows[0], k));
+            return upper.into_iter().zip(lower).map(|(upper, lower)| [four(upper), four(lower)]).collect();
+        }
+        // The runs behind, of the same row but for one pair of lanes.
+        let lane = (self.lane + runs.hop) & 31;
+        let [upper, lower] = [0, 1].map(|row: usize| rows[row].iter().map(|w| w.shuffle(lane)).collect::<Vec<V<'b>>>());
+        let turns = (self.lane & !1).eq(runs.turn as i32);
+        let behind = [chosen(turns, &lower, &upper), chosen(turns, &upper, &lower)];
+        let of = |run: u32, half: usize| {
+            let words = |n: u32| if n == 0 { &rows[half][..] } else { &behind[half][..] };
+            // The lane's four windows, of either end of the run.
+            let [first, second] = [0, RUN / 2 * step].map(|from| self.joined(run, from, &words));
+            let view = if runs.places[0].0 == 1 { odd.select(first, second) } else { odd.select(second, first) };
+            [0, 1, 2, 3].map(|column| {
+                let at = runs.places.iter().position(|p| p.1 == column).expect("a run has all places") as u32;
+                (self.bits_of(view, at * step, *window), 0)
+            })
+        };
+        (0..RUNS).map(|run| [of(run, 0), of(run, 1)]).collect()
     }
 
     /// The digits of a window's weights, side by side; of one of eight weights, those of the lane's four.

@@ -103,25 +103,30 @@ impl Book {
     }
 }
 
-/// How a block's stream is shared among the lanes of a warp: as runs, each with four weights of a row and four of the row
-/// eight below, as operands of tensor-core products have them.
+/// How a block's weights are shared among the lanes of a warp: as runs, each with four weights of a row and four of the row
+/// eight below, as operands of tensor-core products have them; or as runs of eight weights of a row, which two lanes share.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Runs {
     /// The lane of each run of a block's stream; none for codes without memory.
     pub lanes: Vec<u32>,
     /// The lane of the run that follows, from the lane of a run on, modulo 32.
     pub hop: u32,
-    /// Of each weight of a run: 1 if it is in the lower row, and which of the four.
+    /// Of each weight of a run: 1 if it is in the lower row, and which of the four. Of runs that two lanes share: 1 if the odd lane has it.
     pub places: [(u32, u32); RUN as usize],
     /// The columns of a block, four of each quad of lanes.
     pub columns: [u8; BLOCK as usize],
+    /// Whether two lanes share runs: the even one has that of the upper row, the odd one that of the lower.
+    pub shared: bool,
+    /// Of these, the even lane behind whose runs, of either row, those of the other row follow.
+    pub turn: u32,
 }
 
 impl Runs {
     /// Those of codes without memory, whose weights are neighbours in a row.
-    fn of_codes() -> Runs {
+    fn of_codes(vector: u32) -> Runs {
         let places = std::array::from_fn(|w| (w as u32 / 4, w as u32 % 4));
-        Runs { lanes: Vec::new(), hop: 0, places, columns: std::array::from_fn(|c| c as u8) }
+        let columns = std::array::from_fn(|c| c as u8);
+        Runs { lanes: Vec::new(), hop: 0, places, columns, shared: vector == RUN, turn: 0 }
     }
 
     /// Those of a trellis, if its order allows it.
@@ -131,9 +136,52 @@ impl Runs {
         }
         let order = trellis.places().ok()?;
         let runs: Vec<&[(u32, u32)]> = order.chunks_exact(RUN as usize).collect();
+        Runs::of_lanes(&runs).or_else(|| Runs::of_rows(&runs))
+    }
+
+    /// Those of runs of eight weights of a row.
+    fn of_rows(runs: &[&[(u32, u32)]]) -> Option<Runs> {
+        let columns = |run: &[(u32, u32)]| {
+            let mut all: Vec<u32> = run.iter().map(|p| p.1).collect();
+            all.sort_unstable();
+            all
+        };
+        // The run's two halves of columns, in the first row.
+        let mut sets: Vec<Vec<u32>> = runs.iter().filter(|run| run[0].0 == 0).map(|run| columns(run)).collect();
+        sets.sort_unstable();
+        let one_row = runs.iter().all(|run| run.iter().all(|p| p.0 == run[0].0));
+        if !one_row || sets.len() != 2 {
+            return None;
+        }
+        let set = |run: &[(u32, u32)]| sets.iter().position(|set| *set == columns(run));
+        let lane = |run: &&[(u32, u32)]| Some(run[0].0 % 8 * 4 + set(run)? as u32 * 2 + run[0].0 / 8);
+        let lanes: Vec<u32> = runs.iter().map(lane).collect::<Option<_>>()?;
+        let places = |run: usize| -> Option<Vec<(u32, u32)>> {
+            let set = &sets[set(runs[run])?];
+            let place = |p: &(u32, u32)| set.iter().position(|c| *c == p.1).map(|at| (at as u32 / 4, at as u32 % 4));
+            runs[run].iter().map(place).collect()
+        };
+        let places: [(u32, u32); RUN as usize] =
+            (0..LANES).map(places).reduce(|a, b| if a == b { a } else { None })??.try_into().ok()?;
+        // Each lane has four neighbours of the stream, in one order.
+        let half = RUN as usize / 2;
+        let alike = (0..half).all(|w| places[w].0 == places[0].0 && places[w + half] == (1 - places[0].0, places[w].1));
+        let next = |run: usize| (lanes[run], lanes[(run + 1) % LANES]);
+        let even = |lane: u32| lane & !1;
+        let hop = |run: usize| (even(next(run).1) + LANES as u32 - even(next(run).0)) % LANES as u32;
+        let turns: Vec<u32> =
+            (0..LANES).filter(|&run| (next(run).0 ^ next(run).1) & 1 == 1).map(|run| even(lanes[run])).collect();
+        let [turn, other] = turns[..] else { return None };
+        let fits = alike && turn == other && (1..LANES).all(|run| hop(run) == hop(0));
+        let columns: Vec<u8> = sets.iter().flatten().map(|c| *c as u8).collect();
+        fits.then_some(Runs { hop: hop(0), places, columns: columns.try_into().ok()?, lanes, shared: true, turn })
+    }
+
+    /// Those of runs of four weights of a row and four of the row eight below.
+    fn of_lanes(runs: &[&[(u32, u32)]]) -> Option<Runs> {
         // Of each run its first row, and its columns, which both rows have.
         let mut heads: Vec<(u32, [u32; 4])> = Vec::new();
-        for run in &runs {
+        for run in runs {
             let row = run[0].0 % 8;
             let columns = |half: u32| {
                 let mut all: Vec<u32> = run.iter().filter(|p| p.0 == row + 8 * half).map(|p| p.1).collect();
@@ -167,6 +215,8 @@ impl Runs {
             places: places(0).try_into().ok()?,
             columns: columns.try_into().ok()?,
             lanes,
+            shared: false,
+            turn: 0,
         })
     }
 }
@@ -190,11 +240,15 @@ impl Line {
         let (step, runs) = match &format.trellis {
             Some(trellis) if matches!(vector, 1 | 2 | 4) => (trellis.step, Runs::of(trellis)?),
             None if !format.numbers.is_empty() && matches!((vector, window % 8), (2 | 4 | 8, 0)) => {
-                (window, Runs::of_codes())
+                (window, Runs::of_codes(vector))
             }
             _ => return None,
         };
         if window > LOOKED_UP || !(RUN / vector * step).is_multiple_of(4) {
+            return None;
+        }
+        // Two lanes find the windows of theirs in one word each.
+        if runs.shared && vector != RUN && (vector != 1 || 3 * step + window > 32 || window - step > RUN * step) {
             return None;
         }
         let stream = |digits| Stream { window, step, vector, digits, runs: runs.clone() };

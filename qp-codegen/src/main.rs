@@ -338,8 +338,11 @@ fn product_of_format(e: &Emit, format: &Format) -> Result<Kernel, Failure> {
         return Err(refused(why.to_string()));
     }
     let terms = Terms::of(format).map_err(|why| refused(why.to_string()))?;
-    if !terms.fits(e.shape.cols) {
-        return Err(refused(format!("its numbers are not those of runs in rows of {} columns", e.shape.cols)));
+    if !terms.fits(e.shape) {
+        let (rows, cols) = (e.shape.rows, e.shape.cols);
+        return Err(refused(format!(
+            "numbers are not those of runs, or results too many to transform, in {rows} x {cols} weights"
+        )));
     }
     let y = Span::rows(e.shape.rows);
     let op = grouped::Product { terms: &terms, shape: e.shape, batch: e.batch, y, accumulate: false };

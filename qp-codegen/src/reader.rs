@@ -18,6 +18,7 @@ mod sides;
 mod write;
 
 use entries::{Entries, Streams};
+pub use exact::Integers;
 pub use overlap::{Overlap, overlap, sample_shapes};
 use places::{Part, read, stored};
 pub use sides::Turned;
@@ -36,7 +37,8 @@ pub struct Book {
     line: Option<(f32, f32)>,
     /// How products are computed exactly, or why they are not.
     terms: Result<Arc<Terms>, Inexact>,
-    /// If they are, the digits of all entries: of each byte of them, code by code.
+    /// If they are, the digits of all entries: of each byte of them, code by code; none where they are not a matter of the code alone, or
+    /// codes are too many.
     digits: Vec<Vec<u8>>,
 }
 
@@ -51,11 +53,11 @@ impl Book {
         let is_line = !entries.is_empty()
             && entries.iter().enumerate().all(|(i, e)| (first + i as f32 * step).to_bits() == e.to_bits());
         let terms = Terms::of(&format).map(Arc::new);
-        let mut digits = Vec::new();
-        if let Ok(terms) = &terms {
-            let book = terms.book(&format);
-            digits = (0..terms.planes()).map(|plane| book.iter().map(|d| (d >> (8 * plane)) as u8).collect()).collect();
-        }
+        let book = terms.as_ref().map(|terms| (terms.book(&format), terms.planes()));
+        let digits = match book {
+            Ok((book, n)) if !book.is_empty() => exact::planes(&book, n),
+            _ => Vec::new(),
+        };
         Book { format, entries, line: is_line.then_some((first, step)), terms, digits }
     }
 
@@ -250,6 +252,13 @@ impl Reader {
         (raw, self.format().fields[f].ty.value(raw))
     }
 
+    /// Entry `at` of a table of the matrix; the last where there is none.
+    fn looked_up(&self, tensors: &[&[u8]], table: usize, at: u32) -> f32 {
+        let field = &self.format().fields[table];
+        let last = i64::from(field.entries.unwrap_or(1)) - 1;
+        field.ty.value(read(&self.fields[table], tensors, i64::from(at).min(last), 0))
+    }
+
     fn covering(&self, f: usize, row: u32, col: u32) -> (i64, i64) {
         let [i, j] = self.format().fields[f].cover.place(self.shape, row, col);
         (i as i64, j as i64)
@@ -397,11 +406,7 @@ impl Reader {
                     self.spread(tensors, f, row, col, target, k, &|raw| format.fields[f].ty.value(raw))
                 }
                 WeightOp::Lookup(table, f) => {
-                    let field = &format.fields[table];
-                    let last = i64::from(field.entries.unwrap_or(1)) - 1;
-                    self.spread(tensors, f, row, col, target, k, &|raw| {
-                        field.ty.value(read(&self.fields[table], tensors, i64::from(raw).min(last), 0))
-                    })
+                    self.spread(tensors, f, row, col, target, k, &|raw| self.looked_up(tensors, table, raw))
                 }
                 WeightOp::Neg(a) => match (each(operands[a]), operands[a]) {
                     (Some(a), _) => {

@@ -8,8 +8,9 @@ use crate::kernels::Span;
 use crate::kernels::grouped;
 use crate::kernels::grouped::layout::Relaid;
 use crate::spec::Shape;
-use crate::spec::format::{Arithmetic, Field, Format, Unmade, Weight, WeightOp};
-use crate::spec::terms::{Digits, Terms};
+use crate::spec::expr::Op;
+use crate::spec::format::{Arithmetic, Format, Unmade, Weight, WeightOp};
+use crate::spec::terms::{Digits, Near, Origin, Terms};
 
 /// Writing to a string cannot fail.
 macro_rules! line {
@@ -115,11 +116,22 @@ fn products(f: &Format, o: &mut String) {
             return;
         }
     };
-    let fields: Vec<&Field> = terms.fields.iter().map(|f| &f.1).collect();
-    let formula = |w: &Weight| expression(&w.ops, &|i| fields[i].name.clone());
+    let fields = &terms.fields;
+    let of_format = |w: &Weight| expression(&w.ops, &|i| f.fields[i].name.clone());
+    let formula = |w: &Weight| {
+        expression(&w.ops, &|i| match &fields[i] {
+            (Origin::Field(_), field) => field.name.clone(),
+            // The whole expression.
+            (Origin::Value(value), _) => of_format(value),
+        })
+    };
     let highest = terms.highest();
-    let of = if terms.rounded > 0 { ", rounded from the entries," } else { "" };
+    let of = if terms.rounded > 0 || terms.own { ", rounded from the entries," } else { "" };
     line!(o, "  products    exact: integers within {} to {highest}{of} times activations of 15 bits", terms.lowest);
+    if let Some(Near { times, add }) = &terms.near {
+        let add = of_format(add);
+        line!(o, "  integer     {times} times the entry's, plus {times} times {add}");
+    }
     match terms.stream.as_ref().map(|s| &s.digits) {
         Some(Digits::Bytes { .. }) => {
             line!(
@@ -129,11 +141,10 @@ fn products(f: &Format, o: &mut String) {
             );
         }
         Some(Digits::Book(book)) => {
-            line!(
-                o,
-                "  digits      looked up by windows, in a table of {} KiB, in shared memory where it fits",
-                book.len() / 512
-            );
+            let windows =
+                if book.decode.op(book.word) == &Op::Window { "windows" } else { "what follows from windows" };
+            let size = decimal(f64::from(f.vector << book.bits) / 512.0);
+            line!(o, "  digits      looked up by {windows}, in a table of {size} KiB, in shared memory where it fits");
         }
         None => (),
     }
@@ -223,6 +234,26 @@ mod tests {
             of("nf4").contains("  products    exact: integers within -16384 to 49151, rounded from the entries, times")
         );
         let text = of("iq1_m");
-        assert!(text.contains("in one order on every device: `down` is for 1 x 8"), "{text}");
+        for line in [
+            "  products    exact: integers within -11 to 20 times activations of 15 bits\n",
+            "  integer     8 times the entry's, plus 8 times (1 - 2 * down) / 8\n",
+            "  slope       d * (2 * s + 1) * (1/8), in runs of 16 columns\n",
+        ] {
+            assert!(text.contains(line), "{line}{text}");
+        }
+        assert!(
+            of("nf4_double")
+                .contains("  slope       (1/16384) * (levels[peak] * span + mean), in runs of 64 columns\n")
+        );
+        for (name, digits) in [
+            ("qtip_hyb_2", "what follows from windows, in a table of 4 KiB"),
+            ("aqlm_1x16", "windows, in a table of 1024 KiB"),
+        ] {
+            let text = of(name);
+            assert!(text.contains(&format!("  digits      looked up by {digits}, in shared memory")), "{text}");
+        }
+        let text = "quantizer q { bits 4 values i8 decode w { [w] } field s : f16 per 1 x 8 weight e { e * s } }";
+        let text = explain(&crate::spec::load_str("test", text).unwrap_or_else(|e| panic!("{e}")).formats[0]);
+        assert!(text.contains("in one order on every device: `s` is for 1 x 8"), "{text}");
     }
 }

@@ -1,6 +1,7 @@
 //! What a format does to the results of a product: Hadamard transforms of neighbours, factors of rows.
 //!
-//! A warp takes a group of 128 results of a token, four a lane; [`crate::reader::Turned::leave`] is the kernel's twin.
+//! A warp takes a group of 128 results of a token, four a lane. Where transforms mix more, a block takes the results of one, in shared
+//! memory. [`crate::reader::Turned::leave`] is the kernel's twin.
 
 use super::operands::divide;
 use super::rotate::{GROUP, LaneSigns, Transforms};
@@ -32,7 +33,8 @@ impl Leave {
     /// What is done to the results of `batch` tokens of a product with a matrix of `rows` of a format, if anything is.
     pub fn of(terms: &Terms, rows: u32, batch: u32) -> Option<Leave> {
         let side = terms.sides.output;
-        let (mixed, factors) = (side.hadamard.flatten(), side.field.is_some());
+        let mixed = side.hadamard.map(|n| n.unwrap_or(rows)).filter(|&n| n > 1);
+        let factors = side.field.is_some();
         let span = Span::rows(rows);
         let op = Leave { rows, batch, mixed, factors, x: span, y: span, accumulate: false };
         (mixed.is_some() || factors).then_some(op)
@@ -41,6 +43,8 @@ impl Leave {
 
 /// Warps of a block.
 const WARPS: u32 = 4;
+/// Most warps of a block that has the results of a transform in shared memory.
+const MOST_WARPS: u32 = 16;
 
 /// Makes the kernel. Its parameters, in order:
 ///
@@ -48,75 +52,147 @@ const WARPS: u32 = 4;
 /// * `factors`: `f32`, one a row (read if there are factors);
 /// * `y`: `f32`.
 pub fn lower(op: &Leave) -> Kernel {
-    let (groups, n) = (op.rows.div_ceil(GROUP), op.rows);
+    let n = op.rows;
+    let wide = op.mixed.filter(|&mixed| mixed > GROUP);
+    // A warp's group, or the results of a transform.
+    let (of_item, warps) = wide.map_or((GROUP, WARPS), |mixed| (mixed, (mixed / GROUP).min(MOST_WARPS)));
+    let groups = n.div_ceil(of_item);
     let items = groups * op.batch;
     let name = format!("leave_{}_b{}", op.rows, op.batch);
-    let b = Builder::new(&name, [items.div_ceil(WARPS), 1], WARPS * 32);
+    let blocks = if wide.is_some() { items } else { items.div_ceil(WARPS) };
+    let b = Builder::new(&name, [blocks, 1], warps * 32);
     b.doc(format!("{} results of {} token(s), transformed and times factors.", op.rows, op.batch));
     b.dependent_launch();
-    let x = b.sized("x", Elem::F32, false, op.x.len(op.batch, n));
-    let factors = b.sized("factors", Elem::F32, false, if op.factors { n.into() } else { 0 });
-    let y = b.sized("y", Elem::F32, true, op.y.len(op.batch, n));
-    let (lane, warp) = (b.special(Special::Lane), b.special(Special::Warp));
-    b.grid_wait();
-    b.grid_launch();
-    let rotation = op.mixed.map_or(Rotation::None, |mixed| {
-        assert!(mixed <= MOST_MIXED, "a warp has {GROUP} results");
-        Rotation::Hadamard { seed: 0, block: Some(mixed), interleave: None }
-    });
-    let transforms = Transforms::of(rotation, n);
-    let signs = LaneSigns::new(&b);
-    let item = b.special(Special::BlockX) * WARPS + warp;
-    let work = || {
-        let (token, group) = divide(&b, item, groups);
-        let row = group * GROUP + lane * 4;
-        let four = |mem, first, whole, cache| load(&b, mem, (first, row, n), whole, cache);
-        let aligned = |s: Span| s.first.is_multiple_of(4) && (op.batch == 1 || s.stride.is_multiple_of(4));
-        let mut v = four(x, op.x.at(token), aligned(op.x), Cache::Default);
-        if !transforms.is_empty() {
-            v = transforms.in_warp(&signs, row, v);
-            let mut i = 0;
-            v = v.map(|v| {
-                i += 1;
-                v * transforms.factor(&b, row + (i - 1))
-            });
-        }
-        if op.factors {
-            let mut f = four(factors, b.i32(0), true, Cache::ReadOnly).into_iter();
-            v = v.map(|v| v * f.next().expect("four"));
-        }
-        let first = op.y.at(token) + row;
-        if op.accumulate {
-            let mut before = four(y, op.y.at(token), aligned(op.y), Cache::Default).into_iter();
-            v = v.map(|v| before.next().expect("four") + v);
-        }
-        if n.is_multiple_of(GROUP) && aligned(op.y) {
-            b.store(y, first, b.vector(&v), Elem::F32);
-        } else {
-            for (i, v) in (0..).zip(v) {
-                b.if_((row + i).lt(n), || b.store(y, first + i, v, Elem::F32));
-            }
-        }
-    };
-    if items.is_multiple_of(WARPS) {
-        work()
-    } else {
-        b.if_(item.lt(items), work)
-    }
+    Emit::new(&b, op).kernel(groups, warps);
     b.finish()
 }
 
-/// Four values of `n` that begin at `first`, from `row` on; zero past the last.
-fn load<'b>(b: &'b Builder, mem: Mem, (first, row, n): (V<'b>, V<'b>, u32), aligned: bool, cache: Cache) -> [V<'b>; 4] {
-    if aligned && n.is_multiple_of(GROUP) {
-        let v = b.load_as(mem, first + row, Elem::F32, 4, cache);
-        return [0, 1, 2, 3].map(|i| v.lane(i));
+/// A lowering in progress.
+struct Emit<'a, 'b> {
+    b: &'b Builder,
+    op: &'a Leave,
+    x: Mem,
+    factors: Mem,
+    y: Mem,
+    rotation: Rotation,
+}
+
+impl<'a, 'b> Emit<'a, 'b> {
+    /// Declares the parameters.
+    fn new(b: &'b Builder, op: &'a Leave) -> Self {
+        let n = op.rows;
+        let rotation = op.mixed.map_or(Rotation::None, |mixed| {
+            assert!(mixed <= MOST_MIXED, "a block has the results of a transform");
+            Rotation::Hadamard { seed: 0, block: Some(mixed), interleave: None }
+        });
+        Emit {
+            b,
+            op,
+            x: b.sized("x", Elem::F32, false, op.x.len(op.batch, n)),
+            factors: b.sized("factors", Elem::F32, false, if op.factors { n.into() } else { 0 }),
+            y: b.sized("y", Elem::F32, true, op.y.len(op.batch, n)),
+            rotation,
+        }
     }
-    [0, 1, 2, 3].map(|i| {
-        let var = b.var(b.f32(0.0));
-        b.if_((row + i).lt(n), || b.set(var, b.load_as(mem, first + row + i, Elem::F32, 1, cache)));
-        b.get(var)
-    })
+
+    fn kernel(&self, groups: u32, warps: u32) {
+        let (b, op) = (self.b, self.op);
+        b.grid_wait();
+        b.grid_launch();
+        if let Some(mixed) = op.mixed.filter(|&mixed| mixed > GROUP) {
+            let (token, group) = divide(b, b.special(Special::BlockX), groups);
+            return self.by_block(token, group * mixed, mixed, warps);
+        }
+        let items = groups * op.batch;
+        let item = b.special(Special::BlockX) * WARPS + b.special(Special::Warp);
+        let signs = LaneSigns::new(b);
+        let work = || {
+            let (token, group) = divide(b, item, groups);
+            self.by_warp(token, group * GROUP + b.special(Special::Lane) * 4, &signs);
+        };
+        if items.is_multiple_of(WARPS) { work() } else { b.if_(item.lt(items), work) }
+    }
+
+    /// A warp's results, of which this lane has those from `row` on.
+    fn by_warp(&self, token: V<'b>, row: V<'b>, signs: &LaneSigns<'b>) {
+        let transforms = Transforms::of(self.rotation, self.op.rows);
+        let mut v = self.get(token, row);
+        if !transforms.is_empty() {
+            v = transforms.in_warp(signs, row, v);
+            let mut i = 0;
+            v = v.map(|v| {
+                i += 1;
+                v * transforms.factor(self.b, row + (i - 1))
+            });
+        }
+        self.put(token, row, v);
+    }
+
+    /// The results of a transform, `mixed` from `first` on, in shared memory.
+    fn by_block(&self, token: V<'b>, first: V<'b>, mixed: u32, warps: u32) {
+        let b = self.b;
+        let transforms = Transforms::of(self.rotation, mixed);
+        let values = b.shared("values", Elem::F32, mixed);
+        let thread = b.special(Special::Thread) * 4;
+        b.for_(thread, mixed, warps * 128, |at| {
+            b.store(values, at, b.vector(&self.get(token, first + at)), Elem::F32);
+        });
+        b.barrier();
+        // Powers of two have no dense part, whose signs would be in memory.
+        transforms.transform(b, values, self.factors, warps * 32);
+        b.for_(thread, mixed, warps * 128, |at| {
+            let v = b.load_as(values, at, Elem::F32, 4, Cache::Default);
+            let norm = transforms.factor(b, at);
+            self.put(token, first + at, [0, 1, 2, 3].map(|i| v.lane(i) * norm));
+        });
+    }
+
+    /// Four results of the product.
+    fn get(&self, token: V<'b>, row: V<'b>) -> [V<'b>; 4] {
+        let x = self.op.x;
+        self.load(self.x, x.at(token), row, self.is_aligned(x), Cache::Default)
+    }
+
+    /// Multiplies four transformed results with their factors and writes them.
+    fn put(&self, token: V<'b>, row: V<'b>, mut v: [V<'b>; 4]) {
+        let (b, op, n) = (self.b, self.op, self.op.rows);
+        if op.factors {
+            let mut f = self.load(self.factors, b.i32(0), row, true, Cache::ReadOnly).into_iter();
+            v = v.map(|v| v * f.next().expect("four"));
+        }
+        let (y, aligned) = (op.y.at(token), self.is_aligned(op.y));
+        if op.accumulate {
+            let mut before = self.load(self.y, y, row, aligned, Cache::Default).into_iter();
+            v = v.map(|v| before.next().expect("four") + v);
+        }
+        let first = y + row;
+        if n.is_multiple_of(GROUP) && aligned {
+            b.store(self.y, first, b.vector(&v), Elem::F32);
+        } else {
+            for (i, v) in (0..).zip(v) {
+                b.if_((row + i).lt(n), || b.store(self.y, first + i, v, Elem::F32));
+            }
+        }
+    }
+
+    /// Whether four values of a token that begin at a multiple of four are one access.
+    fn is_aligned(&self, span: Span) -> bool {
+        span.first.is_multiple_of(4) && (self.op.batch == 1 || span.stride.is_multiple_of(4))
+    }
+
+    /// Four values of a row of results that begins at `first`, from `row` on; zero past the last.
+    fn load(&self, mem: Mem, first: V<'b>, row: V<'b>, aligned: bool, cache: Cache) -> [V<'b>; 4] {
+        let (b, n) = (self.b, self.op.rows);
+        if aligned && n.is_multiple_of(GROUP) {
+            let v = b.load_as(mem, first + row, Elem::F32, 4, cache);
+            return [0, 1, 2, 3].map(|i| v.lane(i));
+        }
+        [0, 1, 2, 3].map(|i| {
+            let var = b.var(b.f32(0.0));
+            b.if_((row + i).lt(n), || b.set(var, b.load_as(mem, first + row + i, Elem::F32, 1, cache)));
+            b.get(var)
+        })
+    }
 }
 
 #[cfg(test)]
@@ -152,6 +228,8 @@ mod tests {
             (192, 3, Some(64), true, true),
             (300, 2, None, true, false),
             (6, 1, Some(2), false, true),
+            (512, 2, Some(256), true, true),
+            (4096, 3, Some(4096), true, false),
         ] {
             let side = turned(rows, mixed, factors);
             let (x, y) = (Span { first: 4, stride: rows + 4 }, Span { first: 1, stride: rows + 2 });

@@ -59,6 +59,17 @@ fn window(words: &[u32], bits: u32, at: u32, len: u32) -> u32 {
 impl Reader {
     /// What makes the entries of this matrix.
     pub(super) fn entries(&self, tensors: &[&[u8]]) -> Entries<'_> {
+        Entries {
+            book: &self.book,
+            numbers: self.own_numbers(tensors),
+            integers: vec![0; self.format().vector as usize],
+            room: Room::default(),
+        }
+    }
+
+    /// The numbers of the matrix's tables that codes look up, as [`Format::integers`](crate::spec::format::Format::integers) takes them; nothing if one of
+    /// them is not finite.
+    pub(super) fn own_numbers(&self, tensors: &[&[u8]]) -> Option<Vec<Vec<i64>>> {
         let format = self.format();
         let numbers = format.numbers.iter().map(|&f| {
             let field = &format.fields[f];
@@ -66,33 +77,32 @@ impl Reader {
             let all = (0..count).flat_map(|i| (0..width).map(move |k| (i, k)));
             all.map(|(i, k)| number(field.ty.value(read(&self.fields[f], tensors, i, k)))).collect()
         });
-        Entries {
-            book: &self.book,
-            numbers: numbers.collect(),
-            integers: vec![0; format.vector as usize],
-            room: Room::default(),
-        }
+        numbers.collect()
     }
 
-    /// Gives `each` row, column and window of the weights of `rows`, of vectors of 1.
+    /// Gives `each` row, column and window of the weights of `rows`, and which of the window's weights it is.
     pub(super) fn windows(
         &self,
         streams: &Streams,
         trellis: &Trellis,
         tensors: &[&[u8]],
         rows: std::ops::Range<u32>,
-        mut each: impl FnMut(u32, u32, u32),
+        mut each: impl FnMut(u32, u32, u32, usize),
     ) {
         let (high, width) = (trellis.block.rows, trellis.block.cols);
-        let bits = trellis.bits(1);
+        let (v, length) = (self.format().vector, self.format().window);
+        let bits = trellis.bits(v);
         let mut words = vec![0u32; bits.div_ceil(32) as usize];
         for i in rows.start / high..rows.end.div_ceil(high) {
             for j in 0..self.shape.cols / width {
                 streams.part.stream(tensors[streams.part.tensor], i.into(), j.into(), &mut words);
-                for (s, &(row, col)) in (0..).zip(&streams.places) {
-                    let row = i * high + row;
-                    if rows.contains(&row) {
-                        each(row, j * width + col, window(&words, bits, s * trellis.step, self.format().window));
+                for (s, places) in (0..).zip(streams.places.chunks_exact(v as usize)) {
+                    let window = window(&words, bits, s * trellis.step, length);
+                    for (k, &(row, col)) in places.iter().enumerate() {
+                        let row = i * high + row;
+                        if rows.contains(&row) {
+                            each(row, j * width + col, window, k);
+                        }
                     }
                 }
             }
@@ -100,7 +110,7 @@ impl Reader {
     }
 
     /// The words of the stream of block (`i`, `j`), of a format whose codes have memory.
-    pub fn stream(&self, tensors: &[&[u8]], i: u32, j: u32, words: &mut [u32]) {
+    pub(super) fn stream(&self, tensors: &[&[u8]], i: u32, j: u32, words: &mut [u32]) {
         if let Some(streams) = &self.streams {
             streams.part.stream(tensors[streams.part.tensor], i.into(), j.into(), words);
         }

@@ -129,6 +129,14 @@ impl Decode {
     /// Sums, products and left shifts carry nothing downwards, so an expression that uses the low L bits of such words
     /// alone does not need its window cut off above.
     pub fn window_bits(&self, value: Value, tables: &[Table]) -> u32 {
+        let needed = self.needed(None, value.bytes() * 8, &|table| tables[table as usize].entries);
+        let window = self.nodes.iter().zip(&needed).find(|(op, _)| matches!(op, Op::Window));
+        window.map_or(0, |(_, bits)| *bits)
+    }
+
+    /// Bits of each word, and the lowest of each bit, that the result depends on, with entries of `width` bits and tables of so many
+    /// entries; what follows from the word `given` counts as known.
+    pub fn needed(&self, given: Option<Node>, width: u32, entries: &dyn Fn(u32) -> u32) -> Vec<u32> {
         // All bits up to the highest: what a carry reaches them from.
         let below = |bits: u32| u32::MAX.checked_shr(bits.leading_zeros()).unwrap_or(0);
         let low = |bits: u32| u32::MAX.checked_shr(32u32.saturating_sub(bits)).unwrap_or(0);
@@ -136,15 +144,15 @@ impl Decode {
             Op::Const(c) => Some(*c),
             _ => None,
         };
-        let width = value.bytes() * 8;
         let mut needed = vec![0u32; self.nodes.len()];
-        let mut window = 0;
         for (i, op) in self.nodes.iter().enumerate().rev() {
+            if given == Some(Node(i as u32)) {
+                continue;
+            }
             let bits = needed[i];
             let mut need = |n: &Node, bits: u32| needed[n.0 as usize] |= bits;
             match op {
-                Op::Window => window = bits,
-                Op::Const(_) | Op::Vector(..) => (),
+                Op::Window | Op::Const(_) | Op::Vector(..) => (),
                 Op::Not(a) => need(a, bits),
                 Op::Binary(op, a, b) => {
                     let (x, y) = match (op, constant(b)) {
@@ -163,12 +171,12 @@ impl Decode {
                 Op::Byte(a, i) => need(a, (bits & 0xff) << (8 * i)),
                 Op::ByteSum(a) => need(a, if bits == 0 { 0 } else { u32::MAX }),
                 Op::Bit(a, i) => need(a, 1 << i),
-                Op::Lookup { table, index } => need(index, tables[*table as usize].entries - 1),
+                Op::Lookup { table, index } => need(index, entries(*table) - 1),
                 Op::Signs(_) => (),
                 Op::Pack(words) => words.iter().for_each(|n| need(n, low(width))),
             }
         }
-        window
+        needed
     }
 
     /// Products of words with constants: the hashes of a window.

@@ -610,7 +610,7 @@ pub struct Format {
 }
 
 /// Numbers of a matrix's tables are multiples of 2 to the power of minus this, of which half precision has no smaller.
-const FRACTION: u32 = 24;
+pub(super) const FRACTION: u32 = 24;
 
 /// Most entries that are written out.
 const MOST_ENTRIES: u64 = 1 << 21;

@@ -26,14 +26,22 @@
 //!
 //! If slopes are those of whole rows and there is no rest, the sum is that of the integers and the slope is multiplied
 //! with it at the end, as the scales of the palette's quantizers are.
+//!
+//! What does not lie in runs is made when a matrix is stored again. Small fields for fewer columns than a run has, and fractions of
+//! them, that are added to the entry become a part of the integer ([`Terms::near`]). Slopes and rests that look something up in a
+//! table of the matrix, or whose fields' columns are no runs, are stored as numbers of runs ([`Origin::Value`]). The entries of codes that look up
+//! tables of the matrix are rounded to 16 bits, to multiples of a power of two of the matrix's own, which the row's factor
+//! has beside ([`Terms::own`]).
 
+mod covers;
+mod range;
 mod stream;
 
 use super::Shape;
 use super::expr::Room;
-use super::format::{Arithmetic, Cover, Field, Format, Number, Step, Weight, WeightOp};
+use super::format::{Arithmetic, Cover, FRACTION, Field, Format, Number, Step, Weight, WeightOp};
 use crate::syntax::number::Rational;
-pub use stream::{BLOCK, Digits, RUN, Runs, Stream};
+pub use stream::{BLOCK, Book, Digits, RUN, Runs, Stream};
 
 /// Columns of a tile of a matrix that is stored again for products; runs are of so many, or of a part of them.
 pub const TILE: u32 = 128;
@@ -70,20 +78,14 @@ pub enum Inexact {
     /// A weight that is no straight line through the entries.
     #[error("its weight is not the entry times fields, plus fields")]
     NoLine,
-    /// Windows that overlap others, and why they are not decoded in a kernel.
-    #[error("its codes have memory, and {0}")]
-    Memory(&'static str),
     /// Steps of input or output.
-    #[error("its activations or results are transformed, and not by a field and one transform, of up to 128 results")]
+    #[error("its activations or results are transformed, and not by a field and one transform, of up to {most} results", most = MOST_MIXED)]
     Sides,
     /// Codes that are too many to write out.
-    #[error("codes of {0} bits are too many to write their entries out")]
+    #[error("codes of {0} bits are too many to write out what they look up in tables of the matrix")]
     Long(u32),
-    /// Tables of a matrix.
-    #[error("`{0}`, a table of the matrix, is looked up")]
-    Lookup(String),
-    /// Columns that share a number are no runs of a tile.
-    #[error("`{field}` is for {cover}: runs are of 16, 32, 64 or a multiple of 128 columns")]
+    /// Columns that share a number hold no whole runs.
+    #[error("`{field}` is for {cover}: runs are of 16, 32, 64 or 128 columns")]
     Cover {
         /// The field.
         field: String,
@@ -103,10 +105,14 @@ pub struct Terms {
     pub bits: u32,
     /// The digits of each code of [`CODE`] bits, where these have more: then codes are stored.
     pub table: Option<Vec<u32>>,
+    /// Whether entries are made of tables of the matrix: then integers are rounded to multiples of a power of two of its own.
+    pub own: bool,
+    /// What is added to the integers before they are stored.
+    pub near: Option<Near>,
     /// Integers' magnitudes are at most 2 to this.
     pub span: u32,
-    /// The fields of slope and rest, with their places in the format.
-    pub fields: Vec<(usize, Field)>,
+    /// The fields of slope, rest and zero, and where their numbers come from.
+    pub fields: Vec<(Origin, Field)>,
     /// An expression of fields; its fields are indices into [`Terms::fields`].
     pub slope: Weight,
     /// The same, if there is one.
@@ -118,10 +124,29 @@ pub struct Terms {
     pub run: Option<u32>,
     /// What the digits are multiplied with: an integer is so many times its digits, plus the smallest.
     pub times: i32,
-    /// How digits follow from streams, if codes have memory.
+    /// How digits follow from streams, or from codes that are looked up, in kernels.
     pub stream: Option<Stream>,
     /// What is done to activations and results.
     pub sides: Sides,
+}
+
+/// Where the numbers of a field come from.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Origin {
+    /// A field of the format.
+    Field(usize),
+    /// An expression of the format's fields and tables, whose value is stored.
+    Value(Weight),
+}
+
+/// Small fields that are a part of the integer: an integer is so many times that of the code, plus as many times the value of the
+/// expression.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Near {
+    /// What both are multiplied with, so that they are whole.
+    pub times: i32,
+    /// An expression of the format's fields.
+    pub add: Weight,
 }
 
 /// What is done to the activations that enter a product, and to its results.
@@ -142,8 +167,8 @@ pub struct Side {
     pub hadamard: Option<Option<u32>>,
 }
 
-/// Most results that a transform mixes.
-pub const MOST_MIXED: u32 = 128;
+/// Most results that a transform mixes: a block has them in shared memory.
+pub const MOST_MIXED: u32 = 1 << 14;
 
 impl Sides {
     /// Those of a format.
@@ -160,7 +185,7 @@ impl Sides {
             Some(side)
         };
         let (input, output) = (side(&mut format.input.iter()), side(&mut format.output.iter().rev()));
-        let short = |s: &Side| s.hadamard.is_none_or(|n| n.is_some_and(|n| n <= MOST_MIXED));
+        let short = |s: &Side| s.hadamard.flatten().is_none_or(|n| n <= MOST_MIXED);
         input.zip(output.filter(short)).map(|(input, output)| Sides { input, output }).ok_or(Inexact::Sides)
     }
 
@@ -248,51 +273,66 @@ impl Terms {
     /// # Errors
     /// If its products are not computed exactly, why.
     pub fn of(format: &Format) -> Result<Terms, Inexact> {
-        if let Some(table) = format.numbers.first() {
-            return Err(Inexact::Lookup(format.fields[*table].name.clone()));
+        // Weights are stored as integers, each alone, where kernels do not decode streams or look up codes.
+        let stream = stream::Line::of(format);
+        let times = stream.as_ref().map_or(1, |line| line.times);
+        match Terms::decoded_from(format, stream) {
+            Ok(terms) if times != 1 && terms.run.is_some() => Terms::decoded_from(format, None),
+            terms => terms,
         }
-        if !format.has_book() {
-            return Err(Inexact::Long(format.window));
-        }
+    }
+
+    /// The terms of `format`, whose digits follow from streams in kernels, or are stored.
+    fn decoded_from(format: &Format, stream: Option<stream::Line>) -> Result<Terms, Inexact> {
         let sides = Sides::of(format)?;
+        let own = !format.numbers.is_empty();
         let bits_of = |lowest: i32, highest: i32| 32 - highest.abs_diff(lowest).max(1).leading_zeros();
-        let (mut rounded, mut times, mut table, mut stream) = (0, 1, None, None);
-        let (lowest, highest, bits);
-        if let Some(trellis) = &format.trellis {
-            let line = stream::Line::of(format, trellis)?;
-            (lowest, highest, bits) = (line.lowest, line.highest, line.bits);
-            (times, stream) = (line.times, Some(line.stream));
+        let (mut rounded, mut times) = (0, 1);
+        let (mut lowest, mut highest, mut bits);
+        let stream = if let Some(line) = stream {
+            (lowest, highest, bits, times) = (line.lowest, line.highest, line.bits, line.times);
+            Some(line.stream)
         } else {
-            let (mut integers, mut room) = (vec![0; format.vector as usize], Room::default());
-            let (mut low, mut high) = (i32::MAX, i32::MIN);
-            for code in 0..1u32 << format.window {
-                format.integers(code, &[], &mut room, &mut integers);
-                for &i in &integers {
-                    // The integers of a checked format are of its entries' type.
-                    (low, high) = (low.min(i as i32), high.max(i as i32));
-                }
-            }
-            if bits_of(low, high) > WIDEST {
-                let of = |by| (round(low, by), round(high, by));
+            (lowest, highest) = range::of(format)?;
+            if bits_of(lowest, highest) > WIDEST {
+                let of = |by| (round(lowest, by), round(highest, by));
                 rounded = (1..31).find(|&by| bits_of(of(by).0, of(by).1) <= ROUNDED).unwrap_or(31);
-                (low, high) = of(rounded);
+                (lowest, highest) = of(rounded);
             }
-            (lowest, highest, bits) = (low, high, bits_of(low, high));
-            table = (format.window == CODE && format.vector == 1 && bits > CODE).then(|| {
-                let digits = |code| {
-                    format.integers(code, &[], &mut room, &mut integers);
-                    round(integers[0] as i32, rounded).abs_diff(lowest)
-                };
-                (0..1 << CODE).map(digits).collect()
-            });
-        }
+            bits = bits_of(lowest, highest);
+            None
+        };
         let mut line = line(format, rounded)?;
-        let zeros =
-            line.zero.as_ref().and_then(|zero| whole(zero, &|f| format.fields[f].ty)).filter(|(least, most)| {
-                let sums = [i64::from(lowest) + least, i64::from(highest) + most];
-                let narrow = rounded == 0 && bits <= 8 && stream.is_none();
-                narrow && sums.iter().all(|x| x.unsigned_abs() <= 1 << NARROW)
-            });
+        let ty = |f: usize| format.fields[f].ty;
+        let mut near = None;
+        if let Some(zero) = line.zero.take_if(|zero| !covers::is_stored(format, zero)) {
+            // Digits of streams are not added to.
+            let fraction = covers::fraction(&zero, &ty).filter(|_| rounded == 0 && !own && stream.is_none());
+            let part =
+                fraction.and_then(|(_, _, parts)| Some((i32::try_from(parts).ok()?, Rational::new(1, parts.into())?)));
+            if let (Some((least, most, _)), Some((times, part)), Some(slope)) = (fraction, part, &line.slope) {
+                line.slope = Some(join(Arithmetic::Mul, slope, &[WeightOp::Const(part)]));
+                line.rest = None;
+                (lowest, highest) = (lowest * times + least as i32, highest * times + most as i32);
+                bits = bits_of(lowest, highest);
+                near = Some(Near { times, add: Weight { ops: zero } });
+            }
+        }
+        let table =
+            (format.window == CODE && format.vector == 1 && bits > CODE && near.is_none() && !own && stream.is_none())
+                .then(|| {
+                    let (mut integers, mut room) = ([0], Room::default());
+                    let digits = |code| {
+                        format.integers(code, &[], &mut room, &mut integers);
+                        round(integers[0] as i32, rounded).abs_diff(lowest)
+                    };
+                    (0..1 << CODE).map(digits).collect()
+                });
+        let zeros = line.zero.as_ref().and_then(|zero| whole(zero, &ty)).filter(|(least, most)| {
+            let sums = [i64::from(lowest) + least, i64::from(highest) + most];
+            let narrow = rounded == 0 && bits <= 8 && stream.is_none();
+            narrow && sums.iter().all(|x| x.unsigned_abs() <= 1 << NARROW)
+        });
         match zeros {
             Some(_) => line.rest = None,
             None => line.zero = None,
@@ -305,50 +345,61 @@ impl Terms {
         if span > WIDEST {
             return Err(Inexact::Far { lowest, highest });
         }
-        let slope = line.slope.ok_or(Inexact::NoLine)?;
-        let mut fields: Vec<(usize, Field)> = Vec::new();
-        let mut named = |ops: Vec<WeightOp>| -> Weight {
+        let mut fields: Vec<(Origin, Field)> = Vec::new();
+        let mut named = |name: &str, ops: Vec<WeightOp>| -> Result<Weight, Inexact> {
+            if !covers::is_stored(format, &ops) {
+                fields.push(covers::made(format, name, ops)?);
+                return Ok(Weight { ops: vec![WeightOp::Field(fields.len() - 1)] });
+            }
             let of = |op: WeightOp| match op {
-                WeightOp::Field(f) => WeightOp::Field(match fields.iter().position(|x| x.0 == f) {
+                WeightOp::Field(f) => WeightOp::Field(match fields.iter().position(|x| x.0 == Origin::Field(f)) {
                     Some(at) => at,
                     None => {
                         // How a field is made is not a matter of products.
-                        fields.push((f, Field { formula: None, ..format.fields[f].clone() }));
+                        fields.push((Origin::Field(f), Field { formula: None, ..format.fields[f].clone() }));
                         fields.len() - 1
                     }
                 }),
                 other => other,
             };
-            Weight { ops: ops.into_iter().map(of).collect() }
+            Ok(Weight { ops: ops.into_iter().map(of).collect() })
         };
-        let (slope, rest, zero) = (named(slope), line.rest.map(&mut named), line.zero.map(&mut named));
-        let mut run = (rest.is_some() || zero.is_some()).then_some(TILE);
-        for (_, f) in &fields {
-            match f.cover {
-                Cover::Matrix | Cover::Row => (),
-                Cover::Rectangle(Shape { cols, .. }) | Cover::Flat(cols)
-                    if (SHORTEST..TILE).contains(&cols) && cols.is_power_of_two() =>
-                {
-                    run = Some(run.unwrap_or(TILE).min(cols));
-                }
-                Cover::Rectangle(Shape { cols, .. }) | Cover::Flat(cols) if cols.is_multiple_of(TILE) => {
-                    run = Some(run.unwrap_or(TILE));
-                }
-                Cover::Column | Cover::Rectangle(_) | Cover::Flat(_) => {
-                    return Err(Inexact::Cover { field: f.name.clone(), cover: f.cover.text() });
-                }
-            }
+        let slope = named("slope", line.slope.ok_or(Inexact::NoLine)?)?;
+        // What is rounded to multiples of a power of two of the matrix's own is the integers alone.
+        if own && (line.rest.is_some() || line.zero.is_some()) {
+            return Err(Inexact::NoLine);
         }
-        if times != 1 && run.is_some() {
-            return Err(Inexact::Memory("its weights have fields of runs"));
-        }
-        Ok(Terms { rounded, lowest, bits, table, span, fields, slope, rest, zero, run, times, stream, sides })
+        let rest = line.rest.map(|rest| named("rest", rest)).transpose()?;
+        let zero = line.zero.map(|zero| named("zero", zero)).transpose()?;
+        let runs = fields.iter().filter_map(|(_, f)| covers::stored(f.cover).flatten());
+        let run = (rest.is_some() || zero.is_some()).then_some(TILE).into_iter().chain(runs).min();
+        Ok(Terms {
+            rounded,
+            lowest,
+            bits,
+            table,
+            own,
+            near,
+            span,
+            fields,
+            slope,
+            rest,
+            zero,
+            run,
+            times,
+            stream,
+            sides,
+        })
     }
 
-    /// The digits of all codes of the format whose terms these are, code by code.
+    /// The digits of all codes of the format whose terms these are, code by code; none where codes are too many, or digits are not a
+    /// matter of the code alone.
     pub fn book(&self, format: &Format) -> Vec<u32> {
         if let Some(stream) = &self.stream {
             return stream.book().into_iter().map(u32::from).collect();
+        }
+        if !format.has_book() || self.near.is_some() {
+            return Vec::new();
         }
         let (mut integers, mut room) = (vec![0; format.vector as usize], Room::default());
         let mut out = Vec::with_capacity((format.vector as usize) << format.window);
@@ -360,9 +411,20 @@ impl Terms {
         out
     }
 
+    /// The integers of all codes, as multiples of 2^-24, of a format whose entries are made of the matrix's tables, as digits, and the power
+    /// of two of which these are multiples.
+    pub fn own_book(&self, integers: &[i64]) -> (Vec<u32>, f32) {
+        let most = integers.iter().fold(0, |most: i64, x| most.max(x.saturating_abs()));
+        let round = |x: i64, by: u32| (x + ((1 << by) >> 1)) >> by;
+        let by = (0..62).find(|&by| round(most, by) <= i64::from(self.highest())).unwrap_or(62);
+        let digit = |&x: &i64| (round(x, by) - i64::from(self.lowest)) as u32;
+        (integers.iter().map(digit).collect(), power(by as i32 - FRACTION as i32))
+    }
+
     /// The columns of each 16 in the order in which products take them, if it is not theirs.
     pub fn order(&self) -> Option<[u8; BLOCK as usize]> {
-        self.stream.as_ref().map(|s| s.runs.columns)
+        let columns = self.stream.as_ref().map(|s| s.runs.columns);
+        columns.filter(|columns| !columns.is_sorted())
     }
 
     /// The largest integer that digits make.
@@ -392,16 +454,23 @@ impl Terms {
         (lowest + least, i64::from(self.highest()) + most)
     }
 
+    /// True if a launch multiplies one matrix alone: what is done to activations and results, and a table in which kernels look digits up, are a
+    /// matrix's own.
+    pub fn is_apart(&self) -> bool {
+        !self.sides.is_empty() || self.own && self.stream.is_some()
+    }
+
     /// True of integers whose sums over a run need more than 32 bits.
     pub fn is_wide(&self) -> bool {
         self.span > NARROW
     }
 
-    /// True if a matrix of `cols` columns is multiplied so: sums fit 64 bits, and numbers for weights counted through the matrix
-    /// are those of runs.
-    pub fn fits(&self, cols: u32) -> bool {
-        let whole = |f: &Field| !matches!(f.cover, Cover::Flat(n) if !cols.is_multiple_of(n));
-        cols <= MOST_COLUMNS && self.fields.iter().all(|(_, f)| whole(f))
+    /// True if a matrix of this shape is multiplied so: sums fit 64 bits, numbers for weights counted through the matrix
+    /// are those of runs, and a block holds the results that are transformed together.
+    pub fn fits(&self, shape: Shape) -> bool {
+        let whole = |f: &Field| !matches!(f.cover, Cover::Flat(n) if !shape.cols.is_multiple_of(n));
+        let mixed = self.sides.output.hadamard.map_or(0, |n| n.unwrap_or(shape.rows));
+        shape.cols <= MOST_COLUMNS && mixed <= MOST_MIXED && self.fields.iter().all(|(_, f)| whole(f))
     }
 
     /// Bits of the largest weight of a row of `cols` columns, as a multiple of the row's power of two. Integers of more than a byte
@@ -444,7 +513,7 @@ impl Terms {
 }
 
 /// `integer / 2^by`, rounded to the nearest, halves up.
-fn round(integer: i32, by: u32) -> i32 {
+pub(crate) fn round(integer: i32, by: u32) -> i32 {
     let half = (1i64 << by) >> 1;
     ((i64::from(integer) + half) >> by) as i32
 }
@@ -479,8 +548,8 @@ fn line(format: &Format, rounded: u32) -> Result<Line, Inexact> {
     let unit = format.unit.checked_mul(Rational::from(1i64 << rounded)).ok_or(Inexact::NoLine)?;
     let entry = Line { slope: Some(constant(unit)), rest: (rest != 0.into()).then(|| constant(rest)), zero: None };
     let one = constant(1.into());
-    let small = |ops: &Vec<WeightOp>| whole(ops, &|f| format.fields[f].ty).is_some();
-    // A line times a factor. Integers beside the entry stay there.
+    let small = |ops: &Vec<WeightOp>| covers::fraction(ops, &|f| format.fields[f].ty).is_some();
+    // A line times a factor. Small integers and fractions beside the entry stay there.
     let times = |line: &Line, by: &dyn Fn(&[WeightOp]) -> Vec<WeightOp>| {
         let of = |ops: &Option<Vec<WeightOp>>| ops.as_deref().map(by);
         let zero = if line.slope.as_ref() == Some(&one) { line.rest.clone().filter(small) } else { line.zero.clone() };
@@ -492,7 +561,7 @@ fn line(format: &Format, rounded: u32) -> Result<Line, Inexact> {
             WeightOp::Entry => entry.clone(),
             WeightOp::Const(c) => Line { rest: Some(constant(c)), ..Line::default() },
             WeightOp::Field(f) => Line { rest: Some(vec![WeightOp::Field(f)]), ..Line::default() },
-            WeightOp::Lookup(table, _) => return Err(Inexact::Lookup(format.fields[table].name.clone())),
+            WeightOp::Lookup(table, f) => Line { rest: Some(vec![WeightOp::Lookup(table, f)]), ..Line::default() },
             WeightOp::Neg(a) => {
                 let a = &nodes[a];
                 Line {
@@ -522,16 +591,21 @@ fn line(format: &Format, rounded: u32) -> Result<Line, Inexact> {
 }
 
 impl Weight {
-    /// The value of an expression of fields alone, each operation rounded to single precision.
-    pub fn value(&self, field: &dyn Fn(usize) -> f32, nodes: &mut Vec<f32>) -> f32 {
+    /// The fields that it names beside tables.
+    pub fn fields(&self) -> impl Iterator<Item = usize> {
+        covers::fields(&self.ops)
+    }
+
+    /// The value of an expression of constants, fields and what is looked up, which `leaf` gives, each operation rounded to single
+    /// precision.
+    pub fn value(&self, leaf: &dyn Fn(&WeightOp) -> f32, nodes: &mut Vec<f32>) -> f32 {
         nodes.clear();
         for op in &self.ops {
             let value = match *op {
                 WeightOp::Const(c) => c.to_f32(),
-                WeightOp::Field(f) => field(f),
+                WeightOp::Entry | WeightOp::Field(_) | WeightOp::Lookup(..) => leaf(op),
                 WeightOp::Neg(a) => -nodes[a],
                 WeightOp::Binary(op, a, b) => op.apply(nodes[a], nodes[b]),
-                WeightOp::Entry | WeightOp::Lookup(..) => f32::NAN,
             };
             nodes.push(value);
         }
@@ -620,18 +694,74 @@ mod tests {
         assert_eq!((t.lowest, t.bits, t.span, t.planes(), t.run), (-245_760, 19, 18, 3, Some(128)));
         let t = of("nf4").unwrap();
         assert_eq!((t.rounded, t.lowest, t.bits, t.planes(), t.run), (14, -16_384, 16, 2, Some(64)));
-        let why = |name: &str| of(name).unwrap_err().to_string();
-        assert!(why("iq1_m").contains("`down` is for 1 x 8"), "{}", why("iq1_m"));
-        for name in ["qtip_1mad_3", "e8p"] {
-            assert_eq!(
-                why(name),
-                "its activations or results are transformed, and not by a field and one transform, of up to 128 results"
-            );
-        }
-        assert_eq!(why("aqlm_2x8"), "`a`, a table of the matrix, is looked up");
-        assert_eq!(why("iq3_xxs"), "codes of 23 bits are too many to write their entries out");
+        // Small fields for fewer columns than a run are a part of the integer: 8 · e + 1 - 2 · down.
+        let t = of("iq1_m").unwrap();
+        assert_eq!((t.lowest, t.bits, t.run, t.near.as_ref().map(|n| n.times)), (-11, 5, Some(16), Some(8)));
+        // What is looked up is stored as the number of a run.
+        let t = of("nf4_double").unwrap();
+        assert_eq!((t.bits, t.run, t.fields.len()), (16, Some(64), 1));
+        assert!(matches!(t.fields[0].0, Origin::Value(_)), "{:?}", t.fields);
+        assert!(t.fits(Shape { rows: 3, cols: 192 }) && !t.fits(Shape { rows: 3, cols: 96 }));
+        let t = of("aqlm_2x8").unwrap();
+        assert_eq!((t.own, t.lowest, t.bits, t.run), (true, -32_768, 16, None));
+        let t = of("higgs_4").unwrap();
+        assert_eq!((t.own, t.run), (true, Some(128)));
+        let t = of("iq3_xxs").unwrap();
+        assert_eq!((t.lowest, t.bits, t.run), (-63, 7, Some(32)));
+        // What a window gives depends on as few bits as these.
+        let book = |name: &str| match of(name).unwrap().stream.map(|s| (s.step, s.vector, s.digits)) {
+            Some((step, vector, Digits::Book(book))) => Some((step, vector, book.first, book.bits)),
+            Some((.., Digits::Bytes { .. })) | None => None,
+        };
+        assert_eq!(book("qtip_hyb_3"), Some((6, 2, 6, 10)));
+        assert_eq!(book("qpalette_tcq_1.5"), Some((3, 2, 6, 10)));
+        assert_eq!(book("qpalette_tcq_5"), Some((10, 2, 4, 12)));
+        assert_eq!(book("exl3_mcg_3"), Some((3, 1, 0, 16)));
+        assert_eq!(book("aqlm_2x8"), Some((16, 8, 0, 16)));
+        assert_eq!(book("higgs_4"), Some((8, 2, 0, 8)));
+        assert_eq!(book("qtip_3inst_3"), Some((3, 1, 0, 16)));
+        assert_eq!(["qtip_1mad_2", "e8p", "exl3_mul1_2"].map(book), [None; 3]);
+        let t = of("qtip_1mad_2").unwrap();
+        let runs = t.stream.map(|s| (s.runs.shared, s.runs.hop, s.runs.turn, s.runs.places[0]));
+        assert_eq!((runs, t.times, t.lowest), (Some((true, 30, 0, (1, 3))), 1, -510));
+        // A transform of all results is one of as many as a block has room for.
+        let t = of("e8p").unwrap();
+        assert!(t.fits(Shape { rows: 1 << 14, cols: 4096 }) && !t.fits(Shape { rows: 1 << 15, cols: 4096 }));
         let exact = formats::names().into_iter().filter(|n| of(n).is_ok()).count();
-        assert_eq!((exact, formats::names().len()), (82, 107));
+        assert_eq!((exact, formats::names().len()), (107, 107));
+    }
+
+    #[test]
+    fn what_cannot_be_exact_says_why() {
+        let why = |text: &str| {
+            let library = crate::spec::load_str("test", text).unwrap_or_else(|e| panic!("{e}"));
+            Terms::of(&library.formats[0]).unwrap_err().to_string()
+        };
+        let code = "bits 4 values i8 decode w { [w] }";
+        assert_eq!(
+            why(&format!("quantizer q {{ {code} field s : f16 per 1 x 8 weight e {{ e * s }} }}")),
+            "`s` is for 1 x 8: runs are of 16, 32, 64 or 128 columns"
+        );
+        assert_eq!(
+            why(&format!(
+                "quantizer q {{ {code} field s : f16 per row input signs(seed = 1), hadamard weight e {{ e * s }} }}"
+            )),
+            "its activations or results are transformed, and not by a field and one transform, of up to 16384 results"
+        );
+    }
+
+    #[test]
+    fn integers_of_a_matrix_have_a_power_of_two_of_its_own() {
+        let t = Terms::of(formats::get("aqlm_2x8").unwrap()).unwrap();
+        // In multiples of 2^-24.
+        assert_eq!(t.own_book(&[0, 32_767, -32_767]), (vec![32_768, 65_535, 1], 2f32.powi(-24)));
+        assert_eq!(t.own_book(&[0, 32_766, -32_768]), (vec![32_768, 49_151, 16_384], 2f32.powi(-23)));
+        assert_eq!(
+            t.own_book(&[5 << 24, -3 << 24, 3]),
+            (vec![32_768 + 20_480, 32_768 - 12_288, 32_768], 2f32.powi(-12))
+        );
+        assert_eq!(t.own_book(&[65_535]), (vec![32_768 + 16_384], 2f32.powi(-22)));
+        assert_eq!(t.own_book(&[0]).0, [32_768]);
     }
 
     #[test]

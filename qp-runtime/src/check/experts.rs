@@ -205,7 +205,7 @@ pub fn products_of_format(on: &Executor, format: &Format, small: bool) -> Result
     let Some(format) = formats::laid(format) else { return Ok(0) };
     let layout = format.layouts[0].clone();
     let reader = Reader::new(&Arc::new(Book::new(format)), &layout, shape).map_err(Failure::of(&name))?;
-    let Some(terms) = reader.terms().filter(|terms| terms.sides.is_empty()) else { return Ok(0) };
+    let Some(terms) = reader.terms().filter(|terms| !terms.is_apart()) else { return Ok(0) };
     let tensors = (0..COUNT - 1).map(|e| reader.made(e.into())).collect();
     compare(on, &name, &OfFormat { reader: &reader, terms, tensors }, small)
 }

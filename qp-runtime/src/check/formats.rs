@@ -147,12 +147,25 @@ mod tests {
             ("fp8_channel", 300),
             ("exl3_mul1_3", 384),
             ("exl3_mcg_2", 256),
+            ("iq1_m", 512),
+            ("nf4_double", 320),
+            ("aqlm_2x8", 256),
+            ("higgs_4", 1024),
+            ("e8p", 256),
+            ("qtip_hyb_3", 256),
+            ("qpalette_tcq_2.5", 128),
         ] {
-            let rows = if name.starts_with("exl3") { 128 } else { 48 };
+            let rows = match name {
+                _ if name.starts_with("exl3") => 128,
+                "e8p" | "qtip_hyb_3" => 256,
+                "qpalette_tcq_2.5" => 32,
+                _ => 48,
+            };
             let done = format(&on, formats::get(name).unwrap(), Shape { rows, cols }, &[1, 6, 11]);
             assert!(done.unwrap_or_else(|e| panic!("{e}")) >= 8, "{name}");
         }
-        assert_eq!(format(&on, formats::get("iq1_m").unwrap(), Shape { rows: 16, cols: 256 }, &[1]).unwrap(), 0);
+        // A transform of more results than a block has room for.
+        assert_eq!(format(&on, formats::get("e8p").unwrap(), Shape { rows: 1 << 15, cols: 64 }, &[1]).unwrap(), 0);
         assert!(format(&on, formats::get("q8_0").unwrap(), Shape { rows: 16, cols: 33 }, &[1]).is_err());
     }
 

@@ -1,7 +1,9 @@
 //! Exact products with matrices of formats ([`qp_codegen::spec::terms`]).
 
+use std::sync::OnceLock;
+
 use half::f16;
-use qp_codegen::reader::Reader;
+use qp_codegen::reader::{Integers, Reader};
 use qp_codegen::reference::Activations;
 use qp_codegen::spec::format::{Weight, WeightOp};
 use qp_codegen::spec::terms::{Kept, Terms};
@@ -13,6 +15,8 @@ use super::strips::{Digits, Form, Inputs, Product, ROWS, Runs, Scratch, Source, 
 pub struct Lines<'a> {
     reader: &'a Reader,
     tensors: Vec<&'a [u8]>,
+    /// Made when they are asked for.
+    integers: OnceLock<Integers<'a>>,
 }
 
 impl<'a> Lines<'a> {
@@ -22,7 +26,7 @@ impl<'a> Lines<'a> {
     /// If the format has no terms.
     pub fn new(reader: &'a Reader, tensors: Vec<&'a [u8]>) -> Lines<'a> {
         assert!(reader.terms().is_some(), "a format with terms");
-        Lines { reader, tensors }
+        Lines { reader, tensors, integers: OnceLock::new() }
     }
 
     /// The form of the matrices that `reader` reads; `None` if the format has no terms.
@@ -43,7 +47,9 @@ impl<'a> Lines<'a> {
                 columns: columns as usize,
                 rests: terms.of_rests().is_some(),
                 wide: terms.is_wide(),
-                halves: half(terms, &terms.slope).is_some()
+                // The integers of halves are made by the row's factor alone.
+                halves: !terms.own
+                    && half(terms, &terms.slope).is_some()
                     && terms.zero.is_none()
                     && terms.rest.as_ref().is_none_or(|rest| half(terms, rest).is_some()),
             }),
@@ -75,10 +81,11 @@ impl Source for Lines<'_> {
     fn write(&self, strip: usize, scratch: &mut Scratch, to: &mut StripMut<'_>) {
         let (shape, form, terms) = (self.reader.shape(), self.form(), self.reader.terms().expect("looked at by new"));
         let (columns, planes) = (shape.cols as usize, terms.planes() as usize);
+        let integers = self.integers.get_or_init(|| self.reader.integers(&self.tensors));
         let rows = strip * ROWS..(shape.rows as usize).min((strip + 1) * ROWS);
         let count = rows.len();
         scratch.digits.resize(columns * planes * count, 0);
-        self.reader.digits(&self.tensors, rows.start as u32, &mut scratch.digits);
+        integers.digits(rows.start as u32, &mut scratch.digits);
         for (i, row) in rows.enumerate() {
             // Lowest bytes come first here, highest in a strip.
             for plane in 0..planes {
@@ -86,7 +93,7 @@ impl Source for Lines<'_> {
             }
             let numbers = &mut scratch.numbers;
             let Some(Runs { columns: of_run, halves: true, .. }) = form.runs else {
-                self.reader.numbers(&self.tensors, row as u32, numbers);
+                integers.numbers(row as u32, numbers);
                 to.put_factor(i, numbers.factor);
                 if form.runs.is_some() {
                     to.put_runs(i, &numbers.slopes, &numbers.rests);
@@ -94,7 +101,7 @@ impl Source for Lines<'_> {
                 continue;
             };
             let of = |weight| match half(terms, weight) {
-                Some(field) => self.reader.kept(&self.tensors, field, row as u32, of_run as u32),
+                Some(field) => integers.kept(field, row as u32, of_run as u32),
                 None => Vec::new(),
             };
             let (slopes, rests) = (of(&terms.slope), terms.rest.as_ref().map_or_else(Vec::new, of));
@@ -141,9 +148,26 @@ mod tests {
             ("mxfp8_e4m3", 96),
             ("exl3_mul1_3", 256),
             ("exl3_mcg_2", 128),
+            ("iq1_m", 256),
+            ("iq3_xxs", 256),
+            ("nf4_double", 192),
+            ("fp4_double", 64),
+            ("aqlm_2x8", 96),
+            ("aqlm_1x16", 64),
+            ("higgs_4", 1024),
+            ("e8p", 128),
+            ("qtip_1mad_2", 64),
+            ("qtip_3inst_3", 64),
+            ("qtip_hyb_4", 64),
+            ("qpalette_tcq_1.5", 64),
         ] {
             let format = formats::get(name).unwrap();
-            let rows = if name.starts_with("exl3") { 128 } else { 24 };
+            let rows = match &format.trellis {
+                Some(_) if name.starts_with("exl3") => 128,
+                Some(_) => 32,
+                None if format.output.is_empty() => 24,
+                None => 16,
+            };
             let shape = Shape { rows, cols };
             let reader = Reader::new(&Arc::new(Book::new(format.clone())), &format.layouts[0], shape).unwrap();
             let tensors = reader.made(5);

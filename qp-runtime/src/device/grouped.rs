@@ -4,7 +4,7 @@ use qp_codegen::kernels::grouped::layout::{ROWS, Relaid, RowTile, Stored};
 use qp_codegen::kernels::grouped::{self, Launch, Product};
 use qp_codegen::kernels::prepare::Prepare;
 use qp_codegen::kernels::rotate;
-use qp_codegen::reader::Reader;
+use qp_codegen::reader::{Integers, Reader};
 use qp_codegen::spec::Shape;
 use qp_codegen::spec::terms::Terms;
 use rayon::prelude::*;
@@ -95,23 +95,24 @@ impl GroupedMatrix {
     ///
     /// # Errors
     /// A full GPU.
-    pub fn upload(on: &Executor, terms: &Terms, parts: &[(&Reader, Vec<&[u8]>)]) -> Result<Self, DeviceError> {
-        let shapes: Vec<Shape> = parts.iter().map(|p| p.0.shape()).collect();
+    pub fn upload(on: &Executor, terms: &Terms, given: &[(&Reader, Vec<&[u8]>)]) -> Result<Self, DeviceError> {
+        let shapes: Vec<Shape> = given.iter().map(|p| p.0.shape()).collect();
         let layout = Relaid::new(terms, stacked(&shapes));
-        let mut stored = Stored::new(terms, &layout);
+        let parts: Vec<Integers> = given.iter().map(|(reader, tensors)| reader.integers(tensors)).collect();
+        let mut stored = parts.first().map_or_else(Stored::default, |integers| Stored::new(integers, &layout));
         let mut at = 0;
-        for (reader, tensors) in parts {
-            let tiles = reader.shape().rows.div_ceil(ROWS);
+        for integers in &parts {
+            let tiles = integers.shape().rows.div_ceil(ROWS);
             for first in (0..tiles).step_by(AT_ONCE as usize) {
                 let some = first..tiles.min(first + AT_ONCE);
                 let made: Vec<RowTile> =
-                    some.into_par_iter().map(|tile| layout.row_tile(reader, tensors, tile * ROWS)).collect();
+                    some.into_par_iter().map(|tile| layout.row_tile(integers, tile * ROWS)).collect();
                 (at + first..).zip(&made).for_each(|(at, tile)| stored.put(&layout, at, tile));
             }
             at += tiles;
         }
         // Matrices one below the other have no factors of their own.
-        let turned = parts.first().filter(|_| !terms.sides.is_empty()).and_then(|(reader, t)| reader.turned(t));
+        let turned = given.first().filter(|_| !terms.sides.is_empty()).and_then(|(reader, t)| reader.turned(t));
         let [mut entering, mut leaving] = turned.map_or([vec![], vec![]], |t| t.map(|side| side.factors));
         entering.resize(entering.len().max(1), 1.0);
         leaving.resize(leaving.len().max(1), 1.0);

@@ -146,9 +146,9 @@ impl Tensor {
         }
     }
 
-    /// True of a format with exact products that transforms their activations or results.
-    pub fn is_turned(&self) -> bool {
-        self.exact().and_then(|(reader, _)| reader.terms()).is_some_and(|terms| !terms.sides.is_empty())
+    /// True of a format with exact products each launch of which multiplies one matrix alone.
+    pub fn is_apart(&self) -> bool {
+        self.exact().and_then(|(reader, _)| reader.terms()).is_some_and(|terms| terms.is_apart())
     }
 
     /// Number of elements.

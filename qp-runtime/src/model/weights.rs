@@ -172,8 +172,8 @@ impl Weights {
             let layer = program.layer(id);
             let Layer { name, rows, cols, bias, shares: _ } = layer.clone();
             let weight = match weight_of(shared(layer).unwrap_or(id)) {
-                // What is done to activations and results by a matrix's own factors is not done for pairs of tokens and experts.
-                Weight::Dense(tensor) if experts[id.0] && tensor.is_turned() => Weight::Dense(tensor.as_floats()),
+                // What a matrix has of its own, factors of activations or a table, products of pairs of tokens and experts have not.
+                Weight::Dense(tensor) if experts[id.0] && tensor.is_apart() => Weight::Dense(tensor.as_floats()),
                 weight => weight,
             };
             let bias = bias.then(|| vector(&format!("{name}.bias"), rows)).transpose()?;

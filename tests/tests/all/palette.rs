@@ -16,6 +16,7 @@ use qp_codegen::kernels::experts::unit::{self, GateExperts};
 use qp_codegen::kernels::experts::{Experts, most_pairs};
 use qp_codegen::kernels::gemv::Gemv;
 use qp_codegen::kernels::grouped::{self, Product};
+use qp_codegen::kernels::leave::{self, Leave};
 use qp_codegen::kernels::prepare::{self, Gate, Prepare};
 use qp_codegen::kernels::product::{Launch, Way};
 use qp_codegen::kernels::{Span, encode};
@@ -219,6 +220,12 @@ fn preparing_compiles_for_every_target_without_spills() {
                 kernels.push((Kernel { name: format!("{op:?}"), ..kernel }, target));
             }
         }
+    }
+    // What formats do to results.
+    for (target, rows) in Target::ALL.into_iter().flat_map(|t| [128, 4096, 1 << 14].map(|rows| (t, rows))) {
+        let (x, y) = (Span::rows(rows), Span::rows(rows));
+        let op = Leave { rows, batch: 3, mixed: Some(rows), factors: true, x, y, accumulate: false };
+        kernels.push((leave::lower(&op), target));
     }
     fine(kernels.par_iter().map(|(kernel, target)| compile(kernel, *target)));
 }

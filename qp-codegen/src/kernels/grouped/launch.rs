@@ -7,6 +7,7 @@ use super::super::product::Expected;
 use super::super::rotate::GROUP;
 use super::{Product, few, many};
 use crate::cuda::Device;
+use crate::spec::expr::Op;
 use crate::spec::terms::{Digits, Stream};
 
 /// Which kernel computes a product, and how it is laid over the GPU. The result does not depend on it.
@@ -206,7 +207,7 @@ fn decode_work(op: &Product, shared_book: bool) -> f64 {
         return 8.0 * (5.0 + 6.0 * planes);
     }
     if let Some(stream) = &op.terms.stream {
-        return 64.0 * of_window(stream, shared_book);
+        return 64.0 / f64::from(stream.vector) * of_window(stream, shared_book);
     }
     // Whole bytes are there; of others each part is shifted and masked, and joined to the one before.
     let parts = (0..layout.planes()).map(|p| layout.parts(p));
@@ -218,8 +219,11 @@ fn of_window(stream: &Stream, shared_book: bool) -> f64 {
     match &stream.digits {
         // A cut, and what makes the word.
         Digits::Bytes { decode, .. } => 2.5 + decode.nodes.len() as f64 / 2.0,
-        Digits::Book(_) if shared_book => 12.0,
-        Digits::Book(_) => 12.0 + GATHER,
+        Digits::Book(book) => {
+            let place =
+                if book.decode.op(book.word) == &Op::Window { 0.0 } else { book.decode.nodes.len() as f64 / 2.0 };
+            12.0 + place + if shared_book { 0.0 } else { GATHER }
+        }
     }
 }
 

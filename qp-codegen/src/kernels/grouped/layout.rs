@@ -17,7 +17,7 @@
 //! looked up ([`Terms::table`]) lie side by side instead, those of two registers in a word, for four are the selector of a
 //! permutation of bytes. The words of a tile lie as [`crate::layout::word_in_tile`] says; tiles of a row of tiles side by side.
 //!
-//! Of codes with memory the streams themselves are stored. A lane has eight **runs** of a tile ([`crate::spec::terms::Runs`]), one
+//! Of codes with memory the streams themselves are stored, and of others that look up tables of the matrix the codes. A lane has eight **runs** of a tile ([`crate::spec::terms::Runs`]), one
 //! of each 16 columns, and columns are counted as the runs have them: those that activations are put in the order of
 //! ([`Terms::order`]). First come the runs' first bytes, which a window at the end of another lane's run reaches into, run by
 //! run, then the others. A table of digits that windows are looked up in lies before the fields.
@@ -25,9 +25,9 @@
 //! Fields lie in **sections**, each of the narrowest type that holds its numbers, the two rows of a lane side by side.
 
 use crate::layout::word_in_tile;
-use crate::reader::Reader;
+use crate::reader::Integers;
 use crate::spec::format::Cover;
-use crate::spec::terms::{BLOCK, CODE, Digits, Kept, Numbers, Stream, TILE, Terms};
+use crate::spec::terms::{BLOCK, CODE, Digits, Kept, Numbers, RUN, Stream, TILE, Terms};
 use crate::spec::{Shape, mask};
 
 /// Rows of a tile.
@@ -78,12 +78,12 @@ impl Section {
 pub struct Relaid {
     /// Rows × columns.
     pub shape: Shape,
-    /// Bits of a weight, as it is stored.
+    /// Bits of a weight, as it is stored, where it is stored as an integer or a code of its own.
     pub bits: u32,
     /// Whether weights are stored as codes.
     pub codes: bool,
     /// How streams are stored, if codes have memory.
-    pub runs: Option<RunBytes>,
+    pub runs: Option<RunBits>,
     /// First word of the table of digits, and how many there are, if windows are looked up.
     pub book: Option<(u32, u32)>,
     /// One a field of the terms; none where slopes are those of whole rows.
@@ -94,27 +94,29 @@ pub struct Relaid {
     number_words: u32,
 }
 
-/// The bytes of a lane's runs.
+/// The bits of a lane's runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RunBytes {
-    /// Of a run.
+pub struct RunBits {
+    /// Of a run, a multiple of 4.
     pub all: u32,
-    /// Those that are stored first.
+    /// Those that are stored first: whole bytes, or all.
     pub first: u32,
 }
 
-impl RunBytes {
-    fn of(stream: &Stream) -> RunBytes {
-        RunBytes { all: stream.step, first: stream.beyond().min(stream.step) }
+impl RunBits {
+    fn of(stream: &Stream) -> RunBits {
+        let all = stream.run_bits();
+        let whole = all.is_multiple_of(8) && !stream.runs.shared;
+        let first = if whole { stream.beyond().next_multiple_of(8).min(all) } else { all };
+        RunBits { all, first }
     }
 
-    /// Word and byte in it of byte `byte` of run `run` of a lane.
-    pub fn place(self, run: u32, byte: u32) -> (u32, u32) {
-        let at = match byte.checked_sub(self.first) {
-            None => run * self.first + byte,
-            Some(byte) => TILE / BLOCK * self.first + run * (self.all - self.first) + byte,
-        };
-        (at / 4, at % 4)
+    /// Where bit `bit` of run `run` of a lane lies among the bits of its words.
+    pub fn place(self, run: u32, bit: u32) -> u32 {
+        match bit.checked_sub(self.first) {
+            None => run * self.first + bit,
+            Some(bit) => TILE / BLOCK * self.first + run * (self.all - self.first) + bit,
+        }
     }
 }
 
@@ -144,13 +146,13 @@ impl Relaid {
             at += (row_tiles * ROWS * GRID_BYTES).div_ceil(4).next_multiple_of(4);
         }
         let book = terms.stream.as_ref().and_then(|stream| match &stream.digits {
-            Digits::Book(book) => Some((at, (book.len() as u32).div_ceil(2))),
+            Digits::Book(book) => Some((at, (stream.vector << book.bits).div_ceil(2).next_multiple_of(4))),
             Digits::Bytes { .. } => None,
         });
         at += book.map_or(0, |b| b.1);
         let codes = terms.table.is_some();
-        let runs = terms.stream.as_ref().map(RunBytes::of);
-        let bits = runs.map_or(if codes { CODE } else { terms.bits }, |runs| runs.all);
+        let runs = terms.stream.as_ref().map(RunBits::of);
+        let bits = if codes { CODE } else { terms.bits };
         Relaid { shape, bits, codes, runs, book, sections, grid, number_words: at.max(4) }
     }
 
@@ -171,7 +173,7 @@ impl Relaid {
 
     /// Words of a lane in a tile.
     pub fn lane_words(&self) -> u32 {
-        REGISTERS * self.bits / 8
+        self.runs.map_or(REGISTERS * self.bits / 8, |runs| TILE / BLOCK * runs.all / 32)
     }
 
     /// Words of a row of tiles.
@@ -260,13 +262,25 @@ impl Relaid {
         }
     }
 
-    /// The rows from `first` on of the matrix that `reader` reads, as a row of tiles of this one.
-    pub fn row_tile(&self, reader: &Reader, tensors: &[&[u8]], first: u32) -> RowTile {
-        let (cols, rows) = (reader.shape().cols as usize, reader.shape().rows);
+    /// The rows from `first` on of a matrix as a row of tiles of this one.
+    pub fn row_tile(&self, integers: &Integers<'_>, first: u32) -> RowTile {
+        let Shape { rows, cols } = integers.shape();
+        let (cols, there) = (cols as usize, ROWS.min(rows - first) as usize);
         let stride = (self.col_tiles() * TILE) as usize;
         let plane = stride * ROWS as usize;
         let mut digits = vec![0; plane * self.planes() as usize];
-        let mut of_row = vec![0; cols * self.planes() as usize];
+        if self.runs.is_none() {
+            let mut of_rows = vec![0; there * cols * self.planes() as usize];
+            if self.codes {
+                (first..).zip(of_rows.chunks_exact_mut(cols)).for_each(|(row, out)| integers.codes(row, out));
+            } else {
+                integers.digits(first, &mut of_rows);
+            }
+            for (digits, of_rows) in digits.chunks_exact_mut(plane).zip(of_rows.chunks_exact(there * cols)) {
+                let rows = digits.chunks_exact_mut(stride).zip(of_rows.chunks_exact(cols));
+                rows.for_each(|(to, from)| to[..cols].copy_from_slice(from));
+            }
+        }
         let mut out = RowTile {
             words: vec![0; self.row_words() as usize],
             sections: self.sections.iter().map(|s| vec![0; s.row_bytes() as usize]).collect(),
@@ -277,59 +291,72 @@ impl Relaid {
         for row in 0..ROWS {
             // Rows of padding have the numbers of the last, so that nothing in them is beyond all numbers.
             let from = (first + row).min(rows - 1);
-            if first + row < rows && self.runs.is_none() {
-                if self.codes {
-                    reader.row_codes(tensors, from, &mut of_row);
-                } else {
-                    reader.digits(tensors, from, &mut of_row);
-                }
-                for (digits, of_row) in digits.chunks_exact_mut(plane).zip(of_row.chunks_exact(cols)) {
-                    digits[row as usize * stride..][..cols].copy_from_slice(of_row);
-                }
-            }
-            reader.numbers(tensors, from, &mut numbers);
+            integers.numbers(from, &mut numbers);
             out.factors[row as usize] = numbers.factor;
             out.grid[(row % 8 * 2 + row / 8) as usize] = (127 - numbers.grid) as u8;
             for (f, (section, bytes)) in self.sections.iter().zip(&mut out.sections).enumerate() {
                 let size = section.kept.bytes() as usize;
-                for (k, value) in (0..).zip(reader.kept(tensors, f, from, section.columns)) {
+                for (k, value) in (0..).zip(integers.kept(f, from, section.columns)) {
                     let bits = section.kept.bits(value).to_le_bytes();
                     bytes[section.at(row, k)..][..size].copy_from_slice(&bits[..size]);
                 }
             }
         }
-        match (self.runs, reader.terms().and_then(|t| t.stream.as_ref())) {
-            (Some(bytes), Some(stream)) => {
-                self.pack_runs(reader, tensors, (first / BLOCK, bytes, stream), &mut out.words)
+        match (self.runs, &integers.terms().stream) {
+            (Some(runs), Some(stream)) if stream.runs.lanes.is_empty() => {
+                self.pack_codes(integers, (first, runs, stream), &mut out.words);
             }
+            (Some(runs), Some(stream)) => self.pack_runs(integers, (first / BLOCK, runs, stream), &mut out.words),
             _ => self.pack(&digits, &mut out.words),
         }
         out
     }
 
     /// Packs the streams of row `i` of blocks.
-    fn pack_runs(
-        &self,
-        reader: &Reader,
-        tensors: &[&[u8]],
-        (i, bytes, stream): (u32, RunBytes, &Stream),
-        words: &mut [u32],
-    ) {
-        let mut of_block = vec![0; (BLOCK * BLOCK / 32 * stream.step) as usize];
-        let of_tile = self.lane_words() as usize * 32;
+    fn pack_runs(&self, integers: &Integers<'_>, (i, runs, stream): (u32, RunBits, &Stream), words: &mut [u32]) {
+        let mut of_block = vec![0; (BLOCK * BLOCK / stream.vector * stream.step / 32) as usize];
         for j in 0..self.shape.cols / BLOCK {
-            reader.stream(tensors, i, j, &mut of_block);
-            let (tile, run) = (j / (TILE / BLOCK), j % (TILE / BLOCK));
-            let words = &mut words[tile as usize * of_tile..][..of_tile];
-            for (of_run, &lane) in (0..).step_by(bytes.all as usize).zip(&stream.runs.lanes) {
-                for byte in 0..bytes.all {
-                    let at = of_run + byte;
-                    let value = of_block[(at / 4) as usize] >> (8 * (at % 4)) & 0xff;
-                    let (word, to) = bytes.place(run, byte);
-                    words[word_in_tile(self.lane_words(), lane, word) as usize] |= value << (8 * to);
+            integers.stream(i, j, &mut of_block);
+            for (of_run, &lane) in (0..).step_by(runs.all as usize).zip(&stream.runs.lanes) {
+                for bit in (0..runs.all).step_by(4) {
+                    let at = of_run + bit;
+                    self.put_bits(
+                        words,
+                        (j, lane),
+                        runs.place(j % (TILE / BLOCK), bit),
+                        of_block[(at / 32) as usize] >> (at % 32) & 0xf,
+                    );
                 }
             }
         }
+    }
+
+    /// Packs the codes of the rows from `first` on, of formats without memory: those of the lane's weights, or, of eight weights of a row
+    /// each, which two lanes share, those of the upper row in the even lane and those of the lower one in the odd lane.
+    fn pack_codes(&self, integers: &Integers<'_>, (first, runs, stream): (u32, RunBits, &Stream), words: &mut [u32]) {
+        let Shape { rows, cols } = integers.shape();
+        let v = stream.vector;
+        for row in 0..ROWS.min(rows - first) {
+            for k in 0..cols / v {
+                let (code, col) = (integers.code(first + row, k), k * v % BLOCK);
+                let (lane, step) = match v {
+                    RUN => (row % 8 * 4 + col / RUN * 2 + row / 8, 0),
+                    _ => (row % 8 * 4 + col / 4, row / 8 * (4 / v) + col % 4 / v),
+                };
+                for bit in (0..stream.step).step_by(4) {
+                    let j = k * v / BLOCK;
+                    let place = runs.place(j % (TILE / BLOCK), step * stream.step + bit);
+                    self.put_bits(words, (j, lane), place, code >> bit & 0xf);
+                }
+            }
+        }
+    }
+
+    /// Puts bits at a place of a lane's words, in the tile of column `j` of blocks.
+    fn put_bits(&self, words: &mut [u32], (j, lane): (u32, u32), place: u32, bits: u32) {
+        let of_tile = self.lane_words() * 32;
+        let at = j / (TILE / BLOCK) * of_tile + word_in_tile(self.lane_words(), lane, place / 32);
+        words[at as usize] |= bits << (place % 32);
     }
 }
 
@@ -343,7 +370,7 @@ pub struct RowTile {
 }
 
 /// A whole matrix, stored; the parameters of a product's kernel.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Stored {
     /// Integers.
     pub words: Vec<u32>,
@@ -354,12 +381,12 @@ pub struct Stored {
 }
 
 impl Stored {
-    /// Without rows of tiles yet.
-    pub fn new(terms: &Terms, layout: &Relaid) -> Stored {
+    /// Without rows of tiles yet, of a matrix, or several with one table of digits.
+    pub fn new(integers: &Integers<'_>, layout: &Relaid) -> Stored {
         let mut numbers = vec![0; layout.number_words() * 4];
-        if let (Some((first, _)), Some(Stream { digits: Digits::Book(book), .. })) = (layout.book, &terms.stream) {
+        if let Some((first, _)) = layout.book {
             let places = numbers[first as usize * 4..].chunks_exact_mut(2);
-            places.zip(book).for_each(|(to, digits)| to.copy_from_slice(&digits.to_le_bytes()));
+            places.zip(integers.book()).for_each(|(to, digits)| to.copy_from_slice(&digits.to_le_bytes()));
         }
         Stored { words: vec![0; layout.words()], numbers, factors: vec![0.0; layout.padded_rows() as usize] }
     }

@@ -132,9 +132,9 @@ pub fn lower_with(op: &Product, launch: &Launch, prepare: Option<&Prepare>) -> K
 ///
 /// # Panics
 /// As [`lower`]; if the products are added to what is there, or a format does something to activations or results that is each matrix's
-/// own.
+/// own, or so is the table in which digits are looked up.
 pub fn lower_for_experts(op: &Product, launch: &Launch, experts: &Experts) -> Kernel {
-    assert!(op.terms.sides.is_empty(), "what is done to activations is a matrix's own");
+    assert!(!op.terms.is_apart(), "what is done to activations, and a table, are a matrix's own");
     assert!(!op.accumulate && op.batch == experts.most, "the products of a unit");
     lower_for(op, launch, Form::Experts(experts))
 }

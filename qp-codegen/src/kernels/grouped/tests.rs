@@ -14,7 +14,8 @@ use crate::kernels::experts::{Experts, most_pairs};
 use crate::reader::{Book, Reader};
 use crate::reference::{Activations, activation_cells, quantize_activations};
 use crate::spec::Shape;
-use crate::spec::terms::Terms;
+use crate::spec::format::Format;
+use crate::spec::terms::{Digits, Terms};
 
 mod preparing;
 
@@ -42,9 +43,10 @@ fn activations(cols: u32, batch: u32) -> Vec<Activations> {
 }
 
 fn stored(reader: &Reader, tensors: &[&[u8]], layout: &Relaid) -> Stored {
-    let mut out = Stored::new(reader.terms().expect("of terms"), layout);
+    let integers = reader.integers(tensors);
+    let mut out = Stored::new(&integers, layout);
     for tile in 0..layout.row_tiles() {
-        out.put(layout, tile, &layout.row_tile(reader, tensors, tile * ROWS));
+        out.put(layout, tile, &layout.row_tile(&integers, tile * ROWS));
     }
     out
 }
@@ -89,7 +91,15 @@ fn check(name: &str, shape: Shape, batches: &[u32], launches: &[Launch]) {
     let (terms, reader, tensors) = matrix(name, shape);
     let tensors: Vec<&[u8]> = tensors.iter().map(Vec::as_slice).collect();
     // Integers that are rounded differ from the entries, and fewer bits of a slope are left beside wide ones.
-    let near = if terms.is_wide() { 2e-4 } else { 2e-6 };
+    let near = match terms.stream.as_ref().map(|s| &s.digits) {
+        // Before the rounding to half precision.
+        Some(Digits::Bytes { .. }) => 5e-4,
+        _ if terms.is_wide() => 2e-4,
+        _ => 2e-6,
+    };
+    // The weights between what is done to activations and to results.
+    let format = Format { input: Vec::new(), output: Vec::new(), ..reader.format().clone() };
+    let weights = Reader::new(&Arc::new(Book::new(format)), &reader.format().layouts[0], shape).expect(name);
     let layout = Relaid::new(&terms, shape);
     let matrix = stored(&reader, &tensors, &layout);
     for &batch in batches {
@@ -98,10 +108,7 @@ fn check(name: &str, shape: Shape, batches: &[u32], launches: &[Launch]) {
         // Near the sums of the weights as they are written.
         let mut row = vec![0.0; shape.cols as usize];
         for r in 0..shape.rows {
-            if !terms.sides.is_empty() {
-                break;
-            }
-            reader.read(&tensors, r, 0, &mut row);
+            weights.read(&tensors, r, 0, &mut row);
             for (t, token) in tokens.iter().enumerate() {
                 let terms =
                     row.iter().zip(&token.q).map(|(w, q)| f64::from(*w) * f64::from(*q) * f64::from(token.scale));
@@ -152,18 +159,24 @@ fn all_formats_with_terms_are_multiplied_exactly() {
             continue;
         }
         // Three tiles, where the format's groups allow it.
-        let cols =
-            if format.name.ends_with("_k") || name.starts_with("iq") || name.starts_with("tq") { 512 } else { 384 };
+        let cols = if format.name.ends_with("_k")
+            || ["iq", "tq", "higgs", "qtip", "qpalette", "e8p"].iter().any(|n| name.starts_with(n))
+        {
+            1024
+        } else {
+            384
+        };
         // Words of zeros hold whole rows.
         let rows = match name {
             _ if name.starts_with("exl3") => 128,
             _ if name.starts_with("gptq") => 32,
+            _ if !format.output.is_empty() || format.trellis.is_some() => 32,
             _ => 40,
         };
         check(name, Shape { rows, cols }, &[1], &[]);
         count += 1;
     }
-    assert_eq!(count, 82);
+    assert_eq!(count, 107);
 }
 
 #[test]
@@ -215,6 +228,10 @@ fn tokens_of_a_block_share_decoded_tiles() {
     check("exl3_mul1_4", Shape { rows: 128, cols: 384 }, &[9, 18], &launches);
     check("exl3_mcg_2", Shape { rows: 128, cols: 256 }, &[9], &launches[..4]);
     check("mxfp8_e4m3", Shape { rows: 24, cols: 288 }, &[18], &launches);
+    check("qtip_hyb_3", Shape { rows: 64, cols: 256 }, &[9], &launches[..4]);
+    check("qpalette_tcq_2.5", Shape { rows: 32, cols: 512 }, &[9], &launches[..4]);
+    check("higgs_4", Shape { rows: 40, cols: 1024 }, &[9], &launches[..4]);
+    check("nf4_double", Shape { rows: 20, cols: 320 }, &[9], &launches[..4]);
 }
 
 /// The codebooks whose entries are looked up, on each target: in shared memory where a block has room for all 2^16 of them, else in
@@ -253,6 +270,9 @@ fn tables_in_global_memory_give_the_same_bits() {
     ];
     check("exl3_mcg_2", Shape { rows: 128, cols: 256 }, &[1, 9], &launches);
     check("exl3_3inst_3", Shape { rows: 128, cols: 384 }, &[1, 6], &launches);
+    check("qpalette_tcq_4.5", Shape { rows: 32, cols: 256 }, &[1, 6], &launches);
+    check("aqlm_1x16", Shape { rows: 40, cols: 296 }, &[1, 6], &launches);
+    check("higgs_4", Shape { rows: 24, cols: 1024 }, &[1], &launches);
 }
 
 /// Products of the pairs of `tokens` tokens with `chosen` of four experts, one of which has no pairs, on some launches: those of each pair
@@ -282,10 +302,13 @@ fn check_experts(name: &str, shape: Shape, (tokens, chosen): (u32, u32), launche
         let place = |e: i32| order.iter().position(|o| *o == e as usize).map_or(-1, |place| place as i32);
         let places: Vec<i32> = (0..count as i32).map(place).collect();
         let stack = Relaid::new(terms, Shape { rows: experts.matrices * layout.padded_rows(), ..shape });
-        let mut all = Stored::new(terms, &stack);
+        let of_first = slices(0);
+        let mut all = Stored::new(&made[0].1.integers(&of_first), &stack);
         for (at, &e) in (0..).zip(&order) {
+            let slices = slices(e);
+            let integers = made[e].1.integers(&slices);
             for tile in 0..layout.row_tiles() {
-                let stored = stack.row_tile(&made[e].1, &slices(e), tile * ROWS);
+                let stored = stack.row_tile(&integers, tile * ROWS);
                 all.put(&stack, at * layout.row_tiles() + tile, &stored);
             }
         }

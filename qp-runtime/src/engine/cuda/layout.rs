@@ -70,8 +70,7 @@ pub fn launches(layers: &[LayerId], forms: &[Form], fused: &[Vec<LayerId>]) -> V
             p == q && (!planned || group_of(a).is_some_and(|g| group_of(b) == Some(g)))
         }
         (Form::Grouped(p), Form::Grouped(q)) => {
-            // What is done to activations is a matrix's own.
-            p == q && p.sides.is_empty() && (!planned || group_of(a).is_some_and(|g| group_of(b) == Some(g)))
+            p == q && !p.is_apart() && (!planned || group_of(a).is_some_and(|g| group_of(b) == Some(g)))
         }
         (Form::Packed(_) | Form::Grouped(_) | Form::Dense(_) | Form::Shared, _) => false,
     };

@@ -94,7 +94,7 @@ pub enum Stage {
 }
 
 impl Prepare {
-    /// Groups of 128 columns that a warp takes where a block of `warps` prepares for itself ([`super::product::Launch::ranked_preparing`]);
+    /// Groups of 128 columns that a warp takes where a block of `warps` prepares for itself ([`super::product::Launch::ranked_with`]);
     /// `None` if it cannot: of several tokens, of rotations that go through shared memory, of more columns than registers hold.
     pub(super) fn within(&self, warps: u32) -> Option<u32> {
         Geometry::within(self, warps).map(|g| g.per_warp)

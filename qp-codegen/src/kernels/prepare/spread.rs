@@ -45,6 +45,13 @@ impl Spread {
         // are stored together, in a cluster of several tokens.
         let wanted = match () {
             () if op.batch == 1 => 1,
+            () if form.across => {
+                if op.batch >= MANY {
+                    MANY_PER_WARP
+                } else {
+                    1
+                }
+            }
             () if op.batch >= MANY && op.gate.is_none() && form.count > MANY_WARPS * MANY_PER_WARP => MOST_IN_REGISTERS,
             () if op.batch >= MANY || op.norm.is_some() && blocks == 1 => MANY_PER_WARP,
             () if blocks > 1 => 2,
@@ -67,7 +74,9 @@ impl Spread {
             // Every block has work.
             .filter(|s| (s.blocks - 1) * s.per_warp < form.count && (s.blocks == 1 || s.per_warp <= MOST_IN_REGISTERS))
             .collect();
-        all.retain(|s| *s == Spread::choose(op, device) || s.per_warp <= MOST_IN_REGISTERS);
+        let chosen = Spread::choose(op, device);
+        all.retain(|s| *s != chosen && s.per_warp <= MOST_IN_REGISTERS);
+        all.push(chosen);
         all
     }
 }

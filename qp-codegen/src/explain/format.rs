@@ -130,7 +130,8 @@ fn products(f: &Format, o: &mut String) {
     line!(o, "  products    exact: integers within {} to {highest}{of} times activations of 15 bits", terms.lowest);
     if let Some(Near { times, add }) = &terms.near {
         let add = of_format(add);
-        line!(o, "  integer     {times} times the entry's, plus {times} times {add}");
+        let by = if *times == 1 { String::new() } else { format!("{times} times ") };
+        line!(o, "  integer     {by}the entry's, plus {by}{add}");
     }
     match terms.stream.as_ref().map(|s| &s.digits) {
         Some(Digits::Bytes { .. }) => {

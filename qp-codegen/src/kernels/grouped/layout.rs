@@ -17,10 +17,11 @@
 //! looked up ([`Terms::table`]) lie side by side instead, those of two registers in a word, for four are the selector of a
 //! permutation of bytes. The words of a tile lie as [`crate::layout::word_in_tile`] says; tiles of a row of tiles side by side.
 //!
-//! Of codes with memory the streams themselves are stored, and of others that look up tables of the matrix the codes. A lane has eight **runs** of a tile ([`crate::spec::terms::Runs`]), one
-//! of each 16 columns, and columns are counted as the runs have them: those that activations are put in the order of
-//! ([`Terms::order`]). First come the runs' first bytes, which a window at the end of another lane's run reaches into, run by
-//! run, then the others. A table of digits that windows are looked up in lies before the fields.
+//! Of codes with memory the streams themselves are stored, and of others that look up tables of the matrix the codes. A lane has eight
+//! **runs** of a tile ([`crate::spec::terms::Runs`]), one of each 16 columns, and columns are counted as the runs have them: those that
+//! activations are put in the order of ([`Terms::order`]). First come the runs' first bytes, which a window at the end of another lane's run
+//! reaches into, run by run, then the others; runs of no whole bytes, and those that two lanes share, lie one behind the other. A table of
+//! digits that windows are looked up in lies before the fields.
 //!
 //! Fields lie in **sections**, each of the narrowest type that holds its numbers, the two rows of a lane side by side.
 

@@ -110,6 +110,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn fields_for_other_columns_than_runs_are_stored_for_parts_of_them() {
+        let text = "quantizer q {
+            bits 4
+            values i8
+            decode w { [w] }
+            field s : f16 per 1 x 96
+            field z : u4 per 1 x 96
+            weight e { (e - z) * s }
+        }";
+        let library = crate::spec::load_str("test", text).unwrap_or_else(|e| panic!("{e}"));
+        let terms = crate::spec::terms::Terms::of(&library.formats[0]).unwrap();
+        assert_eq!((terms.run, terms.integers(), terms.fields.len()), (Some(32), (-16, 15), 1));
+        assert_eq!(terms.near.map(|near| near.times), Some(1));
+    }
+
+    #[test]
     fn fractions_have_one_denominator() {
         let c = |n: i64| WeightOp::Const(Rational::from(n));
         // (1 - 2 · x) / 8 with x of a bit.

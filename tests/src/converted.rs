@@ -305,7 +305,11 @@ pub fn sayable(name: &str) -> Option<Case> {
     match name {
         // The rule would change with the length of the text.
         "llama-dynamic" => return None,
-        "llama" => config["rope_scaling"]["original_max_position_embeddings"] = json!(8192),
+        // Of Llama 3's context, and with a base of which some frequencies are divided by the whole factor.
+        "llama" => {
+            config["rope_scaling"]["original_max_position_embeddings"] = json!(8192);
+            config["rope_theta"] = json!(500_000.0);
+        }
         // A window that begins in the middle.
         "qwen2" => {
             config["use_sliding_window"] = json!(false);

@@ -55,7 +55,7 @@ enum Command {
         /// A name of the palette, file.qspec, or file.qspec:name
         spec: String,
         /// Rows x columns of the matrix that sizes are told for
-        #[arg(long, default_value = "4096x4096", value_parser = shape)]
+        #[arg(long, default_value = "4096x4096", allow_hyphen_values = true, value_parser = shape)]
         shape: Shape,
         /// Print the canonical text instead: one self-contained quantizer, everything evaluated
         #[arg(long)]
@@ -77,7 +77,7 @@ enum Command {
         #[arg(long, requires = "shape")]
         layout: Option<String>,
         /// Rows x columns of the matrix
-        #[arg(long, requires = "layout", value_parser = shape)]
+        #[arg(long, requires = "layout", allow_hyphen_values = true, value_parser = shape)]
         shape: Option<Shape>,
     },
     /// Print the kernel of a quantizer
@@ -100,10 +100,15 @@ struct Emit {
     #[arg(long, value_enum, default_value = "gemv")]
     op: Operation,
     /// Rows x columns of the matrix (of all fused matrices together)
-    #[arg(long, default_value = "4096x4096", value_parser = shape)]
+    #[arg(long, default_value = "4096x4096", allow_hyphen_values = true, value_parser = shape)]
     shape: Shape,
     /// Tokens
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=product::MAX_BATCH as i64))]
+    #[arg(
+        long,
+        default_value_t = 1,
+        allow_negative_numbers = true,
+        value_parser = clap::value_parser!(u32).range(1..=product::MAX_BATCH as i64)
+    )]
     batch: u32,
     /// What to compile for
     #[arg(long, default_value = "sm_90a")]

@@ -122,6 +122,12 @@ fn emit_prints_kernels_and_refuses_bad_flags() {
         let (_, told, code) = run(&[&["emit", "--spec", "fast_2"][..], &bad].concat());
         assert_eq!(code, 2, "{told}");
     }
+    for (option, value, words) in
+        [("--batch", "-1", "-1 is not in 1..=2048"), ("--shape", "-1x64", "expected rows x columns")]
+    {
+        let (_, told, code) = run(&["emit", "--spec", "fast_2", option, value]);
+        assert!(told.contains(words) && code == 2, "{told}");
+    }
     let (_, told, code) = run(&["emit", "--spec", "nothing.qspec"]);
     assert!(told.contains("cannot read nothing.qspec: there is no such file") && code == 1, "{told}");
     let (text, told, code) = run(&["emit", "--spec", "tcq_2.5.qspec", "--shape", "64x256"]);

@@ -2,9 +2,11 @@
 //! norms with the 1 that Gemma adds, experts stacked, halves of heads by turns where it does so.
 
 use std::collections::BTreeMap;
+use std::f64::consts::TAU;
 
-use serde_json::Value as Json;
+use serde_json::json;
 
+use crate::conformance::Case;
 use crate::gguf::{Gguf, Value, byte_vocabulary, interleaved};
 use crate::models::RandomModel;
 
@@ -24,6 +26,7 @@ fn architecture(name: &str) -> Option<(&'static str, bool)> {
         "Olmo2ForCausalLM" | "Olmo3ForCausalLM" => ("olmo2", false),
         "CohereForCausalLM" => ("command-r", false),
         "Cohere2ForCausalLM" => ("cohere2", false),
+        "GlmForCausalLM" => ("chatglm", false),
         "Glm4ForCausalLM" => ("glm4", false),
         "Glm4MoeForCausalLM" => ("glm4moe", false),
         "Starcoder2ForCausalLM" => ("starcoder2", false),
@@ -97,6 +100,8 @@ pub fn converted(model: &RandomModel) -> Option<Gguf> {
     };
     if let Some(n) = gating {
         put("expert_gating_func", Value::U32(n));
+    }
+    if prefix == "glm4moe" {
         put("expert_weights_norm", Value::Bool(true));
     }
     let mut tensors = BTreeMap::new();
@@ -117,12 +122,26 @@ pub fn converted(model: &RandomModel) -> Option<Gguf> {
         Some("longrope") => {
             let original = c["original_max_position_embeddings"].as_u64().unwrap();
             put("rope.scaling.original_context_length", Value::U32(original as u32));
-            put("rope.scaling.attn_factor", Value::F32(scaling["attention_factor"].as_f64().unwrap() as f32));
+            let context = f64::from(whole("max_position_embeddings"));
+            let attention = (1.0 + (context / original as f64).ln() / (original as f64).ln()).sqrt();
+            put("rope.scaling.attn_factor", Value::F32(attention as f32));
             for length in ["long", "short"] {
                 let factors = scaling[format!("{length}_factor")].as_array().unwrap();
                 let factors: Vec<f32> = factors.iter().map(|f| f.as_f64().unwrap() as f32).collect();
                 tensor(&format!("rope_factors_{length}.weight"), &[factors.len()], &factors);
             }
+        }
+        Some("llama3") => {
+            let number = |key: &str| scaling[key].as_f64().unwrap();
+            let (factor, original) = (number("factor"), number("original_max_position_embeddings"));
+            let (low, high) = (number("low_freq_factor"), number("high_freq_factor"));
+            let theta = c["rope_theta"].as_f64().unwrap();
+            let divisors = (0..head_dim / 2).map(|i| {
+                let wave = TAU * theta.powf(f64::from(2 * i) / f64::from(head_dim));
+                let kept = ((original / wave - low) / (high - low)).clamp(0.0, 1.0);
+                (1.0 / ((1.0 - kept) / factor + kept)) as f32
+            });
+            tensor("rope_freqs.weight", &[head_dim as usize / 2], &divisors.collect::<Vec<_>>());
         }
         None => (),
         Some(other) => panic!("{other}"),
@@ -214,7 +233,7 @@ const NAMES: [(&[&str], &str, &str); 34] = [
     (&["gemma2", "gemma3", "olmo2"], "post_feedforward_layernorm", "post_ffw_norm"),
     (&["glm4"], "post_self_attn_layernorm", "post_attention_norm"),
     (&["glm4"], "post_mlp_layernorm", "post_ffw_norm"),
-    (&["glm4", "phi3"], "mlp.gate_up_proj", "ffn_up"),
+    (&["chatglm", "glm4", "phi3"], "mlp.gate_up_proj", "ffn_up"),
     (&["phi3"], "self_attn.qkv_proj", "attn_qkv"),
     (&["starcoder2"], "mlp.c_fc", "ffn_up"),
     (&["starcoder2"], "mlp.c_proj", "ffn_down"),
@@ -262,17 +281,45 @@ fn translated(prefix: &str, name: &str) -> String {
     format!("blk.{block}.{to}{rest}")
 }
 
-/// A configuration whose numbers are those that a file holds: 32-bit floats.
-pub fn rounded(config: &Json) -> Json {
-    let mut config = config.clone();
-    if let Some(scaling) = config["rope_scaling"].as_object_mut().filter(|s| s.contains_key("long_factor")) {
-        for name in ["long_factor", "short_factor"] {
-            for factor in scaling[name].as_array_mut().unwrap() {
-                *factor = Json::from(f64::from(factor.as_f64().unwrap() as f32));
-            }
-        }
-        scaling.insert("rope_type".to_owned(), "longrope".into());
-        scaling.insert("attention_factor".to_owned(), f64::from(1.19f32).into());
+/// The case `name` as files can say it; nothing if they cannot. What the format has no key for is as llama.cpp has it, and of a model
+/// of several parts the text's is left.
+pub fn sayable(name: &str) -> Option<Case> {
+    let mut case = Case::named(name);
+    if let Some(text) = case.model.config.get("text_config").cloned() {
+        case.model.config = text;
+        let architecture = match case.model.config["model_type"].as_str() {
+            Some("mistral") => "MistralForCausalLM",
+            Some("gemma3_text") => "Gemma3ForCausalLM",
+            other => panic!("{other:?}"),
+        };
+        case.model.config["architectures"] = json!([architecture]);
+        let tensors = std::mem::take(&mut case.model.tensors);
+        let text = |name: &str| name.strip_prefix("language_model.").map(str::to_owned);
+        case.model.tensors = tensors.into_iter().filter_map(|(name, tensor)| Some((text(&name)?, tensor))).collect();
     }
-    config
+    let config = case.model.config.as_object_mut()?;
+    let head_dim = config.get("head_dim").cloned();
+    if let Some(scalar) = config.get_mut("query_pre_attn_scalar") {
+        *scalar = head_dim?;
+    }
+    match name {
+        // The rule would change with the length of the text.
+        "llama-dynamic" => return None,
+        // Of Llama 3's context, and with a base of which some frequencies are divided by the whole factor.
+        "llama" => {
+            config["rope_scaling"]["original_max_position_embeddings"] = json!(8192);
+            config["rope_theta"] = json!(500_000.0);
+        }
+        // A window that begins in the middle.
+        "qwen2" => {
+            config["use_sliding_window"] = json!(false);
+            config.remove("sliding_window");
+        }
+        "smollm3" => {
+            config["no_rope_layer_interval"] = json!(4);
+            config.remove("no_rope_layers");
+        }
+        _ => (),
+    }
+    Some(case)
 }

@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::models::{RandomModel, byte_tokens};
 
 /// A value of the header.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Value {
     /// `uint32`.
     U32(u32),
@@ -82,6 +82,51 @@ impl Gguf {
         Gguf { version: 3, values, tensors: tensors.collect() }
     }
 
+    /// The file of these bytes, whose values are of the kinds of [`Value`] and whose tensors are floats.
+    ///
+    /// # Panics
+    /// If it is no such file.
+    pub fn parse(file: &[u8]) -> Self {
+        let mut rest = file.strip_prefix(b"GGUF").unwrap();
+        let mut read = Read(&mut rest);
+        let (version, tensors, values) = (read.u32(), read.u64(), read.u64());
+        let values = (0..values).map(|_| (read.text(), read.value())).collect();
+        let places: Vec<_> = (0..tensors)
+            .map(|_| {
+                let name = read.text();
+                let sides = read.u32();
+                let mut shape: Vec<usize> = (0..sides).map(|_| read.u64() as usize).collect();
+                shape.reverse();
+                (name, shape, read.u32(), read.u64() as usize)
+            })
+            .collect();
+        let data = (file.len() - rest.len()).next_multiple_of(32);
+        let tensor = |(name, shape, kind, offset): (String, Vec<usize>, u32, usize)| {
+            assert_eq!(offset % 32, 0, "{name}");
+            let size = match kind {
+                0 => 4,
+                1 | 30 => 2,
+                other => panic!("{name} is of the type {other}"),
+            };
+            let bytes = file[data + offset..][..shape.iter().product::<usize>() * size].to_vec();
+            (name, (shape, kind, bytes))
+        };
+        Gguf { version, values, tensors: places.into_iter().map(tensor).collect() }
+    }
+
+    /// The numbers of a tensor of floats.
+    ///
+    /// # Panics
+    /// If there is none of that name.
+    pub fn floats(&self, name: &str) -> Vec<f32> {
+        let (_, kind, bytes) = &self.tensors[name];
+        match kind {
+            0 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            1 => bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+            _ => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+        }
+    }
+
     /// The file's bytes.
     pub fn bytes(&self) -> Vec<u8> {
         fn put(out: &mut Vec<u8>, text: &str) {
@@ -139,6 +184,50 @@ impl Gguf {
             out.extend(bytes);
         }
         out
+    }
+}
+
+/// What is left of a file.
+struct Read<'a, 'b>(&'a mut &'b [u8]);
+
+impl Read<'_, '_> {
+    fn bytes<const N: usize>(&mut self) -> [u8; N] {
+        let (bytes, rest) = self.0.split_first_chunk().unwrap();
+        *self.0 = rest;
+        *bytes
+    }
+
+    fn u32(&mut self) -> u32 {
+        u32::from_le_bytes(self.bytes())
+    }
+
+    fn u64(&mut self) -> u64 {
+        u64::from_le_bytes(self.bytes())
+    }
+
+    fn text(&mut self) -> String {
+        let (text, rest) = self.0.split_at(u64::from_le_bytes(*self.0.first_chunk().unwrap()) as usize + 8);
+        *self.0 = rest;
+        String::from_utf8(text[8..].to_vec()).unwrap()
+    }
+
+    fn value(&mut self) -> Value {
+        match self.u32() {
+            4 => Value::U32(self.u32()),
+            6 => Value::F32(f32::from_le_bytes(self.bytes())),
+            7 => Value::Bool(self.bytes() == [1]),
+            8 => Value::Text(self.text()),
+            9 => {
+                let (kind, count) = (self.u32(), self.u64());
+                match kind {
+                    5 => Value::I32s((0..count).map(|_| i32::from_le_bytes(self.bytes())).collect()),
+                    6 => Value::F32s((0..count).map(|_| f32::from_le_bytes(self.bytes())).collect()),
+                    8 => Value::Texts((0..count).map(|_| self.text()).collect()),
+                    other => panic!("a list of values of the kind {other}"),
+                }
+            }
+            other => panic!("a value of the kind {other}"),
+        }
     }
 }
 

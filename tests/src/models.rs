@@ -68,6 +68,16 @@ impl RandomModel {
         model
     }
 
+    /// A Ministral 3 with a context of 128 tokens, stretched from 64, beyond which scores grow.
+    pub fn ministral3() -> Self {
+        let mut model = Self::sized("Ministral3ForCausalLM", 64, 96, 16);
+        model.config["rope_parameters"] = json!({
+            "rope_type": "yarn", "rope_theta": 1000.0, "factor": 2.0, "original_max_position_embeddings": 64, "beta_fast": 32.0,
+            "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+        });
+        model
+    }
+
     /// Random biases for the layers of `kind`, such as `self_attn.o_proj`, in both blocks.
     pub fn bias(&mut self, kind: &str) {
         for i in 0..2 {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 use super::Error;
-use super::output::outln;
+use super::output::{outln, plain};
 use crate::checkpoint::Begin;
 use crate::import;
 
@@ -94,8 +94,9 @@ impl Export {
             None => import::export(&self.dir, &self.out, self.force, shown),
         };
         bar.finish_and_clear();
+        // Files of a checkpoint may be called as their maker likes, and a pipe may end at a terminal.
         for path in result? {
-            outln!("{}", path.display())?;
+            outln!("{}", plain(&path.display().to_string()))?;
         }
         Ok(())
     }

@@ -23,9 +23,6 @@ use crate::model::tensors::{Bytes, interleaved};
 use crate::model::weights::{HEAD, Source};
 use crate::model::{self, Config, Files, Tokenizer};
 
-/// The tensor of what Llama 3 divides rotary frequencies by.
-const FACTORS: &str = "rope_freqs.weight";
-
 /// Numbers of plain element types.
 const F32: u32 = 0;
 const F16: u32 = 1;
@@ -41,8 +38,8 @@ struct Item {
 enum Origin {
     /// These tensors of the checkpoint one behind the other, each with so many rows; rows of so many heads interleaved.
     Stored { tensors: Vec<String>, rows: usize, heads: Option<usize> },
-    /// The numbers of a tensor, each this much larger, in single precision; rows of so many heads interleaved.
-    Single { tensor: String, more: f32, heads: Option<usize> },
+    /// The numbers of these tensors, each this much larger, in single precision; rows of so many heads interleaved.
+    Single { tensors: Vec<String>, more: f32, heads: Option<usize> },
     /// These.
     Made(Vec<u8>),
 }
@@ -131,11 +128,11 @@ fn items(checkpoint: &Checkpoint, target: &Target) -> Result<Vec<Item>, Error> {
             return Err(mixed());
         }
     }
-    if let Some(factors) = target.frequency_factors() {
+    for (name, factors) in target.frequency_factors() {
         let bytes: Vec<u8> = factors.iter().flat_map(|f| f.to_le_bytes()).collect();
         let planned =
-            Planned { name: FACTORS.to_owned(), shape: vec![factors.len()], code: F32, bytes: bytes.len() as u64 };
-        items.insert(FACTORS.to_owned(), Item { planned, from: Origin::Made(bytes) });
+            Planned { name: name.to_owned(), shape: vec![factors.len()], code: F32, bytes: bytes.len() as u64 };
+        items.insert(name.to_owned(), Item { planned, from: Origin::Made(bytes) });
     }
     let mut items: Vec<Item> = items.into_values().collect();
     let block = |i: &Item| i.planned.name.strip_prefix("blk.").and_then(|n| n.split('.').next()?.parse::<usize>().ok());
@@ -183,7 +180,7 @@ fn of_floats(tensor: &str, (dtype, shape): (Dtype, &[usize]), called: &Called) -
     Some(match called.single || called.one_more {
         true => {
             let more = if called.one_more { 1.0 } else { 0.0 };
-            Item { planned: planned(F32, 4), from: Origin::Single { tensor: tensor.to_owned(), more, heads } }
+            Item { planned: planned(F32, 4), from: Origin::Single { tensors: vec![tensor.to_owned()], more, heads } }
         }
         false => {
             let rows = shape.first().copied().unwrap_or(1);
@@ -217,12 +214,16 @@ fn joined(name: &str, parts: Vec<Item>) -> Option<Item> {
     }
     let shape = [&[parts.len()], first.shape.as_slice()].concat();
     let planned = Planned { name: name.to_owned(), shape, code: first.code, bytes: first.bytes * parts.len() as u64 };
-    let tensors = parts.into_iter().map(|p| match p.from {
-        Origin::Stored { mut tensors, .. } => tensors.pop(),
-        Origin::Single { .. } | Origin::Made(_) => None,
-    });
-    let tensors = tensors.collect::<Option<Vec<_>>>()?;
-    Some(Item { planned, from: Origin::Stored { tensors, rows: first.shape[0], heads: None } })
+    let mut parts = parts.into_iter().map(|p| p.from);
+    let mut from = parts.next()?;
+    for part in parts {
+        match (&mut from, part) {
+            (Origin::Stored { tensors, .. }, Origin::Stored { tensors: more, .. })
+            | (Origin::Single { tensors, .. }, Origin::Single { tensors: more, .. }) => tensors.extend(more),
+            _ => return None,
+        }
+    }
+    Some(Item { planned, from })
 }
 
 /// Writes header and data; `check` is called when the header is written, and what the header is read with.
@@ -276,9 +277,12 @@ fn bytes(checkpoint: &Checkpoint, item: &Item) -> Result<Bytes, Error> {
                 out.into()
             }
         },
-        Origin::Single { tensor, more, heads } => {
-            let numbers = checkpoint.tensor(tensor)?.to_f32();
-            let bytes: Vec<u8> = numbers.iter().flat_map(|n| (n + more).to_le_bytes()).collect();
+        Origin::Single { tensors, more, heads } => {
+            let mut bytes = Vec::with_capacity(item.planned.bytes as usize);
+            for tensor in tensors {
+                let numbers = checkpoint.tensor(tensor)?.to_f32();
+                bytes.extend(numbers.iter().flat_map(|n| (n + more).to_le_bytes()));
+            }
             match heads {
                 Some(heads) => interleaved(&bytes, item.planned.shape[0], *heads).into(),
                 None => bytes.into(),

@@ -54,6 +54,18 @@ pub enum RopeScaling {
     },
 }
 
+/// What YaRN multiplies cosines and sines with where nothing else is said, for a context that is longer by `factor`; `by` weighs
+/// its logarithm, and is 1 then.
+pub fn yarn_attention(factor: f64, by: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * by * factor.ln() + 1.0 }
+}
+
+/// What LongRoPE multiplies cosines and sines with where nothing else is said: the context is longer by `factor` than the
+/// `original` one, in tokens.
+pub fn long_attention(factor: f64, original: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() }
+}
+
 /// Rotary position embedding of heads: their first `2 · frequencies.len()` columns turn.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {

@@ -164,6 +164,20 @@ fn templates_go_along() {
     assert!(text(&inspect.unwrap().stdout).ends_with("verified: every byte is as it was written\n"));
 }
 
+/// Names of files steer no terminal, through a pipe neither.
+#[test]
+fn exported_names_are_shown_without_what_steers_a_terminal() {
+    let place = Place::new();
+    let qp = |args: &[&str]| {
+        let out = Command::new(env!("CARGO_BIN_EXE_qp")).current_dir(place.0.path()).args(args).output().unwrap();
+        assert!(out.status.success(), "{}", text(&out.stderr));
+        text(&out.stdout).to_owned()
+    };
+    qp(&["quantize", MODEL, "--spec", "q8_0", "-o", "out"]);
+    assert_eq!(qp(&["export", "out", "-o", "a\u{1b}[2J.gguf", "-q"]), "a\\u{1b}[2J.gguf\n");
+    assert!(place.path("a\u{1b}[2J.gguf").exists());
+}
+
 #[test]
 fn failures_and_bad_usage() {
     let place = Place::new();

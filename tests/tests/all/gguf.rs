@@ -312,8 +312,8 @@ fn bad_files_are_refused_by_name() {
     );
     assert_eq!(
         message(&set("general.architecture", Value::Text("mamba".to_owned()))),
-        "DIR/m.gguf: architecture mamba is not supported (supported: llama, qwen2, qwen3, qwen3moe, gemma, gemma2, gemma3, \
-         phi3, olmo2, granite, command-r, cohere2, glm4, glm4moe, smollm3, starcoder2, seed_oss, gpt-oss)"
+        "DIR/m.gguf: architecture mamba is not supported (supported: llama, mistral3, qwen2, qwen3, qwen3moe, gemma, gemma2, gemma3, \
+         phi3, olmo2, granite, command-r, cohere2, chatglm, glm4, glm4moe, smollm3, starcoder2, seed_oss, gpt-oss)"
     );
     assert_eq!(
         message(&|f| drop(f.values.remove("llama.block_count"))),

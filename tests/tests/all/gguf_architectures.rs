@@ -8,10 +8,9 @@ use qp_runtime::engine::{self, Logits};
 use qp_runtime::import::{export, import};
 use qp_runtime::model::{Linear, Model};
 use qp_tests::conformance::{Case, dirs};
-use qp_tests::converted::{converted, rounded};
+use qp_tests::converted::{converted, sayable};
 use qp_tests::gguf::{Gguf, Value, q8, snap, write};
 use qp_tests::models::RandomModel;
-use serde_json::json;
 
 /// Logits of a whole prompt.
 fn all_logits(model: &Model, prompt: &[u32]) -> Vec<f32> {
@@ -24,29 +23,6 @@ fn logits_on(device: Option<&Executor>, model: &Model, prompt: &[u32]) -> Vec<f3
     let mut out = Vec::new();
     session.forward(prompt, Logits::All, &mut out).unwrap();
     out
-}
-
-/// A case as files can say it: what the format has no key for is as llama.cpp has it.
-fn sayable(name: &str) -> Option<Case> {
-    let mut case = Case::named(name);
-    let config = &mut case.model.config;
-    match name {
-        // Frequencies by a rule of another context, or that grow; a window that begins in the middle.
-        "llama" | "llama-dynamic" | "mistral-small" | "gemma3-parts" | "glm" => return None,
-        "qwen2" => config["use_sliding_window"] = json!(false),
-        "smollm3" => {
-            config["no_rope_layer_interval"] = json!(4);
-            config.as_object_mut().unwrap().remove("no_rope_layers");
-        }
-        "gemma2" => config["query_pre_attn_scalar"] = json!(16),
-        "gemma3" => config["query_pre_attn_scalar"] = json!(32),
-        _ => (),
-    }
-    *config = rounded(config);
-    if name == "qwen2" {
-        config.as_object_mut().unwrap().remove("sliding_window");
-    }
-    Some(case)
 }
 
 fn names() -> Vec<String> {
@@ -82,7 +58,7 @@ fn every_architecture_computes_the_same_from_a_file() {
     let mut kinds: Vec<String> = read.iter().map(|v| format!("{v:?}")).collect();
     kinds.sort();
     kinds.dedup();
-    assert_eq!(kinds.len(), 18, "{kinds:?}");
+    assert_eq!(kinds.len(), 19, "{kinds:?}");
 }
 
 /// The file of a case, changed.

@@ -1,15 +1,21 @@
 //! Checkpoints written as GGUF files: what is read from them is the same model, to the bit.
 
+use std::collections::BTreeSet;
+use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use qp_runtime::checkpoint::Begin;
 use qp_runtime::engine::{self, Logits};
 use qp_runtime::import::{export, import};
-use qp_runtime::model::Model;
+use qp_runtime::model::gguf::describe::{Target, differences};
+use qp_runtime::model::gguf::write::{Planned, Put, header};
+use qp_runtime::model::{Config, Files, Model};
 use qp_runtime::plan::Plan;
 use qp_runtime::quantize::{Job, Silent};
 use qp_tests::conformance::{Case, dirs};
+use qp_tests::converted::{converted, sayable};
+use qp_tests::gguf::{Gguf, Value, write};
 use qp_tests::models::RandomModel;
 use serde_json::json;
 
@@ -36,18 +42,25 @@ fn written(checkpoint: &Path) -> Result<PathBuf, String> {
     paths.map(|mut p| p.remove(0)).map_err(|e| e.to_string())
 }
 
+/// The checkpoint of a case, by a plan or, where its matrices are too narrow for that, unquantized; and the file of it.
+fn of_case(case: &Case, dir: &Path, plan: &str) -> (PathBuf, Result<PathBuf, String>) {
+    let model = dir.join("model");
+    std::fs::create_dir_all(&model).unwrap();
+    case.model.write(&model);
+    // Routers and norms stay floats.
+    let made = quantized(&model, plan).or_else(|_| quantized(&model, "default = \"keep\""));
+    let checkpoint = made.unwrap_or_else(|e| panic!("{}: {e}", case.name));
+    let file = written(&checkpoint);
+    (checkpoint, file)
+}
+
 #[test]
 fn every_architecture_computes_the_same_from_the_file_that_is_written() {
     let (mut same, mut refused) = (Vec::new(), Vec::new());
     for case in dirs().iter().map(|d| Case::read(d)) {
         let dir = tempfile::tempdir().unwrap();
-        let model = dir.path().join("model");
-        std::fs::create_dir_all(&model).unwrap();
-        case.model.write(&model);
-        // Few of them are wide enough for blocks throughout; routers and norms stay floats.
-        let made = quantized(&model, "default = \"q8_0\"").or_else(|_| quantized(&model, "default = \"keep\""));
-        let Ok(checkpoint) = made else { continue };
-        match written(&checkpoint) {
+        let (checkpoint, file) = of_case(&case, dir.path(), "default = \"q8_0\"");
+        match file {
             Ok(file) => {
                 assert!(all_logits(&file, &case.prompt) == all_logits(&checkpoint, &case.prompt), "{}", case.name);
                 same.push(case.name);
@@ -61,6 +74,147 @@ fn every_architecture_computes_the_same_from_the_file_that_is_written() {
         }
     }
     insta::assert_snapshot!(format!("{}\n\n{}", same.join(" "), refused.join("\n")));
+}
+
+#[test]
+fn files_have_the_keys_names_and_numbers_of_llama_cpps_converter() {
+    let mut architectures = BTreeSet::new();
+    for case in dirs().iter().filter_map(|d| sayable(d.file_name().unwrap().to_str().unwrap())) {
+        let dir = tempfile::tempdir().unwrap();
+        let (checkpoint, file) = of_case(&case, dir.path(), "default = \"keep\"");
+        let file = file.unwrap_or_else(|e| panic!("{}: {e}", case.name));
+        assert!(all_logits(&file, &case.prompt) == all_logits(&checkpoint, &case.prompt), "{}", case.name);
+        let found = Gguf::parse(&std::fs::read(&file).unwrap());
+        let expected = converted(&case.model).unwrap();
+        for (key, value) in &expected.values {
+            // The vocabulary there has a first and a last token for all.
+            let token = key.strip_prefix("tokenizer.ggml.").filter(|k| k.ends_with("_token_id"));
+            if token.is_none_or(|token| case.model.config[token].is_number()) {
+                assert_eq!(found.values.get(key), Some(value), "{}: {key}", case.name);
+            }
+        }
+        let names = |file: &Gguf| file.tensors.keys().cloned().collect::<Vec<_>>();
+        assert_eq!(names(&found), names(&expected), "{}", case.name);
+        for (name, (shape, _, _)) in &expected.tensors {
+            let (of_found, kind, _) = &found.tensors[name];
+            assert_eq!(of_found, shape, "{}: {name}", case.name);
+            assert!(found.floats(name) == expected.floats(name), "{}: {name}", case.name);
+            // llama.cpp adds and multiplies with these in single precision only.
+            assert!(*kind == 0 || shape.len() > 1 && !name.contains("ffn_gate_inp"), "{}: {name}", case.name);
+        }
+        architectures.insert(format!("{:?}", found.values["general.architecture"]));
+    }
+    assert_eq!(architectures.len(), 19, "{architectures:?}");
+}
+
+/// Ministral 3, whose scores grow beyond the original context: the engine's context and the file's end there.
+#[test]
+fn a_context_ends_where_scores_would_grow() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    std::fs::create_dir_all(&model).unwrap();
+    RandomModel::ministral3().write(&model);
+    let checkpoint = quantized(&model, "default = \"keep\"").unwrap();
+    let file = written(&checkpoint).unwrap();
+    let prompt: Vec<u32> = (40..70).collect();
+    assert!(all_logits(&file, &prompt) == all_logits(&checkpoint, &prompt));
+    let mut found = Gguf::parse(&std::fs::read(&file).unwrap());
+    let key = |name: &str| format!("mistral3.{name}");
+    assert_eq!(found.values["general.architecture"], Value::Text("mistral3".to_owned()));
+    assert_eq!(found.values[&key("context_length")], Value::U32(64));
+    assert_eq!(found.values[&key("rope.scaling.yarn_log_multiplier")], Value::F32(1.0));
+    // llama.cpp's converter says how scores grow instead.
+    found.values.insert(key("context_length"), Value::U32(128));
+    found.values.insert(key("attention.temperature_scale"), Value::F32(0.1));
+    let path = write(dir.path(), &found);
+    assert_eq!(Model::open(&path).unwrap().config.max_positions, 64);
+    assert!(all_logits(&path, &prompt) == all_logits(&checkpoint, &prompt));
+}
+
+/// Layers that guess further tokens are in no checkpoint, and so in no file of it.
+#[test]
+fn layers_that_guess_further_tokens_are_left_out() {
+    let mut case = Case::named("glm4-moe");
+    case.model.config["num_nextn_predict_layers"] = json!(1);
+    let width = case.model.config["hidden_size"].as_u64().unwrap() as usize;
+    case.model.tensors.insert("model.layers.3.enorm.weight".to_owned(), (vec![width], vec![1.0; width]));
+    let dir = tempfile::tempdir().unwrap();
+    let (checkpoint, file) = of_case(&case, dir.path(), "default = \"keep\"");
+    let file = file.unwrap();
+    assert!(all_logits(&file, &case.prompt) == all_logits(&checkpoint, &case.prompt));
+    let found = Gguf::parse(&std::fs::read(&file).unwrap());
+    assert_eq!(found.values["glm4moe.block_count"], Value::U32(3));
+    assert!(found.tensors.keys().all(|name| !name.starts_with("blk.3.")));
+}
+
+/// The configurations of models that are used are said whole by the headers of their files.
+#[test]
+fn released_models_are_said_by_their_files() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/released.json");
+    let all: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let mut wrong = Vec::new();
+    for (name, json) in &all {
+        let config = Config::parse(&path, &json.to_string()).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let target = Target::new(&config).unwrap();
+        // Of the tensors those that say something of the configuration.
+        let mut tensors = vec![planned("token_embd.weight", &[config.vocab, config.hidden])];
+        let biases = [
+            ("self_attn.q_proj.bias", config.qkv_bias, config.heads * config.head_dim),
+            ("self_attn.o_proj.bias", config.o_bias, config.hidden),
+            ("self_attn.q_norm.weight", config.head_norms, config.head_dim),
+        ];
+        for (tensor, _, rows) in biases.iter().filter(|b| b.1) {
+            let called = target.called(&format!("model.layers.0.{tensor}"), 1).unwrap();
+            tensors.push(planned(&called.name, &[*rows]));
+        }
+        if let Some(experts) = &config.experts {
+            for i in (0..config.layers).filter(|i| !experts.dense[*i]) {
+                tensors.push(planned(&format!("blk.{i}.ffn_gate_inp.weight"), &[experts.count, config.hidden]));
+            }
+        }
+        if !config.tied {
+            tensors.push(planned("output.weight", &[config.vocab, config.hidden]));
+        }
+        let factors = target.frequency_factors();
+        tensors.extend(factors.iter().map(|(name, factors)| planned(name, &[factors.len()])));
+        let mut values = target.values(json);
+        let first = config.bos.map(|id| ("tokenizer.ggml.bos_token_id".to_owned(), Put::U32(id)));
+        let kinds = ["eos", "eot", "eom"].iter().zip(&config.eos);
+        values.extend(
+            first.into_iter().chain(kinds.map(|(k, id)| (format!("tokenizer.ggml.{k}_token_id"), Put::U32(*id)))),
+        );
+        let (bytes, offsets) = header(&values, &tensors);
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("m.gguf");
+        let mut to = std::fs::File::create(&file).unwrap();
+        to.write_all(&bytes).unwrap();
+        let end = offsets.iter().zip(&tensors).map(|(offset, t)| offset + t.bytes).max().unwrap();
+        to.set_len(end).unwrap();
+        for (name, factors) in &factors {
+            let at = tensors.iter().position(|t| t.name == *name).unwrap();
+            to.seek(SeekFrom::Start(offsets[at])).unwrap();
+            to.write_all(&factors.iter().flat_map(|f| f.to_le_bytes()).collect::<Vec<_>>()).unwrap();
+        }
+        let read = Files::open(&file).and_then(|files| Config::of(&files));
+        match read {
+            Ok(read) => {
+                let others = differences(&config, &read);
+                if !others.is_empty() {
+                    wrong.push(format!("{name}: {}", others.join(", ")));
+                }
+            }
+            Err(e) => wrong.push(format!("{name}: {e}")),
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(all.len() >= 20);
+}
+
+/// A tensor of single precision.
+fn planned(name: &str, shape: &[usize]) -> Planned {
+    let bytes = shape.iter().product::<usize>() as u64 * 4;
+    Planned { name: name.to_owned(), shape: shape.to_vec(), code: 0, bytes }
 }
 
 /// The bundled model, with a tokenizer of bytes.

@@ -374,8 +374,10 @@ impl many::Launch {
                         min_blocks,
                         shared_book,
                     };
-                    if group == narrow && warps * min_blocks < NARROW_WARPS {
-                        // Too few groups take turns, if there is another way.
+                    // Groups in turn have to be many, and the sums of many tokens must not meet.
+                    let meets = col_warps > 1 && tokens > many::MAX_PART / 2;
+                    if group == narrow && (warps * min_blocks < NARROW_WARPS || meets) {
+                        // If there is another way.
                         let halves = many::Launch { group: halves, ..launch };
                         if group == halves.group || estimate_many(op, &halves, device).is_some() {
                             continue;

@@ -629,7 +629,7 @@ fn table(
         }
         ast::TableSource::Trained { args: given, args_span, path } => {
             let file = table_path(path, cx, sink);
-            let wanted = [("seed", 0..=i64::MAX.into()), ("rounds", 0..=10_000), ("samples", 0..=1i128 << 40)];
+            let wanted = [("seed", 0..=i64::MAX.into()), ("rounds", 1..=10_000), ("samples", 1..=1i128 << 40)];
             let training = args(given, *args_span, wanted, scope, sink);
             let (file, [seed, rounds, samples]) = (file?, training?);
             let training = Training { seed: seed as u64, rounds: rounds as u32, samples: samples as u64 };

@@ -2,7 +2,7 @@
 
 use super::super::arch::Architecture;
 use super::super::keys::Keys;
-use super::super::rope::RopeScaling;
+use super::super::rope::{RopeScaling, long_attention, yarn_attention};
 use super::Error;
 
 /// What the keys say.
@@ -110,7 +110,7 @@ pub(super) fn read(
         }
         "yarn" => {
             let (factor, original) = (need("factor")?, original()?);
-            let larger = |by: f64| if factor <= 1.0 { 1.0 } else { 0.1 * by * factor.ln() + 1.0 };
+            let larger = |by: f64| yarn_attention(factor, by);
             let of_all = (number("mscale")?.filter(|m| *m != 0.0), number("mscale_all_dim")?.filter(|m| *m != 0.0));
             let inferred = match of_all {
                 (Some(m), Some(all)) => larger(m) / larger(all),
@@ -127,8 +127,10 @@ pub(super) fn read(
         }
         "longrope" | "su" => {
             let factors = |name: &str| {
-                let all = source.numbers(name)?.unwrap_or_default();
-                if all.len() != columns / 2 || all.iter().any(|f| *f <= 0.0) {
+                // In single precision, as transformers takes them and other files keep them.
+                let single = |f: f64| f64::from(f as f32);
+                let all: Vec<f64> = source.numbers(name)?.unwrap_or_default().into_iter().map(single).collect();
+                if all.len() != columns / 2 || !all.iter().all(|f| *f > 0.0 && f.is_finite()) {
                     let what = format!("{name} of rope scaling '{kind}': expected {} positive numbers", columns / 2);
                     return Err(Error::file(path, what));
                 }
@@ -139,7 +141,7 @@ pub(super) fn read(
             let given = if original < max_positions { None } else { number("factor")? };
             let factor = given.unwrap_or(max_positions / original);
             source.ignore(&["factor", "short_mscale", "long_mscale"]);
-            let inferred = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() };
+            let inferred = long_attention(factor, original);
             RopeScaling::Long {
                 short: factors("short_factor")?,
                 long: factors("long_factor")?,

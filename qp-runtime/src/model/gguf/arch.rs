@@ -31,7 +31,7 @@ pub struct Architecture {
     pub biases: &'static [(Option<&'static str>, &'static [&'static str])],
     /// How its experts are named, if it is a mixture.
     pub experts: Option<&'static Experts>,
-    /// Keys that change what is computed, and that `more` reads.
+    /// Keys that not all architectures have, and that `more` reads; files that are written have these too.
     pub uses: &'static [&'static str],
     /// What `config.json` says beside what all say.
     pub more: fn(&Gguf, &mut Json) -> Result<(), Error>,
@@ -82,6 +82,21 @@ const LLAMA: Architecture = Architecture {
         }
         Ok(())
     },
+};
+
+const MISTRAL_3: Architecture = Architecture {
+    prefix: "mistral3",
+    name: "Ministral3ForCausalLM",
+    biases: &[],
+    uses: &["attention.temperature_scale"],
+    more: |gguf, config| {
+        let grows = gguf.number_of("attention.temperature_scale")?.filter(|n| *n != 0.0);
+        if let (Some(grows), Some(scaling)) = (grows, config.get_mut("rope_scaling")) {
+            scaling["llama_4_scaling_beta"] = json!(grows);
+        }
+        Ok(())
+    },
+    ..LLAMA
 };
 
 const MIXTRAL: Architecture = Architecture {
@@ -282,6 +297,10 @@ const COHERE2: Architecture = Architecture {
     ..COMMAND_R
 };
 
+/// Of GLM-4 in Hugging Face's layout; files of the model's own code have one layer for queries, keys and values.
+const CHATGLM: Architecture =
+    Architecture { prefix: "chatglm", name: "GlmForCausalLM", names: &[("ffn_up", "mlp.gate_up_proj")], ..GLM4 };
+
 const GLM4: Architecture = Architecture {
     prefix: "glm4",
     name: "Glm4ForCausalLM",
@@ -319,7 +338,13 @@ const GLM4_MOE: Architecture = Architecture {
         keys: ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"],
         gating: 2,
     }),
-    uses: &["expert_shared_count", "expert_weights_norm", "expert_weights_scale", "nextn_predict_layers"],
+    uses: &[
+        "expert_shared_count",
+        "expert_weights_norm",
+        "expert_weights_scale",
+        "leading_dense_block_count",
+        "nextn_predict_layers",
+    ],
     more: |gguf, config| {
         let whole = |key: &str| Ok::<_, Error>(gguf.integer(&gguf.key(key))?.unwrap_or(0));
         let further = whole("nextn_predict_layers")?;
@@ -390,9 +415,9 @@ const GPT_OSS: Architecture = Architecture {
 };
 
 /// All that are read.
-static ALL: [Architecture; 19] = [
-    LLAMA, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA, GEMMA_2, GEMMA_3, PHI3, OLMO2, GRANITE, COMMAND_R, COHERE2, GLM4,
-    GLM4_MOE, SMOLLM3, STARCODER2, SEED_OSS, GPT_OSS,
+static ALL: [Architecture; 21] = [
+    LLAMA, MIXTRAL, MISTRAL_3, QWEN2, QWEN3, QWEN3_MOE, GEMMA, GEMMA_2, GEMMA_3, PHI3, OLMO2, GRANITE, COMMAND_R,
+    COHERE2, CHATGLM, GLM4, GLM4_MOE, SMOLLM3, STARCODER2, SEED_OSS, GPT_OSS,
 ];
 
 /// The architecture that a file names, with experts or without.
@@ -403,7 +428,7 @@ pub fn find(prefix: &str, experts: bool) -> Option<&'static Architecture> {
     Some(named.find(|a| a.experts.is_some() == experts).unwrap_or(only))
 }
 
-/// The architecture that files have of the one that Hugging Face calls `name`.
+/// The architecture that files have of the one that Hugging Face calls `name`: each that is read has one.
 pub fn named(name: &str) -> Option<&'static Architecture> {
     let name = match name {
         "MistralForCausalLM" | "MinistralForCausalLM" => LLAMA.name,

@@ -6,10 +6,11 @@ use super::container::Value;
 use super::{EMBEDDING, FACTORS, Gguf, LONG_FACTORS, SHORT_FACTORS};
 use crate::model::Error;
 use crate::model::config::Config;
+use crate::model::rope::long_attention;
 use crate::model::tensors::Kind;
 
 /// Keys of an architecture that change what is computed, and the values that change nothing.
-const CHANGING: [(&str, f64); 26] = [
+const CHANGING: [(&str, f64); 27] = [
     ("attention.causal", 1.0),
     ("attention.clamp_kqv", 0.0),
     ("attention.kv_lora_rank", 0.0),
@@ -20,6 +21,7 @@ const CHANGING: [(&str, f64); 26] = [
     ("attention.sliding_window_pattern", 1.0),
     ("attn_logit_softcapping", 0.0),
     ("attention.temperature_length", 0.0),
+    ("attention.temperature_scale", 0.0),
     ("embedding_scale", 1.0),
     ("expert_group_count", 1.0),
     ("expert_shared_count", 0.0),
@@ -48,6 +50,9 @@ const SILENT: [&str; 7] = [
     "vocab_size",
     "attention.group_norm_epsilon",
 ];
+
+/// The context length before stretching of all Llama 3's, whose files need not say it.
+const LLAMA_3_CONTEXT: u32 = 8192;
 
 impl Gguf {
     /// `config.json`.
@@ -178,8 +183,14 @@ impl Gguf {
                 "long_factor": self.factors(LONG_FACTORS)?,
                 "short_factor": self.factors(SHORT_FACTORS)?,
                 "original_max_position_embeddings": original,
-                "attention_factor": self.number(&key("rope.scaling.attn_factor"))?.unwrap_or(1.0),
             });
+            let attention = self.number(&key("rope.scaling.attn_factor"))?.unwrap_or(1.0);
+            let context = self.size("context_length")? as f64;
+            let original = original.map_or(context, f64::from);
+            // What follows from the contexts is in more bits than a file has.
+            if long_attention(context / original, original) as f32 != attention as f32 {
+                config["rope_scaling"]["attention_factor"] = json!(attention);
+            }
             return Ok(true);
         }
         match (kind, factor) {
@@ -187,10 +198,6 @@ impl Gguf {
             ("linear", Some(factor)) => config["rope_scaling"] = json!({"rope_type": "linear", "factor": factor}),
             ("yarn", factor) => {
                 let factor = self.need(&key("rope.scaling.factor"), factor)?;
-                let multiplier = key("rope.scaling.yarn_log_multiplier");
-                if let Some(n) = self.number(&multiplier)?.filter(|n| *n != 0.0) {
-                    return Err(self.unsupported(format!("{multiplier} = {n}"), "none"));
-                }
                 let beta = |name: &str, default: f64| {
                     self.number(&key(&format!("rope.scaling.yarn_{name}"))).map(|n| n.unwrap_or(default))
                 };
@@ -198,6 +205,11 @@ impl Gguf {
                     "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
                     "beta_fast": beta("beta_fast", 32.0)?, "beta_slow": beta("beta_slow", 1.0)?,
                 });
+                let multiplier = self.number(&key("rope.scaling.yarn_log_multiplier"))?;
+                if let Some(multiplier) = multiplier.filter(|n| *n != 0.0) {
+                    config["rope_scaling"]["mscale"] = json!(1.0);
+                    config["rope_scaling"]["mscale_all_dim"] = json!(multiplier);
+                }
             }
             _ => return Err(self.unsupported(format!("{} '{kind}'", key("rope.scaling.type")), "none, linear, yarn")),
         }
@@ -223,9 +235,10 @@ impl Gguf {
         let plain = frequencies(config)?;
         let found = self.factors(FACTORS)?;
         let factor = found.iter().copied().fold(1.0, f32::max);
+        let original = self.integer(&self.key("rope.scaling.original_context_length"))?.filter(|&n| n > 0);
         config["rope_scaling"] = json!({
             "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
+            "original_max_position_embeddings": original.unwrap_or(LLAMA_3_CONTEXT),
         });
         let scaled = frequencies(config)?;
         let expected = plain.iter().zip(&scaled).map(|(p, s)| p / s);

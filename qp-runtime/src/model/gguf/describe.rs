@@ -7,29 +7,45 @@ use serde_json::Value as Json;
 
 use super::arch::{self, Architecture, STACKED};
 use super::write::{Put, Values};
-use super::{INNER, OUTER};
-use crate::model::config::{Config, Turn};
-use crate::model::rope::{Rope, RopeScaling};
+use super::{ALONE, FACTORS, INNER, LONG_FACTORS, OUTER, SHORT_FACTORS};
+use crate::model::config::{Config, Experts, Turn};
+use crate::model::rope::{Rope, RopeScaling, yarn_attention};
 
-/// Architectures whose keys are written, by Hugging Face's names.
-const WRITTEN: [&str; 16] = [
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "MinistralForCausalLM",
-    "MixtralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-    "GemmaForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "Olmo2ForCausalLM",
-    "Olmo3ForCausalLM",
-    "GraniteForCausalLM",
-    "SmolLM3ForCausalLM",
-    "SeedOssForCausalLM",
-    "Starcoder2ForCausalLM",
+/// What a key says of a model with this configuration and this `config.json`, if anything.
+type Says = fn(&Config, &Json) -> Option<Put>;
+
+/// Keys that not all architectures have: each has those of [`Architecture::uses`].
+const OWN: [(&str, Says); 9] = [
+    ("attention.scale", |_, json| number(json, "attention_multiplier")),
+    ("attention.sliding_window_pattern", |c, _| period(&windows(c)).map(|n| Put::U32(n as u32))),
+    ("embedding_scale", |_, json| number(json, "embedding_multiplier")),
+    ("expert_shared_count", |c, _| c.experts.as_ref().map(|e| Put::U32((e.shared / e.inner) as u32))),
+    ("expert_weights_norm", |c, _| c.experts.as_ref().map(|e| Put::Bool(e.normalise))),
+    ("expert_weights_scale", |c, _| c.experts.as_ref().map(|e| Put::F32(e.scale))),
+    ("leading_dense_block_count", |c, _| {
+        let dense = |e: &Experts| e.dense.iter().take_while(|dense| **dense).count();
+        c.experts.as_ref().map(|e| Put::U32(dense(e) as u32))
+    }),
+    // Granite divides by what it calls so.
+    ("logit_scale", |c, json| number(json, "logits_scaling").or(Some(Put::F32(c.logit_scale)))),
+    ("residual_scale", |_, json| number(json, "residual_multiplier")),
 ];
+
+/// The number that `config.json` has by this name.
+fn number(json: &Json, name: &str) -> Option<Put> {
+    json.get(name).and_then(Json::as_f64).map(|n| Put::F32(n as f32))
+}
+
+/// The window of each layer, where it is shorter than the longest context.
+fn windows(config: &Config) -> Vec<Option<usize>> {
+    config.attends.iter().map(|a| a.window.filter(|w| *w < config.max_positions)).collect()
+}
+
+/// The least number of layers of which all but the last have windows, over and over; nothing if there is none.
+fn period(windows: &[Option<usize>]) -> Option<usize> {
+    let fits = |every: usize| (1..).zip(windows).all(|(i, window)| window.is_none() == usize::is_multiple_of(i, every));
+    (1..=windows.len() + 1).find(|every| fits(*every))
+}
 
 /// A model as a file has it.
 pub struct Target<'c> {
@@ -59,19 +75,15 @@ impl<'c> Target<'c> {
     /// Why there is none.
     pub fn new(config: &'c Config) -> Result<Self, String> {
         let name = config.architecture.as_str();
-        let known = WRITTEN.contains(&name).then(|| arch::named(name)).flatten();
-        let arch = known.ok_or_else(|| {
-            format!("is of the architecture {name}, which is not written as GGUF; known are {}", WRITTEN.join(", "))
-        })?;
-        match config.of_parts {
-            true => Err("is a part of a model of several parts, which is not written as GGUF".to_owned()),
-            false => Ok(Target { arch, config }),
-        }
+        let arch = arch::named(name);
+        let arch = arch.ok_or_else(|| format!("is of the architecture {name}, for which GGUF files have no name"))?;
+        Ok(Target { arch, config })
     }
 
     /// The keys of the architecture. `json` is `config.json`.
     pub fn values(&self, json: &Json) -> Values {
         let c = self.config;
+        let json = json.get("text_config").filter(|_| c.of_parts).unwrap_or(json);
         let mut out = vec![("general.architecture".to_owned(), Put::Text(self.arch.prefix.to_owned()))];
         out.push(("general.type".to_owned(), Put::Text("model".to_owned())));
         // That of llama.cpp's blocks.
@@ -101,17 +113,29 @@ impl<'c> Target<'c> {
                 put("rope.scaling.type", Put::Text("linear".to_owned()));
                 put("rope.scaling.factor", Put::F32(*factor as f32));
             }
-            RopeScaling::Yarn { factor, original, beta_fast, beta_slow, truncate: _, attention: _ } => {
+            RopeScaling::Yarn { factor, original, beta_fast, beta_slow, truncate: _, attention } => {
                 put("rope.scaling.type", Put::Text("yarn".to_owned()));
                 put("rope.scaling.factor", Put::F32(*factor as f32));
                 put("rope.scaling.original_context_length", Put::U32(*original as u32));
                 put("rope.scaling.yarn_beta_fast", Put::F32(*beta_fast as f32));
                 put("rope.scaling.yarn_beta_slow", Put::F32(*beta_slow as f32));
+                let usual = yarn_attention(*factor, 1.0);
+                if *attention != usual {
+                    // What is multiplied with is the usual divided by this much of it.
+                    let by = (usual / attention - 1.0) / (usual - 1.0);
+                    put("rope.scaling.yarn_log_multiplier", Put::F32(by as f32));
+                }
             }
-            // Llama 3's is a tensor; that of LongRoPE is not written.
-            RopeScaling::None | RopeScaling::Llama3 { .. } | RopeScaling::Long { .. } => (),
+            RopeScaling::Llama3 { original, .. } => {
+                put("rope.scaling.original_context_length", Put::U32(*original as u32));
+            }
+            RopeScaling::Long { original, attention, .. } => {
+                put("rope.scaling.original_context_length", Put::U32(*original as u32));
+                put("rope.scaling.attn_factor", Put::F32(*attention as f32));
+            }
+            RopeScaling::None => (),
         }
-        if let Some(window) = c.attends.iter().find_map(|a| a.window) {
+        if let Some(window) = windows(c).into_iter().flatten().next() {
             put("attention.sliding_window", Put::U32(window as u32));
         }
         for (key, cap) in [("attn_logit_softcapping", c.score_cap), ("final_logit_softcapping", c.logit_cap)] {
@@ -119,33 +143,34 @@ impl<'c> Target<'c> {
                 put(key, Put::F32(cap));
             }
         }
-        if let Some(experts) = &c.experts {
+        if let (Some(experts), Some(named)) = (&c.experts, self.arch.experts) {
             put("expert_count", Put::U32(experts.count as u32));
             put("expert_used_count", Put::U32(experts.chosen as u32));
-            if experts.inner != c.intermediate {
-                put("expert_feed_forward_length", Put::U32(experts.inner as u32));
-            }
+            put("expert_feed_forward_length", Put::U32(experts.inner as u32));
+            put("expert_gating_func", Put::U32(named.gating));
         }
-        for (key, name) in [
-            ("attention.scale", "attention_multiplier"),
-            ("embedding_scale", "embedding_multiplier"),
-            ("residual_scale", "residual_multiplier"),
-            ("logit_scale", "logits_scaling"),
-        ] {
-            if let Some(n) = json.get(name).and_then(Json::as_f64) {
-                put(key, Put::F32(n as f32));
+        for (key, says) in OWN.iter().filter(|(key, _)| self.arch.uses.contains(key)) {
+            if let Some(value) = says(c, json) {
+                put(key, value);
             }
         }
         out
     }
 
-    /// What Llama 3 divides rotary frequencies by, if it does: the content of `rope_freqs.weight`.
-    pub fn frequency_factors(&self) -> Option<Vec<f32>> {
+    /// Tensors of what rotary frequencies are divided by, with their names: of Llama 3 what the rule gives, of LongRoPE what the
+    /// model has.
+    pub fn frequency_factors(&self) -> Vec<(&'static str, Vec<f32>)> {
         let c = self.config;
-        let RopeScaling::Llama3 { .. } = &c.rope_scaling else { return None };
-        let frequencies = |scaling: &RopeScaling| Rope::new(c.rope_theta, c.rotary, scaling).frequencies;
-        let (plain, scaled) = (frequencies(&RopeScaling::None), frequencies(&c.rope_scaling));
-        Some(plain.iter().zip(&scaled).map(|(p, s)| (p / s) as f32).collect())
+        let single = |factors: &[f64]| factors.iter().map(|f| *f as f32).collect();
+        match &c.rope_scaling {
+            RopeScaling::Llama3 { .. } => {
+                let frequencies = |scaling: &RopeScaling| Rope::new(c.rope_theta, c.rotary, scaling).frequencies;
+                let (plain, scaled) = (frequencies(&RopeScaling::None), frequencies(&c.rope_scaling));
+                vec![(FACTORS, plain.iter().zip(&scaled).map(|(p, s)| (p / s) as f32).collect())]
+            }
+            RopeScaling::Long { short, long, .. } => vec![(LONG_FACTORS, single(long)), (SHORT_FACTORS, single(short))],
+            RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Yarn { .. } => Vec::new(),
+        }
     }
 
     /// What a file calls the tensor `name` of a shape with so many sides; nothing if it has no name for it.
@@ -161,8 +186,12 @@ impl<'c> Target<'c> {
         if let Some(outer) = find(&OUTER, stem) {
             return Some(called(format!("{outer}.{part}"), None, None));
         }
-        let (block, inner) = stem.strip_prefix("model.layers.")?.split_once('.')?;
+        let (block, whole) = name.strip_prefix("model.layers.")?.split_once('.')?;
         block.parse::<usize>().ok()?;
+        if let Some(alone) = find(&ALONE, whole) {
+            return Some(called(format!("blk.{block}.{alone}"), None, None));
+        }
+        let inner = whole.strip_suffix(part)?.strip_suffix('.')?;
         if let Some(experts) = self.arch.experts
             && let Some(rest) = inner.strip_prefix(experts.part).and_then(|r| r.strip_prefix(".experts."))
         {
@@ -183,7 +212,6 @@ impl<'c> Target<'c> {
 /// What the file's configuration `read` says otherwise than the model's, by the names of `config.json` where they have one.
 pub fn differences(model: &Config, read: &Config) -> Vec<&'static str> {
     let turns = |c: &Config| c.attends.iter().map(|a| a.turn).collect::<Vec<Turn>>();
-    let windows = |c: &Config| c.attends.iter().map(|a| a.window).collect::<Vec<_>>();
     let ends = |c: &Config| {
         let mut ends = c.eos.clone();
         ends.sort_unstable();
@@ -217,7 +245,6 @@ pub fn differences(model: &Config, read: &Config) -> Vec<&'static str> {
         ("biases", (a.qkv_bias, a.o_bias, a.mlp_bias) == (b.qkv_bias, b.o_bias, b.mlp_bias)),
         ("norms of heads", a.head_norms == b.head_norms),
         ("experts", a.experts == b.experts),
-        ("num_nextn_predict_layers", a.unused_layers == b.unused_layers),
         ("bos_token_id", a.bos == b.bos),
         ("eos_token_id", ends(a) == ends(b)),
     ];

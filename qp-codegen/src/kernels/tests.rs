@@ -767,7 +767,7 @@ fn many_columns_are_prepared_by_clusters() {
         let op = Prepare { columns, batch, input, gate: None, norm: None, rotation, entering: None };
         prepare::lower(&op, &crate::cuda::Target::Sm90a.device()).cluster
     };
-    assert_eq!([of(4096, 1), of(14336, 1), of(28672, 1), of(14336, 512)], [1, 4, 8, 1]);
+    assert_eq!([of(4096, 1), of(14336, 1), of(14336, 8), of(14336, 32), of(14336, 64)], [1, 8, 8, 2, 1]);
 }
 
 #[test]

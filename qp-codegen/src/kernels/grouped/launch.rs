@@ -322,7 +322,7 @@ const WIDE: f64 = 3.42;
 /// Issue slots of a product of a warp by itself, and of its operands' way from shared memory.
 const FRAGMENT: f64 = 2.82;
 /// Share of an SM's issue slots that many warps fill; and the number of warps that fill 1 - 1/e of that.
-const MANY_ISSUE: (f64, f64) = (0.773, 4.67);
+const MANY_ISSUE: (f64, f64) = (0.773, 5.2);
 /// Share of the tensor cores' time, as it is known, that products of groups of warps take, and of warps by themselves.
 const TENSOR: (f64, f64) = (0.8, 1.11);
 /// Cycles that warps wait for each other at a chunk of activations, and cycles for copying and adding up a group of planes.
@@ -374,12 +374,14 @@ impl many::Launch {
                         min_blocks,
                         shared_book,
                     };
-                    // Groups in turn have to be many, and the sums of many tokens must not meet.
-                    let meets = col_warps > 1 && tokens > many::MAX_PART / 2;
-                    if group == narrow && (warps * min_blocks < NARROW_WARPS || meets) {
-                        // If there is another way.
+                    if group == narrow {
+                        // The numbers of several runs have no room in few registers, and many sums take long to meet.
+                        let meets = col_warps > 1 && tokens > many::MAX_PART / 2;
+                        // Few groups in turn are no better than halves, if these fit.
                         let halves = many::Launch { group: halves, ..launch };
-                        if group == halves.group || estimate_many(op, &halves, device).is_some() {
+                        let few = warps * min_blocks < NARROW_WARPS;
+                        let other = || group == halves.group || estimate_many(op, &halves, device).is_some();
+                        if op.runs() > 1 || meets || few && other() {
                             continue;
                         }
                     }

@@ -6,7 +6,6 @@ mod try_out;
 use std::io::{self, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use qp_codegen::cuda::{self, Target, print};
@@ -14,11 +13,11 @@ use qp_codegen::ir::{Elem, Kernel};
 use qp_codegen::kernels::{Span, dequantize, embed_packed, encode, gemv, grouped, prepare, product};
 use qp_codegen::layout::{Packed, TooLarge};
 use qp_codegen::nvrtc;
-use qp_codegen::reader::{Book, Reader};
+use qp_codegen::reader;
 use qp_codegen::reference::RmsNorm;
-use qp_codegen::spec::format::Layout;
 use qp_codegen::spec::terms::Terms;
 use qp_codegen::spec::{self, Definition, Format, Matrix, Quantizer, Shape};
+use qp_codegen::syntax::diag::shown;
 use qp_codegen::syntax::{self, Diagnostics};
 use qp_codegen::{explain, formats, output, palette, text_file};
 
@@ -191,14 +190,19 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
         Err(Failure::Other(message)) => {
-            eprintln!("error: {message}");
+            tell(&format!("error: {}\n", shown(&message)));
             ExitCode::FAILURE
         }
     }
 }
 
 fn show(d: &Diagnostics) {
-    eprint!("{}", d.render(io::stderr().is_terminal()));
+    tell(&d.render(io::stderr().is_terminal()));
+}
+
+/// Writes to standard error, if there is a reader.
+fn tell(text: &str) {
+    io::stderr().write_all(text.as_bytes()).unwrap_or_default();
 }
 
 /// Writes to standard output; a reader that went away is no error.
@@ -234,7 +238,7 @@ fn check(files: &[PathBuf], trained: bool) -> Result<(), Failure> {
     }
     let count = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
     if errors + warnings > 0 {
-        eprintln!("{}, {}", count(errors, "error"), count(warnings, "warning"));
+        tell(&format!("{}, {}\n", count(errors, "error"), count(warnings, "warning")));
     }
     if errors > 0 {
         return Err(Failure::Specs(Diagnostics::default()));
@@ -284,7 +288,7 @@ fn replace(file: &Path, bytes: &[u8]) -> Result<(), Failure> {
 fn explain(spec: &str, shape: Shape, canonical: bool) -> Result<(), Failure> {
     let q = match spec::resolve_any(spec)? {
         Definition::Format(f) if canonical => return print_out(&f.canonical()),
-        Definition::Format(f) => return print_out(&explain::explain_format(&f)),
+        Definition::Format(f) => return print_out(&explain::explain_format(&f, shape)),
         Definition::Quantizer(_) if canonical => return print_out(&spec::resolve(spec)?.canonical()),
         Definition::Quantizer(q) => q,
     };
@@ -335,13 +339,7 @@ fn product_of_format(e: &Emit, format: &Format) -> Result<Kernel, Failure> {
     if e.op != Operation::Gemv {
         return Err(refused("formats have products alone".to_owned()));
     }
-    // A matrix of these sides must be possible in one of its layouts.
-    let plain = if format.layouts.is_empty() { Layout::plain(format) } else { None };
-    let book = Arc::new(Book::new(format.clone()));
-    let readers = format.layouts.iter().chain(&plain).map(|layout| Reader::new(&book, layout, e.shape));
-    if let Some(Err(why)) = readers.reduce(Result::or) {
-        return Err(refused(why.to_string()));
-    }
+    reader::possible(format, e.shape).map_err(|why| refused(why.to_string()))?;
     let terms = Terms::of(format).map_err(|why| refused(why.to_string()))?;
     if !terms.fits(e.shape) {
         let (rows, cols) = (e.shape.rows, e.shape.cols);

@@ -81,6 +81,17 @@ pub struct Stored {
     pub bytes: u64,
 }
 
+/// Makes sure that a matrix of these sides is possible in one of the format's layouts.
+///
+/// # Errors
+/// If it fits none, why not the last.
+pub fn possible(format: &Format, shape: Shape) -> Result<(), Misfit> {
+    let plain = if format.layouts.is_empty() { Layout::plain(format) } else { None };
+    let book = Arc::new(Book::new(format.clone()));
+    let readers = format.layouts.iter().chain(&plain).map(|layout| Reader::new(&book, layout, shape).map(|_| ()));
+    readers.reduce(Result::or).unwrap_or(Ok(()))
+}
+
 /// Why a layout does not fit a matrix.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Misfit {

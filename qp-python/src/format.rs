@@ -105,8 +105,9 @@ impl Format {
         self.encoder.as_ref().err().map(String::as_str)
     }
 
-    fn explain(&self) -> String {
-        explain::explain_format(&self.format)
+    #[pyo3(signature = (rows = 4096, columns = 4096))]
+    fn explain(&self, rows: usize, columns: usize) -> PyResult<String> {
+        Ok(explain::explain_format(&self.format, shape(rows, columns)?))
     }
 
     fn encode(&self, py: Python<'_>, weights: PyArrayLike2<'_, f32, AllowTypeChange>) -> PyResult<StoredMatrix> {
@@ -131,7 +132,12 @@ impl Format {
     }
 
     fn _repr_html_(&self) -> String {
-        format!("<pre>{}</pre>", self.explain().replace('&', "&amp;").replace('<', "&lt;"))
+        format!(
+            "<pre>{}</pre>",
+            explain::explain_format(&self.format, Shape { rows: 4096, cols: 4096 })
+                .replace('&', "&amp;")
+                .replace('<', "&lt;")
+        )
     }
 }
 

@@ -7,6 +7,7 @@ use crate::cuda::Device;
 use crate::kernels::Span;
 use crate::kernels::grouped;
 use crate::kernels::grouped::layout::Relaid;
+use crate::reader;
 use crate::spec::Shape;
 use crate::spec::expr::Op;
 use crate::spec::format::{Arithmetic, Format, Unmade, Weight, WeightOp};
@@ -17,8 +18,8 @@ macro_rules! line {
     ($out:expr, $($t:tt)*) => {{ let _ = writeln!($out, $($t)*); }};
 }
 
-/// Everything about a format.
-pub fn explain(f: &Format) -> String {
+/// Everything about a format; `shape` is the matrix whose bits and time on a device are told, rows x columns.
+pub fn explain(f: &Format, shape: Shape) -> String {
     let mut out = String::new();
     let o = &mut out;
     line!(o, "{}", f.name);
@@ -65,7 +66,7 @@ pub fn explain(f: &Format) -> String {
             None => line!(o, "  field       {}: {} for {}", field.name, field.ty.text(), field.cover.text()),
         }
     }
-    products(f, o);
+    products(f, shape, o);
     match f.order() {
         Err(why) => line!(o, "  encode      no: {why}"),
         Ok(_) if f.written().is_none() => line!(o, "  encode      no: {}", Unmade::NoLayout),
@@ -101,11 +102,8 @@ pub fn explain(f: &Format) -> String {
     out
 }
 
-/// Side of the matrix whose bits on a device are told.
-const SIDE: u32 = 4096;
-
 /// How products are computed.
-fn products(f: &Format, o: &mut String) {
+fn products(f: &Format, shape: Shape, o: &mut String) {
     let terms = match Terms::of(f) {
         Ok(terms) => terms,
         Err(why) => {
@@ -159,14 +157,25 @@ fn products(f: &Format, o: &mut String) {
             if let Some(zero) = &terms.zero {
                 line!(o, "  zero        {}, added to the integer", formula(zero));
             }
-            let bits = terms.precision(SIDE) - terms.span as i32;
+            let bits = terms.precision(shape.cols) - terms.span as i32;
             line!(o, "  sums        of 64 bits; slopes are whole multiples of the row's unit, up to 2^{bits}");
         }
     }
-    let shape = Shape { rows: SIDE, cols: SIDE };
+    let Shape { rows, cols } = shape;
+    if let Err(why) = reader::possible(f, shape) {
+        line!(o, "  on a GPU    {why}; `--shape` names another matrix");
+        return;
+    }
+    if !terms.fits(shape) {
+        line!(
+            o,
+            "  on a GPU    in single precision: results of {rows} x {cols} weights are too many to transform, or runs are cut"
+        );
+        return;
+    }
     let bits = Relaid::new(&terms, shape).bytes() as f64 * 8.0 / shape.len() as f64;
-    line!(o, "  on a GPU    {} bits a weight of {SIDE} x {SIDE}, fields included", decimal((bits * 1e3).round() / 1e3));
-    let op = grouped::Product { terms: &terms, shape, batch: 1, y: Span::rows(SIDE), accumulate: false };
+    line!(o, "  on a GPU    {} bits a weight of {rows} x {cols}, fields included", decimal((bits * 1e3).round() / 1e3));
+    let op = grouped::Product { terms: &terms, shape, batch: 1, y: Span::rows(rows), accumulate: false };
     let seconds = |device: &Device| grouped::Launch::ranked(&op, device)[0].0;
     line!(o, "{}", super::time(&seconds, Relaid::new(&terms, shape).bytes()));
 }
@@ -203,12 +212,14 @@ fn expression(ops: &[WeightOp], name: &dyn Fn(usize) -> String) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::explain;
+    use super::{Shape, explain};
     use crate::formats;
+
+    const SHAPE: Shape = Shape { rows: 4096, cols: 4096 };
 
     #[test]
     fn it_says_how_products_are_computed_or_why_not_exactly() {
-        let of = |name: &str| explain(formats::get(name).unwrap());
+        let of = |name: &str| explain(formats::get(name).unwrap(), SHAPE);
         let text = of("gptq_int4_g128");
         for line in [
             "  products    exact: integers within 0 to 15 times activations of 15 bits\n",
@@ -254,7 +265,16 @@ mod tests {
             assert!(text.contains(&format!("  digits      looked up by {digits}, in shared memory")), "{text}");
         }
         let text = "quantizer q { bits 4 values i8 decode w { [w] } field s : f16 per 1 x 8 weight e { e * s } }";
-        let text = explain(&crate::spec::load_str("test", text).unwrap_or_else(|e| panic!("{e}")).formats[0]);
+        let library = crate::spec::load_str("test", text).unwrap_or_else(|e| panic!("{e}"));
+        let text = explain(&library.formats[0], SHAPE);
         assert!(text.contains("in one order on every device: `s` is for 1 x 8"), "{text}");
+    }
+
+    #[test]
+    fn bits_on_a_device_are_those_of_the_shape() {
+        let of = |rows, cols| explain(formats::get("q4_0").unwrap(), Shape { rows, cols });
+        assert!(of(256, 768).contains("bits a weight of 256 x 768,"), "{}", of(256, 768));
+        let none = of(7, 50);
+        assert!(none.contains("7 x 50 weights do not fit") && none.contains("--shape"), "{none}");
     }
 }

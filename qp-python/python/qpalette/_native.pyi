@@ -134,7 +134,7 @@ class Format:
     def encode(self, weights: ArrayLike) -> StoredMatrix:
         """Makes a matrix of finite numbers, rows x columns = out x in features, on all cores. Raises ValueError if it cannot be
         made, or the matrix does not fit its layout."""
-    def explain(self) -> str:
+    def explain(self, rows: int = 4096, columns: int = 4096) -> str:
         """Rate, meaning, cost and layouts."""
 
 class StoredMatrix:

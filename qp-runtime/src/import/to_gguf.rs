@@ -305,7 +305,10 @@ fn same(dir: &Path, path: &Path, (config, tokenizer): (&Config, &Tokenizer)) -> 
     tokens.settle(&mut found);
     let differences = differences(&config, &found);
     if !differences.is_empty() {
-        return Err(refused(format!("cannot be said in a GGUF file, for its {}", differences.join(", "))));
+        return Err(refused(format!(
+            "cannot be said in a GGUF file, which has no place for {}",
+            differences.join(", ")
+        )));
     }
     match vocabulary::difference(tokenizer, &tokens) {
         Some(why) => Err(refused(format!("has a tokenizer that cannot be said in a GGUF file: {why}"))),

@@ -1,5 +1,6 @@
 //! The thread that an engine lives on.
 
+use std::io::{self, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
@@ -39,7 +40,7 @@ impl Worker {
             let ended = catch_unwind(AssertUnwindSafe(|| run(scheduler, &receiver)));
             stats.dead.set(1);
             if ended.is_err() {
-                eprintln!("the engine's thread has failed");
+                writeln!(io::stderr(), "the engine's thread has failed").unwrap_or_default();
             }
         })?;
         Ok(Worker { commands, thread: Some(thread) })

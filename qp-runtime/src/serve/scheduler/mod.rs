@@ -15,6 +15,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::sync::Arc;
 
 use rayon::prelude::*;
@@ -469,7 +470,7 @@ impl Scheduler {
         let guesses = match drafts.guess(&wanted, self.limits.chunk) {
             Ok(guesses) => guesses,
             Err(e) => {
-                eprintln!("nothing is guessed from now on: {e}");
+                writeln!(io::stderr(), "nothing is guessed from now on: {e}").unwrap_or_default();
                 self.drafts = None;
                 return;
             }

@@ -173,11 +173,12 @@ fn products(f: &Format, shape: Shape, o: &mut String) {
         );
         return;
     }
-    let bits = Relaid::new(&terms, shape).bytes() as f64 * 8.0 / shape.len() as f64;
+    let bytes = Relaid::new(&terms, shape).bytes();
+    let bits = bytes as f64 * 8.0 / shape.len() as f64;
     line!(o, "  on a GPU    {} bits a weight of {rows} x {cols}, fields included", decimal((bits * 1e3).round() / 1e3));
     let op = grouped::Product { terms: &terms, shape, batch: 1, y: Span::rows(rows), accumulate: false };
     let seconds = |device: &Device| grouped::Launch::ranked(&op, device)[0].0;
-    line!(o, "{}", super::time(&seconds, Relaid::new(&terms, shape).bytes()));
+    line!(o, "{}", super::time(&seconds, bytes));
 }
 
 /// The weight as a formula, `entry` for the entry.

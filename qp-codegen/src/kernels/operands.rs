@@ -62,12 +62,6 @@ impl<'a> Form<'a> {
     }
 }
 
-impl<'a> From<Option<&'a Experts>> for Form<'a> {
-    fn from(experts: Option<&'a Experts>) -> Self {
-        experts.map_or(Form::Results, Form::Experts)
-    }
-}
-
 /// Lowest bits of a total, which [`Form::Totals`] stores apart from the others.
 pub const TOTAL_BITS: u32 = 24;
 

@@ -66,16 +66,8 @@ impl Product<'_> {
 
     /// A builder of a kernel of `blocks` blocks (of experts, for each unit) of `threads` threads, `min_blocks` of which an SM must hold
     /// at once.
-    fn builder<'f>(
-        &self,
-        kind: &str,
-        blocks: u32,
-        threads: u32,
-        min_blocks: u32,
-        form: impl Into<Form<'f>>,
-    ) -> Builder {
-        let (Shape { rows, cols }, form) = (self.shape, form.into());
-        let experts = form.experts();
+    fn builder(&self, kind: &str, blocks: u32, threads: u32, min_blocks: u32, form: Form) -> Builder {
+        let (Shape { rows, cols }, experts) = (self.shape, form.experts());
         let (bits, run) = (self.terms.bits, self.terms.run.unwrap_or(cols));
         let name = format!("format_{kind}_{bits}_{run}_{rows}x{cols}_b{}", self.batch);
         let b = Builder::new(&name, [blocks, experts.map_or(1, Experts::units)], threads);
@@ -142,7 +134,7 @@ pub fn lower_for_experts(op: &Product, launch: &Launch, experts: &Experts) -> Ke
 fn lower_for(op: &Product, launch: &Launch, form: Form) -> Kernel {
     match launch {
         Launch::Few(launch) => few::lower(op, launch, form),
-        Launch::Many(launch) => many::lower(op, launch, form.experts()),
+        Launch::Many(launch) => many::lower(op, launch, form),
     }
 }
 

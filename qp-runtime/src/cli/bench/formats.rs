@@ -227,7 +227,7 @@ impl Made {
         own.truncate(tried);
         let themselves =
             !own.is_empty() && product::prepares(&[Launch::expected(&op, &preparation, &on.device())], &preparation);
-        let used = [ranked[0].1, own.first().map_or(ranked[0].1, |r| r.1)][usize::from(themselves)];
+        let used = if themselves { own[0].1 } else { ranked[0].1 };
         let all = ranked.into_iter().map(|r| (r, None)).chain(own.into_iter().map(|r| (r, Some(&preparation))));
         let all: Vec<((f64, Launch), Option<&Prepare>)> = all.collect();
         let load = |&(ranked, own): &((f64, Launch), Option<&Prepare>)| {

@@ -34,7 +34,7 @@ use super::operands::{
 };
 use crate::ir::{Builder, Cache, Const, Elem, Kernel, Mem, Special, V, Var};
 use crate::kernels::experts::Experts;
-use crate::kernels::operands::divide;
+use crate::kernels::operands::{Form, divide};
 use crate::layout::{CELL, COLUMN_PAD};
 use crate::spec::terms::TILE;
 
@@ -48,7 +48,7 @@ const ONES: u32 = 0x0101_0101;
 /// # Panics
 /// For launches that are none: groups of other than whole four warps or of several rows of tiles a warp, more than [`MAX_PART`]
 /// tokens of a part, more blocks than rows of tiles.
-pub(super) fn lower(op: &Product, launch: &Launch, experts: Option<&Experts>) -> Kernel {
+pub(super) fn lower(op: &Product, launch: &Launch, form: Form) -> Kernel {
     let plan = Plan::new(op, launch);
     assert!(launch.group.is_none() || launch.row_warps.is_multiple_of(4), "groups of four warps");
     assert!(launch.group.is_none() || launch.row_tiles == 1, "a group has 64 rows");
@@ -56,8 +56,8 @@ pub(super) fn lower(op: &Product, launch: &Launch, experts: Option<&Experts>) ->
     assert!(launch.blocks <= plan.layout.row_tiles(), "a block without rows");
     let blocks = launch.blocks * launch.token_parts;
     let kind = if launch.group.is_some() { "groups" } else { "many" };
-    let b = op.builder(kind, blocks, launch.warps() * 32, launch.min_blocks, experts);
-    Emit::new(&b, op, launch, &plan, experts).kernel();
+    let b = op.builder(kind, blocks, launch.warps() * 32, launch.min_blocks, form);
+    Emit::new(&b, op, launch, &plan, form.experts()).kernel();
     b.finish()
 }
 
